@@ -1,0 +1,149 @@
+"""Open a model directory: check the weights file against the net before memory is spent on it, then build both.
+
+Only safetensors is read. The header must name exactly the tensors that the configuration calls for, in their shapes;
+whatever else is in a directory is not looked at.
+"""
+
+import json
+import math
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from model.card import ModelCard
+from model.errors import ModelRefused
+from model.unet import UNet
+
+MAX_HEADER_BYTES = 4 << 20
+MAX_PARAMETERS = 4_000_000_000
+FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # safetensors' names, and bytes
+# How attention was spelled before diffusers 0.17.
+OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Model:
+    """A net ready to run, and the table of its timestep embeddings."""
+
+    card: ModelCard
+    net: UNet
+    table: Tensor  # [T, sum of shares] row k is `net.embed` of the timestep that the net was trained with at t = k + 1
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights."""
+        return sum(p.numel() for p in self.net.parameters())
+
+
+def modern(key: str) -> str:
+    """A tensor's name in today's diffusers, given its name in any version."""
+    *path, layer, kind = key.split(".")
+    if "attentions" in path and layer in OLD_ATTENTION:
+        return ".".join([*path, OLD_ATTENTION[layer], kind])
+    return key
+
+
+def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        raise ValueError("a key occurs twice")
+    return values
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 48
+
+
+def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Names, dtypes and shapes in a safetensors file, from its header alone. Raises ModelRefused if it is malformed.
+
+    The tensors must lie back to back and fill the file to its last byte.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+        if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
+            raise ModelRefused(f"{path.name} is not a safetensors file: its header claims {length} of {size} bytes")
+        try:
+            header = json.loads(file.read(length), object_pairs_hook=_reject_duplicates)
+        except (ValueError, RecursionError) as error:
+            raise ModelRefused(f"{path.name} has a malformed header: {type(error).__name__}") from error
+    if not isinstance(header, dict):
+        raise ModelRefused(f"{path.name} has a malformed header: not an object")
+    header.pop("__metadata__", None)
+    tensors, spans = {}, []
+    for name, entry in header.items():
+        if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+            raise ModelRefused(f"{path.name} has a malformed entry in its header")
+        dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+        if not isinstance(dtype, str) or dtype not in FLOATS:
+            raise ModelRefused(f"{path.name} holds a tensor that is not one of {', '.join(FLOATS)}")
+        sound = isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2
+        if not sound or len(shape) > 8 or not all(map(_is_count, [*shape, *offsets])):
+            raise ModelRefused(f"{path.name} has a malformed shape or offset in its header")
+        if offsets[1] - offsets[0] != math.prod(shape) * FLOATS[dtype]:
+            raise ModelRefused(f"{path.name} has a tensor whose bytes do not match its shape")
+        tensors[name] = (dtype, tuple(shape))
+        spans.append(tuple(offsets))
+    _check_spans(path, sorted(spans), size - 8 - length)
+    return tensors
+
+
+def _check_spans(path: Path, spans: Iterable[tuple[int, ...]], end: int) -> None:
+    """Tensors must cover the data exactly: no overlap, no hole, nothing behind."""
+    position = 0
+    for start, stop in spans:
+        if start != position:
+            raise ModelRefused(f"{path.name} has tensors that overlap or leave holes")
+        position = stop
+    if position != end:
+        raise ModelRefused(f"{path.name} is truncated or has data behind its tensors: {end} bytes, {position} expected")
+
+
+def _names(card: ModelCard, net: UNet) -> dict[str, str]:
+    """The name in the file of every tensor of the net. Raises ModelRefused at the first that is wrong."""
+    found = read_header(card.weights)
+    names = {modern(key): key for key in found}
+    if len(names) != len(found):
+        raise ModelRefused(f"{card.weights.name} holds attention weights under both their old and their new names")
+    expected = {name: tuple(p.shape) for name, p in net.state_dict().items()}
+    for name, shape in expected.items():
+        if name not in names:
+            raise ModelRefused(f"{card.weights.name} lacks {name}")
+        if found[names[name]][1] != shape:
+            given = list(found[names[name]][1])
+            raise ModelRefused(f"{card.weights.name}: {name} must have shape {list(shape)}, got {given}")
+    extra = sorted(set(names) - set(expected))
+    if extra:
+        raise ModelRefused(f"{card.weights.name} holds {len(extra)} tensors that config.json does not call for")
+    return names
+
+
+def load_model(card: ModelCard, device: torch.device, dtype: torch.dtype) -> Model:
+    """The net on its device, and its table. Raises ModelRefused in one line, before memory is spent, if it must."""
+    with torch.device("meta"):
+        net = UNet(card.architecture)
+    count = sum(p.numel() for p in net.parameters())
+    if count > MAX_PARAMETERS:
+        raise ModelRefused(f"config.json: at most {MAX_PARAMETERS} parameters are allowed, it calls for {count}")
+    names = _names(card, net)
+    try:
+        with safe_open(card.weights, "pt") as file:
+            weights = {name: file.get_tensor(key).float() for name, key in names.items()}
+    except (SafetensorError, OSError) as error:
+        raise ModelRefused(f"{card.weights.name} could not be read: {type(error).__name__}") from error
+    for name, tensor in weights.items():
+        if not tensor.isfinite().all():
+            raise ModelRefused(f"{card.weights.name}: {name} holds numbers that are not finite")
+    net.load_state_dict(weights, assign=True)
+    net = net.eval().requires_grad_(False).to(device)
+    with torch.inference_mode():
+        table = net.embed(torch.arange(card.process.schedule.T, device=device)).to(dtype)  # [T, sum of shares]
+    return Model(card, net.to(dtype=dtype, memory_format=torch.channels_last), table)

@@ -1,0 +1,115 @@
+"""The hot loop. One step of the whole batch is one function of the slots: captured as a CUDA graph per bucket on a GPU,
+run eagerly on a CPU. Here too is the check that a picture's bits do not depend on its bucket, slot or companions.
+"""
+
+import bisect
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from model.checkpoint import Model
+from model.plan import COLUMNS
+from model.slots import Slots
+from model.unet import UNet
+
+
+def denoise(net: UNet, table: Tensor, slots: Slots, batch: int) -> None:
+    """One denoising step of the first `batch` slots, in place. Straight algebra: see `model.plan` for the letters."""
+    x, x0_before, cursor = slots.x[:batch], slots.x0[:batch], slots.cursor[:batch]  # [b, C, H, W] twice, [b]
+    row = slots.rows[torch.arange(batch, device=x.device), cursor]  # [b, 11]
+    k, p, q, c, m, h, n, e, s, w, u = row.view(batch, len(COLUMNS), 1, 1, 1).unbind(1)  # [b, 1, 1, 1] each
+    embedding = table[k.view(batch).long()]  # [b, sum of shares]
+    out = net(x.to(table.dtype, memory_format=torch.channels_last), embedding).float()
+    z = slots.noise(batch)
+    if net.arch.learned_variance:
+        out, f = out.chunk(2, dim=1)
+        z = torch.exp(w * f) * z
+    x0 = torch.clamp(p * x + q * out, -c, c)
+    x.copy_(m * x0 + h * x0_before + n * x + e * out + s * z + u * slots.given[:batch])
+    x0_before.copy_(x0)
+    cursor.copy_(torch.minimum(cursor + 1, slots.last[:batch]))
+
+
+def usual_buckets(slots: int) -> list[int]:
+    """Batch sizes worth capturing: every one up to 16, then ever coarser, ending on `slots`."""
+    grid = [*range(1, 17), *range(18, 33, 2), *range(36, 65, 4), *range(72, 129, 8), *range(144, 1025, 16)]
+    return [b for b in grid if b < slots] + [slots]
+
+
+class Runner:
+    """A model, its slots, and the batch sizes it runs at."""
+
+    def __init__(self, model: Model, slots: int, exact: bool = True, buckets: Sequence[int] = ()) -> None:
+        self.model, self.device = model, model.table.device
+        schedule = model.card.process.schedule
+        self.slots = Slots(slots, model.card.architecture.shape, schedule.T, self.device)
+        self.buckets = sorted(buckets) or usual_buckets(slots)
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        with torch.inference_mode():
+            if self.device.type == "cuda":
+                self._capture()
+            self.exact_buckets = self._find_exact() if exact else list(self.buckets)
+        self.exact = exact and slots in self.exact_buckets
+        if not self.exact_buckets:
+            self.exact_buckets = [slots]
+
+    def bucket_for(self, count: int) -> int:
+        """The smallest admitted batch size that holds `count` samples."""
+        return self.exact_buckets[bisect.bisect_left(self.exact_buckets, count)]
+
+    @torch.inference_mode()
+    def step(self, bucket: int) -> None:
+        """One denoising step of the first `bucket` slots."""
+        if bucket in self._graphs:
+            self._graphs[bucket].replay()
+        else:
+            denoise(self.model.net, self.model.table, self.slots, bucket)
+
+    def _capture(self) -> None:
+        """One graph per bucket: all warmed up first, since a smaller one may need the larger workspace, then captured
+        from the largest down, on one stream and in one pool of memory."""
+        stream, pool = torch.cuda.Stream(self.device), torch.cuda.graph_pool_handle()
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            for bucket in self.buckets:
+                for _ in range(2):
+                    denoise(self.model.net, self.model.table, self.slots, bucket)
+        torch.cuda.current_stream(self.device).wait_stream(stream)
+        for bucket in reversed(self.buckets):
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                denoise(self.model.net, self.model.table, self.slots, bucket)
+            self._graphs[bucket] = graph
+
+    def _find_exact(self) -> list[int]:
+        """The buckets in which a sample's bits are those it has in the largest one, in any slot, beside anybody."""
+        slots, T = self.slots, self.model.card.process.schedule.T
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(slots.x.shape, generator=generator).to(self.device)  # [B, C, H, W]
+        row = torch.randn(slots.capacity, len(COLUMNS), generator=generator).to(self.device)  # [B, 11]
+        row[:, 0] = torch.randint(T, (slots.capacity,), generator=generator).to(self.device)
+        row[:, 3] = 1.0
+
+        def results(chosen: Tensor) -> Tensor:
+            """One step of these samples, sitting in slots 0, 1, ... -> [b, C, H, W]"""
+            count = len(chosen)
+            slots.x[:count], slots.rows[:count, 0], slots.seed[:count] = x[chosen], row[chosen], chosen
+            slots.x0[:count] = slots.cursor[:count] = 0
+            slots.last[:count] = 1
+            if slots.ahead_steps:
+                slots.ahead[:count] = x.flip(2)[chosen, None]
+            self.step(count)
+            return slots.x[:count].clone()
+
+        expected, exact = results(torch.arange(slots.capacity, device=self.device)), []
+        for bucket in self.buckets:
+            draws = [torch.randperm(slots.capacity, generator=generator)[:bucket].to(self.device) for _ in range(3)]
+            if all(torch.equal(results(chosen), expected[chosen]) for chosen in draws):
+                exact.append(bucket)
+        for slot in range(slots.capacity):
+            slots.rows[slot].zero_()
+            slots.clear(slot)
+        return exact
+
+
