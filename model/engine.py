@@ -7,71 +7,17 @@ join and leave between two steps. Each submitted sample ends in exactly one of F
 from collections import deque
 from collections.abc import Hashable
 from dataclasses import dataclass, field
-from typing import TypeAlias
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
+from model.events import Cancelled, Event, Failed, Finished, Preview, Request, Stats
 from model.noise import TorchNoise
-from model.plan import U, Plan
+from model.plan import U
 from model.runner import Runner
 from model.scheduler import Scheduler
 from model.snapshot import Snapshot, as_bytes
 
-Picture: TypeAlias = NDArray[np.uint8]  # [H, W, C]
 STEPS_AHEAD = 3  # how many steps may be queued on a GPU before the host waits for the oldest
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """One picture to make. `frames` are the numbers of updates after which its state is shown (0 = pure noise)."""
-
-    id: Hashable
-    seed: int
-    plan: Plan
-    order: float = 0.0  # smaller is seated first
-    frames: frozenset[int] = frozenset()
-    shows_x: bool = True
-    shows_x0: bool = False
-    wants_floats: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Preview:
-    """A sample's state after `step` updates: x_t, and the x0 predicted on the way there (none before the first)."""
-
-    id: Hashable
-    step: int
-    x: Picture | None
-    x0: Picture | None
-
-
-@dataclass(frozen=True, slots=True)
-class Finished:
-    """A picture. `floats` is [C, H, W] float32 in [-1, 1], unrounded, if it was asked for."""
-
-    id: Hashable
-    picture: Picture
-    floats: NDArray[np.float32] | None
-
-
-@dataclass(frozen=True, slots=True)
-class Cancelled:
-    """A sample that was given up before it ended."""
-
-    id: Hashable
-
-
-@dataclass(frozen=True, slots=True)
-class Failed:
-    """A sample that could not be made, and why."""
-
-    id: Hashable
-    reason: str
-
-
-Event: TypeAlias = Preview | Finished | Cancelled | Failed
 
 
 @dataclass(slots=True, eq=False)
@@ -89,17 +35,6 @@ class Sample:
     def ended(self) -> bool:
         """Whether the last row of its plan has been walked."""
         return self.step == len(self.request.plan)
-
-
-@dataclass(frozen=True, slots=True)
-class Stats:
-    """What the engine has done so far, in numbers that only grow, and where it stands."""
-
-    seated: int
-    waiting: int
-    steps: int  # steps of the batch
-    sample_steps: int  # the same, times the samples in it
-    padded: int  # slots that a step computed for nobody
 
 
 @dataclass(slots=True, eq=False)

@@ -18,7 +18,6 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.nn import functional as F
 
 from model.card import WEIGHTS, Architecture, architecture, noise_schedule, read_json
 from model.data import held_out, load_images
@@ -151,8 +150,9 @@ def train(source: Path, directory: Path, recipe: Recipe, device: str) -> None:
     started, first, since_log = time.monotonic(), trainer.seen, []
     while trainer.seen < recipe.images:
         torch.manual_seed(trainer.step + 1)  # a resumed run sees the same pictures and noise as one in one piece
-        chosen = train_on[torch.from_numpy(np.random.default_rng(trainer.step).integers(len(train_on), size=recipe.batch))]
-        since_log.append(trainer.update(pictures[chosen].to(device).float() / 127.5 - 1))
+        drawn = np.random.default_rng(trainer.step).integers(len(train_on), size=recipe.batch)
+        chosen = pictures[train_on[torch.from_numpy(drawn)]]
+        since_log.append(trainer.update(chosen.to(device).float() / 127.5 - 1))
         ended = trainer.seen >= recipe.images
         if trainer.step % (recipe.log_every // recipe.batch) == 0 or ended:
             rate = (trainer.seen - first) / (time.monotonic() - started)

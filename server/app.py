@@ -1,0 +1,100 @@
+"""Builds everything and wires it, once."""
+
+import logging
+import re
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from fastapi import FastAPI, Request
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
+
+from model.card import ModelCard, read_card
+from model.errors import ModelRefused, PlanError
+from server.backend import Backend
+from server.errors import EngineFailed, Problem, ServerError, SettingsError, problem
+from server.jobs import Jobs
+from server.messages import Start
+from server.routes import generate, models
+from server.routes.http import RequestIds
+from server.settings import Settings
+from server.worker import LocalBackend
+
+logger = logging.getLogger(__name__)
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+CODES = {404: "not-found", 405: "method-not-allowed"}
+
+
+def find_models(weights: Path) -> dict[str, ModelCard]:
+    """The model directories in a folder, or the one that it is. Raises ModelRefused, naming the directory."""
+    if not weights.is_dir():
+        raise ModelRefused(f"{weights} is not a directory")
+    alone = (weights / "config.json").is_file() or (weights / "unet").is_dir()
+    directories = [weights] if alone else sorted(d for d in weights.iterdir() if d.is_dir() and d.name[0] != ".")
+    if not directories:
+        raise ModelRefused(f"{weights} holds no model directory")
+    cards = {}
+    for directory in directories:
+        name = directory.resolve().name
+        if not NAME.fullmatch(name):
+            raise ModelRefused(f"{weights} holds a directory whose name is not {NAME.pattern}")
+        try:
+            cards[name] = read_card(directory, name)
+        except ModelRefused as error:
+            raise ModelRefused(f"{directory}: {error}") from error
+    return cards
+
+
+def _respond(request: Request, answer: Problem) -> JSONResponse:
+    request_id = getattr(request.state, "request_id", "")
+    headers = {"Cache-Control": "no-store", **answer.headers}
+    body = answer.body(request_id)
+    return JSONResponse(body, answer.status, headers, media_type="application/problem+json")
+
+
+async def _on_error(request: Request, error: Exception) -> JSONResponse:
+    return _respond(request, problem(error))
+
+
+async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    code = CODES.get(error.status_code, "http-error")
+    return _respond(request, Problem(error.status_code, code, error.detail, headers=dict(error.headers or {})))
+
+
+def create_app(
+    settings: Settings,
+    backend: Backend | None = None,
+    on_failed: Callable[[EngineFailed], None] = lambda failure: None,
+) -> FastAPI:
+    """The application. `on_failed` hears of an engine that is down for good. Raises ModelRefused, SettingsError."""
+    cards = find_models(settings.weights)
+    if settings.default_model and settings.default_model not in cards:
+        raise SettingsError(f"DDPM_DEFAULT_MODEL must be one of {', '.join(cards)}")
+    if backend is None:
+        places = tuple((name, card.directory) for name, card in cards.items())
+        knobs = (settings.device, settings.dtype, settings.slots, settings.threads, settings.exact)
+        backend = LocalBackend(Start(places, *knobs), settings.engine_restarts, on_failed)
+    runs = backend
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        await runs.start()
+        yield
+        await runs.close()
+
+    app = FastAPI(
+        title="ddpm-server",
+        description="Pictures from pixel-space diffusion models: a seed and a step count in, a picture out.",
+        lifespan=lifespan,
+    )
+    app.state.settings = settings
+    app.state.jobs = Jobs(settings, cards, runs)
+    for error in (ServerError, PlanError, Exception):
+        app.add_exception_handler(error, _on_error)
+    app.add_exception_handler(HTTPException, _on_http_error)
+    app.add_middleware(RequestIds)
+    app.include_router(generate.router)
+    app.include_router(models.router)
+    return app

@@ -1,0 +1,68 @@
+"""The seam between jobs and whatever runs samples. A cluster engine will stand behind it one day."""
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Protocol, TypeAlias
+
+from model.events import Cancelled, Failed, Finished, Preview, Stats
+from model.plan import Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """What a backend is asked to make: one picture per seed."""
+
+    model: str
+    seeds: tuple[int, ...]
+    sampling: Sampling
+    order: float = 0.0  # smaller is seated first
+    frames: frozenset[int] = frozenset()
+    shows_x: bool = True
+    shows_x0: bool = False
+    wants_floats: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What a backend says of a model it has loaded."""
+
+    device: str
+    dtype: str
+    parameters: int
+    slots: int
+    buckets: list[int]
+    exact_buckets: list[int]
+    exact: bool
+    numerics: str  # the class within which bytes are the same
+    load_s: float = field(default=0.0, compare=False)
+
+
+SampleEvent: TypeAlias = Preview | Finished | Cancelled | Failed  # `id` is the index of its seed
+
+
+class Backend(Protocol):
+    """Runs samples. Everything here is called from one event loop."""
+
+    async def start(self) -> None:
+        """Begin to load. Returns at once; `served` fills when models are ready."""
+
+    async def close(self) -> None:
+        """Stop. Streams that are still open end with an error."""
+
+    @property
+    def served(self) -> dict[str, Served]:
+        """The models that are ready, by name; empty while none is."""
+
+    @property
+    def trouble(self) -> str | None:
+        """Why no work can be taken right now, or None."""
+
+    @property
+    def stats(self) -> Stats:
+        """Counters since the start, over all engines."""
+
+    def seconds_for(self, steps: int) -> int:
+        """How long so many image-steps take at the present rate, in whole seconds, at least 1."""
+
+    def run(self, spec: Spec) -> AsyncIterator[SampleEvent]:
+        """Make the pictures of `spec`: their events in order, until each has ended. Closing the iterator cancels."""

@@ -1,0 +1,73 @@
+"""The `ddpm` command."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+import uvicorn
+
+from model.errors import ModelRefused
+from server import logs
+from server.app import create_app
+from server.errors import EXIT_CODES, EXIT_FAILED, EngineFailed, SettingsError
+from server.settings import Settings
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("ddpm", description="Serve pixel-space diffusion models over HTTP.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    serve_parser = commands.add_parser(
+        "serve",
+        help="serve model directories",
+        description="Serve model directories over HTTP. Every flag is also an environment variable, DDPM_<FLAG>.",
+    )
+    for name, field in Settings.model_fields.items():
+        flag = f"--{name.replace('_', '-')}"
+        text = f"{field.description} (default: {field.default})".replace("%", "%%")
+        serve_parser.add_argument(flag, dest=name, default=argparse.SUPPRESS, metavar="VALUE", help=text)
+    return parser
+
+
+def serve(flags: dict[str, object]) -> int:
+    """Serves until a signal comes or the engine has failed for good. Returns the exit code."""
+    settings = Settings.read(os.environ, flags)
+    logs.configure(settings.log_level)
+    failures: list[EngineFailed] = []
+
+    def stop(failure: EngineFailed) -> None:
+        failures.append(failure)
+        server.should_exit = True
+
+    app = create_app(settings, on_failed=stop)
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app,
+            host=settings.host,
+            port=settings.port,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=max(1, round(settings.drain_s)),
+        )
+    )
+    server.run()
+    if failures:
+        print(f"ddpm: {failures[0]}", file=sys.stderr)
+        return failures[0].exit_code
+    return 0 if server.started else EXIT_FAILED
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The console script. Exit codes: 0 done, 1 failed, 2 usage, 3 model refused, 6 no such device, 70 engine failed."""
+    flags = vars(_parser().parse_args(arguments))
+    flags.pop("command")
+    try:
+        return serve(flags)
+    except (SettingsError, ModelRefused) as error:
+        print(f"ddpm: {error}", file=sys.stderr)
+        return EXIT_CODES[type(error)]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,183 @@
+"""The life of an engine process: load the models, then step whatever is busy, until the pipe closes.
+
+The only room of the server where torch is imported. It owns one device, and has no sockets and no disk to write to.
+"""
+
+import os
+import platform
+import signal
+import time
+from collections.abc import Sequence
+from functools import lru_cache
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+
+from model.card import read_card
+from model.checkpoint import Model, load_model
+from model.engine import Engine
+from model.errors import ModelRefused, NoSuchDevice
+from model.events import ENDS, Event, Request, Stats
+from model.plan import Plan, Sampling, plan
+from model.runner import Runner
+from model.schedule import Process
+from server.backend import Served
+from server.messages import Beat, Cancel, Happened, Ready, Refused, Start, Submit
+
+BEAT_S = 0.25
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def choose_device(wanted: str) -> torch.device:
+    """The device by its name in the settings. Raises NoSuchDevice."""
+    gpus = torch.cuda.device_count()
+    if wanted == "cpu" or (wanted == "auto" and not gpus):
+        return torch.device("cpu")
+    index = int(wanted.partition(":")[2] or 0)
+    if index >= gpus:
+        raise NoSuchDevice(f"device {wanted} was asked for, this machine has {gpus} GPUs")
+    return torch.device("cuda", index)
+
+
+def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
+    """Numbers inside the net: bfloat16 wherever the device computes in it, unless told otherwise."""
+    if wanted != "auto":
+        return DTYPES[wanted]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if native else torch.float32
+
+
+def device_name(device: torch.device) -> str:
+    """What the device calls itself."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """1-4,6 for [1, 2, 3, 4, 6]."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][1] + 1:
+            parts[-1][1] = number
+        else:
+            parts.append([number, number])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)
+
+
+def describe(runner: Runner, model: Model, load_s: float) -> Served:
+    """What the world may know of a loaded model."""
+    device, dtype = runner.device, str(model.table.dtype).removeprefix("torch.")
+    name = device_name(device)
+    parts = [name, f"torch {torch.__version__}", dtype, f"exact {ranges(runner.exact_buckets)}"]
+    if device.type == "cuda":
+        parts.insert(2, f"cudnn {torch.backends.cudnn.version()}")
+    else:
+        parts.insert(2, f"{torch.get_num_threads()} threads")
+    return Served(
+        f"{device} ({name})",
+        dtype,
+        model.parameters,
+        runner.slots.capacity,
+        runner.buckets,
+        runner.exact_buckets,
+        runner.exact,
+        "; ".join(parts),
+        load_s,
+    )
+
+
+@lru_cache(256)
+def _plan(process: Process, sampling: Sampling) -> Plan:
+    return plan(process, sampling)
+
+
+class Engines:
+    """The engines of one device, by model."""
+
+    def __init__(self, start: Start) -> None:
+        device = choose_device(start.device)
+        if device.type == "cpu":
+            torch.set_num_threads(start.threads or len(os.sched_getaffinity(0)))
+        dtype, slots = choose_dtype(start.dtype, device), start.slots or (64 if device.type == "cuda" else 8)
+        self.engines: dict[str, Engine] = {}
+        self.processes: dict[str, Process] = {}
+        self.served: dict[str, Served] = {}
+        self.models: dict[int, str] = {}  # which engine a sample that has not ended is in
+        for name, directory in start.models:
+            began = time.monotonic()
+            model = load_model(read_card(directory, name), device, dtype)
+            runner = Runner(model, slots, start.exact)
+            self.engines[name], self.processes[name] = Engine(runner), model.card.process
+            self.served[name] = describe(runner, model, round(time.monotonic() - began, 3))
+
+    @property
+    def busy(self) -> bool:
+        """Whether any engine has something to do."""
+        return any(engine.busy for engine in self.engines.values())
+
+    @property
+    def stats(self) -> Stats:
+        """The sum over all engines."""
+        each = [engine.stats for engine in self.engines.values()]
+        return Stats(*(sum(getattr(s, name) for s in each) for name in Stats.__slots__))
+
+    def handle(self, message: Submit | Cancel) -> None:
+        """What the API process wants."""
+        if isinstance(message, Cancel):
+            for id in message.ids:
+                if id in self.models:
+                    self.engines[self.models[id]].cancel(id)
+            return
+        spec = message.spec
+        table = _plan(self.processes[spec.model], spec.sampling)
+        for id, seed in zip(message.ids, spec.seeds, strict=True):
+            self.models[id] = spec.model
+            shown = (spec.frames, spec.shows_x, spec.shows_x0, spec.wants_floats)
+            self.engines[spec.model].submit(Request(id, seed, table, spec.order, *shown))
+
+    def step(self) -> list[Event]:
+        """One step of every engine that is busy."""
+        events = [event for engine in self.engines.values() if engine.busy for event in engine.step()]
+        for event in events:
+            if isinstance(event, ENDS):
+                del self.models[event.id]  # type: ignore[arg-type]
+        return events
+
+
+def serve(pipe: Connection, start: Start) -> None:
+    """Runs until the other end of the pipe is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for the API process, which closes the pipe
+    try:
+        engines = Engines(start)
+    except (ModelRefused, NoSuchDevice) as error:
+        pipe.send(Refused(type(error).__name__, str(error)))
+        return
+    pipe.send(Ready(engines.served))
+    try:
+        _loop(pipe, engines)
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        return
+
+
+def _loop(pipe: Connection, engines: Engines) -> None:
+    busy_s, step_s, beat_at = 0.0, 0.0, 0.0
+    while True:
+        while pipe.poll(0 if engines.busy else BEAT_S):
+            engines.handle(pipe.recv())
+        began = time.monotonic()
+        if engines.busy:
+            events = engines.step()
+            took = time.monotonic() - began
+            busy_s, step_s = busy_s + took, max(step_s, took)
+            if events:
+                pipe.send(Happened(events))
+        if began - beat_at >= BEAT_S:
+            pipe.send(Beat(engines.stats, busy_s, step_s))
+            beat_at, step_s = began, 0.0

@@ -1,0 +1,57 @@
+"""Pictures as files: PNG with what made them, contact sheets, numpy arrays, zip archives. All pure, all slow: use a thread."""
+
+import io
+import math
+import zipfile
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from model.events import Floats, Picture
+
+
+def png(picture: Picture, texts: Mapping[str, str]) -> bytes:
+    """A PNG with text chunks. picture: [H, W, C] uint8, C = 1 or 3"""
+    info = PngInfo()
+    for key, text in texts.items():
+        info.add_text(key, text)
+    out = io.BytesIO()
+    image = Image.fromarray(picture[:, :, 0] if picture.shape[2] == 1 else picture)
+    image.save(out, "PNG", pnginfo=info, compress_level=6)
+    return out.getvalue()
+
+
+def read_texts(data: bytes) -> dict[str, str]:
+    """The text chunks of a PNG."""
+    with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
+        return {key: str(value) for key, value in image.info.items() if isinstance(value, str)}
+
+
+def contact_sheet(pictures: Sequence[Picture]) -> Picture:
+    """All pictures in one: ceil(sqrt(n)) columns, row by row, no gaps, black filler. -> [H', W', C]"""
+    columns = math.ceil(math.sqrt(len(pictures)))
+    rows = math.ceil(len(pictures) / columns)
+    height, width, channels = pictures[0].shape
+    sheet = np.zeros((rows * height, columns * width, channels), np.uint8)
+    for i, picture in enumerate(pictures):
+        top, left = i // columns * height, i % columns * width
+        sheet[top : top + height, left : left + width] = picture
+    return sheet
+
+
+def npy(arrays: Sequence[Floats]) -> bytes:
+    """One numpy file. n arrays [C, H, W] -> [n, C, H, W] float32"""
+    out = io.BytesIO()
+    np.save(out, np.stack(arrays).astype("<f4"), allow_pickle=False)
+    return out.getvalue()
+
+
+def archive(files: Mapping[str, bytes]) -> bytes:
+    """A zip of files that are compressed already; the same bytes for the same files."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_STORED) as zipped:
+        for name, data in files.items():
+            zipped.writestr(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), data)
+    return out.getvalue()

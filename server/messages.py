@@ -1,0 +1,65 @@
+"""What the API process and an engine process say to each other, over a pipe between parent and child."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from model.events import Event, Stats
+from server.backend import Served, Spec
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """What an engine process is for. Its first message is Ready or Refused."""
+
+    models: tuple[tuple[str, Path], ...]
+    device: str
+    dtype: str
+    slots: int
+    threads: int
+    exact: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    """Make these pictures: ids[i] is the sample of seed spec.seeds[i]."""
+
+    ids: tuple[int, ...]
+    spec: Spec
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """Give these samples up, those that have not ended."""
+
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """All models are loaded."""
+
+    served: dict[str, Served]
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """The engine cannot start, whatever is tried: the error's type by name, and its message."""
+
+    error: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Happened:
+    """Events of samples, in order."""
+
+    events: list[Event]
+
+
+@dataclass(frozen=True, slots=True)
+class Beat:
+    """A sign of life between two steps."""
+
+    stats: Stats
+    busy_s: float  # time spent in steps since the start
+    step_s: float  # the longest step since the last beat

@@ -1,0 +1,91 @@
+"""What all HTTP routes share: bodies within bounds, `Accept`, callers who go away, request ids."""
+
+import asyncio
+import re
+import secrets
+from collections.abc import Coroutine, Sequence
+from typing import TypeVar
+
+from starlette.requests import Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.errors import BadInput
+
+T = TypeVar("T")
+REQUEST_ID = re.compile(r"[\w-]{1,64}", re.ASCII)
+
+
+class RequestIds:
+    """ASGI middleware: every request has an id, the client's own if it is well-formed; every answer tells it."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
+        id = given if REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
+        scope.setdefault("state", {})["request_id"] = id
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], (b"x-request-id", id.encode())]
+            await send(message)
+
+        await self.app(scope, receive, send_with_id)
+
+
+async def read_json_body(request: Request, limit: int) -> bytes:
+    """The body, which must claim to be JSON and be small. Raises BadInput: 413, 415."""
+    media = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > limit:
+            raise BadInput(413, "too-large", f"the body must be at most {limit} bytes")
+    if body and media != "application/json" and not media.endswith("+json"):
+        raise BadInput(415, "unsupported-media-type", "the body must be sent as content-type: application/json")
+    return bytes(body)
+
+
+def negotiate(accept: str | None, offers: Sequence[str]) -> str:
+    """The best of `offers` for an Accept header (RFC 9110, 12.5.1); the first for `*/*` or none. Raises BadInput (406)."""
+    ranges = []
+    for part in (accept or "*/*").split(","):
+        media, *parameters = (piece.strip().lower() for piece in part.split(";"))
+        weights = [p[2:] for p in parameters if p.startswith("q=")]
+        try:
+            ranges.append((media, float(weights[0]) if weights else 1.0))
+        except ValueError:
+            continue
+
+    def weight(offer: str) -> float:
+        kind = offer.partition("/")[0]
+        for pattern in (offer, f"{kind}/*", "*/*"):  # the most specific range decides
+            found = [q for media, q in ranges if media == pattern]
+            if found:
+                return max(found)
+        return 0.0
+
+    best = max(offers, key=weight)
+    if weight(best) <= 0:
+        raise BadInput(406, "not-acceptable", f"this can be answered as {', '.join(offers)}")
+    return best
+
+
+async def unless_gone(request: Request, work: Coroutine[None, None, T]) -> T | None:
+    """The result of `work`; or None as soon as the caller has gone away, and then the work is cancelled."""
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    task, leaving = asyncio.ensure_future(work), asyncio.ensure_future(gone())
+    try:
+        await asyncio.wait({task, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        return task.result() if task.done() else None
+    finally:
+        for each in (task, leaving):
+            each.cancel()
+        await asyncio.gather(task, leaving, return_exceptions=True)

@@ -1,0 +1,73 @@
+"""`GET /models`: what is served, where, and what it promises. `GET /healthz`, `GET /readyz`: whether it is."""
+
+from dataclasses import asdict
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import JSONResponse, RedirectResponse
+
+from model.card import ModelCard
+from model.plan import SAMPLERS, SPACINGS
+from server.backend import Served
+from server.errors import BadInput, NotReady
+from server.jobs import Jobs
+
+router = APIRouter()
+
+
+def _document(card: ModelCard, served: Served | None) -> dict[str, Any]:
+    process, (channels, height, width) = card.process, card.architecture.shape
+    variances = ["small", "large", "learned"] if process.learned_variance else ["small", "large"]
+    return {
+        "name": card.name,
+        "digest": card.digest,
+        "shape": {"channels": channels, "height": height, "width": width},
+        "T": process.schedule.T,
+        "prediction": process.prediction,
+        "default_steps": process.default_steps,
+        "clip": process.clip,
+        "spacing": process.spacing,
+        "samplers": list(SAMPLERS),
+        "variances": variances,
+        "spacings": list(SPACINGS),
+        "loaded": served is not None,
+        "runs": asdict(served) if served is not None else None,
+    }
+
+
+@router.get("/models", summary="The models that are served")
+async def models(request: Request) -> JSONResponse:
+    """Every model, without its card."""
+    jobs: Jobs = request.app.state.jobs
+    return JSONResponse({"models": [_document(c, jobs.backend.served.get(name)) for name, c in jobs.cards.items()]})
+
+
+@router.get("/models/{name}", summary="One model and its card")
+async def model(request: Request, name: str) -> JSONResponse:
+    """One model, with its card: the README of its directory."""
+    jobs: Jobs = request.app.state.jobs
+    if name not in jobs.cards:
+        raise BadInput(404, "unknown-model", f"there is no such model; there are {', '.join(jobs.cards)}")
+    card = jobs.cards[name]
+    return JSONResponse(_document(card, jobs.backend.served.get(name)) | {"card": card.readme})
+
+
+@router.get("/healthz", summary="Alive?")
+async def healthz() -> JSONResponse:
+    """The API process answers."""
+    return JSONResponse({"status": "ok"})
+
+
+@router.get("/readyz", summary="Ready to take work?")
+async def readyz(request: Request) -> JSONResponse:
+    """200 if work is taken, else 503 with the reason."""
+    trouble = request.app.state.jobs.backend.trouble
+    if trouble is not None:
+        raise NotReady(trouble)
+    return JSONResponse({"status": "ready"})
+
+
+@router.get("/", include_in_schema=False)
+async def front_door() -> RedirectResponse:
+    """The interactive documentation."""
+    return RedirectResponse("/docs")

@@ -1,0 +1,60 @@
+"""Every knob: its unit, default and bounds. A frozen value, read once, from `DDPM_*` variables and flags."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from server.errors import SettingsError
+
+PREFIX = "DDPM_"
+
+
+class Settings(BaseModel):
+    """The configuration of a server. Field `slots` is the variable DDPM_SLOTS and the flag --slots."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes any free one")
+    weights: Path = Field(Path("weights"), description="a folder of model directories, or one model directory")
+    default_model: str = Field("", description="model of requests that name none; empty: the only one there is")
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="numbers inside the net; auto: bfloat16 where the device computes in it"
+    )
+    slots: int = Field(0, ge=0, le=1024, description="pictures in one batch per model; 0: 64 on a GPU, 8 on a CPU")
+    threads: int = Field(0, ge=0, le=256, description="threads of the engine on a CPU; 0: one per core")
+    exact: bool = Field(True, description="only batch sizes in which a picture has the same bytes in any company")
+    max_n: int = Field(64, ge=1, le=4096, description="pictures per request")
+    max_queued_steps: int = Field(
+        1_000_000, ge=1, description="image-steps accepted and not yet done; more are answered with 429"
+    )
+    max_body_bytes: int = Field(65_536, ge=256, le=1 << 30, description="bytes of a request's body")
+    drain_s: float = Field(30.0, ge=0, le=3600, description="seconds that running requests get to end at shutdown")
+    engine_restarts: int = Field(5, ge=0, le=1000, description="restarts of the engine in a row without a step done")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe level logged")
+
+    @classmethod
+    def read(cls, environ: Mapping[str, str], flags: Mapping[str, object] | None = None) -> "Settings":
+        """Settings from the environment, overridden by flags. Raises SettingsError in one line that names the knob."""
+        values: dict[str, object] = {}
+        for variable, text in environ.items():
+            if variable.startswith(PREFIX):
+                name = variable.removeprefix(PREFIX).lower()
+                if name not in cls.model_fields:
+                    raise SettingsError(f"{variable} is not a setting; there are {', '.join(cls.variables())}")
+                values[name] = text
+        values.update(flags or {})
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False)[0]
+            name = str(first["loc"][0])
+            raise SettingsError(f"{PREFIX}{name.upper()} ({cls.model_fields[name].description}): {first['msg']}") from None
+
+    @classmethod
+    def variables(cls) -> list[str]:
+        """The names of all variables."""
+        return [PREFIX + name.upper() for name in cls.model_fields]

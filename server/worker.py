@@ -1,0 +1,227 @@
+"""The backend of a local engine process: spawn it, watch it, restart it, and run again what it had not finished.
+
+A sample is a pure function of its spec, so running it again gives the same bytes, and nobody has to know.
+"""
+
+import asyncio
+import dataclasses
+import itertools
+import logging
+import math
+import multiprocessing
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+
+from model import errors as model_errors
+from model.events import ENDS, Stats
+from server.backend import SampleEvent, Served, Spec
+from server.errors import EXIT_CODES, EXIT_ENGINE, EngineFailed, NotReady, SampleLost
+from server.messages import Beat, Cancel, Happened, Ready, Refused, Start, Submit
+
+logger = logging.getLogger(__name__)
+SILENCE_S = 5.0  # an engine that says nothing for so long, or for 20 of its steps, is not ready
+HANG_S = 60.0  # and is replaced after so long, or 100 steps
+LIVES = 3  # a job that has seen so many engines die is given up
+
+
+def _run(pipe: Connection, start: Start) -> None:
+    from server import engine_process  # the API process never imports torch
+
+    engine_process.serve(pipe, start)
+
+
+@dataclass(slots=True, eq=False)
+class _Stream:
+    """A spec that is being run: who reads its events, and which samples have not ended."""
+
+    spec: Spec
+    index: dict[int, int]  # sample id -> index of its seed, for samples that have not ended
+    events: asyncio.Queue[SampleEvent | Exception] = field(default_factory=asyncio.Queue)
+    lives: int = LIVES
+
+
+class LocalBackend:
+    """One engine process. All methods are called from the event loop; one thread reads the pipe."""
+
+    def __init__(self, start: Start, restarts: int, on_failed: Callable[[EngineFailed], None]) -> None:
+        self._start, self._restarts, self._on_failed = start, restarts, on_failed
+        self._context = multiprocessing.get_context("spawn")
+        self._ids = itertools.count()
+        self._streams: dict[int, _Stream] = {}  # by sample id
+        self._served: dict[str, Served] = {}
+        self._pipe: Connection | None = None
+        self._process: multiprocessing.process.BaseProcess | None = None
+        self._supervisor: asyncio.Task[None] | None = None
+        self._trouble: str | None = "the engine is loading"
+        self._past, self._beat = Stats(), Beat(Stats(), 0.0, 0.0)  # counters of engines that are gone; the last sign
+        self._beat_at = time.monotonic()
+        self.rate: float | None = None  # image-steps per second, lately
+
+    @property
+    def served(self) -> dict[str, Served]:
+        """The models that are ready, by name."""
+        return self._served
+
+    @property
+    def trouble(self) -> str | None:
+        """Why no work can be taken right now, or None."""
+        silent_s = time.monotonic() - self._beat_at
+        if self._trouble is None and silent_s > max(SILENCE_S, 20 * self._beat.step_s):
+            return f"the engine has not answered for {silent_s:.0f} s"
+        return self._trouble
+
+    @property
+    def stats(self) -> Stats:
+        """Counters since the start."""
+        past, now = self._past, self._beat.stats
+        sums = (past.steps + now.steps, past.sample_steps + now.sample_steps, past.padded + now.padded)
+        return Stats(now.seated, now.waiting, *sums)
+
+    async def start(self) -> None:
+        """Begin to load."""
+        self._supervisor = asyncio.create_task(self._supervise(), name="engine supervisor")
+
+    async def close(self) -> None:
+        """End the engine process. Streams that are still open end with NotReady."""
+        self._trouble = "the server is shutting down"
+        if self._supervisor is not None:
+            self._supervisor.cancel()
+            await asyncio.gather(self._supervisor, return_exceptions=True)
+        self._fail_streams(NotReady(self._trouble))
+
+    async def run(self, spec: Spec) -> AsyncIterator[SampleEvent]:
+        """The events of these samples until each has ended; `id` is the index of a seed. Closing cancels the rest."""
+        if self.trouble is not None:
+            raise NotReady(self.trouble)
+        stream = _Stream(spec, {next(self._ids): i for i in range(len(spec.seeds))})
+        self._streams.update(dict.fromkeys(stream.index, stream))
+        try:
+            self._send(Submit(tuple(stream.index), spec))
+            ended = 0
+            while ended < len(spec.seeds):
+                event = await stream.events.get()
+                if isinstance(event, Exception):
+                    raise event
+                ended += isinstance(event, ENDS)
+                yield event
+        finally:
+            left = tuple(stream.index)
+            for id in left:
+                del self._streams[id]
+            if left:
+                self._send(Cancel(left))
+
+    def _send(self, message: Submit | Cancel) -> None:
+        if self._pipe is not None:
+            try:
+                self._pipe.send(message)
+            except OSError:
+                logger.warning("the engine's pipe is closed")  # its death is about to be noticed, and all is sent again
+
+    async def _supervise(self) -> None:
+        """One engine after another, until one refuses to start or too many have died."""
+        failures = 0
+        while True:
+            steps_before = self.stats.steps
+            refused = await self._live()
+            if refused is not None:
+                kind = getattr(model_errors, refused.error)
+                return self._fail(EngineFailed(refused.message, EXIT_CODES[kind]))
+            failures = failures + 1 if self.stats.steps == steps_before else 1
+            self._past = dataclasses.replace(self.stats, seated=0, waiting=0)
+            self._beat = Beat(Stats(), 0.0, 0.0)
+            if failures > self._restarts:
+                return self._fail(EngineFailed(f"the engine died {failures} times without a step done", EXIT_ENGINE))
+            self._trouble = "the engine is being restarted"
+            logger.error("engine died", extra={"failures": failures, "samples": len(self._streams)})
+            self._take_lives()
+            await asyncio.sleep(min(5.0, 0.1 * 2 ** (failures - 1)))
+
+    async def _live(self) -> Refused | None:
+        """The life of one engine process, from its spawn to its death."""
+        loop, dead = asyncio.get_running_loop(), asyncio.Event()
+        ours, theirs = self._context.Pipe()
+        process = self._context.Process(target=_run, args=(theirs, self._start), name="ddpm-engine", daemon=True)
+        process.start()
+        theirs.close()
+        self._pipe, self._process, self._beat_at = ours, process, time.monotonic()
+        refusals: list[Refused] = []
+
+        def read() -> None:
+            try:
+                while True:
+                    loop.call_soon_threadsafe(self._receive, ours.recv(), refusals)
+            except (EOFError, OSError):
+                loop.call_soon_threadsafe(dead.set)
+
+        reader = threading.Thread(target=read, name="engine reader")
+        reader.start()
+        try:
+            while not dead.is_set():
+                try:
+                    await asyncio.wait_for(dead.wait(), 1.0)
+                except TimeoutError:
+                    self._watch(process)
+        finally:
+            self._pipe = None
+            process.kill()  # it holds nothing that could be lost
+            await asyncio.to_thread(reader.join)
+            ours.close()
+            await asyncio.to_thread(process.join)
+        return refusals[0] if refusals else None
+
+    def _watch(self, process: "multiprocessing.process.BaseProcess") -> None:
+        """Puts an end to an engine that was ready once and says nothing any more."""
+        if self._trouble is None and time.monotonic() - self._beat_at > max(HANG_S, 100 * self._beat.step_s):
+            logger.error("engine hangs and is killed", extra={"pid": process.pid})
+            process.kill()
+
+    def _receive(self, message: object, refusals: list[Refused]) -> None:
+        match message:
+            case Happened(events):
+                for event in events:
+                    stream = self._streams.get(event.id)  # type: ignore[arg-type]
+                    if stream is None:
+                        continue
+                    id = event.id
+                    event = dataclasses.replace(event, id=stream.index[id])  # type: ignore[index]
+                    if isinstance(event, ENDS):
+                        del stream.index[id], self._streams[id]  # type: ignore[arg-type]
+                    stream.events.put_nowait(event)
+            case Beat(stats, busy_s, _):
+                busy = busy_s - self._beat.busy_s
+                if busy > 0:
+                    self.rate = (stats.sample_steps - self._beat.stats.sample_steps) / busy
+                self._beat, self._beat_at = message, time.monotonic()
+            case Ready(served):
+                self._served, self._trouble, self._beat_at = served, None, time.monotonic()
+                logger.info("engine ready", extra={name: model.numerics for name, model in served.items()})
+                for stream in dict.fromkeys(self._streams.values()):
+                    seeds = tuple(stream.spec.seeds[i] for i in stream.index.values())
+                    self._send(Submit(tuple(stream.index), dataclasses.replace(stream.spec, seeds=seeds)))
+            case Refused():
+                refusals.append(message)
+
+    def _take_lives(self) -> None:
+        """Whoever was on board when an engine died may have been the reason."""
+        for stream in dict.fromkeys(self._streams.values()):
+            stream.lives -= 1
+            if stream.lives == 0:
+                stream.events.put_nowait(SampleLost(f"the engine died {LIVES} times while it made this picture"))
+
+    def _fail(self, failure: EngineFailed) -> None:
+        self._trouble = str(failure)
+        logger.critical("engine failed for good", extra={"reason": str(failure)})
+        self._fail_streams(failure)
+        self._on_failed(failure)
+
+    def _fail_streams(self, error: Exception) -> None:
+        for stream in dict.fromkeys(self._streams.values()):
+            stream.events.put_nowait(error)
+
+    def seconds_for(self, steps: int) -> int:
+        """How long so many image-steps take at the present rate, in whole seconds, at least 1."""
+        return max(1, math.ceil(steps / self.rate)) if self.rate else 1
