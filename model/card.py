@@ -21,6 +21,7 @@ Json: TypeAlias = Mapping[str, Any]
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 MAX_CONFIG_BYTES = 1 << 20
 MAX_T = 10_000
+MIN_ALPHA_BAR = 1e-30  # of the picture's amplitude must be left at T: float32 holds the inverse
 PLAIN, ATTENTION, RESNET = "plain", "attention", "resnet"
 DOWN_BLOCKS = {"DownBlock2D": PLAIN, "AttnDownBlock2D": ATTENTION, "ResnetDownsampleBlock2D": RESNET}
 UP_BLOCKS = {"UpBlock2D": PLAIN, "AttnUpBlock2D": ATTENTION, "ResnetUpsampleBlock2D": RESNET}
@@ -74,11 +75,17 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "mid_block_type": ("UNetMidBlock2D", None),
     "downsample_type": ("conv", "resnet"),
     "upsample_type": ("conv", "resnet"),
-    "downsample_padding": (0, 1),
     "resnet_time_scale_shift": ("default", "scale_shift"),
     "add_attention": (True, False),
     "flip_sin_to_cos": (True, False),
 }
+
+
+def _whole(value: object) -> int | None:
+    """An integer, which some configurations write as 32.0, or None."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 class _Options:
@@ -88,14 +95,15 @@ class _Options:
         self.name, self.values = name, values
 
     def refuse(self, option: str, allowed: str) -> ModelRefused:
-        given = json.dumps(self.values.get(option))[:60]
+        try:
+            given = json.dumps(self.values.get(option))[:60]
+        except RecursionError:
+            given = "a deeply nested value"
         return ModelRefused(f"{self.name}: {option} must be {allowed}, got {given}")
 
     def integer(self, option: str, low: int, high: int, default: int | None) -> int:
-        value = self.values.get(option, default)
-        if isinstance(value, float) and value.is_integer():
-            value = int(value)
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        value = _whole(self.values.get(option, default))
+        if value is None or not low <= value <= high:
             raise self.refuse(option, f"an integer in {low}..{high}")
         return value
 
@@ -137,11 +145,10 @@ def _block_types(options: _Options, option: str, known: Json, default: tuple[str
 
 def _image_size(options: _Options, levels: int) -> tuple[int, int]:
     size = options.values.get("sample_size", options.values.get("image_size"))
-    sides = size if isinstance(size, list | tuple) else [size, size]
+    given = size if isinstance(size, list | tuple) else [size, size]
     step = 2 ** (levels - 1)
-    if len(sides) != 2 or any(
-        isinstance(s, bool) or not isinstance(s, int) or not step <= s <= 4096 or s % step for s in sides
-    ):
+    sides = [side for side in map(_whole, given[:3]) if side is not None and step <= side <= 4096 and side % step == 0]
+    if not len(given) == len(sides) == 2:
         raise options.refuse("sample_size", f"a multiple of {step} in {step}..4096, or [height, width] of such")
     return sides[0], sides[1]
 
@@ -154,8 +161,8 @@ def architecture(config: Json) -> Architecture:
             options.word(option, allowed, None)
     default = Architecture(32, 32)
     channels = []
-    for value in options.items("block_out_channels", default.block_out_channels, 8):
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 8192:
+    for value in map(_whole, options.items("block_out_channels", default.block_out_channels, 8)):
+        if value is None or not 1 <= value <= 8192:
             raise options.refuse("block_out_channels", "integers in 1..8192")
         channels.append(value)
     down = _block_types(options, "down_block_types", DOWN_BLOCKS, default.down_block_types)
@@ -220,11 +227,19 @@ def noise_schedule(config: Json) -> NoiseSchedule:
         betas = options.items("trained_betas", None, MAX_T)
         if any(isinstance(b, bool) or not isinstance(b, int | float) or not 0 < b < 1 for b in betas):
             raise ModelRefused("scheduler_config.json: trained_betas must be numbers between 0 and 1")
-        return NoiseSchedule.of(betas)
+        return _usable(NoiseSchedule.of(betas), "trained_betas")
     T = options.integer("num_train_timesteps" if "num_train_timesteps" in config else "timesteps", 1, MAX_T, 1000)
     name = options.word("beta_schedule", tuple(BY_NAME), "linear")
     low = options.number("beta_start", 1e-12, 0.999, 1e-4)
-    return BY_NAME[name](T, low, options.number("beta_end", low, 0.999, 0.02))
+    return _usable(BY_NAME[name](T, low, options.number("beta_end", low, 0.999, 0.02)), "beta_end")
+
+
+def _usable(schedule: NoiseSchedule, option: str) -> NoiseSchedule:
+    """The schedule, unless its numbers drown in rounding: plans divide by what is left of the picture, and by its noise."""
+    falling = bool((schedule.alpha_bar[1:] < schedule.alpha_bar[:-1]).all())
+    if not falling or schedule.alpha_bar[-1] < MIN_ALPHA_BAR:
+        raise ModelRefused(f"scheduler_config.json: {option} must add noise in every step and leave a trace of the picture")
+    return schedule
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -234,14 +249,25 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
+def require_file(path: Path, hint: str = "") -> None:
+    """Raises ModelRefused unless this is a regular file, or a link to one, as in the hub's cache.
+
+    Opening a pipe would wait for ever, reading a device would never end.
+    """
+    if not path.is_file():
+        there = path.exists() or path.is_symlink()
+        raise ModelRefused(f"{path.name} is not a regular file" if there else f"{path.name} is missing{hint}")
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A configuration file as a dict. Raises ModelRefused if it is missing, too large, or not a JSON object."""
-    if not path.is_file():
-        raise ModelRefused(f"{path.name} is missing")
-    if path.stat().st_size > MAX_CONFIG_BYTES:
-        raise ModelRefused(f"{path.name} is larger than {MAX_CONFIG_BYTES} bytes")
+    require_file(path)
     try:
+        if path.stat().st_size > MAX_CONFIG_BYTES:
+            raise ModelRefused(f"{path.name} is larger than {MAX_CONFIG_BYTES} bytes")
         values = json.loads(path.read_bytes(), object_pairs_hook=_no_duplicates)
+    except OSError as error:
+        raise ModelRefused(f"{path.name} could not be read: {type(error).__name__}") from error
     except (ValueError, RecursionError) as error:
         raise ModelRefused(f"{path.name} is not valid JSON: {type(error).__name__}") from error
     if not isinstance(values, dict):
@@ -272,7 +298,10 @@ class ModelCard:
     def readme(self) -> str:
         """The model's own words, README.md, or nothing."""
         path = self.directory / "README.md"
-        return path.read_text(errors="replace")[:MAX_CONFIG_BYTES] if path.is_file() else ""
+        if not path.is_file() or not path.resolve().is_relative_to(self.directory.resolve()):
+            return ""  # a link could lead to anything on this machine, and this text is shown
+        with path.open("rb") as file:
+            return file.read(MAX_CONFIG_BYTES).decode(errors="replace")
 
 
 def _config_files(directory: Path) -> tuple[Path, Path]:
@@ -292,11 +321,10 @@ def read_card(directory: Path, name: str | None = None) -> ModelCard:
     config, scheduler = read_json(net_file), read_json(schedule_file)
     arch, schedule = architecture(config), noise_schedule(scheduler)
     weights = net_file.parent / WEIGHTS
-    if not weights.is_file():
-        raise ModelRefused(f"{WEIGHTS} is missing" + _found_instead(net_file.parent))
+    require_file(weights, _found_instead(net_file.parent))
 
     index_file = directory / "model_index.json"
-    index = _Options("model_index.json", read_json(index_file) if index_file.is_file() else {})
+    index = _Options("model_index.json", read_json(index_file) if index_file.exists() else {})
     process = _process(_Options("scheduler_config.json", scheduler), index, schedule, arch.learned_variance)
     return ModelCard(name or directory.name, directory, weights, arch, process)
 
@@ -327,4 +355,4 @@ def _process(options: _Options, index: _Options, schedule: NoiseSchedule, learne
 
 def _found_instead(folder: Path) -> str:
     pickles = sorted(p.name for p in folder.iterdir() if p.suffix in {".bin", ".pt", ".ckpt", ".pth", ".pkl"})
-    return f" ({pickles[0]} is a pickle, which is never read; save the model as safetensors)" if pickles else ""
+    return f" ({pickles[0]!r} is a pickle, which is never read; save the model as safetensors)" if pickles else ""

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from model.card import ModelCard
 from model.errors import ModelRefused
+from model.kernels import pack_convolutions
 from model.unet import UNet
 
-MAX_HEADER_BYTES = 4 << 20
+MAX_HEADER_BYTES = 1 << 20
 MAX_PARAMETERS = 4_000_000_000
 FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # safetensors' names, and bytes
 # How attention was spelled before diffusers 0.17.
@@ -43,9 +44,9 @@ class Model:
 
 def modern(key: str) -> str:
     """A tensor's name in today's diffusers, given its name in any version."""
-    *path, layer, kind = key.split(".")
+    *path, layer, kind = ["", *key.split(".")]
     if "attentions" in path and layer in OLD_ATTENTION:
-        return ".".join([*path, OLD_ATTENTION[layer], kind])
+        return ".".join([*path[1:], OLD_ATTENTION[layer], kind])
     return key
 
 
@@ -146,4 +147,8 @@ def load_model(card: ModelCard, device: torch.device, dtype: torch.dtype) -> Mod
     net = net.eval().requires_grad_(False).to(device)
     with torch.inference_mode():
         table = net.embed(torch.arange(card.process.schedule.T, device=device)).to(dtype)  # [T, sum of shares]
-    return Model(card, net.to(dtype=dtype, memory_format=torch.channels_last), table)
+        net = net.to(dtype=dtype, memory_format=torch.channels_last)
+        if device.type == "cpu":
+            x = torch.zeros(1, *card.architecture.shape, dtype=dtype).to(memory_format=torch.channels_last)
+            pack_convolutions(net, x, table[:1])
+    return Model(card, net, table)

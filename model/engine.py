@@ -176,7 +176,7 @@ class Engine:
             x, x0, finite, *floats = pending.snapshot.arrays()
             for row, (sample, step) in enumerate(zip(pending.samples, pending.steps, strict=True)):
                 request = sample.request
-                if request.id not in self._samples:
+                if self._samples.get(request.id) is not sample:
                     continue  # cancelled since
                 if step in request.frames:
                     shown_x = x[row].copy() if request.shows_x else None

@@ -1,24 +1,78 @@
-"""The operations the U-Net is made of, each with its meaning in plain torch."""
+"""The operations the U-Net is made of, each beside its meaning in plain torch.
+
+Two things make them differ from `torch.nn` on a CPU, both only in inference: convolutions keep their weights in the
+layout oneDNN computes in, instead of reordering them at every call; and no reduction is shared between the pictures of
+a batch, so that a picture's bits do not depend on its company.
+"""
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+SHARED_REDUCTION = 1024  # from so many pixels on, torch's channels-last GroupNorm splits its sums over batch and threads
+SMALL_PRODUCT = 16**3  # up to so many multiplications torch leaves a bfloat16 matrix product to another kernel
+
 
 class Conv(nn.Conv2d):
     """A convolution that can add a tensor to its result. [B, C, H, W] -> [B, out, H', W']"""
 
+    packed: Tensor | None = None  # the weight in oneDNN's own layout
+
     def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
-        out = super().forward(x)
-        return out if add is None else out + add
+        if self.packed is None:
+            out = super().forward(x)
+            return out if add is None else out + add
+        shape = (self.bias, self.padding, self.stride, self.dilation, self.groups)
+        if add is None:
+            return torch.ops.mkldnn._convolution_pointwise(x, self.packed, *shape, "none", [], "")
+        fused = torch.ops.mkldnn._convolution_pointwise.binary
+        return fused(x, add, self.packed, *shape, "add", 1.0, None, [], None)
+
+    def pack(self, input_shape: list[int]) -> None:
+        """Keeps the weight as oneDNN wants it for inputs of this shape; other shapes stay right, if slower."""
+        self.packed = torch.ops.mkldnn._reorder_convolution_weight(
+            self.weight, list(self.padding), list(self.stride), list(self.dilation), self.groups, input_shape
+        )
+
+
+def pack_convolutions(net: nn.Module, *inputs: Tensor) -> None:
+    """Packs every convolution of a net on the CPU for the shapes that it meets with these inputs."""
+    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_convolution_weight")):
+        return
+    shapes: dict[Conv, list[int]] = {}
+
+    def note(conv: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        assert isinstance(conv, Conv)
+        shapes[conv] = list(arguments[0].shape)
+
+    hooks = [module.register_forward_pre_hook(note) for module in net.modules() if isinstance(module, Conv)]
+    net(*inputs)
+    for hook in hooks:
+        hook.remove()
+    for conv, shape in shapes.items():
+        conv.pack(shape)
 
 
 class GroupNorm(nn.GroupNorm):
     """Group normalisation, perhaps followed by SiLU. [B, C, H, W] -> [B, C, H, W]"""
 
     def forward(self, x: Tensor, silu: bool = False) -> Tensor:
-        out = super().forward(x)
-        return F.silu(out) if silu else out
+        alone = x.device.type == "cpu" and len(x) > 1 and x[0, 0].numel() >= SHARED_REDUCTION
+        if not alone or torch.is_grad_enabled():
+            out = super().forward(x)
+            return F.silu(out) if silu else out
+        out = torch.empty_like(x)
+        for one, result in zip(x.split(1), out.split(1), strict=True):
+            normed = super().forward(one)
+            torch.ops.aten.silu.out(normed, out=result) if silu else result.copy_(normed)
+        return out
+
+
+def linear(layer: nn.Module, x: Tensor) -> Tensor:
+    """A dense layer, picture by picture where a batch of one would meet another kernel. [B, L, C] -> [B, L, out]"""
+    assert isinstance(layer, nn.Linear)
+    alone = x.device.type == "cpu" and len(x) > 1 and x[0].numel() * layer.out_features <= SMALL_PRODUCT
+    return torch.cat([layer(one) for one in x.split(1)]) if alone else layer(x)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -65,12 +65,13 @@ def timesteps(T: int, steps: int, spacing: Spacing) -> IntArray:
 
     leading: multiples of T // steps above 1, so the top of the chain may stay unvisited. linspace: evenly from T to 1.
     trailing: evenly from T, the last one T / steps above 0 (Lin et al. 2023, table 2; diffusers counts from 0).
+    Halves are rounded the way diffusers' own arithmetic happens to: at 27 and 48 steps another formula differs by one.
     """
     if spacing == "leading":
         return 1 + (T // steps) * np.arange(steps, dtype=np.int64)[::-1]
     if spacing == "trailing":
-        return np.round(T - np.arange(steps) * (T / steps)).astype(np.int64)
-    return 1 + np.round(np.linspace(T - 1, 0, steps)).astype(np.int64)
+        return np.round(np.arange(T, 0, -T / steps)[:steps]).astype(np.int64)
+    return 1 + np.round(np.linspace(0, T - 1, steps) if steps > 1 else np.array([T - 1])).astype(np.int64)[::-1]
 
 
 class Walk:

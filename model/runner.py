@@ -44,15 +44,15 @@ class Runner:
         self.model, self.device = model, model.table.device
         schedule = model.card.process.schedule
         self.slots = Slots(slots, model.card.architecture.shape, schedule.T, self.device)
-        self.buckets = sorted(buckets) or usual_buckets(slots)
+        self.buckets = sorted({*buckets, slots}) if buckets else usual_buckets(slots)
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         with torch.inference_mode():
             if self.device.type == "cuda":
                 self._capture()
             self.exact_buckets = self._find_exact() if exact else list(self.buckets)
         self.exact = exact and slots in self.exact_buckets
-        if not self.exact_buckets:
-            self.exact_buckets = [slots]
+        if slots not in self.exact_buckets:
+            self.exact_buckets.append(slots)  # a full batch needs a bucket, even one that promises nothing
 
     def bucket_for(self, count: int) -> int:
         """The smallest admitted batch size that holds `count` samples."""
@@ -104,7 +104,8 @@ class Runner:
 
         expected, exact = results(torch.arange(slots.capacity, device=self.device)), []
         for bucket in self.buckets:
-            draws = [torch.randperm(slots.capacity, generator=generator)[:bucket].to(self.device) for _ in range(3)]
+            drawn = (torch.randint(slots.capacity, (bucket,), generator=generator) for _ in range(3))
+            draws = [chosen.to(self.device) for chosen in drawn]  # with repetition: other company even in a full batch
             if all(torch.equal(results(chosen), expected[chosen]) for chosen in draws):
                 exact.append(bucket)
         for slot in range(slots.capacity):

@@ -4,11 +4,13 @@
 
 The directory holds the configurations; this fills in the weights (their moving average, which is what one serves) and
 `training.jsonl`. Stopped at any point, the same command goes on from the last checkpoint, `training.safetensors`.
+Under `torchrun --nproc-per-node N -m model.train ...` the batch is shared by N processes, one per GPU or CPU core.
 """
 
 import argparse
 import json
 import math
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +19,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, distributed
 
 from model.card import WEIGHTS, Architecture, architecture, noise_schedule, read_json
 from model.data import held_out, load_images
@@ -58,6 +60,9 @@ class Trainer:
         self.alpha_bar = torch.tensor(schedule.alpha_bar, dtype=torch.float32, device=device)  # [T + 1]
         self.beta_bar = torch.tensor(schedule.beta_bar, dtype=torch.float32, device=device)  # [T + 1]
         self.T, self.seen, self.step = schedule.T, 0, 0
+        self.rank, self.world = (
+            (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
+        )
         torch.manual_seed(0)
         self.net = UNet(arch).to(device, memory_format=torch.channels_last)
         for layer in self._starting_at_zero():
@@ -78,13 +83,20 @@ class Trainer:
         return (eps - out.float()).square().mean(dim=(1, 2, 3))
 
     def update(self, x0: Tensor) -> float:
-        """One step of the loop on a batch of clean pictures in [-1, 1]. Returns its mean loss."""
-        batch = len(x0)
+        """One step of the loop on a batch of clean pictures in [-1, 1]. Returns the mean loss of this process's share."""
+        batch, share = len(x0), slice(self.rank, None, self.world)
         # One t from each of `batch` equal ranges: uniform, with less variance (Kingma et al. 2021, appendix I.1).
         t = ((torch.arange(batch) + torch.rand(1)) / batch % 1 * self.T).long()[torch.randperm(batch)] + 1
-        loss = self.loss(x0, t.to(self.device), torch.randn(x0.shape).to(self.device)).mean()
+        eps = torch.randn(x0.shape)
+        loss = self.loss(*(part[share].to(self.device) for part in (x0, t, eps))).mean()
         self.optimizer.zero_grad()
         loss.backward()
+        if self.world > 1:
+            gradients = [p.grad for p in self.net.parameters() if p.grad is not None]
+            flat = torch.cat([g.flatten() for g in gradients])
+            distributed.all_reduce(flat)
+            for g, total in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+                g.copy_(total.view(g.shape) / self.world)  # in place: the layout must stay the parameter's
         torch.nn.utils.clip_grad_norm_(self.net.parameters(), self.recipe.max_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.rate_at(self.seen)
@@ -152,8 +164,10 @@ def train(source: Path, directory: Path, recipe: Recipe, device: str) -> None:
         torch.manual_seed(trainer.step + 1)  # a resumed run sees the same pictures and noise as one in one piece
         drawn = np.random.default_rng(trainer.step).integers(len(train_on), size=recipe.batch)
         chosen = pictures[train_on[torch.from_numpy(drawn)]]
-        since_log.append(trainer.update(chosen.to(device).float() / 127.5 - 1))
+        since_log.append(trainer.update(chosen.float() / 127.5 - 1))
         ended = trainer.seen >= recipe.images
+        if trainer.rank:
+            continue
         if trainer.step % (recipe.log_every // recipe.batch) == 0 or ended:
             rate = (trainer.seen - first) / (time.monotonic() - started)
             line = {
@@ -184,6 +198,10 @@ def main() -> None:
     parser.add_argument("--float32", action="store_true", help="no bfloat16 autocast")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
     args = parser.parse_args()
+    if "RANK" in os.environ:
+        distributed.init_process_group()
+        if args.device == "cuda":
+            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
     recipe = Recipe(args.images, args.batch, args.rate, autocast=not args.float32)
     train(args.source, args.directory, recipe, args.device)
 

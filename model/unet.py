@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model.card import ATTENTION, DOWN_BLOCKS, RESNET, UP_BLOCKS, Architecture
-from model.kernels import Conv, GroupNorm, attention, upsample
+from model.kernels import Conv, GroupNorm, attention, linear, upsample
 
 
 def sinusoid(timesteps: Tensor, dim: int, flip_sin_to_cos: bool, freq_shift: float) -> Tensor:
@@ -84,9 +84,10 @@ class Attention(nn.Module):
         B, C, H, W = x.shape
         h = x if self.group_norm is None else self.group_norm(x)
         h = h.permute(0, 2, 3, 1).reshape(B, H * W, C)
-        q, k, v = (to(h).view(B, H * W, self.heads, -1).transpose(1, 2) for to in (self.to_q, self.to_k, self.to_v))
+        qkv = (linear(to, h) for to in (self.to_q, self.to_k, self.to_v))
+        q, k, v = (projected.view(B, H * W, self.heads, -1).transpose(1, 2) for projected in qkv)
         h = attention(q, k, v).transpose(1, 2).reshape(B, H * W, C)  # [B, HW, C]
-        h = self.to_out[0](h).view(B, H, W, C).permute(0, 3, 1, 2)
+        h = linear(self.to_out[0], h).view(B, H, W, C).permute(0, 3, 1, 2)
         out = x + h
         return out if self.scale == 1 else out / self.scale
 

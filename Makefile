@@ -1,0 +1,60 @@
+# make serve | test | check | bench | gpu : see README.md. Everything is installed into .venv, nowhere else.
+PYTHON ?= python3
+HOST   ?= 127.0.0.1
+PORT   ?= 8000
+BIN    := .venv/bin
+PIP    := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: serve test check format bench gpu gpu-wheels gpu-compile clean
+
+serve: .venv/serve.stamp
+	$(BIN)/ddpm serve --host $(HOST) --port $(PORT)
+
+test: .venv/test.stamp
+	$(BIN)/python -m pytest
+
+check: .venv/test.stamp
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: .venv/test.stamp
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: .venv/test.stamp
+	$(BIN)/python -m benchmarks
+
+.venv/serve.stamp: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed, as PYTHON=...")'
+	$(PYTHON) -m venv .venv
+	$(PIP) --editable .
+	touch $@
+
+.venv/test.stamp: .venv/serve.stamp
+	$(PIP) --editable '.[test]'
+	touch $@
+
+# What only a GPU can show, with the Python that is there (torch 2.11 or later) and no network. `make gpu-wheels`,
+# where there is a network, first puts what that Python may lack into .gpu/, to be taken along.
+GPU_PYTHON = PYTHONPATH=.gpu/site:. $(PYTHON)
+
+gpu: .gpu/site
+	$(GPU_PYTHON) -m pytest -m gpu -p no:cacheprovider
+	$(GPU_PYTHON) -m benchmarks --gpu
+
+gpu-compile: .gpu/site
+	$(GPU_PYTHON) -m benchmarks --gpu --compiled
+
+.gpu/site:
+	mkdir -p $@
+	for wheel in .gpu/*.whl; do [ ! -e "$$wheel" ] || $(PYTHON) -m zipfile -e "$$wheel" $@; done
+
+gpu-wheels: .venv/test.stamp
+	rm -rf .gpu && mkdir .gpu
+	$(BIN)/pip download --quiet --no-deps --only-binary :all: --python-version 3.12 --dest .gpu \
+		--requirement benchmarks/gpu-requirements.txt --constraint constraints.txt
+	du -sh .gpu
+
+clean:
+	rm -rf .venv .gpu build *.egg-info .pytest_cache .mypy_cache .ruff_cache

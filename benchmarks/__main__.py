@@ -1,0 +1,35 @@
+"""`make bench`: prints a table as it goes and writes JSON lines. `make gpu`: the same on a GPU."""
+
+import argparse
+import os
+from pathlib import Path
+
+import torch
+
+from benchmarks import engine, http
+from benchmarks.measure import machine
+
+DIGITS = Path(__file__).parent.parent / "weights" / "digits"
+
+
+def main() -> None:
+    """Runs every benchmark of this machine."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--gpu", action="store_true", help="on the first GPU (default: on the CPU)")
+    parser.add_argument("--out", type=Path, default=Path("build/benchmarks.jsonl"), help="(default: %(default)s)")
+    args = parser.parse_args()
+    device = torch.device("cuda" if args.gpu else "cpu")
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    with args.out.open("w") as out:
+        print(machine(), file=out)
+        print(machine())
+        for benchmark in (engine, http):
+            for measure in benchmark.measures(device, DIGITS):
+                low, high = measure.spread or (measure.value, measure.value)
+                print(f"{measure.name:60} {measure.value:10.3f} {measure.unit:18} ({low:.3f} .. {high:.3f})", flush=True)
+                print(measure.line(), file=out, flush=True)
+
+
+if __name__ == "__main__":
+    main()

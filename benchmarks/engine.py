@@ -1,0 +1,90 @@
+"""Our engine beside diffusers' pipeline as its users run it (float32, eager), same weights, same device, in turns."""
+
+import json
+import statistics
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+from benchmarks.measure import Measure, interleaved, median_ratio
+from model.card import read_card
+from model.checkpoint import load_model
+from model.engine import Engine
+from model.events import Request
+from model.plan import plan, resolve
+from model.runner import Runner
+
+CIFAR10 = {
+    "sample_size": 32,
+    "block_out_channels": (128, 256, 256, 256),
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+    "layers_per_block": 2,
+    "attention_head_dim": None,
+    "downsample_padding": 0,
+    "flip_sin_to_cos": False,
+    "freq_shift": 1,
+    "norm_eps": 1e-6,
+}
+
+
+def cifar10(directory: Path) -> Path:
+    """A model directory with google/ddpm-cifar10-32's configuration and random weights."""
+    torch.manual_seed(0)
+    UNet2DModel(**CIFAR10).save_pretrained(directory)
+    scheduler = {"_class_name": "DDPMScheduler", "num_train_timesteps": 1000, "variance_type": "fixed_large"}
+    (directory / "scheduler_config.json").write_text(json.dumps(scheduler))
+    return directory
+
+
+def our_engine(directory: Path, device: torch.device, slots: int) -> Engine:
+    """The engine as the server builds it: bfloat16 in the net, exact buckets only."""
+    return Engine(Runner(load_model(read_card(directory), device, torch.bfloat16), slots))
+
+
+def run_engine(engine: Engine, batch: int, steps: int) -> None:
+    """Makes `batch` pictures of `steps` steps of ddpm."""
+    process = engine.runner.model.card.process
+    table = plan(process, resolve(process, "ddpm", steps))
+    for i in range(batch):
+        engine.submit(Request(i, i, table))
+    while engine.busy:
+        engine.step()
+
+
+def their_pipeline(directory: Path, device: torch.device) -> DDPMPipeline:
+    """diffusers' pipeline on the same weights."""
+    net = UNet2DModel.from_pretrained(directory)
+    pipeline = DDPMPipeline(net, DDPMScheduler.from_pretrained(directory)).to(device)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def compare(name: str, directory: Path, device: torch.device, batch: int, steps: int, rounds: int) -> Iterator[Measure]:
+    """Milliseconds per image-step of both, and how many times faster we are."""
+    engine, pipeline = our_engine(directory, device, batch), their_pipeline(directory, device)
+
+    def theirs() -> None:
+        with warnings.catch_warnings(action="ignore"):
+            pipeline(batch_size=batch, num_inference_steps=steps, generator=torch.manual_seed(0), output_type="np")
+
+    seconds = interleaved({"ours": lambda: run_engine(engine, batch, steps), "diffusers": theirs}, rounds)
+    for contender, taken in seconds.items():
+        each = [1000 * s / (batch * steps) for s in taken]
+        yield Measure(f"{name} batch {batch}: {contender}", statistics.median(each), "ms/image-step", (min(each), max(each)))
+    ratio, spread = median_ratio(seconds["diffusers"], seconds["ours"])
+    yield Measure(f"{name} batch {batch}: ours against diffusers", ratio, "times faster", spread)
+
+
+def measures(device: torch.device, digits: Path) -> Iterator[Measure]:
+    """Everything this file measures."""
+    with tempfile.TemporaryDirectory() as folder:
+        random = cifar10(Path(folder))
+        yield from compare("CIFAR-10 configuration", random, device, 1, 20, 5)
+        yield from compare("CIFAR-10 configuration", random, device, 8, 5, 5)
+    yield from compare("digits, 100 steps", digits, device, 1, 100, 7)
+    yield from compare("digits, 100 steps", digits, device, 8, 100, 3)

@@ -1,0 +1,75 @@
+"""The server over loopback beside the bare engine loop in this process: what HTTP, processes and PNGs cost."""
+
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from benchmarks.engine import our_engine, run_engine
+from benchmarks.measure import Measure, interleaved, median_ratio
+
+CLIENTS, PICTURES, STEPS = 4, 4, 100
+
+
+@contextmanager
+def a_server(weights: Path, slots: int) -> Iterator[str]:
+    """A server of its own, ready. Yields its address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environ = os.environ | {"DDPM_WEIGHTS": str(weights), "DDPM_SLOTS": str(slots), "DDPM_LOG_LEVEL": "warning"}
+    process = subprocess.Popen([sys.executable, "-m", "server", "serve", "--port", str(port)], env=environ)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(600):
+            try:
+                with urllib.request.urlopen(f"{url}/readyz") as answer:
+                    if answer.status == 200:
+                        break
+            except OSError:
+                time.sleep(0.1)
+        yield url
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def post(url: str, seed: int) -> None:
+    """One request for several pictures."""
+    body = json.dumps({"seed": seed, "steps": STEPS, "n": PICTURES}).encode()
+    request = urllib.request.Request(f"{url}/generate", body, {"content-type": "application/json"})
+    with urllib.request.urlopen(request) as answer:
+        answer.read()
+
+
+def measures(device: torch.device, digits: Path) -> Iterator[Measure]:
+    """Everything this file measures."""
+    slots, seeds = CLIENTS * PICTURES, iter(range(0, 1 << 40, PICTURES))
+    engine = our_engine(digits, device, slots)
+    with a_server(digits, slots) as url:
+
+        def serve() -> None:
+            clients = [threading.Thread(target=post, args=(url, next(seeds))) for _ in range(CLIENTS)]
+            for client in clients:
+                client.start()
+            for client in clients:
+                client.join()
+
+        rounds = {"server": serve, "engine": lambda: run_engine(engine, slots, STEPS)}
+        seconds = interleaved(rounds, 7)
+    work = slots * STEPS
+    for contender, taken in seconds.items():
+        rates = [work / s for s in taken]
+        yield Measure(f"digits, {slots} at once: {contender}", statistics.median(rates), "image-steps/s", (min(rates), max(rates)))
+    ratio, spread = median_ratio(seconds["engine"], seconds["server"])
+    yield Measure(f"digits, {slots} at once: server against engine loop", ratio, "of its throughput", spread)

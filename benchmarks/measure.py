@@ -1,0 +1,61 @@
+"""How all benchmarks measure and report: interleaved rounds, medians, ratios within one run, one JSON line a measure."""
+
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """One number with its name; ratios say against what."""
+
+    name: str
+    value: float
+    unit: str
+    spread: tuple[float, float] | None = None  # least and greatest of the rounds
+
+    def line(self) -> str:
+        """As one JSON line."""
+        fields = {"name": self.name, "value": round(self.value, 4), "unit": self.unit}
+        return json.dumps(fields | ({"spread": [round(s, 4) for s in self.spread]} if self.spread else {}))
+
+
+def machine() -> str:
+    """Where and with what this ran, as one JSON line."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    with open("/proc/cpuinfo") as file:
+        names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+    described = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    facts = {
+        "cpu": f"{names[0] if names else platform.machine()}, {torch.get_num_threads()} threads",
+        "gpu": gpu,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "commit": described.stdout.strip() or None,
+    }
+    return json.dumps({"machine": facts})
+
+
+def interleaved(contenders: Mapping[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each contender in each round. They take turns, so that a noisy machine is noisy for all."""
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for run in contenders.values():
+        run()
+    for _ in range(rounds):
+        for name, run in contenders.items():
+            began = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
+def median_ratio(slow: list[float], fast: list[float]) -> tuple[float, tuple[float, float]]:
+    """How many times faster, round by round: the median, and the least and greatest."""
+    ratios = [a / b for a, b in zip(slow, fast, strict=True)]
+    return statistics.median(ratios), (min(ratios), max(ratios))

@@ -1,0 +1,209 @@
+"""How good are the pictures? A judge of real digits looks at a thousand made ones; one JSON line per measure.
+
+    python -m benchmarks.quality digits.npz weights/digits --sheet samples.png --curve curve.svg
+
+The pictures are those of seeds 0, 1, 2, ...; the judge (`benchmarks.classifier`) is first shown the held-out real
+digits, so that what it says of the made ones can be read against what it says of real ones.
+"""
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from benchmarks.classifier import SHAPE, FloatArray, judge, load_digits, load_or_train
+from model.card import ModelCard, read_card
+from model.checkpoint import load_model
+from model.data import Uint8Array
+from model.engine import Engine
+from model.events import Finished, Request
+from model.plan import Sampling, plan, resolve
+from model.runner import Runner
+
+CONFIDENT = 0.9  # a picture is readable if the judge is so sure of one digit
+ACCURACY, READABLE, SHARE = 0.98, 0.80, 0.04  # what is asked of the judge, of the pictures, of each digit among them
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+COLOURS = ("#440154", "#3b528b", "#21918c", "#4daf4a", "#d98c00")  # one per level of noise, dark to light
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Pictures made in one go, and how it went."""
+
+    pictures: Uint8Array  # [N, H, W, C]
+    wall_s: float
+    exact: bool
+
+
+def make(card: ModelCard, choice: Sampling, count: int, dtype: torch.dtype, slots: int) -> Batch:
+    """The pictures of seeds 0..count-1, through the engine. Tells its progress on stderr."""
+    runner = Runner(load_model(card, torch.device("cpu"), dtype), slots)
+    engine, table, pictures = Engine(runner), plan(card.process, choice), dict[int, Uint8Array]()
+    for seed in range(count):
+        engine.submit(Request(seed, seed, table))
+    started = told = time.monotonic()
+    while engine.busy:
+        for event in engine.step():
+            if not isinstance(event, Finished):
+                raise RuntimeError(f"no picture: {event}")
+            assert isinstance(event.id, int)
+            pictures[event.id] = event.picture
+        if pictures and time.monotonic() - told > 10:
+            told = time.monotonic()
+            left_s = (told - started) * (count - len(pictures)) / len(pictures)
+            print(f"pictures: {len(pictures)} of {count}, {left_s / 60:.1f} min left", file=sys.stderr)
+    wall_s = time.monotonic() - started
+    return Batch(np.stack([pictures[seed] for seed in range(count)]), wall_s, runner.exact)
+
+
+def of_real(probabilities: FloatArray, labels: FloatArray) -> list[dict[str, Any]]:
+    """What the judge makes of digits whose label is known. probabilities: [N, 10], labels: [N]"""
+    right = float((probabilities.argmax(1) == labels).mean())
+    sure = float((probabilities.max(1) >= CONFIDENT).mean())
+    return [
+        {"measure": "real_accuracy", "value": round(right, 4), "at_least": ACCURACY, "of": len(labels)},
+        {"measure": "real_confident", "value": round(sure, 4), "confidence": CONFIDENT, "of": len(labels)},
+    ]
+
+
+def of_made(probabilities: FloatArray) -> list[dict[str, Any]]:
+    """What the judge makes of made pictures. Each counts for the digit it looks most like. probabilities: [N, 10]"""
+    count = len(probabilities)
+    sure = float((probabilities.max(1) >= CONFIDENT).mean())
+    shares = np.bincount(probabilities.argmax(1), minlength=10) / count
+    smallest = round(float(shares.min()), 4)
+    return [
+        {"measure": "made_confident", "value": round(sure, 4), "at_least": READABLE, "of": count},
+        {"measure": "made_smallest_class", "value": smallest, "at_least": SHARE, "of": count},
+        {"measure": "made_classes", "value": [round(float(share), 4) for share in shares], "of": count},
+    ]
+
+
+def sheet(pictures: Uint8Array, across: int = 8, scale: int = 2) -> Image.Image:
+    """The first across² pictures, row by row, each pixel `scale` wide. pictures: [N, H, W, 1]"""
+    count, height, width, _ = pictures.shape
+    grid = np.zeros((across * across, height, width), np.uint8)
+    grid[:count] = pictures[: len(grid), :, :, 0]
+    whole = grid.reshape(across, across, height, width).swapaxes(1, 2).reshape(across * height, across * width)
+    return Image.fromarray(whole.repeat(scale, 0).repeat(scale, 1))
+
+
+def curve(log: list[dict[str, Any]]) -> str:
+    """The held-out loss against pictures seen, a line per level of noise, as SVG. log: lines of training.jsonl"""
+    left, top, wide, high = 70, 40, 520, 330
+    levels = list(log[0]["held_out"])
+    losses = np.array([[line["held_out"][level] for level in levels] for line in log])  # [lines, levels]
+    seen = np.array([line["images"] for line in log])  # [lines]
+    low, up = np.floor(np.log10(losses.min())), np.ceil(np.log10(losses.max()))
+    xs = left + wide * seen / seen.max()
+    ys = top + high * (up - np.log10(losses)) / (up - low)
+    parts = [
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 430">',
+        '<rect width="720" height="430" fill="#fff"/><g font-family="sans-serif" font-size="13" fill="#333">',
+        f'<text x="{left}" y="24" font-size="15">Held-out loss of the moving average while training</text>',
+        f'<text x="{left + wide / 2}" y="420" text-anchor="middle">training pictures seen</text>',
+        f'<text transform="translate(18 {top + high / 2}) rotate(-90)" text-anchor="middle">mean squared error</text>',
+        f'<text x="{left + wide + 18}" y="{top + 5}">t / T</text>',
+    ]
+    for exponent in range(int(low), int(up) + 1):
+        y = top + high * (up - exponent) / (up - low)
+        parts.append(f'<path d="M{left} {y:.1f}h{wide}" stroke="#ddd"/>')
+        parts.append(f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{10.0**exponent:g}</text>')
+    for quarter in range(5):
+        x, tick = left + wide * quarter / 4, f"{seen.max() * quarter / 4:,.0f}"
+        parts.append(f'<path d="M{x:.1f} {top + high}v5" stroke="#888"/>')
+        parts.append(f'<text x="{x:.1f}" y="{top + high + 20}" text-anchor="middle">{tick}</text>')
+    for column, (level, colour) in enumerate(zip(levels, COLOURS, strict=True)):
+        points = " ".join(f"{x:.1f},{y:.1f}" for x, y in zip(xs, ys[:, column], strict=True))
+        y = top + 26 + 20 * column
+        parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        parts.append(f'<path d="M{left + wide + 18} {y - 4}h22" stroke="{colour}" stroke-width="3"/>')
+        parts.append(f'<text x="{left + wide + 48}" y="{y}">{int(level) / 1000:g}</text>')
+    return "\n".join([*parts, "</g></svg>"]) + "\n"
+
+
+def cpu_info(field: str) -> str:
+    """What Linux says of the first processor: its "model name", its "flags"; elsewhere nothing."""
+    source = Path("/proc/cpuinfo")
+    lines = source.read_text().splitlines() if source.is_file() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(field)), "")
+
+
+def usual_dtype() -> str:
+    """bfloat16 where the processor computes in it, else float32."""
+    return "bfloat16" if {"avx512_bf16", "amx_bf16", "bf16"} & set(cpu_info("flags").split()) else "float32"
+
+
+def commit() -> str | None:
+    """The commit these files are at, "-dirty" behind it if they were changed since; None outside git."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    told = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    return told.stdout.strip() or None
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("digits", type=Path, help="the labelled .npz that `python -m model.data` makes")
+    parser.add_argument("directory", type=Path, help="the model directory to measure")
+    parser.add_argument("--pictures", type=int, default=1000, help="how many to make (%(default)s)")
+    parser.add_argument("--steps", type=int, default=100, help="steps for each (%(default)s)")
+    parser.add_argument("--sampler", default="ddim", help="(%(default)s)")
+    parser.add_argument("--dtype", choices=DTYPES, default=usual_dtype(), help="what the net computes in (%(default)s)")
+    parser.add_argument("--slots", type=int, default=8, help="pictures denoised at once (%(default)s)")
+    parser.add_argument("--classifier", type=Path, help="keep the judge in this file, and take it from there")
+    parser.add_argument("--sheet", type=Path, help="a PNG to write: the first 64 pictures")
+    parser.add_argument("--curve", type=Path, help="an SVG to write: the held-out loss in the model's training.jsonl")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments()
+    card = read_card(args.directory)
+    if card.architecture.shape != SHAPE:
+        raise SystemExit(f"the judge reads {list(SHAPE)}, but {card.name} makes {list(card.architecture.shape)}")
+    if args.pictures < 1 or args.slots < 1:
+        raise SystemExit("--pictures and --slots must be at least 1")
+    choice = resolve(card.process, args.sampler, args.steps)
+    if args.curve:
+        log = (args.directory / "training.jsonl").read_text().splitlines()
+        args.curve.write_text(curve([json.loads(line) for line in log]))
+
+    train, test = load_digits(args.digits)
+    net = load_or_train(args.classifier, train)
+    for line in of_real(judge(net, test.pictures), test.labels.numpy()):
+        print(json.dumps(line), flush=True)
+
+    made = make(card, choice, args.pictures, DTYPES[args.dtype], args.slots)
+    if args.sheet:
+        sheet(made.pictures).save(args.sheet, optimize=True)
+    asked = {"sampler": choice.sampler, "steps": choice.steps}
+    for line in of_made(judge(net, made.pictures.transpose(0, 3, 1, 2))):
+        print(json.dumps(line | asked), flush=True)
+    run = {
+        "measure": "run",
+        "value": round(made.wall_s, 1),
+        "unit": "s",
+        "of": args.pictures,
+        "dtype": args.dtype,
+        "slots": args.slots,
+        "exact": made.exact,
+        "threads": torch.get_num_threads(),
+        "cpu": cpu_info("model name") or platform.processor(),
+        "torch": torch.__version__,
+        "model": card.digest,
+        "commit": commit(),
+    }
+    print(json.dumps(run | asked), flush=True)
+
+
+if __name__ == "__main__":
+    main()

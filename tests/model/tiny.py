@@ -1,0 +1,105 @@
+"""The smallest worlds the engine runs in: a net of a few thousand weights, a net that is one multiplication, requests."""
+
+from collections.abc import Callable, Hashable, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from model.card import Architecture, ModelCard
+from model.checkpoint import Model
+from model.engine import Engine
+from model.events import Cancelled, Event, Failed, Finished, Request
+from model.plan import Plan, plan, resolve
+from model.runner import Runner
+from model.schedule import Process, linear
+from model.unet import UNet
+
+T = 30
+PROCESS = Process(linear(T, 1e-3, 0.3), default_steps=T)
+ARCHITECTURE = Architecture(
+    height=8,
+    width=8,
+    in_channels=1,
+    out_channels=1,
+    block_out_channels=(8, 16),
+    down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+    up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    layers_per_block=1,
+    norm_num_groups=4,
+)
+CPU = torch.device("cpu")
+
+
+def card(architecture: Architecture = ARCHITECTURE, process: Process = PROCESS) -> ModelCard:
+    """A card with no directory behind it."""
+    return ModelCard("tiny", Path("tiny"), Path("tiny"), architecture, process)
+
+
+def tiny_model(dtype: torch.dtype = torch.float32, device: torch.device = CPU) -> Model:
+    """A real U-Net with random weights, the same ones every time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = UNet(ARCHITECTURE).eval().requires_grad_(False)
+    net = net.to(device)
+    with torch.inference_mode():
+        table = net.embed(torch.arange(T, device=device)).to(dtype)
+    return Model(card(), net.to(dtype=dtype, memory_format=torch.channels_last), table)
+
+
+class FunctionNet(nn.Module):
+    """A function of (x, k) that passes for a net: row k of its embedding table is k itself."""
+
+    def __init__(self, function: Callable[[Tensor, Tensor], Tensor], architecture: Architecture) -> None:
+        super().__init__()
+        self.function, self.arch = function, architecture
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        return self.function(x, embedding[:, 0])
+
+
+def halve(x: Tensor, k: Tensor) -> Tensor:
+    """Half of the picture is noise, and a little more of it at higher levels."""
+    return x * (0.5 + 0.01 * k[:, None, None, None])
+
+
+def function_model(function: Callable[[Tensor, Tensor], Tensor] = halve) -> Model:
+    """A model whose net is this function of (x [b, C, H, W], k [b]); steps take microseconds."""
+    table = torch.arange(T, dtype=torch.float32)[:, None]
+    return Model(card(), cast(UNet, FunctionNet(function, ARCHITECTURE)), table)
+
+
+def quick_engine(slots: int = 3, function: Callable[[Tensor, Tensor], Tensor] = halve) -> Engine:
+    """An engine of so many slots around a function of (x, k)."""
+    return Engine(Runner(function_model(function), slots))
+
+
+def a_plan(steps: int = 4, sampler: str = "ddpm", **choices: Any) -> Plan:
+    """A plan for the tiny process."""
+    return plan(PROCESS, resolve(PROCESS, sampler, steps, **choices))
+
+
+def a_request(id: Hashable, steps: int = 4, *, seed: int = 0, **options: Any) -> Request:
+    """A request for one picture in so many steps of ddpm; `options` as in Request."""
+    return Request(id, seed, options.pop("plan", None) or a_plan(steps), **options)
+
+
+def run(engine: Engine, *requests: Request) -> list[Event]:
+    """Submits these, and steps until the engine has nothing more to tell."""
+    for request in requests:
+        engine.submit(request)
+    events: list[Event] = []
+    while engine.busy:
+        events += engine.step()
+    return events
+
+
+def pictures(events: Sequence[Event]) -> dict[Hashable, bytes]:
+    """The bytes of every finished picture."""
+    return {event.id: event.picture.tobytes() for event in events if isinstance(event, Finished)}
+
+
+def endings(events: Sequence[Event]) -> list[tuple[str, Hashable]]:
+    """(kind, id) of every terminal event, in order."""
+    return [(type(e).__name__, e.id) for e in events if isinstance(e, Finished | Cancelled | Failed)]
