@@ -22,6 +22,8 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 MAX_CONFIG_BYTES = 1 << 20
 MAX_T = 10_000
 MIN_ALPHA_BAR = 1e-30  # of the picture's amplitude must be left at T: float32 holds the inverse
+# Schedulers of diffusers whose nets were trained in another process: their files hold no betas to read.
+OTHER_PROCESSES = ("FlowMatch", "ScoreSde", "KarrasVe", "EDM", "VQDiffusion", "CMStochastic")
 PLAIN, ATTENTION, RESNET = "plain", "attention", "resnet"
 DOWN_BLOCKS = {"DownBlock2D": PLAIN, "AttnDownBlock2D": ATTENTION, "ResnetDownsampleBlock2D": RESNET}
 UP_BLOCKS = {"UpBlock2D": PLAIN, "AttnUpBlock2D": ATTENTION, "ResnetUpsampleBlock2D": RESNET}
@@ -222,6 +224,8 @@ def _check_consistency(options: _Options, arch: Architecture) -> None:
 def noise_schedule(config: Json) -> NoiseSchedule:
     """The schedule that a `scheduler_config.json` describes. Raises ModelRefused naming the option."""
     options = _Options("scheduler_config.json", config)
+    if str(config.get("_class_name")).startswith(OTHER_PROCESSES):
+        raise options.refuse("_class_name", "a scheduler of DDPM's process")
     options.word("rescale_betas_zero_snr", (False, None), False)
     if config.get("trained_betas") is not None:
         betas = options.items("trained_betas", None, MAX_T)
@@ -235,10 +239,12 @@ def noise_schedule(config: Json) -> NoiseSchedule:
 
 
 def _usable(schedule: NoiseSchedule, option: str) -> NoiseSchedule:
-    """The schedule, unless its numbers drown in rounding: plans divide by what is left of the picture, and by its noise."""
+    """The schedule, unless its numbers drown in rounding: plans divide by what is left of the picture."""
     falling = bool((schedule.alpha_bar[1:] < schedule.alpha_bar[:-1]).all())
     if not falling or schedule.alpha_bar[-1] < MIN_ALPHA_BAR:
-        raise ModelRefused(f"scheduler_config.json: {option} must add noise in every step and leave a trace of the picture")
+        raise ModelRefused(
+            f"scheduler_config.json: {option} must add noise in every step and leave a trace of the picture"
+        )
     return schedule
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-SHARED_REDUCTION = 1024  # from so many pixels on, torch's channels-last GroupNorm splits its sums over batch and threads
+SHARED_REDUCTION = 1024  # from so many pixels on, torch's channels-last GroupNorm sums over batch and threads at once
 SMALL_PRODUCT = 16**3  # up to so many multiplications torch leaves a bfloat16 matrix product to another kernel
 
 

@@ -112,5 +112,3 @@ class Runner:
             slots.rows[slot].zero_()
             slots.clear(slot)
         return exact
-
-

@@ -32,7 +32,7 @@ class HostTouched(AssertionError):
 
 
 class NoNumbers(TorchFunctionMode):
-    """Raises HostTouched where a tensor is made of Python or numpy numbers, which a graph would copy once and for all."""
+    """Raises HostTouched where a tensor is made of Python or numpy numbers: a graph would keep the first ones."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (torch.tensor, torch.as_tensor, torch.asarray, torch.from_numpy):
@@ -40,7 +40,7 @@ class NoNumbers(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-class NoHost(TorchDispatchMode):
+class NoHost(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Raises HostTouched on any operation whose tensors are not all on the meta device."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -61,7 +61,7 @@ def meta_world(learned: bool = False) -> tuple[UNet, Tensor, Slots]:
 @contextmanager
 def capturing() -> Iterator[None]:
     """As in a capture: no host, no gradients."""
-    with torch.inference_mode(), NoNumbers(), NoHost():
+    with torch.inference_mode(), NoNumbers(), NoHost():  # type: ignore[no-untyped-call]
         yield
 
 

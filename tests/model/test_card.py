@@ -88,6 +88,10 @@ def test_whole_numbers_may_be_written_as_floats(tmp_path: Path) -> None:
     assert card.process.schedule.T == T
 
 
+def test_the_file_of_another_scheduler_for_the_same_process_will_do(tmp_path: Path) -> None:
+    assert read_card(write_model(tmp_path, scheduler={"_class_name": "DDIMScheduler"})).process.schedule.T == T
+
+
 def test_the_schedule_is_the_one_that_is_named(tmp_path: Path) -> None:
     card = read_card(write_model(tmp_path, scheduler={"beta_schedule": "squaredcos_cap_v2"}))
 
@@ -294,6 +298,8 @@ SCHEDULER_ABSURDITIES: list[tuple[str, object]] = [
     ("clip_sample", None),
     ("clip_sample_range", 0),
     ("clip_sample_range", float("inf")),
+    ("_class_name", "FlowMatchEulerDiscreteScheduler"),
+    ("_class_name", "ScoreSdeVeScheduler"),
     ("thresholding", True),
     ("rescale_betas_zero_snr", True),
 ]

@@ -33,7 +33,8 @@ def output(directory: Path) -> Tensor:
     model = load_model(read_card(directory), CPU, torch.float32)
     x = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
-        return model.net(x.to(memory_format=torch.channels_last), model.table[[3, 17]])
+        out: Tensor = model.net(x.to(memory_format=torch.channels_last), model.table[[3, 17]])
+    return out
 
 
 def old_names(tensors: Tensors) -> Tensors:
@@ -82,7 +83,9 @@ def test_weights_may_be_stored_in_any_float(tmp_path: Path, dtype: torch.dtype) 
     rounded = {name: tensor.to(dtype) for name, tensor in weights().items()}
     exact = {name: tensor.float() for name, tensor in rounded.items()}
 
-    assert torch.equal(output(write_model(tmp_path / "a", tensors=rounded)), output(write_model(tmp_path / "b", tensors=exact)))
+    assert torch.equal(
+        output(write_model(tmp_path / "a", tensors=rounded)), output(write_model(tmp_path / "b", tensors=exact))
+    )
 
 
 def test_metadata_is_allowed(tmp_path: Path) -> None:
@@ -146,7 +149,10 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path, bad: float) -> 
 def test_weights_that_are_no_floats_are_refused(tmp_path: Path, dtype: torch.dtype) -> None:
     tensors = weights() | {"conv_in.bias": torch.zeros(8).to(dtype)}
 
-    assert why(write_model(tmp_path, tensors=tensors)) == f"{WEIGHTS} holds a tensor that is not one of F64, F32, F16, BF16"
+    assert (
+        why(write_model(tmp_path, tensors=tensors))
+        == f"{WEIGHTS} holds a tensor that is not one of F64, F32, F16, BF16"
+    )
 
 
 def test_a_net_of_absurd_size_is_counted_before_it_is_built(tmp_path: Path) -> None:
@@ -191,7 +197,10 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "offsets swapped": (safetensors({"a": entry([1], 4, 0)}, FLOAT), "bytes do not match its shape"),
     "float shape": (safetensors({"a": entry([1.0], 0, 4)}, FLOAT), "malformed shape or offset"),
     "boolean shape": (safetensors({"a": entry([True], 0, 4)}, FLOAT), "malformed shape or offset"),
-    "infinite shape": (safetensors('{"a": {"dtype": "F32", "shape": [1e999], "data_offsets": [0, 4]}}', FLOAT), "shape"),
+    "infinite shape": (
+        safetensors('{"a": {"dtype": "F32", "shape": [1e999], "data_offsets": [0, 4]}}', FLOAT),
+        "shape",
+    ),
     "shape a string": (safetensors({"a": {"dtype": "F32", "shape": "1", "data_offsets": [0, 4]}}, FLOAT), "shape"),
     "a hundred dimensions": (safetensors({"a": entry([1] * 100, 0, 4)}, FLOAT), "malformed shape or offset"),
     "overflow of 64 bits": (safetensors({"a": entry([2**32, 2**32], 0, 0)}), "bytes do not match its shape"),
@@ -201,7 +210,10 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
         "malformed shape or offset",
     ),
     "overlap": (safetensors({"a": entry([2], 0, 8), "b": entry([1], 4, 8)}, FLOAT * 2), "overlap or leave holes"),
-    "the same bytes twice": (safetensors({"a": entry([1], 0, 4), "b": entry([1], 0, 4)}, FLOAT), "overlap or leave holes"),
+    "the same bytes twice": (
+        safetensors({"a": entry([1], 0, 4), "b": entry([1], 0, 4)}, FLOAT),
+        "overlap or leave holes",
+    ),
     "hole": (safetensors({"a": entry([1], 0, 4), "b": entry([1], 8, 12)}, FLOAT * 3), "overlap or leave holes"),
     "hole at the start": (safetensors({"a": entry([1], 4, 8)}, FLOAT * 2), "overlap or leave holes"),
     "trailing bytes": (safetensors({"a": entry([1], 0, 4)}, FLOAT + b"MZ"), "6 bytes, 4 expected"),
@@ -226,7 +238,10 @@ def test_a_million_empty_tensors_are_not_even_parsed(tmp_path: Path) -> None:
     content = safetensors("{" + ",".join(one % i for i in range(1_000_000)) + "}")
     (write_model(tmp_path) / WEIGHTS).write_bytes(content)
 
-    assert why(tmp_path) == f"{WEIGHTS} is not a safetensors file: its header claims {len(content) - 8} of {len(content)} bytes"
+    assert (
+        why(tmp_path)
+        == f"{WEIGHTS} is not a safetensors file: its header claims {len(content) - 8} of {len(content)} bytes"
+    )
 
 
 def test_as_many_empty_tensors_as_a_header_holds_are_cheap(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The engine: who joins, who leaves, what is told. Pictures are compared with the slow sampler that draws them alone."""
+"""The engine: who joins, who leaves, what is told. Pictures are compared with those of the slow sampler."""
 
 from collections import Counter
 from collections.abc import Callable, Hashable
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from model.engine import Engine
-from model.events import Cancelled, Failed, Finished, Picture, Preview, Request
+from model.events import Cancelled, Event, Failed, Finished, Picture, Preview, Request
 from model.plan import P, Plan
 from model.reference import sample_alone
 from model.snapshot import Snapshot, as_bytes
@@ -146,11 +146,11 @@ def test_floats_are_the_picture_before_it_is_rounded() -> None:
 @pytest.mark.parametrize("frames", [{0}, {2}, {5}, {0, 1, 2, 3, 4, 5}, set()])
 def test_previews_come_at_exactly_the_frames_asked_for(frames: set[int]) -> None:
     request = a_request("a", 5, seed=3, frames=frozenset(frames))
-    *previews, end = run(quick_engine(), a_request("other", 2), request)
-    previews = [event for event in previews if isinstance(event, Preview)]
+    events = run(quick_engine(), a_request("other", 2), request)
+    previews = [event for event in events if isinstance(event, Preview)]
     states = alone(request)
 
-    assert isinstance(end, Finished)
+    assert isinstance(events[-1], Finished)
     assert [preview.step for preview in previews] == sorted(frames)
     for preview in previews:
         assert preview.x is not None and np.array_equal(preview.x, states[preview.step][0])
@@ -345,13 +345,15 @@ def test_an_id_is_taken_until_its_picture_has_arrived(monkeypatch: pytest.Monkey
 def test_every_sample_ends_exactly_once_however_it_is_pushed(
     slots: int, lively: bool, moves: list[tuple[str, int]]
 ) -> None:
-    engine, requests, cancelled, events = quick_engine(slots), [], set(), []
+    engine, requests, cancelled = quick_engine(slots), dict[Hashable, Request](), set[Hashable]()
+    events: list[Event] = []
     for move, number in moves:
         if move == "submit":
             bad = lively and number == 6
             plan = poisoned() if bad else a_plan(number, "ddim", eta=1.0)
-            requests.append(a_request(len(requests), plan=plan, seed=number, order=-number, frames=frozenset({0, 2})))
-            engine.submit(requests[-1])
+            id = len(requests)
+            requests[id] = a_request(id, plan=plan, seed=number, order=-number, frames=frozenset({0, 2}))
+            engine.submit(requests[id])
         elif move == "cancel":
             cancelled.add(number)
             engine.cancel(number)
@@ -361,7 +363,7 @@ def test_every_sample_ends_exactly_once_however_it_is_pushed(
     events += run(engine)
 
     count = Counter(id for _, id in endings(events))
-    assert count == Counter(range(len(requests)))
+    assert count == Counter(requests.keys())
     assert {id for kind, id in endings(events) if kind == "Cancelled"} <= cancelled
     ended: set[Hashable] = set()
     for event in events:  # nothing is told of a sample behind its end

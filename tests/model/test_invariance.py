@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from tests.model.directories import write_model
 from tests.model.tiny import PROCESS, a_plan, endings, pictures, run
 
 SLOTS, SAMPLES = 6, 200
-CHOICES = [
+CHOICES: list[dict[str, Any]] = [
     {"sampler": "ddpm"},
     {"sampler": "ddpm", "variance": "large"},
     {"sampler": "ddpm", "spacing": "trailing", "clip": False},

@@ -1,4 +1,4 @@
-"""The smallest worlds the engine runs in: a net of a few thousand weights, a net that is one multiplication, requests."""
+"""The smallest worlds the engine runs in: a net of a few thousand weights, or of one multiplication; requests."""
 
 from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
@@ -41,8 +41,7 @@ def tiny_model(dtype: torch.dtype = torch.float32, device: torch.device = CPU) -
     """A real U-Net with random weights, the same ones every time."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        net = UNet(ARCHITECTURE).eval().requires_grad_(False)
-    net = net.to(device)
+        net: Any = UNet(ARCHITECTURE).eval().requires_grad_(False).to(device)
     with torch.inference_mode():
         table = net.embed(torch.arange(T, device=device)).to(dtype)
     return Model(card(), net.to(dtype=dtype, memory_format=torch.channels_last), table)

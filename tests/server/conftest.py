@@ -1,0 +1,84 @@
+"""Servers for the tests: the whole application over a tiny model, in this process or as a process of its own."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from starlette.testclient import TestClient
+
+from server.app import create_app
+from server.settings import Settings
+from tests.model.directories import write_model
+from tests.server.fakes import FakeBackend
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with one model directory, `tiny`: 8 x 8, T = 30."""
+    folder = tmp_path_factory.mktemp("weights")
+    write_model(folder / "tiny")
+    return folder
+
+
+@pytest.fixture
+def client(weights: Path) -> Iterator[TestClient]:
+    """The application over a backend that makes flat grey pictures at once."""
+    settings = Settings(weights=weights, max_n=8, max_queued_steps=200, max_body_bytes=512)
+    with TestClient(create_app(settings, FakeBackend()), raise_server_exceptions=False) as made:
+        yield made
+
+
+class Server:
+    """A server process over a folder of models."""
+
+    def __init__(self, weights: Path, **variables: str) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port: int = free.getsockname()[1]
+        knobs = {"DDPM_WEIGHTS": str(weights), "DDPM_THREADS": "1", "DDPM_SLOTS": "4", **variables}
+        command = [sys.executable, "-m", "server", "serve", "--port", str(self.port)]
+        self.process = subprocess.Popen(command, env=os.environ | knobs, stderr=subprocess.PIPE, text=True)
+        self.client = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=60)
+
+    def wait_until_ready(self) -> "Server":
+        """Comes back once the engine takes work; fails after a minute."""
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and self.process.poll() is None:
+            try:
+                if self.client.get("/readyz").status_code == 200:
+                    return self
+            except httpx.TransportError:
+                pass
+            time.sleep(0.05)
+        raise AssertionError("the server did not become ready")
+
+    @property
+    def engine_pid(self) -> int:
+        """The process id of the engine, which is the server's only child but for Python's resource tracker."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        engines = [pid for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        assert len(engines) == 1
+        return int(engines[0])
+
+    def stop(self) -> tuple[int, str]:
+        """SIGTERM; the exit code and what was logged."""
+        self.client.close()
+        self.process.terminate()
+        _, log = self.process.communicate(timeout=60)
+        return self.process.returncode, log
+
+
+@pytest.fixture(scope="session")
+def server(weights: Path) -> Iterator[Server]:
+    """One server for all tests that only ask it for pictures."""
+    running = Server(weights)
+    try:
+        yield running.wait_until_ready()
+    finally:
+        running.stop()

@@ -1,0 +1,50 @@
+"""A backend without an engine: the same seam, pictures of one grey level, and buttons to press."""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import numpy as np
+
+from model.events import Finished, Stats
+from server.backend import SampleEvent, Served, Spec
+
+
+class FakeBackend:
+    """Makes picture i of grey level seed + i (modulo 256), when `gate` is open."""
+
+    def __init__(self) -> None:
+        self.served = {"tiny": Served("cpu", "float32", 1, 4, [1, 2, 4], [2, 4], True, "fake")}
+        self.trouble: str | None = None
+        self.stats = Stats()
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.specs: list[Spec] = []
+        self.given_up: list[Spec] = []
+        self.failure: Exception | None = None
+
+    async def start(self) -> None:
+        """Nothing to load."""
+
+    async def close(self) -> None:
+        """Nothing to stop."""
+
+    def seconds_for(self, steps: int) -> int:
+        """Ten image-steps a second."""
+        return max(1, steps // 10)
+
+    async def run(self, spec: Spec) -> AsyncIterator[SampleEvent]:
+        """All pictures of `spec`."""
+        self.specs.append(spec)
+        done = False
+        try:
+            await self.gate.wait()
+            if self.failure is not None:
+                raise self.failure
+            for i, seed in enumerate(spec.seeds):
+                grey = np.full((8, 8, 1), seed % 256, np.uint8)
+                floats = np.full((1, 8, 8), seed / 256, np.float32) if spec.wants_floats else None
+                yield Finished(i, grey, floats)
+            done = True
+        finally:
+            if not done:
+                self.given_up.append(spec)

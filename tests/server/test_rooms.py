@@ -1,0 +1,91 @@
+"""The small rooms: Accept headers, settings, logs, contact sheets."""
+
+import json
+import logging
+
+import numpy as np
+import pytest
+
+from server.errors import BadInput, SettingsError, TooBusy
+from server.images import contact_sheet, npy, png, read_texts
+from server.limits import Queue
+from server.logs import JsonLines
+from server.routes.http import negotiate
+from server.settings import Settings
+
+OFFERS = ("image/png", "application/json", "application/zip")
+
+
+@pytest.mark.parametrize(
+    ("accept", "answer"),
+    [
+        (None, "image/png"),
+        ("*/*", "image/png"),
+        ("", "image/png"),
+        ("application/json", "application/json"),
+        ("application/*", "application/json"),
+        ("text/html, application/zip", "application/zip"),
+        ("image/png;q=0.1, application/json;q=0.5", "application/json"),
+        ("*/*;q=0.1, application/zip", "application/zip"),
+        ("image/png;q=0, */*", "application/json"),
+        ("IMAGE/PNG", "image/png"),
+        ("image/png;q=nonsense, application/zip", "application/zip"),
+    ],
+)
+def test_the_most_specific_range_decides(accept: str | None, answer: str) -> None:
+    assert negotiate(accept, OFFERS) == answer
+
+
+def test_what_nobody_can_make_is_not_acceptable() -> None:
+    with pytest.raises(BadInput) as refused:
+        negotiate("text/html", OFFERS)
+
+    assert refused.value.status == 406
+    assert "application/zip" in refused.value.detail
+
+
+def test_flags_override_variables_and_other_variables_do_not_matter() -> None:
+    settings = Settings.read({"DDPM_SLOTS": "4", "DDPM_EXACT": "0", "HOME": "x"}, {"slots": "8"})
+
+    assert (settings.slots, settings.exact) == (8, False)
+
+
+def test_an_unknown_variable_is_refused_with_those_there_are() -> None:
+    with pytest.raises(SettingsError, match="DDPM_SLOTZ is not a setting; there are .*DDPM_SLOTS"):
+        Settings.read({"DDPM_SLOTZ": "4"})
+
+
+def test_a_queue_gives_back_what_it_held_whatever_happens() -> None:
+    queue = Queue(10)
+    with pytest.raises(ZeroDivisionError), queue.hold(6, wait_s=1):
+        with pytest.raises(TooBusy), queue.hold(5, wait_s=3):
+            pass
+        raise ZeroDivisionError
+
+    assert queue.taken == 0
+
+
+def test_a_record_is_one_line_whatever_is_in_it() -> None:
+    record = logging.makeLogRecord({"msg": "a\nb\x1b[0m\u2028", "levelname": "INFO", "request_id": "r\n1"})
+
+    line = JsonLines().format(record)
+
+    assert len(line.splitlines()) == 1
+    assert json.loads(line)["request_id"] == "r\n1"
+
+
+def test_one_picture_is_its_own_contact_sheet() -> None:
+    picture = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
+
+    assert np.array_equal(contact_sheet([picture]), picture)
+
+
+def test_a_png_carries_its_texts_and_nothing_else() -> None:
+    data = png(np.zeros((4, 4, 3), np.uint8), {"seed": "42", "model": "digits"})
+
+    assert read_texts(data) == {"seed": "42", "model": "digits"}
+    assert data == png(np.zeros((4, 4, 3), np.uint8), {"seed": "42", "model": "digits"})
+
+
+def test_npy_holds_little_endian_float32() -> None:
+    assert npy([np.zeros((1, 2, 2), np.float32)])[:40].startswith(b"\x93NUMPY\x01\x00v\x00{'descr': '<f4'")

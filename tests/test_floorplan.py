@@ -1,0 +1,180 @@
+"""The floor plan of the house: imports go down only, and every outside library has its rooms."""
+
+import ast
+import subprocess
+import sys
+from fnmatch import fnmatchcase
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# From the roof down. A module may import what lies on a lower floor than its own; "*" stands for any name.
+FLOORS = [
+    ["server.__main__"],
+    ["server.cli"],
+    ["server.app"],
+    ["server.routes.*"],
+    ["server.routes.http"],
+    ["server.auth"],
+    ["server.jobs"],
+    ["server.worker"],
+    ["server.engine_process"],
+    ["server.messages"],
+    ["server.backend", "server.store", "server.feed", "server.images", "server.metrics", "server.hub", "server.limits"],
+    ["server.schemas", "server.wire"],
+    ["server.settings", "server.logs"],
+    ["server.errors"],
+    ["model.engine"],
+    ["model.runner", "model.scheduler", "model.snapshot"],
+    ["model.checkpoint", "model.slots"],
+    ["model.unet"],
+    ["model.kernels"],
+    ["model.noise", "model.events"],
+    ["model.plan", "model.card"],
+    ["model.schedule"],
+    ["model.errors"],
+]
+# These stand beside the house: they may look into every room, and nobody in it knows them.
+OFF_THE_PATH = ["model.train", "model.data", "model.convert", "model.convert.*", "model.reference", "server.client"]
+TORCH_FREE = ["model.errors", "model.schedule", "model.plan", "model.card", "model.events"]
+ROOMS = {
+    "torch": ["model.*", "server.engine_process"],
+    "triton": ["model.kernels"],
+    "safetensors": ["model.checkpoint", "model.train", "model.convert", "model.convert.*"],
+    "numpy": ["model.*", "server.*"],
+    "PIL": ["server.images", "server.client", "model.data"],
+    "fastapi": ["server.app", "server.routes.*", "server.auth"],
+    "starlette": ["server.app", "server.routes.*", "server.auth"],
+    "pydantic": ["server.schemas", "server.settings"],
+    "uvicorn": ["server.cli"],
+    "sqlite3": ["server.store"],
+    "httpx": ["server.client"],
+    "websockets": ["server.client"],
+    "huggingface_hub": ["server.hub"],
+    "prometheus_client": ["server.metrics"],
+}
+UPSTAIRS_ONLY = {
+    "asyncio",
+    "threading",
+    "multiprocessing",
+    "subprocess",
+    "concurrent",
+    "socket",
+    "http",
+    "urllib",
+    "os",
+}
+
+
+def name_of(path: Path) -> str:
+    """The name under which this file is imported."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+FILES = {name_of(path): path for package in ("model", "server") for path in sorted((ROOT / package).rglob("*.py"))}
+PACKAGES = {name for name, path in FILES.items() if path.name == "__init__.py"}
+MODULES = sorted(FILES.keys() - PACKAGES)
+
+
+def among(name: str, patterns: list[str]) -> bool:
+    """Whether one of the patterns fits this name."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def floor(module: str) -> int | None:
+    """How far from the roof a module lies, or None if it has no floor. Its own name goes before a pattern."""
+    exact = [number for number, names in enumerate(FLOORS) if module in names]
+    fitting = [number for number, names in enumerate(FLOORS) if among(module, names)]
+    return next(iter(exact + fitting), None)
+
+
+def imported(node: ast.AST) -> set[str]:
+    """What one statement imports, as full names; `from package import module` gives the module."""
+    if isinstance(node, ast.Import):
+        return {alias.name for alias in node.names}
+    if isinstance(node, ast.ImportFrom):
+        assert node.level == 0, "relative imports hide where they lead"
+        assert node.module is not None
+        inside = {f"{node.module}.{alias.name}" for alias in node.names}
+        return (inside & FILES.keys()) or {node.module}
+    return set()
+
+
+def imports(module: str) -> set[str]:
+    """Everything a module imports, at its top or later."""
+    return set().union(*map(imported, ast.walk(ast.parse(FILES[module].read_text()))))
+
+
+def imports_at_once(module: str) -> set[str]:
+    """What a module imports when it is imported itself."""
+    return set().union(*map(imported, ast.parse(FILES[module].read_text()).body))
+
+
+def outside(module: str) -> set[str]:
+    """The top-level packages that a module imports and that are not ours."""
+    return {name.split(".")[0] for name in imports(module)} - {"model", "server"}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_every_module_has_a_floor(module: str) -> None:
+    assert among(module, OFF_THE_PATH) or floor(module) is not None
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if not among(module, OFF_THE_PATH)])
+def test_imports_go_down(module: str) -> None:
+    ours = imports(module) & FILES.keys() - PACKAGES
+    here = floor(module)
+    assert here is not None
+
+    assert {name for name in ours if (floor(name) or 0) <= here} == set()
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if not among(module, OFF_THE_PATH)])
+def test_nobody_in_the_house_knows_what_stands_beside_it(module: str) -> None:
+    assert {name for name in imports(module) if among(name, OFF_THE_PATH)} == set()
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_outside_libraries_stay_in_their_rooms(module: str) -> None:
+    strangers = {name for name in outside(module) if name not in sys.stdlib_module_names or name in ROOMS}
+
+    assert strangers <= ROOMS.keys()
+    assert {name for name in strangers if not among(module, ROOMS[name])} == set()
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if m.startswith("model.") and not among(m, OFF_THE_PATH)])
+def test_the_engine_knows_no_network_thread_process_or_environment(module: str) -> None:
+    assert outside(module) & UPSTAIRS_ONLY == set()
+    assert {name for name in imports(module) if name.startswith("server")} == set()
+
+
+@pytest.mark.parametrize("module", [module for module in TORCH_FREE if module in FILES])
+def test_what_the_api_process_needs_of_the_model_is_free_of_torch(module: str) -> None:
+    assert outside(module) & {"torch", "safetensors"} == set()
+    assert {name for name in imports(module) & FILES.keys() - PACKAGES if name not in TORCH_FREE} == set()
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if m.startswith("server.") and m != "server.engine_process"])
+def test_the_api_process_uses_nothing_else_of_the_model(module: str) -> None:
+    ours = imports_at_once(module) & FILES.keys() - PACKAGES
+
+    assert "server.engine_process" not in ours
+    assert {name for name in ours if name.startswith("model.") and name not in TORCH_FREE} == set()
+
+
+@pytest.mark.parametrize("package", sorted(PACKAGES))
+def test_packages_import_nothing(package: str) -> None:
+    assert imports(package) == set()
+
+
+@pytest.mark.parametrize("module", ["server.app", "server.cli"])
+def test_the_api_process_starts_without_torch(module: str) -> None:
+    if module not in FILES or find_spec("fastapi") is None:
+        pytest.skip("the server, or what it is built with, is not here")
+    code = f"import sys, {module}; sys.exit(', '.join({{'torch', 'safetensors'}} & sys.modules.keys()) or 0)"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+
+    assert (result.returncode, result.stderr) == (0, "")
