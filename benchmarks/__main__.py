@@ -27,7 +27,9 @@ def main() -> None:
         for benchmark in (engine, http):
             for measure in benchmark.measures(device, DIGITS):
                 low, high = measure.spread or (measure.value, measure.value)
-                print(f"{measure.name:60} {measure.value:10.3f} {measure.unit:18} ({low:.3f} .. {high:.3f})", flush=True)
+                print(
+                    f"{measure.name:60} {measure.value:10.3f} {measure.unit:18} ({low:.3f} .. {high:.3f})", flush=True
+                )
                 print(measure.line(), file=out, flush=True)
 
 

@@ -75,7 +75,9 @@ def compare(name: str, directory: Path, device: torch.device, batch: int, steps:
     seconds = interleaved({"ours": lambda: run_engine(engine, batch, steps), "diffusers": theirs}, rounds)
     for contender, taken in seconds.items():
         each = [1000 * s / (batch * steps) for s in taken]
-        yield Measure(f"{name} batch {batch}: {contender}", statistics.median(each), "ms/image-step", (min(each), max(each)))
+        yield Measure(
+            f"{name} batch {batch}: {contender}", statistics.median(each), "ms/image-step", (min(each), max(each))
+        )
     ratio, spread = median_ratio(seconds["diffusers"], seconds["ours"])
     yield Measure(f"{name} batch {batch}: ours against diffusers", ratio, "times faster", spread)
 

@@ -70,6 +70,8 @@ def measures(device: torch.device, digits: Path) -> Iterator[Measure]:
     work = slots * STEPS
     for contender, taken in seconds.items():
         rates = [work / s for s in taken]
-        yield Measure(f"digits, {slots} at once: {contender}", statistics.median(rates), "image-steps/s", (min(rates), max(rates)))
+        yield Measure(
+            f"digits, {slots} at once: {contender}", statistics.median(rates), "image-steps/s", (min(rates), max(rates))
+        )
     ratio, spread = median_ratio(seconds["engine"], seconds["server"])
     yield Measure(f"digits, {slots} at once: server against engine loop", ratio, "of its throughput", spread)

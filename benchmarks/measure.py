@@ -1,4 +1,4 @@
-"""How all benchmarks measure and report: interleaved rounds, medians, ratios within one run, one JSON line a measure."""
+"""How all benchmarks measure and report: rounds in turns, medians, ratios within one run, a JSON line a measure."""
 
 import json
 import platform

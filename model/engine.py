@@ -181,10 +181,10 @@ class Engine:
                 if step in request.frames:
                     shown_x = x[row].copy() if request.shows_x else None
                     shown_x0 = x0[row].copy() if request.shows_x0 and step > 0 else None
-                    self._events.append(Preview(request.id, step, shown_x, shown_x0))  # type: ignore[arg-type]
+                    self._events.append(Preview(request.id, step, shown_x, shown_x0))
                 if step == len(request.plan):
                     del self._samples[request.id]
                     kept = floats[0][row].copy() if request.wants_floats else None
-                    made = Finished(request.id, x[row].copy(), kept)  # type: ignore[arg-type]
+                    made = Finished(request.id, x[row].copy(), kept)
                     failed = Failed(request.id, f"the picture was not finite after {step} steps")
                     self._events.append(made if finite[row] else failed)

@@ -1,10 +1,10 @@
 """What can go wrong in the model, as types. The message says what was given and what is allowed.
 
-    ModelError
-    ├── PlanError          such a plan cannot exist
-    ├── ModelRefused       a model directory is not what it must be
-    ├── NoSuchDevice       the device asked for is not on this machine
-    └── SampleFailed       a picture did not come out finite
+ModelError
+├── PlanError          such a plan cannot exist
+├── ModelRefused       a model directory is not what it must be
+├── NoSuchDevice       the device asked for is not on this machine
+└── SampleFailed       a picture did not come out finite
 """
 
 

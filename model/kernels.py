@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 SHARED_REDUCTION = 1024  # from so many pixels on, torch's channels-last GroupNorm sums over batch and threads at once
-SMALL_PRODUCT = 16**3  # up to so many multiplications torch leaves a bfloat16 matrix product to another kernel
 
 
 class Conv(nn.Conv2d):
@@ -18,15 +17,27 @@ class Conv(nn.Conv2d):
 
     packed: Tensor | None = None  # the weight in oneDNN's own layout
 
+    @classmethod
+    def of(cls, weight: Tensor, bias: Tensor) -> "Conv":
+        """A convolution without stride or padding. weight: [out, C, h, w], bias: [out]"""
+        out, channels, *kernel = weight.shape
+        conv = cls(channels, out, (kernel[0], kernel[1]), device="meta")
+        conv.weight, conv.bias = nn.Parameter(weight, requires_grad=False), nn.Parameter(bias, requires_grad=False)
+        return conv
+
     def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
+        out: Tensor
         if self.packed is None:
             out = super().forward(x)
             return out if add is None else out + add
         shape = (self.bias, self.padding, self.stride, self.dilation, self.groups)
         if add is None:
-            return torch.ops.mkldnn._convolution_pointwise(x, self.packed, *shape, "none", [], "")
-        fused = torch.ops.mkldnn._convolution_pointwise.binary
-        return fused(x, add, self.packed, *shape, "add", 1.0, None, [], None)
+            out = torch.ops.mkldnn._convolution_pointwise(x, self.packed, *shape, "none", [], "")
+        else:
+            out = torch.ops.mkldnn._convolution_pointwise.binary(
+                x, add, self.packed, *shape, "add", 1.0, None, [], None
+            )
+        return out
 
     def pack(self, input_shape: list[int]) -> None:
         """Keeps the weight as oneDNN wants it for inputs of this shape; other shapes stay right, if slower."""
@@ -66,13 +77,6 @@ class GroupNorm(nn.GroupNorm):
             normed = super().forward(one)
             torch.ops.aten.silu.out(normed, out=result) if silu else result.copy_(normed)
         return out
-
-
-def linear(layer: nn.Module, x: Tensor) -> Tensor:
-    """A dense layer, picture by picture where a batch of one would meet another kernel. [B, L, C] -> [B, L, out]"""
-    assert isinstance(layer, nn.Linear)
-    alone = x.device.type == "cpu" and len(x) > 1 and x[0].numel() * layer.out_features <= SMALL_PRODUCT
-    return torch.cat([layer(one) for one in x.split(1)]) if alone else layer(x)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

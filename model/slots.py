@@ -1,4 +1,4 @@
-"""The batch that lives on the device: one slot per picture on its way. Seating and moving are all the host does to it."""
+"""The batch that lives on the device, one slot per picture on its way. The host only seats and moves."""
 
 import torch
 from torch import Tensor
@@ -15,8 +15,8 @@ class Slots:
     def __init__(self, capacity: int, shape: tuple[int, int, int], max_steps: int, device: torch.device) -> None:
         self.capacity, self.shape, self.device = capacity, shape, device
         self.x      = torch.zeros(capacity, *shape, device=device)                             # [B, C, H, W] x_t
-        self.x0     = torch.zeros(capacity, *shape, device=device)                             # [B, C, H, W] as predicted
-        self.given  = torch.zeros(capacity, *shape, device=device)                             # [B, C, H, W] outside noise
+        self.x0     = torch.zeros(capacity, *shape, device=device)                             # [B, C, H, W] predicted
+        self.given  = torch.zeros(capacity, *shape, device=device)                             # [B, C, H, W] noise
         self.rows   = torch.zeros(capacity, max_steps + 1, len(COLUMNS), device=device)        # [B, S + 1, 11] plans
         self.cursor = torch.zeros(capacity, dtype=torch.int64, device=device)                  # [B] the next row
         self.last   = torch.zeros(capacity, dtype=torch.int64, device=device)                  # [B] the row of zeros

@@ -1,4 +1,4 @@
-"""Pictures off the device without stalling it: converted there, copied beside the next step, read when they are here."""
+"""Pictures off the device without stalling it: converted there, copied beside the next step, read once here."""
 
 import numpy as np
 import torch

@@ -45,11 +45,12 @@ class Recipe:
 
     def rate_at(self, seen: int) -> float:
         """Learning rate after `seen` pictures."""
-        return self.rate * min(1.0, seen / self.warm_up) * 0.5 * (1 + math.cos(math.pi * min(1.0, seen / self.images)))
+        progress = min(1.0, seen / self.images)
+        return self.rate * min(1.0, seen / self.warm_up) * 0.5 * (1 + math.cos(math.pi * progress))
 
     def ema_at(self, step: int) -> float:
         """Decay of the moving average at an update: short while everything still changes."""
-        return min(self.max_ema, 1 - (1 + step) ** -0.75)
+        return float(min(self.max_ema, 1 - (1 + step) ** -0.75))
 
 
 class Trainer:
@@ -64,7 +65,7 @@ class Trainer:
             (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
         )
         torch.manual_seed(0)
-        self.net = UNet(arch).to(device, memory_format=torch.channels_last)
+        self.net = UNet(arch).to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         for layer in self._starting_at_zero():
             torch.nn.init.zeros_(layer)
         self.average = {name: p.detach().clone() for name, p in self.net.named_parameters()}
@@ -79,11 +80,11 @@ class Trainer:
         """|| eps - eps_theta(alpha_bar_t x_0 + beta_bar_t eps, t) ||², per picture. x0, eps: [B, C, H, W] -> [B]"""
         x = self.alpha_bar[t].view(-1, 1, 1, 1) * x0 + self.beta_bar[t].view(-1, 1, 1, 1) * eps
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.recipe.autocast):
-            out = self.net(x.contiguous(memory_format=torch.channels_last), self.net.embed(t - 1))
+            out: Tensor = self.net(x.contiguous(memory_format=torch.channels_last), self.net.embed(t - 1))
         return (eps - out.float()).square().mean(dim=(1, 2, 3))
 
     def update(self, x0: Tensor) -> float:
-        """One step of the loop on a batch of clean pictures in [-1, 1]. Returns the mean loss of this process's share."""
+        """One step of the loop on a batch of clean pictures in [-1, 1]. Returns the mean loss of our share of it."""
         batch, share = len(x0), slice(self.rank, None, self.world)
         # One t from each of `batch` equal ranges: uniform, with less variance (Kingma et al. 2021, appendix I.1).
         t = ((torch.arange(batch) + torch.rand(1)) / batch % 1 * self.T).long()[torch.randperm(batch)] + 1

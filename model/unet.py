@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model.card import ATTENTION, DOWN_BLOCKS, RESNET, UP_BLOCKS, Architecture
-from model.kernels import Conv, GroupNorm, attention, linear, upsample
+from model.kernels import Conv, GroupNorm, attention, upsample
 
 
 def sinusoid(timesteps: Tensor, dim: int, flip_sin_to_cos: bool, freq_shift: float) -> Tensor:
@@ -32,7 +32,8 @@ class TimestepEmbedding(nn.Module):
         self.linear_1, self.linear_2 = nn.Linear(dim, out), nn.Linear(out, out)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear_2(F.silu(self.linear_1(x)))
+        out: Tensor = self.linear_2(F.silu(self.linear_1(x)))
+        return out
 
 
 class Resnet(nn.Module):
@@ -51,21 +52,21 @@ class Resnet(nn.Module):
         self.norm2 = GroupNorm(arch.norm_num_groups, out, arch.norm_eps)
         self.conv2 = Conv(out, out, 3, padding=1)
         self.conv_shortcut = Conv(channels, out, 1) if channels != out else None
+        self.share = slice(0)  # this block's columns of the embedding table
 
-    def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        """time: [B, width of time_emb_proj], this block's share of the embedding table's rows."""
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         h = self.norm1(x, silu=True)
         if self.down:
             h, x = F.avg_pool2d(h, 2), F.avg_pool2d(x, 2)
         elif self.up:
             h, x = upsample(h), upsample(x)
-        time = time[:, :, None, None]
+        time = embedding[:, self.share, None, None]  # [B, width of time_emb_proj, 1, 1]
         if self.scale_shift:
             scale, shift = time.chunk(2, dim=1)
             h = F.silu(self.norm2(self.conv1(h)) * (1 + scale) + shift)
         else:
             h = self.norm2(self.conv1(h) + time, silu=True)
-        out = self.conv2(h, add=x if self.conv_shortcut is None else self.conv_shortcut(x))
+        out: Tensor = self.conv2(h, add=x if self.conv_shortcut is None else self.conv_shortcut(x))
         return out if self.scale == 1 else out / self.scale
 
 
@@ -79,16 +80,30 @@ class Attention(nn.Module):
         self.group_norm = GroupNorm(groups, channels, arch.norm_eps) if groups else None
         self.to_q, self.to_k, self.to_v = (nn.Linear(channels, channels) for _ in range(3))
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+        self.to_qkv: Conv | None = None  # the dense layers as 1 x 1 convolutions, once `fuse` has been called
+        self.back: Conv | None = None
+
+    def _dense(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Weight and bias to queries, keys and values at once, then back: [3C, C, 1, 1], [3C], [C, C, 1, 1], [C]"""
+        qkv, out = (self.to_q, self.to_k, self.to_v), self.to_out[0]
+        assert isinstance(out, nn.Linear)
+        weight, bias = torch.cat([to.weight for to in qkv]), torch.cat([to.bias for to in qkv])
+        return weight[:, :, None, None], bias, out.weight[:, :, None, None], out.bias
+
+    def fuse(self) -> None:
+        """For inference: keep the dense layers as two convolutions."""
+        weight, bias, back_weight, back_bias = self._dense()
+        self.to_qkv, self.back = Conv.of(weight, bias), Conv.of(back_weight, back_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         B, C, H, W = x.shape
         h = x if self.group_norm is None else self.group_norm(x)
-        h = h.permute(0, 2, 3, 1).reshape(B, H * W, C)
-        qkv = (linear(to, h) for to in (self.to_q, self.to_k, self.to_v))
-        q, k, v = (projected.view(B, H * W, self.heads, -1).transpose(1, 2) for projected in qkv)
-        h = attention(q, k, v).transpose(1, 2).reshape(B, H * W, C)  # [B, HW, C]
-        h = linear(self.to_out[0], h).view(B, H, W, C).permute(0, 3, 1, 2)
-        out = x + h
+        if self.to_qkv is None:
+            weight, bias, back_weight, back_bias = self._dense()
+        h = F.conv2d(h, weight, bias) if self.to_qkv is None else self.to_qkv(h)  # [B, 3C, H, W]
+        q, k, v = h.permute(0, 2, 3, 1).reshape(B, H * W, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)
+        h = attention(q, k, v).transpose(1, 2).reshape(B, H, W, C).permute(0, 3, 1, 2)
+        out: Tensor = F.conv2d(h, back_weight, back_bias) + x if self.back is None else self.back(h, add=x)
         return out if self.scale == 1 else out / self.scale
 
 
@@ -99,8 +114,9 @@ class Downsample(nn.Module):
         super().__init__()
         self.conv = Conv(channels, channels, 3, stride=2, padding=padding)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x if self.conv.padding[0] else F.pad(x, (0, 1, 0, 1)))
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        out: Tensor = self.conv(x if self.conv.padding[0] else F.pad(x, (0, 1, 0, 1)))
+        return out
 
 
 class Upsample(nn.Module):
@@ -110,12 +126,13 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv = Conv(channels, channels, 3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(upsample(x))
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        out: Tensor = self.conv(upsample(x))
+        return out
 
 
 class Block(nn.Module):
-    """The residual blocks of one level, each perhaps followed by attention, then perhaps a change of size."""
+    """The residual blocks of one level, each perhaps followed by attention."""
 
     def __init__(self, resnets: list[Resnet], attentions: list[Attention]) -> None:
         super().__init__()
@@ -124,10 +141,10 @@ class Block(nn.Module):
             self.attentions = nn.ModuleList(attentions)
         self.attends = bool(attentions)
 
-    def layer(self, i: int, x: Tensor, time: Tensor) -> Tensor:
+    def layer(self, i: int, x: Tensor, embedding: Tensor) -> Tensor:
         """Residual block i and its attention."""
-        x = self.resnets[i](x, time)
-        return self.attentions[i](x) if self.attends else x
+        x = self.resnets[i](x, embedding)
+        return self.attentions[i](x) if self.attends and i < len(self.attentions) else x
 
 
 class DownBlock(Block):
@@ -141,10 +158,20 @@ class DownBlock(Block):
             [Resnet(arch, before if i == 0 else out, out) for i in range(count)],
             [Attention(arch, out, arch.norm_num_groups) for _ in range(count)] if kind == ATTENTION else [],
         )
+        self.downsamplers = nn.ModuleList()
         if level < len(arch.block_out_channels) - 1:
             by_resnet = kind == RESNET or (kind == ATTENTION and arch.downsample_type == "resnet")
             sampler = Resnet(arch, out, out, down=True) if by_resnet else Downsample(out, arch.downsample_padding)
-            self.downsamplers = nn.ModuleList([sampler])
+            self.downsamplers.append(sampler)
+
+    def forward(self, x: Tensor, embedding: Tensor, kept: list[Tensor]) -> Tensor:
+        for i in range(len(self.resnets)):
+            x = self.layer(i, x, embedding)
+            kept.append(x)
+        for sampler in self.downsamplers:
+            x = sampler(x, embedding)
+            kept.append(x)
+        return x
 
 
 class UpBlock(Block):
@@ -161,9 +188,17 @@ class UpBlock(Block):
             ],
             [Attention(arch, out, arch.norm_num_groups) for _ in range(count)] if kind == ATTENTION else [],
         )
+        self.upsamplers = nn.ModuleList()
         if level < len(widths) - 1:
             by_resnet = kind == RESNET or (kind == ATTENTION and arch.upsample_type == "resnet")
-            self.upsamplers = nn.ModuleList([Resnet(arch, out, out, up=True) if by_resnet else Upsample(out)])
+            self.upsamplers.append(Resnet(arch, out, out, up=True) if by_resnet else Upsample(out))
+
+    def forward(self, x: Tensor, embedding: Tensor, kept: list[Tensor]) -> Tensor:
+        for i in range(len(self.resnets)):
+            x = self.layer(i, torch.cat([x, kept.pop()], dim=1), embedding)
+        for sampler in self.upsamplers:
+            x = sampler(x, embedding)
+        return x
 
 
 class MidBlock(Block):
@@ -178,6 +213,9 @@ class MidBlock(Block):
             [Resnet(arch, width, width, scale=scale) for _ in range(2)],
             [Attention(arch, width, groups, scale)] if arch.add_attention else [],
         )
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        return self.layer(1, self.layer(0, x, embedding), embedding)
 
 
 class UNet(nn.Module):
@@ -194,34 +232,35 @@ class UNet(nn.Module):
         self.up_blocks = nn.ModuleList([UpBlock(arch, level) for level in levels])
         self.conv_norm_out = GroupNorm(arch.norm_num_groups, widths[0], arch.norm_eps)
         self.conv_out = Conv(widths[0], arch.out_channels, 3, padding=1)
-        self.timed = [m for m in self.modules() if isinstance(m, Resnet)]
-        self.shares = [m.time_emb_proj.out_features for m in self.timed]
+        self.timed = [module for module in self.modules() if isinstance(module, Resnet)]
+        start = 0
+        for resnet in self.timed:
+            resnet.share = slice(start, start + resnet.time_emb_proj.out_features)
+            start = resnet.share.stop
+        self.embedding_width: int = start  # P, the sum over all residual blocks
 
     def embed(self, timesteps: Tensor) -> Tensor:
-        """All that the net needs to know of a timestep. timesteps: [N], as it was trained -> [N, sum of shares]"""
+        """All that the net needs to know of a timestep. timesteps: [N], as it was trained -> [N, P]"""
         dim = self.arch.block_out_channels[0]
         embedding = sinusoid(timesteps, dim, self.arch.flip_sin_to_cos, self.arch.freq_shift)
         embedding = F.silu(self.time_embedding(embedding.to(self.time_embedding.linear_1.weight.dtype)))
         return torch.cat([resnet.time_emb_proj(embedding) for resnet in self.timed], dim=1)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """x: [B, C, H, W], embedding: [B, sum of shares], rows of `embed` -> [B, out_channels, H, W]"""
-        time = dict(zip(self.timed, embedding.split(self.shares, dim=1), strict=True))
+        """x: [B, C, H, W], embedding: [B, P], rows of `embed` -> [B, out_channels, H, W]"""
         x = self.conv_in(x)
         kept = [x]
         for block in self.down_blocks:
-            for i, resnet in enumerate(block.resnets):
-                x = block.layer(i, x, time[resnet])
-                kept.append(x)
-            for sampler in getattr(block, "downsamplers", ()):
-                x = sampler(x, time[sampler]) if isinstance(sampler, Resnet) else sampler(x)
-                kept.append(x)
+            x = block(x, embedding, kept)
         if self.mid_block is not None:
-            x = self.mid_block.layer(0, x, time[self.mid_block.resnets[0]])
-            x = self.mid_block.resnets[1](x, time[self.mid_block.resnets[1]])
+            x = self.mid_block(x, embedding)
         for block in self.up_blocks:
-            for i, resnet in enumerate(block.resnets):
-                x = block.layer(i, torch.cat([x, kept.pop()], dim=1), time[resnet])
-            for sampler in getattr(block, "upsamplers", ()):
-                x = sampler(x, time[sampler]) if isinstance(sampler, Resnet) else sampler(x)
-        return self.conv_out(self.conv_norm_out(x, silu=True))
+            x = block(x, embedding, kept)
+        out: Tensor = self.conv_out(self.conv_norm_out(x, silu=True))
+        return out
+
+    def fuse(self) -> None:
+        """For inference: keep what the forward pass would put together anew each time."""
+        for module in list(self.modules()):
+            if isinstance(module, Attention):
+                module.fuse()

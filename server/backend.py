@@ -1,6 +1,6 @@
 """The seam between jobs and whatever runs samples. A cluster engine will stand behind it one day."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
 
@@ -64,5 +64,5 @@ class Backend(Protocol):
     def seconds_for(self, steps: int) -> int:
         """How long so many image-steps take at the present rate, in whole seconds, at least 1."""
 
-    def run(self, spec: Spec) -> AsyncIterator[SampleEvent]:
+    def run(self, spec: Spec) -> AsyncGenerator[SampleEvent]:
         """Make the pictures of `spec`: their events in order, until each has ended. Closing the iterator cancels."""

@@ -2,8 +2,10 @@
 
 import argparse
 import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import uvicorn
 
@@ -29,6 +31,20 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+class _Server(uvicorn.Server):
+    """uvicorn's server, for which SIGTERM is an order to end well, not an accident to report by dying of it."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """While the server runs, SIGINT and SIGTERM drain it; a second one ends it at once."""
+        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
 def serve(flags: dict[str, object]) -> int:
     """Serves until a signal comes or the engine has failed for good. Returns the exit code."""
     settings = Settings.read(os.environ, flags)
@@ -40,7 +56,7 @@ def serve(flags: dict[str, object]) -> int:
         server.should_exit = True
 
     app = create_app(settings, on_failed=stop)
-    server = uvicorn.Server(
+    server = _Server(
         uvicorn.Config(
             app,
             host=settings.host,
@@ -59,7 +75,7 @@ def serve(flags: dict[str, object]) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The console script. Exit codes: 0 done, 1 failed, 2 usage, 3 model refused, 6 no such device, 70 engine failed."""
+    """The console script. Returns the exit code: 0 done, 1 failed, 2 usage, 3 model refused, 6 no device, 70 engine."""
     flags = vars(_parser().parse_args(arguments))
     flags.pop("command")
     try:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -147,7 +148,7 @@ class Engines:
         events = [event for engine in self.engines.values() if engine.busy for event in engine.step()]
         for event in events:
             if isinstance(event, ENDS):
-                del self.models[event.id]  # type: ignore[arg-type]
+                del self.models[cast(int, event.id)]
         return events
 
 

@@ -1,13 +1,13 @@
 """Every refusal is an answer: domain errors, and the one table that turns them into HTTP.
 
-    ServerError
-    ├── BadInput            a request that is malformed, or asks for what cannot be
-    ├── TooBusy             the queue is full
-    ├── NotReady            loading, draining, or the engine is down
-    ├── DeadlinePassed      the deadline that the client set was not met
-    ├── SampleLost          the engine says that a picture could not be made
-    ├── SettingsError       a DDPM_* variable or a flag is unknown or ill-formed
-    └── EngineFailed        the engine is down for good; `exit_code` says why
+ServerError
+├── BadInput            a request that is malformed, or asks for what cannot be
+├── TooBusy             the queue is full
+├── NotReady            loading, draining, or the engine is down
+├── DeadlinePassed      the deadline that the client set was not met
+├── SampleLost          the engine says that a picture could not be made
+├── SettingsError       a DDPM_* variable or a flag is unknown or ill-formed
+└── EngineFailed        the engine is down for good; `exit_code` says why
 """
 
 import http

@@ -1,4 +1,4 @@
-"""Pictures as files: PNG with what made them, contact sheets, numpy arrays, zip archives. All pure, all slow: use a thread."""
+"""Pictures as files: PNG with what made them, contact sheets, npy, zip. All pure, all slow: use a thread."""
 
 import io
 import math
@@ -26,7 +26,7 @@ def png(picture: Picture, texts: Mapping[str, str]) -> bytes:
 def read_texts(data: bytes) -> dict[str, str]:
     """The text chunks of a PNG."""
     with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
-        return {key: str(value) for key, value in image.info.items() if isinstance(value, str)}
+        return {str(key): value for key, value in image.info.items() if isinstance(value, str)}
 
 
 def contact_sheet(pictures: Sequence[Picture]) -> Picture:

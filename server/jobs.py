@@ -88,7 +88,9 @@ class Job:
         decides = {"model": card.name, "digest": card.digest, "seed": seed, **asdict(choice)}
         decides["numerics"] = self.numerics
         words = {True: "true", False: "false"}
-        return {key: words.get(v, str(v)) if isinstance(v, bool) else str(v) for key, v in decides.items() if v is not None}
+        return {
+            key: words.get(v, str(v)) if isinstance(v, bool) else str(v) for key, v in decides.items() if v is not None
+        }
 
     def document(self, pictures: bool = False) -> dict[str, Any]:
         """The job as clients see it; with `pictures`, each image as base64 too."""
@@ -210,7 +212,9 @@ class Jobs:
 
 
 def _size(job: Job) -> int:
-    return sum(len(i.png) + i.picture.nbytes + (0 if i.floats is None else i.floats.nbytes) for i in job.images.values())
+    return sum(
+        len(i.png) + i.picture.nbytes + (0 if i.floats is None else i.floats.nbytes) for i in job.images.values()
+    )
 
 
 def _invalid(field_name: str, message: str) -> BadInput:

@@ -1,4 +1,4 @@
-"""What clients may send. Unknown fields are refused and numbers are strict; bounds that depend on the model are in jobs."""
+"""What clients may send. Unknown fields are refused, numbers are strict; bounds that the model sets are in jobs."""
 
 import json
 from typing import Any, Literal

@@ -52,7 +52,9 @@ class Settings(BaseModel):
         except ValidationError as error:
             first = error.errors(include_url=False, include_input=False)[0]
             name = str(first["loc"][0])
-            raise SettingsError(f"{PREFIX}{name.upper()} ({cls.model_fields[name].description}): {first['msg']}") from None
+            raise SettingsError(
+                f"{PREFIX}{name.upper()} ({cls.model_fields[name].description}): {first['msg']}"
+            ) from None
 
     @classmethod
     def variables(cls) -> list[str]:

@@ -11,9 +11,10 @@ import math
 import multiprocessing
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
+from typing import cast
 
 from model import errors as model_errors
 from model.events import ENDS, Stats
@@ -92,7 +93,7 @@ class LocalBackend:
             await asyncio.gather(self._supervisor, return_exceptions=True)
         self._fail_streams(NotReady(self._trouble))
 
-    async def run(self, spec: Spec) -> AsyncIterator[SampleEvent]:
+    async def run(self, spec: Spec) -> AsyncGenerator[SampleEvent]:
         """The events of these samples until each has ended; `id` is the index of a seed. Closing cancels the rest."""
         if self.trouble is not None:
             raise NotReady(self.trouble)
@@ -183,13 +184,13 @@ class LocalBackend:
         match message:
             case Happened(events):
                 for event in events:
-                    stream = self._streams.get(event.id)  # type: ignore[arg-type]
+                    id = cast(int, event.id)
+                    stream = self._streams.get(id)
                     if stream is None:
                         continue
-                    id = event.id
-                    event = dataclasses.replace(event, id=stream.index[id])  # type: ignore[index]
+                    event = dataclasses.replace(event, id=stream.index[id])
                     if isinstance(event, ENDS):
-                        del stream.index[id], self._streams[id]  # type: ignore[arg-type]
+                        del stream.index[id], self._streams[id]
                     stream.events.put_nowait(event)
             case Beat(stats, busy_s, _):
                 busy = busy_s - self._beat.busy_s

@@ -50,7 +50,7 @@ async def read_json_body(request: Request, limit: int) -> bytes:
 
 
 def negotiate(accept: str | None, offers: Sequence[str]) -> str:
-    """The best of `offers` for an Accept header (RFC 9110, 12.5.1); the first for `*/*` or none. Raises BadInput (406)."""
+    """The best of `offers` for an Accept header (RFC 9110, 12.5.1), the first if all will do. Raises BadInput (406)."""
     ranges = []
     for part in (accept or "*/*").split(","):
         media, *parameters = (piece.strip().lower() for piece in part.split(";"))

@@ -40,7 +40,7 @@ class NoNumbers(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-class NoHost(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class NoHost(TorchDispatchMode):
     """Raises HostTouched on any operation whose tensors are not all on the meta device."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -55,7 +55,7 @@ def meta_world(learned: bool = False) -> tuple[UNet, Tensor, Slots]:
     """A net, its table and three slots on the meta device."""
     with META:
         net = UNet(replace(ARCHITECTURE, out_channels=2 if learned else 1)).eval().requires_grad_(False)
-        return net, torch.zeros(T, sum(net.shares)), Slots(3, ARCHITECTURE.shape, T, META)
+        return net, torch.zeros(T, net.embedding_width), Slots(3, ARCHITECTURE.shape, T, META)
 
 
 @contextmanager

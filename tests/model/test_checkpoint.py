@@ -55,7 +55,7 @@ def test_a_sound_directory_gives_its_net_and_a_row_for_every_timestep(tmp_path: 
     model, expected = load_model(read_card(write_model(tmp_path)), CPU, torch.float32), tiny_model()
 
     assert model.parameters == expected.parameters
-    assert model.table.shape == (T, sum(model.net.shares))
+    assert model.table.shape == (T, model.net.embedding_width)
     assert torch.equal(model.table, expected.table)
 
 

@@ -44,7 +44,8 @@ def tiny_model(dtype: torch.dtype = torch.float32, device: torch.device = CPU) -
         net: Any = UNet(ARCHITECTURE).eval().requires_grad_(False).to(device)
     with torch.inference_mode():
         table = net.embed(torch.arange(T, device=device)).to(dtype)
-    return Model(card(), net.to(dtype=dtype, memory_format=torch.channels_last), table)
+    count = sum(p.numel() for p in net.parameters())
+    return Model(card(), net.to(dtype=dtype, memory_format=torch.channels_last), table, count)
 
 
 class FunctionNet(nn.Module):

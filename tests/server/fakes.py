@@ -1,7 +1,7 @@
 """A backend without an engine: the same seam, pictures of one grey level, and buttons to press."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 
 import numpy as np
 
@@ -32,7 +32,7 @@ class FakeBackend:
         """Ten image-steps a second."""
         return max(1, steps // 10)
 
-    async def run(self, spec: Spec) -> AsyncIterator[SampleEvent]:
+    async def run(self, spec: Spec) -> AsyncGenerator[SampleEvent]:
         """All pictures of `spec`."""
         self.specs.append(spec)
         done = False

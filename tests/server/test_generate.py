@@ -5,6 +5,7 @@ import json
 import socket
 import time
 import zipfile
+from collections.abc import Callable
 from hashlib import sha256
 from typing import Any
 
@@ -91,7 +92,12 @@ def test_npy_is_unrounded_and_rounds_to_the_png(server: Server) -> None:
 def test_a_picture_can_be_made_again_from_itself(server: Server) -> None:
     picture = generate(server, sampler="ddim", eta=0.5, steps=4, clip=False, noise="torch").content
     texts = read_texts(picture)
-    numbers = {"seed": int, "steps": int, "eta": float, "clip": lambda word: word == "true"}
+    numbers: dict[str, Callable[[str], Any]] = {
+        "seed": int,
+        "steps": int,
+        "eta": float,
+        "clip": lambda word: word == "true",
+    }
     request = {k: numbers.get(k, str)(v) for k, v in texts.items() if k not in ("digest", "numerics")}
 
     assert generate(server, **request).content == picture
@@ -112,7 +118,9 @@ def test_an_empty_request_is_the_checkpoints_own_way(server: Server) -> None:
 @pytest.mark.parametrize("sampler", ["ddpm", "greedy", "ddim", "dpmpp_2m"])
 def test_company_changes_nothing(server: Server, sampler: str) -> None:
     alone = generate(server, seed=1, steps=9, sampler=sampler).content
-    many = zipfile.ZipFile(io.BytesIO(generate(server, "application/zip", seed=0, steps=9, n=7, sampler=sampler).content))
+    many = zipfile.ZipFile(
+        io.BytesIO(generate(server, "application/zip", seed=0, steps=9, n=7, sampler=sampler).content)
+    )
 
     assert many.read(many.namelist()[1]) == alone
 
@@ -131,7 +139,9 @@ def test_models_say_what_they_are_and_what_they_promise(server: Server) -> None:
 def test_a_caller_that_leaves_frees_its_slots(server: Server) -> None:
     """Eight long pictures fill the four slots twice over; their caller leaves; a short one is served at once."""
     body = json.dumps({"steps": 30, "n": 64}).encode()
-    head = f"POST /generate HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+    head = (
+        f"POST /generate HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+    )
     alone = _seconds(lambda: generate(server, steps=30, seed=1))
     whole = _seconds(lambda: generate(server, steps=30, n=64, seed=1))
     for _ in range(20):

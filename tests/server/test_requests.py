@@ -83,9 +83,7 @@ def test_what_was_sent_is_never_echoed(client: TestClient) -> None:
 
 
 def test_an_unpaired_surrogate_is_refused_like_any_other_word(client: TestClient) -> None:
-    answer = client.post(
-        "/generate", content=rb'{"sampler": "\ud800"}', headers={"content-type": "application/json"}
-    )
+    answer = client.post("/generate", content=rb'{"sampler": "\ud800"}', headers={"content-type": "application/json"})
 
     assert answer.status_code == 422
 

@@ -65,8 +65,9 @@ def test_an_engine_does_not_outlive_its_server(weights: Path) -> None:
 
 def exit_of(**variables: str) -> tuple[int, str]:
     """How `ddpm serve` ends with these settings, and the last line it says."""
-    command = [sys.executable, "-m", "server", "serve", "--port", "0"]
-    ended = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, timeout=60)
+    environ = os.environ | {"DDPM_PORT": "0", **variables}
+    command = [sys.executable, "-m", "server", "serve"]
+    ended = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60)
     return ended.returncode, ended.stderr.strip().splitlines()[-1]
 
 
