@@ -8,8 +8,6 @@ digits, so that what it says of the made ones can be read against what it says o
 
 import argparse
 import json
-import platform
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -19,8 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from benchmarks.classifier import SHAPE, FloatArray, judge, load_digits, load_or_train
+from benchmarks.measure import Measure, machine
 from model.card import ModelCard, read_card
 from model.checkpoint import load_model
 from model.data import Uint8Array
@@ -28,10 +28,9 @@ from model.engine import Engine
 from model.events import Finished, Request
 from model.plan import Sampling, plan, resolve
 from model.runner import Runner
+from server.engine_process import DTYPES, choose_dtype
 
 CONFIDENT = 0.9  # a picture is readable if the judge is so sure of one digit
-ACCURACY, READABLE, SHARE = 0.98, 0.80, 0.04  # what is asked of the judge, of the pictures, of each digit among them
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 COLOURS = ("#440154", "#3b528b", "#21918c", "#4daf4a", "#d98c00")  # one per level of noise, dark to light
 
 
@@ -41,13 +40,12 @@ class Batch:
 
     pictures: Uint8Array  # [N, H, W, C]
     wall_s: float
-    exact: bool
 
 
 def make(card: ModelCard, choice: Sampling, count: int, dtype: torch.dtype, slots: int) -> Batch:
     """The pictures of seeds 0..count-1, through the engine. Tells its progress on stderr."""
-    runner = Runner(load_model(card, torch.device("cpu"), dtype), slots)
-    engine, table, pictures = Engine(runner), plan(card.process, choice), dict[int, Uint8Array]()
+    engine = Engine(Runner(load_model(card, torch.device("cpu"), dtype), slots))
+    table, pictures = plan(card.process, choice), dict[int, Uint8Array]()
     for seed in range(count):
         engine.submit(Request(seed, seed, table))
     started = told = time.monotonic()
@@ -62,29 +60,27 @@ def make(card: ModelCard, choice: Sampling, count: int, dtype: torch.dtype, slot
             left_s = (told - started) * (count - len(pictures)) / len(pictures)
             print(f"pictures: {len(pictures)} of {count}, {left_s / 60:.1f} min left", file=sys.stderr)
     wall_s = time.monotonic() - started
-    return Batch(np.stack([pictures[seed] for seed in range(count)]), wall_s, runner.exact)
+    return Batch(np.stack([pictures[seed] for seed in range(count)]), wall_s)
 
 
-def of_real(probabilities: FloatArray, labels: FloatArray) -> list[dict[str, Any]]:
+def of_real(probabilities: FloatArray, labels: Tensor) -> list[Measure]:
     """What the judge makes of digits whose label is known. probabilities: [N, 10], labels: [N]"""
-    right = float((probabilities.argmax(1) == labels).mean())
+    count, right = len(labels), float((probabilities.argmax(1) == labels.numpy()).mean())
     sure = float((probabilities.max(1) >= CONFIDENT).mean())
     return [
-        {"measure": "real_accuracy", "value": round(right, 4), "at_least": ACCURACY, "of": len(labels)},
-        {"measure": "real_confident", "value": round(sure, 4), "confidence": CONFIDENT, "of": len(labels)},
+        Measure(f"{count} held-out digits: named rightly", right, "share"),
+        Measure(f"{count} held-out digits: confidence at least {CONFIDENT}", sure, "share"),
     ]
 
 
-def of_made(probabilities: FloatArray) -> list[dict[str, Any]]:
+def of_made(probabilities: FloatArray, what: str) -> list[Measure]:
     """What the judge makes of made pictures. Each counts for the digit it looks most like. probabilities: [N, 10]"""
-    count = len(probabilities)
     sure = float((probabilities.max(1) >= CONFIDENT).mean())
-    shares = np.bincount(probabilities.argmax(1), minlength=10) / count
-    smallest = round(float(shares.min()), 4)
+    shares = np.bincount(probabilities.argmax(1), minlength=10) / len(probabilities)
     return [
-        {"measure": "made_confident", "value": round(sure, 4), "at_least": READABLE, "of": count},
-        {"measure": "made_smallest_class", "value": smallest, "at_least": SHARE, "of": count},
-        {"measure": "made_classes", "value": [round(float(share), 4) for share in shares], "of": count},
+        Measure(f"{what}: confidence at least {CONFIDENT}", sure, "share"),
+        Measure(f"{what}: rarest digit", float(shares.min()), "share"),
+        *(Measure(f"{what}: looks like {digit}", float(share), "share") for digit, share in enumerate(shares)),
     ]
 
 
@@ -131,25 +127,6 @@ def curve(log: list[dict[str, Any]]) -> str:
     return "\n".join([*parts, "</g></svg>"]) + "\n"
 
 
-def cpu_info(field: str) -> str:
-    """What Linux says of the first processor: its "model name", its "flags"; elsewhere nothing."""
-    source = Path("/proc/cpuinfo")
-    lines = source.read_text().splitlines() if source.is_file() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith(field)), "")
-
-
-def usual_dtype() -> str:
-    """bfloat16 where the processor computes in it, else float32."""
-    return "bfloat16" if {"avx512_bf16", "amx_bf16", "bf16"} & set(cpu_info("flags").split()) else "float32"
-
-
-def commit() -> str | None:
-    """The commit these files are at, "-dirty" behind it if they were changed since; None outside git."""
-    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    told = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-    return told.stdout.strip() or None
-
-
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("digits", type=Path, help="the labelled .npz that `python -m model.data` makes")
@@ -157,7 +134,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--pictures", type=int, default=1000, help="how many to make (%(default)s)")
     parser.add_argument("--steps", type=int, default=100, help="steps for each (%(default)s)")
     parser.add_argument("--sampler", default="ddim", help="(%(default)s)")
-    parser.add_argument("--dtype", choices=DTYPES, default=usual_dtype(), help="what the net computes in (%(default)s)")
+    parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="as in the server (%(default)s)")
     parser.add_argument("--slots", type=int, default=8, help="pictures denoised at once (%(default)s)")
     parser.add_argument("--classifier", type=Path, help="keep the judge in this file, and take it from there")
     parser.add_argument("--sheet", type=Path, help="a PNG to write: the first 64 pictures")
@@ -177,32 +154,20 @@ def main() -> None:
         log = (args.directory / "training.jsonl").read_text().splitlines()
         args.curve.write_text(curve([json.loads(line) for line in log]))
 
+    print(machine(), flush=True)
     train, test = load_digits(args.digits)
     net = load_or_train(args.classifier, train)
-    for line in of_real(judge(net, test.pictures), test.labels.numpy()):
-        print(json.dumps(line), flush=True)
+    for measure in of_real(judge(net, test.pictures), test.labels):
+        print(measure.line(), flush=True)
 
-    made = make(card, choice, args.pictures, DTYPES[args.dtype], args.slots)
+    dtype = choose_dtype(args.dtype, torch.device("cpu"))
+    made = make(card, choice, args.pictures, dtype, args.slots)
     if args.sheet:
         sheet(made.pictures).save(args.sheet, optimize=True)
-    asked = {"sampler": choice.sampler, "steps": choice.steps}
-    for line in of_made(judge(net, made.pictures.transpose(0, 3, 1, 2))):
-        print(json.dumps(line | asked), flush=True)
-    run = {
-        "measure": "run",
-        "value": round(made.wall_s, 1),
-        "unit": "s",
-        "of": args.pictures,
-        "dtype": args.dtype,
-        "slots": args.slots,
-        "exact": made.exact,
-        "threads": torch.get_num_threads(),
-        "cpu": cpu_info("model name") or platform.processor(),
-        "torch": torch.__version__,
-        "model": card.digest,
-        "commit": commit(),
-    }
-    print(json.dumps(run | asked), flush=True)
+    what = f"{card.name}, {args.pictures} pictures of {choice.steps} steps of {choice.sampler}"
+    for measure in of_made(judge(net, made.pictures.transpose(0, 3, 1, 2)), what):
+        print(measure.line())
+    print(Measure(f"{what}: {str(dtype).removeprefix('torch.')}, {args.slots} at once", made.wall_s, "s").line())
 
 
 if __name__ == "__main__":

@@ -1,0 +1,25 @@
+"""docs/settings.md says what the server reads, no more and no less."""
+
+import re
+from pathlib import Path
+
+from server.settings import PREFIX, Settings
+
+DOCUMENT = Path(__file__).parent.parent / "docs" / "settings.md"
+
+
+def row(name: str) -> str:
+    """A setting as docs/settings.md has it: variable, meaning, default, bounds."""
+    field = Settings.model_fields[name]
+    limits = dict(re.findall(r"(ge|le)=([\d.]+)", " ".join(map(str, field.metadata))))
+    bounds = f"{limits.get('ge', '')} … {limits.get('le', '')}".rstrip() if limits else ""
+    if field.annotation is bool:
+        bounds = "yes or no"
+    default = f"`{field.default}`" if str(field.default) else "empty"
+    return f"| `{PREFIX}{name.upper()}` | {field.description} | {default} | {bounds} |"
+
+
+def test_every_setting_is_documented_with_its_default() -> None:
+    documented = [line for line in DOCUMENT.read_text().splitlines() if line.startswith("| `DDPM_")]
+
+    assert documented == [row(name) for name in Settings.model_fields]
