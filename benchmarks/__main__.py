@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ def main() -> None:
     """Runs every benchmark of this machine."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gpu", action="store_true", help="on the first GPU (default: on the CPU)")
+    parser.add_argument("--compiled", action="store_true", help="beside torch.compile, too")
     parser.add_argument("--out", type=Path, default=Path("build/benchmarks.jsonl"), help="(default: %(default)s)")
     args = parser.parse_args()
     device = torch.device("cuda" if args.gpu else "cpu")
@@ -24,13 +26,12 @@ def main() -> None:
     with args.out.open("w") as out:
         print(machine(), file=out)
         print(machine())
-        for benchmark in (engine, http):
-            for measure in benchmark.measures(device, DIGITS):
-                low, high = measure.spread or (measure.value, measure.value)
-                print(
-                    f"{measure.name:60} {measure.value:10.3f} {measure.unit:18} ({low:.3f} .. {high:.3f})", flush=True
-                )
-                print(measure.line(), file=out, flush=True)
+        served = () if args.compiled else http.measures(device, DIGITS)
+        for measure in chain(engine.measures(device, DIGITS, args.compiled), served):
+            low, high = measure.spread or (measure.value, measure.value)
+            line = f"{measure.name:60} {measure.value:10.3f} {measure.unit:18} ({low:.3f} .. {high:.3f})"
+            print(line, flush=True)
+            print(measure.line(), file=out, flush=True)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import statistics
 import tempfile
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -56,37 +57,46 @@ def run_engine(engine: Engine, batch: int, steps: int) -> None:
         engine.step()
 
 
-def their_pipeline(directory: Path, device: torch.device) -> DDPMPipeline:
-    """diffusers' pipeline on the same weights."""
+def their_pipeline(directory: Path, device: torch.device, compiled: bool = False) -> DDPMPipeline:
+    """diffusers' pipeline on the same weights: float32 and eager, or bfloat16, channels-last and compiled."""
     net = UNet2DModel.from_pretrained(directory)
+    if compiled:
+        net = net.to(device, torch.bfloat16).to(memory_format=torch.channels_last)
+        net.compile(mode="reduce-overhead" if device.type == "cuda" else "default", fullgraph=True)
     pipeline = DDPMPipeline(net, DDPMScheduler.from_pretrained(directory)).to(device)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
-def compare(name: str, directory: Path, device: torch.device, batch: int, steps: int, rounds: int) -> Iterator[Measure]:
-    """Milliseconds per image-step of both, and how many times faster we are."""
-    engine, pipeline = our_engine(directory, device, batch), their_pipeline(directory, device)
+def run_pipeline(pipeline: DDPMPipeline, batch: int, steps: int) -> None:
+    """Makes the same with diffusers."""
+    with warnings.catch_warnings(action="ignore"):
+        pipeline(batch_size=batch, num_inference_steps=steps, generator=torch.manual_seed(0), output_type="np")
 
-    def theirs() -> None:
-        with warnings.catch_warnings(action="ignore"):
-            pipeline(batch_size=batch, num_inference_steps=steps, generator=torch.manual_seed(0), output_type="np")
 
-    seconds = interleaved({"ours": lambda: run_engine(engine, batch, steps), "diffusers": theirs}, rounds)
+def compare(
+    name: str, directory: Path, device: torch.device, batch: int, steps: int, rounds: int, compiled: bool
+) -> Iterator[Measure]:
+    """Milliseconds per image-step of all contenders, and how many times faster we are."""
+    engine, contenders = our_engine(directory, device, batch), {}
+    for theirs in ("diffusers", "diffusers compiled")[: 1 + compiled]:
+        pipeline = their_pipeline(directory, device, theirs != "diffusers")
+        contenders[theirs] = partial(run_pipeline, pipeline, batch, steps)
+    seconds = interleaved({"ours": partial(run_engine, engine, batch, steps), **contenders}, rounds)
     for contender, taken in seconds.items():
         each = [1000 * s / (batch * steps) for s in taken]
-        yield Measure(
-            f"{name} batch {batch}: {contender}", statistics.median(each), "ms/image-step", (min(each), max(each))
-        )
-    ratio, spread = median_ratio(seconds["diffusers"], seconds["ours"])
-    yield Measure(f"{name} batch {batch}: ours against diffusers", ratio, "times faster", spread)
+        median, spread = statistics.median(each), (min(each), max(each))
+        yield Measure(f"{name} batch {batch}: {contender}", median, "ms/image-step", spread)
+    for theirs in contenders:
+        ratio, spread = median_ratio(seconds[theirs], seconds["ours"])
+        yield Measure(f"{name} batch {batch}: ours against {theirs}", ratio, "times faster", spread)
 
 
-def measures(device: torch.device, digits: Path) -> Iterator[Measure]:
+def measures(device: torch.device, digits: Path, compiled: bool) -> Iterator[Measure]:
     """Everything this file measures."""
     with tempfile.TemporaryDirectory() as folder:
         random = cifar10(Path(folder))
-        yield from compare("CIFAR-10 configuration", random, device, 1, 20, 5)
-        yield from compare("CIFAR-10 configuration", random, device, 8, 5, 5)
-    yield from compare("digits, 100 steps", digits, device, 1, 100, 7)
-    yield from compare("digits, 100 steps", digits, device, 8, 100, 3)
+        yield from compare("CIFAR-10 configuration", random, device, 1, 20, 5, compiled)
+        yield from compare("CIFAR-10 configuration", random, device, 8, 5, 5, compiled)
+    yield from compare("digits, 100 steps", digits, device, 1, 100, 7, compiled)
+    yield from compare("digits, 100 steps", digits, device, 8, 100, 3, compiled)

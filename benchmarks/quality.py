@@ -154,7 +154,8 @@ def main() -> None:
         log = (args.directory / "training.jsonl").read_text().splitlines()
         args.curve.write_text(curve([json.loads(line) for line in log]))
 
-    print(machine(), flush=True)
+    print(machine())
+    print(json.dumps({"model": {"name": card.name, "digest": card.digest}}), flush=True)
     train, test = load_digits(args.digits)
     net = load_or_train(args.classifier, train)
     for measure in of_real(judge(net, test.pictures), test.labels):

@@ -11,6 +11,12 @@ from torch.nn import functional as F
 
 SHARED_REDUCTION = 1024  # from so many pixels on, torch's channels-last GroupNorm sums over batch and threads at once
 
+# oneDNN's convolution of a weight kept in its own layout, alone and with a tensor added to the result.
+CAN_PACK = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_convolution_weight")
+if CAN_PACK:
+    _PACKED = torch.ops.mkldnn._convolution_pointwise.default
+    _PACKED_ADD = torch.ops.mkldnn._convolution_pointwise.binary
+
 
 class Conv(nn.Conv2d):
     """A convolution that can add a tensor to its result. [B, C, H, W] -> [B, out, H', W']"""
@@ -30,13 +36,11 @@ class Conv(nn.Conv2d):
         if self.packed is None:
             out = super().forward(x)
             return out if add is None else out + add
-        shape = (self.bias, self.padding, self.stride, self.dilation, self.groups)
+        geometry = (self.bias, self.padding, self.stride, self.dilation, self.groups)
         if add is None:
-            out = torch.ops.mkldnn._convolution_pointwise(x, self.packed, *shape, "none", [], "")
+            out = _PACKED(x, self.packed, *geometry, "none", [], "")
         else:
-            out = torch.ops.mkldnn._convolution_pointwise.binary(
-                x, add, self.packed, *shape, "add", 1.0, None, [], None
-            )
+            out = _PACKED_ADD(x, add, self.packed, *geometry, "add", 1.0, None, [], None)
         return out
 
     def pack(self, input_shape: list[int]) -> None:
@@ -48,7 +52,7 @@ class Conv(nn.Conv2d):
 
 def pack_convolutions(net: nn.Module, *inputs: Tensor) -> None:
     """Packs every convolution of a net on the CPU for the shapes that it meets with these inputs."""
-    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_convolution_weight")):
+    if not CAN_PACK:
         return
     shapes: dict[Conv, list[int]] = {}
 
@@ -68,13 +72,13 @@ class GroupNorm(nn.GroupNorm):
     """Group normalisation, perhaps followed by SiLU. [B, C, H, W] -> [B, C, H, W]"""
 
     def forward(self, x: Tensor, silu: bool = False) -> Tensor:
-        alone = x.device.type == "cpu" and len(x) > 1 and x[0, 0].numel() >= SHARED_REDUCTION
-        if not alone or torch.is_grad_enabled():
-            out = super().forward(x)
+        B, _, H, W = x.shape
+        if B == 1 or H * W < SHARED_REDUCTION or x.device.type != "cpu" or torch.is_grad_enabled():
+            out = torch.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
             return F.silu(out) if silu else out
         out = torch.empty_like(x)
         for one, result in zip(x.split(1), out.split(1), strict=True):
-            normed = super().forward(one)
+            normed = torch.group_norm(one, self.num_groups, self.weight, self.bias, self.eps)
             torch.ops.aten.silu.out(normed, out=result) if silu else result.copy_(normed)
         return out
 
