@@ -111,6 +111,7 @@ def load_or_train(file: Path | None, digits: Digits) -> Classifier:
         return net.eval()
     net = train(digits, Recipe())
     if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
         save_file({name: tensor.contiguous() for name, tensor in net.state_dict().items()}, file)
     return net
 

@@ -168,7 +168,8 @@ def main() -> None:
     what = f"{card.name}, {args.pictures} pictures of {choice.steps} steps of {choice.sampler}"
     for measure in of_made(judge(net, made.pictures.transpose(0, 3, 1, 2)), what):
         print(measure.line())
-    print(Measure(f"{what}: {str(dtype).removeprefix('torch.')}, {args.slots} at once", made.wall_s, "s").line())
+    how = f"{str(dtype).removeprefix('torch.')}, {args.slots} at once"
+    print(Measure(f"{what}: wall time, {how}", made.wall_s, "s").line())
 
 
 if __name__ == "__main__":
