@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 SHARED_REDUCTION = 1024  # from so many pixels on, torch's channels-last GroupNorm sums over batch and threads at once
+NARROW_GROUP = 16  # below so many channels to a group, and fewer pixels than that, it is slower than two reorderings
 
 # oneDNN's convolution of a weight kept in its own layout, alone and with a tensor added to the result.
 CAN_PACK = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_convolution_weight")
@@ -72,10 +73,13 @@ class GroupNorm(nn.GroupNorm):
     """Group normalisation, perhaps followed by SiLU. [B, C, H, W] -> [B, C, H, W]"""
 
     def forward(self, x: Tensor, silu: bool = False) -> Tensor:
-        B, _, H, W = x.shape
-        if B == 1 or H * W < SHARED_REDUCTION or x.device.type != "cpu" or torch.is_grad_enabled():
-            out = torch.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
-            return F.silu(out) if silu else out
+        B, C, H, W = x.shape
+        small, plain = H * W < SHARED_REDUCTION, x.device.type != "cpu" or torch.is_grad_enabled()
+        if plain or small or B == 1:
+            narrow = small and not plain and C // self.num_groups < NARROW_GROUP
+            out = torch.group_norm(x.contiguous() if narrow else x, self.num_groups, self.weight, self.bias, self.eps)
+            out = F.silu(out) if silu else out
+            return out.contiguous(memory_format=torch.channels_last) if narrow else out
         out = torch.empty_like(x)
         for one, result in zip(x.split(1), out.split(1), strict=True):
             normed = torch.group_norm(one, self.num_groups, self.weight, self.bias, self.eps)
