@@ -10,7 +10,6 @@ import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,10 +18,12 @@ from torch import Tensor
 from model.card import ModelCard
 from model.errors import ModelRefused
 from model.kernels import pack_convolutions
+from model.options import unique_keys
 from model.unet import UNet
 
 MAX_HEADER_BYTES = 1 << 20
 MAX_PARAMETERS = 4_000_000_000
+MAX_TABLE = 1 << 30  # numbers in the table of timestep embeddings
 FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # safetensors' names, and bytes
 # How attention was spelled before diffusers 0.17.
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -46,13 +47,6 @@ def modern(key: str) -> str:
     return key
 
 
-def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) != len(pairs):
-        raise ValueError("a key occurs twice")
-    return values
-
-
 def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 48
 
@@ -62,16 +56,18 @@ def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
 
     The tensors must lie back to back and fill the file to its last byte.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        prefix = file.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-        if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
-            raise ModelRefused(f"{path.name} is not a safetensors file: its header claims {length} of {size} bytes")
-        try:
-            header = json.loads(file.read(length), object_pairs_hook=_reject_duplicates)
-        except (ValueError, RecursionError) as error:
-            raise ModelRefused(f"{path.name} has a malformed header: {type(error).__name__}") from error
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            prefix = file.read(8)
+            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+            if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
+                raise ModelRefused(f"{path.name} is not a safetensors file: its header claims {length} of {size} bytes")
+            header = json.loads(file.read(length), object_pairs_hook=unique_keys)
+    except OSError as error:
+        raise ModelRefused(f"{path.name} could not be read: {type(error).__name__}") from error
+    except (ValueError, RecursionError) as error:
+        raise ModelRefused(f"{path.name} has a malformed header: {type(error).__name__}") from error
     if not isinstance(header, dict):
         raise ModelRefused(f"{path.name} has a malformed header: not an object")
     header.pop("__metadata__", None)
@@ -130,6 +126,9 @@ def load_model(card: ModelCard, device: torch.device, dtype: torch.dtype) -> Mod
     count = sum(p.numel() for p in net.parameters())
     if count > MAX_PARAMETERS:
         raise ModelRefused(f"config.json: at most {MAX_PARAMETERS} parameters are allowed, it calls for {count}")
+    numbers = net.embedding_width * card.process.schedule.T
+    if numbers > MAX_TABLE:
+        raise ModelRefused(f"config.json: at most {MAX_TABLE} timestep embeddings are allowed, it calls for {numbers}")
     names = _names(card, net)
     try:
         with safe_open(card.weights, "pt") as file:
@@ -140,6 +139,8 @@ def load_model(card: ModelCard, device: torch.device, dtype: torch.dtype) -> Mod
         if not tensor.isfinite().all():
             raise ModelRefused(f"{card.weights.name}: {name} holds numbers that are not finite")
     net.load_state_dict(weights, assign=True)
+    if dtype == torch.float32:
+        torch.backends.cudnn.allow_tf32 = False  # float32 is float32: TF32 keeps ten of its 23 bits
     net = net.eval().requires_grad_(False).to(device)
     with torch.inference_mode():
         table = net.embed(torch.arange(card.process.schedule.T, device=device)).to(dtype)  # [T, P]

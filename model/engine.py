@@ -26,8 +26,9 @@ class Sample:
 
     request: Request
     order: float
-    source: TorchNoise | None
+    source: TorchNoise | None = None  # of its noise, once it is seated, if that comes from outside
     slot: int | None = None
+    arrival: int = -1  # the scheduler's
     step: int = 0  # updates done; the device's cursor says the same, and is never read
     leaving: bool = False  # made, but still on its way off the device
 
@@ -81,9 +82,7 @@ class Engine:
         """A sample joins the queue. Its id must not be on its way already, else ValueError."""
         if request.id in self._samples:
             raise ValueError(f"a sample {request.id!r} is on its way already")
-        shape = self.runner.slots.shape
-        source = TorchNoise(request.seed, shape) if request.plan.noise == "torch" else None
-        sample = Sample(request, request.order, source)
+        sample = Sample(request, request.order)
         self._samples[request.id] = sample
         self._scheduler.add(sample)
 
@@ -103,9 +102,8 @@ class Engine:
     def step(self) -> list[Event]:
         """Seats who waits, denoises everybody seated by one step, and tells what has become known since."""
         new = self._scheduler.admit()
-        for sample in new:
-            assert sample.slot is not None
-            self.runner.slots.seat(sample.slot, sample.request.seed, sample.request.plan, sample.source)
+        if new:
+            self._seat(new)
         self._show([sample for sample in new if 0 in sample.request.frames])
         seated = self._scheduler.seated
         if seated:
@@ -126,6 +124,17 @@ class Engine:
         events, self._events = self._events, []
         return events
 
+    def _seat(self, new: list[Sample]) -> None:
+        """Puts x_T and the plans of samples that have just sat down, side by side, into their slots."""
+        slots = self.runner.slots
+        x = slots.draw_initial([sample.request.seed for sample in new])
+        for row, sample in enumerate(new):
+            assert sample.slot is not None
+            if sample.request.plan.noise == "torch":
+                sample.source = TorchNoise(sample.request.seed, slots.shape)
+            first = x[row] if sample.source is None else sample.source.draw()
+            slots.seat(sample.slot, sample.request.seed, sample.request.plan, first)
+
     def _release(self, sample: Sample) -> None:
         move = self._scheduler.release(sample)
         if move is not None:
@@ -139,15 +148,14 @@ class Engine:
             assert sample.slot is not None
             plan, request = sample.request.plan, sample.request
             if sample.source is not None and plan.rows[sample.step, U]:
-                slots.given[sample.slot].copy_(sample.source.draw())
+                slots.upload(slots.given[sample.slot], sample.source.draw())
             elif slots.ahead_steps and plan.draws and sample.step % slots.ahead_steps == 0:
                 slots.draw_ahead(sample.slot, request.seed, sample.step)
 
     def _wait_for_oldest(self) -> None:
         """Keeps the host a few steps ahead of a GPU, and no further."""
         if self._copies is not None:
-            event = torch.cuda.Event()
-            event.record()
+            event = torch.cuda.current_stream(self.runner.device).record_event()
             self._queued.append(event)
             if len(self._queued) > STEPS_AHEAD:
                 self._queued.popleft().synchronize()
@@ -157,8 +165,8 @@ class Engine:
         if not samples:
             return
         slots = self.runner.slots
-        rows = torch.tensor([s.slot for s in samples], device=self.runner.device)
-        x, x0 = slots.x[rows], slots.x0[rows]  # [n, C, H, W]
+        numbers = [s.slot for s in samples if s.slot is not None]
+        x, x0 = torch.stack([slots.x[i] for i in numbers]), torch.stack([slots.x0[i] for i in numbers])  # [n, C, H, W]
         tensors = [as_bytes(x), as_bytes(x0), x.isfinite().flatten(1).all(1)]
         if any(s.ended and s.request.wants_floats for s in samples):
             tensors.append(x.clamp(-1, 1))

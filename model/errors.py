@@ -3,8 +3,7 @@
 ModelError
 ├── PlanError          such a plan cannot exist
 ├── ModelRefused       a model directory is not what it must be
-├── NoSuchDevice       the device asked for is not on this machine
-└── SampleFailed       a picture did not come out finite
+└── NoSuchDevice       the device asked for is not on this machine
 """
 
 
@@ -29,7 +28,3 @@ class ModelRefused(ModelError):
 
 class NoSuchDevice(ModelError):
     """The device asked for is not on this machine."""
-
-
-class SampleFailed(ModelError):
-    """A picture did not come out finite."""

@@ -49,14 +49,18 @@ class Runner:
         with torch.inference_mode():
             if self.device.type == "cuda":
                 self._capture()
-            self.exact_buckets = self._find_exact() if exact else list(self.buckets)
-        self.exact = exact and slots in self.exact_buckets
-        if slots not in self.exact_buckets:
-            self.exact_buckets.append(slots)  # a full batch needs a bucket, even one that promises nothing
+            self.exact_buckets = self._find_exact() if exact else []
+        # A full batch needs a bucket, even one that promises nothing.
+        self.admitted = sorted({*self.exact_buckets, slots}) if exact else self.buckets
+
+    @property
+    def exact(self) -> bool:
+        """Whether a sample's bits are the same in whatever company it is run."""
+        return self.admitted == self.exact_buckets
 
     def bucket_for(self, count: int) -> int:
         """The smallest admitted batch size that holds `count` samples."""
-        return self.exact_buckets[bisect.bisect_left(self.exact_buckets, count)]
+        return self.admitted[bisect.bisect_left(self.admitted, count)]
 
     @torch.inference_mode()
     def step(self, bucket: int) -> None:

@@ -10,6 +10,7 @@ class Orderly(Protocol):
 
     order: float  # smaller is seated first: the minute it arrived, less its priority
     slot: int | None
+    arrival: int  # the scheduler's own
 
 
 S = TypeVar("S", bound=Orderly)
@@ -21,7 +22,8 @@ class Scheduler(Generic[S]):
 
     capacity: int
     seated: list[S] = field(default_factory=list)  # seated[i].slot == i, always
-    _waiting: list[tuple[float, int, S]] = field(default_factory=list)  # a heap
+    _waiting: dict[int, S] = field(default_factory=dict)  # by number of arrival
+    _queue: list[tuple[float, int]] = field(default_factory=list)  # a heap of (order, arrival); some may have withdrawn
     _arrivals: int = 0
 
     @property
@@ -31,14 +33,18 @@ class Scheduler(Generic[S]):
 
     def add(self, sample: S) -> None:
         """A sample joins the queue, behind those of its own order."""
-        heapq.heappush(self._waiting, (sample.order, self._arrivals, sample))
+        sample.arrival = self._arrivals
+        self._waiting[sample.arrival] = sample
+        heapq.heappush(self._queue, (sample.order, sample.arrival))
         self._arrivals += 1
 
     def admit(self) -> list[S]:
         """Seats as many waiting samples as there are free slots; these have just sat down."""
         new = []
         while self._waiting and len(self.seated) < self.capacity:
-            sample = heapq.heappop(self._waiting)[2]
+            sample = self._waiting.pop(heapq.heappop(self._queue)[1], None)
+            if sample is None:
+                continue  # withdrawn
             sample.slot = len(self.seated)
             self.seated.append(sample)
             new.append(sample)
@@ -46,8 +52,10 @@ class Scheduler(Generic[S]):
 
     def withdraw(self, sample: S) -> None:
         """A waiting sample leaves the queue."""
-        self._waiting = [entry for entry in self._waiting if entry[2] is not sample]
-        heapq.heapify(self._waiting)
+        del self._waiting[sample.arrival]
+        if len(self._queue) > 2 * len(self._waiting) + 64:  # mostly withdrawn ones
+            self._queue = [entry for entry in self._queue if entry[1] in self._waiting]
+            heapq.heapify(self._queue)
 
     def release(self, sample: S) -> tuple[int, int] | None:
         """A seated sample leaves; the last one moves into the hole. Returns that move, (from, to), if there is one."""

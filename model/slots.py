@@ -1,9 +1,11 @@
 """The batch that lives on the device, one slot per picture on its way. The host only seats and moves."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from model.noise import INITIAL, TorchNoise, gaussian
+from model.noise import INITIAL, gaussian
 from model.plan import COLUMNS, Plan
 
 AHEAD_ELEMENTS = 32_768  # on a CPU a slot's noise is drawn for several steps at once, about this many numbers
@@ -30,15 +32,26 @@ class Slots:
         """For how many steps noise is drawn at once; 0 where it is drawn inside the step."""
         return self.ahead.shape[1]
 
-    def seat(self, slot: int, seed: int, plan: Plan, source: TorchNoise | None) -> None:
-        """A new picture in a slot, at x_T. `source` is where its noise comes from if not from its seed."""
-        steps, key = len(plan), torch.tensor([seed])
-        x = gaussian(key, torch.zeros_like(key), self.shape, INITIAL)[0] if source is None else source.draw()
-        self.x[slot].copy_(x)
+    def upload(self, target: Tensor, source: Tensor) -> None:
+        """Copies to the device without waiting for it: from pinned memory, which is kept until it has been read."""
+        if self.device.type == "cuda" and source.device.type == "cpu":
+            source = source.pin_memory()
+        target.copy_(source, non_blocking=True)
+
+    def draw_initial(self, seeds: Sequence[int]) -> Tensor:
+        """x_T of these seeds, drawn on the device. -> [n, C, H, W] float32"""
+        keys = torch.empty(len(seeds), dtype=torch.int64, device=self.device)  # [n]
+        self.upload(keys, torch.tensor(seeds, dtype=torch.int64))
+        return gaussian(keys, torch.zeros_like(keys), self.shape, INITIAL)
+
+    def seat(self, slot: int, seed: int, plan: Plan, x: Tensor) -> None:
+        """A new picture in a slot. x: [C, H, W], its x_T, on any device"""
+        steps = len(plan)
+        self.upload(self.x[slot], x)
         self.x0[slot].zero_()
         self.given[slot].zero_()
         self.ahead[slot].zero_()
-        self.rows[slot, :steps].copy_(torch.from_numpy(plan.rows.astype("float32")))
+        self.upload(self.rows[slot, :steps], torch.from_numpy(plan.rows.astype("float32")))
         self.rows[slot, steps:].zero_()
         self.cursor[slot] = 0
         self.last[slot] = steps

@@ -21,8 +21,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, distributed
 
-from model.card import WEIGHTS, Architecture, architecture, noise_schedule, read_json
+from model.architecture import Architecture, architecture
+from model.card import WEIGHTS, noise_schedule
 from model.data import held_out, load_images
+from model.options import read_json
 from model.schedule import NoiseSchedule
 from model.unet import UNet
 
@@ -169,7 +171,7 @@ def train(source: Path, directory: Path, recipe: Recipe, device: str) -> None:
         ended = trainer.seen >= recipe.images
         if trainer.rank:
             continue
-        if trainer.step % (recipe.log_every // recipe.batch) == 0 or ended:
+        if trainer.step % max(1, recipe.log_every // recipe.batch) == 0 or ended:
             rate = (trainer.seen - first) / (time.monotonic() - started)
             line = {
                 "images": trainer.seen,
@@ -180,9 +182,11 @@ def train(source: Path, directory: Path, recipe: Recipe, device: str) -> None:
             since_log = []
             log.append(json.dumps(line))
             print(log[-1], f"{(recipe.images - trainer.seen) / rate / 60:.0f} min left", flush=True)
-        if trainer.step % (recipe.save_every // recipe.batch) == 0 or ended:
+        if trainer.step % max(1, recipe.save_every // recipe.batch) == 0 or ended:
             trainer.save(state)
-            save_file({k: v.contiguous() for k, v in trainer.average.items()}, directory / WEIGHTS, {"format": "pt"})
+            part = directory / f"{WEIGHTS}.part"
+            save_file({k: v.contiguous() for k, v in trainer.average.items()}, part, {"format": "pt"})
+            part.replace(directory / WEIGHTS)
             with (directory / "training.jsonl").open("a") as file:
                 file.writelines(line + "\n" for line in log)
             log = []

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model.card import ATTENTION, DOWN_BLOCKS, RESNET, UP_BLOCKS, Architecture
+from model.architecture import ATTENTION, DOWN_BLOCKS, RESNET, UP_BLOCKS, Architecture
 from model.kernels import Conv, GroupNorm, attention, upsample
 
 

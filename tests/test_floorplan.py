@@ -33,12 +33,13 @@ FLOORS = [
     ["model.kernels"],
     ["model.noise", "model.events"],
     ["model.plan", "model.card"],
-    ["model.schedule"],
+    ["model.schedule", "model.architecture"],
+    ["model.options"],
     ["model.errors"],
 ]
 # These stand beside the house: they may look into every room, and nobody in it knows them.
 OFF_THE_PATH = ["model.train", "model.data", "model.convert", "model.convert.*", "model.reference", "server.client"]
-TORCH_FREE = ["model.errors", "model.schedule", "model.plan", "model.card", "model.events"]
+TORCH_FREE = [f"model.{room}" for room in ("errors", "options", "schedule", "architecture", "plan", "card", "events")]
 ROOMS = {
     "torch": ["model.*", "server.engine_process"],
     "triton": ["model.kernels"],

@@ -105,8 +105,8 @@ def test_the_step_writes_in_place() -> None:
     runner = Runner(tiny_model(), 3)
     names = ("x", "x0", "given", "rows", "cursor", "last", "seed", "ahead")
     before = {name: getattr(runner.slots, name).data_ptr() for name in names}
-    runner.slots.seat(0, 1, a_plan(5), None)
-    runner.slots.seat(1, 2, a_plan(3), None)
+    runner.slots.seat(0, 1, a_plan(5), runner.slots.draw_initial([1])[0])
+    runner.slots.seat(1, 2, a_plan(3), runner.slots.draw_initial([2])[0])
     for bucket in (1, 2, 3):
         runner.step(bucket)
     runner.slots.move(1, 0)
@@ -119,9 +119,9 @@ def test_noise_inside_the_step_is_the_noise_drawn_ahead() -> None:
     model, ahead, inside = tiny_model(), Slots(2, ARCHITECTURE.shape, T, CPU), Slots(2, ARCHITECTURE.shape, T, CPU)
     inside.ahead = torch.zeros(2, 0, *ARCHITECTURE.shape)
     for slot, (seed, steps) in enumerate([(3, 5), (4, 2)]):
-        ahead.seat(slot, seed, a_plan(steps), None)
+        ahead.seat(slot, seed, a_plan(steps), ahead.draw_initial([seed])[0])
         ahead.draw_ahead(slot, seed, 0)
-        inside.seat(slot, seed, a_plan(steps), None)
+        inside.seat(slot, seed, a_plan(steps), inside.draw_initial([seed])[0])
     with torch.inference_mode():
         for _ in range(5):
             denoise(model.net, model.table, ahead, 2)

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from model.card import MAX_CONFIG_BYTES, WEIGHTS, read_card
+from model.card import WEIGHTS, read_card
 from model.errors import ModelRefused
+from model.options import MAX_CONFIG_BYTES
 from model.schedule import cosine, linear
 from tests.model.directories import CONFIG, SCHEDULER, write_model
 from tests.model.refusals import refusal

@@ -427,7 +427,7 @@ def test_a_net_that_explodes_at_one_level_of_noise_fails_those_who_pass_it() -> 
 
 def test_the_counters_add_up() -> None:
     engine = quick_engine(4)
-    engine.runner.exact_buckets = [2, 4]
+    engine.runner.admitted = [2, 4]
     steps = [3, 5, 5, 1, 2]
     run(engine, *[a_request(i, n, seed=i) for i, n in enumerate(steps)])
 

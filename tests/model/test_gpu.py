@@ -25,7 +25,7 @@ def test_a_replay_of_every_bucket_is_the_eager_step_bit_for_bit() -> None:
         results = []
         for replay in (True, False):
             for slot in range(bucket):
-                captured.slots.seat(slot, 100 + slot, table, None)
+                captured.slots.seat(slot, 100 + slot, table, captured.slots.draw_initial([100 + slot])[0])
             if replay:
                 captured.step(bucket)
             else:

@@ -86,7 +86,7 @@ def test_a_bucket_in_which_bits_differ_is_padded_away() -> None:
 def test_without_the_promise_every_bucket_is_used() -> None:
     runner = Runner(function_model(different_in(1, 3)), 5, exact=False)
 
-    assert (runner.exact, runner.exact_buckets) == (False, [1, 2, 3, 4, 5])
+    assert (runner.exact, runner.admitted) == (False, [1, 2, 3, 4, 5])
 
 
 @pytest.mark.parametrize("net", [nosy, seat_dependent])
@@ -123,7 +123,7 @@ def test_the_check_leaves_no_trace() -> None:
 def test_only_the_slots_of_the_bucket_move() -> None:
     runner = Runner(function_model(), 4)
     for slot in range(4):
-        runner.slots.seat(slot, slot, a_plan(4), None)
+        runner.slots.seat(slot, slot, a_plan(4), runner.slots.draw_initial([slot])[0])
     before = runner.slots.x.clone()
     runner.step(2)
 

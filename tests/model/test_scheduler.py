@@ -15,6 +15,7 @@ class Guest:
     name: str
     order: float = 0.0
     slot: int | None = None
+    arrival: int = -1
 
     def __repr__(self) -> str:
         return self.name

@@ -31,7 +31,7 @@ def floats(slots: Slots) -> tuple[Tensor, ...]:
 
 def test_a_seated_picture_starts_from_the_noise_of_its_seed() -> None:
     slots = Slots(2, SHAPE, T, CPU)
-    slots.seat(1, 42, a_plan(5), None)
+    slots.seat(1, 42, a_plan(5), slots.draw_initial([42])[0])
 
     assert torch.equal(slots.x[1], x_T(42))
     assert [int(column[1]) for column in (slots.cursor, slots.last, slots.seed)] == [0, 5, 42]
@@ -39,15 +39,15 @@ def test_a_seated_picture_starts_from_the_noise_of_its_seed() -> None:
 
 def test_with_torch_noise_it_starts_from_the_first_draw_of_the_generator() -> None:
     slots = Slots(1, SHAPE, T, CPU)
-    slots.seat(0, 42, a_plan(5, noise="torch"), TorchNoise(42, SHAPE))
+    slots.seat(0, 42, a_plan(5, noise="torch"), TorchNoise(42, SHAPE).draw())
 
     assert torch.equal(slots.x[0], torch.randn(SHAPE, generator=torch.Generator().manual_seed(42)))
 
 
 def test_the_rows_behind_a_short_plan_are_zero_even_after_a_long_one() -> None:
     slots = Slots(1, SHAPE, T, CPU)
-    slots.seat(0, 1, a_plan(T), None)
-    slots.seat(0, 2, a_plan(3), None)
+    slots.seat(0, 1, a_plan(T), slots.draw_initial([1])[0])
+    slots.seat(0, 2, a_plan(3), slots.draw_initial([2])[0])
 
     assert slots.rows[0, :3, K].tolist() == (a_plan(3).t[:-1] - 1).tolist()
     assert not slots.rows[0, 3:].any()
@@ -56,22 +56,22 @@ def test_the_rows_behind_a_short_plan_are_zero_even_after_a_long_one() -> None:
 @pytest.mark.parametrize("leave", ["cleared", "sat over"])
 def test_nothing_of_a_tenant_of_nan_survives(leave: str) -> None:
     slots, fresh = Slots(1, SHAPE, T, CPU), Slots(1, SHAPE, T, CPU)
-    slots.seat(0, 1, a_plan(T), None)
+    slots.seat(0, 1, a_plan(T), slots.draw_initial([1])[0])
     for tensor in floats(slots):
         tensor.fill_(torch.nan)
     if leave == "cleared":
         slots.clear(0)
         assert all(not tensor.any() for tensor in floats(slots))
 
-    slots.seat(0, 7, a_plan(4), None)
-    fresh.seat(0, 7, a_plan(4), None)
+    slots.seat(0, 7, a_plan(4), slots.draw_initial([7])[0])
+    fresh.seat(0, 7, a_plan(4), fresh.draw_initial([7])[0])
     assert all(torch.equal(a, b) for a, b in zip(state(slots, 0), state(fresh, 0), strict=True))
 
 
 def test_a_free_slot_stays_as_it_is_while_others_step() -> None:
     model, slots = function_model(), Slots(2, SHAPE, T, CPU)
-    slots.seat(0, 1, a_plan(4), None)
-    slots.seat(1, 2, a_plan(4), None)
+    slots.seat(0, 1, a_plan(4), slots.draw_initial([1])[0])
+    slots.seat(1, 2, a_plan(4), slots.draw_initial([2])[0])
     slots.clear(1)
     before = state(slots, 1)
     with torch.inference_mode():
@@ -82,7 +82,7 @@ def test_a_free_slot_stays_as_it_is_while_others_step() -> None:
 
 def test_the_cursor_stops_on_the_row_of_zeros_behind_the_last() -> None:
     model, slots = function_model(), Slots(1, SHAPE, T, CPU)
-    slots.seat(0, 1, a_plan(T), None)
+    slots.seat(0, 1, a_plan(T), slots.draw_initial([1])[0])
     with torch.inference_mode():
         for _ in range(T + 2):
             denoise(model.net, model.table, slots, 1)
@@ -93,8 +93,8 @@ def test_the_cursor_stops_on_the_row_of_zeros_behind_the_last() -> None:
 
 def test_a_move_carries_everything() -> None:
     slots = Slots(3, SHAPE, T, CPU)
-    slots.seat(0, 1, a_plan(9), None)
-    slots.seat(2, 2, a_plan(4), None)
+    slots.seat(0, 1, a_plan(9), slots.draw_initial([1])[0])
+    slots.seat(2, 2, a_plan(4), slots.draw_initial([2])[0])
     slots.draw_ahead(2, 2, 0)
     slots.given[2], slots.x0[2], slots.cursor[2] = 0.5, 0.25, 3
     before = state(slots, 2)
@@ -105,8 +105,8 @@ def test_a_move_carries_everything() -> None:
 
 def test_noise_drawn_ahead_is_the_noise_drawn_step_by_step() -> None:
     slots = Slots(2, SHAPE, T, CPU)
-    slots.seat(0, 2**63 - 1, a_plan(T), None)
-    slots.seat(1, 6, a_plan(T), None)
+    slots.seat(0, 2**63 - 1, a_plan(T), slots.draw_initial([2**63 - 1])[0])
+    slots.seat(1, 6, a_plan(T), slots.draw_initial([6])[0])
     for step in range(T):
         if step % slots.ahead_steps == 0:
             slots.draw_ahead(0, 2**63 - 1, step)

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from model.card import architecture
+from model.architecture import architecture
 from model.unet import UNet
 from tests.model.worlds import CIFAR10, relative_error, shaken, small, twin
 

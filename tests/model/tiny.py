@@ -7,7 +7,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from model.card import Architecture, ModelCard
+from model.architecture import Architecture
+from model.card import ModelCard
 from model.checkpoint import Model
 from model.engine import Engine
 from model.events import Cancelled, Event, Failed, Finished, Request

@@ -8,7 +8,8 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from torch import Tensor
 
-from model.card import architecture, read_card
+from model.architecture import architecture
+from model.card import read_card
 from model.checkpoint import Model, load_model
 from model.engine import Engine
 from model.events import Finished, Request

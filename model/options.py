@@ -1,0 +1,99 @@
+"""Configuration files: read whole if they are small and sound, then option by option, each within its bounds."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from model.errors import ModelRefused
+
+Json: TypeAlias = Mapping[str, Any]
+MAX_CONFIG_BYTES = 1 << 20
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object of which no key occurs twice, as `object_pairs_hook`. Raises ValueError."""
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        raise ValueError("a key occurs twice")
+    return values
+
+
+def require_file(path: Path, hint: str = "") -> None:
+    """Raises ModelRefused unless this is a regular file, or a link to one, as in the hub's cache.
+
+    Opening a pipe would wait for ever, reading a device would never end.
+    """
+    if not path.is_file():
+        there = path.exists() or path.is_symlink()
+        raise ModelRefused(f"{path.name} is not a regular file" if there else f"{path.name} is missing{hint}")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A configuration file as a dict. Raises ModelRefused if it is missing, too large, or not a JSON object."""
+    require_file(path)
+    try:
+        if path.stat().st_size > MAX_CONFIG_BYTES:
+            raise ModelRefused(f"{path.name} is larger than {MAX_CONFIG_BYTES} bytes")
+        values = json.loads(path.read_bytes(), object_pairs_hook=unique_keys)
+    except OSError as error:
+        raise ModelRefused(f"{path.name} could not be read: {type(error).__name__}") from error
+    except (ValueError, RecursionError) as error:
+        raise ModelRefused(f"{path.name} is not valid JSON: {type(error).__name__}") from error
+    if not isinstance(values, dict):
+        raise ModelRefused(f"{path.name} must be a JSON object")
+    return values
+
+
+def whole(value: object) -> int | None:
+    """An integer, which some configurations write as 32.0, or None."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+class Options:
+    """One configuration file, read option by option; every refusal names the file and the option."""
+
+    def __init__(self, name: str, values: Json) -> None:
+        self.name, self.values = name, values
+
+    def refuse(self, option: str, allowed: str) -> ModelRefused:
+        try:
+            given = json.dumps(self.values.get(option))[:60]
+        except RecursionError:
+            given = "a deeply nested value"
+        return ModelRefused(f"{self.name}: {option} must be {allowed}, got {given}")
+
+    def integer(self, option: str, low: int, high: int, default: int | None) -> int:
+        value = whole(self.values.get(option, default))
+        if value is None or not low <= value <= high:
+            raise self.refuse(option, f"an integer in {low}..{high}")
+        return value
+
+    def optional(self, option: str, low: int, high: int, default: int | None = None) -> int | None:
+        return None if self.values.get(option, default) is None else self.integer(option, low, high, default)
+
+    def number(self, option: str, low: float, high: float, default: float) -> float:
+        value = self.values.get(option, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+            raise self.refuse(option, f"a number in {low}..{high}")
+        return float(value)
+
+    def boolean(self, option: str, default: bool) -> bool:
+        value = self.values.get(option, default)
+        if not isinstance(value, bool):
+            raise self.refuse(option, "true or false")
+        return value
+
+    def word(self, option: str, allowed: tuple[Any, ...], default: Any) -> Any:
+        value = self.values.get(option, default)
+        if isinstance(value, list | dict) or not any(value == a and type(value) is type(a) for a in allowed):
+            raise self.refuse(option, "one of " + ", ".join(json.dumps(a) for a in allowed))
+        return value
+
+    def items(self, option: str, default: tuple[Any, ...] | None, most: int) -> list[Any]:
+        value = self.values.get(option, default)
+        if not isinstance(value, list | tuple) or not 1 <= len(value) <= most:
+            raise self.refuse(option, f"a list of 1..{most} items")
+        return list(value)
