@@ -1,7 +1,6 @@
 """`make bench`: prints a table as it goes and writes JSON lines. `make gpu`: the same on a GPU."""
 
 import argparse
-import os
 from itertools import chain
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import torch
 
 from benchmarks import engine, http
 from benchmarks.measure import machine
+from server.engine_process import cores
 
 DIGITS = Path(__file__).parent.parent / "weights" / "digits"
 
@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("build/benchmarks.jsonl"), help="(default: %(default)s)")
     args = parser.parse_args()
     device = torch.device("cuda" if args.gpu else "cpu")
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(cores())
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with args.out.open("w") as out:
         print(machine(), file=out)

@@ -18,6 +18,7 @@ from model.engine import Engine
 from model.events import Request
 from model.plan import plan, resolve
 from model.runner import Runner
+from server.engine_process import choose_dtype, usual_slots
 
 CIFAR10 = {
     "sample_size": 32,
@@ -43,8 +44,8 @@ def cifar10(directory: Path) -> Path:
 
 
 def our_engine(directory: Path, device: torch.device, slots: int) -> Engine:
-    """The engine as the server builds it: bfloat16 in the net, exact buckets only."""
-    return Engine(Runner(load_model(read_card(directory), device, torch.bfloat16), slots))
+    """The engine as the server builds it: numbers as the device computes best, exact buckets only."""
+    return Engine(Runner(load_model(read_card(directory), device, choose_dtype("auto", device)), slots))
 
 
 def run_engine(engine: Engine, batch: int, steps: int) -> None:
@@ -78,7 +79,7 @@ def compare(
     name: str, directory: Path, device: torch.device, batch: int, steps: int, rounds: int, compiled: bool
 ) -> Iterator[Measure]:
     """Milliseconds per image-step of all contenders, and how many times faster we are."""
-    engine, contenders = our_engine(directory, device, batch), {}
+    engine, contenders = our_engine(directory, device, usual_slots(device)), {}
     for theirs in ("diffusers", "diffusers compiled")[: 1 + compiled]:
         pipeline = their_pipeline(directory, device, theirs != "diffusers")
         contenders[theirs] = partial(run_pipeline, pipeline, batch, steps)

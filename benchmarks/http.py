@@ -6,11 +6,13 @@ import socket
 import statistics
 import subprocess
 import sys
-import threading
 import time
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -31,17 +33,23 @@ def a_server(weights: Path, slots: int) -> Iterator[str]:
     process = subprocess.Popen([sys.executable, "-m", "server", "serve", "--port", str(port)], env=environ)
     url = f"http://127.0.0.1:{port}"
     try:
-        for _ in range(600):
-            try:
-                with urllib.request.urlopen(f"{url}/readyz") as answer:
-                    if answer.status == 200:
-                        break
-            except OSError:
-                time.sleep(0.1)
+        deadline = time.monotonic() + 120
+        while not _ready(url):
+            if time.monotonic() > deadline or process.poll() is not None:
+                raise RuntimeError("the server did not become ready")
+            time.sleep(0.1)
         yield url
     finally:
         process.terminate()
         process.wait(60)
+
+
+def _ready(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/readyz") as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False
 
 
 def post(url: str, seed: int) -> None:
@@ -59,11 +67,8 @@ def measures(device: torch.device, digits: Path) -> Iterator[Measure]:
     with a_server(digits, slots) as url:
 
         def serve() -> None:
-            clients = [threading.Thread(target=post, args=(url, next(seeds))) for _ in range(CLIENTS)]
-            for client in clients:
-                client.start()
-            for client in clients:
-                client.join()
+            with ThreadPoolExecutor(CLIENTS) as clients:
+                list(clients.map(partial(post, url), islice(seeds, CLIENTS)))  # raises what any of them raised
 
         rounds = {"server": serve, "engine": lambda: run_engine(engine, slots, STEPS)}
         seconds = interleaved(rounds, 7)

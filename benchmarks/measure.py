@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+from server.engine_process import device_name
+
 
 @dataclass(frozen=True, slots=True)
 class Measure:
@@ -29,11 +31,9 @@ class Measure:
 def machine() -> str:
     """Where and with what this ran, as one JSON line."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    with open("/proc/cpuinfo") as file:
-        names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
     described = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
     facts = {
-        "cpu": f"{names[0] if names else platform.machine()}, {torch.get_num_threads()} threads",
+        "cpu": f"{device_name(torch.device('cpu'))}, {torch.get_num_threads()} threads",
         "gpu": gpu,
         "torch": torch.__version__,
         "python": platform.python_version(),

@@ -51,14 +51,18 @@ class Conv(nn.Conv2d):
         )
 
 
-def pack_convolutions(net: nn.Module, *inputs: Tensor) -> None:
-    """Packs every convolution of a net on the CPU for the shapes that it meets with these inputs."""
-    known = {
-        torch.float32: torch.backends.mkldnn.is_available,
+def _computes_in(dtype: torch.dtype) -> bool:
+    """Whether oneDNN convolves in this half precision on this processor."""
+    half = {
         torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
         torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
     }
-    if not (CAN_PACK and known[inputs[0].dtype]()):
+    return bool(half[dtype]())
+
+
+def pack_convolutions(net: nn.Module, *inputs: Tensor) -> None:
+    """Packs every convolution of a net on the CPU for the shapes that it meets with these inputs."""
+    if not CAN_PACK or (inputs[0].dtype != torch.float32 and not _computes_in(inputs[0].dtype)):
         return
     shapes: dict[Conv, list[int]] = {}
 

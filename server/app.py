@@ -57,6 +57,15 @@ async def _on_error(request: Request, error: Exception) -> JSONResponse:
     return _respond(request, problem(error))
 
 
+async def _on_unforeseen(request: Request, error: Exception) -> JSONResponse:
+    """A bug. This answer is made outside of all middleware, so it brings its request id itself."""
+    id = getattr(request.state, "request_id", "")
+    logger.error("unforeseen error", extra={"request_id": id, "path": request.url.path}, exc_info=error)
+    answer = _respond(request, problem(error))
+    answer.headers["X-Request-Id"] = id
+    return answer
+
+
 async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     code = CODES.get(error.status_code, "http-error")
@@ -75,7 +84,8 @@ def create_app(
     if backend is None:
         places = tuple((name, card.directory) for name, card in cards.items())
         knobs = (settings.device, settings.dtype, settings.slots, settings.threads, settings.exact)
-        backend = LocalBackend(Start(places, *knobs), settings.engine_restarts, on_failed)
+        start = Start(places, *knobs, settings.log_level)
+        backend = LocalBackend(start, settings.engine_restarts, on_failed)
     runs = backend
 
     @asynccontextmanager
@@ -91,8 +101,9 @@ def create_app(
     )
     app.state.settings = settings
     app.state.jobs = Jobs(settings, cards, runs)
-    for error in (ServerError, PlanError, Exception):
+    for error in (ServerError, PlanError):
         app.add_exception_handler(error, _on_error)
+    app.add_exception_handler(Exception, _on_unforeseen)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_middleware(RequestIds)
     app.include_router(generate.router)

@@ -26,6 +26,7 @@ class Spec:
 class Served:
     """What a backend says of a model it has loaded."""
 
+    digest: str  # of the weights and configurations that were loaded
     device: str
     dtype: str
     parameters: int

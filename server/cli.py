@@ -1,8 +1,10 @@
 """The `ddpm` command."""
 
 import argparse
+import asyncio
 import os
 import signal
+import socket
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,6 +14,7 @@ import uvicorn
 from model.errors import ModelRefused
 from server import logs
 from server.app import create_app
+from server.backend import Backend
 from server.errors import EXIT_CODES, EXIT_FAILED, EngineFailed, SettingsError
 from server.settings import Settings
 
@@ -34,9 +37,24 @@ def _parser() -> argparse.ArgumentParser:
 class _Server(uvicorn.Server):
     """uvicorn's server, for which SIGTERM is an order to end well, not an accident to report by dying of it."""
 
+    def __init__(self, config: uvicorn.Config, backend: Backend, drain_s: float) -> None:
+        super().__init__(config)
+        self.backend, self.drain_s = backend, drain_s
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Lets running requests end. Those that have not after `drain_s` seconds are told so, and then all is over."""
+
+        async def run_out() -> None:
+            await asyncio.sleep(self.drain_s)
+            await self.backend.close()
+
+        deadline = asyncio.create_task(run_out())
+        await super().shutdown(sockets)
+        deadline.cancel()
+
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """While the server runs, SIGINT and SIGTERM drain it; a second one ends it at once."""
+        """While the server runs, SIGINT and SIGTERM drain it; a second SIGINT ends it at once."""
         before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
@@ -56,17 +74,16 @@ def serve(flags: dict[str, object]) -> int:
         server.should_exit = True
 
     app = create_app(settings, on_failed=stop)
-    server = _Server(
-        uvicorn.Config(
-            app,
-            host=settings.host,
-            port=settings.port,
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            timeout_graceful_shutdown=max(1, round(settings.drain_s)),
-        )
+    config = uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=round(settings.drain_s) + 5,
     )
+    server = _Server(config, app.state.jobs.backend, settings.drain_s)
     server.run()
     if failures:
         print(f"ddpm: {failures[0]}", file=sys.stderr)

@@ -5,8 +5,8 @@ The only room of the server where torch is imported. It owns one device, and has
 
 import os
 import platform
-import signal
 import time
+import traceback
 from collections.abc import Sequence
 from functools import lru_cache
 from multiprocessing.connection import Connection
@@ -24,7 +24,7 @@ from model.plan import Plan, Sampling, plan
 from model.runner import Runner
 from model.schedule import Process
 from server.backend import Served
-from server.messages import Beat, Cancel, Happened, Ready, Refused, Start, Submit
+from server.messages import Beat, Cancel, Died, Happened, Ready, Refused, Start, Submit
 
 BEAT_S = 0.25
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -51,6 +51,11 @@ def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
+def usual_slots(device: torch.device) -> int:
+    """How many pictures share a batch, unless told otherwise."""
+    return 64 if device.type == "cuda" else 8
+
+
 def device_name(device: torch.device) -> str:
     """What the device calls itself."""
     if device.type == "cuda":
@@ -61,15 +66,20 @@ def device_name(device: torch.device) -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
+def cores() -> int:
+    """How many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def ranges(numbers: Sequence[int]) -> str:
-    """1-4,6 for [1, 2, 3, 4, 6]."""
+    """1-4,6 for [1, 2, 3, 4, 6], none for []."""
     parts: list[list[int]] = []
     for number in numbers:
         if parts and number == parts[-1][1] + 1:
             parts[-1][1] = number
         else:
             parts.append([number, number])
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in parts) or "none"
 
 
 def describe(runner: Runner, model: Model, load_s: float) -> Served:
@@ -82,6 +92,7 @@ def describe(runner: Runner, model: Model, load_s: float) -> Served:
     else:
         parts.insert(2, f"{torch.get_num_threads()} threads")
     return Served(
+        model.card.digest,
         f"{device} ({name})",
         dtype,
         model.parameters,
@@ -92,6 +103,15 @@ def describe(runner: Runner, model: Model, load_s: float) -> Served:
         "; ".join(parts),
         load_s,
     )
+
+
+def _seconds_of_a_step(runner: Runner) -> float:
+    """How long a step of the full batch takes, with nobody in it."""
+    began = time.monotonic()
+    runner.step(runner.slots.capacity)
+    if runner.device.type == "cuda":
+        torch.cuda.synchronize(runner.device)
+    return time.monotonic() - began
 
 
 @lru_cache(256)
@@ -105,18 +125,22 @@ class Engines:
     def __init__(self, start: Start) -> None:
         device = choose_device(start.device)
         if device.type == "cpu":
-            torch.set_num_threads(start.threads or len(os.sched_getaffinity(0)))
-        dtype, slots = choose_dtype(start.dtype, device), start.slots or (64 if device.type == "cuda" else 8)
+            torch.set_num_threads(start.threads or cores())
+        else:
+            torch.cuda.set_device(device)
+        dtype, slots = choose_dtype(start.dtype, device), start.slots or usual_slots(device)
         self.engines: dict[str, Engine] = {}
         self.processes: dict[str, Process] = {}
         self.served: dict[str, Served] = {}
         self.models: dict[int, str] = {}  # which engine a sample that has not ended is in
+        self.step_s = 0.0  # what a full step of every model takes
         for name, directory in start.models:
             began = time.monotonic()
             model = load_model(read_card(directory, name), device, dtype)
             runner = Runner(model, slots, start.exact)
             self.engines[name], self.processes[name] = Engine(runner), model.card.process
             self.served[name] = describe(runner, model, round(time.monotonic() - began, 3))
+            self.step_s += _seconds_of_a_step(runner)
 
     @property
     def busy(self) -> bool:
@@ -154,17 +178,16 @@ class Engines:
 
 def serve(pipe: Connection, start: Start) -> None:
     """Runs until the other end of the pipe is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for the API process, which closes the pipe
     try:
         engines = Engines(start)
+        pipe.send(Ready(engines.served, engines.step_s))
+        _loop(pipe, engines)
     except (ModelRefused, NoSuchDevice) as error:
         pipe.send(Refused(type(error).__name__, str(error)))
-        return
-    pipe.send(Ready(engines.served))
-    try:
-        _loop(pipe, engines)
     except (EOFError, BrokenPipeError, ConnectionResetError):
-        return
+        return  # the API process is gone
+    except Exception:  # the one place where whatever killed the engine can be told
+        pipe.send(Died(traceback.format_exc()[-4000:]))
 
 
 def _loop(pipe: Connection, engines: Engines) -> None:

@@ -2,6 +2,12 @@
 
 ServerError
 ├── BadInput            a request that is malformed, or asks for what cannot be
+│   ├── Malformed           it is not what HTTP or JSON allow
+│   ├── NotFound            there is no such thing
+│   ├── NotAcceptable       it cannot be answered in the form that was asked for
+│   ├── BodyTooLarge        its body is too large
+│   ├── UnsupportedMedia    its body is of another kind
+│   └── Invalid             its fields say what cannot be
 ├── TooBusy             the queue is full
 ├── NotReady            loading, draining, or the engine is down
 ├── DeadlinePassed      the deadline that the client set was not met
@@ -23,31 +29,52 @@ class ServerError(Exception):
     """Everything the server raises on purpose."""
 
 
-@dataclass
 class BadInput(ServerError):
-    """A request that is refused. `errors` names fields by JSON pointer."""
-
-    status: int
-    code: str
-    detail: str
-    errors: list[dict[str, str]] = field(default_factory=list)
-    headers: dict[str, str] = field(default_factory=dict)
+    """A request that is malformed, or asks for what cannot be."""
 
 
-@dataclass
-class TooBusy(ServerError):
-    """The queue is full; there should be room in `retry_after_s` seconds."""
-
-    detail: str
-    retry_after_s: int
+class Malformed(BadInput):
+    """It is not what HTTP or JSON allow."""
 
 
-@dataclass
-class NotReady(ServerError):
+class NotFound(BadInput):
+    """There is no such thing."""
+
+
+class NotAcceptable(BadInput):
+    """It cannot be answered in the form that was asked for."""
+
+
+class BodyTooLarge(BadInput):
+    """Its body is too large."""
+
+
+class UnsupportedMedia(BadInput):
+    """Its body is of another kind."""
+
+
+class Invalid(BadInput):
+    """Its fields say what cannot be. `fields` are pairs of a field's name (or nothing) and what is wrong with it."""
+
+    def __init__(self, *fields: tuple[str, str]) -> None:
+        super().__init__(fields[0][1])
+        self.fields = fields
+
+
+class _Later(ServerError):
+    """It could be done at another time. `retry_after_s`: when to try again."""
+
+    def __init__(self, message: str, retry_after_s: int = 2) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class TooBusy(_Later):
+    """The queue is full."""
+
+
+class NotReady(_Later):
     """No work is taken right now."""
-
-    detail: str
-    retry_after_s: int = 2
 
 
 class DeadlinePassed(ServerError):
@@ -75,6 +102,21 @@ EXIT_CODES: dict[type[Exception], int] = {
     ModelRefused: EXIT_MODEL_REFUSED,
     NoSuchDevice: EXIT_NO_DEVICE,
 }
+ANSWERS: dict[type[Exception], tuple[int, str]] = {
+    Malformed: (400, "malformed"),
+    NotFound: (404, "not-found"),
+    NotAcceptable: (406, "not-acceptable"),
+    BodyTooLarge: (413, "too-large"),
+    UnsupportedMedia: (415, "unsupported-media-type"),
+    Invalid: (422, "invalid-request"),
+    PlanError: (422, "invalid-request"),
+    TooBusy: (429, "queue-full"),
+    SampleLost: (500, "sample-failed"),
+    NotReady: (503, "not-ready"),
+    EngineFailed: (503, "engine-down"),
+    DeadlinePassed: (504, "deadline-passed"),
+}
+UNFORESEEN = (500, "internal")
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,20 +144,14 @@ class Problem:
 
 def problem(error: Exception) -> Problem:
     """What to answer. Nothing of an unforeseen error is shown."""
-    match error:
-        case BadInput(status, code, detail, errors, headers):
-            return Problem(status, code, detail, errors, headers)
-        case PlanError():
-            invalid = {"pointer": f"/{error.field}", "message": str(error)}
-            return Problem(422, "invalid-request", str(error), [invalid])
-        case TooBusy(detail, retry_after_s):
-            return Problem(429, "queue-full", detail, headers={"Retry-After": str(retry_after_s)})
-        case NotReady(detail, retry_after_s):
-            return Problem(503, "not-ready", detail, headers={"Retry-After": str(retry_after_s)})
-        case EngineFailed():
-            return Problem(503, "engine-down", "the engine is down", headers={"Retry-After": "30"})
-        case DeadlinePassed():
-            return Problem(504, "deadline-passed", str(error))
-        case SampleLost():
-            return Problem(500, "sample-failed", str(error))
-    return Problem(500, "internal", "an error that should not have happened; it has been logged")
+    status, code = ANSWERS.get(type(error), UNFORESEEN)
+    if (status, code) == UNFORESEEN:
+        return Problem(status, code, "an error that should not have happened; it has been logged under this request id")
+    wrong: tuple[tuple[str, str], ...] = ()
+    if isinstance(error, PlanError):
+        wrong = ((error.field, str(error)),)
+    elif isinstance(error, Invalid):
+        wrong = error.fields
+    errors = [{"pointer": f"/{name}" if name else "", "message": message} for name, message in wrong]
+    headers = {"Retry-After": str(error.retry_after_s)} if isinstance(error, _Later) else {}
+    return Problem(status, code, str(error), errors, headers)

@@ -14,10 +14,10 @@ from typing import Any
 
 from model.card import ModelCard
 from model.events import Cancelled, Failed, Finished, Floats, Picture
-from model.plan import SAMPLERS, Sampling, resolve
+from model.plan import Sampling, resolve
 from server import images
-from server.backend import Backend, SampleEvent, Spec
-from server.errors import BadInput, DeadlinePassed, NotReady, SampleLost
+from server.backend import Backend, SampleEvent, Served, Spec
+from server.errors import DeadlinePassed, Invalid, NotFound, NotReady, SampleLost
 from server.limits import Queue
 from server.schemas import MAX_SEED, GenerateRequest
 from server.settings import Settings
@@ -74,7 +74,7 @@ class Job:
 
     id: str
     order: Order
-    numerics: str
+    served: Served
     created_at: float = field(default_factory=time.time)
     started_at: float | None = None
     finished_at: float | None = None
@@ -84,9 +84,8 @@ class Job:
 
     def texts(self, seed: int) -> dict[str, str]:
         """All that decides a picture, as text chunks of its PNG."""
-        card, choice = self.order.card, self.order.sampling
-        decides = {"model": card.name, "digest": card.digest, "seed": seed, **asdict(choice)}
-        decides["numerics"] = self.numerics
+        decides = {"model": self.order.card.name, "digest": self.served.digest, "seed": seed}
+        decides |= asdict(self.order.sampling) | {"numerics": self.served.numerics}
         words = {True: "true", False: "false"}
         return {
             key: words.get(v, str(v)) if isinstance(v, bool) else str(v) for key, v in decides.items() if v is not None
@@ -105,11 +104,12 @@ class Job:
             "id": self.id,
             "status": self.status,
             "model": self.order.card.name,
-            "digest": self.order.card.digest,
+            "digest": self.served.digest,
             "request": self.order.request(),
             "created_at": self.created_at,
             "started_at": self.started_at,
             "finished_at": self.finished_at,
+            "progress": {"step": len(made) * self.order.sampling.steps, "steps": self.order.image_steps},
             "images": made,
             "error": self.error,
         }
@@ -125,14 +125,12 @@ class Jobs:
         self._kept_bytes = 0
 
     def order(self, request: GenerateRequest, wants_floats: bool = False) -> Order:
-        """A request with every choice made. Raises BadInput or PlanError naming the field that cannot be."""
+        """A request with every choice made. Raises Invalid or PlanError naming the field that cannot be."""
         card = self.cards[self._model(request.model)]
         if request.n > self._settings.max_n:
-            raise _invalid("n", f"n must lie in 1..{self._settings.max_n}, got {request.n}")
+            raise Invalid(("n", f"n must lie in 1..{self._settings.max_n}, got {request.n}"))
         if request.seed is not None and request.seed > MAX_SEED - request.n:
-            raise _invalid("seed", f"seed must lie in 0..2^53 - n = {MAX_SEED - request.n}, got {request.seed}")
-        if request.sampler not in SAMPLERS:
-            raise _invalid("sampler", f"sampler must be one of {', '.join(SAMPLERS)}")
+            raise Invalid(("seed", f"seed must lie in 0..2^53 - n = {MAX_SEED - request.n}, got {request.seed}"))
         sampling = resolve(
             card.process,
             request.sampler,
@@ -150,7 +148,7 @@ class Jobs:
         name = wanted or self._settings.default_model or (next(iter(self.cards)) if len(self.cards) == 1 else "")
         if name not in self.cards:
             known = ", ".join(self.cards)
-            raise _invalid("model", f"model must be one of {known}" if wanted else f"name a model, one of {known}")
+            raise Invalid(("model", f"model must be one of {known}" if wanted else f"name a model, one of {known}"))
         return name
 
     async def run(self, order: Order) -> Job:
@@ -163,7 +161,7 @@ class Jobs:
             raise NotReady(self.backend.trouble or "the model is not loaded")
         wait_s = self.backend.seconds_for(self.queue.taken)
         with self.queue.hold(order.image_steps, wait_s):
-            job = Job(secrets.token_hex(12), order, served.numerics)
+            job = Job(secrets.token_hex(12), order, served)
             try:
                 async with asyncio.timeout(order.deadline_s):
                     await self._collect(job)
@@ -205,9 +203,9 @@ class Jobs:
             self._kept_bytes -= _size(self._ended.popitem(last=False)[1])
 
     def find(self, id: str) -> Job:
-        """A job that has ended and is still kept. Raises BadInput (404)."""
+        """A job that has ended and is still kept. Raises NotFound."""
         if id not in self._ended:
-            raise BadInput(404, "unknown-job", "there is no such job, or it is no longer kept")
+            raise NotFound("there is no such job, or it is no longer kept")
         return self._ended[id]
 
 
@@ -215,7 +213,3 @@ def _size(job: Job) -> int:
     return sum(
         len(i.png) + i.picture.nbytes + (0 if i.floats is None else i.floats.nbytes) for i in job.images.values()
     )
-
-
-def _invalid(field_name: str, message: str) -> BadInput:
-    return BadInput(422, "invalid-request", message, [{"pointer": f"/{field_name}", "message": message}])

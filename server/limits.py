@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from server.errors import BadInput, TooBusy
+from server.errors import Invalid, TooBusy
 
 
 @dataclass(slots=True)
@@ -16,13 +16,12 @@ class Queue:
 
     @contextmanager
     def hold(self, steps: int, wait_s: int) -> Iterator[None]:
-        """Room for a job while it lasts. Raises BadInput if it can never fit, TooBusy if it does not now.
+        """Room for a job while it lasts. Raises Invalid if it can never fit, TooBusy if it does not now.
 
         wait_s: seconds until what is ahead is done, told to those who are refused.
         """
         if steps > self.capacity:
-            message = f"n x steps must be at most {self.capacity}, got {steps}"
-            raise BadInput(422, "too-large", message, [{"pointer": "/n", "message": message}])
+            raise Invalid(("n", f"n x steps must be at most {self.capacity}, got {steps}"))
         if self.taken + steps > self.capacity:
             detail = f"{self.taken} of {self.capacity} image-steps are taken, {steps} more were asked for"
             raise TooBusy(detail, wait_s)

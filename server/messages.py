@@ -17,6 +17,7 @@ class Start:
     slots: int
     threads: int
     exact: bool
+    log_level: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,7 @@ class Ready:
     """All models are loaded."""
 
     served: dict[str, Served]
+    step_s: float  # a step of the largest batch, over all models
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +49,13 @@ class Refused:
 
     error: str
     message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Died:
+    """What killed the engine process: the end of its last words."""
+
+    traceback: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,26 +9,43 @@ import itertools
 import logging
 import math
 import multiprocessing
+import queue
+import signal
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
-from typing import cast
+from typing import TypeAlias, cast
 
 from model import errors as model_errors
 from model.events import ENDS, Stats
+from server import logs
 from server.backend import SampleEvent, Served, Spec
 from server.errors import EXIT_CODES, EXIT_ENGINE, EngineFailed, NotReady, SampleLost
-from server.messages import Beat, Cancel, Happened, Ready, Refused, Start, Submit
+from server.messages import Beat, Cancel, Died, Happened, Ready, Refused, Start, Submit
 
 logger = logging.getLogger(__name__)
-SILENCE_S = 5.0  # an engine that says nothing for so long, or for 20 of its steps, is not ready
-HANG_S = 60.0  # and is replaced after so long, or 100 steps
 LIVES = 3  # a job that has seen so many engines die is given up
+Letter: TypeAlias = Submit | Cancel
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long an engine may say nothing, in seconds or in steps, whichever is longer."""
+
+    silence_s: float = 5.0  # then it is not ready
+    silence_steps: float = 20.0
+    hang_s: float = 60.0  # then it is killed and replaced
+    hang_steps: float = 100.0
+    load_s: float = 600.0  # so long it may load
 
 
 def _run(pipe: Connection, start: Start) -> None:
+    """The main function of the engine process."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group; they are for the API process to handle
+        signal.signal(number, signal.SIG_IGN)
+    logs.configure(start.log_level)
     from server import engine_process  # the API process never imports torch
 
     engine_process.serve(pipe, start)
@@ -44,21 +61,35 @@ class _Stream:
     lives: int = LIVES
 
 
-class LocalBackend:
-    """One engine process. All methods are called from the event loop; one thread reads the pipe."""
+@dataclass(slots=True, eq=False)
+class _Life:
+    """One engine process, from its spawn to its death."""
 
-    def __init__(self, start: Start, restarts: int, on_failed: Callable[[EngineFailed], None]) -> None:
-        self._start, self._restarts, self._on_failed = start, restarts, on_failed
+    over: asyncio.Event = field(default_factory=asyncio.Event)
+    refused: Refused | None = None  # why there is no sense in another one
+
+
+class LocalBackend:
+    """One engine process. All methods are called from the event loop; one thread reads the pipe, one writes it."""
+
+    def __init__(
+        self,
+        start: Start,
+        restarts: int,
+        on_failed: Callable[[EngineFailed], None],
+        patience: Patience = Patience(),
+    ) -> None:
+        self._start, self._restarts, self._on_failed, self._patience = start, restarts, on_failed, patience
         self._context = multiprocessing.get_context("spawn")
         self._ids = itertools.count()
         self._streams: dict[int, _Stream] = {}  # by sample id
         self._served: dict[str, Served] = {}
-        self._pipe: Connection | None = None
-        self._process: multiprocessing.process.BaseProcess | None = None
+        self._outbox: queue.SimpleQueue[Letter | None] | None = None  # of the engine that lives, if one does
+        self._digests: dict[str, str] = {}
         self._supervisor: asyncio.Task[None] | None = None
         self._trouble: str | None = "the engine is loading"
         self._past, self._beat = Stats(), Beat(Stats(), 0.0, 0.0)  # counters of engines that are gone; the last sign
-        self._beat_at = time.monotonic()
+        self._beat_at, self._step_s = time.monotonic(), 0.0  # when it came; the longest step that has been seen lately
         self.rate: float | None = None  # image-steps per second, lately
 
     @property
@@ -69,8 +100,8 @@ class LocalBackend:
     @property
     def trouble(self) -> str | None:
         """Why no work can be taken right now, or None."""
-        silent_s = time.monotonic() - self._beat_at
-        if self._trouble is None and silent_s > max(SILENCE_S, 20 * self._beat.step_s):
+        silent_s, patience = time.monotonic() - self._beat_at, self._patience
+        if self._trouble is None and silent_s > max(patience.silence_s, patience.silence_steps * self._step_s):
             return f"the engine has not answered for {silent_s:.0f} s"
         return self._trouble
 
@@ -84,6 +115,12 @@ class LocalBackend:
     async def start(self) -> None:
         """Begin to load."""
         self._supervisor = asyncio.create_task(self._supervise(), name="engine supervisor")
+        self._supervisor.add_done_callback(self._supervisor_ended)
+
+    def _supervisor_ended(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and task.exception() is not None:
+            logger.error("the engine's supervisor failed", exc_info=task.exception())
+            self._fail(EngineFailed("the engine's supervisor failed", EXIT_ENGINE))
 
     async def close(self) -> None:
         """End the engine process. Streams that are still open end with NotReady."""
@@ -115,12 +152,9 @@ class LocalBackend:
             if left:
                 self._send(Cancel(left))
 
-    def _send(self, message: Submit | Cancel) -> None:
-        if self._pipe is not None:
-            try:
-                self._pipe.send(message)
-            except OSError:
-                logger.warning("the engine's pipe is closed")  # its death is about to be noticed, and all is sent again
+    def _send(self, message: Letter) -> None:
+        if self._outbox is not None:
+            self._outbox.put(message)
 
     async def _supervise(self) -> None:
         """One engine after another, until one refuses to start or too many have died."""
@@ -136,51 +170,67 @@ class LocalBackend:
             self._beat = Beat(Stats(), 0.0, 0.0)
             if failures > self._restarts:
                 return self._fail(EngineFailed(f"the engine died {failures} times without a step done", EXIT_ENGINE))
-            self._trouble = "the engine is being restarted"
+            self._trouble, self._served = "the engine is being restarted", {}
             logger.error("engine died", extra={"failures": failures, "samples": len(self._streams)})
             self._take_lives()
             await asyncio.sleep(min(5.0, 0.1 * 2 ** (failures - 1)))
 
     async def _live(self) -> Refused | None:
-        """The life of one engine process, from its spawn to its death."""
-        loop, dead = asyncio.get_running_loop(), asyncio.Event()
+        """The life of one engine process, from its spawn to its death. Returns why it refused, if it did."""
+        loop, life = asyncio.get_running_loop(), _Life()
         ours, theirs = self._context.Pipe()
+        outbox: queue.SimpleQueue[Letter | None] = queue.SimpleQueue()
         process = self._context.Process(target=_run, args=(theirs, self._start), name="ddpm-engine", daemon=True)
-        process.start()
-        theirs.close()
-        self._pipe, self._process, self._beat_at = ours, process, time.monotonic()
-        refusals: list[Refused] = []
 
         def read() -> None:
             try:
                 while True:
-                    loop.call_soon_threadsafe(self._receive, ours.recv(), refusals)
+                    loop.call_soon_threadsafe(self._receive, ours.recv(), life)
             except (EOFError, OSError):
-                loop.call_soon_threadsafe(dead.set)
+                loop.call_soon_threadsafe(life.over.set)
 
-        reader = threading.Thread(target=read, name="engine reader")
-        reader.start()
+        def write() -> None:
+            try:
+                while (message := outbox.get()) is not None:
+                    ours.send(message)
+            except OSError:
+                return  # it has died, which the reader tells; all that was not finished is sent again
+
+        threads = [threading.Thread(target=work, name=f"engine {work.__name__}") for work in (read, write)]
         try:
-            while not dead.is_set():
+            process.start()
+        except OSError:
+            logger.exception("no process could be started")
+            return None
+        theirs.close()
+        self._outbox, self._beat_at = outbox, time.monotonic()
+        for thread in threads:
+            thread.start()
+        try:
+            while not life.over.is_set():
                 try:
-                    await asyncio.wait_for(dead.wait(), 1.0)
+                    await asyncio.wait_for(life.over.wait(), 1.0)
                 except TimeoutError:
                     self._watch(process)
         finally:
-            self._pipe = None
+            self._outbox = None
             process.kill()  # it holds nothing that could be lost
-            await asyncio.to_thread(reader.join)
+            outbox.put(None)
+            for thread in threads:
+                await asyncio.to_thread(thread.join)
             ours.close()
             await asyncio.to_thread(process.join)
-        return refusals[0] if refusals else None
+        return life.refused
 
     def _watch(self, process: "multiprocessing.process.BaseProcess") -> None:
-        """Puts an end to an engine that was ready once and says nothing any more."""
-        if self._trouble is None and time.monotonic() - self._beat_at > max(HANG_S, 100 * self._beat.step_s):
-            logger.error("engine hangs and is killed", extra={"pid": process.pid})
+        """Puts an end to an engine that says nothing any more."""
+        patience = self._patience
+        limit_s = max(patience.hang_s, patience.hang_steps * self._step_s) if self._served else patience.load_s
+        if time.monotonic() - self._beat_at > limit_s:
+            logger.error("engine hangs and is killed", extra={"pid": process.pid, "limit_s": limit_s})
             process.kill()
 
-    def _receive(self, message: object, refusals: list[Refused]) -> None:
+    def _receive(self, message: object, life: _Life) -> None:
         match message:
             case Happened(events):
                 for event in events:
@@ -192,19 +242,30 @@ class LocalBackend:
                     if isinstance(event, ENDS):
                         del stream.index[id], self._streams[id]
                     stream.events.put_nowait(event)
-            case Beat(stats, busy_s, _):
+            case Beat(stats, busy_s, step_s):
+                self._step_s = max(step_s, 0.9 * self._step_s)
                 busy = busy_s - self._beat.busy_s
                 if busy > 0:
                     self.rate = (stats.sample_steps - self._beat.stats.sample_steps) / busy
                 self._beat, self._beat_at = message, time.monotonic()
-            case Ready(served):
-                self._served, self._trouble, self._beat_at = served, None, time.monotonic()
-                logger.info("engine ready", extra={name: model.numerics for name, model in served.items()})
-                for stream in dict.fromkeys(self._streams.values()):
-                    seeds = tuple(stream.spec.seeds[i] for i in stream.index.values())
-                    self._send(Submit(tuple(stream.index), dataclasses.replace(stream.spec, seeds=seeds)))
+            case Ready(served, step_s):
+                self._become_ready(served, step_s, life)
+            case Died(words):
+                logger.error("engine failed", extra={"traceback": words})
             case Refused():
-                refusals.append(message)
+                life.refused = message
+
+    def _become_ready(self, served: dict[str, Served], step_s: float, life: _Life) -> None:
+        digests = {name: model.digest for name, model in served.items()}
+        if self._digests not in ({}, digests):  # what is on its way would end as other bytes than it was promised as
+            life.refused = Refused("ModelRefused", "the weights were changed while they were served")
+            return life.over.set()
+        self._digests, self._served, self._trouble = digests, served, None
+        self._beat_at, self._step_s = time.monotonic(), step_s
+        logger.info("engine ready", extra={name: model.numerics for name, model in served.items()})
+        for stream in dict.fromkeys(self._streams.values()):
+            seeds = tuple(stream.spec.seeds[i] for i in stream.index.values())
+            self._send(Submit(tuple(stream.index), dataclasses.replace(stream.spec, seeds=seeds)))
 
     def _take_lives(self) -> None:
         """Whoever was on board when an engine died may have been the reason."""

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request, Response
 from starlette.responses import JSONResponse
 
 from server import images
-from server.errors import BadInput
+from server.errors import NotFound
 from server.jobs import Job, Jobs
 from server.routes.http import negotiate, read_json_body, unless_gone
 from server.schemas import GenerateRequest, parse_generate
@@ -84,7 +84,7 @@ async def job_image(request: Request, id: str, index: str) -> Response:
     """The PNG, immutable."""
     job: Job = request.app.state.jobs.find(id)
     if not (index.isascii() and index.isdigit() and len(index) < 6 and int(index) in job.images):
-        raise BadInput(404, "unknown-image", f"this job has images 0..{job.order.n - 1}")
+        raise NotFound(f"this job has images 0..{job.order.n - 1}")
     image = job.images[int(index)]
     headers = {"ETag": f'"{image.sha256}"', "Cache-Control": "public, max-age=31536000, immutable"}
     if request.headers.get("if-none-match") == headers["ETag"]:

@@ -6,10 +6,10 @@ import secrets
 from collections.abc import Coroutine, Sequence
 from typing import TypeVar
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.errors import BadInput
+from server.errors import BodyTooLarge, Malformed, NotAcceptable, UnsupportedMedia
 
 T = TypeVar("T")
 REQUEST_ID = re.compile(r"[\w-]{1,64}", re.ASCII)
@@ -37,20 +37,23 @@ class RequestIds:
 
 
 async def read_json_body(request: Request, limit: int) -> bytes:
-    """The body, which must claim to be JSON and be small. Raises BadInput: 413, 415."""
+    """The body, which must claim to be JSON and be small. Raises BodyTooLarge, UnsupportedMedia, Malformed."""
     media = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > limit:
-            raise BadInput(413, "too-large", f"the body must be at most {limit} bytes")
+    try:
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > limit:
+                raise BodyTooLarge(f"the body must be at most {limit} bytes")
+    except ClientDisconnect:
+        raise Malformed("the caller left before its body had arrived") from None
     if body and media != "application/json" and not media.endswith("+json"):
-        raise BadInput(415, "unsupported-media-type", "the body must be sent as content-type: application/json")
+        raise UnsupportedMedia("the body must be sent as content-type: application/json")
     return bytes(body)
 
 
 def negotiate(accept: str | None, offers: Sequence[str]) -> str:
-    """The best of `offers` for an Accept header (RFC 9110, 12.5.1), the first if all will do. Raises BadInput (406)."""
+    """The best of `offers` for an Accept header (RFC 9110, 12.5.1), the first if all will do. Raises NotAcceptable."""
     ranges = []
     for part in (accept or "*/*").split(","):
         media, *parameters = (piece.strip().lower() for piece in part.split(";"))
@@ -70,7 +73,7 @@ def negotiate(accept: str | None, offers: Sequence[str]) -> str:
 
     best = max(offers, key=weight)
     if weight(best) <= 0:
-        raise BadInput(406, "not-acceptable", f"this can be answered as {', '.join(offers)}")
+        raise NotAcceptable(f"this can be answered as {', '.join(offers)}")
     return best
 
 

@@ -9,7 +9,7 @@ from starlette.responses import JSONResponse, RedirectResponse
 from model.card import ModelCard
 from model.plan import SAMPLERS, SPACINGS
 from server.backend import Served
-from server.errors import BadInput, NotReady
+from server.errors import NotFound, NotReady
 from server.jobs import Jobs
 
 router = APIRouter()
@@ -20,7 +20,7 @@ def _document(card: ModelCard, served: Served | None) -> dict[str, Any]:
     variances = ["small", "large", "learned"] if process.learned_variance else ["small", "large"]
     return {
         "name": card.name,
-        "digest": card.digest,
+        "digest": served.digest if served is not None else None,
         "shape": {"channels": channels, "height": height, "width": width},
         "T": process.schedule.T,
         "prediction": process.prediction,
@@ -47,7 +47,7 @@ async def model(request: Request, name: str) -> JSONResponse:
     """One model, with its card: the README of its directory."""
     jobs: Jobs = request.app.state.jobs
     if name not in jobs.cards:
-        raise BadInput(404, "unknown-model", f"there is no such model; there are {', '.join(jobs.cards)}")
+        raise NotFound(f"there is no such model; there are {', '.join(jobs.cards)}")
     card = jobs.cards[name]
     return JSONResponse(_document(card, jobs.backend.served.get(name)) | {"card": card.readme})
 

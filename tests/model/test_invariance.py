@@ -33,8 +33,8 @@ CHOICES: list[dict[str, Any]] = [
     {"sampler": "dpmpp_2m"},
 ]
 MANY_THREADS = pytest.mark.skipif(
-    not (os.environ.get("CI") or os.environ.get("DDPM_TEST_THREADS")),
-    reason="two threads are tried in CI, or with DDPM_TEST_THREADS=1: on a busy machine they crawl",
+    not (os.environ.get("CI") or os.environ.get("TEST_THREADS")),
+    reason="two threads are tried in CI, or with TEST_THREADS=1: on a busy machine they crawl",
 )
 
 

@@ -43,7 +43,8 @@ class Server:
             self.port: int = free.getsockname()[1]
         knobs = {"DDPM_WEIGHTS": str(weights), "DDPM_THREADS": "1", "DDPM_SLOTS": "4", **variables}
         command = [sys.executable, "-m", "server", "serve", "--port", str(self.port)]
-        self.process = subprocess.Popen(command, env=os.environ | knobs, stderr=subprocess.PIPE, text=True)
+        environ = {name: value for name, value in os.environ.items() if not name.startswith("DDPM_")} | knobs
+        self.process = subprocess.Popen(command, env=environ, stderr=subprocess.PIPE, text=True)
         self.client = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=60)
 
     def wait_until_ready(self) -> "Server":

@@ -13,7 +13,7 @@ class FakeBackend:
     """Makes picture i of grey level seed + i (modulo 256), when `gate` is open."""
 
     def __init__(self) -> None:
-        self.served = {"tiny": Served("cpu", "float32", 1, 4, [1, 2, 4], [2, 4], True, "fake")}
+        self.served = {"tiny": Served("sha256:0", "cpu", "float32", 1, 4, [1, 2, 4], [2, 4], True, "fake")}
         self.trouble: str | None = None
         self.stats = Stats()
         self.gate = asyncio.Event()

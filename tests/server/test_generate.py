@@ -137,7 +137,7 @@ def test_models_say_what_they_are_and_what_they_promise(server: Server) -> None:
 
 
 def test_a_caller_that_leaves_frees_its_slots(server: Server) -> None:
-    """Eight long pictures fill the four slots twice over; their caller leaves; a short one is served at once."""
+    """Twenty callers ask for 64 pictures each and leave; the next one is served as if they had never been."""
     body = json.dumps({"steps": 30, "n": 64}).encode()
     head = (
         f"POST /generate HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
@@ -148,7 +148,7 @@ def test_a_caller_that_leaves_frees_its_slots(server: Server) -> None:
         with socket.create_connection(("127.0.0.1", server.port)) as caller:
             caller.sendall(head.encode() + body)
             time.sleep(0.02)
-    # Were the twenty jobs still on their way, this one would wait for 20 x `whole`.
+    # Were their jobs still on their way, this one would wait for twenty times `whole`.
     assert _seconds(lambda: generate(server, steps=30, seed=1)) < alone + 2 * whole
 
 

@@ -1,17 +1,28 @@
 """The engine process dies, hangs, or cannot start: the server tells the truth, and every picture comes out the same."""
 
+import asyncio
+import json
+import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
+from contextlib import aclosing
 from pathlib import Path
 
 import httpx
 import pytest
 
+from model.events import Finished
+from model.plan import resolve
+from server.backend import SampleEvent, Spec
+from server.messages import Start
+from server.worker import LocalBackend, Patience
 from tests.model.directories import write_model
+from tests.model.tiny import PROCESS
 from tests.server.conftest import Server
 
 
@@ -50,6 +61,83 @@ def test_a_stopped_engine_is_seen_within_seconds(weights: Path) -> None:
     server.stop()
 
 
+def test_a_stopped_engine_never_stops_the_api(weights: Path) -> None:
+    """Three hundred callers come and leave while nobody reads the engine's pipe, which holds less than their jobs."""
+    server = Server(weights).wait_until_ready()
+    body = json.dumps({"steps": 30, "n": 64}).encode()
+    head = (
+        f"POST /generate HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+    )
+    os.kill(server.engine_pid, signal.SIGSTOP)
+    for _ in range(300):
+        with socket.create_connection(("127.0.0.1", server.port)) as caller:
+            caller.sendall(head.encode() + body)
+    began = time.monotonic()
+
+    assert server.client.get("/healthz").status_code == 200
+    assert time.monotonic() - began < 2
+
+    os.kill(server.engine_pid, signal.SIGCONT)
+    server.wait_until_ready()
+    assert server.client.post("/generate", json={"seed": 1, "steps": 2}).status_code == 200
+    assert server.stop()[0] == 0
+
+
+def test_an_engine_that_hangs_is_killed_and_its_pictures_come_out_the_same(weights: Path) -> None:
+    async def pictures(backend: LocalBackend, hang: bool) -> list[SampleEvent]:
+        await backend.start()
+        while backend.trouble is not None:
+            await asyncio.sleep(0.05)
+        sampling = resolve(PROCESS, steps=30)
+        if hang:
+            (engine,) = multiprocessing.active_children()
+            assert engine.pid is not None
+            os.kill(engine.pid, signal.SIGSTOP)
+        async with aclosing(backend.run(Spec("tiny", (1, 2, 3), sampling))) as events:
+            made = [event async for event in events]
+        await backend.close()
+        return sorted(made, key=lambda event: str(event.id))
+
+    start = Start((("tiny", weights / "tiny"),), "cpu", "auto", 4, 1, True, "info")
+    patience = Patience(silence_s=60, hang_s=1, hang_steps=1)
+    expected, made = (asyncio.run(pictures(LocalBackend(start, 3, print, patience), hang)) for hang in (False, True))
+
+    assert [e.picture.tolist() for e in made if isinstance(e, Finished)] == [
+        e.picture.tolist() for e in expected if isinstance(e, Finished)
+    ]
+    assert len(made) == 3
+
+
+def test_weights_that_change_under_a_server_are_not_served_by_it(tmp_path: Path) -> None:
+    write_model(tmp_path / "tiny")
+    server = Server(tmp_path).wait_until_ready()
+    write_model(tmp_path / "tiny", {"norm_eps": 1e-3})
+    os.kill(server.engine_pid, signal.SIGKILL)
+
+    _, log = server.process.communicate(timeout=60)
+    server.client.close()
+
+    assert server.process.returncode == 3
+    assert log.strip().splitlines()[-1] == "ddpm: the weights were changed while they were served"
+
+
+def test_a_drain_that_runs_out_says_so_to_those_who_wait(weights: Path) -> None:
+    server = Server(weights, DDPM_DRAIN_S="0.5", DDPM_THREADS="1").wait_until_ready()
+    os.kill(server.engine_pid, signal.SIGSTOP)  # so that nothing ends by itself
+    answers: list[httpx.Response] = []
+    caller = threading.Thread(target=lambda: answers.append(server.client.post("/generate", json={"steps": 30})))
+    caller.start()
+    time.sleep(0.3)
+    began = time.monotonic()
+    server.process.terminate()
+    caller.join()
+    code = server.stop()[0]
+
+    assert [(a.status_code, a.json()["code"]) for a in answers] == [(503, "not-ready")]
+    assert code == 0
+    assert time.monotonic() - began < 5
+
+
 def test_an_engine_does_not_outlive_its_server(weights: Path) -> None:
     server = Server(weights).wait_until_ready()
     engine = server.engine_pid
@@ -65,7 +153,8 @@ def test_an_engine_does_not_outlive_its_server(weights: Path) -> None:
 
 def exit_of(**variables: str) -> tuple[int, str]:
     """How `ddpm serve` ends with these settings, and the last line it says."""
-    environ = os.environ | {"DDPM_PORT": "0", **variables}
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("DDPM_")}
+    environ |= {"DDPM_PORT": "0", **variables}
     command = [sys.executable, "-m", "server", "serve"]
     ended = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60)
     return ended.returncode, ended.stderr.strip().splitlines()[-1]
