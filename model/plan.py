@@ -13,7 +13,7 @@ A sampler is a pure function of a `Walk` that fills columns; rows are computed o
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,8 +23,8 @@ from model.schedule import FloatArray, NoiseSchedule, Process, Spacing, Variance
 
 IntArray: TypeAlias = NDArray[np.int64]
 Noise = Literal["philox", "torch"]
-SPACINGS: tuple[Spacing, ...] = ("leading", "linspace", "trailing")
-NOISES: tuple[Noise, ...] = ("philox", "torch")
+SPACINGS: tuple[Spacing, ...] = get_args(Spacing)
+NOISES: tuple[Noise, ...] = get_args(Noise)
 
 COLUMNS = "kpqcmhneswu"
 K, P, Q, C, M, H, N, E, S, W, U = range(11)

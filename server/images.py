@@ -23,12 +23,6 @@ def png(picture: Picture, texts: Mapping[str, str]) -> bytes:
     return out.getvalue()
 
 
-def read_texts(data: bytes) -> dict[str, str]:
-    """The text chunks of a PNG."""
-    with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
-        return {str(key): value for key, value in image.info.items() if isinstance(value, str)}
-
-
 def contact_sheet(pictures: Sequence[Picture]) -> Picture:
     """All pictures in one: ceil(sqrt(n)) columns, row by row, no gaps, black filler. -> [H', W', C]"""
     columns = math.ceil(math.sqrt(len(pictures)))

@@ -1,12 +1,20 @@
-"""A backend without an engine: the same seam, pictures of one grey level, and buttons to press."""
+"""A backend without an engine (pictures of one grey level, and buttons to press), and a reader of PNGs."""
 
 import asyncio
+import io
 from collections.abc import AsyncGenerator
 
 import numpy as np
+from PIL import Image
 
 from model.events import Finished, Stats
 from server.backend import SampleEvent, Served, Spec
+
+
+def read_texts(data: bytes) -> dict[str, str]:
+    """The text chunks of a PNG."""
+    with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
+        return {str(key): value for key, value in image.info.items() if isinstance(value, str)}
 
 
 class FakeBackend:

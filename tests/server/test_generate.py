@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from server.images import read_texts
 from tests.server.conftest import Server
+from tests.server.fakes import read_texts
 
 
 def generate(server: Server, accept: str = "image/png", **body: Any) -> httpx.Response:

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 from server.errors import NotAcceptable, SettingsError, TooBusy
-from server.images import contact_sheet, npy, png, read_texts
+from server.images import contact_sheet, npy, png
 from server.limits import Queue
 from server.logs import JsonLines
 from server.routes.http import negotiate
 from server.settings import Settings
+from tests.server.fakes import read_texts
 
 OFFERS = ("image/png", "application/json", "application/zip")
 
