@@ -78,6 +78,11 @@ class Engine:
         seated, waiting = len(self._scheduler.seated), self._scheduler.waiting
         return Stats(seated, waiting, self._steps, self._sample_steps, self._padded)
 
+    @property
+    def progress(self) -> list[tuple[Hashable, int]]:
+        """The samples that are seated, and how many updates each has had."""
+        return [(sample.request.id, sample.step) for sample in self._scheduler.seated]
+
     def submit(self, request: Request) -> None:
         """A sample joins the queue. Its id must not be on its way already, else ValueError."""
         if request.id in self._samples:

@@ -16,7 +16,7 @@ from server.backend import Backend
 from server.errors import EngineFailed, Problem, ServerError, SettingsError, problem
 from server.jobs import Jobs
 from server.messages import Start
-from server.routes import generate, models
+from server.routes import generate, jobs, models, stream
 from server.routes.http import RequestIds
 from server.settings import Settings
 from server.worker import LocalBackend
@@ -86,13 +86,13 @@ def create_app(
         knobs = (settings.device, settings.dtype, settings.slots, settings.threads, settings.exact)
         start = Start(places, *knobs, settings.log_level)
         backend = LocalBackend(start, settings.engine_restarts, on_failed)
-    runs = backend
+    made = Jobs(settings, cards, backend)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        await runs.start()
+        await made.start()
         yield
-        await runs.close()
+        await made.close()
 
     app = FastAPI(
         title="ddpm-server",
@@ -100,12 +100,12 @@ def create_app(
         lifespan=lifespan,
     )
     app.state.settings = settings
-    app.state.jobs = Jobs(settings, cards, runs)
+    app.state.jobs = made
     for error in (ServerError, PlanError):
         app.add_exception_handler(error, _on_error)
     app.add_exception_handler(Exception, _on_unforeseen)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_middleware(RequestIds)
-    app.include_router(generate.router)
-    app.include_router(models.router)
+    for room in (generate, jobs, stream, models):
+        app.include_router(room.router)
     return app

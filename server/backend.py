@@ -38,7 +38,23 @@ class Served:
     load_s: float = field(default=0.0, compare=False)
 
 
-SampleEvent: TypeAlias = Preview | Finished | Cancelled | Failed  # `id` is the index of its seed
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """A sample has had so many updates. Told now and then, not at every step."""
+
+    id: int
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
+class Restarting:
+    """What ran these samples is gone; they run again, to the same bytes, in about so many seconds."""
+
+    retry_after_s: float
+
+
+# `id` is the index of a seed.
+SampleEvent: TypeAlias = Preview | Finished | Cancelled | Failed | Progress | Restarting
 
 
 class Backend(Protocol):
@@ -64,6 +80,10 @@ class Backend(Protocol):
 
     def seconds_for(self, steps: int) -> int:
         """How long so many image-steps take at the present rate, in whole seconds, at least 1."""
+
+    @property
+    def step_s(self) -> float:
+        """How long a step takes at present, in seconds; 0 if that is not known."""
 
     def run(self, spec: Spec) -> AsyncGenerator[SampleEvent]:
         """Make the pictures of `spec`: their events in order, until each has ended. Closing the iterator cancels."""

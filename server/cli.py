@@ -18,6 +18,8 @@ from server.backend import Backend
 from server.errors import EXIT_CODES, EXIT_FAILED, EngineFailed, SettingsError
 from server.settings import Settings
 
+STALLED_MS, SEND_BUFFER_BYTES = 10_000, 128 << 10
+
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("ddpm", description="Serve pixel-space diffusion models over HTTP.")
@@ -32,6 +34,19 @@ def _parser() -> argparse.ArgumentParser:
         text = f"{field.description} (default: {field.default})".replace("%", "%%")
         serve_parser.add_argument(flag, dest=name, default=argparse.SUPPRESS, metavar="VALUE", help=text)
     return parser
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket whose connections give up on a peer that takes nothing for ten seconds, and buffer little for
+    it: asyncio itself never lets go of one."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALLED_MS)
+    listening.bind((host, port))
+    return listening
 
 
 class _Server(uvicorn.Server):
@@ -79,12 +94,16 @@ def serve(flags: dict[str, object]) -> int:
         host=settings.host,
         port=settings.port,
         log_config=None,
+        ws="websockets-sansio",
+        ws_max_size=settings.max_body_bytes,
+        ws_per_message_deflate=False,  # pictures are compressed already
         access_log=False,
         server_header=False,
         timeout_graceful_shutdown=round(settings.drain_s) + 5,
     )
     server = _Server(config, app.state.jobs.backend, settings.drain_s)
-    server.run()
+    with listen(settings.host, settings.port) as listening:
+        server.run([listening])
     if failures:
         print(f"ddpm: {failures[0]}", file=sys.stderr)
         return failures[0].exit_code

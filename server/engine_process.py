@@ -26,7 +26,7 @@ from model.schedule import Process
 from server.backend import Served
 from server.messages import Beat, Cancel, Died, Happened, Ready, Refused, Start, Submit
 
-BEAT_S = 0.25
+BEAT_S = 0.1
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -153,6 +153,11 @@ class Engines:
         each = [engine.stats for engine in self.engines.values()]
         return Stats(*(sum(getattr(s, name) for s in each) for name in Stats.__slots__))
 
+    @property
+    def progress(self) -> list[tuple[int, int]]:
+        """(sample, updates done) of all that are seated."""
+        return [(cast(int, id), step) for engine in self.engines.values() for id, step in engine.progress]
+
     def handle(self, message: Submit | Cancel) -> None:
         """What the API process wants."""
         if isinstance(message, Cancel):
@@ -203,5 +208,5 @@ def _loop(pipe: Connection, engines: Engines) -> None:
             if events:
                 pipe.send(Happened(events))
         if began - beat_at >= BEAT_S:
-            pipe.send(Beat(engines.stats, busy_s, step_s))
+            pipe.send(Beat(engines.stats, busy_s, step_s, engines.progress))
             beat_at, step_s = began, 0.0

@@ -4,6 +4,7 @@ ServerError
 ├── BadInput            a request that is malformed, or asks for what cannot be
 │   ├── Malformed           it is not what HTTP or JSON allow
 │   ├── NotFound            there is no such thing
+│   ├── Gone                there is no such thing any more
 │   ├── NotAcceptable       it cannot be answered in the form that was asked for
 │   ├── BodyTooLarge        its body is too large
 │   ├── UnsupportedMedia    its body is of another kind
@@ -11,6 +12,7 @@ ServerError
 ├── TooBusy             the queue is full
 ├── NotReady            loading, draining, or the engine is down
 ├── DeadlinePassed      the deadline that the client set was not met
+├── JobCancelled        somebody gave the job up while another waited for it
 ├── SampleLost          the engine says that a picture could not be made
 ├── SettingsError       a DDPM_* variable or a flag is unknown or ill-formed
 └── EngineFailed        the engine is down for good; `exit_code` says why
@@ -39,6 +41,10 @@ class Malformed(BadInput):
 
 class NotFound(BadInput):
     """There is no such thing."""
+
+
+class Gone(BadInput):
+    """There is no such thing any more."""
 
 
 class NotAcceptable(BadInput):
@@ -81,6 +87,10 @@ class DeadlinePassed(ServerError):
     """The deadline that the client set was not met."""
 
 
+class JobCancelled(ServerError):
+    """Somebody gave the job up while another waited for it."""
+
+
 class SampleLost(ServerError):
     """The engine says that a picture could not be made."""
 
@@ -105,7 +115,9 @@ EXIT_CODES: dict[type[Exception], int] = {
 ANSWERS: dict[type[Exception], tuple[int, str]] = {
     Malformed: (400, "malformed"),
     NotFound: (404, "not-found"),
+    Gone: (410, "gone"),
     NotAcceptable: (406, "not-acceptable"),
+    JobCancelled: (409, "cancelled"),
     BodyTooLarge: (413, "too-large"),
     UnsupportedMedia: (415, "unsupported-media-type"),
     Invalid: (422, "invalid-request"),

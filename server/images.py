@@ -4,12 +4,15 @@ import io
 import math
 import zipfile
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from model.events import Floats, Picture
+
+FRAME_MS, HOLD_MS = 60, 2000  # of an animation: each frame, and the picture at its end
 
 
 def png(picture: Picture, texts: Mapping[str, str]) -> bytes:
@@ -33,6 +36,20 @@ def contact_sheet(pictures: Sequence[Picture]) -> Picture:
         top, left = i // columns * height, i % columns * width
         sheet[top : top + height, left : left + width] = picture
     return sheet
+
+
+def animation(pictures: Sequence[Picture], media: str) -> bytes:
+    """Pictures one after the other, the last one held, again and again. media: image/gif, image/apng or image/webp"""
+    frames = [Image.fromarray(picture[:, :, 0] if picture.shape[2] == 1 else picture) for picture in pictures]
+    times = [FRAME_MS] * (len(frames) - 1) + [HOLD_MS]
+    options: dict[str, Any] = {
+        "image/gif": {"format": "GIF", "optimize": False},
+        "image/apng": {"format": "PNG", "default_image": False},
+        "image/webp": {"format": "WEBP", "lossless": True},
+    }[media]
+    out = io.BytesIO()
+    frames[0].save(out, save_all=True, append_images=frames[1:], duration=times, loop=0, **options)
+    return out.getvalue()
 
 
 def npy(arrays: Sequence[Floats]) -> bytes:

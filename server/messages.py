@@ -72,3 +72,4 @@ class Beat:
     stats: Stats
     busy_s: float  # time spent in steps since the start
     step_s: float  # the longest step since the last beat
+    progress: list[tuple[int, int]]  # (sample, updates done) of those that are seated

@@ -1,9 +1,9 @@
 """What clients may send. Unknown fields are refused, numbers are strict; bounds that the model sets are in jobs."""
 
 import json
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from model.options import unique_keys
 from model.plan import Noise
@@ -12,6 +12,22 @@ from server.errors import Invalid, Malformed
 
 MAX_SEED = 2**53  # what every JSON reader keeps exactly
 MAX_DEPTH = 32
+
+
+class Frames(BaseModel):
+    """Which states of a picture are shown on its way."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    every: int | None = Field(None, ge=1, lt=MAX_SEED, description="after so many updates each, and after the last")
+    count: int | None = Field(None, ge=2, lt=MAX_SEED, description="so many, evenly spread from noise to picture")
+    kind: Literal["x_t", "x0", "both"] = Field("x_t", description="the noisy picture, the one predicted from it, both")
+
+    @model_validator(mode="after")
+    def _one_of(self) -> "Frames":
+        if (self.every is None) == (self.count is None):
+            raise ValueError("give either every or count")
+        return self
 
 
 class GenerateRequest(BaseModel):
@@ -29,7 +45,7 @@ class GenerateRequest(BaseModel):
     spacing: Spacing | None = Field(None, description="which timesteps are visited")
     clip: bool | None = Field(None, description="whether x0 is clamped to [-1, 1] in every step")
     noise: Noise = Field("philox", description="torch: the draws that diffusers makes")
-    frames: None = Field(None, description="nothing but null: no frames are sent yet")
+    frames: Frames | None = Field(None, description="30 for streams, animations and asynchronous jobs, else none")
     priority: int = Field(0, ge=-10, le=10, description="higher is seated first")
     deadline_s: float | None = Field(None, gt=0, le=1e6, description="give up after this many seconds")
 

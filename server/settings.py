@@ -28,6 +28,7 @@ class Settings(BaseModel):
     threads: int = Field(0, ge=0, le=256, description="threads of the engine on a CPU; 0: one per core")
     exact: bool = Field(True, description="only batch sizes in which a picture has the same bytes in any company")
     max_n: int = Field(64, ge=1, le=4096, description="pictures per request")
+    max_frames: int = Field(4096, ge=2, le=1 << 20, description="frames per request: pictures x points x kinds")
     max_queued_steps: int = Field(
         1_000_000, ge=1, description="image-steps accepted and not yet done; more are answered with 429"
     )

@@ -21,11 +21,12 @@ from typing import TypeAlias, cast
 from model import errors as model_errors
 from model.events import ENDS, Stats
 from server import logs
-from server.backend import SampleEvent, Served, Spec
+from server.backend import Progress, Restarting, SampleEvent, Served, Spec
 from server.errors import EXIT_CODES, EXIT_ENGINE, EngineFailed, NotReady, SampleLost
 from server.messages import Beat, Cancel, Died, Happened, Ready, Refused, Start, Submit
 
 logger = logging.getLogger(__name__)
+_NO_BEAT = Beat(Stats(), 0.0, 0.0, [])
 LIVES = 3  # a job that has seen so many engines die is given up
 Letter: TypeAlias = Submit | Cancel
 
@@ -88,8 +89,10 @@ class LocalBackend:
         self._digests: dict[str, str] = {}
         self._supervisor: asyncio.Task[None] | None = None
         self._trouble: str | None = "the engine is loading"
-        self._past, self._beat = Stats(), Beat(Stats(), 0.0, 0.0)  # counters of engines that are gone; the last sign
+        self._past, self._beat = Stats(), _NO_BEAT  # counters of engines that are gone; the last sign
         self._beat_at, self._step_s = time.monotonic(), 0.0  # when it came; the longest step that has been seen lately
+        self.step_s = 0.0  # mean of the steps since the last beat but one
+        self._load_s = 5.0
         self.rate: float | None = None  # image-steps per second, lately
 
     @property
@@ -167,7 +170,7 @@ class LocalBackend:
                 return self._fail(EngineFailed(refused.message, EXIT_CODES[kind]))
             failures = failures + 1 if self.stats.steps == steps_before else 1
             self._past = dataclasses.replace(self.stats, seated=0, waiting=0)
-            self._beat = Beat(Stats(), 0.0, 0.0)
+            self._beat = _NO_BEAT
             if failures > self._restarts:
                 return self._fail(EngineFailed(f"the engine died {failures} times without a step done", EXIT_ENGINE))
             self._trouble, self._served = "the engine is being restarted", {}
@@ -242,11 +245,16 @@ class LocalBackend:
                     if isinstance(event, ENDS):
                         del stream.index[id], self._streams[id]
                     stream.events.put_nowait(event)
-            case Beat(stats, busy_s, step_s):
+            case Beat(stats, busy_s, step_s, progress):
+                for id, step in progress:
+                    if id in self._streams:
+                        stream = self._streams[id]
+                        stream.events.put_nowait(Progress(stream.index[id], step))
                 self._step_s = max(step_s, 0.9 * self._step_s)
                 busy = busy_s - self._beat.busy_s
                 if busy > 0:
                     self.rate = (stats.sample_steps - self._beat.stats.sample_steps) / busy
+                    self.step_s = busy / max(1, stats.steps - self._beat.stats.steps)
                 self._beat, self._beat_at = message, time.monotonic()
             case Ready(served, step_s):
                 self._become_ready(served, step_s, life)
@@ -270,6 +278,7 @@ class LocalBackend:
     def _take_lives(self) -> None:
         """Whoever was on board when an engine died may have been the reason."""
         for stream in dict.fromkeys(self._streams.values()):
+            stream.events.put_nowait(Restarting(self._load_s))
             stream.lives -= 1
             if stream.lives == 0:
                 stream.events.put_nowait(SampleLost(f"the engine died {LIVES} times while it made this picture"))

@@ -1,20 +1,27 @@
-"""`POST /generate`: a seed and a step count in, a picture out. And the pictures of jobs that have ended."""
+"""`POST /generate`: a seed and a step count in, a picture out, in whatever form `Accept` asks for."""
 
 import asyncio
-from collections.abc import Callable
+import base64
+import json
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, StreamingResponse
 
 from server import images
-from server.errors import NotFound
-from server.jobs import Job, Jobs
+from server.feed import Message, Text, Viewer
+from server.job import Job, Kind
+from server.jobs import Jobs
 from server.routes.http import negotiate, read_json_body, unless_gone
 from server.schemas import GenerateRequest, parse_generate
 
 router = APIRouter()
 PNG, JSON, NPY, ZIP = "image/png", "application/json", "application/x-npy", "application/zip"
+EVENTS = "text/event-stream"
+ANIMATIONS = ("image/gif", "image/apng", "image/webp")
+ANSWERS = (PNG, JSON, NPY, ZIP, EVENTS, *ANIMATIONS)
 CLIENT_CLOSED_REQUEST = 499  # nobody is there to read it; for the log
 PROBLEMS: dict[int | str, dict[str, Any]] = {
     status: {"description": text, "content": {"application/problem+json": {}}}
@@ -31,62 +38,92 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def _picture(job: Job) -> bytes:
+def picture(job: Job) -> bytes:
+    """The picture, or all of them on a contact sheet."""
     if job.order.n == 1:
         return job.images[0].png
     sheet = images.contact_sheet([job.images[i].picture for i in range(job.order.n)])
     return images.png(sheet, job.texts(job.order.seed) | {"n": str(job.order.n)})
 
 
-def _archive(job: Job) -> bytes:
+def archive(job: Job) -> bytes:
+    """The pictures as PNGs in a zip."""
     return images.archive({f"{i:04d}-seed-{job.images[i].seed}.png": job.images[i].png for i in range(job.order.n)})
 
 
-def _array(job: Job) -> bytes:
-    floats = [image.floats for _, image in sorted(job.images.items()) if image.floats is not None]
-    return images.npy(floats)
+def array(job: Job) -> bytes:
+    """The pictures as one array."""
+    return images.npy([image.floats for _, image in sorted(job.images.items()) if image.floats is not None])
 
 
-ENCODERS: dict[str, Callable[[Job], bytes]] = {PNG: _picture, NPY: _array, ZIP: _archive}
+def animation(job: Job, media: str) -> bytes:
+    """The denoising, all pictures side by side, ending on the finished ones."""
+    watched = job.order.watched
+    assert watched is not None
+    kind: Kind = "x0" if watched.frames.kind == "x0" else "x_t"
+    points = [step for step in watched.points if (0, step, kind) in job.frames and step < job.order.sampling.steps]
+    sheets = [images.contact_sheet([job.frames[i, step, kind] for i in range(job.order.n)]) for step in points]
+    last = images.contact_sheet([job.images[i].picture for i in range(job.order.n)])
+    return images.animation([*sheets, last], media)
+
+
+ENCODERS: dict[str, Callable[[Job], bytes]] = {
+    PNG: picture,
+    NPY: array,
+    ZIP: archive,
+    **{media: lambda job, media=media: animation(job, media) for media in ANIMATIONS},  # type: ignore[misc]
+}
 
 
 @router.post(
     "/generate",
     summary="Make pictures",
     response_class=Response,
-    responses={200: {"content": {media: {} for media in (PNG, JSON, NPY, ZIP)}}, **PROBLEMS},
+    responses={200: {"content": {media: {} for media in ANSWERS}}, 202: {"content": {JSON: {}}}, **PROBLEMS},
     openapi_extra={"requestBody": {"content": {JSON: {"schema": GenerateRequest.model_json_schema()}}}},
 )
 async def generate(request: Request) -> Response:
     """Makes `n` pictures and answers as `Accept` asks: a PNG (or a contact sheet), the job as JSON, the unrounded
-    float32 array as npy, or a zip of PNGs. The same request gives the same bytes. A caller that leaves cancels."""
+    float32 array as npy, a zip of PNGs, the denoising as an animation, or all that happens as server-sent events.
+    The same request gives the same bytes. A caller that leaves cancels, unless it asked by `Prefer: respond-async`
+    for an answer at once."""
     jobs: Jobs = request.app.state.jobs
-    media = negotiate(request.headers.get("accept"), (PNG, JSON, NPY, ZIP))
+    media = negotiate(request.headers.get("accept"), ANSWERS)
     body = await read_json_body(request, request.app.state.settings.max_body_bytes)
-    order = jobs.order(parse_generate(body or b"{}"), wants_floats=media == NPY)
-    job = await unless_gone(request, jobs.run(order))
-    if job is None:
-        return Response(status_code=CLIENT_CLOSED_REQUEST)
-    headers = {"X-Job-Id": job.id, "X-Seed": str(order.seed), "Vary": "Accept"}
+    later = "respond-async" in [p.strip().lower() for p in request.headers.get("prefer", "").split(",")]
+    shows = later or media in (EVENTS, *ANIMATIONS)
+    job = await jobs.submit(jobs.order(parse_generate(body or b"{}"), media == NPY, shows))
+    headers = {"X-Job-Id": job.id, "X-Seed": str(job.order.seed), "Vary": "Accept, Prefer"}
+    if later:
+        headers |= {"Location": f"/jobs/{job.id}", "Preference-Applied": "respond-async"}
+        return JSONResponse(job.document(), 202, headers)
+    if media == EVENTS:
+        stream = _server_sent(jobs, job)
+        return StreamingResponse(stream, media_type=EVENTS, headers=headers | {"Cache-Control": "no-store"})
+    try:
+        if await unless_gone(request, jobs.result(job)) is None:
+            return Response(status_code=CLIENT_CLOSED_REQUEST)
+    finally:
+        await jobs.cancel(job)
     if media == JSON:
         return JSONResponse(await asyncio.to_thread(job.document, pictures=True), headers=headers)
     return Response(await asyncio.to_thread(ENCODERS[media], job), media_type=media, headers=headers)
 
 
-@router.get("/jobs/{id}", summary="A job that has ended")
-async def job_document(request: Request, id: str) -> JSONResponse:
-    """The job document, for as long as its pictures are kept."""
-    return JSONResponse(request.app.state.jobs.find(id).document())
+async def _server_sent(jobs: Jobs, job: Job) -> AsyncGenerator[bytes]:
+    """All that happens to a job, as server-sent events. Whoever stops reading cancels it."""
+    try:
+        async with aclosing(Viewer(job.feed).messages()) as messages:
+            async for message in messages:
+                yield await _event(message)
+    finally:
+        await jobs.cancel(job)
 
 
-@router.get("/jobs/{id}/images/{index}", summary="One picture of a job", response_class=Response)
-async def job_image(request: Request, id: str, index: str) -> Response:
-    """The PNG, immutable."""
-    job: Job = request.app.state.jobs.find(id)
-    if not (index.isascii() and index.isdigit() and len(index) < 6 and int(index) in job.images):
-        raise NotFound(f"this job has images 0..{job.order.n - 1}")
-    image = job.images[int(index)]
-    headers = {"ETag": f'"{image.sha256}"', "Cache-Control": "public, max-age=31536000, immutable"}
-    if request.headers.get("if-none-match") == headers["ETag"]:
-        return Response(status_code=304, headers=headers)
-    return Response(image.png, media_type=PNG, headers=headers)
+async def _event(message: Message) -> bytes:
+    if isinstance(message, Text):
+        name, data = message.body["type"], message.body
+    else:
+        name = "frame" if message.passing else "image"
+        data = message.header | {"b64_png": base64.b64encode(await message.png()).decode()}
+    return f"event: {name}\nid: {message.seq}\ndata: {json.dumps(data)}\n\n".encode()

@@ -7,8 +7,9 @@ from collections.abc import AsyncGenerator
 import numpy as np
 from PIL import Image
 
-from model.events import Finished, Stats
+from model.events import Finished, Preview, Stats
 from server.backend import SampleEvent, Served, Spec
+from server.errors import NotReady
 
 
 def read_texts(data: bytes) -> dict[str, str]:
@@ -34,7 +35,11 @@ class FakeBackend:
         """Nothing to load."""
 
     async def close(self) -> None:
-        """Nothing to stop."""
+        """Whoever still waits is told that it is over."""
+        self.failure = NotReady("the server is shutting down")
+        self.gate.set()
+
+    step_s = 0.01
 
     def seconds_for(self, steps: int) -> int:
         """Ten image-steps a second."""
@@ -46,6 +51,11 @@ class FakeBackend:
         done = False
         try:
             await self.gate.wait()
+            for step in sorted(spec.frames):
+                for i, seed in enumerate(spec.seeds):
+                    noisy = np.full((8, 8, 1), (seed + step) % 256, np.uint8)
+                    yield Preview(i, step, noisy if spec.shows_x else None, noisy if spec.shows_x0 and step else None)
+                    await asyncio.sleep(0)
             if self.failure is not None:
                 raise self.failure
             for i, seed in enumerate(spec.seeds):

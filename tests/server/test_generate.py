@@ -67,6 +67,7 @@ def test_json_is_the_job_with_every_choice_made(server: Server) -> None:
         "noise": "philox",
         "variance": None,
         "eta": 0.0,
+        "frames": None,
         "priority": 0,
         "deadline_s": None,
     }

@@ -23,7 +23,7 @@ INVALID: list[tuple[dict[str, Any], str, str]] = [
     ({"n": 9}, "/n", "1..8"),
     ({"n": 10**9}, "/n", "1..8"),
     ({"n": 10**400}, "/n", "less than"),
-    ({"frames": {"every": 1}}, "/frames", "None"),
+    ({"frames": {"every": 1, "count": 3}}, "/frames", "either every or count"),
     ({"n": None}, "/n", "valid integer"),
     ({"sampler": "euler"}, "/sampler", "ddpm, greedy, ddim, dpmpp_2m"),
     ({"eta": 0.5}, "/eta", "ddim only"),

@@ -18,7 +18,7 @@ import pytest
 
 from model.events import Finished
 from model.plan import resolve
-from server.backend import SampleEvent, Spec
+from server.backend import Spec
 from server.messages import Start
 from server.worker import LocalBackend, Patience
 from tests.model.directories import write_model
@@ -84,7 +84,7 @@ def test_a_stopped_engine_never_stops_the_api(weights: Path) -> None:
 
 
 def test_an_engine_that_hangs_is_killed_and_its_pictures_come_out_the_same(weights: Path) -> None:
-    async def pictures(backend: LocalBackend, hang: bool) -> list[SampleEvent]:
+    async def pictures(backend: LocalBackend, hang: bool) -> list[Finished]:
         await backend.start()
         while backend.trouble is not None:
             await asyncio.sleep(0.05)
@@ -94,7 +94,7 @@ def test_an_engine_that_hangs_is_killed_and_its_pictures_come_out_the_same(weigh
             assert engine.pid is not None
             os.kill(engine.pid, signal.SIGSTOP)
         async with aclosing(backend.run(Spec("tiny", (1, 2, 3), sampling))) as events:
-            made = [event async for event in events]
+            made = [event async for event in events if isinstance(event, Finished)]
         await backend.close()
         return sorted(made, key=lambda event: str(event.id))
 
@@ -102,9 +102,7 @@ def test_an_engine_that_hangs_is_killed_and_its_pictures_come_out_the_same(weigh
     patience = Patience(silence_s=60, hang_s=1, hang_steps=1)
     expected, made = (asyncio.run(pictures(LocalBackend(start, 3, print, patience), hang)) for hang in (False, True))
 
-    assert [e.picture.tolist() for e in made if isinstance(e, Finished)] == [
-        e.picture.tolist() for e in expected if isinstance(e, Finished)
-    ]
+    assert [event.picture.tolist() for event in made] == [event.picture.tolist() for event in expected]
     assert len(made) == 3
 
 

@@ -1,0 +1,187 @@
+"""A job: what was asked for, how far it is, what has come of it. It knows no asyncio but its feed."""
+
+import asyncio
+import base64
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property, partial
+from hashlib import sha256
+from typing import Any, Literal
+
+from model.card import ModelCard
+from model.events import Floats, Picture
+from model.plan import Sampling, timesteps
+from server import images
+from server.backend import Served
+from server.feed import Feed
+from server.schemas import Frames
+
+Kind = Literal["x_t", "x0"]
+
+
+def frame_points(frames: Frames, steps: int, most: int) -> tuple[int, ...]:
+    """After how many updates frames are shown, 0 first and `steps` last; no more than `most` + 1 of them."""
+    if frames.every is not None:
+        return tuple(dict.fromkeys([*range(0, steps, frames.every)[: most + 1], steps]))
+    assert frames.count is not None
+    count = min(frames.count, steps + 1, most + 1)
+    return tuple(dict.fromkeys(round(i * steps / (count - 1)) for i in range(count)))
+
+
+@dataclass(frozen=True, slots=True)
+class Watched:
+    """The frames of a job: as asked for, and after which updates that is."""
+
+    frames: Frames
+    points: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """A request with every choice made."""
+
+    card: ModelCard
+    seed: int
+    n: int
+    sampling: Sampling
+    watched: Watched | None = None
+    priority: int = 0
+    deadline_s: float | None = None
+    wants_floats: bool = False
+
+    @property
+    def image_steps(self) -> int:
+        """The work in it."""
+        return self.n * self.sampling.steps
+
+    def request(self) -> dict[str, Any]:
+        """Every field of the request, defaults filled in."""
+        fields = {"model": self.card.name, "seed": self.seed, "n": self.n, **asdict(self.sampling)}
+        fields["frames"] = self.watched.frames.model_dump(exclude_none=True) if self.watched else None
+        return fields | {"priority": self.priority, "deadline_s": self.deadline_s}
+
+
+@dataclass(eq=False)
+class Image:
+    """A finished picture and the files made of it."""
+
+    index: int
+    seed: int
+    picture: Picture
+    floats: Floats | None
+    texts: Mapping[str, str]
+
+    @cached_property
+    def png(self) -> bytes:
+        """The PNG, with what made it. Slow at first: call it in a thread."""
+        return images.png(self.picture, self.texts)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of the PNG."""
+        return sha256(self.png).hexdigest()
+
+
+@dataclass(eq=False)
+class Job:
+    """What a client asked for: n pictures of one kind."""
+
+    id: str
+    order: Order
+    served: Served
+    created_at: float = field(default_factory=time.time)
+    started_at: float | None = None
+    finished_at: float | None = None
+    status: str = "queued"
+    position: int = 0  # how many jobs wait in front of it
+    steps: list[int] = field(init=False)  # updates that each picture has had, as far as is known
+    images: dict[int, Image] = field(default_factory=dict)  # by index; complete if and only if succeeded
+    frames: dict[tuple[int, int, Kind], Picture] = field(default_factory=dict)  # by index, step and kind
+    failure: Exception | None = None
+    error: dict[str, Any] | None = None
+    giving_up: bool = False  # somebody has cancelled it
+    life: "asyncio.Task[None] | None" = None
+    feed: Feed = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.steps, self.feed = [0] * self.order.n, Feed(self.id)
+        sampling = self.order.sampling
+        levels = timesteps(self.order.card.process.schedule.T, sampling.steps, sampling.spacing)
+        self.levels = [*levels.tolist(), 0]  # the noise level after each number of updates
+
+    def texts(self, seed: int) -> dict[str, str]:
+        """All that decides a picture, as text chunks of its PNG."""
+        decides = {"model": self.order.card.name, "digest": self.served.digest, "seed": seed}
+        decides |= asdict(self.order.sampling) | {"numerics": self.served.numerics}
+        words = {True: "true", False: "false"}
+        return {
+            key: words.get(v, str(v)) if isinstance(v, bool) else str(v) for key, v in decides.items() if v is not None
+        }
+
+    def show_frame(self, index: int, step: int, kind: Kind, picture: Picture | None) -> None:
+        """A frame for the viewers, once: a sample that is run again shows nothing twice."""
+        if picture is None or (index, step, kind) in self.frames:
+            return
+        self.frames[index, step, kind] = picture
+        level = self.levels[step if kind == "x_t" else step - 1]
+        self.feed.show(self._header(index, step, level, kind), True, partial(images.png, picture, {}))
+
+    def finish(self, image: Image) -> None:
+        """A picture is made."""
+        self.images[image.index] = image
+        steps = self.order.sampling.steps
+        self.feed.show(self._header(image.index, steps, 0, "image"), False, lambda: image.png)
+
+    def _header(self, index: int, step: int, level: int, kind: str) -> dict[str, Any]:
+        seed, steps = self.order.seed + index, self.order.sampling.steps
+        place = {"index": index, "seed": seed, "step": step, "steps": steps, "t": level}
+        return place | {"kind": kind, "image_type": "image/png"}
+
+    def progress(self, step_s: float) -> dict[str, Any]:
+        """Where it stands: image-steps done, of all, the noise level of the picture furthest behind, seconds left."""
+        slowest = min(self.steps)
+        left = (self.order.sampling.steps - slowest) * step_s
+        return {
+            "step": sum(self.steps),
+            "steps": self.order.image_steps,
+            "t": self.levels[slowest],
+            "eta_s": round(left, 2),
+        }
+
+    def encode(self) -> None:
+        """Makes the PNGs and their hashes. Slow: call it in a thread."""
+        for image in self.images.values():
+            image.sha256  # noqa: B018
+
+    @property
+    def size_bytes(self) -> int:
+        """What it keeps in memory."""
+        pictures = sum(frame.nbytes for frame in self.frames.values())
+        for image in self.images.values():
+            pictures += image.picture.nbytes + (image.floats.nbytes if image.floats is not None else 0)
+        return 3 * pictures + 1024  # and about as much again for PNGs, and messages
+
+    def document(self, pictures: bool = False) -> dict[str, Any]:
+        """The job as clients see it; with `pictures`, each image as base64 too."""
+        made = []
+        for index, image in sorted(self.images.items()) if self.status == "succeeded" else []:
+            entry: dict[str, Any] = {"index": index, "seed": image.seed, "url": f"/jobs/{self.id}/images/{index}"}
+            entry["sha256"] = image.sha256
+            if pictures:
+                entry["b64_png"] = base64.b64encode(image.png).decode()
+            made.append(entry)
+        progress = {"step": sum(self.steps), "steps": self.order.image_steps, "position": self.position}
+        return {
+            "id": self.id,
+            "status": self.status,
+            "model": self.order.card.name,
+            "digest": self.served.digest,
+            "request": self.order.request(),
+            "created_at": self.created_at,
+            "started_at": self.started_at,
+            "finished_at": self.finished_at,
+            "progress": progress,
+            "images": made,
+            "error": self.error,
+        }

@@ -1,0 +1,74 @@
+"""`/jobs`: what is running and what has come of it."""
+
+import asyncio
+
+from fastapi import APIRouter, Request, Response
+from starlette.responses import JSONResponse
+
+from server.errors import Invalid, NotFound
+from server.job import Job
+from server.jobs import Jobs
+from server.routes.generate import ANIMATIONS, PNG, animation
+from server.routes.http import negotiate
+
+router = APIRouter()
+STATUSES = ("queued", "running", "succeeded", "failed", "cancelled")
+MOST = 200
+FOR_EVER = "public, max-age=31536000, immutable"
+
+
+def _limit(given: str | None) -> int:
+    if given is None:
+        return 50
+    if not (given.isascii() and given.isdigit() and len(given) < 6 and 1 <= int(given) <= MOST):
+        raise Invalid(("limit", f"limit must lie in 1..{MOST}"))
+    return int(given)
+
+
+@router.get("/jobs", summary="Jobs, newest first")
+async def job_list(
+    request: Request, status: str | None = None, limit: str | None = None, after: str | None = None
+) -> JSONResponse:
+    """The jobs that are kept. `after` is the id of the last job of the page before."""
+    if status is not None and status not in STATUSES:
+        raise Invalid(("status", f"status must be one of {', '.join(STATUSES)}"))
+    jobs: Jobs = request.app.state.jobs
+    return JSONResponse({"jobs": [job.document() for job in jobs.list(status, _limit(limit), after)]})
+
+
+@router.get("/jobs/{id}", summary="A job")
+async def job_document(request: Request, id: str) -> JSONResponse:
+    """The job document."""
+    return JSONResponse(request.app.state.jobs.find(id).document())
+
+
+@router.delete("/jobs/{id}", summary="Cancel a job")
+async def job_cancel(request: Request, id: str) -> JSONResponse:
+    """Gives a job up; a job that has ended stays as it is. Answers the document."""
+    jobs: Jobs = request.app.state.jobs
+    return JSONResponse((await jobs.cancel(jobs.find(id))).document())
+
+
+@router.get("/jobs/{id}/images/{index}", summary="One picture of a job", response_class=Response)
+async def job_image(request: Request, id: str, index: str) -> Response:
+    """The PNG, immutable."""
+    job: Job = request.app.state.jobs.find(id)
+    if not (index.isascii() and index.isdigit() and len(index) < 6 and int(index) in job.images):
+        raise NotFound(f"this job has {len(job.images)} of its images 0..{job.order.n - 1}")
+    image = job.images[int(index)]
+    tag = f'"{await asyncio.to_thread(lambda: image.sha256)}"'
+    headers = {"ETag": tag, "Cache-Control": FOR_EVER}
+    if request.headers.get("if-none-match") == tag:
+        return Response(status_code=304, headers=headers)
+    return Response(image.png, media_type=PNG, headers=headers)
+
+
+@router.get("/jobs/{id}/trajectory", summary="The denoising of a job as an animation", response_class=Response)
+async def job_trajectory(request: Request, id: str) -> Response:
+    """GIF, APNG or WebP as `Accept` asks, from the frames that were kept."""
+    media = negotiate(request.headers.get("accept"), ANIMATIONS)
+    job: Job = request.app.state.jobs.find(id)
+    if job.order.watched is None or job.status != "succeeded":
+        raise NotFound("this job has no frames" if job.order.watched is None else f"this job is {job.status}")
+    made = await asyncio.to_thread(animation, job, media)
+    return Response(made, media_type=media, headers={"Cache-Control": FOR_EVER, "Vary": "Accept"})
