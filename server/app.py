@@ -9,6 +9,7 @@ from pathlib import Path
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
+from starlette.staticfiles import StaticFiles
 
 from model.card import ModelCard, read_card
 from model.errors import ModelRefused, PlanError
@@ -106,6 +107,7 @@ def create_app(
     app.add_exception_handler(Exception, _on_unforeseen)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_middleware(RequestIds)
+    app.mount("/static", StaticFiles(directory=models.STATIC), name="static")
     for room in (generate, jobs, stream, models):
         app.include_router(room.router)
     return app

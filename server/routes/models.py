@@ -1,10 +1,11 @@
 """`GET /models`: what is served, where, and what it promises. `GET /healthz`, `GET /readyz`: whether it is."""
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, Request
-from starlette.responses import JSONResponse, RedirectResponse
+from starlette.responses import FileResponse, JSONResponse
 
 from model.card import ModelCard
 from model.plan import SAMPLERS, SPACINGS
@@ -13,6 +14,7 @@ from server.errors import NotFound, NotReady
 from server.jobs import Jobs
 
 router = APIRouter()
+STATIC = Path(__file__).parent.parent / "static"
 
 
 def _document(card: ModelCard, served: Served | None) -> dict[str, Any]:
@@ -68,6 +70,6 @@ async def readyz(request: Request) -> JSONResponse:
 
 
 @router.get("/", include_in_schema=False)
-async def front_door() -> RedirectResponse:
-    """The interactive documentation."""
-    return RedirectResponse("/docs")
+async def front_door() -> FileResponse:
+    """The viewer page."""
+    return FileResponse(STATIC / "index.html")
