@@ -40,10 +40,9 @@ class Served:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """A sample has had so many updates. Told now and then, not at every step."""
+    """How many updates each of these samples has had, by index. Told now and then, not at every step."""
 
-    id: int
-    step: int
+    steps: dict[int, int]
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,7 @@ from model.schedule import Process
 from server.backend import Served
 from server.messages import Beat, Cancel, Died, Happened, Ready, Refused, Start, Submit
 
-BEAT_S = 0.1
+BEAT_S = 0.25
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 

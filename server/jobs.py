@@ -179,8 +179,9 @@ class Jobs:
             case Preview(int(index), step, x, x0):
                 job.show_frame(index, step, "x_t", x)
                 job.show_frame(index, step, "x0", x0)
-            case Progress(index, step):
-                job.steps[index] = step
+            case Progress(steps):
+                for index, step in steps.items():
+                    job.steps[index] = step
                 job.feed.tell("progress", **job.progress(self.backend.step_s))
             case Finished(int(index), picture, floats):
                 job.steps[index] = job.order.sampling.steps

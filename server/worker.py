@@ -246,10 +246,7 @@ class LocalBackend:
                         del stream.index[id], self._streams[id]
                     stream.events.put_nowait(event)
             case Beat(stats, busy_s, step_s, progress):
-                for id, step in progress:
-                    if id in self._streams:
-                        stream = self._streams[id]
-                        stream.events.put_nowait(Progress(stream.index[id], step))
+                self._tell_progress(progress)
                 self._step_s = max(step_s, 0.9 * self._step_s)
                 busy = busy_s - self._beat.busy_s
                 if busy > 0:
@@ -262,6 +259,14 @@ class LocalBackend:
                 logger.error("engine failed", extra={"traceback": words})
             case Refused():
                 life.refused = message
+
+    def _tell_progress(self, progress: list[tuple[int, int]]) -> None:
+        steps: dict[_Stream, dict[int, int]] = {}
+        for id, step in progress:
+            if id in self._streams:
+                steps.setdefault(self._streams[id], {})[self._streams[id].index[id]] = step
+        for stream, of_samples in steps.items():
+            stream.events.put_nowait(Progress(of_samples))
 
     def _become_ready(self, served: dict[str, Served], step_s: float, life: _Life) -> None:
         digests = {name: model.digest for name, model in served.items()}
