@@ -24,7 +24,8 @@ def test_digits_have_the_same_bytes_alone_and_in_company(dtype: torch.dtype) -> 
     tables = [plan(process, resolve(process, SAMPLERS[i % 4], 2 + i % 5)) for i in range(12)]
 
     def pictures(chosen: range) -> dict[object, Picture]:
-        engine, made = Engine(runner), {}
+        engine = Engine(runner)
+        made: dict[object, Picture] = {}
         for i in chosen:
             engine.submit(Request(i, 40 + i, tables[i]))
         while engine.busy:
