@@ -74,3 +74,8 @@ class Stats:
     steps: int = 0  # steps of the batch
     sample_steps: int = 0  # the same, times the samples in it
     padded: int = 0  # slots that a step computed for nobody
+
+    @property
+    def slot_steps(self) -> int:
+        """Slots that were computed, in all steps."""
+        return self.sample_steps + self.padded

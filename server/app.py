@@ -17,7 +17,8 @@ from server.backend import Backend
 from server.errors import EngineFailed, Problem, ServerError, SettingsError, problem
 from server.jobs import Jobs
 from server.messages import Start
-from server.routes import generate, jobs, models, stream
+from server.metrics import Metrics
+from server.routes import generate, jobs, models, scrape, stream
 from server.routes.http import RequestIds
 from server.settings import Settings
 from server.worker import LocalBackend
@@ -82,12 +83,13 @@ def create_app(
     cards = find_models(settings.weights)
     if settings.default_model and settings.default_model not in cards:
         raise SettingsError(f"DDPM_DEFAULT_MODEL must be one of {', '.join(cards)}")
+    metrics = Metrics()
     if backend is None:
         places = tuple((name, card.directory) for name, card in cards.items())
         knobs = (settings.device, settings.dtype, settings.slots, settings.threads, settings.exact)
         start = Start(places, *knobs, settings.log_level)
-        backend = LocalBackend(start, settings.engine_restarts, on_failed)
-    made = Jobs(settings, cards, backend)
+        backend = LocalBackend(start, settings.engine_restarts, on_failed, metrics.took)
+    made = Jobs(settings, cards, backend, metrics)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -108,6 +110,6 @@ def create_app(
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_middleware(RequestIds)
     app.mount("/static", StaticFiles(directory=models.STATIC), name="static")
-    for room in (generate, jobs, stream, models):
+    for room in (generate, jobs, stream, models, scrape):
         app.include_router(room.router)
     return app

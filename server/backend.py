@@ -1,6 +1,6 @@
 """The seam between jobs and whatever runs samples. A cluster engine will stand behind it one day."""
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
 
@@ -52,6 +52,17 @@ class Restarting:
     retry_after_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class Vitals:
+    """How the engines are, and what they have done since the start."""
+
+    stats: Stats
+    silence_s: float  # since the last sign of life
+    memory_bytes: int  # of a device, held
+    restarts: Mapping[str, int]  # engines that were replaced, by cause
+    replayed: int  # jobs that were run again for it
+
+
 # `id` is the index of a seed.
 SampleEvent: TypeAlias = Preview | Finished | Cancelled | Failed | Progress | Restarting
 
@@ -74,15 +85,11 @@ class Backend(Protocol):
         """Why no work can be taken right now, or None."""
 
     @property
-    def stats(self) -> Stats:
-        """Counters since the start, over all engines."""
+    def vitals(self) -> Vitals:
+        """How the engines are."""
 
-    def seconds_for(self, steps: int) -> int:
-        """How long so many image-steps take at the present rate, in whole seconds, at least 1."""
-
-    @property
-    def step_s(self) -> float:
-        """How long a step takes at present, in seconds; 0 if that is not known."""
+    def step_s(self, model: str, slots: int) -> Sequence[float]:
+        """Seconds of a step of this model by the number of pictures in it, 0 .. slots; zeros if nothing is known."""
 
     def run(self, spec: Spec) -> AsyncGenerator[SampleEvent]:
         """Make the pictures of `spec`: their events in order, until each has ended. Closing the iterator cancels."""

@@ -24,7 +24,7 @@ from model.plan import Plan, Sampling, plan
 from model.runner import Runner
 from model.schedule import Process
 from server.backend import Served
-from server.messages import Beat, Cancel, Died, Happened, Ready, Refused, Start, Submit
+from server.messages import Beat, Cancel, Died, Happened, Ready, Refused, Start, Step, Submit
 
 BEAT_S = 0.25
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -105,13 +105,16 @@ def describe(runner: Runner, model: Model, load_s: float) -> Served:
     )
 
 
-def _seconds_of_a_step(runner: Runner) -> float:
-    """How long a step of the full batch takes, with nobody in it."""
-    began = time.monotonic()
-    runner.step(runner.slots.capacity)
-    if runner.device.type == "cuda":
-        torch.cuda.synchronize(runner.device)
-    return time.monotonic() - began
+def _time_a_step(runner: Runner, count: int) -> float:
+    """How long a step takes that has room for so many pictures, with nobody in it: the shorter of two."""
+    took = []
+    for _ in range(2):
+        began = time.monotonic()
+        runner.step(runner.bucket_for(count))
+        if runner.device.type == "cuda":
+            torch.cuda.synchronize(runner.device)
+        took.append(time.monotonic() - began)
+    return min(took)
 
 
 @lru_cache(256)
@@ -133,14 +136,16 @@ class Engines:
         self.processes: dict[str, Process] = {}
         self.served: dict[str, Served] = {}
         self.models: dict[int, str] = {}  # which engine a sample that has not ended is in
-        self.step_s = 0.0  # what a full step of every model takes
+        self.device = device
+        self.taken: list[Step] = []  # since they were last told
         for name, directory in start.models:
             began = time.monotonic()
             model = load_model(read_card(directory, name), device, dtype)
             runner = Runner(model, slots, start.exact)
             self.engines[name], self.processes[name] = Engine(runner), model.card.process
             self.served[name] = describe(runner, model, round(time.monotonic() - began, 3))
-            self.step_s += _seconds_of_a_step(runner)
+            for count in (1, runner.slots.capacity):
+                self.taken.append(Step(name, runner.bucket_for(count), _time_a_step(runner, count)))
 
     @property
     def busy(self) -> bool:
@@ -172,9 +177,26 @@ class Engines:
             shown = (spec.frames, spec.shows_x, spec.shows_x0, spec.wants_floats)
             self.engines[spec.model].submit(Request(id, seed, table, spec.order, *shown))
 
+    @property
+    def memory_bytes(self) -> int:
+        """Memory of the device that is held."""
+        return torch.cuda.memory_reserved(self.device) if self.device.type == "cuda" else 0
+
+    def tell_steps(self) -> list[Step]:
+        """The steps done since this was last asked."""
+        told, self.taken = self.taken, []
+        return told
+
     def step(self) -> list[Event]:
         """One step of every engine that is busy."""
-        events = [event for engine in self.engines.values() if engine.busy for event in engine.step()]
+        events: list[Event] = []
+        for name, engine in self.engines.items():
+            if engine.busy:
+                before, began = engine.stats, time.monotonic()
+                events += engine.step()
+                if engine.stats.steps > before.steps:
+                    bucket = engine.stats.slot_steps - before.slot_steps
+                    self.taken.append(Step(name, bucket, time.monotonic() - began))
         for event in events:
             if isinstance(event, ENDS):
                 del self.models[cast(int, event.id)]
@@ -185,7 +207,7 @@ def serve(pipe: Connection, start: Start) -> None:
     """Runs until the other end of the pipe is closed."""
     try:
         engines = Engines(start)
-        pipe.send(Ready(engines.served, engines.step_s))
+        pipe.send(Ready(engines.served, engines.tell_steps()))
         _loop(pipe, engines)
     except (ModelRefused, NoSuchDevice) as error:
         pipe.send(Refused(type(error).__name__, str(error)))
@@ -196,17 +218,13 @@ def serve(pipe: Connection, start: Start) -> None:
 
 
 def _loop(pipe: Connection, engines: Engines) -> None:
-    busy_s, step_s, beat_at = 0.0, 0.0, 0.0
+    beat_at = 0.0
     while True:
         while pipe.poll(0 if engines.busy else BEAT_S):
             engines.handle(pipe.recv())
-        began = time.monotonic()
-        if engines.busy:
-            events = engines.step()
-            took = time.monotonic() - began
-            busy_s, step_s = busy_s + took, max(step_s, took)
-            if events:
-                pipe.send(Happened(events))
-        if began - beat_at >= BEAT_S:
-            pipe.send(Beat(engines.stats, busy_s, step_s, engines.progress))
-            beat_at, step_s = began, 0.0
+        if engines.busy and (events := engines.step()):
+            pipe.send(Happened(events, engines.stats))
+        now = time.monotonic()
+        if now - beat_at >= BEAT_S:
+            pipe.send(Beat(engines.stats, engines.tell_steps(), engines.progress, engines.memory_bytes))
+            beat_at = now

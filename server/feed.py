@@ -41,13 +41,22 @@ Message: TypeAlias = Text | Shown
 
 
 @dataclass(slots=True)
+class Audience:
+    """What all feeds of a server count together."""
+
+    viewers: int = 0
+    frames: int = 0  # that were kept
+    dropped: int = 0  # that slow viewers missed
+
+
+@dataclass(slots=True)
 class Feed:
     """The messages of one job."""
 
     job: str
+    audience: Audience = field(default_factory=Audience)
     kept: list[Message] = field(default_factory=list)  # kept[i].seq == i + 1, always
     ended: bool = False
-    dropped: int = 0  # frames that viewers missed
     viewers: "set[Viewer]" = field(default_factory=set)
     _moment: Body = field(default_factory=dict)
     _moments: int = 0
@@ -60,6 +69,7 @@ class Feed:
     def show(self, header: Body, passing: bool, encode: Callable[[], bytes]) -> None:
         """Keeps a message with a picture."""
         seq = len(self.kept) + 1
+        self.audience.frames += passing
         self._keep(Shown(seq, {"job": self.job, "seq": seq, **header}, passing, encode))
 
     def tell(self, type: str, **body: Any) -> None:
@@ -98,6 +108,7 @@ class Viewer:
         """What happens, from the place of this viewer on, to the end."""
         feed = self.feed
         feed.viewers.add(self)
+        feed.audience.viewers += 1
         try:
             while True:
                 self.news.clear()
@@ -115,6 +126,7 @@ class Viewer:
                     await self.news.wait()
         finally:
             feed.viewers.discard(self)
+            feed.audience.viewers -= 1
 
     def _gap(self) -> Text | None:
         """Passes the frames that are not worth sending; the message that says which."""
@@ -126,6 +138,6 @@ class Viewer:
             self._place += 1
         if self._place == first:
             return None
-        self.feed.dropped += self._place - first
+        self.feed.audience.dropped += self._place - first
         body = {"type": "dropped", "job": self.feed.job, "seq": self._place, "from": first + 1, "to": self._place}
         return Text(self._place, body)

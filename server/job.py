@@ -14,7 +14,8 @@ from model.events import Floats, Picture
 from model.plan import Sampling, timesteps
 from server import images
 from server.backend import Served
-from server.feed import Feed
+from server.feed import Audience, Feed
+from server.forecast import Work
 from server.schemas import Frames
 
 Kind = Literal["x_t", "x0"]
@@ -27,6 +28,14 @@ def frame_points(frames: Frames, steps: int, most: int) -> tuple[int, ...]:
     assert frames.count is not None
     count = min(frames.count, steps + 1, most + 1)
     return tuple(dict.fromkeys(round(i * steps / (count - 1)) for i in range(count)))
+
+
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """What a job has before it: jobs that will be begun earlier, and seconds until its end."""
+
+    position: int = 0
+    eta_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,11 +99,11 @@ class Job:
     id: str
     order: Order
     served: Served
+    audience: Audience = field(default_factory=Audience)
     created_at: float = field(default_factory=time.time)
     started_at: float | None = None
     finished_at: float | None = None
     status: str = "queued"
-    position: int = 0  # how many jobs wait in front of it
     steps: list[int] = field(init=False)  # updates that each picture has had, as far as is known
     images: dict[int, Image] = field(default_factory=dict)  # by index; complete if and only if succeeded
     frames: dict[tuple[int, int, Kind], Picture] = field(default_factory=dict)  # by index, step and kind
@@ -105,7 +114,7 @@ class Job:
     feed: Feed = field(init=False)
 
     def __post_init__(self) -> None:
-        self.steps, self.feed = [0] * self.order.n, Feed(self.id)
+        self.steps, self.feed = [0] * self.order.n, Feed(self.id, self.audience)
         sampling = self.order.sampling
         levels = timesteps(self.order.card.process.schedule.T, sampling.steps, sampling.spacing)
         self.levels = [*levels.tolist(), 0]  # the noise level after each number of updates
@@ -138,16 +147,22 @@ class Job:
         place = {"index": index, "seed": seed, "step": step, "steps": steps, "t": level}
         return place | {"kind": kind, "image_type": "image/png"}
 
-    def progress(self, step_s: float) -> dict[str, Any]:
-        """Where it stands: image-steps done, of all, the noise level of the picture furthest behind, seconds left."""
-        slowest = min(self.steps)
-        left = (self.order.sampling.steps - slowest) * step_s
-        return {
-            "step": sum(self.steps),
-            "steps": self.order.image_steps,
-            "t": self.levels[slowest],
-            "eta_s": round(left, 2),
-        }
+    @property
+    def rank(self) -> float:
+        """Its place in the queue, smaller first: the minute it came, less its priority."""
+        return self.created_at / 60 - self.order.priority
+
+    @property
+    def work(self) -> "Work[Job]":
+        """What is left of it."""
+        steps = self.order.sampling.steps
+        begun = [steps - done for i, done in enumerate(self.steps) if done and i not in self.images]
+        return Work(self, begun, self.order.n - len(self.images) - len(begun), steps)
+
+    @property
+    def progress(self) -> dict[str, Any]:
+        """Where it stands: image-steps done, of all, and the noise level of the picture furthest behind."""
+        return {"step": sum(self.steps), "steps": self.order.image_steps, "t": self.levels[min(self.steps)]}
 
     def encode(self) -> None:
         """Makes the PNGs and their hashes. Slow: call it in a thread."""
@@ -162,8 +177,8 @@ class Job:
             pictures += image.picture.nbytes + (image.floats.nbytes if image.floats is not None else 0)
         return 3 * pictures + 1024  # and about as much again for PNGs, and messages
 
-    def document(self, pictures: bool = False) -> dict[str, Any]:
-        """The job as clients see it; with `pictures`, each image as base64 too."""
+    def document(self, outlook: Outlook | None = None, pictures: bool = False) -> dict[str, Any]:
+        """The job as clients see it; with `pictures`, each image as base64 too. outlook: unless it has ended."""
         made = []
         for index, image in sorted(self.images.items()) if self.status == "succeeded" else []:
             entry: dict[str, Any] = {"index": index, "seed": image.seed, "url": f"/jobs/{self.id}/images/{index}"}
@@ -171,7 +186,7 @@ class Job:
             if pictures:
                 entry["b64_png"] = base64.b64encode(image.png).decode()
             made.append(entry)
-        progress = {"step": sum(self.steps), "steps": self.order.image_steps, "position": self.position}
+        progress = {"step": sum(self.steps), "steps": self.order.image_steps} | asdict(outlook or Outlook())
         return {
             "id": self.id,
             "status": self.status,

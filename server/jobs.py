@@ -10,8 +10,11 @@ import time
 from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from contextlib import AsyncExitStack, aclosing
+from dataclasses import asdict
+from typing import Any
 
 from model.card import ModelCard
+from model.errors import PlanError
 from model.events import Cancelled, Failed, Finished, Preview
 from model.plan import resolve
 from server.backend import Backend, Progress, Restarting, SampleEvent, Spec
@@ -26,27 +29,38 @@ from server.errors import (
     ServerError,
     problem,
 )
+from server.feed import Audience, Viewer
 from server.job import Image, Job, Order, Watched, frame_points
 from server.limits import Queue
-from server.schemas import MAX_SEED, Frames, GenerateRequest
+from server.metrics import Metrics, Standing
+from server.outlooks import Outlooks
+from server.schemas import MAX_SEED, Frames, parse_generate
 from server.settings import Settings
 
 KEPT_BYTES = 256 << 20  # pictures and frames of ended jobs are kept in memory up to this size, the latest first
 EXPIRED = 10_000  # so many ids of jobs that are not kept any more are remembered
 TICK_S = 0.25  # how often those who wait hear where they stand
 USUAL_FRAMES = Frames(count=30)
+OUTCOMES = ("succeeded", "failed", "cancelled")
 
 
 class Jobs:
     """All jobs of this server."""
 
-    def __init__(self, settings: Settings, cards: Mapping[str, ModelCard], backend: Backend) -> None:
+    def __init__(
+        self, settings: Settings, cards: Mapping[str, ModelCard], backend: Backend, metrics: Metrics | None = None
+    ) -> None:
         self.cards, self.backend, self._settings = cards, backend, settings
         self.queue = Queue(settings.max_queued_steps)
         self.live: dict[str, Job] = {}  # in order of arrival
         self.ended: OrderedDict[str, Job] = OrderedDict()
-        self.accepted = 0
-        self.outcomes: Counter[str] = Counter()
+        self.audience = Audience()
+        self.metrics = metrics or Metrics()
+        self.metrics.watch(self.standing)
+        self._outlooks = Outlooks(self.live, backend)
+        self._accepted = 0
+        self._outcomes = Counter(dict.fromkeys(OUTCOMES, 0))
+        self._rejected: Counter[str] = Counter()
         self._expired: OrderedDict[str, None] = OrderedDict()
         self._kept_bytes = 0
         self._ticker: asyncio.Task[None] | None = None
@@ -63,11 +77,20 @@ class Jobs:
         await self.backend.close()
         await asyncio.gather(*(job.life for job in self.live.values() if job.life), return_exceptions=True)
 
-    def order(self, request: GenerateRequest, wants_floats: bool = False, shows: bool = False) -> Order:
-        """A request with every choice made. Raises Invalid or PlanError naming the field that cannot be.
+    async def submit(self, body: bytes, wants_floats: bool = False, shows: bool = False) -> Job:
+        """Takes a job on: from now on it ends, one way or another. Raises BadInput, PlanError, TooBusy or NotReady.
 
         shows: whether the answer is made of frames, so that some are needed even if none were asked for.
         """
+        try:
+            return self._admit(self._order(body, wants_floats, shows))
+        except (ServerError, PlanError) as error:
+            self._rejected[problem(error).code] += 1
+            raise
+
+    def _order(self, body: bytes, wants_floats: bool, shows: bool) -> Order:
+        """A request with every choice made. Raises Invalid or PlanError naming the field that cannot be."""
+        request = parse_generate(body)
         card = self.cards[self._model(request.model)]
         if request.n > self._settings.max_n:
             raise Invalid(("n", f"n must lie in 1..{self._settings.max_n}, got {request.n}"))
@@ -105,17 +128,16 @@ class Jobs:
             raise Invalid(("model", f"model must be one of {known}" if wanted else f"name a model, one of {known}"))
         return name
 
-    async def submit(self, order: Order) -> Job:
-        """Takes a job on: from now on it ends, one way or another. Raises TooBusy, Invalid or NotReady."""
+    def _admit(self, order: Order) -> Job:
         served = self.backend.served.get(order.card.name)
         if self.backend.trouble is not None or served is None:
             raise NotReady(self.backend.trouble or "the model is not loaded")
         room = AsyncExitStack()
-        room.enter_context(self.queue.hold(order.image_steps, self.backend.seconds_for(self.queue.taken)))
-        job = Job(secrets.token_hex(12), order, served)
+        step_s = self.backend.step_s(order.card.name, served.slots)[-1] / served.slots
+        room.enter_context(self.queue.hold(order.image_steps, step_s))
+        job = Job(secrets.token_hex(12), order, served, self.audience)
         self.live[job.id] = job
-        self.accepted += 1
-        self._say_position(job)
+        self._accepted += 1
         job.life = asyncio.create_task(self._live(job, room), name=f"job {job.id}")
         return job
 
@@ -161,7 +183,7 @@ class Jobs:
             order.card.name,
             tuple(range(order.seed, order.seed + order.n)),
             order.sampling,
-            job.created_at / 60 - order.priority,
+            job.rank,
             frozenset(watched.points if watched else ()),
             watched is not None and watched.frames.kind != "x0",
             watched is not None and watched.frames.kind != "x_t",
@@ -174,6 +196,7 @@ class Jobs:
     def _take(self, job: Job, event: SampleEvent) -> None:
         if job.started_at is None and isinstance(event, Preview | Progress | Finished):
             job.started_at, job.status = time.time(), "running"
+            self.metrics.queue_seconds.observe(job.started_at - job.created_at)
             job.feed.say("started", steps=job.order.image_steps)
         match event:
             case Preview(int(index), step, x, x0):
@@ -182,7 +205,7 @@ class Jobs:
             case Progress(steps):
                 for index, step in steps.items():
                     job.steps[index] = step
-                job.feed.tell("progress", **job.progress(self.backend.step_s))
+                job.feed.tell("progress", **job.progress, eta_s=self._outlooks.of(job).eta_s)
             case Finished(int(index), picture, floats):
                 job.steps[index] = job.order.sampling.steps
                 job.finish(Image(index, job.order.seed + index, picture, floats, job.texts(job.order.seed + index)))
@@ -198,7 +221,8 @@ class Jobs:
         job.status, job.finished_at = outcome, time.time()
         if outcome == "failed":
             job.error = problem(job.failure or RuntimeError()).body("")
-        self.outcomes[outcome] += 1
+        self._outcomes[outcome] += 1
+        self.metrics.job_seconds.observe(job.finished_at - job.created_at)
         del self.live[job.id]
         job.feed.end(outcome, document=job.document())
         self.ended[job.id] = job
@@ -215,16 +239,42 @@ class Jobs:
             await asyncio.sleep(TICK_S)
             for job in self.live.values():
                 if job.started_at is None and job.feed.viewers:
-                    self._say_position(job)
+                    job.feed.tell("queued", **asdict(self._outlooks.of(job)))
 
-    def _say_position(self, job: Job) -> None:
-        ahead = 0
-        for other in self.live.values():
-            if other is job:
-                break
-            ahead += other.started_at is None
-        job.position = ahead
-        job.feed.tell("queued", position=ahead, eta_s=float(self.backend.seconds_for(self.queue.taken)))
+    def watch(self, job: Job, after: int = 0) -> Viewer:
+        """A new viewer, from message `after` + 1 on. It hears at once where a job stands that has not begun."""
+        if job.started_at is None and not job.feed.ended:
+            job.feed.tell("queued", **asdict(self._outlooks.of(job)))
+        return Viewer(job.feed, after)
+
+    def document(self, job: Job) -> dict[str, Any]:
+        """The job as clients see it."""
+        return job.document(None if job.feed.ended else self._outlooks.of(job))
+
+    def standing(self) -> Standing:
+        """Where the server stands, for its metrics."""
+        running, vitals = sum(job.started_at is not None for job in self.live.values()), self.backend.vitals
+        return Standing(
+            jobs_running=running,
+            jobs_waiting=len(self.live) - running,
+            steps_waiting=sum(job.order.image_steps - sum(job.steps) for job in self.live.values()),
+            slots=sum(served.slots for served in self.backend.served.values()),
+            slots_used=vitals.stats.seated,
+            viewers=self.audience.viewers,
+            engine_up=self.backend.trouble is None,
+            engine_heartbeat_age_seconds=vitals.silence_s,
+            gpu_memory_bytes=vitals.memory_bytes,
+            jobs_accepted=self._accepted,
+            jobs=self._outcomes,
+            rejected=self._rejected,
+            sample_steps=vitals.stats.sample_steps,
+            engine_steps=vitals.stats.steps,
+            padded_slots=vitals.stats.padded,
+            engine_restarts=vitals.restarts,
+            jobs_replayed=vitals.replayed,
+            frames=self.audience.frames,
+            frames_dropped=self.audience.dropped,
+        )
 
     def find(self, id: str) -> Job:
         """A job by its id. Raises NotFound, or Gone if it was kept once."""

@@ -1,5 +1,6 @@
 """How much: work is counted in image-steps, and refused before any is done."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,16 +16,17 @@ class Queue:
     taken: int = 0  # 0 <= taken <= capacity, always
 
     @contextmanager
-    def hold(self, steps: int, wait_s: int) -> Iterator[None]:
+    def hold(self, steps: int, step_s: float) -> Iterator[None]:
         """Room for a job while it lasts. Raises Invalid if it can never fit, TooBusy if it does not now.
 
-        wait_s: seconds until what is ahead is done, told to those who are refused.
+        step_s: seconds that an image-step takes at present, from which those who are refused hear when to come back.
         """
         if steps > self.capacity:
             raise Invalid(("n", f"n x steps must be at most {self.capacity}, got {steps}"))
-        if self.taken + steps > self.capacity:
+        missing = self.taken + steps - self.capacity
+        if missing > 0:
             detail = f"{self.taken} of {self.capacity} image-steps are taken, {steps} more were asked for"
-            raise TooBusy(detail, wait_s)
+            raise TooBusy(detail, max(1, math.ceil(missing * step_s)))
         self.taken += steps
         try:
             yield

@@ -36,11 +36,20 @@ class Cancel:
 
 
 @dataclass(frozen=True, slots=True)
+class Step:
+    """A step that was done: of which model, with how many slots, in how many seconds."""
+
+    model: str
+    bucket: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class Ready:
     """All models are loaded."""
 
     served: dict[str, Served]
-    step_s: float  # a step of the largest batch, over all models
+    steps: list[Step]  # of the smallest and the largest batch of each model
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +69,10 @@ class Died:
 
 @dataclass(frozen=True, slots=True)
 class Happened:
-    """Events of samples, in order."""
+    """Events of samples, in order, and where the engine stands after them."""
 
     events: list[Event]
+    stats: Stats
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +80,6 @@ class Beat:
     """A sign of life between two steps."""
 
     stats: Stats
-    busy_s: float  # time spent in steps since the start
-    step_s: float  # the longest step since the last beat
+    steps: list[Step]  # done since the last beat
     progress: list[tuple[int, int]]  # (sample, updates done) of those that are seated
+    memory_bytes: int  # of the device, held

@@ -7,13 +7,13 @@ import asyncio
 import dataclasses
 import itertools
 import logging
-import math
 import multiprocessing
 import queue
 import signal
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import TypeAlias, cast
@@ -21,12 +21,12 @@ from typing import TypeAlias, cast
 from model import errors as model_errors
 from model.events import ENDS, Stats
 from server import logs
-from server.backend import Progress, Restarting, SampleEvent, Served, Spec
+from server.backend import Progress, Restarting, SampleEvent, Served, Spec, Vitals
 from server.errors import EXIT_CODES, EXIT_ENGINE, EngineFailed, NotReady, SampleLost
-from server.messages import Beat, Cancel, Died, Happened, Ready, Refused, Start, Submit
+from server.forecast import Pace
+from server.messages import Beat, Cancel, Died, Happened, Ready, Refused, Start, Step, Submit
 
 logger = logging.getLogger(__name__)
-_NO_BEAT = Beat(Stats(), 0.0, 0.0, [])
 LIVES = 3  # a job that has seen so many engines die is given up
 Letter: TypeAlias = Submit | Cancel
 
@@ -68,6 +68,7 @@ class _Life:
 
     over: asyncio.Event = field(default_factory=asyncio.Event)
     refused: Refused | None = None  # why there is no sense in another one
+    cause: str = "died"  # of its end, unless something else is seen
 
 
 class LocalBackend:
@@ -78,9 +79,11 @@ class LocalBackend:
         start: Start,
         restarts: int,
         on_failed: Callable[[EngineFailed], None],
+        on_step: Callable[[int, float], None] = lambda bucket, seconds: None,
         patience: Patience = Patience(),
     ) -> None:
         self._start, self._restarts, self._on_failed, self._patience = start, restarts, on_failed, patience
+        self._on_step = on_step
         self._context = multiprocessing.get_context("spawn")
         self._ids = itertools.count()
         self._streams: dict[int, _Stream] = {}  # by sample id
@@ -89,11 +92,13 @@ class LocalBackend:
         self._digests: dict[str, str] = {}
         self._supervisor: asyncio.Task[None] | None = None
         self._trouble: str | None = "the engine is loading"
-        self._past, self._beat = Stats(), _NO_BEAT  # counters of engines that are gone; the last sign
-        self._beat_at, self._step_s = time.monotonic(), 0.0  # when it came; the longest step that has been seen lately
-        self.step_s = 0.0  # mean of the steps since the last beat but one
+        self._past, self._stats = Stats(), Stats()  # of engines that are gone; of the one that lives
+        self._beat_at, self._longest_s = time.monotonic(), 0.0  # of the last sign; the longest step seen lately
+        self._memory_bytes = 0
+        self._paces: dict[str, Pace] = {}  # by model
         self._load_s = 5.0
-        self.rate: float | None = None  # image-steps per second, lately
+        self._causes: Counter[str] = Counter()  # of restarts
+        self._replayed = 0
 
     @property
     def served(self) -> dict[str, Served]:
@@ -103,17 +108,26 @@ class LocalBackend:
     @property
     def trouble(self) -> str | None:
         """Why no work can be taken right now, or None."""
-        silent_s, patience = time.monotonic() - self._beat_at, self._patience
-        if self._trouble is None and silent_s > max(patience.silence_s, patience.silence_steps * self._step_s):
-            return f"the engine has not answered for {silent_s:.0f} s"
+        silence_s, patience = time.monotonic() - self._beat_at, self._patience
+        if self._trouble is None and silence_s > max(patience.silence_s, patience.silence_steps * self._longest_s):
+            return f"the engine has not answered for {silence_s:.0f} s"
         return self._trouble
 
     @property
-    def stats(self) -> Stats:
-        """Counters since the start."""
-        past, now = self._past, self._beat.stats
+    def vitals(self) -> Vitals:
+        """How the engine is, and what it and those before it have done."""
+        silence_s = time.monotonic() - self._beat_at
+        return Vitals(self._all_stats, silence_s, self._memory_bytes, dict(self._causes), self._replayed)
+
+    @property
+    def _all_stats(self) -> Stats:
+        past, now = self._past, self._stats
         sums = (past.steps + now.steps, past.sample_steps + now.sample_steps, past.padded + now.padded)
         return Stats(now.seated, now.waiting, *sums)
+
+    def step_s(self, model: str, slots: int) -> Sequence[float]:
+        """Seconds of a step by the number of pictures in it, 0 .. slots; zeros before there was any."""
+        return self._paces.get(model, Pace()).step_s(slots)
 
     async def start(self) -> None:
         """Begin to load."""
@@ -163,14 +177,14 @@ class LocalBackend:
         """One engine after another, until one refuses to start or too many have died."""
         failures = 0
         while True:
-            steps_before = self.stats.steps
-            refused = await self._live()
-            if refused is not None:
-                kind = getattr(model_errors, refused.error)
-                return self._fail(EngineFailed(refused.message, EXIT_CODES[kind]))
-            failures = failures + 1 if self.stats.steps == steps_before else 1
-            self._past = dataclasses.replace(self.stats, seated=0, waiting=0)
-            self._beat = _NO_BEAT
+            steps_before, life = self._all_stats.steps, _Life()
+            await self._live(life)
+            if life.refused is not None:
+                kind = getattr(model_errors, life.refused.error)
+                return self._fail(EngineFailed(life.refused.message, EXIT_CODES[kind]))
+            failures = failures + 1 if self._all_stats.steps == steps_before else 1
+            self._past, self._stats = dataclasses.replace(self._all_stats, seated=0, waiting=0), Stats()
+            self._causes[life.cause] += 1
             if failures > self._restarts:
                 return self._fail(EngineFailed(f"the engine died {failures} times without a step done", EXIT_ENGINE))
             self._trouble, self._served = "the engine is being restarted", {}
@@ -178,9 +192,9 @@ class LocalBackend:
             self._take_lives()
             await asyncio.sleep(min(5.0, 0.1 * 2 ** (failures - 1)))
 
-    async def _live(self) -> Refused | None:
-        """The life of one engine process, from its spawn to its death. Returns why it refused, if it did."""
-        loop, life = asyncio.get_running_loop(), _Life()
+    async def _live(self, life: _Life) -> None:
+        """The life of one engine process, from its spawn to its death."""
+        loop = asyncio.get_running_loop()
         ours, theirs = self._context.Pipe()
         outbox: queue.SimpleQueue[Letter | None] = queue.SimpleQueue()
         process = self._context.Process(target=_run, args=(theirs, self._start), name="ddpm-engine", daemon=True)
@@ -203,8 +217,7 @@ class LocalBackend:
         try:
             process.start()
         except OSError:
-            logger.exception("no process could be started")
-            return None
+            return logger.exception("no process could be started")
         theirs.close()
         self._outbox, self._beat_at = outbox, time.monotonic()
         for thread in threads:
@@ -214,7 +227,7 @@ class LocalBackend:
                 try:
                     await asyncio.wait_for(life.over.wait(), 1.0)
                 except TimeoutError:
-                    self._watch(process)
+                    self._watch(process, life)
         finally:
             self._outbox = None
             process.kill()  # it holds nothing that could be lost
@@ -223,19 +236,20 @@ class LocalBackend:
                 await asyncio.to_thread(thread.join)
             ours.close()
             await asyncio.to_thread(process.join)
-        return life.refused
 
-    def _watch(self, process: "multiprocessing.process.BaseProcess") -> None:
+    def _watch(self, process: "multiprocessing.process.BaseProcess", life: _Life) -> None:
         """Puts an end to an engine that says nothing any more."""
         patience = self._patience
-        limit_s = max(patience.hang_s, patience.hang_steps * self._step_s) if self._served else patience.load_s
+        limit_s = max(patience.hang_s, patience.hang_steps * self._longest_s) if self._served else patience.load_s
         if time.monotonic() - self._beat_at > limit_s:
             logger.error("engine hangs and is killed", extra={"pid": process.pid, "limit_s": limit_s})
+            life.cause = "hung"
             process.kill()
 
     def _receive(self, message: object, life: _Life) -> None:
         match message:
-            case Happened(events):
+            case Happened(events, stats):
+                self._stats = stats
                 for event in events:
                     id = cast(int, event.id)
                     stream = self._streams.get(id)
@@ -245,20 +259,25 @@ class LocalBackend:
                     if isinstance(event, ENDS):
                         del stream.index[id], self._streams[id]
                     stream.events.put_nowait(event)
-            case Beat(stats, busy_s, step_s, progress):
+            case Beat(stats, steps, progress, memory_bytes):
+                self._beat_at, self._stats, self._memory_bytes = time.monotonic(), stats, memory_bytes
+                self._learn(steps)
+                for step in steps:
+                    self._on_step(step.bucket, step.seconds)
                 self._tell_progress(progress)
-                self._step_s = max(step_s, 0.9 * self._step_s)
-                busy = busy_s - self._beat.busy_s
-                if busy > 0:
-                    self.rate = (stats.sample_steps - self._beat.stats.sample_steps) / busy
-                    self.step_s = busy / max(1, stats.steps - self._beat.stats.steps)
-                self._beat, self._beat_at = message, time.monotonic()
-            case Ready(served, step_s):
-                self._become_ready(served, step_s, life)
+            case Ready(served, steps):
+                self._become_ready(served, steps, life)
             case Died(words):
+                life.cause = "failed"
                 logger.error("engine failed", extra={"traceback": words})
             case Refused():
                 life.refused = message
+
+    def _learn(self, steps: Sequence[Step]) -> None:
+        for step in steps:
+            self._paces.setdefault(step.model, Pace()).learn(step.bucket, step.seconds)
+        longest_s = max((step.seconds for step in steps), default=0.0)
+        self._longest_s = max(longest_s * len(self._served), 0.9 * self._longest_s)
 
     def _tell_progress(self, progress: list[tuple[int, int]]) -> None:
         steps: dict[_Stream, dict[int, int]] = {}
@@ -268,13 +287,14 @@ class LocalBackend:
         for stream, of_samples in steps.items():
             stream.events.put_nowait(Progress(of_samples))
 
-    def _become_ready(self, served: dict[str, Served], step_s: float, life: _Life) -> None:
+    def _become_ready(self, served: dict[str, Served], steps: Sequence[Step], life: _Life) -> None:
         digests = {name: model.digest for name, model in served.items()}
         if self._digests not in ({}, digests):  # what is on its way would end as other bytes than it was promised as
             life.refused = Refused("ModelRefused", "the weights were changed while they were served")
             return life.over.set()
         self._digests, self._served, self._trouble = digests, served, None
-        self._beat_at, self._step_s = time.monotonic(), step_s
+        self._beat_at, self._load_s = time.monotonic(), 1.0 + sum(model.load_s for model in served.values())
+        self._learn(steps)
         logger.info("engine ready", extra={name: model.numerics for name, model in served.items()})
         for stream in dict.fromkeys(self._streams.values()):
             seeds = tuple(stream.spec.seeds[i] for i in stream.index.values())
@@ -285,6 +305,7 @@ class LocalBackend:
         for stream in dict.fromkeys(self._streams.values()):
             stream.events.put_nowait(Restarting(self._load_s))
             stream.lives -= 1
+            self._replayed += stream.lives > 0
             if stream.lives == 0:
                 stream.events.put_nowait(SampleLost(f"the engine died {LIVES} times while it made this picture"))
 
@@ -297,7 +318,3 @@ class LocalBackend:
     def _fail_streams(self, error: Exception) -> None:
         for stream in dict.fromkeys(self._streams.values()):
             stream.events.put_nowait(error)
-
-    def seconds_for(self, steps: int) -> int:
-        """How long so many image-steps take at the present rate, in whole seconds, at least 1."""
-        return max(1, math.ceil(steps / self.rate)) if self.rate else 1

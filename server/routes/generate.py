@@ -9,13 +9,14 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from starlette.responses import JSONResponse, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from server import images
 from server.feed import Message, Text, Viewer
 from server.job import Job, Kind
 from server.jobs import Jobs
 from server.routes.http import negotiate, read_json_body, unless_gone
-from server.schemas import GenerateRequest, parse_generate
+from server.schemas import GenerateRequest
 
 router = APIRouter()
 PNG, JSON, NPY, ZIP = "image/png", "application/json", "application/x-npy", "application/zip"
@@ -92,14 +93,13 @@ async def generate(request: Request) -> Response:
     body = await read_json_body(request, request.app.state.settings.max_body_bytes)
     later = "respond-async" in [p.strip().lower() for p in request.headers.get("prefer", "").split(",")]
     shows = later or media in (EVENTS, *ANIMATIONS)
-    job = await jobs.submit(jobs.order(parse_generate(body or b"{}"), media == NPY, shows))
+    job = await jobs.submit(body or b"{}", media == NPY, shows)
     headers = {"X-Job-Id": job.id, "X-Seed": str(job.order.seed), "Vary": "Accept, Prefer"}
     if later:
         headers |= {"Location": f"/jobs/{job.id}", "Preference-Applied": "respond-async"}
-        return JSONResponse(job.document(), 202, headers)
+        return JSONResponse(jobs.document(job), 202, headers)
     if media == EVENTS:
-        stream = _server_sent(jobs, job)
-        return StreamingResponse(stream, media_type=EVENTS, headers=headers | {"Cache-Control": "no-store"})
+        return _ServerSent(jobs, job, headers | {"Cache-Control": "no-store"})
     try:
         if await unless_gone(request, jobs.result(job)) is None:
             return Response(status_code=CLIENT_CLOSED_REQUEST)
@@ -110,14 +110,23 @@ async def generate(request: Request) -> Response:
     return Response(await asyncio.to_thread(ENCODERS[media], job), media_type=media, headers=headers)
 
 
-async def _server_sent(jobs: Jobs, job: Job) -> AsyncGenerator[bytes]:
+class _ServerSent(StreamingResponse):
     """All that happens to a job, as server-sent events. Whoever stops reading cancels it."""
-    try:
-        async with aclosing(Viewer(job.feed).messages()) as messages:
+
+    def __init__(self, jobs: Jobs, job: Job, headers: dict[str, str]) -> None:
+        super().__init__(self._events(jobs.watch(job)), media_type=EVENTS, headers=headers)
+        self._jobs, self._job = jobs, job
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:  # here, not in the generator: of a caller who leaves at once, that is never begun
+            await self._jobs.cancel(self._job)
+
+    async def _events(self, viewer: Viewer) -> AsyncGenerator[bytes]:
+        async with aclosing(viewer.messages()) as messages:
             async for message in messages:
                 yield await _event(message)
-    finally:
-        await jobs.cancel(job)
 
 
 async def _event(message: Message) -> bytes:

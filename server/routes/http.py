@@ -4,7 +4,7 @@ import asyncio
 import re
 import secrets
 from collections.abc import Coroutine, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -84,11 +84,19 @@ async def unless_gone(request: Request, work: Coroutine[None, None, T]) -> T | N
         while (await request.receive())["type"] != "http.disconnect":
             pass
 
-    task, leaving = asyncio.ensure_future(work), asyncio.ensure_future(gone())
+    task, leaving = asyncio.create_task(work), asyncio.create_task(gone())
+    return task.result() if task in await first_of(task, leaving) else None
+
+
+async def first_of(*tasks: "asyncio.Task[Any]") -> "set[asyncio.Task[Any]]":
+    """Those of these tasks that have ended, as soon as there is one; the rest are cancelled, and over on return."""
     try:
-        await asyncio.wait({task, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        return task.result() if task.done() else None
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        return done
     finally:
-        for each in (task, leaving):
-            each.cancel()
-        await asyncio.gather(task, leaving, return_exceptions=True)
+        for task in tasks:
+            task.cancel()
+        for task in tasks:
+            await asyncio.wait({task})
+            if not task.cancelled():
+                task.exception()  # or asyncio would report that nobody looked at it

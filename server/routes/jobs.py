@@ -33,20 +33,21 @@ async def job_list(
     if status is not None and status not in STATUSES:
         raise Invalid(("status", f"status must be one of {', '.join(STATUSES)}"))
     jobs: Jobs = request.app.state.jobs
-    return JSONResponse({"jobs": [job.document() for job in jobs.list(status, _limit(limit), after)]})
+    return JSONResponse({"jobs": [jobs.document(job) for job in jobs.list(status, _limit(limit), after)]})
 
 
 @router.get("/jobs/{id}", summary="A job")
 async def job_document(request: Request, id: str) -> JSONResponse:
     """The job document."""
-    return JSONResponse(request.app.state.jobs.find(id).document())
+    jobs: Jobs = request.app.state.jobs
+    return JSONResponse(jobs.document(jobs.find(id)))
 
 
 @router.delete("/jobs/{id}", summary="Cancel a job")
 async def job_cancel(request: Request, id: str) -> JSONResponse:
     """Gives a job up; a job that has ended stays as it is. Answers the document."""
     jobs: Jobs = request.app.state.jobs
-    return JSONResponse((await jobs.cancel(jobs.find(id))).document())
+    return JSONResponse(jobs.document(await jobs.cancel(jobs.find(id))))
 
 
 @router.get("/jobs/{id}/images/{index}", summary="One picture of a job", response_class=Response)

@@ -13,7 +13,8 @@ from server.errors import BadInput, EngineFailed, Gone, NotFound, NotReady, TooB
 from server.feed import Text, Viewer
 from server.job import Job
 from server.jobs import Jobs
-from server.schemas import parse_generate, parse_json
+from server.routes.http import first_of
+from server.schemas import parse_json
 from server.wire import pack
 
 router = APIRouter()
@@ -56,7 +57,7 @@ async def watch_new_job(socket: WebSocket) -> None:
     job: Job | None = None
     try:
         text = await asyncio.wait_for(_receive(socket), FIRST_MESSAGE_S)
-        job = await jobs.submit(jobs.order(parse_generate(text.encode()), shows=True))
+        job = await jobs.submit(text.encode(), shows=True)
         await _watch(socket, jobs, job, 0)
     except TimeoutError:
         await _close(socket, POLICY, f"no request within {FIRST_MESSAGE_S:g} s")
@@ -83,22 +84,16 @@ def _after(given: str | None) -> int:
 
 async def _watch(socket: WebSocket, jobs: Jobs, job: Job, after: int) -> None:
     """Sends what happens, does what the viewer says, to the end. Raises _Closed or WebSocketDisconnect."""
-    sending = asyncio.create_task(_send_all(socket, job, after))
+    sending = asyncio.create_task(_send_all(socket, jobs.watch(job, after)))
     listening = asyncio.create_task(_listen(socket, jobs, job))
-    try:
-        done, _ = await asyncio.wait({sending, listening}, return_when=asyncio.FIRST_COMPLETED)
-        for task in done:
-            task.result()
-    finally:
-        for task in (sending, listening):
-            task.cancel()
-        await asyncio.gather(sending, listening, return_exceptions=True)
+    done = await first_of(sending, listening)
+    for task in done:
+        task.result()
     failed = job.status == "failed" and isinstance(job.failure, EngineFailed)
     await _close(socket, ENGINE_FAILED if failed else DONE, "")
 
 
-async def _send_all(socket: WebSocket, job: Job, after: int) -> None:
-    viewer = Viewer(job.feed, after)
+async def _send_all(socket: WebSocket, viewer: Viewer) -> None:
     async with aclosing(viewer.messages()) as messages:
         async for message in messages:
             began = time.monotonic()

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from model.events import Finished, Preview, Stats
-from server.backend import SampleEvent, Served, Spec
+from server.backend import SampleEvent, Served, Spec, Vitals
 from server.errors import NotReady
 
 
@@ -24,7 +24,7 @@ class FakeBackend:
     def __init__(self) -> None:
         self.served = {"tiny": Served("sha256:0", "cpu", "float32", 1, 4, [1, 2, 4], [2, 4], True, "fake")}
         self.trouble: str | None = None
-        self.stats = Stats()
+        self.vitals = Vitals(Stats(), 0.0, 0, {}, 0)
         self.gate = asyncio.Event()
         self.gate.set()
         self.specs: list[Spec] = []
@@ -39,11 +39,9 @@ class FakeBackend:
         self.failure = NotReady("the server is shutting down")
         self.gate.set()
 
-    step_s = 0.01
-
-    def seconds_for(self, steps: int) -> int:
+    def step_s(self, model: str, slots: int) -> list[float]:
         """Ten image-steps a second."""
-        return max(1, steps // 10)
+        return [0.1 * batch for batch in range(slots + 1)]
 
     async def run(self, spec: Spec) -> AsyncGenerator[SampleEvent]:
         """All pictures of `spec`."""

@@ -137,9 +137,10 @@ def test_no_work_is_taken_while_the_engine_is_down(client: TestClient) -> None:
 def test_a_full_queue_says_when_to_come_back(client: TestClient) -> None:
     client.app.state.jobs.queue.taken = 190  # type: ignore[attr-defined]
 
-    answer = client.post("/generate", json={"steps": 11})
+    answer = client.post("/generate", json={"steps": 30, "n": 6})
 
-    assert (answer.status_code, answer.json()["code"], answer.headers["retry-after"]) == (429, "queue-full", "19")
+    # 170 image-steps too many, at ten a second
+    assert (answer.status_code, answer.json()["code"], answer.headers["retry-after"]) == (429, "queue-full", "17")
     assert client.post("/generate", json={"steps": 10}).status_code == 200
 
 

@@ -55,12 +55,13 @@ def test_an_unknown_variable_is_refused_with_those_there_are() -> None:
 
 def test_a_queue_gives_back_what_it_held_whatever_happens() -> None:
     queue = Queue(10)
-    with pytest.raises(ZeroDivisionError), queue.hold(6, wait_s=1):
-        with pytest.raises(TooBusy), queue.hold(5, wait_s=3):
+    with pytest.raises(ZeroDivisionError), queue.hold(6, step_s=1):
+        with pytest.raises(TooBusy) as refusal, queue.hold(7, step_s=1.5):
             pass
         raise ZeroDivisionError
 
     assert queue.taken == 0
+    assert refusal.value.retry_after_s == 5  # three image-steps too many, and a half
 
 
 def test_a_record_is_one_line_whatever_is_in_it() -> None:

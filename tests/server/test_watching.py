@@ -268,7 +268,7 @@ def test_who_fell_behind_is_told_what_it_missed_and_gets_the_newest_frame_and_th
     assert [m.seq for m in heard if isinstance(m, Shown)] == [2, 9, 10]
     dropped = [m.body for m in heard if not isinstance(m, Shown) and m.body["type"] == "dropped"]
     assert dropped == [{"type": "dropped", "job": "j", "seq": 8, "from": 3, "to": 8}]
-    assert feed.dropped == 6
+    assert feed.audience.dropped == 6
 
 
 def test_a_picture_is_encoded_once_however_many_ask_and_never_if_nobody_does() -> None:

@@ -100,7 +100,9 @@ def test_an_engine_that_hangs_is_killed_and_its_pictures_come_out_the_same(weigh
 
     start = Start((("tiny", weights / "tiny"),), "cpu", "auto", 4, 1, True, "info")
     patience = Patience(silence_s=60, hang_s=1, hang_steps=1)
-    expected, made = (asyncio.run(pictures(LocalBackend(start, 3, print, patience), hang)) for hang in (False, True))
+    expected, made = (
+        asyncio.run(pictures(LocalBackend(start, 3, print, patience=patience), hang)) for hang in (False, True)
+    )
 
     assert [event.picture.tolist() for event in made] == [event.picture.tolist() for event in expected]
     assert len(made) == 3

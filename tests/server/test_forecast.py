@@ -1,0 +1,76 @@
+"""How long it will take is worked out, not guessed: the queue played forward."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pytest
+
+from model.scheduler import Scheduler
+from server.forecast import MOST, Pace, Work, forecast
+
+
+@dataclass(eq=False)
+class Picture:
+    """A picture for the scheduler."""
+
+    job: int
+    left: int
+    order: float = 0.0
+    slot: int | None = None
+    arrival: int = -1
+
+
+def play(queue: Sequence[Work[int]], step_s: Sequence[float]) -> dict[int, float]:
+    """The same by the real scheduler, step by step."""
+    scheduler, clock_s, ends = Scheduler[Picture](len(step_s) - 1), 0.0, {}
+    for work in queue:
+        for left in work.seated:
+            scheduler.add(Picture(work.job, left))
+    scheduler.admit()
+    for work in queue:
+        for _ in range(work.waiting):
+            scheduler.add(Picture(work.job, work.steps))
+    while scheduler.admit() or scheduler.seated:
+        clock_s += step_s[len(scheduler.seated)]
+        for picture in list(scheduler.seated):
+            picture.left -= 1
+            if picture.left == 0:
+                scheduler.release(picture)
+                ends[picture.job] = clock_s
+    return ends
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_forecast_is_what_the_scheduler_does(seed: int) -> None:
+    draw = random.Random(seed)
+    slots = draw.randint(1, 8)
+    step_s = [0.0, *sorted(draw.uniform(0.001, 0.1) for _ in range(slots))]
+    free, queue = slots, []
+    for job in range(draw.randint(1, 12)):
+        seated = [draw.randint(1, 40) for _ in range(draw.randint(0, min(free, 3)))]
+        free -= len(seated)
+        queue.append(Work(job, seated, draw.randint(0 if seated else 1, 12), draw.randint(1, 40)))
+
+    assert forecast(queue, step_s) == pytest.approx(play(queue, step_s))
+
+
+def test_who_is_far_behind_is_counted_as_work() -> None:
+    jobs = [Work(i, [], 64, 10) for i in range(2 * MOST // 64)]
+    ends = forecast(jobs, [0.0, 0.5, 0.75, 0.9, 1.0])
+
+    assert ends[2 * MOST // 64 - 1] == pytest.approx(2 * MOST * 10 / 4, rel=0.01)
+    assert sorted(ends.values()) == list(ends.values())
+
+
+def test_a_pace_is_learned_and_drawn_between_the_sizes_that_were_seen() -> None:
+    pace = Pace()
+    assert pace.step_s(2) == [0.0, 0.0, 0.0]
+
+    pace.learn(1, 0.1)
+    pace.learn(3, 0.3)
+    assert pace.step_s(4) == pytest.approx([0.1, 0.1, 0.2, 0.3, 0.3])
+
+    for _ in range(200):
+        pace.learn(3, 0.5)
+    assert pace.step_s(3)[3] == pytest.approx(0.5)

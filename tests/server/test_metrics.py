@@ -1,0 +1,79 @@
+"""What a scrape shows adds up, at any moment, and is named as it will stay."""
+
+import dataclasses
+import time
+
+from prometheus_client.parser import text_string_to_metric_families
+from starlette.testclient import TestClient
+
+from server.metrics import Standing
+from tests.server.conftest import Server
+from tests.server.fakes import FakeBackend
+
+LATER = {"prefer": "respond-async"}
+
+
+def read(text: str) -> dict[str, float]:
+    """Every sample of a scrape, by name and labels."""
+    samples = [s for family in text_string_to_metric_families(text) for s in family.samples]
+    return {s.name + "".join(f"{{{v}}}" for k, v in s.labels.items() if k != "le"): s.value for s in samples}
+
+
+def balance(seen: dict[str, float]) -> tuple[float, float]:
+    """What was accepted, and what became of it."""
+    ended = sum(value for name, value in seen.items() if name.startswith("ddpm_jobs_total"))
+    return seen["ddpm_jobs_accepted_total"], ended + seen["ddpm_jobs_running"] + seen["ddpm_jobs_waiting"]
+
+
+def test_what_was_accepted_has_ended_or_runs_or_waits(client: TestClient) -> None:
+    backend = client.app.state.jobs.backend  # type: ignore[attr-defined]
+    assert isinstance(backend, FakeBackend)
+    client.post("/generate", json={"steps": 2})
+    backend.gate.clear()
+    given_up, _ = (client.post("/generate", json={"steps": 2, "n": 3}, headers=LATER).json() for _ in range(2))
+    client.delete(f"/jobs/{given_up['id']}")
+    client.post("/generate", json={"steps": 0})
+    client.post("/generate", json={"n": 8, "steps": 30})
+
+    seen = read(client.get("/metrics").text)
+
+    assert balance(seen) == (3, 3)
+    assert {name: value for name, value in seen.items() if value and name.startswith(("ddpm_jobs", "ddpm_rej"))} == {
+        "ddpm_jobs_accepted_total": 3,
+        "ddpm_jobs_total{succeeded}": 1,
+        "ddpm_jobs_total{cancelled}": 1,
+        "ddpm_jobs_waiting": 1,
+        "ddpm_rejected_total{invalid-request}": 2,
+    }
+    assert seen["ddpm_steps_waiting"] == 6
+
+
+def test_every_metric_has_its_name_and_its_help(client: TestClient) -> None:
+    answer = client.get("/metrics")
+    families = {family.name: family for family in text_string_to_metric_families(answer.text)}
+
+    assert answer.headers["content-type"].startswith("text/plain; version=")
+    histograms = {"step_seconds", "bucket_size", "queue_seconds", "job_seconds"}
+    assert families.keys() == {f"ddpm_{name}" for name in {f.name for f in dataclasses.fields(Standing)} | histograms}
+    assert all(family.documentation for family in families.values())
+
+
+def test_the_engine_counts_what_it_does(server: Server) -> None:
+    before = read(server.client.get("/metrics").text)
+    server.client.post("/generate", json={"steps": 20, "n": 3, "frames": {"count": 5, "kind": "both"}})
+    deadline = time.monotonic() + 5
+    while True:
+        after = read(server.client.get("/metrics").text)
+        if after["ddpm_bucket_size_count"] == after["ddpm_engine_steps_total"] > before["ddpm_engine_steps_total"]:
+            break  # steps are told a few times a second
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    more = {name: after[name] - before[name] for name in after}
+
+    assert more["ddpm_sample_steps_total"] == 60
+    assert 20 <= more["ddpm_engine_steps_total"] <= 22  # pictures of one request may be seated a step apart
+    assert more["ddpm_bucket_size_sum"] == 60 + more["ddpm_padded_slots_total"]
+    assert more["ddpm_frames_total"] == 3 * (5 + 4)
+    assert more["ddpm_step_seconds_sum"] > 0
+    assert (after["ddpm_slots"], after["ddpm_slots_used"], after["ddpm_engine_up"]) == (4, 0, 1)
+    assert balance(after)[0] == balance(after)[1]
