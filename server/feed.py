@@ -1,23 +1,38 @@
 """Fan-out to viewers. A job keeps its messages, numbered; a viewer is a place in that list and owns nothing else.
 
 So a viewer that is slow, idle or gone costs nothing, any number of them see the same numbers, and replay is looking at
-an earlier place. Messages of the moment (where a job stands) are not kept: only the last one counts.
+an earlier place. Messages of the moment (where a job stands) are not kept: only the last one counts, and the more
+viewers a server has, the less often each of them hears one. Whatever is sent is encoded once, however many watch.
 """
 
 import asyncio
+import json
+import random
+import time
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
+from server.wire import pack
+
 Body: TypeAlias = dict[str, Any]
+MOMENTS_PER_S = 500.0  # messages of the moment, to all viewers of all jobs together
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Text:
     """A message in words. Those of the moment carry the number of the last kept message before them."""
 
     seq: int
     body: Body
+    _json: str = ""
+
+    @property
+    def json(self) -> str:
+        """The message as it is sent."""
+        if not self._json:
+            self._json = json.dumps(self.body)
+        return self._json
 
 
 @dataclass(slots=True, eq=False)
@@ -30,11 +45,14 @@ class Shown:
     _encode: Callable[[], bytes]
     _encoding: "asyncio.Future[bytes] | None" = None
 
-    async def png(self) -> bytes:
-        """The picture as a PNG."""
+    async def packed(self) -> bytes:
+        """The message as it is sent over a websocket."""
         if self._encoding is None:
-            self._encoding = asyncio.ensure_future(asyncio.to_thread(self._encode))
-        return await asyncio.shield(self._encoding)
+            self._encoding = asyncio.ensure_future(asyncio.to_thread(self._pack))
+        return self._encoding.result() if self._encoding.done() else await asyncio.shield(self._encoding)
+
+    def _pack(self) -> bytes:
+        return pack(self.header, self._encode())
 
 
 Message: TypeAlias = Text | Shown
@@ -48,6 +66,10 @@ class Audience:
     frames: int = 0  # that were kept
     dropped: int = 0  # that slow viewers missed
 
+    def pause_s(self) -> float:
+        """How long a viewer waits between messages of the moment, so that not all of them wake at once."""
+        return self.viewers / MOMENTS_PER_S * random.uniform(0.5, 1.5)
+
 
 @dataclass(slots=True)
 class Feed:
@@ -58,12 +80,12 @@ class Feed:
     kept: list[Message] = field(default_factory=list)  # kept[i].seq == i + 1, always
     ended: bool = False
     viewers: "set[Viewer]" = field(default_factory=set)
-    _moment: Body = field(default_factory=dict)
-    _moments: int = 0
+    moments: int = 0  # how many messages of the moment there were
+    _moment: Text | None = None
 
     def say(self, type: str, **body: Any) -> None:
-        """Keeps a message in words."""
-        seq = len(self.kept) + 1
+        """Keeps a message in words. What was told of the moment before is not true any more."""
+        seq, self._moment = len(self.kept) + 1, None
         self._keep(Text(seq, {"type": type, "job": self.job, "seq": seq, **body}))
 
     def show(self, header: Body, passing: bool, encode: Callable[[], bytes]) -> None:
@@ -72,10 +94,20 @@ class Feed:
         self.audience.frames += passing
         self._keep(Shown(seq, {"job": self.job, "seq": seq, **header}, passing, encode))
 
-    def tell(self, type: str, **body: Any) -> None:
-        """A message of the moment, for those who are there and not behind."""
-        self._moment, self._moments = {"type": type, "job": self.job, **body}, self._moments + 1
-        self._wake()
+    def tell(self, type: str, urgent: bool = False, **body: Any) -> None:
+        """A message of the moment, for those who are not behind. urgent: even for those who heard one lately."""
+        seq, now = len(self.kept), time.monotonic()
+        self._moment, self.moments = Text(seq, {"type": type, "job": self.job, "seq": seq, **body}), self.moments + 1
+        for viewer in self.viewers:
+            if urgent or viewer.due <= now:
+                viewer.due = now
+                viewer.news.set()
+
+    def moment(self, place: int) -> Text | None:
+        """The last message of the moment, for a viewer at this place."""
+        if self._moment is not None and self._moment.seq != place:
+            self._moment = Text(place, self._moment.body | {"seq": place})
+        return self._moment
 
     def end(self, type: str, **body: Any) -> None:
         """The last message."""
@@ -84,9 +116,6 @@ class Feed:
 
     def _keep(self, message: Message) -> None:
         self.kept.append(message)
-        self._wake()
-
-    def _wake(self) -> None:
         for viewer in self.viewers:
             viewer.news.set()
 
@@ -96,8 +125,9 @@ class Viewer:
 
     def __init__(self, feed: Feed, after: int = 0) -> None:
         self.feed, self.news = feed, asyncio.Event()
+        self.due = 0.0  # when it may hear the next message of the moment
         self._place = min(after, len(feed.kept))  # how many of the kept messages have been passed
-        self._moments = 0
+        self._heard = 0  # how many messages of the moment there were when it heard one
         self._skip_to = 0  # frames before this place are not worth sending any more
 
     def fell_behind(self) -> None:
@@ -119,9 +149,9 @@ class Viewer:
                     yield feed.kept[self._place - 1]
                 elif feed.ended:
                     return
-                elif self._moments != feed._moments:
-                    self._moments = feed._moments
-                    yield Text(self._place, feed._moment | {"seq": self._place})
+                elif self._heard < feed.moments and self.due <= time.monotonic() and (now := feed.moment(self._place)):
+                    self._heard, self.due = feed.moments, time.monotonic() + feed.audience.pause_s()
+                    yield now
                 else:
                     await self.news.wait()
         finally:

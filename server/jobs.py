@@ -211,7 +211,7 @@ class Jobs:
                 job.finish(Image(index, job.order.seed + index, picture, floats, job.texts(job.order.seed + index)))
             case Restarting(retry_after_s):
                 job.steps = [job.order.sampling.steps if i in job.images else 0 for i in range(job.order.n)]
-                job.feed.tell("restarting", retry_after_s=retry_after_s)
+                job.feed.tell("restarting", urgent=True, retry_after_s=retry_after_s)
             case Failed(_, reason):
                 raise SampleLost(reason)
             case Cancelled():
@@ -243,7 +243,7 @@ class Jobs:
 
     def watch(self, job: Job, after: int = 0) -> Viewer:
         """A new viewer, from message `after` + 1 on. It hears at once where a job stands that has not begun."""
-        if job.started_at is None and not job.feed.ended:
+        if job.started_at is None and not job.feed.ended and not job.feed.viewers:
             job.feed.tell("queued", **asdict(self._outlooks.of(job)))
         return Viewer(job.feed, after)
 

@@ -17,6 +17,7 @@ from server.job import Job, Kind
 from server.jobs import Jobs
 from server.routes.http import negotiate, read_json_body, unless_gone
 from server.schemas import GenerateRequest
+from server.wire import unpack
 
 router = APIRouter()
 PNG, JSON, NPY, ZIP = "image/png", "application/json", "application/x-npy", "application/zip"
@@ -131,8 +132,8 @@ class _ServerSent(StreamingResponse):
 
 async def _event(message: Message) -> bytes:
     if isinstance(message, Text):
-        name, data = message.body["type"], message.body
+        name, data = message.body["type"], message.json
     else:
-        name = "frame" if message.passing else "image"
-        data = message.header | {"b64_png": base64.b64encode(await message.png()).decode()}
-    return f"event: {name}\nid: {message.seq}\ndata: {json.dumps(data)}\n\n".encode()
+        name, (header, png) = "frame" if message.passing else "image", unpack(await message.packed())
+        data = json.dumps(header | {"b64_png": base64.b64encode(png).decode()})
+    return f"event: {name}\nid: {message.seq}\ndata: {data}\n\n".encode()

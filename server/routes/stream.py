@@ -15,7 +15,6 @@ from server.job import Job
 from server.jobs import Jobs
 from server.routes.http import first_of
 from server.schemas import parse_json
-from server.wire import pack
 
 router = APIRouter()
 FIRST_MESSAGE_S = 10.0  # within which a new socket has to say what it wants
@@ -100,9 +99,9 @@ async def _send_all(socket: WebSocket, viewer: Viewer) -> None:
             try:
                 async with asyncio.timeout(STALLED_S):
                     if isinstance(message, Text):
-                        await socket.send_text(json.dumps(message.body))
+                        await socket.send_text(message.json)
                     else:
-                        await socket.send_bytes(pack(message.header, await message.png()))
+                        await socket.send_bytes(await message.packed())
             except TimeoutError:
                 raise _Closed(TRY_LATER, "too slow") from None
             if time.monotonic() - began > SLOW_S:

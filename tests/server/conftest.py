@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,10 +43,20 @@ class Server:
             free.bind(("127.0.0.1", 0))
             self.port: int = free.getsockname()[1]
         knobs = {"DDPM_WEIGHTS": str(weights), "DDPM_THREADS": "1", "DDPM_SLOTS": "4", **variables}
-        command = [sys.executable, "-m", "server", "serve", "--port", str(self.port)]
-        environ = {name: value for name, value in os.environ.items() if not name.startswith("DDPM_")} | knobs
-        self.process = subprocess.Popen(command, env=environ, stderr=subprocess.PIPE, text=True)
+        self._environ = {name: value for name, value in os.environ.items() if not name.startswith("DDPM_")} | knobs
+        self._log = tempfile.TemporaryFile("w+")  # not a pipe: nobody reads it while the server runs
         self.client = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=60)
+        self.start()
+
+    def start(self) -> None:
+        """The process; again, at the same address, once it has died."""
+        command = [sys.executable, "-m", "server", "serve", "--port", str(self.port)]
+        self.process = subprocess.Popen(command, env=self._environ, stderr=self._log)
+
+    def kill(self) -> None:
+        """SIGKILL to the server. Its engine ends by itself."""
+        self.process.kill()
+        self.process.wait(60)
 
     def wait_until_ready(self) -> "Server":
         """Comes back once the engine takes work; fails after a minute."""
@@ -71,8 +82,14 @@ class Server:
         """SIGTERM; the exit code and what was logged."""
         self.client.close()
         self.process.terminate()
-        _, log = self.process.communicate(timeout=60)
-        return self.process.returncode, log
+        return self.ended()
+
+    def ended(self) -> tuple[int, str]:
+        """The exit code and what was logged, once it has ended."""
+        code = self.process.wait(60)
+        with self._log as log:
+            log.seek(0)
+            return code, log.read()
 
 
 @pytest.fixture(scope="session")

@@ -280,9 +280,9 @@ def test_a_picture_is_encoded_once_however_many_ask_and_never_if_nobody_does() -
         feed.show({}, True, lambda: asked.append(2) or b"png")  # type: ignore[func-returns-value]
         first = feed.kept[0]
         assert isinstance(first, Shown)
-        return await asyncio.gather(*(first.png() for _ in range(10)))
+        return await asyncio.gather(*(first.packed() for _ in range(10)))
 
-    assert asyncio.run(many()) == [b"png"] * 10
+    assert [unpack(message)[1] for message in asyncio.run(many())] == [b"png"] * 10
     assert asked == [1]
 
 

@@ -114,10 +114,10 @@ def test_weights_that_change_under_a_server_are_not_served_by_it(tmp_path: Path)
     write_model(tmp_path / "tiny", {"norm_eps": 1e-3})
     os.kill(server.engine_pid, signal.SIGKILL)
 
-    _, log = server.process.communicate(timeout=60)
+    code, log = server.ended()
     server.client.close()
 
-    assert server.process.returncode == 3
+    assert code == 3
     assert log.strip().splitlines()[-1] == "ddpm: the weights were changed while they were served"
 
 
@@ -141,8 +141,8 @@ def test_a_drain_that_runs_out_says_so_to_those_who_wait(weights: Path) -> None:
 def test_an_engine_does_not_outlive_its_server(weights: Path) -> None:
     server = Server(weights).wait_until_ready()
     engine = server.engine_pid
-    server.process.kill()
-    server.process.communicate()
+    server.kill()
+    server.ended()
     server.client.close()
 
     deadline = time.monotonic() + 10

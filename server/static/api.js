@@ -1,0 +1,58 @@
+// Asking the server, by the same public API as everybody. A refusal is an error that says in words what is wrong.
+
+const MOST_FRAMES = 4096; // pictures x points x kinds, as the server has it unless it was told otherwise
+
+export class Refused extends Error {
+  constructor(status, problem, retryAfter_s) {
+    super(problem.detail ?? (status ? `The server answered ${status}.` : "The server does not answer."));
+    this.status = status; // 0: nobody answered
+    this.errors = problem.errors ?? [];
+    this.retryAfter_s = retryAfter_s;
+  }
+}
+
+export const wait = (seconds) => new Promise((done) => setTimeout(done, seconds * 1000));
+
+export async function ask(path, options) {
+  const answer = await fetch(path, options).catch(() => { throw new Refused(0, {}, 0); });
+  if (answer.ok) return answer;
+  throw new Refused(answer.status, await answer.json().catch(() => ({})), +answer.headers.get("retry-after") || 0);
+}
+
+/** The job that a request becomes. Where the server allows fewer frames, it is asked for fewer. */
+async function submitOnce(request) {
+  const headers = { "content-type": "application/json", prefer: "respond-async" };
+  let count = request.frames?.count ?? Math.min(30, Math.floor(MOST_FRAMES / 2 / request.n));
+  for (;;) {
+    const frames = { count: Math.max(2, count), kind: "both" };
+    try {
+      const body = JSON.stringify({ ...request, frames });
+      return await (await ask("generate", { method: "POST", headers, body })).json();
+    } catch (refusal) {
+      const tooMany = refusal.status === 422 && refusal.errors.every(({ pointer }) => pointer.startsWith("/frames"));
+      if (!tooMany || refusal.errors.length === 0 || count <= 2) throw refusal;
+      count = Math.floor(count / 2);
+    }
+  }
+}
+
+/** The job; or null if it was given up. A server that is starting is waited for, and `say` hears so. With
+    `outlastsSilence` a server that does not answer at all is waited for too. */
+export async function submit(request, say, isGivenUp, outlastsSilence = false) {
+  for (let delay_s = 0.5; !isGivenUp(); delay_s = Math.min(5, 2 * delay_s)) {
+    try {
+      const job = await submitOnce(request);
+      if (!isGivenUp()) return job;
+      await ask(`jobs/${job.id}`, { method: "DELETE" });
+    } catch (refusal) {
+      const starting = refusal.status === 503 && refusal.retryAfter_s > 0;
+      if (!starting && !(refusal.status === 0 && outlastsSilence)) throw refusal;
+      const pause_s = starting ? refusal.retryAfter_s : delay_s;
+      say(`Not ready yet: ${sentence(refusal.message)} Trying again in ${pause_s} s.`);
+      await wait(pause_s);
+    }
+  }
+  return null;
+}
+
+export const sentence = (text) => (/[.!?]$/.test(text) ? text : `${text}.`);

@@ -1,0 +1,143 @@
+"""The viewer page as a person has it: what it says, what it shows, what can be pressed."""
+
+import base64
+from collections.abc import Callable
+from typing import Any
+
+from selenium.common.exceptions import TimeoutException
+from selenium.webdriver import ActionChains, Chrome
+from selenium.webdriver.common.by import By
+from selenium.webdriver.remote.webelement import WebElement
+from selenium.webdriver.support.ui import WebDriverWait
+
+PATIENCE_S = 40
+DRAWN = "return [...document.querySelectorAll('#tiles canvas')].map((canvas) => canvas.toDataURL())"
+BYTES_OF_LINK = """
+const [index, done] = arguments;
+fetch(document.querySelectorAll('#tiles a')[index].href)
+  .then((answer) => answer.arrayBuffer())
+  .then((buffer) => done(btoa(String.fromCharCode(...new Uint8Array(buffer)))));
+"""
+
+
+class Page:
+    """The page at `url`, in a browser that remembers nothing of earlier tests."""
+
+    def __init__(self, driver: Chrome, url: str) -> None:
+        self.driver, self.url = driver, url
+
+    def open(self) -> "Page":
+        """Goes there, or loads it again; comes back once the server has said what it serves."""
+        self.driver.get(self.url)
+        self.until(lambda: self.find("state").text == "ready")
+        return self
+
+    def open_anew(self) -> "Page":
+        """Goes there as somebody who was never here."""
+        self.driver.get(self.url)
+        self.run("localStorage.clear(); sessionStorage.clear()")
+        self.open()
+        self.driver.get_log("browser")  # type: ignore[no-untyped-call]  # what was logged before is gone with this
+        return self
+
+    def until(self, condition: Callable[[], object]) -> None:
+        """Waits for a condition; if it does not come true, the failure tells what the page said."""
+        try:
+            WebDriverWait(self.driver, PATIENCE_S, poll_frequency=0.05).until(lambda _: condition())
+        except TimeoutException:
+            raise AssertionError(f"the page says {self.words!r} and {self.trouble!r}") from None
+
+    def until_words(self, start: str) -> str:
+        """Waits for words that start so; all of them."""
+        self.until(lambda: self.words.startswith(start))
+        return self.words
+
+    def run(self, script: str, *arguments: Any) -> Any:
+        """What a script in the page returns."""
+        return self.driver.execute_script(script, *arguments)
+
+    def find(self, id: str) -> WebElement:
+        """The element with an id."""
+        return self.driver.find_element(By.ID, id)
+
+    def field(self, name: str) -> WebElement:
+        """A field of the form."""
+        return self.driver.find_element(By.NAME, name)
+
+    def build(self, **fields: int) -> None:
+        """Fills the form and presses Build; comes back once the job is on the stage, or was refused."""
+        before = self.job
+        for name, value in fields.items():
+            self.run("arguments[0].value = arguments[1]", self.field(name), value)
+        self.find("build").click()
+        self.until(lambda: self.job != before or self.trouble)
+
+    def until_half_done(self) -> None:
+        """Waits for the middle of a job."""
+        self.until(lambda: self.run("return document.getElementById('progress').value") > 0.3)
+
+    def press(self, *keys: str) -> None:
+        """Keys, wherever the focus is."""
+        ActionChains(self.driver).send_keys(*keys).perform()
+
+    def scrub(self, place: int) -> list[str]:
+        """Moves the scrubber; what is drawn then."""
+        before = self.point
+        self.run("arguments[0].value = arguments[1]; arguments[0].dispatchEvent(new Event('input'))", *self._to(place))
+        self.until(lambda: self.point != before)
+        return self.drawn
+
+    def _to(self, place: int) -> tuple[WebElement, int]:
+        return self.find("scrub"), place
+
+    @property
+    def words(self) -> str:
+        """What goes on."""
+        return self.find("words").text
+
+    @property
+    def trouble(self) -> str:
+        """What was refused."""
+        return self.find("trouble").text
+
+    @property
+    def point(self) -> str:
+        """Where the scrubber is, in words."""
+        return self.find("point").text
+
+    @property
+    def last_place(self) -> int:
+        """The place of the scrubber's right end."""
+        return int(self.find("scrub").get_attribute("max") or 0)
+
+    @property
+    def tiles(self) -> list[WebElement]:
+        """The pairs of pictures."""
+        return self.driver.find_elements(By.CSS_SELECTOR, "#tiles figure")
+
+    @property
+    def drawn(self) -> list[str]:
+        """All pictures as they are drawn now: the noisy and the predicted one of each pair."""
+        drawn: list[str] = self.run(DRAWN)
+        return drawn
+
+    @property
+    def history(self) -> list[WebElement]:
+        """What was made before, the newest first."""
+        return self.driver.find_elements(By.CSS_SELECTOR, "#history button")
+
+    @property
+    def job(self) -> str:
+        """The id of the job on the stage."""
+        return str(self.run("return sessionStorage.getItem('ddpm.current')"))
+
+    def pictures(self) -> list[bytes]:
+        """The files behind the links that the page offers."""
+        return [
+            base64.b64decode(self.driver.execute_async_script(BYTES_OF_LINK, index)) for index in range(len(self.tiles))
+        ]
+
+    def errors(self) -> list[str]:
+        """What the browser has complained of since this was last asked."""
+        entries: list[dict[str, Any]] = self.driver.get_log("browser")  # type: ignore[no-untyped-call]
+        return [entry["message"] for entry in entries if entry["level"] == "SEVERE"]

@@ -1,0 +1,184 @@
+"""The viewer page in a real browser, beside what `POST /generate` gives for the same request."""
+
+import os
+import signal
+
+import pytest
+from selenium.webdriver import Chrome
+from selenium.webdriver.common.keys import Keys
+
+from tests.e2e.conftest import ROOT, Site
+from tests.e2e.page import Page
+
+SCREENSHOTS = ROOT / "build" / "screenshots"
+
+
+def test_a_picture_denoises_before_your_eyes_and_can_be_scrubbed_and_saved(page: Page, site: Site) -> None:
+    page.build(seed=7, steps=100, n=2)
+    page.until_half_done()
+    early = page.drawn
+    page.until(lambda: page.drawn != early)
+    page.until_words("Built in")
+    page.until(lambda: page.point.startswith("after 100 of 100"))
+
+    finished, middle, noise = page.drawn, page.scrub(page.last_place // 2), page.scrub(0)
+    assert len({tuple(drawn) for drawn in (finished, middle, noise)}) == 3
+    assert page.point.startswith("after 0 of 100 steps")
+    assert page.scrub(page.last_place) == finished
+    assert page.pictures() == site.made(seed=7, steps=100, n=2)
+    assert page.errors() == []
+
+
+def test_a_cancelled_job_says_so_and_keeps_the_frames_that_were_seen(page: Page, site: Site) -> None:
+    page.build(seed=1, steps=1000, n=2)
+    page.until(lambda: page.last_place > 2)
+    page.find("cancel").click()
+
+    assert page.until_words("Cancelled") == "Cancelled"
+    assert site.client.get(f"/jobs/{page.job}").json()["status"] == "cancelled"
+    page.until(lambda: page.point.startswith("after"))
+    assert page.drawn != page.scrub(0)
+
+
+def test_history_survives_a_reload_and_shows_a_job_with_its_frames(page: Page) -> None:
+    page.build(seed=3, steps=20, n=1)
+    page.until_words("Built in")
+    page.build(seed=4, steps=20, n=1)
+    page.until_words("Built in")
+    page.until(lambda: len(page.history) == 2)
+    page.open()
+
+    assert [button.text.split("\n")[0] for button in page.history] == ["4", "3"]
+    page.history[1].click()
+    page.until(lambda: page.field("seed").get_attribute("value") == "3")
+    page.until_words("Built in")
+    page.until(lambda: page.last_place == 20)
+    finished = page.drawn
+    assert page.scrub(0) != finished
+
+    page.find("forget").click()
+    assert page.open().history == []
+
+
+def test_a_reload_in_the_middle_of_a_job_goes_on_watching_it(page: Page, site: Site) -> None:
+    page.build(seed=5, steps=300, n=1)
+    page.until_half_done()
+    job = page.job
+    page.open()
+
+    page.until_words("Built in")
+    assert page.job == job
+    assert page.pictures() == site.made(seed=5, steps=300)
+
+
+def test_a_server_that_is_killed_and_started_again_ends_with_the_same_picture(page: Page, site: Site) -> None:
+    page.build(seed=8, steps=200, n=1)
+    page.until_half_done()
+    job = page.job
+    site.kill()
+    page.until_words("The connection was lost; trying again")
+    page.until(lambda: "does not answer" in page.find("state").text)
+    site.start()
+    page.until_words("The server was restarted; the same picture is being made again")
+
+    assert page.until_words("Built in").endswith("although the server was restarted on the way")
+    assert page.job != job
+    assert page.pictures() == site.made(seed=8, steps=200)
+    assert [button.text.split("\n")[0] for button in page.history] == ["8"]
+
+
+def test_history_that_the_server_has_lost_is_made_again(page: Page, site: Site) -> None:
+    page.build(seed=9, steps=20, n=1)
+    page.until_words("Built in")
+    before = page.pictures()
+    page.run("""const kept = JSON.parse(localStorage.getItem('ddpm.jobs'));
+        kept[0].id = 'lost'; localStorage.setItem('ddpm.jobs', JSON.stringify(kept))""")
+    page.open()
+
+    page.history[0].click()
+    page.until_words("Built in")
+    assert page.pictures() == before == site.made(seed=9, steps=20)
+
+
+def test_an_engine_that_is_killed_is_told_of_and_the_picture_is_the_same(page: Page, site: Site) -> None:
+    page.build(seed=10, steps=200, n=1)
+    page.until_half_done()
+    os.kill(site.engine_pid, signal.SIGKILL)
+    page.until_words("The engine failed and is being replaced")
+
+    assert page.until_words("Built in").endswith("although the engine was replaced on the way")
+    assert page.pictures() == site.made(seed=10, steps=200)
+
+
+def test_everything_can_be_done_with_keys_alone(page: Page) -> None:
+    for _ in range(20):
+        if page.run("return document.activeElement.name") == "seed":
+            break
+        page.press(Keys.TAB)
+    page.press(Keys.CONTROL, "a", Keys.NULL, "11", Keys.ENTER)
+    page.until_words("Built in")
+    page.until(lambda: page.point.startswith("after 100 of 100"))
+
+    finished = page.drawn
+    page.press(Keys.ARROW_LEFT, Keys.ARROW_LEFT)
+    page.until(lambda: page.point.startswith("after 93 of 100"))
+    assert page.drawn != finished
+    page.press(Keys.ARROW_RIGHT)
+    page.until(lambda: page.point.startswith("after 97 of 100"))
+    page.press(Keys.ARROW_RIGHT, " ")
+    page.until(lambda: page.find("play").text == "Pause")
+    page.until(lambda: page.find("play").text == "Play")
+    assert page.point.startswith("after 100 of 100")
+
+    page.press("r")
+    assert page.field("seed").get_attribute("value") != "11"
+    page.press(Keys.ENTER)
+    page.until(lambda: page.find("cancel").is_enabled())
+    page.press(Keys.ESCAPE)
+    page.until_words("Cancelled")
+
+
+def test_a_refusal_is_told_in_words_at_its_field(page: Page) -> None:
+    page.run("arguments[0].removeAttribute('max')", page.field("steps"))
+    page.build(steps=100_000)
+    page.until(lambda: page.field("steps").get_attribute("aria-invalid") == "true")
+
+    described_by = page.field("steps").get_attribute("aria-describedby")
+    assert page.find(str(described_by)).text == "steps must lie in 1..1000, got 100000"
+    assert page.trouble == "The server refused what is marked above."
+    assert page.driver.switch_to.active_element == page.field("steps")
+    page.build(steps=10)
+    page.until_words("Built in")
+    assert page.field("steps").get_attribute("aria-invalid") is None
+
+
+def test_the_load_is_shown_while_the_server_shows_its_metrics(page: Page) -> None:
+    page.until(lambda: page.find("slots").text == "0 of 4")
+    page.build(steps=300, n=2)
+    page.until(lambda: page.find("slots").text == "2 of 4" and page.find("step").text.endswith("ms"))
+    page.find("cancel").click()
+    page.until_words("Cancelled")
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "height", "scheme"),
+    [("desktop", 1280, 800, "light"), ("phone", 390, 844, "light"), ("dark", 1280, 800, "dark")],
+)
+def test_it_fits_every_screen(page: Page, driver: Chrome, name: str, width: int, height: int, scheme: str) -> None:
+    metrics = {"width": width, "height": height, "deviceScaleFactor": 2, "mobile": name == "phone"}
+    features = [{"name": "prefers-color-scheme", "value": scheme}]
+    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+    try:
+        driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+        driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+        page.build(steps=100, n=6 if name != "phone" else 2)
+        page.until_half_done()
+        driver.save_screenshot(str(SCREENSHOTS / f"{name}-building.png"))
+        page.until_words("Built in")
+        page.until(lambda: page.point.startswith("after 100"))
+        driver.save_screenshot(str(SCREENSHOTS / f"{name}.png"))
+
+        assert page.run("return document.documentElement.scrollWidth <= innerWidth")
+    finally:
+        driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+        driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
