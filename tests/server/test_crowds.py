@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 import pytest
 from websockets.asyncio.client import ClientConnection, connect
+from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect as connect_sync
 
 from server.wire import unpack
@@ -212,6 +213,16 @@ def test_a_cancelled_job_frees_its_slots_at_once(
     step_s = seen["ddpm_step_seconds_sum"] / seen["ddpm_step_seconds_count"]
 
     assert statistics.median(took) <= max(0.05, 3 * step_s)
+
+
+def test_a_message_that_is_too_long_closes_the_socket(server: Server) -> None:
+    with connect_sync(f"ws://127.0.0.1:{server.port}/generate/stream") as viewer:
+        viewer.send("x" * 100_000)
+        with pytest.raises(ConnectionClosed) as closed:
+            viewer.recv()
+
+    assert closed.value.rcvd is not None
+    assert closed.value.rcvd.code == 1009
 
 
 def test_a_thousand_races_of_cancel_against_completion_end_once_each(server: Server) -> None:

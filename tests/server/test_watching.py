@@ -14,6 +14,7 @@ from PIL import Image
 from starlette.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
 
+from server.errors import EngineFailed
 from server.feed import Feed, Message, Shown, Viewer
 from server.wire import pack, unpack
 from tests.server.conftest import Server
@@ -171,6 +172,32 @@ def test_unknown_jobs_and_senseless_messages_close_the_socket(client: TestClient
         socket.send_bytes(b"{}")
         socket.receive_json()
     assert closed.value.code == 1003
+
+
+def test_viewers_hear_of_an_engine_that_has_failed_for_good(client: TestClient) -> None:
+    backend_of(client).failure = EngineFailed("the engine died 6 times", 70)
+
+    heard, code = watch(client, "/generate/stream", {"steps": 2})
+
+    assert (heard[-1]["type"], heard[-1]["document"]["error"]["code"], code) == ("failed", "engine-down", 1011)
+
+
+def test_a_message_of_the_moment_is_gone_with_the_moment(client: TestClient) -> None:
+    backend = backend_of(client)
+    backend.gate.clear()
+    job = client.post("/generate", json={"steps": 2}, headers={"prefer": "respond-async"}).json()
+    with client.websocket_connect(f"/jobs/{job['id']}/stream") as socket:
+        assert socket.receive_json()["type"] == "queued"
+        client.portal.call(backend.gate.set)  # type: ignore[union-attr]
+        while (message := socket.receive())["type"] != "websocket.close":
+            assert json.loads(message.get("text") or "{}").get("type") != "queued"
+
+    assert [m.get("type", m.get("kind")) for m in watch(client, f"/jobs/{job['id']}/stream")[0]] == [
+        "started",
+        *["x_t"] * 3,
+        "image",
+        "succeeded",
+    ]
 
 
 def test_frames_have_a_limit_in_all(client: TestClient) -> None:
