@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import engine, http, streams
+from benchmarks import engine, http, loopback, streams
 from benchmarks.measure import machine
 from server.engine_process import cores
 
@@ -26,7 +26,7 @@ def main() -> None:
     with args.out.open("w") as out:
         print(machine(), file=out)
         print(machine())
-        served = () if args.compiled else chain(http.measures(device, DIGITS), streams.measures(device, DIGITS))
+        served = () if args.compiled else chain(*(each.measures(device, DIGITS) for each in (loopback, streams, http)))
         for measure in chain(engine.measures(device, DIGITS, args.compiled), served):
             low, high = measure.spread or (measure.value, measure.value)
             line = f"{measure.name:60} {measure.value:10.3f} {measure.unit:18} ({low:.3f} .. {high:.3f})"

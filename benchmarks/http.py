@@ -1,82 +1,160 @@
-"""The server over loopback beside the bare engine loop in this process: what HTTP, processes and PNGs cost."""
+"""The server beside what people run today, over HTTP: throughput when saturated, and latency under the same load.
 
-import json
-import os
-import socket
+Requests are drawn from a mixture of step counts. Saturated: a fixed number is always outstanding. Under load: they
+arrive as a Poisson process (open loop: nobody waits for anybody), at the rate that saturates the best of the others.
+"""
+
+import asyncio
+import random
 import statistics
-import subprocess
-import sys
 import time
-import urllib.request
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from functools import partial
-from itertools import islice
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
+import httpx
 import torch
 
-from benchmarks.engine import our_engine, run_engine
-from benchmarks.measure import Measure, interleaved, median_ratio
+from benchmarks.loopback import a_server
+from benchmarks.measure import Measure
 
-CLIENTS, PICTURES, STEPS = 4, 4, 100
-
-
-@contextmanager
-def a_server(weights: Path, slots: int) -> Iterator[str]:
-    """A server of its own, ready. Yields its address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environ = os.environ | {"DDPM_WEIGHTS": str(weights), "DDPM_SLOTS": str(slots), "DDPM_LOG_LEVEL": "warning"}
-    process = subprocess.Popen([sys.executable, "-m", "server", "serve", "--port", str(port)], env=environ)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + 120
-        while not _ready(url):
-            if time.monotonic() > deadline or process.poll() is not None:
-                raise RuntimeError("the server did not become ready")
-            time.sleep(0.1)
-        yield url
-    finally:
-        process.terminate()
-        process.wait(60)
+MIXTURE = {50: 0.4, 100: 0.3, 250: 0.2, 500: 0.1}  # share of requests by steps
+OUTSTANDING, WARM_S, SATURATED_S, LOAD_S, PATIENCE_S = 32, 5.0, 30.0, 75.0, 60.0
 
 
-def _ready(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{url}/readyz") as answer:
-            return bool(answer.status == 200)
-    except OSError:
-        return False
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """A server to be measured."""
+
+    name: str
+    peer: tuple[str, ...]  # of benchmarks.peers; none: ours
+    slots: int
 
 
-def post(url: str, seed: int) -> None:
-    """One request for several pictures."""
-    body = json.dumps({"seed": seed, "steps": STEPS, "n": PICTURES}).encode()
-    request = urllib.request.Request(f"{url}/generate", body, {"content-type": "application/json"})
-    with urllib.request.urlopen(request) as answer:
-        answer.read()
+OURS = Contender("ours", (), 16)
+OTHERS = [
+    Contender("LitServe's step loop, batch 8", ("litserve",), 8),
+    Contender("LitServe's step loop, batch 32", ("litserve",), 32),
+    Contender("micro-batcher, 20 ms and 8", ("batcher",), 8),
+    Contender("one at a time", ("single",), 1),
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What became of a request."""
+
+    steps: int
+    sent: float
+    took_s: float  # infinite if it had not come when patience ran out
+
+
+def draw_steps(draw: random.Random) -> int:
+    """A step count from the mixture."""
+    return draw.choices(list(MIXTURE), list(MIXTURE.values()))[0]
+
+
+async def ask(client: httpx.AsyncClient, seed: int, steps: int) -> Answer:
+    """One picture."""
+    began = time.monotonic()
+    answer = await client.post("/generate", json={"seed": seed, "steps": steps})
+    answer.raise_for_status()
+    return Answer(steps, began, time.monotonic() - began)
+
+
+def client_of(url: str) -> httpx.AsyncClient:
+    """A client that waits as long as it takes."""
+    return httpx.AsyncClient(base_url=url, timeout=None, limits=httpx.Limits(max_connections=None))
+
+
+async def saturate(url: str) -> float:
+    """Image-steps per second while `OUTSTANDING` requests are always waiting or being made."""
+    draw, answers = random.Random(0), []
+
+    async def keep_asking(client: httpx.AsyncClient) -> None:
+        while True:
+            answers.append(await ask(client, draw.randrange(1 << 40), draw_steps(draw)))
+
+    async with client_of(url) as client:
+        began = time.monotonic()
+        askers = [asyncio.create_task(keep_asking(client)) for _ in range(OUTSTANDING)]
+        await asyncio.sleep(WARM_S + SATURATED_S)
+        for asker in askers:
+            asker.cancel()
+        await asyncio.gather(*askers, return_exceptions=True)
+    # What ended in the window was begun before it as often as what began in it ends after it.
+    window = [a for a in answers if a.sent + a.took_s > began + WARM_S]
+    return sum(a.steps for a in window) / SATURATED_S
+
+
+async def load(url: str, rate: float) -> list[Answer]:
+    """The answers to Poisson arrivals, so many requests a second, for `LOAD_S` seconds: the same ones for everybody."""
+    draw, asked = random.Random(1), []
+
+    async def later(client: httpx.AsyncClient, at: float, seed: int, steps: int) -> Answer:
+        await asyncio.sleep(at)
+        sent = time.monotonic()
+        try:
+            async with asyncio.timeout(LOAD_S + PATIENCE_S - at):
+                return await ask(client, seed, steps)
+        except TimeoutError:
+            return Answer(steps, sent, float("inf"))
+
+    async with client_of(url) as client:
+        at = draw.expovariate(rate)
+        while at < LOAD_S:
+            asked.append(asyncio.create_task(later(client, at, draw.randrange(1 << 40), draw_steps(draw))))
+            at += draw.expovariate(rate)
+        return await asyncio.gather(*asked)
+
+
+async def same_bytes(url: str) -> bool:
+    """Whether a picture has the same bytes alone as it has in company."""
+    async with client_of(url) as client:
+        alone = (await client.post("/generate", json={"seed": 42, "steps": 50})).content
+        company = [asyncio.create_task(ask(client, i, 100)) for i in range(7)]
+        await asyncio.sleep(0.2)
+        beside = (await client.post("/generate", json={"seed": 42, "steps": 50})).content
+        await asyncio.gather(*company)
+    return alone == beside
+
+
+def latencies(name: str, answers: list[Answer]) -> Iterator[Measure]:
+    """Median and 99th percentile by steps."""
+    for steps in MIXTURE:
+        took = sorted(a.took_s for a in answers if a.steps == steps)
+        median, late = statistics.median(took), took[min(len(took) - 1, int(0.99 * len(took)))]
+        yield Measure(f"{name}: {steps} steps, p50 and p99 of {len(took)}", median, "s", (took[0], late))
 
 
 def measures(device: torch.device, digits: Path) -> Iterator[Measure]:
     """Everything this file measures."""
-    slots, seeds = CLIENTS * PICTURES, iter(range(0, 1 << 40, PICTURES))
-    engine = our_engine(digits, device, slots)
-    with a_server(digits, slots) as url:
+    others = [c for c in OTHERS if c.peer != ("litserve",) or find_spec("litserve")]
+    capacity: dict[Contender, float] = {}
+    for contender in (OURS, *others):
+        with a_server(digits, contender.slots, *contender.peer) as url:
+            asyncio.run(saturate_shortly(url))
+            equal = asyncio.run(same_bytes(url))
+            capacity[contender] = asyncio.run(saturate(url))
+        yield Measure(f"{contender.name}: saturated", capacity[contender], "image-steps/s")
+        yield Measure(f"{contender.name}: the same bytes in company", float(equal), "(1: yes)")
+    for contender in others:
+        ratio = capacity[OURS] / capacity[contender]
+        yield Measure(f"ours against {contender.name}", ratio, "times the throughput")
+    best = max(others, key=lambda c: capacity[c])
+    rate = capacity[best] / sum(steps * share for steps, share in MIXTURE.items())
+    late: dict[Contender, float] = {}
+    for contender in (OURS, best, *(c for c in others if c.peer == ("batcher",) and c is not best)):
+        with a_server(digits, contender.slots, *contender.peer) as url:
+            answers = asyncio.run(load(url, rate))
+        short = sorted(a.took_s for a in answers if a.steps == 50)
+        late[contender] = short[int(0.99 * len(short))]
+        yield from latencies(f"{rate:.2f} requests/s, {contender.name}", answers)
+    yield Measure("50-step requests, p99: ours against the best other", late[OURS] / late[best], "of its time")
 
-        def serve() -> None:
-            with ThreadPoolExecutor(CLIENTS) as clients:
-                list(clients.map(partial(post, url), islice(seeds, CLIENTS)))  # raises what any of them raised
 
-        rounds = {"server": serve, "engine": lambda: run_engine(engine, slots, STEPS)}
-        seconds = interleaved(rounds, 7)
-    work = slots * STEPS
-    for contender, taken in seconds.items():
-        rates = [work / s for s in taken]
-        yield Measure(
-            f"digits, {slots} at once: {contender}", statistics.median(rates), "image-steps/s", (min(rates), max(rates))
-        )
-    ratio, spread = median_ratio(seconds["engine"], seconds["server"])
-    yield Measure(f"digits, {slots} at once: server against engine loop", ratio, "of its throughput", spread)
+async def saturate_shortly(url: str) -> None:
+    """Whatever a first request warms up."""
+    async with client_of(url) as client:
+        await asyncio.gather(*(ask(client, i, 20) for i in range(OUTSTANDING)))

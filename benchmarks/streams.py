@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from websockets.asyncio.client import connect
 
-from benchmarks.http import a_server
+from benchmarks.loopback import a_server
 from benchmarks.measure import Measure, interleaved, median_ratio
 
 SLOTS, JOBS, STEPS = 16, 16, 100

@@ -1,0 +1,88 @@
+"""The server over loopback beside the bare engine loop in this process: what HTTP, processes and PNGs cost."""
+
+import json
+import os
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+from benchmarks.engine import our_engine, run_engine
+from benchmarks.measure import Measure, interleaved, median_ratio
+
+CLIENTS, PICTURES, STEPS = 4, 4, 100
+
+
+@contextmanager
+def a_server(weights: Path, slots: int, *peer: str) -> Iterator[str]:
+    """A server of its own, ready; ours, or one of `benchmarks.peers`. Yields its address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environ = os.environ | {"DDPM_WEIGHTS": str(weights), "DDPM_SLOTS": str(slots), "DDPM_LOG_LEVEL": "warning"}
+    theirs = ["benchmarks.peers", *peer, "--weights", str(weights), "--batch", str(slots)]
+    command = [sys.executable, "-m", *(theirs if peer else ["server", "serve"]), "--port", str(port)]
+    quiet = subprocess.DEVNULL if peer else None
+    process = subprocess.Popen(command, env=environ, stdout=quiet, stderr=quiet, start_new_session=True)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        deadline = time.monotonic() + 120
+        while not _ready(url):
+            if time.monotonic() > deadline or process.poll() is not None:
+                raise RuntimeError("the server did not become ready")
+            time.sleep(0.1)
+        yield url
+    finally:
+        if peer:
+            os.killpg(process.pid, signal.SIGKILL)  # LitServe's processes outlive a polite word
+        process.terminate()
+        process.wait(60)
+
+
+def _ready(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/readyz") as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False
+
+
+def post(url: str, seed: int) -> None:
+    """One request for several pictures."""
+    body = json.dumps({"seed": seed, "steps": STEPS, "n": PICTURES}).encode()
+    request = urllib.request.Request(f"{url}/generate", body, {"content-type": "application/json"})
+    with urllib.request.urlopen(request) as answer:
+        answer.read()
+
+
+def measures(device: torch.device, digits: Path) -> Iterator[Measure]:
+    """Everything this file measures."""
+    slots, seeds = CLIENTS * PICTURES, iter(range(0, 1 << 40, PICTURES))
+    engine = our_engine(digits, device, slots)
+    with a_server(digits, slots) as url:
+
+        def serve() -> None:
+            with ThreadPoolExecutor(CLIENTS) as clients:
+                list(clients.map(partial(post, url), islice(seeds, CLIENTS)))  # raises what any of them raised
+
+        rounds = {"server": serve, "engine": lambda: run_engine(engine, slots, STEPS)}
+        seconds = interleaved(rounds, 7)
+    work = slots * STEPS
+    for contender, taken in seconds.items():
+        rates = [work / s for s in taken]
+        yield Measure(
+            f"digits, {slots} at once: {contender}", statistics.median(rates), "image-steps/s", (min(rates), max(rates))
+        )
+    ratio, spread = median_ratio(seconds["engine"], seconds["server"])
+    yield Measure(f"digits, {slots} at once: server against engine loop", ratio, "of its throughput", spread)

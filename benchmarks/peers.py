@@ -1,0 +1,166 @@
+"""What people run today instead of this server, at its best settings, so that both can be measured in one run.
+
+    python -m benchmarks.peers {single,batcher,litserve} --weights DIR --port PORT [--device cpu] [--batch 8]
+
+`single`: FastAPI around what diffusers' DDPMPipeline does, one request at a time. `batcher`: requests of one step
+count that arrive within 20 ms share a batch, which runs to its end. `litserve`: LitServe's ContinuousBatchingLoop, one
+step of all requests at a time, one diffusers scheduler per request. All run diffusers' U-Net, channels-last, in
+bfloat16 where the processor has it (DDPMPipeline itself cannot), and draw noise per request, so that a seed means
+something.
+"""
+
+import argparse
+import asyncio
+import io
+import warnings
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import uvicorn
+from diffusers import DDPMScheduler, UNet2DModel
+from fastapi import FastAPI
+from PIL import Image
+from pydantic import BaseModel
+from starlette.responses import Response
+from torch import Tensor
+
+from server.engine_process import choose_dtype, cores
+
+WINDOW_S = 0.02
+
+
+class Asked(BaseModel):
+    """What all of them understand."""
+
+    seed: int
+    steps: int
+
+
+@dataclass(slots=True, eq=False)
+class Picture:
+    """A picture on its way."""
+
+    x: Tensor
+    scheduler: Any
+    generator: torch.Generator
+    step: int = 0
+
+    @property
+    def ended(self) -> bool:
+        """Whether all its steps are done."""
+        return self.step == len(self.scheduler.timesteps)
+
+
+class Diffusers:
+    """diffusers' U-Net, stepping any pictures together."""
+
+    def __init__(self, weights: Path, device: torch.device) -> None:
+        self.device, self.dtype, self.weights = device, choose_dtype("auto", device), weights
+        net = UNet2DModel.from_pretrained(weights, low_cpu_mem_usage=False).eval()
+        self.net = net.to(device, self.dtype).to(memory_format=torch.channels_last)
+        self.scheduler = DDPMScheduler.from_pretrained(weights)
+
+    def begin(self, asked: Asked) -> Picture:
+        """x_T of a request."""
+        config = self.net.config
+        shape = (1, config.in_channels, config.sample_size, config.sample_size)
+        scheduler = DDPMScheduler.from_config(self.scheduler.config)
+        scheduler.set_timesteps(asked.steps)
+        generator = torch.Generator(self.device).manual_seed(asked.seed)
+        return Picture(torch.randn(shape, generator=generator, device=self.device), scheduler, generator)
+
+    @torch.inference_mode()
+    def step(self, pictures: list[Picture]) -> None:
+        """One step of all of them."""
+        t = torch.stack([p.scheduler.timesteps[p.step] for p in pictures]).to(self.device)
+        x = torch.cat([p.x for p in pictures]).to(self.dtype, memory_format=torch.channels_last)
+        out = self.net(x, t).sample.float()
+        for row, p in enumerate(pictures):
+            timestep = p.scheduler.timesteps[p.step]
+            p.x = p.scheduler.step(out[row : row + 1], timestep, p.x, generator=p.generator).prev_sample
+            p.step += 1
+
+    def run(self, asked: list[Asked]) -> list[bytes]:
+        """A batch from its start to its end."""
+        pictures = [self.begin(each) for each in asked]
+        while live := [p for p in pictures if not p.ended]:
+            self.step(live)
+        return [self.png(p) for p in pictures]
+
+    def png(self, picture: Picture) -> bytes:
+        """The finished picture."""
+        pixels = ((picture.x[0] / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+        out = io.BytesIO()
+        Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).save(out, "PNG")
+        return out.getvalue()
+
+
+def batcher(core: Diffusers, most: int) -> FastAPI:
+    """Requests of one step count that arrive within a window share a batch; with `most` = 1, one after the other."""
+    waiting: asyncio.Queue[tuple[Asked, asyncio.Future[bytes]]] = asyncio.Queue()
+    thread = ThreadPoolExecutor(1)
+
+    async def work() -> None:
+        loop, left = asyncio.get_running_loop(), list[tuple[Asked, asyncio.Future[bytes]]]()
+        while True:
+            left = left or [await waiting.get()]
+            if most > 1:
+                await asyncio.sleep(WINDOW_S)
+            while not waiting.empty():
+                left.append(waiting.get_nowait())
+            steps = left[0][0].steps
+            batch = [each for each in left if each[0].steps == steps][:most]
+            left = [each for each in left if each not in batch]
+            made = await loop.run_in_executor(thread, core.run, [asked for asked, _ in batch])
+            for (_, answer), png in zip(batch, made, strict=True):
+                if not answer.cancelled():
+                    answer.set_result(png)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        worker = asyncio.create_task(work())
+        yield
+        worker.cancel()
+
+    app = FastAPI(lifespan=lifespan)
+
+    @app.post("/generate")
+    async def generate(asked: Asked) -> Response:
+        answer: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        await waiting.put((asked, answer))
+        return Response(await answer, media_type="image/png")
+
+    @app.get("/readyz")
+    async def ready() -> str:
+        return "ready"
+
+    return app
+
+
+def main() -> None:
+    """Serves one of them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("peer", choices=["single", "batcher", "litserve"])
+    parser.add_argument("--weights", type=Path, required=True)
+    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--batch", type=int, default=8)
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    device = torch.device(args.device)
+    torch.set_num_threads(cores())
+    if args.peer == "litserve":
+        from benchmarks.litserve_loop import serve
+
+        return serve(args.weights, device, args.port, args.batch)
+    app = batcher(Diffusers(args.weights, device), 1 if args.peer == "single" else args.batch)
+    uvicorn.run(app, host="127.0.0.1", port=args.port, log_level="warning")
+
+
+if __name__ == "__main__":
+    main()
