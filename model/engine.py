@@ -52,6 +52,7 @@ class Engine:
     """Drives a runner. Not safe for threads: one caller, between whose calls nothing happens."""
 
     runner: Runner
+    begun: list[Hashable] = field(default_factory=list)  # the samples that the last step has seated
     _samples: dict[Hashable, Sample] = field(default_factory=dict)
     _pending: deque[_Pending] = field(default_factory=deque)
     _events: list[Event] = field(default_factory=list)
@@ -107,6 +108,7 @@ class Engine:
     def step(self) -> list[Event]:
         """Seats who waits, denoises everybody seated by one step, and tells what has become known since."""
         new = self._scheduler.admit()
+        self.begun = [sample.request.id for sample in new]
         if new:
             self._seat(new)
         self._show([sample for sample in new if 0 in sample.request.frames])

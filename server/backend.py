@@ -33,6 +33,7 @@ class Served:
     slots: int
     buckets: list[int]
     exact_buckets: list[int]
+    admitted: list[int]  # the buckets that are used
     exact: bool
     numerics: str  # the class within which bytes are the same
     load_s: float = field(default=0.0, compare=False)
@@ -88,8 +89,13 @@ class Backend(Protocol):
     def vitals(self) -> Vitals:
         """How the engines are."""
 
-    def step_s(self, model: str, slots: int) -> Sequence[float]:
-        """Seconds of a step of this model by the number of pictures in it, 0 .. slots; zeros if nothing is known."""
+    def step_s(self, model: str, buckets: Sequence[int]) -> Sequence[float]:
+        """Seconds of a step of a model by the number of pictures in it, 0 .. the largest of `buckets`, the batch sizes
+        it is run at; zeros if nothing is known."""
+
+    @property
+    def load_s(self) -> float:
+        """Seconds until steps are made again; 0 while they are."""
 
     def run(self, spec: Spec) -> AsyncGenerator[SampleEvent]:
         """Make the pictures of `spec`: their events in order, until each has ended. Closing the iterator cancels."""

@@ -99,6 +99,7 @@ def describe(runner: Runner, model: Model, load_s: float) -> Served:
         runner.slots.capacity,
         runner.buckets,
         runner.exact_buckets,
+        runner.admitted,
         runner.exact,
         "; ".join(parts),
         load_s,
@@ -187,20 +188,21 @@ class Engines:
         told, self.taken = self.taken, []
         return told
 
-    def step(self) -> list[Event]:
-        """One step of every engine that is busy."""
-        events: list[Event] = []
+    def step(self) -> tuple[list[Event], list[int]]:
+        """One step of every engine that is busy. -> what happened, and the samples that were seated for it"""
+        events, begun = list[Event](), list[int]()
         for name, engine in self.engines.items():
             if engine.busy:
                 before, began = engine.stats, time.monotonic()
                 events += engine.step()
+                begun += cast(list[int], engine.begun)
                 if engine.stats.steps > before.steps:
                     bucket = engine.stats.slot_steps - before.slot_steps
                     self.taken.append(Step(name, bucket, time.monotonic() - began))
         for event in events:
             if isinstance(event, ENDS):
                 del self.models[cast(int, event.id)]
-        return events
+        return events, begun
 
 
 def serve(pipe: Connection, start: Start) -> None:
@@ -222,8 +224,10 @@ def _loop(pipe: Connection, engines: Engines) -> None:
     while True:
         while pipe.poll(0 if engines.busy else BEAT_S):
             engines.handle(pipe.recv())
-        if engines.busy and (events := engines.step()):
-            pipe.send(Happened(events, engines.stats))
+        if engines.busy:
+            events, begun = engines.step()
+            if events or begun:
+                pipe.send(Happened(events, engines.stats, begun))
         now = time.monotonic()
         if now - beat_at >= BEAT_S:
             pipe.send(Beat(engines.stats, engines.tell_steps(), engines.progress, engines.memory_bytes))

@@ -84,8 +84,8 @@ class Feed:
     _moment: Text | None = None
 
     def say(self, type: str, **body: Any) -> None:
-        """Keeps a message in words. What was told of the moment before is not true any more."""
-        seq, self._moment = len(self.kept) + 1, None
+        """Keeps a message in words."""
+        seq = len(self.kept) + 1
         self._keep(Text(seq, {"type": type, "job": self.job, "seq": seq, **body}))
 
     def show(self, header: Body, passing: bool, encode: Callable[[], bytes]) -> None:
@@ -103,6 +103,13 @@ class Feed:
                 viewer.due = now
                 viewer.news.set()
 
+    def remind(self) -> None:
+        """Those who were not due when something was told of the moment may hear it now."""
+        now = time.monotonic()
+        for viewer in self.viewers:
+            if viewer.due <= now and viewer.heard < self.moments:
+                viewer.news.set()
+
     def moment(self, place: int) -> Text | None:
         """The last message of the moment, for a viewer at this place."""
         if self._moment is not None and self._moment.seq != place:
@@ -116,6 +123,8 @@ class Feed:
 
     def _keep(self, message: Message) -> None:
         self.kept.append(message)
+        if self._moment is not None and self._moment.body["type"] != "progress":
+            self._moment = None  # it does not wait any more, and is not being restarted
         for viewer in self.viewers:
             viewer.news.set()
 
@@ -127,12 +136,13 @@ class Viewer:
         self.feed, self.news = feed, asyncio.Event()
         self.due = 0.0  # when it may hear the next message of the moment
         self._place = min(after, len(feed.kept))  # how many of the kept messages have been passed
-        self._heard = 0  # how many messages of the moment there were when it heard one
+        self.heard = 0  # how many messages of the moment there were when it heard one
         self._skip_to = 0  # frames before this place are not worth sending any more
 
     def fell_behind(self) -> None:
-        """The last message took long to send: of what has come meanwhile, only the newest frame is worth sending."""
-        self._skip_to = len(self.feed.kept) - 1
+        """The last message took long to send: of the frames of a job that goes on, only the newest is worth sending."""
+        if not self.feed.ended:
+            self._skip_to = len(self.feed.kept) - 1
 
     async def messages(self) -> AsyncGenerator[Message]:
         """What happens, from the place of this viewer on, to the end."""
@@ -149,8 +159,8 @@ class Viewer:
                     yield feed.kept[self._place - 1]
                 elif feed.ended:
                     return
-                elif self._heard < feed.moments and self.due <= time.monotonic() and (now := feed.moment(self._place)):
-                    self._heard, self.due = feed.moments, time.monotonic() + feed.audience.pause_s()
+                elif self.heard < feed.moments and self.due <= time.monotonic() and (now := feed.moment(self._place)):
+                    self.heard, self.due = feed.moments, time.monotonic() + feed.audience.pause_s()
                     yield now
                 else:
                     await self.news.wait()

@@ -27,13 +27,16 @@ class Pace:
         before = self._mean_s.get(batch, seconds)
         self._mean_s[batch] = before + MEMORY * (seconds - before)
 
-    def step_s(self, slots: int) -> list[float]:
-        """Seconds of a step by how many pictures are in it, 0 .. slots; between the sizes that were seen, a line."""
+    def step_s(self, buckets: Sequence[int]) -> list[float]:
+        """Seconds of a step by how many pictures are in it, 0 .. the largest bucket; they take what their bucket takes,
+        and between the buckets that were seen lies a line. Zeros if none was."""
         if not self._mean_s:
-            return [0.0] * (slots + 1)
-        batches = sorted(self._mean_s)
-        times: list[float] = np.interp(range(slots + 1), batches, [self._mean_s[b] for b in batches]).tolist()
-        return times
+            return [0.0] * (buckets[-1] + 1)
+        seen = sorted(self._mean_s)
+        times = np.interp(buckets, seen, [self._mean_s[bucket] for bucket in seen])
+        counts = range(buckets[-1] + 1)
+        by_count: list[float] = times[np.searchsorted(buckets, counts)].tolist()
+        return by_count
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,13 +49,21 @@ class Work(Generic[K]):
     steps: int
 
 
-def forecast(queue: Sequence[Work[K]], step_s: Sequence[float]) -> Mapping[K, float]:
-    """Seconds until each job is done. queue: in the order of seating; step_s[b]: seconds of a step of b pictures.
+@dataclass(frozen=True, slots=True)
+class End:
+    """When a job is done: after so many steps of the batch from now on, which take so long."""
+
+    step: float = 0.0
+    seconds: float = 0.0
+
+
+def forecast(queue: Sequence[Work[K]], step_s: Sequence[float]) -> Mapping[K, End]:
+    """When each job is done. queue: in the order of seating; step_s[b]: seconds of a step of b pictures.
 
     Pictures sit down as slots become free and leave after their last step, as in `model.scheduler`.
     """
     slots, clock_s, step = len(step_s) - 1, 0.0, 0
-    ends: dict[K, float] = {work.job: 0.0 for work in queue}
+    ends: dict[K, End] = {work.job: End() for work in queue}
     seated = [(left, place) for place, work in enumerate(queue) for left in work.seated]  # (its last step, whose)
     heapq.heapify(seated)
 
@@ -61,11 +72,12 @@ def forecast(queue: Sequence[Work[K]], step_s: Sequence[float]) -> Mapping[K, fl
         count = min(len(seated), slots)
         last, place = heapq.heappop(seated)
         clock_s, step = clock_s + (last - step) * step_s[count], last
-        ends[queue[place].job] = clock_s
+        ends[queue[place].job] = End(step, clock_s)
 
-    played, behind, late = 0, 0, {}  # `late`: image-steps until those who are not played forward are done
+    played, behind = 0, 0
+    late: dict[K, int] = {}  # image-steps until those who are not played forward are done
     for place, work in enumerate(queue):
-        if played + work.waiting > MOST:
+        if late or played + work.waiting > MOST:
             behind += work.waiting * work.steps
             late[work.job] = behind
             continue
@@ -76,4 +88,5 @@ def forecast(queue: Sequence[Work[K]], step_s: Sequence[float]) -> Mapping[K, fl
             heapq.heappush(seated, (step + work.steps, place))
     while seated:
         leave()
-    return ends | {job: clock_s + image_steps * step_s[slots] / slots for job, image_steps in late.items()}
+    behind_s = step_s[slots] / slots
+    return ends | {job: End(step + work / slots, clock_s + work * behind_s) for job, work in late.items()}

@@ -5,11 +5,12 @@ matter to it, unless the route says so by `cancel`.
 """
 
 import asyncio
+import logging
 import secrets
 import time
-from collections import Counter, OrderedDict
-from collections.abc import Mapping
-from contextlib import AsyncExitStack, aclosing
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import aclosing, contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -20,13 +21,12 @@ from model.plan import resolve
 from server.backend import Backend, Progress, Restarting, SampleEvent, Spec
 from server.errors import (
     DeadlinePassed,
-    Gone,
     Invalid,
     JobCancelled,
-    NotFound,
     NotReady,
     SampleLost,
     ServerError,
+    TooBusy,
     problem,
 )
 from server.feed import Audience, Viewer
@@ -34,14 +34,21 @@ from server.job import Image, Job, Order, Watched, frame_points
 from server.limits import Queue
 from server.metrics import Metrics, Standing
 from server.outlooks import Outlooks
+from server.register import Register
 from server.schemas import MAX_SEED, Frames, parse_generate
 from server.settings import Settings
 
-KEPT_BYTES = 256 << 20  # pictures and frames of ended jobs are kept in memory up to this size, the latest first
-EXPIRED = 10_000  # so many ids of jobs that are not kept any more are remembered
+logger = logging.getLogger(__name__)
+ANIMATIONS = 2  # so many are drawn at once: threads that are left encode frames
 TICK_S = 0.25  # how often those who wait hear where they stand
 USUAL_FRAMES = Frames(count=30)
 OUTCOMES = ("succeeded", "failed", "cancelled")
+
+
+def _report(task: "asyncio.Task[None]") -> None:
+    """Logs what nobody foresaw: the task of a job has nobody who must await it."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        logger.error("%s failed", task.get_name(), exc_info=error)
 
 
 class Jobs:
@@ -52,43 +59,51 @@ class Jobs:
     ) -> None:
         self.cards, self.backend, self._settings = cards, backend, settings
         self.queue = Queue(settings.max_queued_steps)
-        self.live: dict[str, Job] = {}  # in order of arrival
-        self.ended: OrderedDict[str, Job] = OrderedDict()
+        self.register = Register()
+        self.drawing = asyncio.Semaphore(ANIMATIONS)
         self.audience = Audience()
         self.metrics = metrics or Metrics()
         self.metrics.watch(self.standing)
-        self._outlooks = Outlooks(self.live, backend)
+        self._outlooks = Outlooks(self.register.live, backend)
         self._accepted = 0
         self._outcomes = Counter(dict.fromkeys(OUTCOMES, 0))
         self._rejected: Counter[str] = Counter()
-        self._expired: OrderedDict[str, None] = OrderedDict()
-        self._kept_bytes = 0
         self._ticker: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Starts the engines, and to tell those who wait where they stand."""
         await self.backend.start()
         self._ticker = asyncio.create_task(self._tick(), name="queue positions")
+        self._ticker.add_done_callback(_report)
 
     async def close(self) -> None:
         """Ends every job and the engines."""
         if self._ticker is not None:
             self._ticker.cancel()
         await self.backend.close()
-        await asyncio.gather(*(job.life for job in self.live.values() if job.life), return_exceptions=True)
+        await asyncio.gather(*(job.life for job in self.register.live.values() if job.life), return_exceptions=True)
 
-    async def submit(self, body: bytes, wants_floats: bool = False, shows: bool = False) -> Job:
+    def submit(self, body: bytes, floats: bool = False, shows: bool = False, draws: bool = False) -> Job:
         """Takes a job on: from now on it ends, one way or another. Raises BadInput, PlanError, TooBusy or NotReady.
 
-        shows: whether the answer is made of frames, so that some are needed even if none were asked for.
+        floats: whether the pictures are wanted unrounded, too. shows: whether frames are shown if nothing is said of
+        them. draws: whether the answer is drawn from them, so that there must be some.
         """
+        order = self._order(body, floats, shows or draws)
+        if draws and order.watched is None:
+            raise Invalid(("frames", "frames must not be null: an animation is made of them"))
+        return self._admit(order)
+
+    @contextmanager
+    def counting_refusals(self) -> Iterator[None]:
+        """Whatever is refused in here is counted."""
         try:
-            return self._admit(self._order(body, wants_floats, shows))
+            yield
         except (ServerError, PlanError) as error:
             self._rejected[problem(error).code] += 1
             raise
 
-    def _order(self, body: bytes, wants_floats: bool, shows: bool) -> Order:
+    def _order(self, body: bytes, floats: bool, shows: bool) -> Order:
         """A request with every choice made. Raises Invalid or PlanError naming the field that cannot be."""
         request = parse_generate(body)
         card = self.cards[self._model(request.model)]
@@ -109,7 +124,7 @@ class Jobs:
         seed = secrets.randbelow(MAX_SEED - request.n) if request.seed is None else request.seed
         frames = request.frames if "frames" in request.model_fields_set or not shows else USUAL_FRAMES
         watched = self._watched(frames, request.n, sampling.steps)
-        return Order(card, seed, request.n, sampling, watched, request.priority, request.deadline_s, wants_floats)
+        return Order(card, seed, request.n, sampling, watched, request.priority, request.deadline_s, floats)
 
     def _watched(self, frames: Frames | None, n: int, steps: int) -> Watched | None:
         if frames is None:
@@ -132,13 +147,15 @@ class Jobs:
         served = self.backend.served.get(order.card.name)
         if self.backend.trouble is not None or served is None:
             raise NotReady(self.backend.trouble or "the model is not loaded")
-        room = AsyncExitStack()
-        step_s = self.backend.step_s(order.card.name, served.slots)[-1] / served.slots
-        room.enter_context(self.queue.hold(order.image_steps, step_s))
+        if len(self.register.live) >= self._settings.max_queued_jobs:
+            raise TooBusy(f"{self._settings.max_queued_jobs} jobs have been accepted and have not ended")
+        step_s = self.backend.step_s(order.card.name, served.admitted)[-1] / served.slots
+        self.queue.take(order.image_steps, step_s)
         job = Job(secrets.token_hex(12), order, served, self.audience)
-        self.live[job.id] = job
+        self.register.add(job)
         self._accepted += 1
-        job.life = asyncio.create_task(self._live(job, room), name=f"job {job.id}")
+        job.life = asyncio.create_task(self._live(job), name=f"job {job.id}")
+        job.life.add_done_callback(_report)
         return job
 
     async def cancel(self, job: Job) -> Job:
@@ -147,6 +164,9 @@ class Jobs:
             job.giving_up = True
             job.life.cancel()
             await asyncio.wait([job.life])
+            if not job.feed.ended:  # it was cancelled before its life had begun
+                job.failure = JobCancelled("the job was cancelled")
+                self._end(job, "cancelled")
         return job
 
     async def result(self, job: Job) -> Job:
@@ -158,24 +178,25 @@ class Jobs:
         job.life.result()  # raises what nobody foresaw
         return job
 
-    async def _live(self, job: Job, room: AsyncExitStack) -> None:
+    async def _live(self, job: Job) -> None:
         outcome = "failed"
-        async with room:
-            try:
-                async with asyncio.timeout(job.order.deadline_s):
-                    await self._collect(job)
-                await asyncio.to_thread(job.encode)
-                outcome = "succeeded"
-            except TimeoutError:
-                job.failure = DeadlinePassed(f"the deadline of {job.order.deadline_s:g} s was not met")
-            except ServerError as error:
-                job.failure = error
-            except asyncio.CancelledError:
-                outcome, job.failure = "cancelled", JobCancelled("the job was cancelled")
-                if not job.giving_up:
-                    raise
-            finally:
-                self._end(job, outcome)
+        try:
+            async with asyncio.timeout(job.order.deadline_s) as deadline:
+                await self._collect(job)
+            await asyncio.to_thread(job.encode)
+            outcome = "succeeded"
+        except TimeoutError:
+            if not deadline.expired():
+                raise
+            job.failure = DeadlinePassed(f"the deadline of {job.order.deadline_s:g} s was not met")
+        except ServerError as error:
+            job.failure = error
+        except asyncio.CancelledError:
+            outcome, job.failure = "cancelled", JobCancelled("the job was cancelled")
+            if not job.giving_up:
+                raise
+        finally:
+            self._end(job, outcome)
 
     async def _collect(self, job: Job) -> None:
         order, watched = job.order, job.order.watched
@@ -203,19 +224,23 @@ class Jobs:
                 job.show_frame(index, step, "x_t", x)
                 job.show_frame(index, step, "x0", x0)
             case Progress(steps):
-                for index, step in steps.items():
-                    job.steps[index] = step
+                self._advance(job, steps)
                 job.feed.tell("progress", **job.progress, eta_s=self._outlooks.of(job).eta_s)
             case Finished(int(index), picture, floats):
-                job.steps[index] = job.order.sampling.steps
+                self._advance(job, {index: job.order.sampling.steps})
                 job.finish(Image(index, job.order.seed + index, picture, floats, job.texts(job.order.seed + index)))
             case Restarting(retry_after_s):
-                job.steps = [job.order.sampling.steps if i in job.images else 0 for i in range(job.order.n)]
+                self._advance(job, {i: 0 for i in range(job.order.n) if i not in job.images})
                 job.feed.tell("restarting", urgent=True, retry_after_s=retry_after_s)
             case Failed(_, reason):
                 raise SampleLost(reason)
             case Cancelled():
                 raise SampleLost("the picture was given up")
+
+    def _advance(self, job: Job, steps: Mapping[int, int]) -> None:
+        for index, step in steps.items():
+            self.queue.give_back(step - job.steps[index])
+            job.steps[index] = step
 
     def _end(self, job: Job, outcome: str) -> None:
         job.status, job.finished_at = outcome, time.time()
@@ -223,23 +248,18 @@ class Jobs:
             job.error = problem(job.failure or RuntimeError()).body("")
         self._outcomes[outcome] += 1
         self.metrics.job_seconds.observe(job.finished_at - job.created_at)
-        del self.live[job.id]
+        self.queue.give_back(job.order.image_steps - sum(job.steps))
         job.feed.end(outcome, document=job.document())
-        self.ended[job.id] = job
-        self._kept_bytes += job.size_bytes
-        while self._kept_bytes > KEPT_BYTES and len(self.ended) > 1:
-            id, oldest = self.ended.popitem(last=False)
-            self._kept_bytes -= oldest.size_bytes
-            self._expired[id] = None
-            if len(self._expired) > EXPIRED:
-                self._expired.popitem(last=False)
+        self.register.retire(job)
 
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(TICK_S)
-            for job in self.live.values():
+            for job in self.register.live.values():
                 if job.started_at is None and job.feed.viewers:
                     job.feed.tell("queued", **asdict(self._outlooks.of(job)))
+                else:
+                    job.feed.remind()
 
     def watch(self, job: Job, after: int = 0) -> Viewer:
         """A new viewer, from message `after` + 1 on. It hears at once where a job stands that has not begun."""
@@ -253,11 +273,12 @@ class Jobs:
 
     def standing(self) -> Standing:
         """Where the server stands, for its metrics."""
-        running, vitals = sum(job.started_at is not None for job in self.live.values()), self.backend.vitals
+        live, vitals = self.register.live.values(), self.backend.vitals
+        running = sum(job.started_at is not None for job in live)
         return Standing(
             jobs_running=running,
-            jobs_waiting=len(self.live) - running,
-            steps_waiting=sum(job.order.image_steps - sum(job.steps) for job in self.live.values()),
+            jobs_waiting=len(live) - running,
+            steps_waiting=self.queue.taken,
             slots=sum(served.slots for served in self.backend.served.values()),
             slots_used=vitals.stats.seated,
             viewers=self.audience.viewers,
@@ -275,19 +296,3 @@ class Jobs:
             frames=self.audience.frames,
             frames_dropped=self.audience.dropped,
         )
-
-    def find(self, id: str) -> Job:
-        """A job by its id. Raises NotFound, or Gone if it was kept once."""
-        job = self.live.get(id) or self.ended.get(id)
-        if job is None:
-            raise Gone("this job is no longer kept") if id in self._expired else NotFound("there is no such job")
-        return job
-
-    def list(self, status: str | None, limit: int, after: str | None) -> "list[Job]":
-        """Jobs, newest first, those after (older than) the one with id `after`."""
-        jobs = [*reversed(self.live.values()), *reversed(self.ended.values())]
-        jobs.sort(key=lambda job: -job.created_at)
-        if after is not None:
-            older = self.find(after)
-            jobs = jobs[jobs.index(older) + 1 :]
-        return [job for job in jobs if status is None or job.status == status][:limit]

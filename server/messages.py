@@ -73,6 +73,7 @@ class Happened:
 
     events: list[Event]
     stats: Stats
+    begun: list[int]  # samples that have just been seated
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,8 @@ from server.backend import Backend
 from server.forecast import forecast
 from server.job import Job, Outlook
 
-FRESH_S, AGAIN_S = 0.25, 0.02  # how old an outlook may be; how soon one is made again for a job that has none
+FRESH_S = 0.25  # how old an outlook may be
+SHARE = 0.05  # of the time may be spent on looking
 
 
 class Outlooks:
@@ -16,35 +17,38 @@ class Outlooks:
 
     def __init__(self, live: Mapping[str, Job], backend: Backend) -> None:
         self._live, self._backend = live, backend
-        self._all: dict[Job, Outlook] = {}
+        self._all: dict[str, Outlook] = {}  # by job
         self._last = Outlook()  # of whoever comes next
-        self._at = 0.0
+        self._at, self._took_s = 0.0, 0.0
 
     def of(self, job: Job) -> Outlook:
         """What this job has before it."""
         age_s = time.monotonic() - self._at
-        if age_s > FRESH_S or (job not in self._all and age_s > AGAIN_S):
+        if age_s > max(FRESH_S if job.id in self._all else 0.0, self._took_s / SHARE):
             self._look()
-            age_s = 0.0
-        found = self._all.get(job, self._last)
+            age_s = self._took_s
+        found = self._all.get(job.id, self._last)
         return replace(found, eta_s=round(max(0.0, found.eta_s - age_s), 2))
 
     def _look(self) -> None:
+        self._at = time.monotonic()
         queues: dict[str, list[Job]] = {}
         for job in sorted(self._live.values(), key=lambda job: job.rank):
             queues.setdefault(job.order.card.name, []).append(job)
-        times = {name: self._backend.step_s(name, jobs[0].served.slots) for name, jobs in queues.items()}
-        crowded = {
-            name: times[name][min(sum(job.order.n for job in jobs), -1 + len(times[name]))]
-            for name, jobs in queues.items()
-        }
-        self._all, self._at = {}, time.monotonic()
+        times = {name: self._backend.step_s(name, jobs[0].served.admitted) for name, jobs in queues.items()}
+        ends = {name: forecast([job.work for job in jobs], times[name]) for name, jobs in queues.items()}
+        lasts = {name: max(of_model.values(), key=lambda end: end.step) for name, of_model in ends.items()}
+        self._all = {}
         for name, jobs in queues.items():
-            others_s = sum(seconds for other, seconds in crowded.items() if other != name)  # models take turns
-            ends = forecast([job.work for job in jobs], [seconds + others_s for seconds in times[name]])
             ahead = 0
             for job in jobs:
-                self._all[job] = Outlook(ahead if job.started_at is None else 0, ends[job])
+                end = ends[name][job]
+                eta_s = self._backend.load_s + end.seconds
+                for other, last in lasts.items():  # models take turns, step by step, as long as both have work
+                    if other != name and last.step:
+                        eta_s += last.seconds * min(1.0, end.step / last.step)
+                self._all[job.id] = Outlook(ahead if job.started_at is None else 0, eta_s)
                 ahead += job.started_at is None
         latest_s = max((outlook.eta_s for outlook in self._all.values()), default=0.0)
         self._last = Outlook(sum(job.started_at is None for job in self._live.values()), latest_s)
+        self._took_s = time.monotonic() - self._at

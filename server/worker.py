@@ -96,7 +96,7 @@ class LocalBackend:
         self._beat_at, self._longest_s = time.monotonic(), 0.0  # of the last sign; the longest step seen lately
         self._memory_bytes = 0
         self._paces: dict[str, Pace] = {}  # by model
-        self._load_s = 5.0
+        self._load_s, self._down_at = 5.0, time.monotonic()  # what loading takes; since when there is no engine
         self._causes: Counter[str] = Counter()  # of restarts
         self._replayed = 0
 
@@ -125,9 +125,14 @@ class LocalBackend:
         sums = (past.steps + now.steps, past.sample_steps + now.sample_steps, past.padded + now.padded)
         return Stats(now.seated, now.waiting, *sums)
 
-    def step_s(self, model: str, slots: int) -> Sequence[float]:
-        """Seconds of a step by the number of pictures in it, 0 .. slots; zeros before there was any."""
-        return self._paces.get(model, Pace()).step_s(slots)
+    def step_s(self, model: str, buckets: Sequence[int]) -> Sequence[float]:
+        """Seconds of a step by the number of pictures in it, 0 .. the largest bucket; zeros before there was any."""
+        return self._paces.get(model, Pace()).step_s(buckets)
+
+    @property
+    def load_s(self) -> float:
+        """Seconds until the engine makes steps again, if it is being replaced."""
+        return 0.0 if self._served else max(0.0, self._load_s - (time.monotonic() - self._down_at))
 
     async def start(self) -> None:
         """Begin to load."""
@@ -187,7 +192,7 @@ class LocalBackend:
             self._causes[life.cause] += 1
             if failures > self._restarts:
                 return self._fail(EngineFailed(f"the engine died {failures} times without a step done", EXIT_ENGINE))
-            self._trouble, self._served = "the engine is being restarted", {}
+            self._trouble, self._served, self._down_at = "the engine is being restarted", {}, time.monotonic()
             logger.error("engine died", extra={"failures": failures, "samples": len(self._streams)})
             self._take_lives()
             await asyncio.sleep(min(5.0, 0.1 * 2 ** (failures - 1)))
@@ -248,8 +253,9 @@ class LocalBackend:
 
     def _receive(self, message: object, life: _Life) -> None:
         match message:
-            case Happened(events, stats):
+            case Happened(events, stats, begun):
                 self._stats = stats
+                self._tell_progress([(id, 0) for id in begun])
                 for event in events:
                     id = cast(int, event.id)
                     stream = self._streams.get(id)

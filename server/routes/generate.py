@@ -69,12 +69,13 @@ def animation(job: Job, media: str) -> bytes:
     return images.animation([*sheets, last], media)
 
 
-ENCODERS: dict[str, Callable[[Job], bytes]] = {
-    PNG: picture,
-    NPY: array,
-    ZIP: archive,
-    **{media: lambda job, media=media: animation(job, media) for media in ANIMATIONS},  # type: ignore[misc]
-}
+async def draw(jobs: Jobs, job: Job, media: str) -> bytes:
+    """The animation. Few are drawn at once, so that frames of others need not wait for a thread."""
+    async with jobs.drawing:
+        return await asyncio.to_thread(animation, job, media)
+
+
+ENCODERS: dict[str, Callable[[Job], bytes]] = {PNG: picture, NPY: array, ZIP: archive}
 
 
 @router.post(
@@ -90,11 +91,12 @@ async def generate(request: Request) -> Response:
     The same request gives the same bytes. A caller that leaves cancels, unless it asked by `Prefer: respond-async`
     for an answer at once."""
     jobs: Jobs = request.app.state.jobs
-    media = negotiate(request.headers.get("accept"), ANSWERS)
-    body = await read_json_body(request, request.app.state.settings.max_body_bytes)
     later = "respond-async" in [p.strip().lower() for p in request.headers.get("prefer", "").split(",")]
-    shows = later or media in (EVENTS, *ANIMATIONS)
-    job = await jobs.submit(body or b"{}", media == NPY, shows)
+    with jobs.counting_refusals():
+        media = negotiate(request.headers.get("accept"), ANSWERS)
+        body = await read_json_body(request, request.app.state.settings.max_body_bytes)
+        draws = media in ANIMATIONS and not later
+        job = jobs.submit(body or b"{}", media == NPY, shows=later or media == EVENTS, draws=draws)
     headers = {"X-Job-Id": job.id, "X-Seed": str(job.order.seed), "Vary": "Accept, Prefer"}
     if later:
         headers |= {"Location": f"/jobs/{job.id}", "Preference-Applied": "respond-async"}
@@ -107,7 +109,9 @@ async def generate(request: Request) -> Response:
     finally:
         await jobs.cancel(job)
     if media == JSON:
-        return JSONResponse(await asyncio.to_thread(job.document, pictures=True), headers=headers)
+        return await asyncio.to_thread(lambda: JSONResponse(job.document(pictures=True), headers=headers))
+    if media in ANIMATIONS:
+        return Response(await draw(jobs, job, media), media_type=media, headers=headers)
     return Response(await asyncio.to_thread(ENCODERS[media], job), media_type=media, headers=headers)
 
 
@@ -128,6 +132,7 @@ class _ServerSent(StreamingResponse):
         async with aclosing(viewer.messages()) as messages:
             async for message in messages:
                 yield await _event(message)
+                await asyncio.sleep(0)  # a long replay must not keep the others waiting
 
 
 async def _event(message: Message) -> bytes:

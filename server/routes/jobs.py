@@ -1,6 +1,7 @@
 """`/jobs`: what is running and what has come of it."""
 
 import asyncio
+from itertools import islice
 
 from fastapi import APIRouter, Request, Response
 from starlette.responses import JSONResponse
@@ -8,7 +9,7 @@ from starlette.responses import JSONResponse
 from server.errors import Invalid, NotFound
 from server.job import Job
 from server.jobs import Jobs
-from server.routes.generate import ANIMATIONS, PNG, animation
+from server.routes.generate import ANIMATIONS, PNG, draw
 from server.routes.http import negotiate
 
 router = APIRouter()
@@ -33,27 +34,29 @@ async def job_list(
     if status is not None and status not in STATUSES:
         raise Invalid(("status", f"status must be one of {', '.join(STATUSES)}"))
     jobs: Jobs = request.app.state.jobs
-    return JSONResponse({"jobs": [jobs.document(job) for job in jobs.list(status, _limit(limit), after)]})
+    page = islice(jobs.register.newest_first(status, after), _limit(limit))
+    documents = [jobs.document(job) for job in page]
+    return await asyncio.to_thread(JSONResponse, {"jobs": documents})
 
 
 @router.get("/jobs/{id}", summary="A job")
 async def job_document(request: Request, id: str) -> JSONResponse:
     """The job document."""
     jobs: Jobs = request.app.state.jobs
-    return JSONResponse(jobs.document(jobs.find(id)))
+    return JSONResponse(jobs.document(jobs.register.find(id)))
 
 
 @router.delete("/jobs/{id}", summary="Cancel a job")
 async def job_cancel(request: Request, id: str) -> JSONResponse:
     """Gives a job up; a job that has ended stays as it is. Answers the document."""
     jobs: Jobs = request.app.state.jobs
-    return JSONResponse(jobs.document(await jobs.cancel(jobs.find(id))))
+    return JSONResponse(jobs.document(await jobs.cancel(jobs.register.find(id))))
 
 
 @router.get("/jobs/{id}/images/{index}", summary="One picture of a job", response_class=Response)
 async def job_image(request: Request, id: str, index: str) -> Response:
     """The PNG, immutable."""
-    job: Job = request.app.state.jobs.find(id)
+    job: Job = request.app.state.jobs.register.find(id)
     if not (index.isascii() and index.isdigit() and len(index) < 6 and int(index) in job.images):
         raise NotFound(f"this job has {len(job.images)} of its images 0..{job.order.n - 1}")
     image = job.images[int(index)]
@@ -68,8 +71,10 @@ async def job_image(request: Request, id: str, index: str) -> Response:
 async def job_trajectory(request: Request, id: str) -> Response:
     """GIF, APNG or WebP as `Accept` asks, from the frames that were kept."""
     media = negotiate(request.headers.get("accept"), ANIMATIONS)
-    job: Job = request.app.state.jobs.find(id)
+    jobs: Jobs = request.app.state.jobs
+    job = jobs.register.find(id)
     if job.order.watched is None or job.status != "succeeded":
         raise NotFound("this job has no frames" if job.order.watched is None else f"this job is {job.status}")
-    made = await asyncio.to_thread(animation, job, media)
-    return Response(made, media_type=media, headers={"Cache-Control": FOR_EVER, "Vary": "Accept"})
+    return Response(
+        await draw(jobs, job, media), media_type=media, headers={"Cache-Control": FOR_EVER, "Vary": "Accept"}
+    )

@@ -3,8 +3,9 @@
 import asyncio
 import json
 import time
-from contextlib import aclosing
-from typing import Any, NoReturn
+from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from typing import NoReturn
 
 from fastapi import APIRouter, WebSocket, WebSocketDisconnect
 
@@ -17,10 +18,11 @@ from server.routes.http import first_of
 from server.schemas import parse_json
 
 router = APIRouter()
+MESSAGE_S, MESSAGES_AT_ONCE = 0.1, 50  # a viewer may say something so often, and so much without a pause
 FIRST_MESSAGE_S = 10.0  # within which a new socket has to say what it wants
 SLOW_S = 1.0  # a message that takes longer to send has cost its viewer the frames of that time
 STALLED_S = 10.0  # and one that takes longer than this, its viewer
-DONE, WRONG_KIND, POLICY, ENGINE_FAILED, TRY_LATER = 1000, 1003, 1008, 1011, 1013
+DONE, WRONG_KIND, GONE, POLICY, ENGINE_FAILED, TRY_LATER = 1000, 1003, 1006, 1008, 1011, 1013
 BAD_REQUEST, UNKNOWN_JOB = 4400, 4404
 
 
@@ -32,44 +34,52 @@ class _Closed(Exception):
         self.code, self.reason = code, reason
 
 
+@asynccontextmanager
+async def _talk(socket: WebSocket) -> AsyncIterator[None]:
+    """An accepted socket. Whatever ends the talk closes it, with the code that says why."""
+    await socket.accept()
+    try:
+        try:
+            yield
+        except (NotFound, Gone) as error:
+            raise _Closed(UNKNOWN_JOB, str(error)) from None
+        except (BadInput, PlanError, TooBusy, NotReady, EngineFailed) as error:
+            answer = problem(error)
+            await _send(socket, json.dumps({"type": "error", "problem": answer.body("")}))
+            raise _Closed(BAD_REQUEST if answer.status < 429 else TRY_LATER, answer.code) from None
+    except _Closed as closed:
+        try:
+            async with asyncio.timeout(STALLED_S):
+                await socket.close(closed.code, closed.reason[:120])
+        except (TimeoutError, RuntimeError, WebSocketDisconnect):
+            return  # it is gone already
+    except WebSocketDisconnect:
+        return
+
+
 @router.websocket("/jobs/{id}/stream")
 async def watch_job(socket: WebSocket, id: str) -> None:
     """Watch a job from its start, or from message `after` + 1 on."""
     jobs: Jobs = socket.app.state.jobs
-    await socket.accept()
-    try:
-        job = jobs.find(id)
+    async with _talk(socket):
+        job = jobs.register.find(id)
         await _watch(socket, jobs, job, _after(socket.query_params.get("after")))
-    except (NotFound, Gone) as error:
-        await _close(socket, UNKNOWN_JOB, str(error))
-    except _Closed as closed:
-        await _close(socket, closed.code, closed.reason)
-    except WebSocketDisconnect:
-        return
 
 
 @router.websocket("/generate/stream")
 async def watch_new_job(socket: WebSocket) -> None:
     """The first message is the body of `POST /generate`; then watch. Closing the socket cancels the job."""
     jobs: Jobs = socket.app.state.jobs
-    await socket.accept()
-    job: Job | None = None
-    try:
-        text = await asyncio.wait_for(_receive(socket), FIRST_MESSAGE_S)
-        job = await jobs.submit(text.encode(), shows=True)
-        await _watch(socket, jobs, job, 0)
-    except TimeoutError:
-        await _close(socket, POLICY, f"no request within {FIRST_MESSAGE_S:g} s")
-    except (BadInput, PlanError, TooBusy, NotReady, EngineFailed) as error:
-        answer = problem(error)
-        await socket.send_text(json.dumps({"type": "error", "problem": answer.body("")}))
-        await _close(socket, BAD_REQUEST if answer.status < 429 else TRY_LATER, answer.code)
-    except _Closed as closed:
-        await _close(socket, closed.code, closed.reason)
-    except WebSocketDisconnect:
-        return
-    finally:
-        if job is not None:
+    async with _talk(socket):
+        try:
+            text = await asyncio.wait_for(_receive(socket), FIRST_MESSAGE_S)
+        except TimeoutError:
+            raise _Closed(POLICY, f"no request within {FIRST_MESSAGE_S:g} s") from None
+        with jobs.counting_refusals():
+            job = jobs.submit(text.encode(), shows=True)
+        try:
+            await _watch(socket, jobs, job, 0)
+        finally:
             await jobs.cancel(job)
 
 
@@ -81,50 +91,61 @@ def _after(given: str | None) -> int:
     return int(given)
 
 
-async def _watch(socket: WebSocket, jobs: Jobs, job: Job, after: int) -> None:
+async def _watch(socket: WebSocket, jobs: Jobs, job: Job, after: int) -> NoReturn:
     """Sends what happens, does what the viewer says, to the end. Raises _Closed or WebSocketDisconnect."""
     sending = asyncio.create_task(_send_all(socket, jobs.watch(job, after)))
     listening = asyncio.create_task(_listen(socket, jobs, job))
-    done = await first_of(sending, listening)
-    for task in done:
+    for task in await first_of(sending, listening):
         task.result()
     failed = job.status == "failed" and isinstance(job.failure, EngineFailed)
-    await _close(socket, ENGINE_FAILED if failed else DONE, "")
+    raise _Closed(ENGINE_FAILED if failed else DONE)
 
 
 async def _send_all(socket: WebSocket, viewer: Viewer) -> None:
     async with aclosing(viewer.messages()) as messages:
         async for message in messages:
+            data = message.json if isinstance(message, Text) else await message.packed()
             began = time.monotonic()
             try:
                 async with asyncio.timeout(STALLED_S):
-                    if isinstance(message, Text):
-                        await socket.send_text(message.json)
-                    else:
-                        await socket.send_bytes(await message.packed())
+                    await _send(socket, data)
             except TimeoutError:
                 raise _Closed(TRY_LATER, "too slow") from None
             if time.monotonic() - began > SLOW_S:
                 viewer.fell_behind()
+            await asyncio.sleep(0)  # a long replay must not keep the others waiting
 
 
 async def _listen(socket: WebSocket, jobs: Jobs, job: Job) -> NoReturn:
+    earliest = 0.0  # when the next message would be in time, if all had kept the pace
     while True:
-        said: Any = parse_json_message(await _receive(socket))
+        said = _understand(await _receive(socket))
+        now = time.monotonic()
+        earliest = max(earliest, now - MESSAGES_AT_ONCE * MESSAGE_S) + MESSAGE_S
+        if earliest > now:
+            raise _Closed(POLICY, f"at most {1 / MESSAGE_S:g} messages a second are listened to")
         if said == {"type": "cancel"}:
             await jobs.cancel(job)
         elif said == {"type": "ping"}:
-            await socket.send_text(json.dumps({"type": "pong"}))
+            await _send(socket, json.dumps({"type": "pong", "job": job.id, "seq": len(job.feed.kept)}))
         else:
             raise _Closed(POLICY, 'only {"type": "cancel"} and {"type": "ping"} are understood')
+        await asyncio.sleep(0)
 
 
-def parse_json_message(text: str) -> object:
-    """What a viewer says. Raises _Closed if it is not JSON."""
+def _understand(text: str) -> object:
     try:
         return parse_json(text.encode())
     except BadInput as error:
         raise _Closed(POLICY, str(error)) from None
+
+
+async def _send(socket: WebSocket, data: str | bytes) -> None:
+    """One message. Raises WebSocketDisconnect if nobody is there any more."""
+    try:
+        await (socket.send_text(data) if isinstance(data, str) else socket.send_bytes(data))
+    except RuntimeError:  # what starlette and uvicorn say of a socket that has been closed
+        raise WebSocketDisconnect(GONE) from None
 
 
 async def _receive(socket: WebSocket) -> str:
@@ -136,11 +157,3 @@ async def _receive(socket: WebSocket) -> str:
     if text is None:
         raise _Closed(WRONG_KIND, "messages are JSON in words")
     return str(text)
-
-
-async def _close(socket: WebSocket, code: int, reason: str) -> None:
-    try:
-        async with asyncio.timeout(STALLED_S):
-            await socket.close(code, reason[:120])
-    except (TimeoutError, RuntimeError, WebSocketDisconnect):
-        return  # it is gone already

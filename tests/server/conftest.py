@@ -80,12 +80,12 @@ class Server:
 
     def stop(self) -> tuple[int, str]:
         """SIGTERM; the exit code and what was logged."""
-        self.client.close()
         self.process.terminate()
         return self.ended()
 
     def ended(self) -> tuple[int, str]:
         """The exit code and what was logged, once it has ended."""
+        self.client.close()
         code = self.process.wait(60)
         with self._log as log:
             log.seek(0)

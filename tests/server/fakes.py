@@ -2,7 +2,7 @@
 
 import asyncio
 import io
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 
 import numpy as np
 from PIL import Image
@@ -22,7 +22,7 @@ class FakeBackend:
     """Makes picture i of grey level seed + i (modulo 256), when `gate` is open."""
 
     def __init__(self) -> None:
-        self.served = {"tiny": Served("sha256:0", "cpu", "float32", 1, 4, [1, 2, 4], [2, 4], True, "fake")}
+        self.served = {"tiny": Served("sha256:0", "cpu", "float32", 1, 4, [1, 2, 4], [2, 4], [2, 4], True, "fake")}
         self.trouble: str | None = None
         self.vitals = Vitals(Stats(), 0.0, 0, {}, 0)
         self.gate = asyncio.Event()
@@ -39,9 +39,11 @@ class FakeBackend:
         self.failure = NotReady("the server is shutting down")
         self.gate.set()
 
-    def step_s(self, model: str, slots: int) -> list[float]:
+    load_s = 0.0
+
+    def step_s(self, model: str, buckets: Sequence[int]) -> list[float]:
         """Ten image-steps a second."""
-        return [0.1 * batch for batch in range(slots + 1)]
+        return [0.1 * batch for batch in range(buckets[-1] + 1)]
 
     async def run(self, spec: Spec) -> AsyncGenerator[SampleEvent]:
         """All pictures of `spec`."""

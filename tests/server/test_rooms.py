@@ -53,15 +53,16 @@ def test_an_unknown_variable_is_refused_with_those_there_are() -> None:
         Settings.read({"DDPM_SLOTZ": "4"})
 
 
-def test_a_queue_gives_back_what_it_held_whatever_happens() -> None:
+def test_a_full_queue_says_when_there_will_be_room() -> None:
     queue = Queue(10)
-    with pytest.raises(ZeroDivisionError), queue.hold(6, step_s=1):
-        with pytest.raises(TooBusy) as refusal, queue.hold(7, step_s=1.5):
-            pass
-        raise ZeroDivisionError
+    queue.take(6, step_s=1)
+    with pytest.raises(TooBusy) as refusal:
+        queue.take(7, step_s=1.5)
 
-    assert queue.taken == 0
-    assert refusal.value.retry_after_s == 5  # three image-steps too many, and a half
+    assert refusal.value.retry_after_s == 5  # three image-steps too many, of one and a half seconds each
+    queue.give_back(3)
+    queue.take(7, step_s=1)
+    assert queue.taken == 10
 
 
 def test_a_record_is_one_line_whatever_is_in_it() -> None:

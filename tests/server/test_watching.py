@@ -14,8 +14,10 @@ from PIL import Image
 from starlette.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
 
+from server import register
 from server.errors import EngineFailed
 from server.feed import Feed, Message, Shown, Viewer
+from server.routes import stream
 from server.wire import pack, unpack
 from tests.server.conftest import Server
 from tests.server.fakes import FakeBackend
@@ -311,6 +313,84 @@ def test_a_picture_is_encoded_once_however_many_ask_and_never_if_nobody_does() -
 
     assert [unpack(message)[1] for message in asyncio.run(many())] == [b"png"] * 10
     assert asked == [1]
+
+
+class Slow:
+    """A socket that takes so long for a message."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self.sent = seconds, list[str | bytes]()
+
+    async def send_text(self, data: str) -> None:
+        """A message in words."""
+        await asyncio.sleep(self.seconds)
+        self.sent.append(data)
+
+    send_bytes = send_text
+
+
+def test_a_viewer_who_takes_nothing_is_let_go_and_a_slow_one_misses_frames(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream, "STALLED_S", 0.2)
+    monkeypatch.setattr(stream, "SLOW_S", 0.01)
+
+    async def send(seconds: float) -> list[str | bytes]:
+        feed, socket = feed_of(10), Slow(seconds)
+        ending = asyncio.get_running_loop().call_later(0.15, feed.end, "succeeded")
+        try:
+            await stream._send_all(socket, Viewer(feed))  # type: ignore[arg-type]
+        finally:
+            ending.cancel()
+        return socket.sent
+
+    with pytest.raises(stream._Closed) as closed:
+        asyncio.run(send(0.5))
+    assert closed.value.code == 1013
+    slow = [json.loads(m) if isinstance(m, str) else unpack(m)[0] for m in asyncio.run(send(0.05))]
+    assert [m.get("type", m["seq"]) for m in slow] == ["started", "dropped", 11, "succeeded"]
+    assert len(asyncio.run(send(0.001))) == 12
+
+
+def test_a_viewer_who_talks_too_much_is_let_go(client: TestClient) -> None:
+    backend_of(client).gate.clear()
+    job = client.post("/generate", headers={"prefer": "respond-async"}).json()["id"]
+    with client.websocket_connect(f"/jobs/{job}/stream") as socket:
+        for _ in range(100):
+            socket.send_json({"type": "ping"})
+        while (message := socket.receive())["type"] != "websocket.close":
+            pass
+
+    assert message["code"] == 1008
+
+
+def test_where_a_job_stands_is_told_to_those_who_ask(client: TestClient) -> None:
+    backend_of(client).gate.clear()
+    for _ in range(2):
+        client.post("/generate", json={"steps": 20}, headers={"prefer": "respond-async"})
+    urgent = {"steps": 10, "n": 4, "priority": 5}
+    client.post("/generate", json=urgent, headers={"prefer": "respond-async"})
+    job = client.post("/generate", json={"steps": 10, "n": 6}, headers={"prefer": "respond-async"}).json()
+
+    # Four slots, ten image-steps a second. Ten steps of the urgent four, ten of the first two jobs and two of its own
+    # pictures, ten of two more beside them; its last two are alone.
+    assert job["progress"]["position"] == 3
+    assert job["progress"]["eta_s"] == pytest.approx(4 + 4 + 4 + 2, abs=0.3)
+    with client.websocket_connect(f"/jobs/{job['id']}/stream") as socket:
+        queued = socket.receive_json()
+    assert (queued["type"], queued["position"]) == ("queued", 3)
+    assert queued["eta_s"] == pytest.approx(job["progress"]["eta_s"], abs=0.5)
+
+
+def test_jobs_are_kept_as_long_as_there_is_room(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(register, "KEPT_JOBS", 2)
+    made = [client.post("/generate", json={"seed": i, "steps": 2}).headers["x-job-id"] for i in range(4)]
+
+    assert [client.get(f"/jobs/{job}").status_code for job in made] == [410, 410, 200, 200]
+
+
+def test_an_animation_needs_frames(client: TestClient) -> None:
+    answer = client.post("/generate", json={"frames": None}, headers={"accept": "image/gif"})
+
+    assert (answer.status_code, answer.json()["errors"][0]["pointer"]) == (422, "/frames")
 
 
 def test_only_the_last_message_of_the_moment_counts() -> None:

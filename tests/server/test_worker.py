@@ -115,7 +115,6 @@ def test_weights_that_change_under_a_server_are_not_served_by_it(tmp_path: Path)
     os.kill(server.engine_pid, signal.SIGKILL)
 
     code, log = server.ended()
-    server.client.close()
 
     assert code == 3
     assert log.strip().splitlines()[-1] == "ddpm: the weights were changed while they were served"
@@ -143,7 +142,6 @@ def test_an_engine_does_not_outlive_its_server(weights: Path) -> None:
     engine = server.engine_pid
     server.kill()
     server.ended()
-    server.client.close()
 
     deadline = time.monotonic() + 10
     while Path(f"/proc/{engine}").exists() and time.monotonic() < deadline:
