@@ -20,7 +20,7 @@ from server.forecast import Work
 from server.schemas import Frames
 
 Kind = Literal["x_t", "x0"]
-BYTES_OF_MESSAGE, BYTES_OF_JOB = 2_500, 12_000  # measured, as what a thousand of them add to the process
+BYTES_OF_MESSAGE, BYTES_OF_JOB = 2_000, 6_000  # a little more than what was measured
 
 
 def frame_points(frames: Frames, steps: int, most: int) -> tuple[int, ...]:
