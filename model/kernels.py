@@ -2,8 +2,12 @@
 
 Two things make them differ from `torch.nn` on a CPU, both only in inference: convolutions keep their weights in the
 layout oneDNN computes in, instead of reordering them at every call; and no reduction is shared between the pictures of
-a batch, so that a picture's bits do not depend on its company.
+a batch, so that a picture's bits do not depend on its company. On a GPU, in inference, Triton kernels compute the norms
+with what stands around them, and what is added to a convolution. Where they cannot run, torch computes the same.
 """
+
+import logging
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +21,52 @@ CAN_PACK = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_
 if CAN_PACK:
     _PACKED = torch.ops.mkldnn._convolution_pointwise.default
     _PACKED_ADD = torch.ops.mkldnn._convolution_pointwise.binary
+
+TRITON_ON = frozenset({"cuda"})  # the types of device that Triton's kernels are tried on; if empty, torch does it all
+TRITON_STORES = (torch.float32, torch.bfloat16, torch.float16)
+logger = logging.getLogger(__name__)
+
+
+@cache
+def _triton_works(device: torch.device) -> bool:
+    """Whether Triton's kernels run on this device: found out once, by running the smallest."""
+    try:
+        from model import triton_step
+
+        triton_step.advance(*torch.zeros(2, 1, dtype=torch.int64, device=device))
+    except Exception as error:  # a package, a compiler, a cache or a driver: each lacks in its own way, none is needed
+        logger.warning("no Triton on %s, so steps are slower there: %s: %s", device, type(error).__name__, error)
+        return False
+    return True
+
+
+def uses_triton(*tensors: Tensor | None) -> bool:
+    """Whether Triton computes with these tensors: in inference, on the current GPU, channels-last, all of one dtype."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    device, pictures = given[0].device, [tensor for tensor in given if tensor.ndim == 4]
+    if device.type not in TRITON_ON or torch.is_grad_enabled():
+        return False
+    if device.type == "cuda" and device.index != torch.cuda.current_device():  # Triton would launch on the other
+        return False
+    return (
+        given[0].dtype in TRITON_STORES
+        and all(tensor.dtype == given[0].dtype for tensor in given)
+        and all(picture.is_contiguous(memory_format=torch.channels_last) for picture in pictures)
+        and all(picture[0].numel() < 2**31 for picture in pictures)  # offsets within one are int32
+        and _triton_works(device)
+    )
+
+
+def add_bias(x: Tensor, bias: Tensor | None, other: Tensor | None = None) -> Tensor:
+    """x + bias + other, in one pass; x may be overwritten. x, other: [B, C, H, W], bias: [C]"""
+    if bias is None and other is None:
+        return x
+    if uses_triton(x, bias, other):
+        from model import triton_net
+
+        return triton_net.add_bias(x, bias, other)
+    x = x if bias is None else x + bias[:, None, None]
+    return x if other is None else x + other
 
 
 class Conv(nn.Conv2d):
@@ -34,6 +84,9 @@ class Conv(nn.Conv2d):
 
     def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
         out: Tensor
+        if self.packed is None and uses_triton(x, self.bias):  # torch would add the bias in a kernel of its own as well
+            out = F.conv2d(x, self.weight, None, self.stride, self.padding)
+            return add_bias(out.contiguous(memory_format=torch.channels_last), self.bias, add)
         if self.packed is None:
             out = super().forward(x)
             return out if add is None else out + add
@@ -43,6 +96,11 @@ class Conv(nn.Conv2d):
         else:
             out = _PACKED_ADD(x, add, self.packed, *geometry, "add", 1.0, None, [], None)
         return out
+
+    def take_bias(self, other: "Conv") -> None:
+        """From now on this convolution adds the bias of the other, whose result is added to its own."""
+        assert self.bias is not None and other.bias is not None
+        self.bias, other.bias = nn.Parameter(self.bias + other.bias, requires_grad=False), None
 
     def pack(self, input_shape: list[int]) -> None:
         """Keeps the weight as oneDNN wants it for inputs of this shape; other shapes stay right, if slower."""
@@ -79,9 +137,37 @@ def pack_convolutions(net: nn.Module, *inputs: Tensor) -> None:
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group normalisation, perhaps followed by SiLU. [B, C, H, W] -> [B, C, H, W]"""
+    """Group normalisation, with what may stand around it: an addition before, a modulation and SiLU behind."""
 
-    def forward(self, x: Tensor, silu: bool = False) -> Tensor:
+    before: nn.Parameter | None  # [C] joins x: the bias of the convolution that x comes from, once it has been taken
+
+    def __init__(self, groups: int, channels: int, eps: float) -> None:
+        super().__init__(groups, channels, eps)
+        self.register_parameter("before", None)
+
+    def take_bias(self, conv: Conv) -> None:
+        """From now on this norm adds the bias of the convolution it follows."""
+        assert isinstance(conv.bias, nn.Parameter)
+        self.before, conv.bias = conv.bias, None
+
+    def forward(self, x: Tensor, time: Tensor | None = None, silu: bool = False) -> Tensor:
+        """x: [B, C, H, W], time: [B, C], which joins x, or [B, 2C], which scales and shifts what is normed"""
+        if uses_triton(x, self.weight, time):
+            from model import triton_net
+
+            affine = (self.num_groups, self.weight, self.bias, self.eps)
+            return triton_net.group_norm(x, *affine, before=self.before, time=time, silu=silu)
+        x = x if self.before is None else x + self.before[:, None, None]
+        if time is None:
+            return self._norm(x, silu)
+        time = time[:, :, None, None]
+        if time.shape[1] == x.shape[1]:
+            return self._norm(x + time, silu)
+        scale, shift = time.chunk(2, dim=1)
+        out = self._norm(x, silu=False) * (1 + scale) + shift
+        return F.silu(out) if silu else out
+
+    def _norm(self, x: Tensor, silu: bool) -> Tensor:
         B, C, H, W = x.shape
         small, plain = H * W < SHARED_REDUCTION, x.device.type != "cpu" or torch.is_grad_enabled()
         if plain or small or B == 1:

@@ -9,13 +9,32 @@ import torch
 from torch import Tensor
 
 from model.checkpoint import Model
+from model.kernels import uses_triton
 from model.plan import COLUMNS
 from model.slots import Slots
 from model.unet import UNet
 
 
 def denoise(net: UNet, table: Tensor, slots: Slots, batch: int) -> None:
-    """One denoising step of the first `batch` slots, in place. Straight algebra: see `model.plan` for the letters."""
+    """One denoising step of the first `batch` slots, in place: by the algebra, or by three kernels that compute it."""
+    if uses_triton(slots.x[0]):
+        denoise_by_kernels(net, table, slots, batch)
+    else:
+        algebra(net, table, slots, batch)
+
+
+def denoise_by_kernels(net: UNet, table: Tensor, slots: Slots, batch: int) -> None:
+    """`algebra`, and the noise that belongs to it, with one kernel before the net and two behind it."""
+    from model import triton_step
+
+    x, cursor = slots.x[:batch], slots.cursor[:batch]  # [b, C, H, W], [b]
+    out = net(*triton_step.enter(x, slots.rows, cursor, table))
+    triton_step.update(out, x, slots.x0, slots.given, slots.rows, cursor, slots.seed)
+    triton_step.advance(cursor, slots.last)
+
+
+def algebra(net: UNet, table: Tensor, slots: Slots, batch: int) -> None:
+    """One denoising step in plain torch. See `model.plan` for the letters."""
     x, x0_before, cursor = slots.x[:batch], slots.x0[:batch], slots.cursor[:batch]  # [b, C, H, W] twice, [b]
     row = slots.rows[torch.arange(batch, device=x.device), cursor]  # [b, 11]
     k, p, q, c, m, h, n, e, s, w, u = row.view(batch, len(COLUMNS), 1, 1, 1).unbind(1)  # [b, 1, 1, 1] each

@@ -44,11 +44,11 @@ class Resnet(nn.Module):
     ) -> None:
         super().__init__()
         embedding = arch.time_embedding_dim or 4 * arch.block_out_channels[0]
-        self.scale_shift = arch.resnet_time_scale_shift == "scale_shift"
+        shares = 2 if arch.resnet_time_scale_shift == "scale_shift" else 1
         self.down, self.up, self.scale = down, up, scale
         self.norm1 = GroupNorm(arch.norm_num_groups, channels, arch.norm_eps)
         self.conv1 = Conv(channels, out, 3, padding=1)
-        self.time_emb_proj = nn.Linear(embedding, out * (2 if self.scale_shift else 1))
+        self.time_emb_proj = nn.Linear(embedding, out * shares)
         self.norm2 = GroupNorm(arch.norm_num_groups, out, arch.norm_eps)
         self.conv2 = Conv(out, out, 3, padding=1)
         self.conv_shortcut = Conv(channels, out, 1) if channels != out else None
@@ -60,14 +60,15 @@ class Resnet(nn.Module):
             h, x = F.avg_pool2d(h, 2), F.avg_pool2d(x, 2)
         elif self.up:
             h, x = upsample(h), upsample(x)
-        time = embedding[:, self.share, None, None]  # [B, width of time_emb_proj, 1, 1]
-        if self.scale_shift:
-            scale, shift = time.chunk(2, dim=1)
-            h = F.silu(self.norm2(self.conv1(h)) * (1 + scale) + shift)
-        else:
-            h = self.norm2(self.conv1(h) + time, silu=True)
+        h = self.norm2(self.conv1(h), embedding[:, self.share], silu=True)
         out: Tensor = self.conv2(h, add=x if self.conv_shortcut is None else self.conv_shortcut(x))
         return out if self.scale == 1 else out / self.scale
+
+    def fuse(self) -> None:
+        """For inference on a GPU, where a bias costs a kernel: whoever reads a convolution's result adds its bias."""
+        self.norm2.take_bias(self.conv1)
+        if self.conv_shortcut is not None:
+            self.conv2.take_bias(self.conv_shortcut)
 
 
 class Attention(nn.Module):
@@ -261,6 +262,7 @@ class UNet(nn.Module):
 
     def fuse(self) -> None:
         """For inference: keep what the forward pass would put together anew each time."""
+        on_cpu = self.conv_in.weight.device.type == "cpu"  # where a convolution adds its bias for nothing
         for module in list(self.modules()):
-            if isinstance(module, Attention):
+            if isinstance(module, Attention) or (isinstance(module, Resnet) and not on_cpu):
                 module.fuse()

@@ -1,0 +1,119 @@
+"""The Triton kernels around the net on a GPU: what it is called with, the sampler's update, the cursor's step.
+
+`model.runner` says in plain torch what they compute, and `model.noise` what is drawn. Each program works for one
+sample, and each number stands alone. Importing this module imports Triton.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from model.noise import STEP
+from model.plan import COLUMNS
+
+BLOCK = 1024  # numbers to a program
+
+
+@triton.jit
+def _enter(
+    x, rows, cursor, table, out, embedding, rows_stride, elements, pixels, channels, width,
+    COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    sample = tl.program_id(1).to(tl.int64)
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < elements  # of the picture, channels-last
+    value = tl.load(x + sample * elements + (at % channels) * pixels + at // channels, mask=inside)
+    tl.store(out + sample * elements + at, value.to(out.dtype.element_ty), mask=inside)
+    k = tl.load(rows + sample * rows_stride + tl.load(cursor + sample) * COLUMNS).to(tl.int64)
+    inside = at < width  # of a row of the table
+    tl.store(embedding + sample * width + at, tl.load(table + k * width + at, mask=inside), mask=inside)
+
+
+def enter(x: Tensor, rows: Tensor, cursor: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+    """What the net is called with: the pictures in its own dtype, channels-last, and their rows of the table.
+
+    x: [b, C, H, W], rows: [B, S + 1, 11], cursor: [B], table: [T, P] -> [b, C, H, W], [b, P]
+    """
+    (b, C, H, W), P = x.shape, table.shape[1]
+    out = torch.empty_like(x, dtype=table.dtype, memory_format=torch.channels_last)
+    embedding = torch.empty(b, P, dtype=table.dtype, device=x.device)
+    grid = (triton.cdiv(max(C * H * W, P), BLOCK), b)
+    _enter[grid](
+        x, rows, cursor, table, out, embedding, rows.stride(0), C * H * W, H * W, C, P,
+        COLUMNS=len(COLUMNS), BLOCK=BLOCK, enable_fp_fusion=False,
+    )  # fmt: skip
+    return out, embedding
+
+
+@triton.jit
+def _box_muller(first, second):
+    """Two words of 32 bits -> two independent normal numbers, each rounded to float32 from float64."""
+    radius = tl.sqrt(-2.0 * tl.log((first.to(tl.float64) + 0.5) * 2.3283064365386963e-10))  # 2^-32
+    angle = 6.283185307179586 * ((second.to(tl.float64) + 0.5) * 2.3283064365386963e-10)  # 2 pi u
+    return (radius * tl.cos(angle)).to(tl.float32), (radius * tl.sin(angle)).to(tl.float32)
+
+
+@triton.jit
+def _gaussian(seed, step, quad, DOMAIN: tl.constexpr):
+    """`model.noise.gaussian` for four elements in a row each. quad: [Q] int32, element / 4 -> [4 Q] float32"""
+    zero = quad * 0
+    w0, w1, w2, w3 = tl.philox(seed, quad, zero + step.to(tl.int32), zero + DOMAIN, zero)
+    z0, z1 = _box_muller(w0, w1)
+    z2, z3 = _box_muller(w2, w3)
+    return tl.interleave(tl.interleave(z0, z2), tl.interleave(z1, z3))
+
+
+@triton.jit
+def _update(
+    net_out, x, x0, given, rows, cursor, seed, rows_stride, elements, pixels, channels,
+    LEARNED: tl.constexpr, DOMAIN: tl.constexpr, COLUMNS: tl.constexpr, QUADS: tl.constexpr,
+):  # fmt: skip
+    sample = tl.program_id(1).to(tl.int64)
+    step = tl.load(cursor + sample)
+    row = rows + sample * rows_stride + step * COLUMNS  # k, p, q, c, m, h, n, e, s, w, u
+    z = _gaussian(tl.load(seed + sample), step, tl.program_id(0) * QUADS + tl.arange(0, QUADS), DOMAIN)
+    at = tl.program_id(0) * (4 * QUADS) + tl.arange(0, 4 * QUADS)  # in [C, H, W]
+    inside = at < elements
+    outs: tl.constexpr = 2 if LEARNED else 1
+    net_out += sample * elements * outs + (at % pixels) * (channels * outs) + at // pixels  # of [H, W, C or 2 C]
+    out = tl.load(net_out, mask=inside).to(tl.float32)
+    if LEARNED:
+        f = tl.load(net_out + channels, mask=inside).to(tl.float32)
+        z *= tl.exp(tl.load(row + 9) * f)
+    at += sample * elements
+    old, before = tl.load(x + at, mask=inside), tl.load(x0 + at, mask=inside)
+    limit = tl.load(row + 3)
+    clean = tl.load(row + 1) * old + tl.load(row + 2) * out
+    clean = tl.where(clean > limit, limit, tl.where(clean < -limit, -limit, clean))  # what is NaN stays NaN
+    new = tl.load(row + 4) * clean + tl.load(row + 5) * before + tl.load(row + 6) * old + tl.load(row + 7) * out
+    new += tl.load(row + 8) * z + tl.load(row + 10) * tl.load(given + at, mask=inside)
+    tl.store(x + at, new, mask=inside)
+    tl.store(x0 + at, clean, mask=inside)
+
+
+def update(out: Tensor, x: Tensor, x0: Tensor, given: Tensor, rows: Tensor, cursor: Tensor, seed: Tensor) -> None:
+    """The sampler's step with its noise, written into x and x0. `model.runner.algebra` says what it computes.
+
+    out: [b, C or 2C, H, W] as the net gives it, x, x0, given: [b, C, H, W], rows: [B, S + 1, 11], cursor, seed: [B]
+    """
+    b, C, H, W = x.shape
+    out = out.contiguous(memory_format=torch.channels_last)
+    _update[(triton.cdiv(C * H * W, BLOCK), b)](
+        out, x, x0, given, rows, cursor, seed, rows.stride(0), C * H * W, H * W, C,
+        LEARNED=out.shape[1] == 2 * C, DOMAIN=STEP, COLUMNS=len(COLUMNS), QUADS=BLOCK // 4, enable_fp_fusion=False,
+    )  # fmt: skip
+
+
+@triton.jit
+def _advance(cursor, last, batch, BLOCK: tl.constexpr):
+    slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = slot < batch
+    following = tl.minimum(tl.load(cursor + slot, mask=inside) + 1, tl.load(last + slot, mask=inside))
+    tl.store(cursor + slot, following, mask=inside)
+
+
+def advance(cursor: Tensor, last: Tensor) -> None:
+    """Every cursor goes one row on, or stays on the last. A kernel of its own, since all of `update` reads it first."""
+    b = len(cursor)
+    _advance[(triton.cdiv(b, BLOCK),)](cursor, last, b, BLOCK=BLOCK, enable_fp_fusion=False)

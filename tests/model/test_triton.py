@@ -1,0 +1,253 @@
+"""The Triton path without a GPU: the kernels under Triton's interpreter, compiled for a GPU that is not there, and the
+step that a graph will hold. Where there is a GPU, the same kernels run on it.
+
+The interpreter is chosen when Triton is first imported, so its cases (`kernel_cases`) have a process of their own.
+"""
+
+import logging
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import model.kernels
+import model.unet
+from model.architecture import architecture
+from model.runner import denoise
+from model.slots import Slots
+from model.unet import Attention, Resnet, UNet
+from tests.model.test_capture import META, capturing
+from tests.model.worlds import CIFAR10, relative_error, shaken, small, twin
+
+pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+CASES = Path(__file__).parent / "kernel_cases.py"
+ROOT = CASES.parents[2]
+
+
+def run_cases(**environment: str) -> None:
+    """Runs the cases in a process with this environment."""
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(CASES)]
+    result = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
+
+    assert result.returncode == 0, result.stdout[-10_000:] + result.stderr[-2000:]
+
+
+def test_the_kernels_compute_what_torch_computes() -> None:
+    run_cases(TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and there is none here")
+def test_the_kernels_compute_it_on_a_gpu() -> None:
+    run_cases(TRITON_INTERPRET="0")
+
+
+# What is launched
+
+
+def meta_world(config: dict[str, Any]) -> tuple[UNet, Tensor, Slots]:
+    """A net as the server would load it, its table and slots, on the meta device."""
+    with META, torch.inference_mode():
+        net: Any = UNet(architecture(config)).eval().requires_grad_(False)
+        net.fuse()
+        table = torch.zeros(1000, net.embedding_width, dtype=torch.bfloat16)
+        return net.to(torch.bfloat16).to(memory_format=torch.channels_last), table, Slots(4, net.arch.shape, 1000, META)
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
+    """What Triton was asked to launch, by name. Nothing is, and the meta device passes for a GPU."""
+    from triton.runtime.jit import JITFunction
+
+    counted: Counter[str] = Counter()
+
+    def run(kernel: Any, *args: Any, grid: tuple[int, ...], warmup: bool, **constants: Any) -> None:
+        assert all(isinstance(size, int) for size in grid)
+        assert {x.device for x in args if isinstance(x, Tensor)} == {META}
+        counted[kernel.fn.__name__] += 1
+
+    def conv2d(*args: Any) -> Tensor:
+        """Channels-last from channels-last, as on a GPU; on the meta device it is not."""
+        return torch.empty_like(usual(*args), memory_format=torch.channels_last)
+
+    usual = F.conv2d
+    monkeypatch.setattr(F, "conv2d", conv2d)
+    monkeypatch.setattr(JITFunction, "run", run)
+    monkeypatch.setattr(model.kernels, "TRITON_ON", frozenset({"meta"}))
+    model.kernels._triton_works.cache_clear()
+    assert model.kernels._triton_works(META)  # found out before any capture
+    counted.clear()
+    yield counted
+    model.kernels._triton_works.cache_clear()
+
+
+class Operations(TorchDispatchMode):
+    """Counts torch's operations that are a kernel on a GPU: all but those that only look at memory in another way."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.counted: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if not func.is_view and not name.startswith("empty") and name != "_unsafe_view":
+            self.counted[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_step_by_kernels_never_looks_at_the_host(launches: Counter[str]) -> None:
+    net, table, slots = meta_world(small())
+    with capturing():
+        denoise(net, table, slots, 3)
+
+    assert launches["_enter"] == launches["_update"] == launches["_advance"] == 1
+
+
+def test_a_step_of_the_cifar10_net_is_two_hundred_kernels(
+    launches: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model.unet, "attention", lambda q, k, v: torch.empty_like(q.transpose(1, 2)).transpose(1, 2))
+    net, table, slots = meta_world(CIFAR10)
+    with torch.no_grad(), Operations() as operations:
+        denoise(net, table, slots, 2)
+
+    norms, residuals, rest = 51, 22, 1 + 3 + 3 + 1 + 2 * 6  # conv_in, down, up, conv_out; to and from attention
+    assert launches == {
+        "_enter": 1,
+        "_norm_in_registers": norms,
+        "_add_bias": residuals + rest,
+        "_update": 1,
+        "_advance": 1,
+    }
+    assert operations.counted == {"convolution": 77, "cat": 12, "constant_pad_nd": 3, "upsample_nearest2d": 3}
+    assert launches.total() + operations.counted.total() + 6 <= 200  # and six times attention
+
+
+def test_the_large_norms_of_a_large_picture_are_two_kernels(launches: Counter[str]) -> None:
+    net, table, slots = meta_world(CIFAR10 | {"sample_size": 128})
+    with torch.inference_mode():
+        denoise(net, table, slots, 2)
+
+    assert launches["_moments"] == launches["_norm_by_moments"] > 0
+    assert launches["_moments"] + launches["_norm_in_registers"] == 51
+
+
+# Compiled for a GPU that is not there
+
+TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64"}
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Counter[str]]:
+    """What was compiled for a Hopper GPU, by name, in place of being launched."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from triton.runtime.jit import JITFunction
+
+    counted: Counter[str] = Counter()
+
+    def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **constants: Any) -> None:
+        options = {name: constants.pop(name) for name in ("num_warps", "enable_fp_fusion") if name in constants}
+        given = dict(zip([p.name for p in kernel.params], args, strict=False)) | constants
+        signature, fixed, known = {}, {}, {}
+        for i, p in enumerate(kernel.params):
+            value = given[p.name]
+            if p.is_constexpr or value is None or (type(value) is int and value == 1):
+                fixed[i,], signature[p.name] = value, "constexpr"
+            elif isinstance(value, Tensor):
+                known[i,], signature[p.name] = [["tt.divisibility", 16]], TYPES[value.dtype]
+            else:
+                signature[p.name] = "fp32" if isinstance(value, float) else "i32"
+        source = ASTSource(kernel, signature, fixed, known)
+        assembly = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm
+        assert assembly["cubin"] and not re.search("atom|red\\.global", assembly["ptx"])
+        counted[kernel.fn.__name__] += 1
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(JITFunction, "run", run)
+    yield counted
+
+
+def test_every_kernel_compiles_for_hopper_and_has_no_atomics(compiled: Counter[str]) -> None:
+    from model import triton_net, triton_step
+
+    x = torch.zeros(2, 12, 64, 48, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+    channels, cursor = torch.zeros(24, dtype=torch.bfloat16), torch.zeros(2, dtype=torch.int64)
+    for groups in (12, 2):
+        for time, silu in ((None, False), (channels[None, :12], True), (channels[None], True)):
+            affine = (channels[:12], channels[:12], 1e-6)
+            triton_net.group_norm(x, groups, *affine, before=channels[:12], time=time, silu=silu)
+    triton_net.add_bias(x, channels, x)
+    state, rows, table = torch.zeros(2, 3, 8, 8), torch.zeros(2, 5, 11), torch.zeros(9, 40, dtype=torch.bfloat16)
+    triton_step.enter(state, rows, cursor, table)
+    for out in (3, 6):
+        triton_step.update(torch.zeros(2, out, 8, 8), state, state, state, rows, cursor, cursor)
+    triton_step.advance(cursor, cursor)
+
+    assert compiled == {
+        "_norm_in_registers": 3,
+        "_moments": 3,
+        "_norm_by_moments": 3,
+        "_add_bias": 1,
+        "_enter": 1,
+        "_update": 2,
+        "_advance": 1,
+    }
+
+
+# Where it is not used
+
+
+@pytest.fixture
+def on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Triton is tried on a CPU, where it does not work."""
+    monkeypatch.setattr(model.kernels, "TRITON_ON", frozenset({"cpu"}))
+    model.kernels._triton_works.cache_clear()
+    yield
+    model.kernels._triton_works.cache_clear()
+
+
+@pytest.mark.usefixtures("on_cpu")
+@torch.inference_mode()
+def test_where_triton_does_not_work_torch_computes_and_one_line_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    net = twin(shaken(small()))
+    x, embedding = torch.randn(2, 3, 8, 8), net.embed(torch.tensor([1, 2]))
+    with caplog.at_level(logging.WARNING):
+        given = net(x.contiguous(memory_format=torch.channels_last), embedding)
+
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "no Triton on cpu" in caplog.text
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model.kernels, "TRITON_ON", frozenset())
+        assert torch.equal(given, net(x.contiguous(memory_format=torch.channels_last), embedding))
+
+
+def test_on_a_cpu_it_is_not_even_imported() -> None:
+    code = "import sys, model.engine, model.train; sys.exit('triton' in sys.modules)"
+
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+@pytest.mark.parametrize("kind", ["default", "scale_shift"])
+@torch.inference_mode()
+def test_biases_that_were_taken_over_change_nothing_but_rounding(kind: str) -> None:
+    net = twin(shaken(small(resnet_time_scale_shift=kind)))
+    x, embedding = torch.randn(2, 3, 8, 8), net.embed(torch.tensor([1, 800]))
+    expected = net(x, embedding)
+    for module in list(net.modules()):
+        if isinstance(module, Resnet | Attention):
+            module.fuse()
+
+    assert relative_error(net(x, embedding), expected) < 2e-6
