@@ -369,6 +369,8 @@ def test_where_a_job_stands_is_told_to_those_who_ask(client: TestClient) -> None
     urgent = {"steps": 10, "n": 4, "priority": 5}
     client.post("/generate", json=urgent, headers={"prefer": "respond-async"})
     job = client.post("/generate", json={"steps": 10, "n": 6}, headers={"prefer": "respond-async"}).json()
+    time.sleep(0.3)  # outlooks are made for all at once, a few times a second
+    job = client.get(f"/jobs/{job['id']}").json()
 
     # Four slots, ten image-steps a second. Ten steps of the urgent four, ten of the first two jobs and two of its own
     # pictures, ten of two more beside them; its last two are alone.
