@@ -48,7 +48,7 @@ def what_watching_costs(url: str) -> Iterator[Measure]:
 
         return lambda: asyncio.run(together(one))
 
-    seconds = interleaved({"unwatched": jobs(None), "watched": jobs({"count": 30})}, 9)
+    seconds = interleaved({"unwatched": jobs(None), "watched": jobs({"count": 30})}, 15)
     for name, taken in seconds.items():
         rates = [JOBS * STEPS / s for s in taken]
         yield Measure(f"{JOBS} jobs, {name}", statistics.median(rates), "image-steps/s", (min(rates), max(rates)))

@@ -42,17 +42,23 @@ class Shown:
     seq: int
     header: Body
     passing: bool  # a frame, which a slow viewer may miss
+    small: bool  # so small that a thread would cost more than encoding it here
     _encode: Callable[[], bytes]
-    _encoding: "asyncio.Future[bytes] | None" = None
+    _packed: bytes | None = None
+    _encoding: "asyncio.Task[None] | None" = None
 
     async def packed(self) -> bytes:
         """The message as it is sent over a websocket."""
-        if self._encoding is None:
-            self._encoding = asyncio.ensure_future(asyncio.to_thread(self._pack))
-        return self._encoding.result() if self._encoding.done() else await asyncio.shield(self._encoding)
+        if self._packed is None and self.small:
+            self._pack()
+        elif self._packed is None:
+            self._encoding = self._encoding or asyncio.create_task(asyncio.to_thread(self._pack))
+            await asyncio.shield(self._encoding)
+        assert self._packed is not None
+        return self._packed
 
-    def _pack(self) -> bytes:
-        return pack(self.header, self._encode())
+    def _pack(self) -> None:
+        self._packed = pack(self.header, self._encode())
 
 
 Message: TypeAlias = Text | Shown
@@ -88,11 +94,11 @@ class Feed:
         seq = len(self.kept) + 1
         self._keep(Text(seq, {"type": type, "job": self.job, "seq": seq, **body}))
 
-    def show(self, header: Body, passing: bool, encode: Callable[[], bytes]) -> None:
+    def show(self, header: Body, passing: bool, encode: Callable[[], bytes], small: bool = False) -> None:
         """Keeps a message with a picture."""
         seq = len(self.kept) + 1
         self.audience.frames += passing
-        self._keep(Shown(seq, {"job": self.job, "seq": seq, **header}, passing, encode))
+        self._keep(Shown(seq, {"job": self.job, "seq": seq, **header}, passing, small, encode))
 
     def tell(self, type: str, urgent: bool = False, **body: Any) -> None:
         """A message of the moment, for those who are not behind. urgent: even for those who heard one lately."""

@@ -20,6 +20,7 @@ from server.forecast import Work
 from server.schemas import Frames
 
 Kind = Literal["x_t", "x0"]
+SMALL_BYTES = 4096  # up to this a frame is a PNG within 0.1 ms, less than a thread takes to begin
 BYTES_OF_MESSAGE, BYTES_OF_JOB = 2_000, 6_000  # a little more than what was measured
 
 
@@ -141,7 +142,8 @@ class Job:
             return
         self.frames[index, step, kind] = picture
         level = self.levels[step if kind == "x_t" else step - 1]
-        self.feed.show(self._header(index, step, level, kind), True, partial(images.png, picture, {}))
+        small = picture.nbytes <= SMALL_BYTES
+        self.feed.show(self._header(index, step, level, kind), True, partial(images.png, picture, {}), small)
 
     def finish(self, image: Image) -> None:
         """A picture is made."""
