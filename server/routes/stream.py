@@ -18,6 +18,7 @@ from server.routes.http import first_of
 from server.schemas import parse_json
 
 router = APIRouter()
+MESSAGES_AT_A_TIME = 8  # are sent before others have their turn: a long replay must not keep them waiting
 MESSAGE_S, MESSAGES_AT_ONCE = 0.1, 50  # a viewer may say something so often, and so much without a pause
 FIRST_MESSAGE_S = 10.0  # within which a new socket has to say what it wants
 SLOW_S = 1.0  # a message that takes longer to send has cost its viewer the frames of that time
@@ -113,7 +114,8 @@ async def _send_all(socket: WebSocket, viewer: Viewer) -> None:
                 raise _Closed(TRY_LATER, "too slow") from None
             if time.monotonic() - began > SLOW_S:
                 viewer.fell_behind()
-            await asyncio.sleep(0)  # a long replay must not keep the others waiting
+            if message.seq % MESSAGES_AT_A_TIME == 0:
+                await asyncio.sleep(0)
 
 
 async def _listen(socket: WebSocket, jobs: Jobs, job: Job) -> NoReturn:
