@@ -15,14 +15,14 @@ from model.events import Floats, Picture
 FRAME_MS, HOLD_MS = 60, 2000  # of an animation: each frame, and the picture at its end
 
 
-def png(picture: Picture, texts: Mapping[str, str], compression: int = 6) -> bytes:
-    """A PNG with text chunks. picture: [H, W, C] uint8, C = 1 or 3; compression: 0 .. 9"""
+def png(picture: Picture, texts: Mapping[str, str]) -> bytes:
+    """A PNG with text chunks. picture: [H, W, C] uint8, C = 1 or 3"""
     info = PngInfo()
     for key, text in texts.items():
         info.add_text(key, text)
     out = io.BytesIO()
     image = Image.fromarray(picture[:, :, 0] if picture.shape[2] == 1 else picture)
-    image.save(out, "PNG", pnginfo=info, compress_level=compression)
+    image.save(out, "PNG", pnginfo=info, compress_level=6)
     return out.getvalue()
 
 

@@ -143,7 +143,7 @@ class Job:
         self.frames[index, step, kind] = picture
         level = self.levels[step if kind == "x_t" else step - 1]
         small = picture.nbytes <= SMALL_BYTES
-        self.feed.show(self._header(index, step, level, kind), True, partial(images.png, picture, {}, 1), small)
+        self.feed.show(self._header(index, step, level, kind), True, partial(images.png, picture, {}), small)
 
     def finish(self, image: Image) -> None:
         """A picture is made."""
