@@ -40,7 +40,7 @@ bench: .venv/test.stamp
 GPU_PYTHON = PYTHONPATH=.gpu/site:. $(PYTHON)
 
 gpu: .gpu/site
-	$(GPU_PYTHON) -m pytest -m gpu -p no:cacheprovider -W default
+	$(GPU_PYTHON) -m pytest -m gpu -p no:cacheprovider -W default tests/model
 	$(GPU_PYTHON) -m benchmarks --gpu
 
 gpu-compile: .gpu/site

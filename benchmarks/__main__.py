@@ -26,8 +26,9 @@ def main() -> None:
     with args.out.open("w") as out:
         print(machine(), file=out)
         print(machine())
-        served = () if args.compiled else chain(*(each.measures(device, DIGITS) for each in (loopback, streams, http)))
-        for measure in chain(engine.measures(device, DIGITS, args.compiled), served):
+        served = [] if args.compiled else [loopback, streams] if args.gpu else [loopback, streams, http]
+        more = (each.measures(device, DIGITS) for each in served)  # `http` takes longer than `make gpu` may
+        for measure in chain(engine.measures(device, DIGITS, args.compiled), *more):
             low, high = measure.spread or (measure.value, measure.value)
             line = f"{measure.name:60} {measure.value:10.3f} {measure.unit:18} ({low:.3f} .. {high:.3f})"
             print(line, flush=True)

@@ -133,7 +133,7 @@ def measures(device: torch.device, digits: Path) -> Iterator[Measure]:
     others = [c for c in OTHERS if c.peer != ("litserve",) or find_spec("litserve")]
     capacity: dict[Contender, float] = {}
     for contender in (OURS, *others):
-        with a_server(digits, contender.slots, *contender.peer) as url:
+        with a_server(digits, contender.slots, device, *contender.peer) as url:
             asyncio.run(saturate_shortly(url))
             equal = asyncio.run(same_bytes(url))
             capacity[contender] = asyncio.run(saturate(url))
@@ -146,7 +146,7 @@ def measures(device: torch.device, digits: Path) -> Iterator[Measure]:
     rate = capacity[best] / sum(steps * share for steps, share in MIXTURE.items())
     late: dict[Contender, float] = {}
     for contender in (OURS, best, *(c for c in others if c.peer == ("batcher",) and c is not best)):
-        with a_server(digits, contender.slots, *contender.peer) as url:
+        with a_server(digits, contender.slots, device, *contender.peer) as url:
             answers = asyncio.run(load(url, rate))
         short = sorted(a.took_s for a in answers if a.steps == 50)
         late[contender] = short[int(0.99 * len(short))]

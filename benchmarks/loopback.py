@@ -25,13 +25,14 @@ CLIENTS, PICTURES, STEPS = 4, 4, 100
 
 
 @contextmanager
-def a_server(weights: Path, slots: int, *peer: str) -> Iterator[str]:
+def a_server(weights: Path, slots: int, device: torch.device, *peer: str) -> Iterator[str]:
     """A server of its own, ready; ours, or one of `benchmarks.peers`. Yields its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    environ = os.environ | {"DDPM_WEIGHTS": str(weights), "DDPM_SLOTS": str(slots), "DDPM_LOG_LEVEL": "warning"}
-    theirs = ["benchmarks.peers", *peer, "--weights", str(weights), "--batch", str(slots)]
+    knobs = {"WEIGHTS": str(weights), "SLOTS": str(slots), "DEVICE": device.type, "LOG_LEVEL": "warning"}
+    environ = os.environ | {f"DDPM_{name}": value for name, value in knobs.items()}
+    theirs = ["benchmarks.peers", *peer, "--weights", str(weights), "--batch", str(slots), "--device", device.type]
     command = [sys.executable, "-m", *(theirs if peer else ["server", "serve"]), "--port", str(port)]
     quiet = subprocess.DEVNULL if peer else None
     process = subprocess.Popen(command, env=environ, stdout=quiet, stderr=quiet, start_new_session=True)
@@ -70,7 +71,7 @@ def measures(device: torch.device, digits: Path) -> Iterator[Measure]:
     """Everything this file measures."""
     slots, seeds = CLIENTS * PICTURES, iter(range(0, 1 << 40, PICTURES))
     engine = our_engine(digits, device, slots)
-    with a_server(digits, slots) as url:
+    with a_server(digits, slots, device) as url:
 
         def serve() -> None:
             with ThreadPoolExecutor(CLIENTS) as clients:

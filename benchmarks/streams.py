@@ -109,7 +109,7 @@ def how_right_an_eta_is(url: str) -> Iterator[Measure]:
 
 def measures(device: torch.device, digits: Path) -> Iterator[Measure]:
     """Everything this file measures."""
-    with a_server(digits, SLOTS) as url:
+    with a_server(digits, SLOTS, device) as url:
         yield from what_watching_costs(url)
         yield from what_a_stalled_viewer_costs(url)
         yield from how_right_an_eta_is(url)

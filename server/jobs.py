@@ -17,7 +17,6 @@ from typing import Any
 from model.card import ModelCard
 from model.errors import PlanError
 from model.events import Cancelled, Failed, Finished, Preview
-from model.plan import resolve
 from server.backend import Backend, Progress, Restarting, SampleEvent, Spec
 from server.errors import (
     DeadlinePassed,
@@ -30,18 +29,17 @@ from server.errors import (
     problem,
 )
 from server.feed import Audience, Viewer
-from server.job import Image, Job, Order, Watched, frame_points
+from server.job import Image, Job, Order
 from server.limits import Queue
 from server.metrics import Metrics, Standing
+from server.orders import take_order
 from server.outlooks import Outlooks
 from server.register import Register
-from server.schemas import MAX_SEED, Frames, parse_generate
 from server.settings import Settings
 
 logger = logging.getLogger(__name__)
 ANIMATIONS = 2  # so many are drawn at once: threads that are left encode frames
 TICK_S = 0.25  # how often those who wait hear where they stand
-USUAL_FRAMES = Frames(count=30)
 OUTCOMES = ("succeeded", "failed", "cancelled")
 
 
@@ -89,7 +87,7 @@ class Jobs:
         floats: whether the pictures are wanted unrounded, too. shows: whether frames are shown if nothing is said of
         them. draws: whether the answer is drawn from them, so that there must be some.
         """
-        order = self._order(body, floats, shows or draws)
+        order = take_order(body, self.cards, self._settings, floats, shows or draws)
         if draws and order.watched is None:
             raise Invalid(("frames", "frames must not be null: an animation is made of them"))
         return self._admit(order)
@@ -102,46 +100,6 @@ class Jobs:
         except (ServerError, PlanError) as error:
             self._rejected[problem(error).code] += 1
             raise
-
-    def _order(self, body: bytes, floats: bool, shows: bool) -> Order:
-        """A request with every choice made. Raises Invalid or PlanError naming the field that cannot be."""
-        request = parse_generate(body)
-        card = self.cards[self._model(request.model)]
-        if request.n > self._settings.max_n:
-            raise Invalid(("n", f"n must lie in 1..{self._settings.max_n}, got {request.n}"))
-        if request.seed is not None and request.seed > MAX_SEED - request.n:
-            raise Invalid(("seed", f"seed must lie in 0..2^53 - n = {MAX_SEED - request.n}, got {request.seed}"))
-        sampling = resolve(
-            card.process,
-            request.sampler,
-            request.steps,
-            variance=request.variance,
-            eta=request.eta,
-            spacing=request.spacing,
-            clip=request.clip,
-            noise=request.noise,
-        )
-        seed = secrets.randbelow(MAX_SEED - request.n) if request.seed is None else request.seed
-        frames = request.frames if "frames" in request.model_fields_set or not shows else USUAL_FRAMES
-        watched = self._watched(frames, request.n, sampling.steps)
-        return Order(card, seed, request.n, sampling, watched, request.priority, request.deadline_s, floats)
-
-    def _watched(self, frames: Frames | None, n: int, steps: int) -> Watched | None:
-        if frames is None:
-            return None
-        points = frame_points(frames, steps, self._settings.max_frames)
-        count = n * len(points) * (1 + (frames.kind == "both"))
-        if count > self._settings.max_frames:
-            limit = self._settings.max_frames
-            raise Invalid(("frames", f"frames: pictures x points x kinds must be at most {limit}, got {count}"))
-        return Watched(frames, points)
-
-    def _model(self, wanted: str | None) -> str:
-        name = wanted or self._settings.default_model or (next(iter(self.cards)) if len(self.cards) == 1 else "")
-        if name not in self.cards:
-            known = ", ".join(self.cards)
-            raise Invalid(("model", f"model must be one of {known}" if wanted else f"name a model, one of {known}"))
-        return name
 
     def _admit(self, order: Order) -> Job:
         served = self.backend.served.get(order.card.name)

@@ -7,28 +7,23 @@ import asyncio
 import dataclasses
 import itertools
 import logging
-import multiprocessing
-import queue
-import signal
-import threading
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection
-from typing import TypeAlias, cast
+from functools import partial
+from typing import cast
 
 from model import errors as model_errors
 from model.events import ENDS, Stats
-from server import logs
 from server.backend import Progress, Restarting, SampleEvent, Served, Spec, Vitals
 from server.errors import EXIT_CODES, EXIT_ENGINE, EngineFailed, NotReady, SampleLost
 from server.forecast import Pace
+from server.life import Letter, Life
 from server.messages import Beat, Cancel, Died, Happened, Ready, Refused, Start, Step, Submit
 
 logger = logging.getLogger(__name__)
 LIVES = 3  # a job that has seen so many engines die is given up
-Letter: TypeAlias = Submit | Cancel
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,16 +37,6 @@ class Patience:
     load_s: float = 600.0  # so long it may load
 
 
-def _run(pipe: Connection, start: Start) -> None:
-    """The main function of the engine process."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group; they are for the API process to handle
-        signal.signal(number, signal.SIG_IGN)
-    logs.configure(start.log_level)
-    from server import engine_process  # the API process never imports torch
-
-    engine_process.serve(pipe, start)
-
-
 @dataclass(slots=True, eq=False)
 class _Stream:
     """A spec that is being run: who reads its events, and which samples have not ended."""
@@ -60,15 +45,6 @@ class _Stream:
     index: dict[int, int]  # sample id -> index of its seed, for samples that have not ended
     events: asyncio.Queue[SampleEvent | Exception] = field(default_factory=asyncio.Queue)
     lives: int = LIVES
-
-
-@dataclass(slots=True, eq=False)
-class _Life:
-    """One engine process, from its spawn to its death."""
-
-    over: asyncio.Event = field(default_factory=asyncio.Event)
-    refused: Refused | None = None  # why there is no sense in another one
-    cause: str = "died"  # of its end, unless something else is seen
 
 
 class LocalBackend:
@@ -84,11 +60,10 @@ class LocalBackend:
     ) -> None:
         self._start, self._restarts, self._on_failed, self._patience = start, restarts, on_failed, patience
         self._on_step = on_step
-        self._context = multiprocessing.get_context("spawn")
         self._ids = itertools.count()
         self._streams: dict[int, _Stream] = {}  # by sample id
         self._served: dict[str, Served] = {}
-        self._outbox: queue.SimpleQueue[Letter | None] | None = None  # of the engine that lives, if one does
+        self._life: Life | None = None
         self._digests: dict[str, str] = {}
         self._supervisor: asyncio.Task[None] | None = None
         self._trouble: str | None = "the engine is loading"
@@ -175,83 +150,40 @@ class LocalBackend:
                 self._send(Cancel(left))
 
     def _send(self, message: Letter) -> None:
-        if self._outbox is not None:
-            self._outbox.put(message)
+        if self._life is not None:
+            self._life.send(message)
 
     async def _supervise(self) -> None:
         """One engine after another, until one refuses to start or too many have died."""
         failures = 0
         while True:
-            steps_before, life = self._all_stats.steps, _Life()
-            await self._live(life)
+            steps_before, life = self._all_stats.steps, Life()
+            self._life, self._beat_at = life, time.monotonic()
+            try:
+                await life.last(self._start, partial(self._receive, life=life), self._hangs)
+            finally:
+                self._life = None
             if life.refused is not None:
                 kind = getattr(model_errors, life.refused.error)
                 return self._fail(EngineFailed(life.refused.message, EXIT_CODES[kind]))
             failures = failures + 1 if self._all_stats.steps == steps_before else 1
             self._past, self._stats = dataclasses.replace(self._all_stats, seated=0, waiting=0), Stats()
-            self._causes[life.cause] += 1
             if failures > self._restarts:
-                return self._fail(EngineFailed(f"the engine died {failures} times without a step done", EXIT_ENGINE))
+                words = "the engine died without a step done, and so it was each time it was replaced"
+                return self._fail(EngineFailed(f"{words} ({self._restarts})", EXIT_ENGINE))
+            self._causes[life.cause] += 1
             self._trouble, self._served, self._down_at = "the engine is being restarted", {}, time.monotonic()
             logger.error("engine died", extra={"failures": failures, "samples": len(self._streams)})
             self._take_lives()
             await asyncio.sleep(min(5.0, 0.1 * 2 ** (failures - 1)))
 
-    async def _live(self, life: _Life) -> None:
-        """The life of one engine process, from its spawn to its death."""
-        loop = asyncio.get_running_loop()
-        ours, theirs = self._context.Pipe()
-        outbox: queue.SimpleQueue[Letter | None] = queue.SimpleQueue()
-        process = self._context.Process(target=_run, args=(theirs, self._start), name="ddpm-engine", daemon=True)
-
-        def read() -> None:
-            try:
-                while True:
-                    loop.call_soon_threadsafe(self._receive, ours.recv(), life)
-            except (EOFError, OSError):
-                loop.call_soon_threadsafe(life.over.set)
-
-        def write() -> None:
-            try:
-                while (message := outbox.get()) is not None:
-                    ours.send(message)
-            except OSError:
-                return  # it has died, which the reader tells; all that was not finished is sent again
-
-        threads = [threading.Thread(target=work, name=f"engine {work.__name__}") for work in (read, write)]
-        try:
-            process.start()
-        except OSError:
-            return logger.exception("no process could be started")
-        theirs.close()
-        self._outbox, self._beat_at = outbox, time.monotonic()
-        for thread in threads:
-            thread.start()
-        try:
-            while not life.over.is_set():
-                try:
-                    await asyncio.wait_for(life.over.wait(), 1.0)
-                except TimeoutError:
-                    self._watch(process, life)
-        finally:
-            self._outbox = None
-            process.kill()  # it holds nothing that could be lost
-            outbox.put(None)
-            for thread in threads:
-                await asyncio.to_thread(thread.join)
-            ours.close()
-            await asyncio.to_thread(process.join)
-
-    def _watch(self, process: "multiprocessing.process.BaseProcess", life: _Life) -> None:
-        """Puts an end to an engine that says nothing any more."""
+    def _hangs(self) -> bool:
+        """Whether the engine has said nothing for so long that it never will."""
         patience = self._patience
         limit_s = max(patience.hang_s, patience.hang_steps * self._longest_s) if self._served else patience.load_s
-        if time.monotonic() - self._beat_at > limit_s:
-            logger.error("engine hangs and is killed", extra={"pid": process.pid, "limit_s": limit_s})
-            life.cause = "hung"
-            process.kill()
+        return time.monotonic() - self._beat_at > limit_s
 
-    def _receive(self, message: object, life: _Life) -> None:
+    def _receive(self, message: object, life: Life) -> None:
         match message:
             case Happened(events, stats, begun):
                 self._stats = stats
@@ -293,7 +225,7 @@ class LocalBackend:
         for stream, of_samples in steps.items():
             stream.events.put_nowait(Progress(of_samples))
 
-    def _become_ready(self, served: dict[str, Served], steps: Sequence[Step], life: _Life) -> None:
+    def _become_ready(self, served: dict[str, Served], steps: Sequence[Step], life: Life) -> None:
         digests = {name: model.digest for name, model in served.items()}
         if self._digests not in ({}, digests):  # what is on its way would end as other bytes than it was promised as
             life.refused = Refused("ModelRefused", "the weights were changed while they were served")

@@ -1,0 +1,87 @@
+"""One engine process, from its spawn to its death. Two threads carry its letters: the event loop waits for no pipe."""
+
+import asyncio
+import logging
+import multiprocessing
+import queue
+import signal
+import threading
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import TypeAlias
+
+from server import logs
+from server.messages import Cancel, Refused, Start, Submit
+
+logger = logging.getLogger(__name__)
+Letter: TypeAlias = Submit | Cancel
+
+
+def _run(pipe: Connection, start: Start) -> None:
+    """The main function of the engine process."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group; they are for the API process to handle
+        signal.signal(number, signal.SIG_IGN)
+    logs.configure(start.log_level)
+    from server import engine_process  # the API process never imports torch
+
+    engine_process.serve(pipe, start)
+
+
+class Life:
+    """An engine process. What it says is handed over on the event loop."""
+
+    def __init__(self) -> None:
+        self.over = asyncio.Event()
+        self.refused: Refused | None = None  # why there is no sense in another one
+        self.cause = "died"  # of its end, unless something else is seen
+        self._outbox: queue.SimpleQueue[Letter | None] = queue.SimpleQueue()
+
+    def send(self, letter: Letter) -> None:
+        """Says something to it, as soon as it listens."""
+        self._outbox.put(letter)
+
+    async def last(self, start: Start, receive: Callable[[object], None], hangs: Callable[[], bool]) -> None:
+        """Lives. Returns once the process is gone; it is killed when it hangs, and when this is cancelled."""
+        loop = asyncio.get_running_loop()
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_run, args=(theirs, start), name="ddpm-engine", daemon=True)
+
+        def read() -> None:
+            try:
+                while True:
+                    loop.call_soon_threadsafe(receive, ours.recv())
+            except (EOFError, OSError):
+                loop.call_soon_threadsafe(self.over.set)
+
+        def write() -> None:
+            try:
+                while (letter := self._outbox.get()) is not None:
+                    ours.send(letter)
+            except OSError:
+                return  # it has died, which the reader tells; all that was not finished is sent again
+
+        threads = [threading.Thread(target=work, name=f"engine {work.__name__}") for work in (read, write)]
+        try:
+            process.start()
+        except OSError:
+            return logger.exception("no process could be started")
+        theirs.close()
+        for thread in threads:
+            thread.start()
+        try:
+            while not self.over.is_set():
+                try:
+                    await asyncio.wait_for(self.over.wait(), 1.0)
+                except TimeoutError:
+                    if hangs():
+                        logger.error("engine hangs and is killed", extra={"pid": process.pid})
+                        self.cause = "hung"
+                        process.kill()
+        finally:
+            process.kill()  # it holds nothing that could be lost
+            self._outbox.put(None)
+            for thread in threads:
+                await asyncio.to_thread(thread.join)
+            ours.close()
+            await asyncio.to_thread(process.join)

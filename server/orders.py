@@ -1,0 +1,60 @@
+"""From a request's body to an order: every choice made, every bound checked, nothing promised yet."""
+
+import secrets
+from collections.abc import Mapping
+
+from model.card import ModelCard
+from model.plan import resolve
+from server.errors import Invalid
+from server.job import Order, Watched, frame_points
+from server.schemas import MAX_SEED, Frames, parse_generate
+from server.settings import Settings
+
+USUAL_FRAMES = Frames(count=30)
+
+
+def take_order(
+    body: bytes, cards: Mapping[str, ModelCard], settings: Settings, floats: bool = False, shows: bool = False
+) -> Order:
+    """A request with every choice made. Raises BadInput, or PlanError, naming the field that cannot be.
+
+    floats: whether the pictures are wanted unrounded, too. shows: whether frames are shown if nothing is said of them.
+    """
+    request = parse_generate(body)
+    card = cards[_model(request.model, cards, settings)]
+    if request.n > settings.max_n:
+        raise Invalid(("n", f"n must lie in 1..{settings.max_n}, got {request.n}"))
+    if request.seed is not None and request.seed > MAX_SEED - request.n:
+        raise Invalid(("seed", f"seed must lie in 0..2^53 - n = {MAX_SEED - request.n}, got {request.seed}"))
+    sampling = resolve(
+        card.process,
+        request.sampler,
+        request.steps,
+        variance=request.variance,
+        eta=request.eta,
+        spacing=request.spacing,
+        clip=request.clip,
+        noise=request.noise,
+    )
+    seed = secrets.randbelow(MAX_SEED - request.n) if request.seed is None else request.seed
+    frames = request.frames if "frames" in request.model_fields_set or not shows else USUAL_FRAMES
+    watched = _watched(frames, request.n, sampling.steps, settings.max_frames)
+    return Order(card, seed, request.n, sampling, watched, request.priority, request.deadline_s, floats)
+
+
+def _watched(frames: Frames | None, n: int, steps: int, most: int) -> Watched | None:
+    if frames is None:
+        return None
+    points = frame_points(frames, steps, most)
+    count = n * len(points) * (1 + (frames.kind == "both"))
+    if count > most:
+        raise Invalid(("frames", f"frames: pictures x points x kinds must be at most {most}, got {count}"))
+    return Watched(frames, points)
+
+
+def _model(wanted: str | None, cards: Mapping[str, ModelCard], settings: Settings) -> str:
+    name = wanted or settings.default_model or (next(iter(cards)) if len(cards) == 1 else "")
+    if name not in cards:
+        known = ", ".join(cards)
+        raise Invalid(("model", f"model must be one of {known}" if wanted else f"name a model, one of {known}"))
+    return name
