@@ -5,7 +5,7 @@ PORT   ?= 8000
 BIN    := .venv/bin
 PIP    := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: serve test check format bench gpu gpu-wheels gpu-compile clean
+.PHONY: serve test check format bench bench-compile gpu gpu-wheels gpu-compile clean
 
 serve: .venv/serve.stamp
 	$(BIN)/ddpm serve --host $(HOST) --port $(PORT)
@@ -22,8 +22,11 @@ format: .venv/test.stamp
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: .venv/test.stamp
+bench: .venv/bench.stamp
 	$(BIN)/python -m benchmarks
+
+bench-compile: .venv/bench.stamp
+	$(BIN)/python -m benchmarks --compiled --out build/compiled.jsonl
 
 .venv/serve.stamp: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed, as PYTHON=...")'
@@ -33,6 +36,10 @@ bench: .venv/test.stamp
 
 .venv/test.stamp: .venv/serve.stamp
 	$(PIP) --editable '.[test]'
+	touch $@
+
+.venv/bench.stamp: .venv/test.stamp
+	$(PIP) --editable '.[bench]'
 	touch $@
 
 # What only a GPU can show, with the Python that is there (torch 2.11 or later) and no network. `make gpu-wheels`,

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import engine, http, loopback, streams
-from benchmarks.measure import machine
+from benchmarks import engine, exactness, http, loopback, streams
+from benchmarks.measure import report
 from server.engine_process import cores
 
 DIGITS = Path(__file__).parent.parent / "weights" / "digits"
@@ -22,17 +22,9 @@ def main() -> None:
     args = parser.parse_args()
     device = torch.device("cuda" if args.gpu else "cpu")
     torch.set_num_threads(cores())
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    with args.out.open("w") as out:
-        print(machine(), file=out)
-        print(machine())
-        served = [] if args.compiled else [loopback, streams] if args.gpu else [loopback, streams, http]
-        more = (each.measures(device, DIGITS) for each in served)  # `http` takes longer than `make gpu` may
-        for measure in chain(engine.measures(device, DIGITS, args.compiled), *more):
-            low, high = measure.spread or (measure.value, measure.value)
-            line = f"{measure.name:60} {measure.value:10.3f} {measure.unit:18} ({low:.3f} .. {high:.3f})"
-            print(line, flush=True)
-            print(measure.line(), file=out, flush=True)
+    served = [] if args.compiled else [exactness, loopback, streams, *([] if args.gpu else [http])]
+    more = (each.measures(device, DIGITS) for each in served)  # `http` takes longer than `make gpu` may
+    report(chain(engine.measures(device, DIGITS, args.compiled), *more), args.out)
 
 
 if __name__ == "__main__":

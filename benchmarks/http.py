@@ -1,9 +1,12 @@
 """The server beside what people run today, over HTTP: throughput when saturated, and latency under the same load.
 
+    python -m benchmarks.http [--gpu] [--only STEPS]
+
 Requests are drawn from a mixture of step counts. Saturated: a fixed number is always outstanding. Under load: they
 arrive as a Poisson process (open loop: nobody waits for anybody), at the rate that saturates the best of the others.
 """
 
+import argparse
 import asyncio
 import random
 import statistics
@@ -17,10 +20,12 @@ import httpx
 import torch
 
 from benchmarks.loopback import a_server
-from benchmarks.measure import Measure
+from benchmarks.measure import Measure, report
 
-MIXTURE = {50: 0.4, 100: 0.3, 250: 0.2, 500: 0.1}  # share of requests by steps
-OUTSTANDING, WARM_S, SATURATED_S, LOAD_S, PATIENCE_S = 32, 5.0, 30.0, 75.0, 60.0
+Mixture = dict[int, float]  # share of requests by steps
+MIXTURE: Mixture = {50: 0.4, 100: 0.3, 250: 0.2, 500: 0.1}
+OUTSTANDING, WARM_S, SATURATED_S, LOAD_S, PATIENCE_S = 32, 10.0, 30.0, 75.0, 60.0
+DIGITS = Path(__file__).parent.parent / "weights" / "digits"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +42,7 @@ OTHERS = [
     Contender("LitServe's step loop, batch 8", ("litserve",), 8),
     Contender("LitServe's step loop, batch 32", ("litserve",), 32),
     Contender("micro-batcher, 20 ms and 8", ("batcher",), 8),
-    Contender("one at a time", ("single",), 1),
+    Contender("DDPMPipeline, one at a time", ("pipeline",), 1),
 ]
 
 
@@ -49,10 +54,15 @@ class Answer:
     sent: float
     took_s: float  # infinite if it had not come when patience ran out
 
+    def steps_within(self, began: float, ended: float) -> float:
+        """How many of its steps fall into this time, if they came evenly."""
+        overlap = min(self.sent + self.took_s, ended) - max(self.sent, began)
+        return self.steps * max(0.0, overlap) / self.took_s
 
-def draw_steps(draw: random.Random) -> int:
+
+def draw_steps(draw: random.Random, mixture: Mixture) -> int:
     """A step count from the mixture."""
-    return draw.choices(list(MIXTURE), list(MIXTURE.values()))[0]
+    return draw.choices(list(mixture), list(mixture.values()))[0]
 
 
 async def ask(client: httpx.AsyncClient, seed: int, steps: int) -> Answer:
@@ -68,27 +78,21 @@ def client_of(url: str) -> httpx.AsyncClient:
     return httpx.AsyncClient(base_url=url, timeout=None, limits=httpx.Limits(max_connections=None))
 
 
-async def saturate(url: str) -> float:
+async def saturate(url: str, mixture: Mixture) -> float:
     """Image-steps per second while `OUTSTANDING` requests are always waiting or being made."""
-    draw, answers = random.Random(0), []
+    draw, answers, began = random.Random(0), list[Answer](), time.monotonic() + WARM_S
+    ended = began + SATURATED_S
 
     async def keep_asking(client: httpx.AsyncClient) -> None:
-        while True:
-            answers.append(await ask(client, draw.randrange(1 << 40), draw_steps(draw)))
+        while time.monotonic() < ended:
+            answers.append(await ask(client, draw.randrange(1 << 40), draw_steps(draw, mixture)))
 
     async with client_of(url) as client:
-        began = time.monotonic()
-        askers = [asyncio.create_task(keep_asking(client)) for _ in range(OUTSTANDING)]
-        await asyncio.sleep(WARM_S + SATURATED_S)
-        for asker in askers:
-            asker.cancel()
-        await asyncio.gather(*askers, return_exceptions=True)
-    # What ended in the window was begun before it as often as what began in it ends after it.
-    window = [a for a in answers if a.sent + a.took_s > began + WARM_S]
-    return sum(a.steps for a in window) / SATURATED_S
+        await asyncio.gather(*(keep_asking(client) for _ in range(OUTSTANDING)))
+    return sum(answer.steps_within(began, ended) for answer in answers) / SATURATED_S
 
 
-async def load(url: str, rate: float) -> list[Answer]:
+async def load(url: str, rate: float, mixture: Mixture) -> list[Answer]:
     """The answers to Poisson arrivals, so many requests a second, for `LOAD_S` seconds: the same ones for everybody."""
     draw, asked = random.Random(1), []
 
@@ -104,7 +108,7 @@ async def load(url: str, rate: float) -> list[Answer]:
     async with client_of(url) as client:
         at = draw.expovariate(rate)
         while at < LOAD_S:
-            asked.append(asyncio.create_task(later(client, at, draw.randrange(1 << 40), draw_steps(draw))))
+            asked.append(asyncio.create_task(later(client, at, draw.randrange(1 << 40), draw_steps(draw, mixture))))
             at += draw.expovariate(rate)
         return await asyncio.gather(*asked)
 
@@ -120,41 +124,72 @@ async def same_bytes(url: str) -> bool:
     return alone == beside
 
 
+async def padded(url: str) -> float:
+    """What share of the steps our server has computed was for nobody."""
+    async with client_of(url) as client:
+        lines = (await client.get("/metrics")).text.splitlines()
+    made, wasted = (
+        next(float(line.split()[1]) for line in lines if line.startswith(f"ddpm_{name}_total "))
+        for name in ("sample_steps", "padded_slots")
+    )
+    return wasted / (made + wasted)
+
+
 def latencies(name: str, answers: list[Answer]) -> Iterator[Measure]:
     """Median and 99th percentile by steps."""
-    for steps in MIXTURE:
+    for steps in sorted({answer.steps for answer in answers}):
         took = sorted(a.took_s for a in answers if a.steps == steps)
         median, late = statistics.median(took), took[min(len(took) - 1, int(0.99 * len(took)))]
         yield Measure(f"{name}: {steps} steps, p50 and p99 of {len(took)}", median, "s", (took[0], late))
 
 
-def measures(device: torch.device, digits: Path) -> Iterator[Measure]:
+def measures(device: torch.device, digits: Path, mixture: Mixture = MIXTURE) -> Iterator[Measure]:
     """Everything this file measures."""
     others = [c for c in OTHERS if c.peer != ("litserve",) or find_spec("litserve")]
     capacity: dict[Contender, float] = {}
     for contender in (OURS, *others):
         with a_server(digits, contender.slots, device, *contender.peer) as url:
-            asyncio.run(saturate_shortly(url))
+            asyncio.run(warm(url))
             equal = asyncio.run(same_bytes(url))
-            capacity[contender] = asyncio.run(saturate(url))
+            capacity[contender] = asyncio.run(saturate(url, mixture))
+            if contender is OURS:
+                yield Measure("ours: steps computed for nobody", asyncio.run(padded(url)), "of all")
         yield Measure(f"{contender.name}: saturated", capacity[contender], "image-steps/s")
         yield Measure(f"{contender.name}: the same bytes in company", float(equal), "(1: yes)")
     for contender in others:
         ratio = capacity[OURS] / capacity[contender]
         yield Measure(f"ours against {contender.name}", ratio, "times the throughput")
-    best = max(others, key=lambda c: capacity[c])
-    rate = capacity[best] / sum(steps * share for steps, share in MIXTURE.items())
+    best, shortest = max(others, key=lambda c: capacity[c]), min(mixture)
+    rate = capacity[best] / sum(steps * share for steps, share in mixture.items())
     late: dict[Contender, float] = {}
     for contender in (OURS, best, *(c for c in others if c.peer == ("batcher",) and c is not best)):
         with a_server(digits, contender.slots, device, *contender.peer) as url:
-            answers = asyncio.run(load(url, rate))
-        short = sorted(a.took_s for a in answers if a.steps == 50)
+            asyncio.run(warm(url))
+            answers = asyncio.run(load(url, rate, mixture))
+        short = sorted(a.took_s for a in answers if a.steps == shortest)
         late[contender] = short[int(0.99 * len(short))]
         yield from latencies(f"{rate:.2f} requests/s, {contender.name}", answers)
-    yield Measure("50-step requests, p99: ours against the best other", late[OURS] / late[best], "of its time")
+    for contender in late.keys() - {OURS}:
+        ratio = late[OURS] / late[contender]
+        yield Measure(f"{shortest}-step requests, p99: ours against {contender.name}", ratio, "of its time")
 
 
-async def saturate_shortly(url: str) -> None:
+async def warm(url: str) -> None:
     """Whatever a first request warms up."""
     async with client_of(url) as client:
         await asyncio.gather(*(ask(client, i, 20) for i in range(OUTSTANDING)))
+
+
+def main() -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gpu", action="store_true", help="on the first GPU (default: on the CPU)")
+    parser.add_argument("--only", type=int, metavar="STEPS", help="all requests alike (default: a mixture)")
+    parser.add_argument("--out", type=Path, default=Path("build/http.jsonl"), help="(default: %(default)s)")
+    args = parser.parse_args()
+    mixture = {args.only: 1.0} if args.only else MIXTURE
+    report(measures(torch.device("cuda" if args.gpu else "cpu"), DIGITS, mixture), args.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -5,8 +5,9 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -42,7 +43,19 @@ def machine() -> str:
     return json.dumps({"machine": facts})
 
 
-def interleaved(contenders: Mapping[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
+def report(measures: Iterable[Measure], out: Path) -> None:
+    """Prints a table as it grows, and writes it as JSON lines."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.open("w") as lines:
+        print(machine(), file=lines, flush=True)
+        print(machine())
+        for measure in measures:
+            low, high = measure.spread or (measure.value, measure.value)
+            print(f"{measure.name:75} {measure.value:10.3f} {measure.unit:18} ({low:.3f} .. {high:.3f})", flush=True)
+            print(measure.line(), file=lines, flush=True)
+
+
+def interleaved(contenders: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
     """Seconds of each contender in each round. They take turns, so that a noisy machine is noisy for all."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for run in contenders.values():
@@ -53,6 +66,19 @@ def interleaved(contenders: Mapping[str, Callable[[], None]], rounds: int) -> di
             run()
             seconds[name].append(time.perf_counter() - began)
     return seconds
+
+
+def seconds_of(work: Callable[[], object], device: torch.device, times: int = 10) -> float:
+    """How long this takes on the device, the least of five blocks."""
+    blocks = []
+    for _ in range(6):
+        began = time.perf_counter()
+        for _ in range(times):
+            work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        blocks.append((time.perf_counter() - began) / times)
+    return min(blocks[1:])
 
 
 def median_ratio(slow: list[float], fast: list[float]) -> tuple[float, tuple[float, float]]:

@@ -1,12 +1,12 @@
 """What people run today instead of this server, at its best settings, so that both can be measured in one run.
 
-    python -m benchmarks.peers {single,batcher,litserve} --weights DIR --port PORT [--device cpu] [--batch 8]
+    python -m benchmarks.peers {pipeline,batcher,litserve} --weights DIR --port PORT [--device cpu] [--batch 8]
 
-`single`: FastAPI around what diffusers' DDPMPipeline does, one request at a time. `batcher`: requests of one step
-count that arrive within 20 ms share a batch, which runs to its end. `litserve`: LitServe's ContinuousBatchingLoop, one
-step of all requests at a time, one diffusers scheduler per request. All run diffusers' U-Net, channels-last, in
-bfloat16 where the processor has it (DDPMPipeline itself cannot), and draw noise per request, so that a seed means
-something.
+`pipeline`: FastAPI around DDPMPipeline, one request at a time, in float32, since it cannot do anything else. `batcher`:
+requests of one step count that arrive within 20 ms share a batch, which runs to its end. `litserve`: LitServe's
+ContinuousBatchingLoop, one step of all requests at a time, one diffusers scheduler per request. These two run
+diffusers' U-Net, channels-last, in bfloat16 where the processor has it, and draw noise per request, so that a seed
+means something.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 import uvicorn
-from diffusers import DDPMScheduler, UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from fastapi import FastAPI
 from PIL import Image
 from pydantic import BaseModel
@@ -95,12 +95,33 @@ class Diffusers:
     def png(self, picture: Picture) -> bytes:
         """The finished picture."""
         pixels = ((picture.x[0] / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
-        out = io.BytesIO()
-        Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).save(out, "PNG")
-        return out.getvalue()
+        return encode(Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels))
 
 
-def batcher(core: Diffusers, most: int) -> FastAPI:
+class Pipeline:
+    """diffusers' pipeline as it comes."""
+
+    def __init__(self, weights: Path, device: torch.device) -> None:
+        self.pipeline = DDPMPipeline.from_pretrained(weights, low_cpu_mem_usage=False).to(device)
+        self.pipeline.unet.to(memory_format=torch.channels_last)
+        self.pipeline.set_progress_bar_config(disable=True)
+
+    def run(self, asked: list[Asked]) -> list[bytes]:
+        """One after the other."""
+        return [
+            encode(self.pipeline(generator=torch.manual_seed(each.seed), num_inference_steps=each.steps).images[0])
+            for each in asked
+        ]
+
+
+def encode(picture: Image.Image) -> bytes:
+    """As PNG."""
+    out = io.BytesIO()
+    picture.save(out, "PNG")
+    return out.getvalue()
+
+
+def batcher(core: Diffusers | Pipeline, most: int) -> FastAPI:
     """Requests of one step count that arrive within a window share a batch; with `most` = 1, one after the other."""
     waiting: asyncio.Queue[tuple[Asked, asyncio.Future[bytes]]] = asyncio.Queue()
     thread = ThreadPoolExecutor(1)
@@ -145,7 +166,7 @@ def batcher(core: Diffusers, most: int) -> FastAPI:
 def main() -> None:
     """Serves one of them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("peer", choices=["single", "batcher", "litserve"])
+    parser.add_argument("peer", choices=["pipeline", "batcher", "litserve"])
     parser.add_argument("--weights", type=Path, required=True)
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--device", default="cpu")
@@ -158,8 +179,13 @@ def main() -> None:
         from benchmarks.litserve_loop import serve
 
         return serve(args.weights, device, args.port, args.batch)
-    app = batcher(Diffusers(args.weights, device), 1 if args.peer == "single" else args.batch)
-    uvicorn.run(app, host="127.0.0.1", port=args.port, log_level="warning")
+    core = Pipeline(args.weights, device) if args.peer == "pipeline" else Diffusers(args.weights, device)
+    uvicorn.run(
+        batcher(core, 1 if args.peer == "pipeline" else args.batch),
+        host="127.0.0.1",
+        port=args.port,
+        log_level="warning",
+    )
 
 
 if __name__ == "__main__":

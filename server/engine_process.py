@@ -3,6 +3,7 @@
 The only room of the server where torch is imported. It owns one device, and has no sockets and no disk to write to.
 """
 
+import ctypes
 import os
 import platform
 import time
@@ -27,6 +28,7 @@ from server.backend import Served
 from server.messages import Beat, Cancel, Died, Happened, Ready, Refused, Start, Step, Submit
 
 BEAT_S = 0.25
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -69,6 +71,18 @@ def device_name(device: torch.device) -> str:
 def cores() -> int:
     """How many processors this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def prepare_cpu(threads: int) -> None:
+    """Makes this process an engine on a CPU: its threads, and an allocator that keeps what it has got.
+
+    Left alone, glibc gives a step's large tensors back to the system and gets them again, page by page, in the next.
+    """
+    torch.set_num_threads(threads or cores())
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
+    if mallopt is not None:
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def ranges(numbers: Sequence[int]) -> str:
@@ -129,7 +143,7 @@ class Engines:
     def __init__(self, start: Start) -> None:
         device = choose_device(start.device)
         if device.type == "cpu":
-            torch.set_num_threads(start.threads or cores())
+            prepare_cpu(start.threads)
         else:
             torch.cuda.set_device(device)
         dtype, slots = choose_dtype(start.dtype, device), start.slots or usual_slots(device)

@@ -1,0 +1,51 @@
+"""A thousand pictures in changing company, each against the same picture alone: bytes, nothing less.
+
+Samplers, step counts and seeds are drawn; pictures arrive, are given up and end at random, so that buckets, slots and
+companions change all the time.
+"""
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from benchmarks.engine import our_engine
+from benchmarks.measure import Measure
+from model.engine import Engine
+from model.events import Finished, Request
+from model.plan import Plan, Sampling, plan, resolve
+
+COMPARISONS, LONGEST = 1000, 6
+
+
+def alone(engine: Engine, wanted: Request) -> bytes:
+    """A picture made with nobody else in the batch."""
+    engine.submit(wanted)
+    while True:
+        for event in engine.step():
+            assert isinstance(event, Finished)
+            return event.picture.tobytes()
+
+
+def measures(device: torch.device, digits: Path) -> Iterator[Measure]:
+    """Everything this file measures."""
+    engine, draw = our_engine(digits, device, 16), random.Random(0)
+    process, plans = engine.runner.model.card.process, dict[Sampling, Plan]()
+    wanted: list[Request] = []
+    for id in range(COMPARISONS):
+        sampler = draw.choice(["ddpm", "ddim", "greedy", "dpmpp_2m"])
+        sampling = resolve(process, sampler, draw.randint(1, LONGEST))
+        table = plans.setdefault(sampling, plan(process, sampling))
+        wanted.append(Request(id, draw.randrange(1 << 40), table, draw.random()))
+    made, waiting = dict[int, bytes](), list(wanted)
+    while len(made) < COMPARISONS:
+        for _ in range(min(draw.choice([0, 1, 1, 2, 3, 20]), len(waiting))):
+            engine.submit(waiting.pop())
+        if draw.random() < 0.2:  # somebody else comes, and leaves within a few steps
+            engine.submit(Request("guest", draw.randrange(1 << 40), plans[draw.choice(list(plans))], -1.0))
+        made |= {int(e.id): e.picture.tobytes() for e in engine.step() if isinstance(e, Finished) and e.id != "guest"}  # type: ignore[call-overload]
+        engine.cancel("guest")
+    same = sum(alone(engine, each) == made[index] for index, each in enumerate(wanted))
+    name = f"digits: pictures in company with the bytes they have alone, of {COMPARISONS}"
+    yield Measure(name, same, f"(buckets {len(engine.runner.admitted)}, exact: {engine.runner.exact})")
