@@ -4,7 +4,6 @@ All take the same model directory. The diffusers ones run `UNet2DModel` and `DDP
 """
 
 import gc
-import resource
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -307,7 +306,8 @@ def _memory(contender: Contender) -> int:
     if torch.cuda.is_available():
         most: int = torch.cuda.max_memory_reserved()
         return most
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    status = Path("/proc/self/status").read_text()
+    return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
 
 
 def _nodes(contender: Contender, batch: int) -> int:
