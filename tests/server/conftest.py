@@ -30,7 +30,9 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def client(weights: Path, tmp_path: Path) -> Iterator[TestClient]:
     """The application over a backend that makes flat grey pictures at once."""
-    settings = Settings(weights=weights, data_dir=tmp_path, max_n=8, max_queued_steps=200, max_body_bytes=512)
+    settings = Settings(
+        weights=weights, data_dir=tmp_path, result_cache=False, max_n=8, max_queued_steps=200, max_body_bytes=512
+    )
     with TestClient(create_app(settings, FakeBackend()), raise_server_exceptions=False) as made:
         yield made
 
@@ -48,6 +50,7 @@ class Server:
             "DDPM_WEIGHTS": str(weights),
             "DDPM_THREADS": "1",
             "DDPM_SLOTS": "4",
+            "DDPM_RESULT_CACHE": "no",  # or who compares two pictures would compare one with itself
             **variables,
         }
         self._environ = {name: value for name, value in os.environ.items() if not name.startswith("DDPM_")} | knobs
