@@ -50,7 +50,11 @@ class Store:
             self.size_bytes = store_rows.size_bytes(self._db)
             on_commit(seconds)
 
-        self._writer = Writer(self._db, lambda: self.pictures.probe(ROOM_BYTES), committed)
+        def probe() -> None:
+            self.pictures.probe(ROOM_BYTES)
+            store_rows.probe(self._db, ROOM_BYTES)
+
+        self._writer = Writer(self._db, probe, committed)
         self._savers = ThreadPoolExecutor(SAVERS, "pictures")
 
     @property

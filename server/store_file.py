@@ -53,6 +53,7 @@ CREATE TRIGGER more AFTER INSERT ON files BEGIN UPDATE total SET bytes = bytes +
 CREATE TRIGGER less AFTER DELETE ON files BEGIN UPDATE total SET bytes = bytes - old.size; END;
 CREATE TABLE known (identity TEXT PRIMARY KEY, sha256 TEXT NOT NULL) WITHOUT ROWID;
 CREATE INDEX identities ON known (sha256);
+CREATE TABLE scratch (room BLOB);
 CREATE TABLE expired (number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE);
 """
 

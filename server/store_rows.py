@@ -160,6 +160,12 @@ def size_bytes(db: sqlite3.Connection) -> int:
     return int(db.execute(query).fetchone()[0])
 
 
+def probe(db: sqlite3.Connection, size: int) -> None:
+    """Raises sqlite3.Error unless there is room for so many bytes."""
+    db.execute("INSERT INTO scratch VALUES (zeroblob(?))", (size,))
+    db.execute("DELETE FROM scratch")
+
+
 def _read(db: sqlite3.Connection, row: tuple[object, ...]) -> Record:
     *fields, number = row
     values = dict(zip(FIELDS, fields, strict=True))

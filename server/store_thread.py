@@ -78,6 +78,7 @@ class Writer:
         if self.trouble is None:
             logger.error("the store cannot be written", extra={"reason": str(error)})
         self.trouble = "the disk is full, or cannot be written"
+        self.post(lambda db: None)  # wakes the thread, which then looks for room now and then
 
     def _works(self) -> None:
         if self.trouble is not None:
@@ -148,7 +149,6 @@ class Writer:
         """Finds out whether there is room again, when nobody asks for any."""
         try:
             self._probe()
-            self._db.execute("UPDATE sqlite_sequence SET seq = seq WHERE name = 'jobs'")
         except (sqlite3.Error, OSError):
             return
         self._works()
