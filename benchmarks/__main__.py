@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import engine, http, loopback, streams
+from benchmarks import engine, http, journal, loopback, streams
 from benchmarks.measure import machine
 from server.engine_process import cores
 
@@ -26,7 +26,7 @@ def main() -> None:
     with args.out.open("w") as out:
         print(machine(), file=out)
         print(machine())
-        served = [] if args.compiled else [loopback, streams] if args.gpu else [loopback, streams, http]
+        served = [] if args.compiled else [loopback, streams] if args.gpu else [journal, loopback, streams, http]
         more = (each.measures(device, DIGITS) for each in served)  # `http` takes longer than `make gpu` may
         for measure in chain(engine.measures(device, DIGITS, args.compiled), *more):
             low, high = measure.spread or (measure.value, measure.value)

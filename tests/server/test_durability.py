@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
 import pytest
 from starlette.testclient import TestClient
@@ -18,6 +17,7 @@ from starlette.testclient import TestClient
 from model.events import Finished
 from server.app import create_app
 from server.clock import Clock
+from server.jobs import Jobs
 from server.orders import Terms
 from server.settings import Settings
 from server.store_file import JOURNAL
@@ -76,6 +76,18 @@ def backend_of(client: TestClient) -> FakeBackend:
     backend = client.app.state.jobs.backend  # type: ignore[attr-defined]
     assert isinstance(backend, FakeBackend)
     return backend
+
+
+def jobs_of(client: TestClient) -> Jobs:
+    jobs = client.app.state.jobs  # type: ignore[attr-defined]
+    assert isinstance(jobs, Jobs)
+    return jobs
+
+
+def call(client: TestClient, work: Callable[[], Any]) -> Any:
+    """Does this on the server's event loop."""
+    assert client.portal is not None
+    return client.portal.call(work)
 
 
 def alter(directory: Path, statement: str) -> None:
@@ -172,7 +184,7 @@ def test_a_job_of_another_model_than_is_served_now_fails_with_the_reason(start: 
 def interrupted(client: TestClient, headers: dict[str, str]) -> None:
     """A synchronous caller who waits for a picture of seed 1 when the server goes away."""
     terms = Terms(attached=True, key=headers.get("idempotency-key"))
-    client.portal.call(client.app.state.jobs.submit, b'{"seed": 1}', terms)  # type: ignore[union-attr, attr-defined]
+    call(client, partial(jobs_of(client).submit, b'{"seed": 1}', terms))
 
 
 @pytest.mark.parametrize(("headers", "status"), [({}, "cancelled"), ({"idempotency-key": "k"}, "succeeded")])
@@ -304,7 +316,7 @@ def test_a_picture_that_comes_out_otherwise_raises_the_alarm_and_the_first_one_s
             yield Finished(0, np.full((8, 8, 1), len(self.specs), np.uint8), None)
 
     with start() as client:
-        client.app.state.jobs.backend = Drifting()  # type: ignore[attr-defined]
+        jobs_of(client).backend = Drifting()
         first = client.post("/generate", json={"seed": 5})
         second = client.post("/generate", json={"seed": 5}, headers={"cache-control": "no-cache"})
         seen = read(client.get("/metrics").text)
@@ -358,7 +370,7 @@ def test_what_is_no_longer_kept_is_gone_and_not_unknown(start: Start) -> None:
     with start(retention_days=0) as client:
         job = later(client, seed=1)
         ended(client, job["id"])
-        client.portal.call(client.app.state.jobs.ledger.sweep)  # type: ignore[union-attr, attr-defined]
+        call(client, jobs_of(client).ledger.sweep)
         answers = [client.get(f"/jobs/{job['id']}{path}") for path in ("", "/images/0", "/trajectory")]
         codes = [answer.status_code for answer in answers]
         closed = watch(client, f"/jobs/{job['id']}/stream")[1]
@@ -368,8 +380,7 @@ def test_what_is_no_longer_kept_is_gone_and_not_unknown(start: Start) -> None:
 
 def test_a_full_disk_is_told_by_every_door_and_passes(start: Start) -> None:
     with start() as client:
-        writer = client.app.state.jobs.ledger.store._writer  # type: ignore[attr-defined]
-        writer.fails(OSError(28, "No space left on device"))
+        jobs_of(client).ledger.store._writer.fails(OSError(28, "No space left on device"))
         refused = [client.post("/generate"), client.get("/readyz")]
         assert client.get("/healthz").status_code == 200
         deadline = time.monotonic() + 10
@@ -395,11 +406,11 @@ def test_order_and_retention_do_not_depend_on_the_clock_on_the_wall(monkeypatch:
 
 def test_while_it_drains_a_server_says_so_and_ends_what_it_has(start: Start) -> None:
     with start(open_gate=False) as client:
-        jobs = client.app.state.jobs  # type: ignore[attr-defined]
         job = later(client, seed=1)
-        drained = client.portal.start_task_soon(jobs.drain, 10)  # type: ignore[union-attr]
-        refused: list[httpx.Response] = [client.post("/generate"), client.get("/readyz")]
-        client.portal.call(backend_of(client).gate.set)  # type: ignore[union-attr]
+        assert client.portal is not None
+        drained = client.portal.start_task_soon(jobs_of(client).drain, 10)
+        refused = [client.post("/generate"), client.get("/readyz")]
+        call(client, backend_of(client).gate.set)
         drained.result(10)
         assert client.get(f"/jobs/{job['id']}").json()["status"] == "succeeded"
 
@@ -411,7 +422,7 @@ def test_viewers_of_a_job_that_is_parked_are_told_to_come_back(start: Start) -> 
         job = later(client, seed=1)
         with client.websocket_connect(f"/jobs/{job['id']}/stream") as socket:
             socket.receive_json()
-            client.portal.call(client.app.state.jobs.drain, 0)  # type: ignore[union-attr, attr-defined]
+            call(client, partial(jobs_of(client).drain, 0))
             while (message := socket.receive())["type"] != "websocket.close":
                 assert "succeeded" not in str(message)
     with start() as client:

@@ -294,7 +294,12 @@ def test_a_picture_is_on_disk_before_the_row_that_names_it(tmp_path: Path, monke
 
     def noting(word: str, call: str) -> None:
         real = getattr(os, call)
-        monkeypatch.setattr(os, call, lambda *args: (done.append(word), real(*args))[1])
+
+        def noted(*args: object) -> object:
+            done.append(word)
+            return real(*args)
+
+        monkeypatch.setattr(os, call, noted)
 
     async def story() -> None:
         async with a_store(tmp_path, lambda seconds: done.append("commit")) as store:
