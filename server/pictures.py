@@ -11,6 +11,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from server.errors import Gone
+from server.store_file import sync_folder
 
 UNFINISHED = ".part"
 
@@ -38,7 +39,7 @@ class Pictures:
         except OSError:
             part.unlink(missing_ok=True)
             raise
-        self._sync_folder()
+        sync_folder(self.folder)
 
     def read(self, name: str) -> bytes:
         """A picture. Raises Gone if it is not here, or not what it was."""
@@ -85,10 +86,3 @@ class Pictures:
             part.write_bytes(b"\0" * size_bytes)
         finally:
             part.unlink(missing_ok=True)
-
-    def _sync_folder(self) -> None:
-        folder = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)

@@ -89,14 +89,36 @@ def open_journal(directory: Path) -> sqlite3.Connection:
     try:
         if path.exists():
             _check(path)
+        else:
+            _create(path)
         db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
         for pragma in ("locking_mode = EXCLUSIVE", "journal_mode = WAL", "synchronous = FULL"):
             db.execute(f"PRAGMA {pragma}")
-        if db.execute("PRAGMA user_version").fetchone() == (0,):
-            db.executescript(f"BEGIN; {SCHEMA} COMMIT;")
         return db
     except sqlite3.DatabaseError as error:
         raise StoreRefused(f"the store {path} is damaged ({error}); it has been left as it is") from None
+
+
+def _create(path: Path) -> None:
+    """An empty journal: whole, or not there at all."""
+    new = path.with_suffix(".new")
+    for left in path.parent.glob(f"{new.name}*"):
+        left.unlink()
+    db = sqlite3.connect(new, isolation_level=None)
+    db.execute("PRAGMA journal_mode = WAL")
+    db.executescript(f"BEGIN; {SCHEMA} COMMIT;")
+    db.close()
+    os.replace(new, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """What files there are in a folder is on disk."""
+    opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
 
 
 def _check(path: Path) -> None:
@@ -109,9 +131,7 @@ def _check(path: Path) -> None:
         (version,) = db.execute("PRAGMA user_version").fetchone()
         if version > VERSION:
             raise StoreRefused(f"the store {path} is of version {version}, this server knows versions up to {VERSION}")
-        tables = db.execute("SELECT count(*) FROM sqlite_schema").fetchone()
-        ours = db.execute("PRAGMA application_id").fetchone()
-        if tables != (0,) and (ours, version) != ((APPLICATION,), VERSION):
+        if (db.execute("PRAGMA application_id").fetchone(), version) != ((APPLICATION,), VERSION):
             raise StoreRefused(f"{path} is a database of something else")
     finally:
         db.close()

@@ -62,16 +62,15 @@ def told(log: int, **words: object) -> None:
 
 
 def story(weights: Path, directory: Path) -> None:
-    """A client asks for three jobs and waits for them, and one comes with a key."""
+    """A client asks for two pictures and comes back for them; and for one more, with a key, and waits."""
     log = os.open(directory / "told", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     with start(weights, directory) as client:
-        for seed in (1, 2):
-            request = {"seed": seed, "steps": 2, "n": seed, "frames": None}
-            job = client.post("/generate", json=request, headers={"prefer": "respond-async"}).json()
-            told(log, id=job["id"], seed=seed, n=seed)
-            while (document := client.get(f"/jobs/{job['id']}").json())["status"] != "succeeded":
-                time.sleep(0.002)
-            told(log, id=job["id"], seed=seed, n=seed, document=document)
+        request = {"seed": 1, "steps": 2, "n": 2, "frames": None}
+        job = client.post("/generate", json=request, headers={"prefer": "respond-async"}).json()
+        told(log, id=job["id"], seed=1, n=2)
+        while (document := client.get(f"/jobs/{job['id']}").json())["status"] != "succeeded":
+            time.sleep(0.002)
+        told(log, id=job["id"], seed=1, n=2, document=document)
         answer = client.post("/generate", json={"seed": 3}, headers={"idempotency-key": "k"})
         told(log, id=answer.headers["x-job-id"], seed=3, n=1)
 

@@ -82,7 +82,7 @@ class Storm:
             thread.join(120)
 
     def _kill_something(self) -> None:
-        victim = self.draw.choice(("server", "server", "engine", "both", "loading"))
+        victim = self.draw.choice(("server", "engine", "both", "loading", "loading", "loading"))
         if victim != "loading":  # else whatever has been started is killed before it is ready
             self.server.wait_until_ready()
             time.sleep(RIGHT_AFTER_S + self.draw.expovariate(3))
@@ -117,7 +117,7 @@ class Storm:
             try:
                 answer = client.post("/generate", json=body(request), headers=headers)
             except httpx.TransportError:
-                time.sleep(0.02)
+                time.sleep(0.2)
                 continue
             if answer.status_code == 200 and [i["sha256"] for i in answer.json()["images"]] != self.expected[request]:
                 self.log.wrong.append(f"{answer.json()['id']} was answered with other pictures")
@@ -126,7 +126,7 @@ class Storm:
             if answer.status_code == 409:
                 time.sleep(0.05)
             elif answer.status_code in (429, 503):
-                time.sleep(0.1)
+                time.sleep(0.2)
             else:
                 self.log.wrong.append(f"{key} was answered with {answer.status_code}: {answer.text}")
                 return key

@@ -109,13 +109,13 @@ def test_a_key_leads_to_the_job_that_came_with_it_for_its_owner_alone(tmp_path: 
 
 
 def test_the_oldest_go_first_and_a_picture_stays_as_long_as_one_job_has_it(tmp_path: Path) -> None:
-    async def story() -> tuple[list[str], list[bool], list[type[Exception]]]:
+    async def story() -> tuple[list[str], list[bool], list[object]]:
         async with a_store(tmp_path) as store:
             for i, pngs in enumerate([(b"x", b"y"), (b"y",), (b"z",)]):
                 await keep(store, f"{i}", *pngs, ended=10.0 + i)
             gone = await store.expire(before=11.0, most_bytes=1 << 40)
             left = [store.pictures.has(name(png), 1) for png in (b"x", b"y", b"z")]
-            errors = []
+            errors = list[object]()
             for id in ("0", "9"):
                 with pytest.raises((Gone, NotFound)) as error:
                     await store.find(id)
