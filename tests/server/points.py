@@ -1,13 +1,14 @@
 """Deaths at every point: a server's whole path of accepting jobs and keeping results, killed before its N-th write.
 
 The calls that change a disk (write, fsync, rename, ...) are counted by a library that is loaded before all others, so
-that SQLite's own are among them. `python -m tests.server.points WEIGHTS DIR` forks a child for every N, which plays the
-story in DIR/N and dies there, until one comes to the end. What a client was told is in DIR/N/told.
+that SQLite's own are among them. `python -m tests.server.points STORY WEIGHTS DIR` forks a child for every N, which
+plays the story in DIR/N and dies there, until one comes to the end. What a client was told is in DIR/N/told.
 """
 
 import ctypes
 import json
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -16,6 +17,7 @@ from starlette.testclient import TestClient
 
 from server.app import create_app
 from server.settings import Settings
+from server.store import Store
 from tests.server.fakes import FakeBackend
 
 SOURCE = r"""
@@ -61,7 +63,12 @@ def told(log: int, **words: object) -> None:
     os.write(log, json.dumps(words).encode() + b"\n")
 
 
-def story(weights: Path, directory: Path) -> None:
+def creating(weights: Path, directory: Path) -> None:
+    """The first server of all begins."""
+    Store(directory / "data")
+
+
+def accepting(weights: Path, directory: Path) -> None:
     """A client asks for two pictures and comes back for them; and for one more, with a key, and waits."""
     log = os.open(directory / "told", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     with start(weights, directory) as client:
@@ -75,14 +82,19 @@ def story(weights: Path, directory: Path) -> None:
         told(log, id=answer.headers["x-job-id"], seed=3, n=1)
 
 
+STORIES = {"creating": creating, "accepting": accepting}
+
+
 def main() -> None:
     """One child after the other, each of which dies one call later."""
-    weights, directory = Path(sys.argv[1]), Path(sys.argv[2])
+    story, weights, directory = STORIES[sys.argv[1]], Path(sys.argv[2]), Path(sys.argv[3])
+    template = directory / "template"
+    Store(template) if story is accepting else template.mkdir()
     library, n, status = ctypes.CDLL(os.environ["LD_PRELOAD"]), 0, 1
     while status != 0:
         n += 1
         place = directory / str(n)
-        place.mkdir()
+        shutil.copytree(template, place / "data")
         child = os.fork()
         if child == 0:
             library.die_before(n)
