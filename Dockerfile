@@ -12,10 +12,12 @@ RUN /venv/bin/pip install --no-cache-dir --disable-pip-version-check --constrain
         --extra-index-url "$TORCH_INDEX" .
 
 FROM python:3.12-slim
-RUN useradd --uid 10001 --user-group --no-create-home ddpm
+RUN useradd --uid 10001 --user-group --no-create-home ddpm && install -d -o 10001 -g 10001 -m 700 /data
 COPY --from=build /venv /venv
 COPY weights /weights
-ENV PATH=/venv/bin:$PATH PYTHONUNBUFFERED=1 DDPM_WEIGHTS=/weights DDPM_HOST=0.0.0.0
+ENV PATH=/venv/bin:$PATH PYTHONUNBUFFERED=1 DDPM_WEIGHTS=/weights DDPM_DATA_DIR=/data \
+    DDPM_HOST=0.0.0.0
+VOLUME /data
 USER 10001:10001
 EXPOSE 8000
 STOPSIGNAL SIGTERM

@@ -5,7 +5,7 @@ PORT   ?= 8000
 BIN    := .venv/bin
 PIP    := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: serve test check format bench bench-compile gpu gpu-wheels gpu-compile clean
+.PHONY: serve test check format bench bench-compile chaos gpu gpu-wheels gpu-compile clean
 
 serve: .venv/serve.stamp
 	$(BIN)/ddpm serve --host $(HOST) --port $(PORT)
@@ -27,6 +27,10 @@ bench: .venv/bench.stamp
 
 bench-compile: .venv/bench.stamp
 	$(BIN)/python -m benchmarks --compiled --out build/compiled.jsonl
+
+# Two hundred times kill -9 to the server, its engine or both, under sixteen clients: ten to twenty minutes.
+chaos: .venv/test.stamp
+	$(BIN)/python -m tests.server.storm
 
 .venv/serve.stamp: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed, as PYTHON=...")'

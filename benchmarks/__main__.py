@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import engine, exactness, http, loopback, streams
+from benchmarks import engine, exactness, http, journal, loopback, streams
 from benchmarks.measure import report
 from server.engine_process import cores
 
@@ -22,7 +22,7 @@ def main() -> None:
     args = parser.parse_args()
     device = torch.device("cuda" if args.gpu else "cpu")
     torch.set_num_threads(cores())
-    served = [] if args.compiled else [exactness, loopback, streams, *([] if args.gpu else [http])]
+    served = [] if args.compiled else [exactness, loopback, streams] if args.gpu else [exactness, journal, loopback, streams, http]
     more = (each.measures(device, DIGITS) for each in served)  # `http` takes longer than `make gpu` may
     report(chain(engine.measures(device, DIGITS, args.compiled), *more), args.out)
 

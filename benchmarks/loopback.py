@@ -7,6 +7,7 @@ import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -30,7 +31,15 @@ def a_server(weights: Path, slots: int, device: torch.device, *peer: str) -> Ite
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    knobs = {"WEIGHTS": str(weights), "SLOTS": str(slots), "DEVICE": device.type, "LOG_LEVEL": "warning"}
+    data = tempfile.TemporaryDirectory()
+    knobs = {
+        "DATA_DIR": data.name,
+        "RESULT_CACHE": "no",
+        "WEIGHTS": str(weights),
+        "SLOTS": str(slots),
+        "DEVICE": device.type,
+        "LOG_LEVEL": "warning",
+    }
     environ = os.environ | {f"DDPM_{name}": value for name, value in knobs.items()}
     theirs = ["benchmarks.peers", *peer, "--weights", str(weights), "--batch", str(slots), "--device", device.type]
     command = [sys.executable, "-m", *(theirs if peer else ["server", "serve"]), "--port", str(port)]
@@ -49,6 +58,7 @@ def a_server(weights: Path, slots: int, device: torch.device, *peer: str) -> Ite
             os.killpg(process.pid, signal.SIGKILL)  # LitServe's processes outlive a polite word
         process.terminate()
         process.wait(60)
+        data.cleanup()
 
 
 def _ready(url: str) -> bool:

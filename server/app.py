@@ -21,6 +21,7 @@ from server.metrics import Metrics
 from server.routes import generate, jobs, models, scrape, stream
 from server.routes.http import RequestIds
 from server.settings import Settings
+from server.store import Store
 from server.worker import LocalBackend
 
 logger = logging.getLogger(__name__)
@@ -79,7 +80,8 @@ def create_app(
     backend: Backend | None = None,
     on_failed: Callable[[EngineFailed], None] = lambda failure: None,
 ) -> FastAPI:
-    """The application. `on_failed` hears of an engine that is down for good. Raises ModelRefused, SettingsError."""
+    """The application. `on_failed` hears of an engine that is down for good. Raises ModelRefused, SettingsError,
+    StoreRefused, StoreInUse."""
     cards = find_models(settings.weights)
     if settings.default_model and settings.default_model not in cards:
         raise SettingsError(f"DDPM_DEFAULT_MODEL must be one of {', '.join(cards)}")
@@ -89,7 +91,8 @@ def create_app(
         knobs = (settings.device, settings.dtype, settings.slots, settings.threads, settings.exact)
         start = Start(places, *knobs, settings.log_level)
         backend = LocalBackend(start, settings.engine_restarts, on_failed, metrics.took)
-    made = Jobs(settings, cards, backend, metrics)
+    store = Store(settings.data_dir, metrics.journal_commit_seconds.observe)
+    made = Jobs(settings, cards, backend, store, metrics)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

@@ -6,18 +6,21 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from types import FrameType
 
 import uvicorn
 
 from model.errors import ModelRefused
 from server import logs
 from server.app import create_app
-from server.backend import Backend
-from server.errors import EXIT_CODES, EXIT_FAILED, EngineFailed, SettingsError
+from server.errors import EXIT_CODES, EXIT_FAILED, EngineFailed, SettingsError, StoreInUse, StoreRefused
+from server.jobs import Jobs
 from server.settings import Settings
 
+LEAVING_S = 1.0  # that viewers have to be told that the server goes away
 STALLED_MS, SEND_BUFFER_BYTES = 10_000, 128 << 10
 
 
@@ -52,24 +55,28 @@ def listen(host: str, port: int) -> socket.socket:
 class _Server(uvicorn.Server):
     """uvicorn's server, for which SIGTERM is an order to end well, not an accident to report by dying of it."""
 
-    def __init__(self, config: uvicorn.Config, backend: Backend, drain_s: float) -> None:
+    def __init__(self, config: uvicorn.Config, jobs: Jobs, drain_s: float) -> None:
         super().__init__(config)
-        self.backend, self.drain_s = backend, drain_s
+        self.jobs, self.drain_s, self.hurried = jobs, drain_s, False
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal drains, the second parks what has not ended at once."""
+        self.hurried, self.should_exit, self.jobs.closing = self.should_exit, True, True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Lets running requests end. Those that have not after `drain_s` seconds are told so, and then all is over."""
+        """Lets jobs end, for `drain_s` seconds; then tells those who still wait or watch; and then all is over.
 
-        async def run_out() -> None:
-            await asyncio.sleep(self.drain_s)
-            await self.backend.close()
-
-        deadline = asyncio.create_task(run_out())
+        uvicorn itself would begin by closing every websocket.
+        """
+        await self.jobs.drain(self.drain_s, lambda: self.hurried)
+        until = time.monotonic() + LEAVING_S
+        while self.jobs.audience.viewers and time.monotonic() < until:
+            await asyncio.sleep(0.01)
         await super().shutdown(sockets)
-        deadline.cancel()
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """While the server runs, SIGINT and SIGTERM drain it; a second SIGINT ends it at once."""
+        """While the server runs, SIGINT and SIGTERM are for `handle_exit`."""
         before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
@@ -86,7 +93,7 @@ def serve(flags: dict[str, object]) -> int:
 
     def stop(failure: EngineFailed) -> None:
         failures.append(failure)
-        server.should_exit = True
+        server.should_exit = server.hurried = True
 
     app = create_app(settings, on_failed=stop)
     config = uvicorn.Config(
@@ -99,9 +106,9 @@ def serve(flags: dict[str, object]) -> int:
         ws_per_message_deflate=False,  # pictures are compressed already
         access_log=False,
         server_header=False,
-        timeout_graceful_shutdown=round(settings.drain_s) + 5,
+        timeout_graceful_shutdown=5,
     )
-    server = _Server(config, app.state.jobs.backend, settings.drain_s)
+    server = _Server(config, app.state.jobs, settings.drain_s)
     with listen(settings.host, settings.port) as listening:
         server.run([listening])
     if failures:
@@ -111,12 +118,12 @@ def serve(flags: dict[str, object]) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The console script. Returns the exit code: 0 done, 1 failed, 2 usage, 3 model refused, 6 no device, 70 engine."""
+    """The console script. Returns the exit code, as docs/settings.md has them."""
     flags = vars(_parser().parse_args(arguments))
     flags.pop("command")
     try:
         return serve(flags)
-    except (SettingsError, ModelRefused) as error:
+    except (SettingsError, ModelRefused, StoreRefused, StoreInUse) as error:
         print(f"ddpm: {error}", file=sys.stderr)
         return EXIT_CODES[type(error)]
 

@@ -8,12 +8,19 @@ ServerError
 │   ├── NotAcceptable       it cannot be answered in the form that was asked for
 │   ├── BodyTooLarge        its body is too large
 │   ├── UnsupportedMedia    its body is of another kind
+│   ├── KeyReused           its Idempotency-Key came with another body before
 │   └── Invalid             its fields say what cannot be
 ├── TooBusy             the queue is full
 ├── NotReady            loading, draining, or the engine is down
+├── StorageFull         nothing more can be put on disk
+├── StillRunning        the job that came with the same Idempotency-Key has not ended
 ├── DeadlinePassed      the deadline that the client set was not met
 ├── JobCancelled        somebody gave the job up while another waited for it
 ├── SampleLost          the engine says that a picture could not be made
+├── ModelChanged        the model that a job was accepted for is not the one that is served
+├── Recalled            what a job that ended long ago failed with
+├── StoreRefused        the store is damaged, or of another version
+├── StoreInUse          another server has the store
 ├── SettingsError       a DDPM_* variable or a flag is unknown or ill-formed
 └── EngineFailed        the engine is down for good; `exit_code` says why
 """
@@ -24,7 +31,8 @@ from typing import Any
 
 from model.errors import ModelRefused, NoSuchDevice, PlanError
 
-EXIT_FAILED, EXIT_USAGE, EXIT_MODEL_REFUSED, EXIT_NO_DEVICE, EXIT_ENGINE = 1, 2, 3, 6, 70
+EXIT_FAILED, EXIT_USAGE, EXIT_MODEL_REFUSED, EXIT_STORE_REFUSED, EXIT_STORE_IN_USE = 1, 2, 3, 4, 5
+EXIT_NO_DEVICE, EXIT_ENGINE = 6, 70
 
 
 class ServerError(Exception):
@@ -59,6 +67,10 @@ class UnsupportedMedia(BadInput):
     """Its body is of another kind."""
 
 
+class KeyReused(BadInput):
+    """Its Idempotency-Key came with another body before."""
+
+
 class Invalid(BadInput):
     """Its fields say what cannot be. `fields` are pairs of a field's name (or nothing) and what is wrong with it."""
 
@@ -83,6 +95,18 @@ class NotReady(_Later):
     """No work is taken right now."""
 
 
+class StorageFull(_Later):
+    """Nothing more can be put on disk."""
+
+
+class StillRunning(_Later):
+    """The job that came with the same Idempotency-Key has not ended. `job`: its id."""
+
+    def __init__(self, job: str, retry_after_s: int) -> None:
+        super().__init__("the job that came with this Idempotency-Key has not ended", retry_after_s)
+        self.job = job
+
+
 class DeadlinePassed(ServerError):
     """The deadline that the client set was not met."""
 
@@ -93,6 +117,18 @@ class JobCancelled(ServerError):
 
 class SampleLost(ServerError):
     """The engine says that a picture could not be made."""
+
+
+class ModelChanged(ServerError):
+    """The model that a job was accepted for is not the one that is served."""
+
+
+class StoreRefused(ServerError):
+    """The store is damaged, or of another version."""
+
+
+class StoreInUse(ServerError):
+    """Another server has the store."""
 
 
 class SettingsError(ServerError):
@@ -110,6 +146,8 @@ class EngineFailed(ServerError):
 EXIT_CODES: dict[type[Exception], int] = {
     SettingsError: EXIT_USAGE,
     ModelRefused: EXIT_MODEL_REFUSED,
+    StoreRefused: EXIT_STORE_REFUSED,
+    StoreInUse: EXIT_STORE_IN_USE,
     NoSuchDevice: EXIT_NO_DEVICE,
 }
 ANSWERS: dict[type[Exception], tuple[int, str]] = {
@@ -118,13 +156,17 @@ ANSWERS: dict[type[Exception], tuple[int, str]] = {
     Gone: (410, "gone"),
     NotAcceptable: (406, "not-acceptable"),
     JobCancelled: (409, "cancelled"),
+    StillRunning: (409, "still-running"),
+    ModelChanged: (409, "model-changed"),
     BodyTooLarge: (413, "too-large"),
     UnsupportedMedia: (415, "unsupported-media-type"),
     Invalid: (422, "invalid-request"),
+    KeyReused: (422, "key-reused"),
     PlanError: (422, "invalid-request"),
     TooBusy: (429, "queue-full"),
     SampleLost: (500, "sample-failed"),
     NotReady: (503, "not-ready"),
+    StorageFull: (503, "storage-full"),
     EngineFailed: (503, "engine-down"),
     DeadlinePassed: (504, "deadline-passed"),
 }
@@ -154,8 +196,18 @@ class Problem:
         return body | {"errors": self.errors} if self.errors else body
 
 
+class Recalled(ServerError):
+    """What a job that ended long ago failed with."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem.detail)
+        self.problem = problem
+
+
 def problem(error: Exception) -> Problem:
     """What to answer. Nothing of an unforeseen error is shown."""
+    if isinstance(error, Recalled):
+        return error.problem
     status, code = ANSWERS.get(type(error), UNFORESEEN)
     if (status, code) == UNFORESEEN:
         return Problem(status, code, "an error that should not have happened; it has been logged under this request id")
@@ -166,4 +218,6 @@ def problem(error: Exception) -> Problem:
         wrong = error.fields
     errors = [{"pointer": f"/{name}" if name else "", "message": message} for name, message in wrong]
     headers = {"Retry-After": str(error.retry_after_s)} if isinstance(error, _Later) else {}
+    if isinstance(error, StillRunning):
+        headers["Location"] = f"/jobs/{error.job}"
     return Problem(status, code, str(error), errors, headers)

@@ -83,8 +83,9 @@ class Feed:
 
     job: str
     audience: Audience = field(default_factory=Audience)
-    kept: list[Message] = field(default_factory=list)  # kept[i].seq == i + 1, always
+    kept: list[Message | None] = field(default_factory=list)  # [i] has the number i + 1; None: no longer held
     ended: bool = False
+    parked: bool = False  # it goes on when the server has been started anew
     viewers: "set[Viewer]" = field(default_factory=set)
     moments: int = 0  # how many messages of the moment there were
     _moment: Text | None = None
@@ -127,6 +128,16 @@ class Feed:
         self.ended = True
         self.say(type, **body)
 
+    def skip(self, count: int) -> None:
+        """So many numbers were given to messages that are no longer held."""
+        self.kept += [None] * count
+
+    def park(self) -> None:
+        """Nothing more will be said by this server."""
+        self.parked = True
+        for viewer in self.viewers:
+            viewer.news.set()
+
     def _keep(self, message: Message) -> None:
         self.kept.append(message)
         if self._moment is not None and self._moment.body["type"] != "progress":
@@ -162,8 +173,8 @@ class Viewer:
                     yield gap
                 elif self._place < len(feed.kept):
                     self._place += 1
-                    yield feed.kept[self._place - 1]
-                elif feed.ended:
+                    yield feed.kept[self._place - 1] or self._resync()
+                elif feed.ended or feed.parked:
                     return
                 elif self.heard < feed.moments and self.due <= time.monotonic() and (now := feed.moment(self._place)):
                     self.heard, self.due = feed.moments, time.monotonic() + feed.audience.pause_s()
@@ -173,6 +184,12 @@ class Viewer:
         finally:
             feed.viewers.discard(self)
             feed.audience.viewers -= 1
+
+    def _resync(self) -> Text:
+        """Passes the messages that are no longer held; the message that stands in for them."""
+        while self._place < len(self.feed.kept) and self.feed.kept[self._place] is None:
+            self._place += 1
+        return Text(self._place, {"type": "resync", "job": self.feed.job, "seq": self._place})
 
     def _gap(self) -> Text | None:
         """Passes the frames that are not worth sending; the message that says which."""

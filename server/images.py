@@ -26,6 +26,13 @@ def png(picture: Picture, texts: Mapping[str, str]) -> bytes:
     return out.getvalue()
 
 
+def pixels(data: bytes) -> Picture:
+    """What is on a PNG of ours. -> [H, W, C] uint8"""
+    with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
+        found = np.asarray(image)
+    return found[:, :, None] if found.ndim == 2 else found
+
+
 def contact_sheet(pictures: Sequence[Picture]) -> Picture:
     """All pictures in one: ceil(sqrt(n)) columns, row by row, no gaps, black filler. -> [H', W', C]"""
     columns = math.ceil(math.sqrt(len(pictures)))

@@ -3,13 +3,12 @@
 import asyncio
 import base64
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, lru_cache, partial
 from hashlib import sha256
 from typing import Any, Literal
 
-from model.card import ModelCard
 from model.events import Floats, Picture
 from model.plan import Sampling, timesteps
 from model.schedule import Spacing
@@ -53,7 +52,8 @@ class Watched:
 class Order:
     """A request with every choice made."""
 
-    card: ModelCard
+    model: str
+    T: int  # of its schedule
     seed: int
     n: int
     sampling: Sampling
@@ -61,6 +61,7 @@ class Order:
     priority: int = 0
     deadline_s: float | None = None
     wants_floats: bool = False
+    owner: str | None = None  # whose job it is, by the name of a key
 
     @property
     def image_steps(self) -> int:
@@ -69,7 +70,7 @@ class Order:
 
     def request(self) -> dict[str, Any]:
         """Every field of the request, defaults filled in."""
-        fields = {"model": self.card.name, "seed": self.seed, "n": self.n, **asdict(self.sampling)}
+        fields = {"model": self.model, "seed": self.seed, "n": self.n, **asdict(self.sampling)}
         fields["frames"] = self.watched.frames.model_dump(exclude_none=True) if self.watched else None
         return fields | {"priority": self.priority, "deadline_s": self.deadline_s}
 
@@ -83,6 +84,7 @@ class Image:
     picture: Picture
     floats: Floats | None
     texts: Mapping[str, str]
+    message: int = 0  # its number in the stream
 
     @cached_property
     def png(self) -> bytes:
@@ -93,6 +95,34 @@ class Image:
     def sha256(self) -> str:
         """Hash of the PNG."""
         return sha256(self.png).hexdigest()
+
+    @property
+    def size_bytes(self) -> int:
+        """What it holds in memory, but for its PNG."""
+        return self.picture.nbytes + (self.floats.nbytes if self.floats is not None else 0)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StoredImage:
+    """A finished picture on disk."""
+
+    index: int
+    seed: int
+    sha256: str
+    message: int
+    read: Callable[[], bytes]
+    floats: None = None  # are not kept
+    size_bytes: int = 0  # in memory
+
+    @property
+    def png(self) -> bytes:
+        """The PNG. Slow: call it in a thread. Raises Gone."""
+        return self.read()
+
+    @property
+    def picture(self) -> Picture:
+        """What is on it. Slow: call it in a thread. Raises Gone."""
+        return images.pixels(self.read())
 
 
 @lru_cache(64)
@@ -109,27 +139,36 @@ class Job:
     order: Order
     served: Served
     audience: Audience = field(default_factory=Audience)
-    created_at: float = field(default_factory=time.time)
+    created_at: float = field(default_factory=time.time)  # to be shown
+    arrived: float = field(default_factory=time.time)  # to wait in order, by a clock that does not jump
     started_at: float | None = None
     finished_at: float | None = None
     status: str = "queued"
     steps: list[int] = field(init=False)  # updates that each picture has had, as far as is known
-    images: dict[int, Image] = field(default_factory=dict)  # by index; complete if and only if succeeded
+    images: dict[int, Image | StoredImage] = field(default_factory=dict)  # by index; complete if and only if succeeded
     frames: dict[tuple[int, int, Kind], Picture] = field(default_factory=dict)  # by index, step and kind
     failure: Exception | None = None
     error: dict[str, Any] | None = None
     giving_up: bool = False  # somebody has cancelled it
+    ending: bool = False  # what has come of it is being written down; nothing changes it any more
+    attached: bool = False  # nobody knows its id but a caller who waits
+    key: str | None = None  # Idempotency-Key, and the hash of what was sent with it
+    fingerprint: str | None = None
+    attempt: int = 1  # servers that have had it
+    deaths: int = 0  # of servers while it ran
+    cached: bool = False  # its pictures were here before
     life: "asyncio.Task[None] | None" = None
     feed: Feed = field(init=False)
 
     def __post_init__(self) -> None:
         self.steps, self.feed = [0] * self.order.n, Feed(self.id, self.audience)
         sampling = self.order.sampling
-        self.levels = _levels(self.order.card.process.schedule.T, sampling.steps, sampling.spacing)
+        self.levels = _levels(self.order.T, sampling.steps, sampling.spacing)
+        self.feed.skip((self.attempt - 1) * self._messages)  # no number is used twice
 
     def texts(self, seed: int) -> dict[str, str]:
         """All that decides a picture, as text chunks of its PNG."""
-        decides = {"model": self.order.card.name, "digest": self.served.digest, "seed": seed}
+        decides = {"model": self.order.model, "digest": self.served.digest, "seed": seed}
         decides |= asdict(self.order.sampling) | {"numerics": self.served.numerics}
         words = {True: "true", False: "false"}
         return {
@@ -145,11 +184,23 @@ class Job:
         small = picture.nbytes <= SMALL_BYTES
         self.feed.show(self._header(index, step, level, kind), True, partial(images.png, picture, {}), small)
 
-    def finish(self, image: Image) -> None:
+    def finish(self, image: Image | StoredImage) -> None:
         """A picture is made."""
         self.images[image.index] = image
-        steps = self.order.sampling.steps
-        self.feed.show(self._header(image.index, steps, 0, "image"), False, lambda: image.png)
+        self.feed.show(self.header_of(image), False, lambda: image.png)
+        if isinstance(image, Image):
+            image.message = len(self.feed.kept)
+
+    def header_of(self, image: Image | StoredImage) -> dict[str, Any]:
+        """What is said of a finished picture where it is sent."""
+        return self._header(image.index, self.order.sampling.steps, 0, "image")
+
+    @property
+    def _messages(self) -> int:
+        """So many are numbered in a whole stream: `started`, frames, images and the end."""
+        watched = self.order.watched
+        shown = len(watched.points) * (1 + (watched.frames.kind == "both")) if watched else 0
+        return 2 + self.order.n * (1 + shown)
 
     def _header(self, index: int, step: int, level: int, kind: str) -> dict[str, Any]:
         seed, steps = self.order.seed + index, self.order.sampling.steps
@@ -159,7 +210,7 @@ class Job:
     @property
     def rank(self) -> float:
         """Its place in the queue, smaller first: the minute it came, less its priority."""
-        return self.created_at / 60 - self.order.priority
+        return self.arrived / 60 - self.order.priority
 
     @property
     def work(self) -> "Work[Job]":
@@ -182,9 +233,8 @@ class Job:
     def size_bytes(self) -> int:
         """About what it keeps in memory: pictures, as much again for their PNGs, and the objects around them."""
         pictures = sum(frame.nbytes for frame in self.frames.values())
-        for image in self.images.values():
-            pictures += image.picture.nbytes + (image.floats.nbytes if image.floats is not None else 0)
-        return 2 * pictures + BYTES_OF_MESSAGE * len(self.feed.kept) + BYTES_OF_JOB
+        pictures += sum(image.size_bytes for image in self.images.values())
+        return 2 * pictures + BYTES_OF_MESSAGE * sum(m is not None for m in self.feed.kept) + BYTES_OF_JOB
 
     def document(self, outlook: Outlook | None = None, pictures: bool = False) -> dict[str, Any]:
         """The job as clients see it; with `pictures`, each image as base64 too. outlook: unless it has ended."""
@@ -199,7 +249,7 @@ class Job:
         return {
             "id": self.id,
             "status": self.status,
-            "model": self.order.card.name,
+            "model": self.order.model,
             "digest": self.served.digest,
             "request": self.order.request(),
             "created_at": self.created_at,

@@ -6,11 +6,12 @@ matter to it, unless the route says so by `cancel`.
 
 import asyncio
 import logging
+import math
 import secrets
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import aclosing, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import aclosing, contextmanager, nullcontext
 from dataclasses import asdict
 from typing import Any
 
@@ -20,26 +21,35 @@ from model.events import Cancelled, Failed, Finished, Preview
 from server.backend import Backend, Progress, Restarting, SampleEvent, Spec
 from server.errors import (
     DeadlinePassed,
-    Invalid,
+    EngineFailed,
     JobCancelled,
+    KeyReused,
+    ModelChanged,
     NotReady,
     SampleLost,
     ServerError,
+    StillRunning,
+    StorageFull,
     TooBusy,
     problem,
 )
 from server.feed import Audience, Viewer
 from server.job import Image, Job, Order
+from server.ledger import Ledger
 from server.limits import Queue
 from server.metrics import Metrics, Standing
-from server.orders import take_order
+from server.orders import Terms, fingerprint, take_order
 from server.outlooks import Outlooks
-from server.register import Register
 from server.settings import Settings
+from server.store import Store
+from server.store_rows import Found
 
 logger = logging.getLogger(__name__)
 ANIMATIONS = 2  # so many are drawn at once: threads that are left encode frames
 TICK_S = 0.25  # how often those who wait hear where they stand
+READY_S = 0.05  # how often it is looked whether the engines take work again
+PARKING_S = 5.0  # within which every job has let go of its engine at the end
+DEATHS = 3  # of servers while a job ran: then it is given up
 OUTCOMES = ("succeeded", "failed", "cancelled")
 
 
@@ -53,44 +63,111 @@ class Jobs:
     """All jobs of this server."""
 
     def __init__(
-        self, settings: Settings, cards: Mapping[str, ModelCard], backend: Backend, metrics: Metrics | None = None
+        self,
+        settings: Settings,
+        cards: Mapping[str, ModelCard],
+        backend: Backend,
+        store: Store,
+        metrics: Metrics | None = None,
     ) -> None:
         self.cards, self.backend, self._settings = cards, backend, settings
         self.queue = Queue(settings.max_queued_steps)
-        self.register = Register()
         self.drawing = asyncio.Semaphore(ANIMATIONS)
         self.audience = Audience()
+        self.ledger = Ledger(store, settings, self.audience)
+        self.register = self.ledger.register
         self.metrics = metrics or Metrics()
         self.metrics.watch(self.standing)
         self._outlooks = Outlooks(self.register.live, backend)
-        self._accepted = 0
+        self._accepted, self._arriving = 0, 0
         self._outcomes = Counter(dict.fromkeys(OUTCOMES, 0))
         self._rejected: Counter[str] = Counter()
+        self._cache_hits = 0
         self._ticker: asyncio.Task[None] | None = None
+        self._suspect = asyncio.Lock()  # of the jobs that may have killed two servers, one runs at a time
+        self.closing = False  # nothing is taken on any more
+
+    @property
+    def trouble(self) -> ServerError | None:
+        """Why no work can be taken right now, or None."""
+        if self.closing:
+            return NotReady("the server is shutting down")
+        if self.backend.trouble is not None:
+            return NotReady(self.backend.trouble)
+        return StorageFull(self.ledger.store.trouble) if self.ledger.store.trouble is not None else None
 
     async def start(self) -> None:
-        """Starts the engines, and to tell those who wait where they stand."""
+        """Starts the engines, takes up what the last server had not ended, and tells who waits where they stand."""
         await self.backend.start()
+        for job in await self.ledger.start():
+            self._accepted += 1
+            self.queue.taken += job.order.image_steps
+            self._begin(job)
         self._ticker = asyncio.create_task(self._tick(), name="queue positions")
         self._ticker.add_done_callback(_report)
 
+    async def drain(self, seconds: float, hurried: Callable[[], bool] = lambda: False) -> None:
+        """Nothing new is taken; what is there may end, for so long, or until it is `hurried`. The rest is parked: it
+        stays on disk, and runs when the server has been started anew."""
+        self.closing = True
+        until = time.monotonic() + seconds
+        while (self.register.live or self._arriving) and time.monotonic() < until and not hurried():
+            await asyncio.sleep(0.05)
+        lives = [job.life for job in self.register.live.values() if job.life is not None]
+        for job in self.register.live.values():
+            if job.life is not None and not job.ending:
+                job.life.cancel()
+        if lives:
+            await asyncio.wait(lives, timeout=PARKING_S)
+
     async def close(self) -> None:
-        """Ends every job and the engines."""
+        """Parks every job, and ends the engines."""
+        await self.drain(0)
         if self._ticker is not None:
             self._ticker.cancel()
         await self.backend.close()
-        await asyncio.gather(*(job.life for job in self.register.live.values() if job.life), return_exceptions=True)
+        await self.ledger.close()
 
-    def submit(self, body: bytes, floats: bool = False, shows: bool = False, draws: bool = False) -> Job:
-        """Takes a job on: from now on it ends, one way or another. Raises BadInput, PlanError, TooBusy or NotReady.
+    async def submit(self, body: bytes, terms: Terms) -> Job:
+        """Takes a job on: it is on disk now, and ends, one way or another. Or finds the job that came with this key.
 
-        floats: whether the pictures are wanted unrounded, too. shows: whether frames are shown if nothing is said of
-        them. draws: whether the answer is drawn from them, so that there must be some.
+        Raises BadInput, PlanError, TooBusy, NotReady, StorageFull or StillRunning.
         """
-        order = take_order(body, self.cards, self._settings, floats, shows or draws)
-        if draws and order.watched is None:
-            raise Invalid(("frames", "frames must not be null: an animation is made of them"))
-        return self._admit(order)
+        order, print_ = take_order(body, self.cards, self._settings, terms), None
+        if terms.key is not None:
+            print_ = fingerprint(body, terms)
+            before = await self.ledger.store.by_key(terms.owner, terms.key)
+            if before is not None:
+                return await self._found(before, print_, terms)
+        job = self._admit(order)
+        job.key, job.fingerprint, job.attached = terms.key, print_, terms.attached and terms.key is None
+        self._arriving += 1
+        try:
+            made = await self.ledger.accept(job, terms.again)
+        except BaseException:
+            self.queue.give_back(order.image_steps)
+            raise
+        finally:
+            self._arriving -= 1
+        if isinstance(made, Found):  # it came while this one was on its way to the disk
+            self.queue.give_back(order.image_steps)
+            return await self._found(made, print_ or "", terms)
+        self._accepted += 1
+        if made.cached:
+            self._cache_hits += 1
+            self._count(made, "succeeded")
+        else:
+            self._begin(made)
+        return made
+
+    async def _found(self, found: Found, print_: str, terms: Terms) -> Job:
+        """The job that came with this key before."""
+        if found.fingerprint != print_:
+            raise KeyReused("this Idempotency-Key came with another request before")
+        job = await self.ledger.find(found.id)
+        if terms.attached and not job.feed.ended:
+            raise StillRunning(job.id, max(1, math.ceil(self._outlooks.of(job).eta_s)))
+        return job
 
     @contextmanager
     def counting_refusals(self) -> Iterator[None]:
@@ -102,64 +179,113 @@ class Jobs:
             raise
 
     def _admit(self, order: Order) -> Job:
-        served = self.backend.served.get(order.card.name)
-        if self.backend.trouble is not None or served is None:
-            raise NotReady(self.backend.trouble or "the model is not loaded")
-        if len(self.register.live) >= self._settings.max_queued_jobs:
+        served = self.backend.served.get(order.model)
+        if self.trouble is not None:
+            raise self.trouble
+        if served is None:
+            raise NotReady("the model is not loaded")
+        if len(self.register.live) + self._arriving >= self._settings.max_queued_jobs:
             raise TooBusy(f"{self._settings.max_queued_jobs} jobs have been accepted and have not ended")
-        step_s = self.backend.step_s(order.card.name, served.admitted)[-1] / served.slots
+        step_s = self.backend.step_s(order.model, served.admitted)[-1] / served.slots
         self.queue.take(order.image_steps, step_s)
-        job = Job(secrets.token_hex(12), order, served, self.audience)
-        self.register.add(job)
-        self._accepted += 1
+        return Job(secrets.token_hex(12), order, served, self.audience, arrived=self.ledger.clock.now())
+
+    def _begin(self, job: Job) -> None:
         job.life = asyncio.create_task(self._live(job), name=f"job {job.id}")
         job.life.add_done_callback(_report)
-        return job
 
     async def cancel(self, job: Job) -> Job:
         """Gives a job up, if it has not ended. Returns once it has."""
-        if job.life is not None and not job.feed.ended:
+        if job.life is None or job.feed.ended or job.feed.parked:
+            return job
+        if not job.ending:
             job.giving_up = True
             job.life.cancel()
-            await asyncio.wait([job.life])
-            if not job.feed.ended:  # it was cancelled before its life had begun
-                job.failure = JobCancelled("the job was cancelled")
-                self._end(job, "cancelled")
+        await asyncio.wait([job.life])
+        if not job.ending:  # it was cancelled before its life had begun
+            job.ending, job.failure = True, JobCancelled("the job was cancelled")
+            await self._end(job, "cancelled")
         return job
+
+    async def leave(self, job: Job) -> None:
+        """Its caller has gone away, and gives it up; unless it holds a key to come back with."""
+        if job.key is None:
+            await self.cancel(job)
 
     async def result(self, job: Job) -> Job:
         """The job, once it has succeeded. Raises what made it fail."""
-        assert job.life is not None
-        await asyncio.wait([job.life])
+        if job.life is not None:
+            await asyncio.wait([job.life])
         if job.failure is not None:
             raise job.failure
-        job.life.result()  # raises what nobody foresaw
+        if job.life is not None:
+            job.life.result()  # raises what nobody foresaw
         return job
 
     async def _live(self, job: Job) -> None:
-        outcome = "failed"
+        outcome: str | None = "failed"  # None: it is parked, and goes on when the server has been started anew
         try:
-            async with asyncio.timeout(job.order.deadline_s) as deadline:
-                await self._collect(job)
+            if job.attached and job.attempt > 1:
+                raise JobCancelled("its caller went away with the server before")
+            async with asyncio.timeout(self._time_left_s(job)) as deadline:
+                async with self._suspect if job.deaths == DEATHS - 1 else nullcontext():
+                    await self._collect(job)
             await asyncio.to_thread(job.encode)
             outcome = "succeeded"
         except TimeoutError:
             if not deadline.expired():
                 raise
             job.failure = DeadlinePassed(f"the deadline of {job.order.deadline_s:g} s was not met")
+        except JobCancelled as error:
+            outcome, job.failure = "cancelled", error
+        except (NotReady, EngineFailed) as error:
+            outcome, job.failure = None, error
         except ServerError as error:
             job.failure = error
         except asyncio.CancelledError:
-            outcome, job.failure = "cancelled", JobCancelled("the job was cancelled")
-            if not job.giving_up:
+            if job.giving_up:
+                outcome, job.failure = "cancelled", JobCancelled("the job was cancelled")
+            else:
+                outcome, job.failure = None, NotReady("the server is shutting down")
                 raise
         finally:
-            self._end(job, outcome)
+            job.ending = True
+            if outcome is None:
+                job.feed.park()
+            else:
+                await self._end(job, outcome)
+
+    def _time_left_s(self, job: Job) -> float | None:
+        """Until the deadline that the client set, counted from the acceptance, even if that was by another server."""
+        if job.order.deadline_s is None:
+            return None
+        return max(0.0, job.order.deadline_s - (self.ledger.clock.now() - job.arrived))
+
+    async def _until_ready(self, job: Job) -> None:
+        """Until the engines take work: they may just be loading, or be replaced. Raises ModelChanged."""
+        while self.backend.trouble is not None or job.order.model not in self.backend.served:
+            if job.order.model not in self.cards:
+                raise ModelChanged("the model that this job was accepted for is not served any more")
+            if self.closing:
+                raise NotReady("the server is shutting down")
+            await asyncio.sleep(READY_S)
+        served = self.backend.served[job.order.model]
+        if served.digest != job.served.digest:
+            raise ModelChanged("the model was changed after this job had been accepted")
+        if served.numerics != job.served.numerics:
+            logger.warning(
+                "a job is run on another kind of machine", extra={"job": job.id, "numerics": served.numerics}
+            )
+        job.served = served
 
     async def _collect(self, job: Job) -> None:
+        if job.deaths >= DEATHS:
+            raise SampleLost(f"the server died {job.deaths} times while it made this job")
+        if job.deaths:
+            await self.ledger.store.begins(job.id)
         order, watched = job.order, job.order.watched
         spec = Spec(
-            order.card.name,
+            order.model,
             tuple(range(order.seed, order.seed + order.n)),
             order.sampling,
             job.rank,
@@ -168,14 +294,23 @@ class Jobs:
             watched is not None and watched.frames.kind != "x_t",
             order.wants_floats,
         )
-        async with aclosing(self.backend.run(spec)) as events:
-            async for event in events:
-                self._take(job, event)
+        while True:
+            await self._until_ready(job)
+            try:
+                async with aclosing(self.backend.run(spec)) as events:
+                    async for event in events:
+                        self._take(job, event)
+                return
+            except NotReady:  # the engine went down before it had begun
+                if self.closing:
+                    raise
 
     def _take(self, job: Job, event: SampleEvent) -> None:
         if job.started_at is None and isinstance(event, Preview | Progress | Finished):
             job.started_at, job.status = time.time(), "running"
-            self.metrics.queue_seconds.observe(job.started_at - job.created_at)
+            self.metrics.queue_seconds.observe(self.ledger.clock.now() - job.arrived)
+            if not job.deaths:
+                self.ledger.store.begun(job.id)
             job.feed.say("started", steps=job.order.image_steps)
         match event:
             case Preview(int(index), step, x, x0):
@@ -200,15 +335,23 @@ class Jobs:
             self.queue.give_back(step - job.steps[index])
             job.steps[index] = step
 
-    def _end(self, job: Job, outcome: str) -> None:
-        job.status, job.finished_at = outcome, time.time()
-        if outcome == "failed":
-            job.error = problem(job.failure or RuntimeError()).body("")
-        self._outcomes[outcome] += 1
-        self.metrics.job_seconds.observe(job.finished_at - job.created_at)
-        self.queue.give_back(job.order.image_steps - sum(job.steps))
+    async def _end(self, job: Job, outcome: str) -> None:
+        """Writes down what has come of a job, and then tells it."""
+        finished_at = time.time()
+        error = problem(job.failure or RuntimeError()).body("") if outcome == "failed" else None
+        self._give_back(job)  # it may take until there is room on the disk, and others need not wait for that
+        await self.ledger.end(job, outcome, finished_at, error)
+        job.status, job.finished_at, job.error = outcome, finished_at, error
+        self._count(job, outcome)
         job.feed.end(outcome, document=job.document())
+
+    def _count(self, job: Job, outcome: str) -> None:
+        self._outcomes[outcome] += 1
+        self.metrics.job_seconds.observe(self.ledger.clock.now() - job.arrived)
         self.register.retire(job)
+
+    def _give_back(self, job: Job) -> None:
+        self.queue.give_back(job.order.image_steps - sum(job.steps))
 
     async def _tick(self) -> None:
         while True:
@@ -243,6 +386,7 @@ class Jobs:
             engine_up=self.backend.trouble is None,
             engine_heartbeat_age_seconds=vitals.silence_s,
             gpu_memory_bytes=vitals.memory_bytes,
+            store_bytes=self.ledger.store.size_bytes,
             jobs_accepted=self._accepted,
             jobs=self._outcomes,
             rejected=self._rejected,
@@ -253,4 +397,6 @@ class Jobs:
             jobs_replayed=vitals.replayed,
             frames=self.audience.frames,
             frames_dropped=self.audience.dropped,
+            replay_mismatch=self.ledger.mismatches,
+            cache_hits=self._cache_hits,
         )

@@ -16,6 +16,7 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 MEDIA = CONTENT_TYPE_PLAIN_0_0_4
 STEP_S = (0.0005, 0.001, 0.002, 0.004, 0.006, 0.008, 0.012, 0.016, 0.024, 0.032, 0.064, 0.128, 0.256, 0.512, 1, 2, 4, 8)
 WAIT_S = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+COMMIT_S = (0.0001, 0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128, 0.256, 0.512, 1, 2, 4)
 BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512, 1024)
 
 
@@ -43,6 +44,7 @@ class Standing:
     engine_up: bool = _gauge("whether the engine takes work")
     engine_heartbeat_age_seconds: float = _gauge("time since the engine's last sign of life")
     gpu_memory_bytes: int = _gauge("device memory the engine holds")
+    store_bytes: int = _gauge("what jobs and pictures take on disk")
     jobs_accepted: int = _counter("jobs taken on")
     jobs: Mapping[str, int] = _counter("jobs that have ended", label="outcome")
     rejected: Mapping[str, int] = _counter("requests for pictures that were refused", label="reason")
@@ -53,6 +55,8 @@ class Standing:
     jobs_replayed: int = _counter("jobs that were run again because an engine was replaced")
     frames: int = _counter("frames kept for viewers")
     frames_dropped: int = _counter("frames that slow viewers missed")
+    replay_mismatch: int = _counter("pictures that came out with other bytes than before")
+    cache_hits: int = _counter("jobs that were answered with pictures of before")
 
 
 def _families(standing: Standing) -> Iterator[Metric]:
@@ -86,6 +90,10 @@ class Metrics:
         self.bucket_size = self._histogram("bucket_size", "slots that a step computed", BATCHES)
         self.queue_seconds = self._histogram("queue_seconds", "from the acceptance of a job to its first step", WAIT_S)
         self.job_seconds = self._histogram("job_seconds", "from the acceptance of a job to its end", WAIT_S)
+
+        self.journal_commit_seconds = self._histogram(
+            "journal_commit_seconds", "time of a transaction of the journal with its sync", COMMIT_S
+        )
 
     def _histogram(self, name: str, help: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(f"ddpm_{name}", help, registry=self._registry, buckets=buckets)

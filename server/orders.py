@@ -1,25 +1,42 @@
 """From a request's body to an order: every choice made, every bound checked, nothing promised yet."""
 
+import json
 import secrets
 from collections.abc import Mapping
+from dataclasses import dataclass
+from hashlib import sha256
 
 from model.card import ModelCard
 from model.plan import resolve
 from server.errors import Invalid
 from server.job import Order, Watched, frame_points
-from server.schemas import MAX_SEED, Frames, parse_generate
+from server.schemas import MAX_SEED, Frames, parse_generate, parse_json
 from server.settings import Settings
 
 USUAL_FRAMES = Frames(count=30)
 
 
-def take_order(
-    body: bytes, cards: Mapping[str, ModelCard], settings: Settings, floats: bool = False, shows: bool = False
-) -> Order:
-    """A request with every choice made. Raises BadInput, or PlanError, naming the field that cannot be.
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """How a request came, beside its body."""
 
-    floats: whether the pictures are wanted unrounded, too. shows: whether frames are shown if nothing is said of them.
-    """
+    floats: bool = False  # the pictures are wanted unrounded, too
+    shows: bool = False  # frames are shown if nothing is said of them
+    draws: bool = False  # the answer is drawn from frames, so that there must be some
+    attached: bool = False  # its caller waits for the end, and hears of nothing before
+    again: bool = False  # pictures that were made before will not do
+    key: str | None = None  # Idempotency-Key
+    owner: str | None = None
+
+
+def fingerprint(body: bytes, terms: Terms) -> str:
+    """A hash of what is asked for: the body, however it is spelled, and what the way it came adds to it."""
+    asked = [parse_json(body), terms.floats, terms.shows or terms.draws]
+    return sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+
+
+def take_order(body: bytes, cards: Mapping[str, ModelCard], settings: Settings, terms: Terms) -> Order:
+    """A request with every choice made. Raises BadInput, or PlanError, naming the field that cannot be."""
     request = parse_generate(body)
     card = cards[_model(request.model, cards, settings)]
     if request.n > settings.max_n:
@@ -37,9 +54,13 @@ def take_order(
         noise=request.noise,
     )
     seed = secrets.randbelow(MAX_SEED - request.n) if request.seed is None else request.seed
+    shows = terms.shows or terms.draws
     frames = request.frames if "frames" in request.model_fields_set or not shows else USUAL_FRAMES
+    if terms.draws and frames is None:
+        raise Invalid(("frames", "frames must not be null: an animation is made of them"))
     watched = _watched(frames, request.n, sampling.steps, settings.max_frames)
-    return Order(card, seed, request.n, sampling, watched, request.priority, request.deadline_s, floats)
+    T, urgency = card.process.schedule.T, (request.priority, request.deadline_s)
+    return Order(card.name, T, seed, request.n, sampling, watched, *urgency, terms.floats, terms.owner)
 
 
 def _watched(frames: Frames | None, n: int, steps: int, most: int) -> Watched | None:

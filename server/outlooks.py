@@ -34,7 +34,7 @@ class Outlooks:
         self._at = time.monotonic()
         queues: dict[str, list[Job]] = {}
         for job in sorted(self._live.values(), key=lambda job: job.rank):
-            queues.setdefault(job.order.card.name, []).append(job)
+            queues.setdefault(job.order.model, []).append(job)
         times = {name: self._backend.step_s(name, jobs[0].served.admitted) for name, jobs in queues.items()}
         ends = {name: forecast([job.work for job in jobs], times[name]) for name, jobs in queues.items()}
         lasts = {name: max(of_model.values(), key=lambda end: end.step) for name, of_model in ends.items()}

@@ -1,14 +1,15 @@
-"""All jobs that are known: those that live, and those that have ended, the latest first, as long as there is room."""
+"""The jobs that are in memory: those that live, and those that have ended lately, as long as there is room.
+
+All of them are in the store, too; but only here are their frames.
+"""
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable
 
-from server.errors import Gone, NotFound
 from server.job import Job
 
 KEPT_BYTES = 256 << 20  # what ended jobs hold in memory, at most
 KEPT_JOBS = 10_000  # and how many of them there are
-EXPIRED = 10_000  # so many ids of jobs that are not kept any more are remembered
 
 
 class Register:
@@ -17,7 +18,6 @@ class Register:
     def __init__(self) -> None:
         self.live: dict[str, Job] = {}  # in order of arrival
         self._ended: OrderedDict[str, Job] = OrderedDict()
-        self._expired: OrderedDict[str, None] = OrderedDict()
         self._kept_bytes = 0
 
     def add(self, job: Job) -> None:
@@ -29,21 +29,15 @@ class Register:
         self._ended[job.id] = self.live.pop(job.id)
         self._kept_bytes += job.size_bytes
         while len(self._ended) > 1 and (self._kept_bytes > KEPT_BYTES or len(self._ended) > KEPT_JOBS):
-            id, oldest = self._ended.popitem(last=False)
-            self._kept_bytes -= oldest.size_bytes
-            self._expired[id] = None
-            if len(self._expired) > EXPIRED:
-                self._expired.popitem(last=False)
+            self.forget([next(iter(self._ended))])
 
-    def find(self, id: str) -> Job:
-        """A job by its id. Raises NotFound, or Gone if it was kept once."""
-        job = self.live.get(id) or self._ended.get(id)
-        if job is None:
-            raise Gone("this job is no longer kept") if id in self._expired else NotFound("there is no such job")
-        return job
+    def forget(self, ids: Iterable[str]) -> None:
+        """These are not to be found here any more."""
+        for id in ids:
+            job = self._ended.pop(id, None)
+            if job is not None:
+                self._kept_bytes -= job.size_bytes
 
-    def newest_first(self, status: str | None, after: str | None) -> Iterator[Job]:
-        """Jobs, newest first, those after (older than) the one with id `after`."""
-        jobs = sorted([*self.live.values(), *self._ended.values()], key=lambda job: job.created_at, reverse=True)
-        start = 0 if after is None else jobs.index(self.find(after)) + 1
-        return (job for job in jobs[start:] if status is None or job.status == status)
+    def find(self, id: str) -> Job | None:
+        """A job by its id, if it is in memory."""
+        return self.live.get(id) or self._ended.get(id)

@@ -27,6 +27,10 @@ class Settings(BaseModel):
     slots: int = Field(0, ge=0, le=1024, description="pictures in one batch per model; 0: 64 on a GPU, 8 on a CPU")
     threads: int = Field(0, ge=0, le=256, description="threads of the engine on a CPU; 0: one per core")
     exact: bool = Field(True, description="only batch sizes in which a picture has the same bytes in any company")
+    data_dir: Path = Field(Path("data"), description="a folder for the jobs and their pictures; one server has it")
+    retention_days: float = Field(7.0, ge=0, le=36500, description="days for which a job that has ended is kept")
+    retention_bytes: int = Field(10 << 30, ge=0, description="bytes that jobs may take on disk; the oldest go first")
+    result_cache: bool = Field(True, description="answer a request that was made before with the pictures of then")
     max_n: int = Field(64, ge=1, le=4096, description="pictures per request")
     max_frames: int = Field(4096, ge=2, le=1 << 20, description="frames per request: pictures x points x kinds")
     max_queued_steps: int = Field(
@@ -36,7 +40,7 @@ class Settings(BaseModel):
         4096, ge=1, le=1 << 20, description="jobs accepted and not yet ended; more are answered with 429"
     )
     max_body_bytes: int = Field(65_536, ge=256, le=1 << 30, description="bytes of a request's body")
-    drain_s: float = Field(30.0, ge=0, le=3600, description="seconds that running requests get to end at shutdown")
+    drain_s: float = Field(45.0, ge=0, le=3600, description="seconds that running requests get to end at shutdown")
     engine_restarts: int = Field(5, ge=0, le=1000, description="restarts of the engine in a row without a step done")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe level logged")
 

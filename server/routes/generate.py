@@ -12,10 +12,12 @@ from starlette.responses import JSONResponse, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from server import images
+from server.errors import Gone
 from server.feed import Message, Text, Viewer
 from server.job import Job, Kind
 from server.jobs import Jobs
-from server.routes.http import negotiate, read_json_body, unless_gone
+from server.orders import Terms
+from server.routes.http import idempotency_key, makes_again, negotiate, read_json_body, unless_gone
 from server.schemas import GenerateRequest
 from server.wire import unpack
 
@@ -30,11 +32,12 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {
     for status, text in {
         400: "the body is not JSON",
         406: "no such answer",
+        409: "the job that came with this Idempotency-Key has not ended; Location, Retry-After",
         413: "the body is too large",
         415: "the body is not declared as JSON",
-        422: "a field is out of bounds; `errors` names it",
+        422: "a field is out of bounds; `errors` names it. Or the Idempotency-Key came with another body before",
         429: "the queue is full; Retry-After says for how long",
-        503: "not ready; Retry-After",
+        503: "not ready, or the disk is full; Retry-After",
         504: "the deadline has passed",
     }.items()
 }
@@ -55,13 +58,18 @@ def archive(job: Job) -> bytes:
 
 def array(job: Job) -> bytes:
     """The pictures as one array."""
-    return images.npy([image.floats for _, image in sorted(job.images.items()) if image.floats is not None])
+    floats = [image.floats for _, image in sorted(job.images.items()) if image.floats is not None]
+    if len(floats) < job.order.n:
+        raise Gone("the unrounded pictures of this job are no longer held")
+    return images.npy(floats)
 
 
 def animation(job: Job, media: str) -> bytes:
     """The denoising, all pictures side by side, ending on the finished ones."""
     watched = job.order.watched
     assert watched is not None
+    if not job.frames:
+        raise Gone("the frames of this job are no longer held; the same request makes them again")
     kind: Kind = "x0" if watched.frames.kind == "x0" else "x_t"
     points = [step for step in watched.points if (0, step, kind) in job.frames and step < job.order.sampling.steps]
     sheets = [images.contact_sheet([job.frames[i, step, kind] for i in range(job.order.n)]) for step in points]
@@ -95,9 +103,18 @@ async def generate(request: Request) -> Response:
     with jobs.counting_refusals():
         media = negotiate(request.headers.get("accept"), ANSWERS)
         body = await read_json_body(request, request.app.state.settings.max_body_bytes)
-        draws = media in ANIMATIONS and not later
-        job = jobs.submit(body or b"{}", media == NPY, shows=later or media == EVENTS, draws=draws)
+        terms = Terms(
+            floats=media == NPY,
+            shows=later or media == EVENTS,
+            draws=media in ANIMATIONS and not later,
+            attached=not later and media != EVENTS,
+            again=makes_again(request),
+            key=idempotency_key(request),
+        )
+        job = await jobs.submit(body or b"{}", terms)
     headers = {"X-Job-Id": job.id, "X-Seed": str(job.order.seed), "Vary": "Accept, Prefer"}
+    if job.cached:
+        headers["X-Cache"] = "hit"
     if later:
         headers |= {"Location": f"/jobs/{job.id}", "Preference-Applied": "respond-async"}
         return JSONResponse(jobs.document(job), 202, headers)
@@ -107,7 +124,7 @@ async def generate(request: Request) -> Response:
         if await unless_gone(request, jobs.result(job)) is None:
             return Response(status_code=CLIENT_CLOSED_REQUEST)
     finally:
-        await jobs.cancel(job)
+        await jobs.leave(job)
     if media == JSON:
         return await asyncio.to_thread(lambda: JSONResponse(job.document(pictures=True), headers=headers))
     if media in ANIMATIONS:
@@ -126,7 +143,7 @@ class _ServerSent(StreamingResponse):
         try:
             await super().__call__(scope, receive, send)
         finally:  # here, not in the generator: of a caller who leaves at once, that is never begun
-            await self._jobs.cancel(self._job)
+            await self._jobs.leave(self._job)
 
     async def _events(self, viewer: Viewer) -> AsyncGenerator[bytes]:
         async with aclosing(viewer.messages()) as messages:

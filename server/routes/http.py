@@ -12,6 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from server.errors import BodyTooLarge, Malformed, NotAcceptable, UnsupportedMedia
 
 T = TypeVar("T")
+KEY = re.compile(r"[!-~]{1,255}")
 REQUEST_ID = re.compile(r"[\w-]{1,64}", re.ASCII)
 
 
@@ -75,6 +76,19 @@ def negotiate(accept: str | None, offers: Sequence[str]) -> str:
     if weight(best) <= 0:
         raise NotAcceptable(f"this can be answered as {', '.join(offers)}")
     return best
+
+
+def idempotency_key(request: Request) -> str | None:
+    """The Idempotency-Key, if there is one. Raises Malformed."""
+    given = request.headers.get("idempotency-key")
+    if given is not None and not KEY.fullmatch(given):
+        raise Malformed("Idempotency-Key must be 1 to 255 visible ASCII characters")
+    return given
+
+
+def makes_again(request: Request) -> bool:
+    """Whether pictures that were made before will not do."""
+    return "no-cache" in [part.strip().lower() for part in request.headers.get("cache-control", "").split(",")]
 
 
 async def unless_gone(request: Request, work: Coroutine[None, None, T]) -> T | None:

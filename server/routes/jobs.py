@@ -1,13 +1,11 @@
 """`/jobs`: what is running and what has come of it."""
 
 import asyncio
-from itertools import islice
 
 from fastapi import APIRouter, Request, Response
 from starlette.responses import JSONResponse
 
 from server.errors import Invalid, NotFound
-from server.job import Job
 from server.jobs import Jobs
 from server.routes.generate import ANIMATIONS, PNG, draw
 from server.routes.http import negotiate
@@ -34,8 +32,7 @@ async def job_list(
     if status is not None and status not in STATUSES:
         raise Invalid(("status", f"status must be one of {', '.join(STATUSES)}"))
     jobs: Jobs = request.app.state.jobs
-    page = islice(jobs.register.newest_first(status, after), _limit(limit))
-    documents = [jobs.document(job) for job in page]
+    documents = [jobs.document(job) for job in await jobs.ledger.page(None, status, after, _limit(limit))]
     return await asyncio.to_thread(JSONResponse, {"jobs": documents})
 
 
@@ -43,20 +40,21 @@ async def job_list(
 async def job_document(request: Request, id: str) -> JSONResponse:
     """The job document."""
     jobs: Jobs = request.app.state.jobs
-    return JSONResponse(jobs.document(jobs.register.find(id)))
+    return JSONResponse(jobs.document(await jobs.ledger.find(id)))
 
 
 @router.delete("/jobs/{id}", summary="Cancel a job")
 async def job_cancel(request: Request, id: str) -> JSONResponse:
     """Gives a job up; a job that has ended stays as it is. Answers the document."""
     jobs: Jobs = request.app.state.jobs
-    return JSONResponse(jobs.document(await jobs.cancel(jobs.register.find(id))))
+    return JSONResponse(jobs.document(await jobs.cancel(await jobs.ledger.find(id))))
 
 
 @router.get("/jobs/{id}/images/{index}", summary="One picture of a job", response_class=Response)
 async def job_image(request: Request, id: str, index: str) -> Response:
     """The PNG, immutable."""
-    job: Job = request.app.state.jobs.register.find(id)
+    jobs: Jobs = request.app.state.jobs
+    job = await jobs.ledger.find(id)
     if not (index.isascii() and index.isdigit() and len(index) < 6 and int(index) in job.images):
         raise NotFound(f"this job has {len(job.images)} of its images 0..{job.order.n - 1}")
     image = job.images[int(index)]
@@ -64,7 +62,7 @@ async def job_image(request: Request, id: str, index: str) -> Response:
     headers = {"ETag": tag, "Cache-Control": FOR_EVER}
     if request.headers.get("if-none-match") == tag:
         return Response(status_code=304, headers=headers)
-    return Response(image.png, media_type=PNG, headers=headers)
+    return Response(await asyncio.to_thread(lambda: image.png), media_type=PNG, headers=headers)
 
 
 @router.get("/jobs/{id}/trajectory", summary="The denoising of a job as an animation", response_class=Response)
@@ -72,7 +70,7 @@ async def job_trajectory(request: Request, id: str) -> Response:
     """GIF, APNG or WebP as `Accept` asks, from the frames that were kept."""
     media = negotiate(request.headers.get("accept"), ANIMATIONS)
     jobs: Jobs = request.app.state.jobs
-    job = jobs.register.find(id)
+    job = await jobs.ledger.find(id)
     if job.order.watched is None or job.status != "succeeded":
         raise NotFound("this job has no frames" if job.order.watched is None else f"this job is {job.status}")
     return Response(

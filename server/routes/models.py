@@ -10,7 +10,7 @@ from starlette.responses import FileResponse, JSONResponse
 from model.card import ModelCard
 from model.plan import SAMPLERS, SPACINGS
 from server.backend import Served
-from server.errors import NotFound, NotReady
+from server.errors import NotFound
 from server.jobs import Jobs
 
 router = APIRouter()
@@ -63,9 +63,9 @@ async def healthz() -> JSONResponse:
 @router.get("/readyz", summary="Ready to take work?")
 async def readyz(request: Request) -> JSONResponse:
     """200 if work is taken, else 503 with the reason."""
-    trouble = request.app.state.jobs.backend.trouble
-    if trouble is not None:
-        raise NotReady(trouble)
+    jobs: Jobs = request.app.state.jobs
+    if jobs.trouble is not None:
+        raise jobs.trouble
     return JSONResponse({"status": "ready"})
 
 

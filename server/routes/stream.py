@@ -10,10 +10,11 @@ from typing import NoReturn
 from fastapi import APIRouter, WebSocket, WebSocketDisconnect
 
 from model.errors import PlanError
-from server.errors import BadInput, EngineFailed, Gone, NotFound, NotReady, TooBusy, problem
+from server.errors import BadInput, EngineFailed, Gone, NotFound, NotReady, StorageFull, TooBusy, problem
 from server.feed import Text, Viewer
 from server.job import Job
 from server.jobs import Jobs
+from server.orders import Terms
 from server.routes.http import first_of
 from server.schemas import parse_json
 
@@ -23,7 +24,7 @@ MESSAGE_S, MESSAGES_AT_ONCE = 0.1, 50  # a viewer may say something so often, an
 FIRST_MESSAGE_S = 10.0  # within which a new socket has to say what it wants
 SLOW_S = 1.0  # a message that takes longer to send has cost its viewer the frames of that time
 STALLED_S = 10.0  # and one that takes longer than this, its viewer
-DONE, WRONG_KIND, GONE, POLICY, ENGINE_FAILED, TRY_LATER = 1000, 1003, 1006, 1008, 1011, 1013
+DONE, WRONG_KIND, GONE, POLICY, ENGINE_FAILED, RESTARTING, TRY_LATER = 1000, 1003, 1006, 1008, 1011, 1012, 1013
 BAD_REQUEST, UNKNOWN_JOB = 4400, 4404
 
 
@@ -44,7 +45,7 @@ async def _talk(socket: WebSocket) -> AsyncIterator[None]:
             yield
         except (NotFound, Gone) as error:
             raise _Closed(UNKNOWN_JOB, str(error)) from None
-        except (BadInput, PlanError, TooBusy, NotReady, EngineFailed) as error:
+        except (BadInput, PlanError, TooBusy, NotReady, StorageFull, EngineFailed) as error:
             answer = problem(error)
             await _send(socket, json.dumps({"type": "error", "problem": answer.body("")}))
             raise _Closed(BAD_REQUEST if answer.status < 429 else TRY_LATER, answer.code) from None
@@ -63,7 +64,7 @@ async def watch_job(socket: WebSocket, id: str) -> None:
     """Watch a job from its start, or from message `after` + 1 on."""
     jobs: Jobs = socket.app.state.jobs
     async with _talk(socket):
-        job = jobs.register.find(id)
+        job = await jobs.ledger.find(id)
         await _watch(socket, jobs, job, _after(socket.query_params.get("after")))
 
 
@@ -77,7 +78,7 @@ async def watch_new_job(socket: WebSocket) -> None:
         except TimeoutError:
             raise _Closed(POLICY, f"no request within {FIRST_MESSAGE_S:g} s") from None
         with jobs.counting_refusals():
-            job = jobs.submit(text.encode(), shows=True)
+            job = await jobs.submit(text.encode(), Terms(shows=True))
         try:
             await _watch(socket, jobs, job, 0)
         finally:
@@ -98,8 +99,9 @@ async def _watch(socket: WebSocket, jobs: Jobs, job: Job, after: int) -> NoRetur
     listening = asyncio.create_task(_listen(socket, jobs, job))
     for task in await first_of(sending, listening):
         task.result()
-    failed = job.status == "failed" and isinstance(job.failure, EngineFailed)
-    raise _Closed(ENGINE_FAILED if failed else DONE)
+    if not job.feed.parked:
+        raise _Closed(DONE)
+    raise _Closed(ENGINE_FAILED if isinstance(job.failure, EngineFailed) else RESTARTING)
 
 
 async def _send_all(socket: WebSocket, viewer: Viewer) -> None:

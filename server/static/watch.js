@@ -52,6 +52,7 @@ export class Watch {
   }
 
   hear(message) {
+    const seen = this.seq > 0;
     this.seq = message.seq ?? this.seq;
     const { type, document: job } = message;
     if (type === "queued") {
@@ -63,6 +64,10 @@ export class Watch {
     } else if (type === "restarting") {
       this.note = "The engine failed and is being replaced; the same picture is being made again";
       this.story = ", although the engine was replaced on the way";
+      this.listener.say(this.note);
+    } else if (type === "resync" && seen) {
+      this.note = "The server was restarted; the same picture is being made again";
+      this.story = ", although the server was restarted on the way";
       this.listener.say(this.note);
     } else if (type === "succeeded") {
       const seconds = (job.finished_at - job.created_at).toFixed(1);

@@ -28,9 +28,11 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def client(weights: Path) -> Iterator[TestClient]:
+def client(weights: Path, tmp_path: Path) -> Iterator[TestClient]:
     """The application over a backend that makes flat grey pictures at once."""
-    settings = Settings(weights=weights, max_n=8, max_queued_steps=200, max_body_bytes=512)
+    settings = Settings(
+        weights=weights, data_dir=tmp_path, result_cache=False, max_n=8, max_queued_steps=200, max_body_bytes=512
+    )
     with TestClient(create_app(settings, FakeBackend()), raise_server_exceptions=False) as made:
         yield made
 
@@ -42,7 +44,15 @@ class Server:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port: int = free.getsockname()[1]
-        knobs = {"DDPM_WEIGHTS": str(weights), "DDPM_THREADS": "1", "DDPM_SLOTS": "4", **variables}
+        self._data = tempfile.TemporaryDirectory()
+        knobs = {
+            "DDPM_DATA_DIR": self._data.name,
+            "DDPM_WEIGHTS": str(weights),
+            "DDPM_THREADS": "1",
+            "DDPM_SLOTS": "4",
+            "DDPM_RESULT_CACHE": "no",  # or who compares two pictures would compare one with itself
+            **variables,
+        }
         self._environ = {name: value for name, value in os.environ.items() if not name.startswith("DDPM_")} | knobs
         self._log = tempfile.TemporaryFile("w+")  # not a pipe: nobody reads it while the server runs
         self.client = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=60)
@@ -87,6 +97,7 @@ class Server:
         """The exit code and what was logged, once it has ended."""
         self.client.close()
         code = self.process.wait(60)
+        self._data.cleanup()
         with self._log as log:
             log.seek(0)
             return code, log.read()

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from contextlib import aclosing
@@ -152,9 +153,10 @@ def test_an_engine_does_not_outlive_its_server(weights: Path) -> None:
 def exit_of(**variables: str) -> tuple[int, str]:
     """How `ddpm serve` ends with these settings, and the last line it says."""
     environ = {name: value for name, value in os.environ.items() if not name.startswith("DDPM_")}
-    environ |= {"DDPM_PORT": "0", **variables}
     command = [sys.executable, "-m", "server", "serve"]
-    ended = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60)
+    with tempfile.TemporaryDirectory() as data:
+        environ |= {"DDPM_PORT": "0", "DDPM_DATA_DIR": data, **variables}
+        ended = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60)
     return ended.returncode, ended.stderr.strip().splitlines()[-1]
 
 

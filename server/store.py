@@ -1,0 +1,210 @@
+"""The store: every job that was accepted, on disk before it is promised, and the pictures of those that have ended.
+
+A folder with a journal (SQLite) and pictures as files. It knows rows and files; what a job is, others know.
+"""
+
+import asyncio
+import logging
+import os
+import sqlite3
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from server import store_rows
+from server.pictures import Pictures
+from server.store_file import make_directory, open_journal, take_lock
+from server.store_rows import Found, Kept, Record
+from server.store_thread import RETRY_S, Writer
+
+logger = logging.getLogger(__name__)
+ROOM_BYTES = 256 << 10  # that must be free again before it is said not to be full
+AT_A_TIME = 200  # jobs that are deleted in one transaction
+SAVERS = 8  # pictures that are synced at once: the file system writes them down together
+
+
+@dataclass(frozen=True, slots=True)
+class Expired:
+    """Jobs that are not kept any more; whether there may be more to go."""
+
+    ids: list[str]
+    more: bool
+
+
+class Store:
+    """The jobs of a server, on disk. Raises StoreInUse, StoreRefused or SettingsError if it cannot be opened."""
+
+    def __init__(self, directory: Path, on_commit: Callable[[float], None] = lambda seconds: None) -> None:
+        make_directory(directory)
+        self._lock = take_lock(directory)
+        try:
+            self._db = open_journal(directory)
+            self.pictures = Pictures(directory / "pictures")
+        except BaseException:
+            os.close(self._lock)
+            raise
+        self.size_bytes = store_rows.size_bytes(self._db)  # what the jobs take on disk
+
+        def committed(seconds: float) -> None:
+            self.size_bytes = store_rows.size_bytes(self._db)
+            on_commit(seconds)
+
+        def probe() -> None:
+            self.pictures.probe(ROOM_BYTES)
+            store_rows.probe(self._db, ROOM_BYTES)
+
+        self._writer = Writer(self._db, probe, committed)
+        self._savers = ThreadPoolExecutor(SAVERS, "pictures")
+
+    @property
+    def trouble(self) -> str | None:
+        """Why nothing can be written right now, or None."""
+        return self._writer.trouble
+
+    def start(self) -> None:
+        """From now on it can be asked, on this event loop."""
+        self._writer.start()
+
+    async def close(self) -> None:
+        """Ends once everything that was asked for is on disk, or cannot be."""
+        await self._writer.close()
+        await asyncio.to_thread(self._savers.shutdown, True)
+        self._db.close()
+        os.close(self._lock)
+
+    async def insert(
+        self, record: Record, over: Record | None = None, identities: Sequence[str] = ()
+    ) -> Found | Record:
+        """A new job; or what came with its key before. Raises StorageFull.
+
+        over: the same job as it is if all of its pictures are here already, whose `identities` these are. Then that is
+        what is kept, and what comes back, with the hashes and sizes filled in.
+        """
+
+        def work(db: sqlite3.Connection) -> Found | Record:
+            before = store_rows.by_key(db, record.owner, record.key)
+            if before is not None:
+                return before
+            images = self._known(db, over.images, identities) if over is not None else ()
+            made = replace(over, images=images) if over is not None and images else record
+            store_rows.insert(db, made)
+            return made
+
+        return await self._writer.ask(work)
+
+    def begun(self, id: str) -> None:
+        """A job runs: should the server die, it may have been the reason. Soon on disk, without anybody waiting."""
+        self._writer.post(lambda db: db.execute("UPDATE jobs SET running = 1 WHERE id = ?", (id,)))
+
+    async def begins(self, id: str) -> None:
+        """The same, of a job that was running already when a server died: on disk before it runs again."""
+        self.begun(id)
+        await self._writer.ask(lambda db: None)
+
+    async def finish(self, record: Record, identities: Sequence[str] = ()) -> Record | None:
+        """What has come of a job; None if it had ended before, or another attempt has it. Waits for room on the disk.
+
+        identities: what decides each picture, if its bytes are promised to be the same whenever it is made. Then the
+        first that were made count: they are in the record that comes back.
+        """
+
+        def work(db: sqlite3.Connection) -> Record | None:
+            number = store_rows.finish(db, record)
+            if number is None:
+                return None
+            images = record.images
+            if identities:
+                pairs = zip(identities, images, strict=True)
+                images = tuple(store_rows.first_made(db, identity, image) for identity, image in pairs)
+            store_rows.insert_images(db, number, images)
+            return replace(record, images=images)
+
+        return await self._writer.ask(work, must=True)
+
+    async def save(self, pngs: Mapping[str, bytes]) -> None:
+        """Pictures, by the hash of their bytes. They are pinned: `release` them once a row names them, or none will.
+
+        Waits for room on the disk.
+        """
+        self.pictures.pin(pngs)
+        loop = asyncio.get_running_loop()
+        while True:
+            saving = [loop.run_in_executor(self._savers, self.pictures.save, png, name) for name, png in pngs.items()]
+            failures = [e for e in await asyncio.gather(*saving, return_exceptions=True) if isinstance(e, Exception)]
+            if not failures:
+                return
+            if not isinstance(failures[0], OSError):
+                raise failures[0]
+            self._writer.fails(failures[0])
+            await asyncio.sleep(RETRY_S)
+
+    def release(self, names: Iterable[str]) -> None:
+        """These pictures need not be held for anybody any more."""
+        self.pictures.unpin(names)
+
+    async def by_key(self, owner: str | None, key: str) -> Found | None:
+        """What came with this key before."""
+        return await self._writer.ask(lambda db: store_rows.by_key(db, owner, key))
+
+    async def find(self, id: str) -> Record:
+        """A job by its id. Raises NotFound, or Gone if it was kept once."""
+        return await self._writer.ask(lambda db: store_rows.find(db, id))
+
+    async def page(self, owner: str | None, status: str | None, after: str | None, limit: int) -> list[Record]:
+        """Jobs, newest first, older than the one with the id `after`. Raises NotFound or Gone of that one."""
+
+        def work(db: sqlite3.Connection) -> list[Record]:
+            before = 1 << 62 if after is None else store_rows.find(db, after).number
+            return store_rows.page(db, owner, status, before, limit)
+
+        return await self._writer.ask(work)
+
+    async def recover(self) -> list[Record]:
+        """The jobs that have not ended, in the order in which they came; they are of a new attempt from now on.
+
+        Pictures that no job names, of a server that died before it had written the row, are deleted.
+        """
+
+        def work(db: sqlite3.Connection) -> list[Record]:
+            named = {name for (name,) in db.execute("SELECT sha256 FROM files")}
+            if left := self.pictures.delete_others(named):
+                logger.info("pictures of no job were deleted", extra={"count": left})
+            return store_rows.recover(db)
+
+        return await self._writer.ask(work)
+
+    async def park(self) -> None:
+        """No job runs any more: whatever may come now, none of them is the reason."""
+        await self._writer.ask(lambda db: [*db.execute("UPDATE jobs SET running = 0 WHERE running = 1")])
+
+    async def latest(self) -> float:
+        """The greatest time that is in here, by the clock that does not jump; 0 if there is none."""
+        query = "SELECT max(ifnull((SELECT max(arrived) FROM jobs), 0), ifnull((SELECT max(ended) FROM jobs), 0))"
+        return await self._writer.ask(lambda db: float(db.execute(query).fetchone()[0]))
+
+    async def expire(self, before: float, most_bytes: int) -> Expired:
+        """Deletes some of the jobs that ended before this time, and of the oldest while all take more than so much."""
+
+        def work(db: sqlite3.Connection) -> tuple[Expired, list[str]]:
+            gone, files = list[str](), list[str]()
+            for number, id, ended in store_rows.oldest(db, AT_A_TIME):
+                if ended >= before and store_rows.size_bytes(db) <= most_bytes:
+                    break
+                files += store_rows.delete(db, number, id)
+                gone.append(id)
+            return Expired(gone, len(gone) == AT_A_TIME), files
+
+        expired, files = await self._writer.ask(work)
+        await asyncio.to_thread(self.pictures.delete, files)
+        return expired
+
+    def _known(self, db: sqlite3.Connection, images: Sequence[Kept], identities: Sequence[str]) -> tuple[Kept, ...]:
+        """The pictures with these identities, if all of them are here already."""
+        found = []
+        for image, identity in zip(images, identities, strict=True):
+            known = store_rows.known(db, identity)
+            if known is None or not self.pictures.has(*known):
+                return ()
+            found.append(replace(image, sha256=known[0], size=known[1]))
+        return tuple(found)
