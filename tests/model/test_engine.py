@@ -101,7 +101,7 @@ def test_a_sample_takes_as_many_steps_as_its_plan_has_rows() -> None:
 def test_a_freed_slot_is_taken_in_the_very_next_step() -> None:
     engine = quick_engine(1)
     engine.submit(a_request("first", 2))
-    engine.submit(a_request("second", 1))
+    engine.submit(a_request("second", 1, order=1.0))
 
     assert [endings(engine.step()) for _ in range(3)] == [[], [("Finished", "first")], [("Finished", "second")]]
 
@@ -214,7 +214,7 @@ def test_a_waiting_sample_is_cancelled_without_ever_sitting_down() -> None:
 def test_a_seated_sample_leaves_its_slot_at_once() -> None:
     engine = quick_engine(1)
     engine.submit(a_request("a", 9))
-    engine.submit(a_request("b", 2))
+    engine.submit(a_request("b", 2, order=1.0))
     engine.step()
     engine.cancel("a")
 
@@ -431,12 +431,12 @@ def test_the_counters_add_up() -> None:
     steps = [3, 5, 5, 1, 2]
     run(engine, *[a_request(i, n, seed=i) for i, n in enumerate(steps)])
 
-    # Seated in each step: 4 (0 1 2 3), 4 (0 1 2 4), 4 (0 1 2 4), 2 (1 2), 2 (1 2).
-    assert (engine.stats.steps, engine.stats.sample_steps, engine.stats.padded) == (5, sum(steps), 0)
+    # Seated in each step: 4 (3 4 0 1), 4 (4 0 1 2), 3 (0 1 2), 2 (1 2), 2 (1 2), 1 (2).
+    assert (engine.stats.steps, engine.stats.sample_steps, engine.stats.padded) == (6, sum(steps), 2)
     assert (engine.stats.seated, engine.stats.waiting) == (0, 0)
 
     run(engine, a_request("one more", 3))
-    assert (engine.stats.steps, engine.stats.sample_steps, engine.stats.padded) == (8, sum(steps) + 3, 3)
+    assert (engine.stats.steps, engine.stats.sample_steps, engine.stats.padded) == (9, sum(steps) + 3, 5)
 
 
 def test_the_counters_say_who_sits_and_who_waits() -> None:

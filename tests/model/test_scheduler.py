@@ -14,6 +14,8 @@ class Guest:
 
     name: str
     order: float = 0.0
+    owner: str = ""
+    left: int = 1
     slot: int | None = None
     arrival: int = -1
 

@@ -17,6 +17,7 @@ class Picture:
     job: int
     left: int
     order: float = 0.0
+    owner: str = ""
     slot: int | None = None
     arrival: int = -1
 
