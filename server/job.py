@@ -61,6 +61,7 @@ class Order:
     priority: int = 0
     deadline_s: float | None = None
     wants_floats: bool = False
+    owner: str | None = None  # whose key it came with
 
     @property
     def image_steps(self) -> int:

@@ -167,6 +167,7 @@ class Jobs:
             watched is not None and watched.frames.kind != "x0",
             watched is not None and watched.frames.kind != "x_t",
             order.wants_floats,
+            order.owner or "",
         )
         async with aclosing(self.backend.run(spec)) as events:
             async for event in events:
@@ -249,6 +250,7 @@ class Jobs:
             sample_steps=vitals.stats.sample_steps,
             engine_steps=vitals.stats.steps,
             padded_slots=vitals.stats.padded,
+            out_of_memory=vitals.stats.exhausted,
             engine_restarts=vitals.restarts,
             jobs_replayed=vitals.replayed,
             frames=self.audience.frames,

@@ -72,7 +72,7 @@ class Life:
         try:
             while not self.over.is_set():
                 try:
-                    await asyncio.wait_for(self.over.wait(), 1.0)
+                    await asyncio.wait_for(self.over.wait(), 0.25)
                 except TimeoutError:
                     if hangs():
                         logger.error("engine hangs and is killed", extra={"pid": process.pid})

@@ -49,6 +49,7 @@ class Standing:
     sample_steps: int = _counter("image-steps done")
     engine_steps: int = _counter("steps of a batch done")
     padded_slots: int = _counter("slots that a step computed for nobody")
+    out_of_memory: int = _counter("times device memory ran out, after which the batch was smaller")
     engine_restarts: Mapping[str, int] = _counter("engines replaced", label="cause")
     jobs_replayed: int = _counter("jobs that were run again because an engine was replaced")
     frames: int = _counter("frames kept for viewers")
