@@ -4,9 +4,9 @@ DDPM_FAULTS is a list in JSON of faults that happen in the engine process as a s
 
     [{"do": "nan", "seed": 7, "step": 3}, {"do": "die", "bucket": 4, "once": "/tmp/was-here"}]
 
-`do` is one of the names in FAULTS. It happens when a step is made of at least `bucket` slots, in which somebody sits who
-has this `seed` and has had this many updates, `step`; what is left out does not matter. `once`: a file that must not be
-there, and then is: a fault that the next engine is spared.
+`do` is one of the names in FAULTS. It happens when a step is made of at least `bucket` slots, in which somebody sits
+who has this `seed` and has had this many updates, `step`; what is left out does not matter. `once`: a file that must
+not be there, and then is: a fault that the next engine is spared.
 """
 
 import json
@@ -34,8 +34,8 @@ class Fault:
 
     def slots(self, runner: Runner, bucket: int) -> list[int]:
         """Those whom this step befalls."""
-        slots = runner.slots
-        sitting = zip(slots.seed[:bucket].tolist(), slots.cursor[:bucket].tolist(), slots.last[:bucket].tolist())
+        columns = (runner.slots.seed, runner.slots.cursor, runner.slots.last)
+        sitting = zip(*(column[:bucket].tolist() for column in columns), strict=True)
         hit = [
             slot
             for slot, (seed, step, last) in enumerate(sitting)

@@ -68,6 +68,17 @@ class Order:
         """The work in it."""
         return self.n * self.sampling.steps
 
+    @property
+    def size_bytes(self) -> int:
+        """About what it comes to hold in memory, at most: pictures and frames, as much again for their PNGs, and the
+        objects around them."""
+        channels, height, width = self.card.architecture.shape
+        elements = self.n * channels * height * width
+        kinds = 1 + (self.watched.frames.kind == "both") if self.watched else 0
+        shown = kinds * len(self.watched.points) if self.watched else 0
+        pictures = elements * (2 * (shown + 1) + 8 * self.wants_floats)
+        return pictures + BYTES_OF_MESSAGE * self.n * (shown + 1) + BYTES_OF_JOB
+
     def request(self) -> dict[str, Any]:
         """Every field of the request, defaults filled in."""
         fields = {"model": self.card.name, "seed": self.seed, "n": self.n, **asdict(self.sampling)}
@@ -167,7 +178,8 @@ class Job:
         """What is left of it."""
         steps = self.order.sampling.steps
         begun = [steps - done for i, done in enumerate(self.steps) if done and i not in self.images]
-        return Work(self, begun, self.order.n - len(self.images) - len(begun), steps)
+        waiting = self.order.n - len(self.images) - len(begun)
+        return Work(self, begun, waiting, steps, self.rank, self.order.owner or "")
 
     @property
     def progress(self) -> dict[str, Any]:

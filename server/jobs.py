@@ -25,12 +25,11 @@ from server.errors import (
     NotReady,
     SampleLost,
     ServerError,
-    TooBusy,
     problem,
 )
 from server.feed import Audience, Viewer
 from server.job import Image, Job, Order
-from server.limits import Queue
+from server.limits import Queue, check_deadline
 from server.metrics import Metrics, Standing
 from server.orders import take_order
 from server.outlooks import Outlooks
@@ -56,7 +55,7 @@ class Jobs:
         self, settings: Settings, cards: Mapping[str, ModelCard], backend: Backend, metrics: Metrics | None = None
     ) -> None:
         self.cards, self.backend, self._settings = cards, backend, settings
-        self.queue = Queue(settings.max_queued_steps)
+        self.queue = Queue(settings.max_queued_steps, settings.max_queued_jobs, settings.max_live_bytes)
         self.register = Register()
         self.drawing = asyncio.Semaphore(ANIMATIONS)
         self.audience = Audience()
@@ -105,10 +104,8 @@ class Jobs:
         served = self.backend.served.get(order.card.name)
         if self.backend.trouble is not None or served is None:
             raise NotReady(self.backend.trouble or "the model is not loaded")
-        if len(self.register.live) >= self._settings.max_queued_jobs:
-            raise TooBusy(f"{self._settings.max_queued_jobs} jobs have been accepted and have not ended")
         step_s = self.backend.step_s(order.card.name, served.admitted)[-1] / served.slots
-        self.queue.take(order.image_steps, step_s)
+        self.queue.take(order.image_steps, step_s, order.size_bytes)
         job = Job(secrets.token_hex(12), order, served, self.audience)
         self.register.add(job)
         self._accepted += 1
@@ -140,6 +137,7 @@ class Jobs:
         outcome = "failed"
         try:
             async with asyncio.timeout(job.order.deadline_s) as deadline:
+                self._check_deadline(job)
                 await self._collect(job)
             await asyncio.to_thread(job.encode)
             outcome = "succeeded"
@@ -184,6 +182,7 @@ class Jobs:
                 job.show_frame(index, step, "x0", x0)
             case Progress(steps):
                 self._advance(job, steps)
+                self._check_deadline(job)
                 job.feed.tell("progress", **job.progress, eta_s=self._outlooks.of(job).eta_s)
             case Finished(int(index), picture, floats):
                 self._advance(job, {index: job.order.sampling.steps})
@@ -195,6 +194,13 @@ class Jobs:
                 raise SampleLost(reason)
             case Cancelled():
                 raise SampleLost("the picture was given up")
+
+    def _check_deadline(self, job: Job) -> None:
+        """Gives up, and leaves the slots to others, as soon as it is certain that the deadline will not be met."""
+        if job.order.deadline_s is not None:
+            left_s = job.created_at + job.order.deadline_s - time.time()
+            steps = job.order.sampling.steps - min(job.steps)
+            check_deadline(left_s, steps, self.backend.step_s(job.order.card.name, job.served.admitted)[1])
 
     def _advance(self, job: Job, steps: Mapping[int, int]) -> None:
         for index, step in steps.items():
@@ -208,6 +214,7 @@ class Jobs:
         self._outcomes[outcome] += 1
         self.metrics.job_seconds.observe(job.finished_at - job.created_at)
         self.queue.give_back(job.order.image_steps - sum(job.steps))
+        self.queue.leave(job.order.size_bytes)
         job.feed.end(outcome, document=job.document())
         self.register.retire(job)
 

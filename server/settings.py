@@ -36,6 +36,11 @@ class Settings(BaseModel):
     max_queued_jobs: int = Field(
         4096, ge=1, le=1 << 20, description="jobs accepted and not yet ended; more are answered with 429"
     )
+    max_live_bytes: int = Field(
+        1 << 30,
+        ge=1 << 20,
+        description="bytes that jobs not yet ended may come to hold; more are answered with 429",
+    )
     max_body_bytes: int = Field(65_536, ge=256, le=1 << 30, description="bytes of a request's body")
     drain_s: float = Field(30.0, ge=0, le=3600, description="seconds that running requests get to end at shutdown")
     engine_restarts: int = Field(5, ge=0, le=1000, description="restarts of the engine in a row without a step done")

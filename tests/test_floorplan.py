@@ -46,7 +46,9 @@ FLOORS = [
 ]
 # These stand beside the house: they may look into every room, and nobody in it knows them.
 OFF_THE_PATH = ["model.train", "model.data", "model.convert", "model.convert.*", "model.reference", "server.client"]
-TORCH_FREE = [f"model.{room}" for room in ("errors", "options", "schedule", "architecture", "plan", "card", "events")]
+TORCH_FREE = [
+    f"model.{room}" for room in ("errors", "options", "schedule", "architecture", "plan", "card", "events", "scheduler")
+]
 ROOMS = {
     "torch": ["model.*", "server.engine_process", "server.faults"],
     "triton": ["model.triton_net", "model.triton_step"],
