@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -131,6 +132,7 @@ class Job:
     failure: Exception | None = None
     error: dict[str, Any] | None = None
     giving_up: bool = False  # somebody has cancelled it
+    due: float = math.inf  # when it must have ended, on the event loop's clock
     life: "asyncio.Task[None] | None" = None
     feed: Feed = field(init=False)
 

@@ -6,6 +6,7 @@ matter to it, unless the route says so by `cancel`.
 
 import asyncio
 import logging
+import math
 import secrets
 import time
 from collections import Counter
@@ -137,6 +138,7 @@ class Jobs:
         outcome = "failed"
         try:
             async with asyncio.timeout(job.order.deadline_s) as deadline:
+                job.due = deadline.when() or math.inf
                 self._check_deadline(job)
                 await self._collect(job)
             await asyncio.to_thread(job.encode)
@@ -197,8 +199,8 @@ class Jobs:
 
     def _check_deadline(self, job: Job) -> None:
         """Gives up, and leaves the slots to others, as soon as it is certain that the deadline will not be met."""
-        if job.order.deadline_s is not None:
-            left_s = job.created_at + job.order.deadline_s - time.time()
+        if job.due < math.inf:
+            left_s = job.due - asyncio.get_running_loop().time()
             steps = job.order.sampling.steps - min(job.steps)
             check_deadline(left_s, steps, self.backend.step_s(job.order.card.name, job.served.admitted)[1])
 

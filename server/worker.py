@@ -274,9 +274,7 @@ class LocalBackend:
             stream.aboard = False
             stream.events.put_nowait(Restarting(self._load_s))
         for stream in guilty:
-            stream.events.put_nowait(
-                SampleLost("the engine died each time it made this picture, whoever was beside it")
-            )
+            stream.events.put_nowait(SampleLost("the engine died each time it came to the same step of this job"))
 
     def _fail(self, failure: EngineFailed) -> None:
         self._trouble = str(failure)

@@ -1,7 +1,8 @@
 """The promise: a picture depends on the request, never on the company.
 
 Two hundred samples of mixed samplers and step counts arrive, are unseated for others and are cancelled at random; each
-that is finished has the bytes that it has alone. The weights come from a model directory, so what is run is what is served.
+that is finished has the bytes that it has alone. The weights come from a model directory, so what is run is what is
+served.
 """
 
 import os

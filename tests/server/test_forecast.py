@@ -26,7 +26,7 @@ def play(queue: Sequence[Work[int]], step_s: Sequence[float]) -> dict[int, float
     """The same by the real scheduler, step by step."""
     scheduler, clock_s, ends = Scheduler[Picture](len(step_s) - 1), 0.0, {}
     for work in queue:
-        for left in work.begun + [work.steps] * work.waiting:
+        for left in [*work.begun, *[work.steps] * work.waiting]:
             scheduler.add(Picture(work.job, left, work.order, work.owner))
     while scheduler.admit() or scheduler.seated:
         while scheduler.exchange():
