@@ -130,7 +130,7 @@ def beside_a_flood(world: World, steps: int, pictures: int = 5000, apart: bool =
     flood = [Guest(0.0, steps, "flood" if apart else "") for _ in range(pictures)]
     half_s = 50 * world.step_s(world.slots) * (2 if world.slots == 1 else 1)
     draw = random.Random(1)
-    asked = [Guest((i + draw.random()) * 3 * half_s, 50, "other" if apart else "") for i in range(1, 200)]
+    asked = [Guest((i + draw.random() / 2) * 3 * half_s, 50, "other" if apart else "") for i in range(1, 200)]
     last_s = asked[-1].at_s + 10 * half_s
     seated_by_order(world, list(heapq.merge(flood, asked, key=lambda guest: guest.at_s)), until_s=last_s)
     return [guest.took_s / half_s for guest in asked]

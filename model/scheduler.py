@@ -6,7 +6,7 @@ minute it came, less its priority. So priority counts, and a minute of waiting i
 by that go by what is left of them, the shortest first: the longest there is stands as if it had come a minute later.
 
 A sample that should sit and finds no free slot takes that of the one that should least. What is unseated costs a copy
-of its state, so at most as many as there are slots are unseated at a time.
+of its state, so there are never more of these than there are slots, and one for each owner.
 """
 
 import heapq
@@ -49,11 +49,11 @@ class _Share(Generic[S]):
         return self.used + SEAT * self.seats
 
     @property
-    def best(self) -> float:
-        """The rank of the sample that is to be seated next. There must be one."""
+    def next(self) -> tuple[float, int]:
+        """Rank and arrival of the sample that is to be seated next. There must be one."""
         while self.queue[0][1] not in self.waiting:
             heapq.heappop(self.queue)  # withdrawn
-        return self.queue[0][0]
+        return self.queue[0]
 
     def push(self, sample: S, rank: float) -> None:
         """One more waits."""
@@ -62,8 +62,9 @@ class _Share(Generic[S]):
 
     def pop(self) -> S:
         """The one that is to be seated next."""
-        assert self.best is not None  # it has cleared the head of the queue
-        return self.waiting.pop(heapq.heappop(self.queue)[1])
+        arrival = self.next[1]
+        heapq.heappop(self.queue)
+        return self.waiting.pop(arrival)
 
     def withdraw(self, sample: S) -> None:
         """One that waited does not any more."""
@@ -119,11 +120,15 @@ class Scheduler(Generic[S]):
 
     def exchange(self) -> Exchange[S] | None:
         """One seat changes hands, if one must. To be called until none does, once nobody can be admitted."""
-        if not self.waiting or len(self.seated) < self.capacity or len(self._unseated) >= self.capacity:
+        if not self.waiting or len(self.seated) < self.capacity:
             return None
         for poor, rich in self._pairs():
+            rank, arrival = poor.next
             leaves = max((s for s in self.seated if self._shares[s.owner] is rich), key=self._rank)
-            if poor is rich and poor.best >= self._rank(leaves):
+            if poor is rich and rank >= self._rank(leaves):
+                continue
+            room = self.capacity + (0 if poor is rich else len(self._shares))
+            if arrival not in self._unseated and len(self._unseated) >= room:
                 continue
             sits, slot = self._call(poor), leaves.slot
             assert slot is not None

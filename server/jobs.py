@@ -95,9 +95,11 @@ class Jobs:
     @contextmanager
     def counting_refusals(self) -> Iterator[None]:
         """Whatever is refused in here is counted."""
+        began = time.perf_counter()
         try:
             yield
         except (ServerError, PlanError) as error:
+            self.metrics.refusal_seconds.observe(time.perf_counter() - began)
             self._rejected[problem(error).code] += 1
             raise
 
