@@ -45,7 +45,7 @@ class Settings(BaseModel):
     drain_s: float = Field(30.0, ge=0, le=3600, description="seconds that running requests get to end at shutdown")
     engine_restarts: int = Field(5, ge=0, le=1000, description="restarts of the engine in a row without a step done")
     engine_patience_s: float = Field(
-        4.0, ge=0.5, le=3600, description="seconds without a sign of life (or 40 steps) until the engine is replaced"
+        8.0, ge=0.5, le=3600, description="seconds without a sign of life (or 40 steps) until the engine is replaced"
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe level logged")
 

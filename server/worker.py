@@ -30,9 +30,9 @@ logger = logging.getLogger(__name__)
 class Patience:
     """How long an engine may say nothing, in seconds or in steps, whichever is longer."""
 
-    silence_s: float = 2.0  # then it is not ready
+    silence_s: float = 4.0  # then it is not ready; if it is stopped by a signal, it is killed and replaced
     silence_steps: float = 20.0
-    hang_s: float = 4.0  # then it is killed and replaced
+    hang_s: float = 8.0  # then it is killed and replaced
     hang_steps: float = 40.0
     load_s: float = 600.0  # so long it may load
 
@@ -85,6 +85,8 @@ class LocalBackend:
     @property
     def trouble(self) -> str | None:
         """Why no work can be taken right now, or None."""
+        if self._trouble is None and self._life is not None and self._life.stopped_s:
+            return "the engine process has been stopped"
         silence_s, patience = time.monotonic() - self._beat_at, self._patience
         if self._trouble is None and silence_s > max(patience.silence_s, patience.silence_steps * self._longest_s):
             return f"the engine has not answered for {silence_s:.0f} s"
@@ -183,6 +185,8 @@ class LocalBackend:
     def _hangs(self) -> bool:
         """Whether the engine has said nothing for so long that it never will."""
         patience = self._patience
+        if self._life is not None and self._life.stopped_s > patience.silence_s:
+            return True
         limit_s = max(patience.hang_s, patience.hang_steps * self._longest_s) if self._served else patience.load_s
         return time.monotonic() - self._beat_at > limit_s
 

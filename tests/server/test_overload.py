@@ -2,18 +2,18 @@
 done as if nobody else had asked."""
 
 import asyncio
-import json
 import statistics
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
+from benchmarks.overload import flood
 from model.events import Finished
 from model.plan import resolve
 from model.schedule import Process, linear
@@ -51,45 +51,10 @@ def full(weights: Path) -> Iterator[TestClient]:
         backend.gate.set()
 
 
-@dataclass(frozen=True)
-class Reply:
-    """What a client got, and when, in seconds after it asked."""
-
-    status: int
-    headers: dict[str, str]
-    after_s: float
-
-
-async def post(port: int, body: dict[str, int], later: bool, go: asyncio.Event) -> Reply:
-    """One request over a connection of its own that is there when `go` is set."""
-    data = json.dumps(body).encode()
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    prefer = "prefer: respond-async\r\n" if later else ""
-    head = f"POST /generate HTTP/1.1\r\nhost: x\r\nconnection: close\r\n{prefer}content-type: application/json\r\n"
-    await go.wait()
-    began = time.monotonic()
-    writer.write(f"{head}content-length: {len(data)}\r\n\r\n".encode() + data)
-    status, *lines = (await reader.readuntil(b"\r\n\r\n")).decode().splitlines()
-    after_s = time.monotonic() - began
-    headers = dict(line.lower().split(": ", 1) for line in lines if line)
-    writer.close()
-    return Reply(int(status.split()[1]), headers, after_s)
-
-
-async def flood(port: int, count: int) -> tuple[list[Reply], float]:
-    """So many requests at the same moment, every other one asynchronous, and how long until all are answered."""
-    go = asyncio.Event()
-    asking = [asyncio.create_task(post(port, {"seed": i, "steps": STEPS}, i % 2 == 1, go)) for i in range(count)]
-    await asyncio.sleep(0.5)
-    began = time.monotonic()
-    go.set()
-    return await asyncio.gather(*asking), time.monotonic() - began
-
-
 def test_a_thousand_at_once_are_all_answered_and_those_for_whom_there_is_room_are_served(long_weights: Path) -> None:
     server = Server(long_weights, DDPM_MAX_QUEUED_STEPS=str(ROOM * STEPS), DDPM_SLOTS="8").wait_until_ready()
     try:
-        replies, _ = asyncio.run(flood(server.port, 1000))
+        replies = asyncio.run(flood(server.port, 1000, STEPS))
         while (seen := read(server.client.get("/metrics").text))["ddpm_steps_waiting"]:
             time.sleep(0.02)
         text = server.client.get("/metrics").text

@@ -53,7 +53,7 @@ def test_a_stopped_engine_is_seen_within_seconds(weights: Path) -> None:
         assert time.monotonic() - began < 10
         time.sleep(0.1)
 
-    assert "not answered" in server.client.get("/readyz").json()["detail"]
+    assert "has been stopped" in server.client.get("/readyz").json()["detail"]
     assert server.client.get("/healthz").status_code == 200
 
     os.kill(engine, signal.SIGCONT)
