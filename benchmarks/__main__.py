@@ -22,7 +22,9 @@ def main() -> None:
     args = parser.parse_args()
     device = torch.device("cuda" if args.gpu else "cpu")
     torch.set_num_threads(cores())
-    served = [] if args.compiled else [exactness, loopback, streams] if args.gpu else [exactness, journal, loopback, streams, http]
+    served = [] if args.compiled else [exactness, loopback, streams]
+    if device.type == "cpu" and served:
+        served += [journal, http]
     more = (each.measures(device, DIGITS) for each in served)  # `http` takes longer than `make gpu` may
     report(chain(engine.measures(device, DIGITS, args.compiled), *more), args.out)
 

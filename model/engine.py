@@ -5,7 +5,7 @@ join and leave between two steps. Each submitted sample ends in exactly one of F
 """
 
 from collections import deque
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 
 import torch
@@ -15,9 +15,11 @@ from model.noise import TorchNoise
 from model.plan import U
 from model.runner import Runner
 from model.scheduler import Scheduler
+from model.slots import Parked
 from model.snapshot import Snapshot, as_bytes
 
 STEPS_AHEAD = 3  # how many steps may be queued on a GPU before the host waits for the oldest
+CHECK_EVERY = 64  # steps after which everybody is looked at, whether the numbers are finite
 
 
 @dataclass(slots=True, eq=False)
@@ -26,16 +28,23 @@ class Sample:
 
     request: Request
     order: float
+    owner: str
     source: TorchNoise | None = None  # of its noise, once it is seated, if that comes from outside
     slot: int | None = None
     arrival: int = -1  # the scheduler's
     step: int = 0  # updates done; the device's cursor says the same, and is never read
+    parked: Parked | None = None  # its state, if it was unseated and waits to go on
     leaving: bool = False  # made, but still on its way off the device
+
+    @property
+    def left(self) -> int:
+        """Updates still to do."""
+        return len(self.request.plan) - self.step
 
     @property
     def ended(self) -> bool:
         """Whether the last row of its plan has been walked."""
-        return self.step == len(self.request.plan)
+        return self.left == 0
 
 
 @dataclass(slots=True, eq=False)
@@ -52,7 +61,6 @@ class Engine:
     """Drives a runner. Not safe for threads: one caller, between whose calls nothing happens."""
 
     runner: Runner
-    begun: list[Hashable] = field(default_factory=list)  # the samples that the last step has seated
     _samples: dict[Hashable, Sample] = field(default_factory=dict)
     _pending: deque[_Pending] = field(default_factory=deque)
     _events: list[Event] = field(default_factory=list)
@@ -62,9 +70,10 @@ class Engine:
     _steps: int = 0
     _sample_steps: int = 0
     _padded: int = 0
+    _exhausted: int = 0
 
     def __post_init__(self) -> None:
-        self._scheduler = Scheduler(self.runner.slots.capacity)
+        self._scheduler = Scheduler(self.runner.slots.capacity, self.runner.slots.rows.shape[1] - 1)
         if self.runner.device.type == "cuda":
             self._copies = torch.cuda.Stream(self.runner.device)
 
@@ -77,7 +86,7 @@ class Engine:
     def stats(self) -> Stats:
         """Counters since the start."""
         seated, waiting = len(self._scheduler.seated), self._scheduler.waiting
-        return Stats(seated, waiting, self._steps, self._sample_steps, self._padded)
+        return Stats(seated, waiting, self._steps, self._sample_steps, self._padded, self._exhausted)
 
     @property
     def progress(self) -> list[tuple[Hashable, int]]:
@@ -88,7 +97,7 @@ class Engine:
         """A sample joins the queue. Its id must not be on its way already, else ValueError."""
         if request.id in self._samples:
             raise ValueError(f"a sample {request.id!r} is on its way already")
-        sample = Sample(request, request.order)
+        sample = Sample(request, request.order, request.owner)
         self._samples[request.id] = sample
         self._scheduler.add(sample)
 
@@ -97,42 +106,94 @@ class Engine:
         sample = self._samples.get(id)
         if sample is None or sample.leaving:
             return
-        if sample.slot is None:
-            self._scheduler.withdraw(sample)
-        else:
-            self._release(sample)
-        del self._samples[id]
-        self._events.append(Cancelled(id))
+        self._give_up(sample, Cancelled(id))
+
+    @torch.inference_mode()
+    def seat(self) -> list[tuple[Hashable, int]]:
+        """Seats who waits: (id, updates done) of those who have just sat down. `step` does it, too; this is for who
+        wants to know of them before their first step."""
+        before = set(self._scheduler.seated)
+        self._within_memory(self._admit)
+        return [(s.request.id, s.step) for s in self._scheduler.seated if s not in before]
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
         """Seats who waits, denoises everybody seated by one step, and tells what has become known since."""
-        new = self._scheduler.admit()
-        self.begun = [sample.request.id for sample in new]
-        if new:
-            self._seat(new)
-        self._show([sample for sample in new if 0 in sample.request.frames])
-        seated = self._scheduler.seated
-        if seated:
-            self._bring_noise(seated)
-            bucket = self.runner.bucket_for(len(seated))
-            self.runner.step(bucket)
-            self._wait_for_oldest()
-            self._steps += 1
-            self._sample_steps += len(seated)
-            self._padded += bucket - len(seated)
-            for sample in seated:
-                sample.step += 1
-            self._show([s for s in seated if s.ended or s.step in s.request.frames])
-            for sample in [s for s in seated if s.ended]:
-                sample.leaving = True
-                self._release(sample)
+        self._within_memory(self._admit)
+        if self._scheduler.seated:
+            self._within_memory(self._advance)
         self._harvest(stand_still=not self._scheduler.seated)
         events, self._events = self._events, []
         return events
 
+    def _admit(self) -> None:
+        new = self._scheduler.admit()
+        while (exchange := self._scheduler.exchange()) is not None:
+            exchange.leaves.parked = self.runner.slots.take(exchange.slot)
+            new.append(exchange.sits)
+        self._seat([sample for sample in new if sample.parked is None])
+        for sample in new:
+            if sample.parked is not None:
+                assert sample.slot is not None
+                request = sample.request
+                self.runner.slots.put_back(sample.slot, request.seed, request.plan, sample.step, sample.parked)
+                sample.parked = None
+        self._show([sample for sample in new if sample.step == 0 and 0 in sample.request.frames])
+
+    def _advance(self) -> None:
+        seated = self._scheduler.seated
+        self._bring_noise(seated)
+        bucket = self.runner.bucket_for(len(seated))
+        self.runner.step(bucket)
+        self._wait_for_oldest()
+        self._steps += 1
+        self._sample_steps += len(seated)
+        self._padded += bucket - len(seated)
+        self._scheduler.charge()
+        for sample in seated:
+            sample.step += 1
+        check = self._steps % CHECK_EVERY == 0
+        self._show([s for s in seated if check or s.ended or s.step in s.request.frames])
+        for sample in [s for s in seated if s.ended]:
+            sample.leaving = True
+            self._release(sample)
+
+    def _within_memory(self, work: Callable[[], None]) -> None:
+        """Does this; if memory runs out, the batch is smaller from now on, and whoever is seated begins again: what
+        their slots hold cannot be trusted, and they come to the same bytes. A batch of one that runs out fails."""
+        try:
+            return work()
+        except torch.OutOfMemoryError:
+            self._exhausted += 1
+        seated = list(self._scheduler.seated)
+        smaller = [b for b in self.runner.admitted if b < self.runner.bucket_for(len(seated))]
+        self._scheduler.capacity = smaller[-1] if smaller else 1
+        for sample in reversed(seated):
+            if len(seated) == 1:
+                self._give_up(sample, Failed(sample.request.id, "memory ran out with this picture alone"))
+            else:
+                self._release(sample)
+                sample.step, sample.source = 0, None
+                self._scheduler.add(sample)
+        for sample in self._samples.values():
+            if sample.step and sample.slot is None and sample.parked is None and not sample.leaving:
+                sample.step, sample.source = 0, None  # it was being unseated, and its state was lost
+        if self.runner.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _give_up(self, sample: Sample, ending: Event) -> None:
+        """Ends a sample before its time, wherever it is."""
+        if sample.slot is not None:
+            self._release(sample)
+        elif not sample.leaving:
+            self._scheduler.withdraw(sample)
+        del self._samples[sample.request.id]
+        self._events.append(ending)
+
     def _seat(self, new: list[Sample]) -> None:
         """Puts x_T and the plans of samples that have just sat down, side by side, into their slots."""
+        if not new:
+            return
         slots = self.runner.slots
         x = slots.draw_initial([sample.request.seed for sample in new])
         for row, sample in enumerate(new):
@@ -193,6 +254,9 @@ class Engine:
                 request = sample.request
                 if self._samples.get(request.id) is not sample:
                     continue  # cancelled since
+                if not finite[row]:
+                    self._give_up(sample, Failed(request.id, f"the picture was not finite after {step} steps"))
+                    continue
                 if step in request.frames:
                     shown_x = x[row].copy() if request.shows_x else None
                     shown_x0 = x0[row].copy() if request.shows_x0 and step > 0 else None
@@ -200,6 +264,4 @@ class Engine:
                 if step == len(request.plan):
                     del self._samples[request.id]
                     kept = floats[0][row].copy() if request.wants_floats else None
-                    made = Finished(request.id, x[row].copy(), kept)
-                    failed = Failed(request.id, f"the picture was not finite after {step} steps")
-                    self._events.append(made if finite[row] else failed)
+                    self._events.append(Finished(request.id, x[row].copy(), kept))

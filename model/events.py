@@ -20,11 +20,12 @@ class Request:
     id: Hashable
     seed: int
     plan: Plan
-    order: float = 0.0  # smaller is seated first
+    order: float = 0.0  # smaller is seated first, among those of one owner
     frames: frozenset[int] = frozenset()
     shows_x: bool = True
     shows_x0: bool = False
     wants_floats: bool = False
+    owner: str = ""  # owners have equal shares
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +75,7 @@ class Stats:
     steps: int = 0  # steps of the batch
     sample_steps: int = 0  # the same, times the samples in it
     padded: int = 0  # slots that a step computed for nobody
+    exhausted: int = 0  # times that memory ran out, after which the batch was smaller
 
     @property
     def slot_steps(self) -> int:

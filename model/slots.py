@@ -1,6 +1,7 @@
 """The batch that lives on the device, one slot per picture on its way. The host only seats and moves."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -9,6 +10,16 @@ from model.noise import INITIAL, gaussian
 from model.plan import COLUMNS, Plan
 
 AHEAD_ELEMENTS = 32_768  # on a CPU a slot's noise is drawn for several steps at once, about this many numbers
+
+
+@dataclass(frozen=True, slots=True)
+class Parked:
+    """What a slot holds of a picture besides its plan."""
+
+    x: Tensor      # [C, H, W]
+    x0: Tensor     # [C, H, W]
+    given: Tensor  # [C, H, W]
+    ahead: Tensor  # [A, C, H, W]
 
 
 class Slots:
@@ -56,6 +67,17 @@ class Slots:
         self.cursor[slot] = 0
         self.last[slot] = steps
         self.seed[slot] = seed
+
+    def take(self, slot: int) -> "Parked":
+        """The state of a picture that has to make room, to be put back later."""
+        return Parked(*(tensor[slot].clone() for tensor in (self.x, self.x0, self.given, self.ahead)))
+
+    def put_back(self, slot: int, seed: int, plan: Plan, step: int, parked: "Parked") -> None:
+        """A picture that has had `step` updates goes on in any slot."""
+        self.seat(slot, seed, plan, parked.x)
+        for tensor, kept in ((self.x0, parked.x0), (self.given, parked.given), (self.ahead, parked.ahead)):
+            tensor[slot].copy_(kept)
+        self.cursor[slot] = step
 
     def clear(self, slot: int) -> None:
         """Nobody sits here: the cursor stands on the row of zeros, and nothing of the last tenant is left."""

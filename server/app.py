@@ -22,7 +22,7 @@ from server.routes import generate, jobs, models, scrape, stream
 from server.routes.http import RequestIds
 from server.settings import Settings
 from server.store import Store
-from server.worker import LocalBackend
+from server.worker import LocalBackend, Patience
 
 logger = logging.getLogger(__name__)
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -90,7 +90,8 @@ def create_app(
         places = tuple((name, card.directory) for name, card in cards.items())
         knobs = (settings.device, settings.dtype, settings.slots, settings.threads, settings.exact)
         start = Start(places, *knobs, settings.log_level)
-        backend = LocalBackend(start, settings.engine_restarts, on_failed, metrics.took)
+        patience = Patience(settings.engine_patience_s / 2, hang_s=settings.engine_patience_s)
+        backend = LocalBackend(start, settings.engine_restarts, on_failed, metrics.took, patience)
     store = Store(settings.data_dir, metrics.journal_commit_seconds.observe)
     made = Jobs(settings, cards, backend, store, metrics)
 

@@ -20,6 +20,7 @@ class Spec:
     shows_x: bool = True
     shows_x0: bool = False
     wants_floats: bool = False
+    owner: str = ""  # owners have equal shares
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ from model.events import ENDS, Event, Request, Stats
 from model.plan import Plan, Sampling, plan
 from model.runner import Runner
 from model.schedule import Process
+from server import faults
 from server.backend import Served
 from server.messages import Beat, Cancel, Died, Happened, Ready, Refused, Start, Step, Submit
 
@@ -153,11 +154,13 @@ class Engines:
         self.models: dict[int, str] = {}  # which engine a sample that has not ended is in
         self.device = device
         self.taken: list[Step] = []  # since they were last told
+        self.watched: set[int] = set()  # samples of which every step is told
         for name, directory in start.models:
             began = time.monotonic()
             model = load_model(read_card(directory, name), device, dtype)
             runner = Runner(model, slots, start.exact)
             self.engines[name], self.processes[name] = Engine(runner), model.card.process
+            faults.plant(runner)
             self.served[name] = describe(runner, model, round(time.monotonic() - began, 3))
             for count in (1, runner.slots.capacity):
                 self.taken.append(Step(name, runner.bucket_for(count), _time_a_step(runner, count)))
@@ -186,11 +189,12 @@ class Engines:
                     self.engines[self.models[id]].cancel(id)
             return
         spec = message.spec
+        self.watched.update(message.ids if message.watched else ())
         table = _plan(self.processes[spec.model], spec.sampling)
         for id, seed in zip(message.ids, spec.seeds, strict=True):
             self.models[id] = spec.model
             shown = (spec.frames, spec.shows_x, spec.shows_x0, spec.wants_floats)
-            self.engines[spec.model].submit(Request(id, seed, table, spec.order, *shown))
+            self.engines[spec.model].submit(Request(id, seed, table, spec.order, *shown, spec.owner))
 
     @property
     def memory_bytes(self) -> int:
@@ -202,21 +206,25 @@ class Engines:
         told, self.taken = self.taken, []
         return told
 
-    def step(self) -> tuple[list[Event], list[int]]:
-        """One step of every engine that is busy. -> what happened, and the samples that were seated for it"""
-        events, begun = list[Event](), list[int]()
+    def seat(self) -> list[tuple[int, int]]:
+        """Seats who waits. -> (sample, updates done) of those who have just sat down"""
+        return [(cast(int, id), step) for engine in self.engines.values() for id, step in engine.seat()]
+
+    def step(self) -> list[Event]:
+        """One step of every engine that is busy. -> what happened"""
+        events = list[Event]()
         for name, engine in self.engines.items():
             if engine.busy:
                 before, began = engine.stats, time.monotonic()
                 events += engine.step()
-                begun += cast(list[int], engine.begun)
                 if engine.stats.steps > before.steps:
                     bucket = engine.stats.slot_steps - before.slot_steps
                     self.taken.append(Step(name, bucket, time.monotonic() - began))
         for event in events:
             if isinstance(event, ENDS):
                 del self.models[cast(int, event.id)]
-        return events, begun
+                self.watched.discard(cast(int, event.id))
+        return events
 
 
 def serve(pipe: Connection, start: Start) -> None:
@@ -229,8 +237,15 @@ def serve(pipe: Connection, start: Start) -> None:
         pipe.send(Refused(type(error).__name__, str(error)))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return  # the API process is gone
-    except Exception:  # the one place where whatever killed the engine can be told
-        pipe.send(Died(traceback.format_exc()[-4000:]))
+    except Exception as error:  # the one place where whatever killed the engine can be told
+        pipe.send(Died(_cause(error), traceback.format_exc()[-4000:]))
+
+
+def _cause(error: Exception) -> str:
+    """In a word of `server.messages.CAUSES`. Nothing on a GPU works any more after an error of its own."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "memory"
+    return "cuda" if isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error) else "failed"
 
 
 def _loop(pipe: Connection, engines: Engines) -> None:
@@ -239,10 +254,11 @@ def _loop(pipe: Connection, engines: Engines) -> None:
         while pipe.poll(0 if engines.busy else BEAT_S):
             engines.handle(pipe.recv())
         if engines.busy:
-            events, begun = engines.step()
-            if events or begun:
-                pipe.send(Happened(events, engines.stats, begun))
+            if begun := engines.seat():  # told before they are stepped: whoever sits there when it dies is known
+                pipe.send(Happened([], engines.stats, begun))
+            if events := engines.step():
+                pipe.send(Happened(events, engines.stats))
         now = time.monotonic()
-        if now - beat_at >= BEAT_S:
+        if now - beat_at >= BEAT_S or engines.watched:
             pipe.send(Beat(engines.stats, engines.tell_steps(), engines.progress, engines.memory_bytes))
             beat_at = now

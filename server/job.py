@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -54,6 +55,7 @@ class Order:
 
     model: str
     T: int  # of its schedule
+    shape: tuple[int, int, int]  # (C, H, W) of a picture
     seed: int
     n: int
     sampling: Sampling
@@ -67,6 +69,17 @@ class Order:
     def image_steps(self) -> int:
         """The work in it."""
         return self.n * self.sampling.steps
+
+    @property
+    def size_bytes(self) -> int:
+        """About what it comes to hold in memory, at most: pictures and frames, as much again for their PNGs, and the
+        objects around them."""
+        channels, height, width = self.shape
+        elements = self.n * channels * height * width
+        kinds = 1 + (self.watched.frames.kind == "both") if self.watched else 0
+        shown = kinds * len(self.watched.points) if self.watched else 0
+        pictures = elements * (2 * (shown + 1) + 8 * self.wants_floats)
+        return pictures + BYTES_OF_MESSAGE * self.n * (shown + 1) + BYTES_OF_JOB
 
     def request(self) -> dict[str, Any]:
         """Every field of the request, defaults filled in."""
@@ -157,6 +170,7 @@ class Job:
     attempt: int = 1  # servers that have had it
     deaths: int = 0  # of servers while it ran
     cached: bool = False  # its pictures were here before
+    due: float = math.inf  # when it must have ended, on the event loop's clock
     life: "asyncio.Task[None] | None" = None
     feed: Feed = field(init=False)
 
@@ -217,7 +231,8 @@ class Job:
         """What is left of it."""
         steps = self.order.sampling.steps
         begun = [steps - done for i, done in enumerate(self.steps) if done and i not in self.images]
-        return Work(self, begun, self.order.n - len(self.images) - len(begun), steps)
+        waiting = self.order.n - len(self.images) - len(begun)
+        return Work(self, begun, waiting, steps, self.rank, self.order.owner or "")
 
     @property
     def progress(self) -> dict[str, Any]:

@@ -30,13 +30,12 @@ from server.errors import (
     ServerError,
     StillRunning,
     StorageFull,
-    TooBusy,
     problem,
 )
 from server.feed import Audience, Viewer
 from server.job import Image, Job, Order
 from server.ledger import Ledger
-from server.limits import Queue
+from server.limits import Queue, check_deadline
 from server.metrics import Metrics, Standing
 from server.orders import Terms, fingerprint, take_order
 from server.outlooks import Outlooks
@@ -71,7 +70,7 @@ class Jobs:
         metrics: Metrics | None = None,
     ) -> None:
         self.cards, self.backend, self._settings = cards, backend, settings
-        self.queue = Queue(settings.max_queued_steps)
+        self.queue = Queue(settings.max_queued_steps, settings.max_queued_jobs, settings.max_live_bytes)
         self.drawing = asyncio.Semaphore(ANIMATIONS)
         self.audience = Audience()
         self.ledger = Ledger(store, settings, self.audience)
@@ -101,7 +100,7 @@ class Jobs:
         await self.backend.start()
         for job in await self.ledger.start():
             self._accepted += 1
-            self.queue.taken += job.order.image_steps
+            self.queue.enter(job.order.image_steps, job.order.size_bytes)
             self._begin(job)
         self._ticker = asyncio.create_task(self._tick(), name="queue positions")
         self._ticker.add_done_callback(_report)
@@ -145,16 +144,17 @@ class Jobs:
         try:
             made = await self.ledger.accept(job, terms.again)
         except BaseException:
-            self.queue.give_back(order.image_steps)
+            self._give_back(job)
             raise
         finally:
             self._arriving -= 1
         if isinstance(made, Found):  # it came while this one was on its way to the disk
-            self.queue.give_back(order.image_steps)
+            self._give_back(job)
             return await self._found(made, print_ or "", terms)
         self._accepted += 1
         if made.cached:
             self._cache_hits += 1
+            self._give_back(job)
             self._count(made, "succeeded")
         else:
             self._begin(made)
@@ -172,9 +172,11 @@ class Jobs:
     @contextmanager
     def counting_refusals(self) -> Iterator[None]:
         """Whatever is refused in here is counted."""
+        began = time.perf_counter()
         try:
             yield
         except (ServerError, PlanError) as error:
+            self.metrics.refusal_seconds.observe(time.perf_counter() - began)
             self._rejected[problem(error).code] += 1
             raise
 
@@ -184,10 +186,8 @@ class Jobs:
             raise self.trouble
         if served is None:
             raise NotReady("the model is not loaded")
-        if len(self.register.live) + self._arriving >= self._settings.max_queued_jobs:
-            raise TooBusy(f"{self._settings.max_queued_jobs} jobs have been accepted and have not ended")
         step_s = self.backend.step_s(order.model, served.admitted)[-1] / served.slots
-        self.queue.take(order.image_steps, step_s)
+        self.queue.take(order.image_steps, step_s, order.size_bytes)
         return Job(secrets.token_hex(12), order, served, self.audience, arrived=self.ledger.clock.now())
 
     def _begin(self, job: Job) -> None:
@@ -228,6 +228,8 @@ class Jobs:
             if job.attached and job.attempt > 1:
                 raise JobCancelled("its caller went away with the server before")
             async with asyncio.timeout(self._time_left_s(job)) as deadline:
+                job.due = deadline.when() or math.inf
+                self._check_deadline(job)
                 async with self._suspect if job.deaths == DEATHS - 1 else nullcontext():
                     await self._collect(job)
             await asyncio.to_thread(job.encode)
@@ -293,6 +295,7 @@ class Jobs:
             watched is not None and watched.frames.kind != "x0",
             watched is not None and watched.frames.kind != "x_t",
             order.wants_floats,
+            order.owner or "",
         )
         while True:
             await self._until_ready(job)
@@ -318,6 +321,7 @@ class Jobs:
                 job.show_frame(index, step, "x0", x0)
             case Progress(steps):
                 self._advance(job, steps)
+                self._check_deadline(job)
                 job.feed.tell("progress", **job.progress, eta_s=self._outlooks.of(job).eta_s)
             case Finished(int(index), picture, floats):
                 self._advance(job, {index: job.order.sampling.steps})
@@ -329,6 +333,13 @@ class Jobs:
                 raise SampleLost(reason)
             case Cancelled():
                 raise SampleLost("the picture was given up")
+
+    def _check_deadline(self, job: Job) -> None:
+        """Gives up, and leaves the slots to others, as soon as it is certain that the deadline will not be met."""
+        if job.due < math.inf:
+            left_s = job.due - asyncio.get_running_loop().time()
+            steps = job.order.sampling.steps - min(job.steps)
+            check_deadline(left_s, steps, self.backend.step_s(job.order.model, job.served.admitted)[1])
 
     def _advance(self, job: Job, steps: Mapping[int, int]) -> None:
         for index, step in steps.items():
@@ -352,6 +363,7 @@ class Jobs:
 
     def _give_back(self, job: Job) -> None:
         self.queue.give_back(job.order.image_steps - sum(job.steps))
+        self.queue.leave(job.order.size_bytes)
 
     async def _tick(self) -> None:
         while True:
@@ -393,6 +405,7 @@ class Jobs:
             sample_steps=vitals.stats.sample_steps,
             engine_steps=vitals.stats.steps,
             padded_slots=vitals.stats.padded,
+            out_of_memory=vitals.stats.exhausted,
             engine_restarts=vitals.restarts,
             jobs_replayed=vitals.replayed,
             frames=self.audience.frames,

@@ -8,6 +8,7 @@ import signal
 import threading
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import TypeAlias
 
 from server import logs
@@ -15,6 +16,15 @@ from server.messages import Cancel, Refused, Start, Submit
 
 logger = logging.getLogger(__name__)
 Letter: TypeAlias = Submit | Cancel
+LOOK_S = 0.25  # how often it is looked at
+
+
+def _is_stopped(pid: int | None) -> bool:
+    """Whether a process has been stopped by a signal, as Linux tells it."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    except OSError:
+        return False
 
 
 def _run(pipe: Connection, start: Start) -> None:
@@ -34,6 +44,7 @@ class Life:
         self.over = asyncio.Event()
         self.refused: Refused | None = None  # why there is no sense in another one
         self.cause = "died"  # of its end, unless something else is seen
+        self.stopped_s = 0.0  # for how long it has been stopped by a signal
         self._outbox: queue.SimpleQueue[Letter | None] = queue.SimpleQueue()
 
     def send(self, letter: Letter) -> None:
@@ -72,8 +83,9 @@ class Life:
         try:
             while not self.over.is_set():
                 try:
-                    await asyncio.wait_for(self.over.wait(), 1.0)
+                    await asyncio.wait_for(self.over.wait(), LOOK_S)
                 except TimeoutError:
+                    self.stopped_s = self.stopped_s + LOOK_S if _is_stopped(process.pid) else 0.0
                     if hangs():
                         logger.error("engine hangs and is killed", extra={"pid": process.pid})
                         self.cause = "hung"

@@ -1,6 +1,6 @@
 """What the API process and an engine process say to each other, over a pipe between parent and child."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from model.events import Event, Stats
@@ -26,6 +26,7 @@ class Submit:
 
     ids: tuple[int, ...]
     spec: Spec
+    watched: bool = False  # whether every single step is told of while they are there
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +65,7 @@ class Refused:
 class Died:
     """What killed the engine process: the end of its last words."""
 
+    cause: str
     traceback: str
 
 
@@ -73,7 +75,7 @@ class Happened:
 
     events: list[Event]
     stats: Stats
-    begun: list[int]  # samples that have just been seated
+    begun: list[tuple[int, int]] = field(default_factory=list)  # (sample, updates done) of those just seated
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
 MEDIA = CONTENT_TYPE_PLAIN_0_0_4
 STEP_S = (0.0005, 0.001, 0.002, 0.004, 0.006, 0.008, 0.012, 0.016, 0.024, 0.032, 0.064, 0.128, 0.256, 0.512, 1, 2, 4, 8)
-WAIT_S = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+WAIT_S = (0.001, 0.005, 0.01, 0.02, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 COMMIT_S = (0.0001, 0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128, 0.256, 0.512, 1, 2, 4)
 BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512, 1024)
 
@@ -51,6 +51,7 @@ class Standing:
     sample_steps: int = _counter("image-steps done")
     engine_steps: int = _counter("steps of a batch done")
     padded_slots: int = _counter("slots that a step computed for nobody")
+    out_of_memory: int = _counter("times device memory ran out, after which the batch was smaller")
     engine_restarts: Mapping[str, int] = _counter("engines replaced", label="cause")
     jobs_replayed: int = _counter("jobs that were run again because an engine was replaced")
     frames: int = _counter("frames kept for viewers")
@@ -89,6 +90,7 @@ class Metrics:
         self.step_seconds = self._histogram("step_seconds", "time of a step of a batch", STEP_S)
         self.bucket_size = self._histogram("bucket_size", "slots that a step computed", BATCHES)
         self.queue_seconds = self._histogram("queue_seconds", "from the acceptance of a job to its first step", WAIT_S)
+        self.refusal_seconds = self._histogram("refusal_seconds", "from a request's arrival to its refusal", WAIT_S)
         self.job_seconds = self._histogram("job_seconds", "from the acceptance of a job to its end", WAIT_S)
 
         self.journal_commit_seconds = self._histogram(

@@ -59,8 +59,9 @@ def take_order(body: bytes, cards: Mapping[str, ModelCard], settings: Settings, 
     if terms.draws and frames is None:
         raise Invalid(("frames", "frames must not be null: an animation is made of them"))
     watched = _watched(frames, request.n, sampling.steps, settings.max_frames)
-    T, urgency = card.process.schedule.T, (request.priority, request.deadline_s)
-    return Order(card.name, T, seed, request.n, sampling, watched, *urgency, terms.floats, terms.owner)
+    kind = (card.name, card.process.schedule.T, card.architecture.shape)
+    urgency = (request.priority, request.deadline_s)
+    return Order(*kind, seed, request.n, sampling, watched, *urgency, terms.floats, terms.owner)
 
 
 def _watched(frames: Frames | None, n: int, steps: int, most: int) -> Watched | None:

@@ -33,15 +33,16 @@ class Outlooks:
     def _look(self) -> None:
         self._at = time.monotonic()
         queues: dict[str, list[Job]] = {}
-        for job in sorted(self._live.values(), key=lambda job: job.rank):
+        for job in self._live.values():
             queues.setdefault(job.order.model, []).append(job)
         times = {name: self._backend.step_s(name, jobs[0].served.admitted) for name, jobs in queues.items()}
-        ends = {name: forecast([job.work for job in jobs], times[name]) for name, jobs in queues.items()}
+        longest = {name: jobs[0].order.T for name, jobs in queues.items()}
+        ends = {name: forecast([job.work for job in jobs], times[name], longest[name]) for name, jobs in queues.items()}
         lasts = {name: max(of_model.values(), key=lambda end: end.step) for name, of_model in ends.items()}
         self._all = {}
         for name, jobs in queues.items():
             ahead = 0
-            for job in jobs:
+            for job in sorted(jobs, key=lambda job: ends[name][job].turn):
                 end = ends[name][job]
                 eta_s = self._backend.load_s + end.seconds
                 for other, last in lasts.items():  # models take turns, step by step, as long as both have work

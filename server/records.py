@@ -23,7 +23,7 @@ def identities(job: Job) -> list[str]:
 
 
 def _order_to_json(order: Order) -> str:
-    return _json(order.request() | {"T": order.T, "floats": order.wants_floats})
+    return _json(order.request() | {"T": order.T, "shape": order.shape, "floats": order.wants_floats})
 
 
 def _order_from_json(text: str, owner: str | None) -> Order:
@@ -34,7 +34,8 @@ def _order_from_json(text: str, owner: str | None) -> Order:
         frames = Frames(**fields["frames"])
         watched = Watched(frames, frame_points(frames, sampling.steps, sampling.steps))
     rest = (fields["priority"], fields["deadline_s"], fields["floats"], owner)
-    return Order(fields["model"], fields["T"], fields["seed"], fields["n"], sampling, watched, *rest)
+    shape = tuple(fields["shape"])
+    return Order(fields["model"], fields["T"], shape, fields["seed"], fields["n"], sampling, watched, *rest)
 
 
 def to_record(job: Job) -> Record:

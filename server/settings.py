@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from server.errors import SettingsError
 
 PREFIX = "DDPM_"
+FAULTS = "DDPM_FAULTS"  # no setting: what tests order to go wrong in an engine, see server/faults.py
 
 
 class Settings(BaseModel):
@@ -39,9 +40,17 @@ class Settings(BaseModel):
     max_queued_jobs: int = Field(
         4096, ge=1, le=1 << 20, description="jobs accepted and not yet ended; more are answered with 429"
     )
+    max_live_bytes: int = Field(
+        1 << 30,
+        ge=1 << 20,
+        description="bytes that jobs not yet ended may come to hold; more are answered with 429",
+    )
     max_body_bytes: int = Field(65_536, ge=256, le=1 << 30, description="bytes of a request's body")
     drain_s: float = Field(45.0, ge=0, le=3600, description="seconds that running requests get to end at shutdown")
     engine_restarts: int = Field(5, ge=0, le=1000, description="restarts of the engine in a row without a step done")
+    engine_patience_s: float = Field(
+        8.0, ge=0.5, le=3600, description="seconds without a sign of life (or 40 steps) until the engine is replaced"
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe level logged")
 
     @classmethod
@@ -49,7 +58,7 @@ class Settings(BaseModel):
         """Settings from the environment, overridden by flags. Raises SettingsError in one line that names the knob."""
         values: dict[str, object] = {}
         for variable, text in environ.items():
-            if variable.startswith(PREFIX):
+            if variable.startswith(PREFIX) and variable != FAULTS:
                 name = variable.removeprefix(PREFIX).lower()
                 if name not in cls.model_fields:
                     raise SettingsError(f"{variable} is not a setting; there are {', '.join(cls.variables())}")

@@ -21,19 +21,19 @@ from server.errors import EXIT_CODES, EXIT_ENGINE, EngineFailed, NotReady, Sampl
 from server.forecast import Pace
 from server.life import Letter, Life
 from server.messages import Beat, Cancel, Died, Happened, Ready, Refused, Start, Step, Submit
+from server.suspects import Suspects
 
 logger = logging.getLogger(__name__)
-LIVES = 3  # a job that has seen so many engines die is given up
 
 
 @dataclass(frozen=True, slots=True)
 class Patience:
     """How long an engine may say nothing, in seconds or in steps, whichever is longer."""
 
-    silence_s: float = 5.0  # then it is not ready
+    silence_s: float = 4.0  # then it is not ready; if it is stopped by a signal, it is killed and replaced
     silence_steps: float = 20.0
-    hang_s: float = 60.0  # then it is killed and replaced
-    hang_steps: float = 100.0
+    hang_s: float = 8.0  # then it is killed and replaced
+    hang_steps: float = 40.0
     load_s: float = 600.0  # so long it may load
 
 
@@ -44,7 +44,7 @@ class _Stream:
     spec: Spec
     index: dict[int, int]  # sample id -> index of its seed, for samples that have not ended
     events: asyncio.Queue[SampleEvent | Exception] = field(default_factory=asyncio.Queue)
-    lives: int = LIVES
+    aboard: bool = False  # whether the engine that lives has been told of it
 
 
 class LocalBackend:
@@ -74,6 +74,8 @@ class LocalBackend:
         self._load_s, self._down_at = 5.0, time.monotonic()  # what loading takes; since when there is no engine
         self._causes: Counter[str] = Counter()  # of restarts
         self._replayed = 0
+        self._seated: dict[int, int] = {}  # updates done, by sample, of those that are, as far as is known
+        self._suspects: Suspects[_Stream] = Suspects()
 
     @property
     def served(self) -> dict[str, Served]:
@@ -83,6 +85,8 @@ class LocalBackend:
     @property
     def trouble(self) -> str | None:
         """Why no work can be taken right now, or None."""
+        if self._trouble is None and self._life is not None and self._life.stopped_s:
+            return "the engine process has been stopped"
         silence_s, patience = time.monotonic() - self._beat_at, self._patience
         if self._trouble is None and silence_s > max(patience.silence_s, patience.silence_steps * self._longest_s):
             return f"the engine has not answered for {silence_s:.0f} s"
@@ -97,8 +101,8 @@ class LocalBackend:
     @property
     def _all_stats(self) -> Stats:
         past, now = self._past, self._stats
-        sums = (past.steps + now.steps, past.sample_steps + now.sample_steps, past.padded + now.padded)
-        return Stats(now.seated, now.waiting, *sums)
+        names = [name for name in Stats.__slots__ if name not in ("seated", "waiting")]
+        return Stats(now.seated, now.waiting, *(getattr(past, name) + getattr(now, name) for name in names))
 
     def step_s(self, model: str, buckets: Sequence[int]) -> Sequence[float]:
         """Seconds of a step by the number of pictures in it, 0 .. the largest bucket; zeros before there was any."""
@@ -134,7 +138,7 @@ class LocalBackend:
         stream = _Stream(spec, {next(self._ids): i for i in range(len(spec.seeds))})
         self._streams.update(dict.fromkeys(stream.index, stream))
         try:
-            self._send(Submit(tuple(stream.index), spec))
+            self._board([stream])
             ended = 0
             while ended < len(spec.seeds):
                 event = await stream.events.get()
@@ -146,8 +150,9 @@ class LocalBackend:
             left = tuple(stream.index)
             for id in left:
                 del self._streams[id]
-            if left:
+            if left and stream.aboard:
                 self._send(Cancel(left))
+            self._ended(stream)
 
     def _send(self, message: Letter) -> None:
         if self._life is not None:
@@ -174,12 +179,14 @@ class LocalBackend:
             self._causes[life.cause] += 1
             self._trouble, self._served, self._down_at = "the engine is being restarted", {}, time.monotonic()
             logger.error("engine died", extra={"failures": failures, "samples": len(self._streams)})
-            self._take_lives()
+            self._engine_died()
             await asyncio.sleep(min(5.0, 0.1 * 2 ** (failures - 1)))
 
     def _hangs(self) -> bool:
         """Whether the engine has said nothing for so long that it never will."""
         patience = self._patience
+        if self._life is not None and self._life.stopped_s > patience.silence_s:
+            return True
         limit_s = max(patience.hang_s, patience.hang_steps * self._longest_s) if self._served else patience.load_s
         return time.monotonic() - self._beat_at > limit_s
 
@@ -187,7 +194,7 @@ class LocalBackend:
         match message:
             case Happened(events, stats, begun):
                 self._stats = stats
-                self._tell_progress([(id, 0) for id in begun])
+                self._tell_progress(begun)
                 for event in events:
                     id = cast(int, event.id)
                     stream = self._streams.get(id)
@@ -196,17 +203,22 @@ class LocalBackend:
                     event = dataclasses.replace(event, id=stream.index[id])
                     if isinstance(event, ENDS):
                         del stream.index[id], self._streams[id]
+                        self._seated.pop(id, None)
                     stream.events.put_nowait(event)
+                    if not stream.index:
+                        self._ended(stream)
             case Beat(stats, steps, progress, memory_bytes):
                 self._beat_at, self._stats, self._memory_bytes = time.monotonic(), stats, memory_bytes
                 self._learn(steps)
                 for step in steps:
                     self._on_step(step.bucket, step.seconds)
+                self._seated.clear()
                 self._tell_progress(progress)
             case Ready(served, steps):
                 self._become_ready(served, steps, life)
-            case Died(words):
-                life.cause = "failed"
+            case Died(cause, words):
+                life.cause = cause
+                life.over.set()  # it has nothing more to say, and what is left of it may never end by itself
                 logger.error("engine failed", extra={"traceback": words})
             case Refused():
                 life.refused = message
@@ -222,6 +234,7 @@ class LocalBackend:
         for id, step in progress:
             if id in self._streams:
                 steps.setdefault(self._streams[id], {})[self._streams[id].index[id]] = step
+        self._seated.update(progress)
         for stream, of_samples in steps.items():
             stream.events.put_nowait(Progress(of_samples))
 
@@ -234,18 +247,38 @@ class LocalBackend:
         self._beat_at, self._load_s = time.monotonic(), 1.0 + sum(model.load_s for model in served.values())
         self._learn(steps)
         logger.info("engine ready", extra={name: model.numerics for name, model in served.items()})
-        for stream in dict.fromkeys(self._streams.values()):
-            seeds = tuple(stream.spec.seeds[i] for i in stream.index.values())
-            self._send(Submit(tuple(stream.index), dataclasses.replace(stream.spec, seeds=seeds)))
+        self._board(list(dict.fromkeys(self._streams.values())))
 
-    def _take_lives(self) -> None:
-        """Whoever was on board when an engine died may have been the reason."""
-        for stream in dict.fromkeys(self._streams.values()):
+    def _board(self, waiting: list[_Stream]) -> None:
+        """Sends the engine these; but while there are suspects, one of them at a time, and nobody else."""
+        if not self._served or any(stream.aboard for stream in self._suspects.all):
+            return
+        for stream in self._suspects.all[:1] or waiting:
+            stream.aboard = True
+            seeds = tuple(stream.spec.seeds[i] for i in stream.index.values())
+            spec = dataclasses.replace(stream.spec, seeds=seeds)
+            self._send(Submit(tuple(stream.index), spec, watched=stream in self._suspects.all))
+
+    def _ended(self, stream: _Stream) -> None:
+        """Nothing of it is left to be made. Whoever waited for the end of a suspect may go on board."""
+        if self._suspects.forget(stream):
+            self._board([stream for stream in dict.fromkeys(self._streams.values()) if not stream.aboard])
+
+    def _engine_died(self) -> None:
+        """Everything runs again, but for what has killed the engine."""
+        streams = dict.fromkeys(self._streams.values())
+        seated: dict[_Stream, set[tuple[int, int]]] = {}
+        for id, step in self._seated.items():
+            if (stream := self._streams.get(id)) is not None:
+                seated.setdefault(stream, set()).add((stream.index[id], step))
+        guilty = self._suspects.died({stream: frozenset(place) for stream, place in seated.items()})
+        self._seated.clear()
+        for stream in streams:
+            self._replayed += stream.aboard and stream not in guilty
+            stream.aboard = False
             stream.events.put_nowait(Restarting(self._load_s))
-            stream.lives -= 1
-            self._replayed += stream.lives > 0
-            if stream.lives == 0:
-                stream.events.put_nowait(SampleLost(f"the engine died {LIVES} times while it made this picture"))
+        for stream in guilty:
+            stream.events.put_nowait(SampleLost("the engine died each time it came to the same step of this job"))
 
     def _fail(self, failure: EngineFailed) -> None:
         self._trouble = str(failure)

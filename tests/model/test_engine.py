@@ -101,7 +101,7 @@ def test_a_sample_takes_as_many_steps_as_its_plan_has_rows() -> None:
 def test_a_freed_slot_is_taken_in_the_very_next_step() -> None:
     engine = quick_engine(1)
     engine.submit(a_request("first", 2))
-    engine.submit(a_request("second", 1))
+    engine.submit(a_request("second", 1, order=1.0))
 
     assert [endings(engine.step()) for _ in range(3)] == [[], [("Finished", "first")], [("Finished", "second")]]
 
@@ -214,7 +214,7 @@ def test_a_waiting_sample_is_cancelled_without_ever_sitting_down() -> None:
 def test_a_seated_sample_leaves_its_slot_at_once() -> None:
     engine = quick_engine(1)
     engine.submit(a_request("a", 9))
-    engine.submit(a_request("b", 2))
+    engine.submit(a_request("b", 2, order=1.0))
     engine.step()
     engine.cancel("a")
 
@@ -431,12 +431,12 @@ def test_the_counters_add_up() -> None:
     steps = [3, 5, 5, 1, 2]
     run(engine, *[a_request(i, n, seed=i) for i, n in enumerate(steps)])
 
-    # Seated in each step: 4 (0 1 2 3), 4 (0 1 2 4), 4 (0 1 2 4), 2 (1 2), 2 (1 2).
-    assert (engine.stats.steps, engine.stats.sample_steps, engine.stats.padded) == (5, sum(steps), 0)
+    # Seated in each step: 4 (3 4 0 1), 4 (4 0 1 2), 3 (0 1 2), 2 (1 2), 2 (1 2), 1 (2).
+    assert (engine.stats.steps, engine.stats.sample_steps, engine.stats.padded) == (6, sum(steps), 2)
     assert (engine.stats.seated, engine.stats.waiting) == (0, 0)
 
     run(engine, a_request("one more", 3))
-    assert (engine.stats.steps, engine.stats.sample_steps, engine.stats.padded) == (8, sum(steps) + 3, 3)
+    assert (engine.stats.steps, engine.stats.sample_steps, engine.stats.padded) == (9, sum(steps) + 3, 5)
 
 
 def test_the_counters_say_who_sits_and_who_waits() -> None:
@@ -500,3 +500,114 @@ def test_cancelled_is_told_even_if_nobody_else_is_there() -> None:
     assert engine.busy
     assert engine.step() == [Cancelled("a")]
     assert not engine.busy
+
+
+# Making room, and making do
+
+
+def test_a_sample_goes_on_from_where_it_was_unseated() -> None:
+    engine, long, short = quick_engine(1), a_request("long", 9, seed=1), a_request("short", 2, seed=2)
+    engine.submit(long)
+    for _ in range(4):
+        engine.step()
+    events = run(engine, short)
+
+    assert endings(events) == [("Finished", "short"), ("Finished", "long")]
+    assert pictures(events) == {"long": alone_picture(long), "short": alone_picture(short)}
+    assert engine.stats.sample_steps == 9 + 2  # nothing is done twice
+
+
+def test_an_unseated_sample_can_be_cancelled() -> None:
+    engine, short = quick_engine(1), a_request("short", 2, seed=2)
+    engine.submit(a_request("long", 9))
+    engine.step()
+    engine.submit(short)
+    engine.step()
+    engine.cancel("long")
+
+    assert sorted(endings(run(engine))) == [("Cancelled", "long"), ("Finished", "short")]
+
+
+def test_who_sits_down_is_told_before_the_step_with_the_updates_it_has_had() -> None:
+    engine = quick_engine(1)
+    engine.submit(a_request("long", 9))
+    assert engine.seat() == [("long", 0)]
+    engine.step()
+    engine.submit(a_request("short", 1))
+    assert engine.seat() == [("short", 0)]
+    engine.step()
+    assert engine.seat() == [("long", 1)]
+    assert engine.seat() == []
+
+
+def exhausted_at(engine: Engine, least: int, at: str = "net") -> None:
+    """From now on memory runs out in batches of at least so many: in the net, or when its work is done."""
+    usual = engine.runner.step
+
+    def step(bucket: int) -> None:
+        if at == "end":
+            usual(bucket)
+        if bucket >= least:
+            raise torch.OutOfMemoryError("out of memory")
+        if at == "net":
+            usual(bucket)
+
+    engine.runner.step = step  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("bucket", [2, 3, 6])
+@pytest.mark.parametrize("at", ["net", "end"])
+def test_memory_that_runs_out_makes_the_batch_smaller_and_changes_no_picture(bucket: int, at: str) -> None:
+    engine = quick_engine(6)
+    exhausted_at(engine, bucket, at)
+    events = run(engine, *MIXED)
+
+    assert pictures(events) == {request.id: alone_picture(request) for request in MIXED}
+    times = engine.stats.exhausted
+    run(engine, *MIXED)
+    assert (times, engine.stats.exhausted) == (7 - bucket, times)  # it is remembered
+
+
+def test_a_picture_for_which_memory_never_suffices_fails_alone() -> None:
+    engine = quick_engine(2)
+    exhausted_at(engine, 1)
+
+    assert run(engine, a_request("a"), a_request("b")) == [
+        Failed("a", "memory ran out with this picture alone"),
+        Failed("b", "memory ran out with this picture alone"),
+    ]
+    assert not engine.busy
+
+
+def test_memory_that_runs_out_while_a_sample_is_unseated_costs_it_its_steps_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine, requests = quick_engine(2), [a_request("long", 9, seed=1), a_request("longer", 10, seed=2)]
+    short = a_request("short", 2, seed=3)
+    for request in requests:
+        engine.submit(request)
+    engine.step()
+    with monkeypatch.context() as patch:
+
+        def take(slot: int) -> None:
+            raise torch.OutOfMemoryError("out of memory")
+
+        patch.setattr(engine.runner.slots, "take", take)
+        engine.submit(short)
+        events = engine.step()
+    events += run(engine)
+
+    assert pictures(events) == {request.id: alone_picture(request) for request in [*requests, short]}
+
+
+def test_a_long_sample_that_is_not_finite_is_found_out_before_its_end() -> None:
+    def explode(x: Tensor, k: Tensor) -> Tensor:
+        return torch.where((k == T - 1)[:, None, None, None], torch.inf, halve(x, k))
+
+    engine = quick_engine(1, explode)
+    for number in range(5):
+        run(engine, a_request(number, 12))
+    events = run(engine, a_request("sick", T))
+
+    assert events == [Failed("sick", "the picture was not finite after 4 steps")]  # the 64th of this engine
+    assert engine.stats.sample_steps == 64

@@ -1,7 +1,8 @@
 """The promise: a picture depends on the request, never on the company.
 
-Two hundred samples of mixed samplers and step counts arrive and are cancelled at random; each that is finished has the
-bytes that it has alone. The weights come from a model directory, so what is run is what is served.
+Two hundred samples of mixed samplers and step counts arrive, are unseated for others and are cancelled at random; each
+that is finished has the bytes that it has alone. The weights come from a model directory, so what is run is what is
+served.
 """
 
 import os
@@ -17,7 +18,9 @@ from model.card import read_card
 from model.checkpoint import load_model
 from model.engine import Engine
 from model.events import Event, Request
+from model.plan import Plan
 from model.runner import Runner
+from model.slots import Parked
 from tests.model.directories import write_model
 from tests.model.tiny import PROCESS, a_plan, endings, pictures, run
 
@@ -54,7 +57,8 @@ def crowd(random: Random) -> list[Request]:
         steps = 2 + int(29 * random.random() ** 3)
         plan = a_plan(steps, **random.choice(CHOICES))
         frames = frozenset(random.sample(range(steps + 1), random.choice([0, 0, 2])))
-        requests.append(Request(number, random.randrange(2**63), plan, random.choice([0.0, 1.0]), frames))
+        order, owner = random.choice([0.0, 1.0, 2.0]), random.choice(["", "", "another"])
+        requests.append(Request(number, random.randrange(2**63), plan, order, frames, owner=owner))
     return requests
 
 
@@ -73,12 +77,21 @@ def bustle(engine: Engine, requests: list[Request], random: Random) -> list[Even
     return events
 
 
-def check_company_does_not_matter(directory: Path, device: torch.device, dtype: torch.dtype) -> None:
+def check_company_does_not_matter(
+    directory: Path, device: torch.device, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Runs the crowd together, then each survivor alone, on a runner of its own."""
     write_model(directory)
     model = load_model(read_card(directory), device, dtype)
     assert model.card.process.schedule.T == PROCESS.schedule.T
-    together, alone = Runner(model, SLOTS), Runner(model, SLOTS)
+    together, alone, put_back = Runner(model, SLOTS), Runner(model, SLOTS), list[int]()
+    usual = together.slots.put_back
+
+    def count(slot: int, seed: int, plan: Plan, step: int, parked: Parked) -> None:
+        put_back.append(step)
+        usual(slot, seed, plan, step, parked)
+
+    monkeypatch.setattr(together.slots, "put_back", count)
     assert together.exact and together.exact_buckets == alone.exact_buckets
 
     random = Random(20)
@@ -90,6 +103,7 @@ def check_company_does_not_matter(directory: Path, device: torch.device, dtype: 
     assert len(endings(events)) == len(requests)
     assert len(made) >= SAMPLES and len(made) < len(requests)
     assert engine.stats.sample_steps > 2 * engine.stats.steps  # they did share
+    assert len(put_back) > 20 and len(set(put_back)) > 5  # and were unseated, at any step
     different = [r.id for r in requests if r.id in made and pictures(run(Engine(alone), r))[r.id] != made[r.id]]
     assert different == []
     assert len(set(made.values())) == len(made)  # and they are all different pictures
@@ -97,12 +111,14 @@ def check_company_does_not_matter(directory: Path, device: torch.device, dtype: 
 
 @pytest.mark.parametrize("threads", [1, pytest.param(2, marks=MANY_THREADS)], indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_company_does_not_matter(dtype: torch.dtype, threads: int, tmp_path: Path) -> None:
-    check_company_does_not_matter(tmp_path, torch.device("cpu"), dtype)
+def test_company_does_not_matter(
+    dtype: torch.dtype, threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_company_does_not_matter(tmp_path, torch.device("cpu"), dtype, monkeypatch)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU on this machine")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_company_does_not_matter_on_a_gpu(dtype: torch.dtype, tmp_path: Path) -> None:
-    check_company_does_not_matter(tmp_path, torch.device("cuda"), dtype)
+def test_company_does_not_matter_on_a_gpu(dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_company_does_not_matter(tmp_path, torch.device("cuda"), dtype, monkeypatch)

@@ -70,10 +70,12 @@ class Server:
 
     def wait_until_ready(self) -> "Server":
         """Comes back once the engine takes work; fails after a minute."""
-        deadline = time.monotonic() + 60
+        began = time.monotonic()
+        deadline = began + 60
         while time.monotonic() < deadline and self.process.poll() is None:
             try:
                 if self.client.get("/readyz").status_code == 200:
+                    self.started_s = time.monotonic() - began
                     return self
             except httpx.TransportError:
                 pass

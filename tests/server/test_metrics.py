@@ -53,7 +53,8 @@ def test_every_metric_has_its_name_and_its_help(client: TestClient) -> None:
     families = {family.name: family for family in text_string_to_metric_families(answer.text)}
 
     assert answer.headers["content-type"].startswith("text/plain; version=")
-    histograms = {"step_seconds", "bucket_size", "queue_seconds", "job_seconds", "journal_commit_seconds"}
+    timed = {f"{name}_seconds" for name in ("step", "queue", "refusal", "job", "journal_commit")}
+    histograms = timed | {"bucket_size"}
     assert families.keys() == {f"ddpm_{name}" for name in {f.name for f in dataclasses.fields(Standing)} | histograms}
     assert all(family.documentation for family in families.values())
 

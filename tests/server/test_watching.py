@@ -373,13 +373,13 @@ def test_where_a_job_stands_is_told_to_those_who_ask(client: TestClient) -> None
     time.sleep(0.3)  # outlooks are made for all at once, a few times a second
     job = client.get(f"/jobs/{job['id']}").json()
 
-    # Four slots, ten image-steps a second. Ten steps of the urgent four, ten of the first two jobs and two of its own
-    # pictures, ten of two more beside them; its last two are alone.
-    assert job["progress"]["position"] == 3
-    assert job["progress"]["eta_s"] == pytest.approx(4 + 4 + 4 + 2, abs=0.3)
+    # Four slots, ten image-steps a second. Ten steps of the urgent four, ten of its own first four, since they are
+    # shorter than those of the jobs before it, ten of its last two beside those.
+    assert job["progress"]["position"] == 1
+    assert job["progress"]["eta_s"] == pytest.approx(4 + 4 + 4, abs=0.3)
     with client.websocket_connect(f"/jobs/{job['id']}/stream") as socket:
         queued = socket.receive_json()
-    assert (queued["type"], queued["position"]) == ("queued", 3)
+    assert (queued["type"], queued["position"]) == ("queued", 1)
     assert queued["eta_s"] == pytest.approx(job["progress"]["eta_s"], abs=0.5)
 
 
