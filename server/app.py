@@ -18,7 +18,7 @@ from server.errors import EngineFailed, Problem, ServerError, SettingsError, pro
 from server.jobs import Jobs
 from server.messages import Start
 from server.metrics import Metrics
-from server.routes import generate, jobs, models, scrape, stream
+from server.routes import door, generate, jobs, models, scrape, stream
 from server.routes.http import RequestIds
 from server.settings import Settings
 from server.worker import LocalBackend
@@ -101,6 +101,7 @@ def create_app(
         title="ddpm-server",
         description="Pictures from pixel-space diffusion models: a seed and a step count in, a picture out.",
         lifespan=lifespan,
+        redirect_slashes=False,  # a redirect would repeat the Host it was sent
     )
     app.state.settings = settings
     app.state.jobs = made
@@ -108,6 +109,7 @@ def create_app(
         app.add_exception_handler(error, _on_error)
     app.add_exception_handler(Exception, _on_unforeseen)
     app.add_exception_handler(HTTPException, _on_http_error)
+    door.install(app, settings, made.count_refusal)
     app.add_middleware(RequestIds)
     app.mount("/static", StaticFiles(directory=models.STATIC), name="static")
     for room in (generate, jobs, stream, models, scrape):

@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import aclosing, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from model.card import ModelCard
@@ -34,6 +34,7 @@ from server.limits import Queue
 from server.metrics import Metrics, Standing
 from server.orders import take_order
 from server.outlooks import Outlooks
+from server.owners import Owner, Quota
 from server.register import Register
 from server.settings import Settings
 
@@ -81,7 +82,9 @@ class Jobs:
         await self.backend.close()
         await asyncio.gather(*(job.life for job in self.register.live.values() if job.life), return_exceptions=True)
 
-    def submit(self, body: bytes, floats: bool = False, shows: bool = False, draws: bool = False) -> Job:
+    def submit(
+        self, body: bytes, floats: bool = False, shows: bool = False, draws: bool = False, owner: Owner | None = None
+    ) -> Job:
         """Takes a job on: from now on it ends, one way or another. Raises BadInput, PlanError, TooBusy or NotReady.
 
         floats: whether the pictures are wanted unrounded, too. shows: whether frames are shown if nothing is said of
@@ -90,7 +93,9 @@ class Jobs:
         order = take_order(body, self.cards, self._settings, floats, shows or draws)
         if draws and order.watched is None:
             raise Invalid(("frames", "frames must not be null: an animation is made of them"))
-        return self._admit(order)
+        if owner is None:
+            return self._admit(order)
+        return self._admit(replace(order, owner=owner.name), owner.quota)
 
     @contextmanager
     def counting_refusals(self) -> Iterator[None]:
@@ -98,20 +103,29 @@ class Jobs:
         try:
             yield
         except (ServerError, PlanError) as error:
-            self._rejected[problem(error).code] += 1
+            self.count_refusal(problem(error).code)
             raise
 
-    def _admit(self, order: Order) -> Job:
+    def count_refusal(self, code: str) -> None:
+        """Something was refused, for this reason."""
+        self._rejected[code] += 1
+
+    def _admit(self, order: Order, quota: Quota | None = None) -> Job:
         served = self.backend.served.get(order.card.name)
         if self.backend.trouble is not None or served is None:
             raise NotReady(self.backend.trouble or "the model is not loaded")
         if len(self.register.live) >= self._settings.max_queued_jobs:
             raise TooBusy(f"{self._settings.max_queued_jobs} jobs have been accepted and have not ended")
         step_s = self.backend.step_s(order.card.name, served.admitted)[-1] / served.slots
+        if quota is not None:
+            quota.require(order.image_steps)
         self.queue.take(order.image_steps, step_s)
+        if quota is not None:
+            quota.take(order.image_steps)
         job = Job(secrets.token_hex(12), order, served, self.audience)
         self.register.add(job)
         self._accepted += 1
+        logger.info("job accepted", extra={"job": job.id, "model": order.card.name, "image_steps": order.image_steps})
         job.life = asyncio.create_task(self._live(job), name=f"job {job.id}")
         job.life.add_done_callback(_report)
         return job
@@ -205,6 +219,7 @@ class Jobs:
         if outcome == "failed":
             job.error = problem(job.failure or RuntimeError()).body("")
         self._outcomes[outcome] += 1
+        logger.info("job ended", extra={"job": job.id, "outcome": outcome, "code": job.error and job.error["code"]})
         self.metrics.job_seconds.observe(job.finished_at - job.created_at)
         self.queue.give_back(job.order.image_steps - sum(job.steps))
         job.feed.end(outcome, document=job.document())

@@ -17,7 +17,7 @@ class Register:
     def __init__(self) -> None:
         self.live: dict[str, Job] = {}  # in order of arrival
         self._ended: OrderedDict[str, Job] = OrderedDict()
-        self._expired: OrderedDict[str, None] = OrderedDict()
+        self._expired: OrderedDict[str, str | None] = OrderedDict()  # and their owners
         self._kept_bytes = 0
 
     def add(self, job: Job) -> None:
@@ -31,19 +31,22 @@ class Register:
         while len(self._ended) > 1 and (self._kept_bytes > KEPT_BYTES or len(self._ended) > KEPT_JOBS):
             id, oldest = self._ended.popitem(last=False)
             self._kept_bytes -= oldest.size_bytes
-            self._expired[id] = None
+            self._expired[id] = oldest.order.owner
             if len(self._expired) > EXPIRED:
                 self._expired.popitem(last=False)
 
-    def find(self, id: str) -> Job:
-        """A job by its id. Raises NotFound, or Gone if it was kept once."""
+    def find(self, id: str, owner: str | None) -> Job:
+        """A job by its id, if it is this owner's. Raises NotFound, or Gone if it was kept once."""
         job = self.live.get(id) or self._ended.get(id)
-        if job is None:
-            raise Gone("this job is no longer kept") if id in self._expired else NotFound("there is no such job")
-        return job
+        if job is not None and job.order.owner == owner:
+            return job
+        if id in self._expired and self._expired[id] == owner:
+            raise Gone("this job is no longer kept")
+        raise NotFound("there is no such job")
 
-    def newest_first(self, status: str | None, after: str | None) -> Iterator[Job]:
-        """Jobs, newest first, those after (older than) the one with id `after`."""
-        jobs = sorted([*self.live.values(), *self._ended.values()], key=lambda job: job.created_at, reverse=True)
-        start = 0 if after is None else jobs.index(self.find(after)) + 1
+    def newest_first(self, status: str | None, after: str | None, owner: str | None) -> Iterator[Job]:
+        """The jobs of an owner, newest first, those after (older than) the one with id `after`."""
+        jobs = [job for job in (*self.live.values(), *self._ended.values()) if job.order.owner == owner]
+        jobs.sort(key=lambda job: job.created_at, reverse=True)
+        start = 0 if after is None else jobs.index(self.find(after, owner)) + 1
         return (job for job in jobs[start:] if status is None or job.status == status)

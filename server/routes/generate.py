@@ -15,7 +15,7 @@ from server import images
 from server.feed import Message, Text, Viewer
 from server.job import Job, Kind
 from server.jobs import Jobs
-from server.routes.http import negotiate, read_json_body, unless_gone
+from server.routes.http import negotiate, owner_of, read_json_body, unless_gone
 from server.schemas import GenerateRequest
 from server.wire import unpack
 
@@ -96,7 +96,8 @@ async def generate(request: Request) -> Response:
         media = negotiate(request.headers.get("accept"), ANSWERS)
         body = await read_json_body(request, request.app.state.settings.max_body_bytes)
         draws = media in ANIMATIONS and not later
-        job = jobs.submit(body or b"{}", media == NPY, shows=later or media == EVENTS, draws=draws)
+        shows = later or media == EVENTS
+        job = jobs.submit(body or b"{}", media == NPY, shows, draws, owner_of(request))
     headers = {"X-Job-Id": job.id, "X-Seed": str(job.order.seed), "Vary": "Accept, Prefer"}
     if later:
         headers |= {"Location": f"/jobs/{job.id}", "Preference-Applied": "respond-async"}

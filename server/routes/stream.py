@@ -14,7 +14,7 @@ from server.errors import BadInput, EngineFailed, Gone, NotFound, NotReady, TooB
 from server.feed import Text, Viewer
 from server.job import Job
 from server.jobs import Jobs
-from server.routes.http import first_of
+from server.routes.http import first_of, name_of_owner, owner_of
 from server.schemas import parse_json
 
 router = APIRouter()
@@ -63,7 +63,7 @@ async def watch_job(socket: WebSocket, id: str) -> None:
     """Watch a job from its start, or from message `after` + 1 on."""
     jobs: Jobs = socket.app.state.jobs
     async with _talk(socket):
-        job = jobs.register.find(id)
+        job = jobs.register.find(id, name_of_owner(socket))
         await _watch(socket, jobs, job, _after(socket.query_params.get("after")))
 
 
@@ -77,7 +77,7 @@ async def watch_new_job(socket: WebSocket) -> None:
         except TimeoutError:
             raise _Closed(POLICY, f"no request within {FIRST_MESSAGE_S:g} s") from None
         with jobs.counting_refusals():
-            job = jobs.submit(text.encode(), shows=True)
+            job = jobs.submit(text.encode(), shows=True, owner=owner_of(socket))
         try:
             await _watch(socket, jobs, job, 0)
         finally:
