@@ -186,7 +186,9 @@ class Connection(HttpToolsProtocol):
             self.cycle.keep_alive = False
 
     def _check_target(self) -> None:
-        """A path, or a whole URL of the host that the request is for (RFC 9112, 3.2.2)."""
+        """A path, or a whole URL of the host that the request is for (RFC 9112, 3.2.2), over HTTP 1.0 or 1.1."""
+        if self.parser.get_http_version() not in ("1.0", "1.1"):
+            self._stop(Malformed("requests are HTTP/1.1"))
         hosts = [value.lower() for name, value in self.headers if name == b"host"]
         start = b"" if self.url.startswith(b"/") else self.url.lower().partition(b"://")[2].partition(b"/")[0]
         if not self.url.isascii() or (not self.url.startswith(b"/") and [start] != hosts):

@@ -54,6 +54,8 @@ def name_of_owner(request: HTTPConnection) -> str | None:
 
 async def read_json_body(request: Request, limit: int) -> bytes:
     """The body, which must claim to be JSON and be small. Raises BodyTooLarge, UnsupportedMedia, Malformed."""
+    if request.headers.get("content-encoding", "identity").strip().lower() != "identity":
+        raise UnsupportedMedia("the body must be sent as it is, without a content-encoding")
     media = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     body = bytearray()
     try:
@@ -75,9 +77,11 @@ def negotiate(accept: str | None, offers: Sequence[str]) -> str:
         media, *parameters = (piece.strip().lower() for piece in part.split(";"))
         weights = [p[2:] for p in parameters if p.startswith("q=")]
         try:
-            ranges.append((media, float(weights[0]) if weights else 1.0))
+            weight_of = float(weights[0]) if weights else 1.0
         except ValueError:
             continue
+        if 0 <= weight_of <= 1:  # which nan is not
+            ranges.append((media, weight_of))
 
     def weight(offer: str) -> float:
         kind = offer.partition("/")[0]

@@ -85,10 +85,12 @@ def test_what_was_sent_is_never_echoed(client: TestClient) -> None:
     assert secret not in client.get(f"/jobs/{secret}").text
 
 
-def test_an_unpaired_surrogate_is_refused_like_any_other_word(client: TestClient) -> None:
-    answer = client.post("/generate", content=rb'{"sampler": "\ud800"}', headers={"content-type": "application/json"})
-
-    assert answer.status_code == 422
+def test_an_unpaired_surrogate_is_no_word_in_a_value_nor_in_a_name(client: TestClient) -> None:
+    for body in (rb'{"sampler": "\ud800"}', rb'{"\ud800": 1}', rb'{"frames": {"\udfff": 1}}'):
+        answer = client.post("/generate", content=body, headers={"content-type": "application/json"})
+        assert (answer.status_code, answer.json()["code"]) == (400, "malformed")
+    paired = client.post("/generate", content=rb'{"sampler": "\ud83d\ude00"}')
+    assert paired.status_code == 422
 
 
 @pytest.mark.parametrize(
