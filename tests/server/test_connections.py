@@ -223,8 +223,8 @@ def busy(weights: Path) -> Iterator[Server]:
 
 
 def come_and_go(port: int, chance: random.Random) -> None:
-    """One client who connects and aborts, somewhere on the way."""
-    whole = chance.choice([PROBE, request(body=b'{"steps": 3}'), HANDSHAKE.format(path="/generate/stream").encode()])
+    """One client who connects and aborts, somewhere on the way, before a job is made of it: jobs are kept."""
+    whole = chance.choice([PROBE, request(body=b'{"steps": 0}'), HANDSHAKE.format(path="/generate/stream").encode()])
     with connected(port) as connection:
         say(connection, whole[: chance.choice([0, 1, len(whole) // 2, len(whole) - 1, len(whole)])])
         if chance.random() < 0.2:
