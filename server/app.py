@@ -9,6 +9,7 @@ from pathlib import Path
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
+from starlette.routing import Match
 from starlette.staticfiles import StaticFiles
 
 from model.card import ModelCard, read_card
@@ -18,7 +19,7 @@ from server.errors import EngineFailed, Problem, ServerError, SettingsError, pro
 from server.jobs import Jobs
 from server.messages import Start
 from server.metrics import Metrics
-from server.routes import door, generate, jobs, models, scrape, stream
+from server.routes import description, door, generate, jobs, models, scrape, stream
 from server.routes.http import RequestIds
 from server.settings import Settings
 from server.worker import LocalBackend
@@ -70,8 +71,16 @@ async def _on_unforeseen(request: Request, error: Exception) -> JSONResponse:
 
 async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
-    code = CODES.get(error.status_code, "http-error")
-    return _respond(request, Problem(error.status_code, code, error.detail, headers=dict(error.headers or {})))
+    code, headers = CODES.get(error.status_code, "http-error"), dict(error.headers or {})
+    if error.status_code == 405:
+        headers["Allow"] = ", ".join(_methods(request))
+    return _respond(request, Problem(error.status_code, code, error.detail, headers=headers))
+
+
+def _methods(request: Request) -> list[str]:
+    """What can be done with this path, by all routes together."""
+    matching = [route for route in request.app.router.routes if route.matches(request.scope)[0] != Match.NONE]
+    return sorted({method for route in matching for method in getattr(route, "methods", None) or ()})
 
 
 def create_app(
@@ -114,4 +123,5 @@ def create_app(
     app.mount("/static", StaticFiles(directory=models.STATIC), name="static")
     for room in (generate, jobs, stream, models, scrape):
         app.include_router(room.router)
+    description.describe(app, made, settings)
     return app

@@ -1,9 +1,9 @@
 """What clients may send. Unknown fields are refused, numbers are strict; bounds that the model sets are in jobs."""
 
 import json
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema, model_validator
 
 from model.options import unique_keys
 from model.plan import Noise
@@ -12,6 +12,18 @@ from server.errors import Invalid, Malformed
 
 MAX_SEED = 2**53  # what every JSON reader keeps exactly
 MAX_DEPTH = 32
+
+
+STATUSES = ("queued", "running", "succeeded", "failed", "cancelled")
+MOST_JOBS, JOBS = 200, 50  # in one answer: at most, and unless told otherwise
+# What stands in a URL is text, and is read by its route; this is what it may be.
+Status = Annotated[str | None, WithJsonSchema({"type": "string", "enum": list(STATUSES)})]
+Limit = Annotated[
+    str | None,
+    WithJsonSchema({"type": "integer", "minimum": 1, "maximum": MOST_JOBS, "description": f"{JOBS} if none"}),
+]
+After = Annotated[str | None, WithJsonSchema({"type": "string", "description": "a job's id"})]
+Index = Annotated[str, WithJsonSchema({"type": "integer", "minimum": 0, "description": "of a picture of the job"})]
 
 
 class Frames(BaseModel):

@@ -16,7 +16,7 @@ FLOORS = [
     ["server.cli"],
     ["server.connection"],
     ["server.app"],
-    ["server.routes.door", "server.routes.jobs"],
+    ["server.routes.description", "server.routes.door", "server.routes.jobs"],
     ["server.routes.*"],
     ["server.routes.http"],
     ["server.auth"],

@@ -11,18 +11,17 @@ from server.job import Job
 from server.jobs import Jobs
 from server.routes.generate import ANIMATIONS, PNG, draw
 from server.routes.http import name_of_owner, negotiate
+from server.schemas import JOBS, MOST_JOBS, STATUSES, After, Index, Limit, Status
 
 router = APIRouter()
-STATUSES = ("queued", "running", "succeeded", "failed", "cancelled")
-MOST = 200
 FOR_EVER = "max-age=31536000, immutable"
 
 
 def _limit(given: str | None) -> int:
     if given is None:
-        return 50
-    if not (given.isascii() and given.isdigit() and len(given) < 6 and 1 <= int(given) <= MOST):
-        raise Invalid(("limit", f"limit must lie in 1..{MOST}"))
+        return JOBS
+    if not (given.isascii() and given.isdigit() and len(given) < 6 and 1 <= int(given) <= MOST_JOBS):
+        raise Invalid(("limit", f"limit must lie in 1..{MOST_JOBS}"))
     return int(given)
 
 
@@ -32,9 +31,7 @@ def _kept(job: Job) -> str:
 
 
 @router.get("/jobs", summary="Jobs, newest first")
-async def job_list(
-    request: Request, status: str | None = None, limit: str | None = None, after: str | None = None
-) -> JSONResponse:
+async def job_list(request: Request, status: Status = None, limit: Limit = None, after: After = None) -> JSONResponse:
     """The jobs that are kept. `after` is the id of the last job of the page before."""
     if status is not None and status not in STATUSES:
         raise Invalid(("status", f"status must be one of {', '.join(STATUSES)}"))
@@ -59,7 +56,7 @@ async def job_cancel(request: Request, id: str) -> JSONResponse:
 
 
 @router.get("/jobs/{id}/images/{index}", summary="One picture of a job", response_class=Response)
-async def job_image(request: Request, id: str, index: str) -> Response:
+async def job_image(request: Request, id: str, index: Index) -> Response:
     """The PNG, immutable."""
     job: Job = request.app.state.jobs.register.find(id, name_of_owner(request))
     if not (index.isascii() and index.isdigit() and len(index) < 6 and int(index) in job.images):
