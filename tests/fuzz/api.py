@@ -19,6 +19,7 @@ def run(server: Server, cases: int, seed: int | None = None) -> tuple[int, int, 
     """At least about so many cases. -> exit code, how many there were, what was said"""
     command = [sys.executable, "-m", "schemathesis.cli", "--config-file", str(SETTINGS), "run"]
     command += [f"http://127.0.0.1:{server.port}/openapi.json", "--checks", "all", "--no-color"]
+    command += ["--exclude-checks", "positive_data_acceptance"]  # 1.0 for an integer, a field of another sampler
     command += ["--max-examples", str(max(1, cases // CASES_PER_EXAMPLE)), "--request-timeout", "30"]
     command += ["--seed", str(seed)] if seed is not None else []
     done = subprocess.run(command, capture_output=True, text=True, cwd=tempfile.gettempdir())
