@@ -26,6 +26,7 @@ from server.worker import LocalBackend
 
 logger = logging.getLogger(__name__)
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+ROOMS = (generate, jobs, stream, models, scrape)
 CODES = {404: "not-found", 405: "method-not-allowed"}
 
 
@@ -79,8 +80,8 @@ async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
 
 def _methods(request: Request) -> list[str]:
     """What can be done with this path, by all routes together."""
-    matching = [route for route in request.app.router.routes if route.matches(request.scope)[0] != Match.NONE]
-    return sorted({method for route in matching for method in getattr(route, "methods", None) or ()})
+    routes = [route for room in ROOMS for route in room.router.routes if route.matches(request.scope)[0] != Match.NONE]
+    return sorted({method for route in routes for method in getattr(route, "methods", ())}) or ["GET", "HEAD"]
 
 
 def create_app(
@@ -121,7 +122,7 @@ def create_app(
     door.install(app, settings, made.count_refusal)
     app.add_middleware(RequestIds)
     app.mount("/static", StaticFiles(directory=models.STATIC), name="static")
-    for room in (generate, jobs, stream, models, scrape):
+    for room in ROOMS:
         app.include_router(room.router)
     description.describe(app, made, settings)
     return app

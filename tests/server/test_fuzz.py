@@ -10,9 +10,9 @@ from tests.server.conftest import Server
 
 
 def test_no_mutant_of_a_model_directory_does_anything_but_load_or_be_refused(tmp_path: Path) -> None:
-    lines, parents = checkpoint.fuzz(runs=400, seed=1, folder=tmp_path)
+    lines, parents = checkpoint.fuzz(runs=250, seed=1, folder=tmp_path)
 
-    assert lines > 150  # it is guided: most of the readers were reached
+    assert lines > 120  # it is guided: most of the readers were reached
     assert parents > 5
 
 
@@ -31,7 +31,7 @@ def test_what_is_served_is_what_openapi_says(server: Server) -> None:
 def test_good_slow_killed_and_hostile_clients_together_leave_nothing_behind(weights: Path) -> None:
     running = Server(weights, DDPM_LOG_LEVEL="warning").wait_until_ready()
     try:
-        found = soak.soak(running, seconds=6, seed=1)
+        found = soak.soak(running, seconds=4, seed=1)
     finally:
         running.stop()
 

@@ -116,6 +116,11 @@ def test_unknown_routes_and_methods_are_problems_too(client: TestClient) -> None
     assert (wrong.status_code, wrong.json()["code"], wrong.headers["allow"]) == (405, "method-not-allowed", "POST")
 
 
+def test_what_is_not_allowed_is_told_with_all_that_is(client: TestClient) -> None:
+    assert client.put("/jobs/x").headers["allow"] == "DELETE, GET"
+    assert client.post("/static/app.js").headers["allow"] == "GET, HEAD"
+
+
 def test_a_request_id_is_kept_if_it_is_well_formed(client: TestClient) -> None:
     assert client.get("/healthz", headers={"x-request-id": "my-id_1"}).headers["x-request-id"] == "my-id_1"
     assert client.get("/healthz", headers={"x-request-id": "a b"}).headers["x-request-id"] != "a b"
