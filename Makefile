@@ -5,7 +5,7 @@ PORT   ?= 8000
 BIN    := .venv/bin
 PIP    := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: serve test check format bench bench-compile chaos gpu gpu-wheels gpu-compile clean
+.PHONY: serve test check format bench bench-compile chaos fuzz soak gpu gpu-wheels gpu-compile clean
 
 serve: .venv/serve.stamp
 	$(BIN)/ddpm serve --host $(HOST) --port $(PORT)
@@ -31,6 +31,17 @@ bench-compile: .venv/bench.stamp
 # Two hundred times kill -9 to the server, its engine or both, under sixteen clients: ten to twenty minutes.
 chaos: .venv/test.stamp
 	$(BIN)/python -m tests.server.storm
+
+# What is told to break it, for longer than tests may take: minutes, and half an hour.
+fuzz: .venv/test.stamp
+	$(PIP) --editable '.[test,fuzz]'
+	$(BIN)/python -m tests.fuzz.checkpoint --runs 100000
+	$(BIN)/python -m tests.fuzz.sockets --runs 20000
+	$(BIN)/python -m tests.fuzz.api --cases 5000
+
+soak: .venv/test.stamp
+	ABORTS=10000 $(BIN)/python -m pytest tests/server/test_connections.py -k thousands
+	$(BIN)/python -m tests.fuzz.soak --minutes 30
 
 .venv/serve.stamp: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed, as PYTHON=...")'

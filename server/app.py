@@ -9,6 +9,7 @@ from pathlib import Path
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
+from starlette.routing import Match
 from starlette.staticfiles import StaticFiles
 
 from model.card import ModelCard, read_card
@@ -18,7 +19,7 @@ from server.errors import EngineFailed, Problem, ServerError, SettingsError, pro
 from server.jobs import Jobs
 from server.messages import Start
 from server.metrics import Metrics
-from server.routes import generate, jobs, models, scrape, stream
+from server.routes import description, door, generate, jobs, models, scrape, stream
 from server.routes.http import RequestIds
 from server.settings import Settings
 from server.store import Store
@@ -26,6 +27,7 @@ from server.worker import LocalBackend, Patience
 
 logger = logging.getLogger(__name__)
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+ROOMS = (generate, jobs, stream, models, scrape)
 CODES = {404: "not-found", 405: "method-not-allowed"}
 
 
@@ -71,8 +73,16 @@ async def _on_unforeseen(request: Request, error: Exception) -> JSONResponse:
 
 async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
-    code = CODES.get(error.status_code, "http-error")
-    return _respond(request, Problem(error.status_code, code, error.detail, headers=dict(error.headers or {})))
+    code, headers = CODES.get(error.status_code, "http-error"), dict(error.headers or {})
+    if error.status_code == 405:
+        headers["Allow"] = ", ".join(_methods(request))
+    return _respond(request, Problem(error.status_code, code, error.detail, headers=headers))
+
+
+def _methods(request: Request) -> list[str]:
+    """What can be done with this path, by all routes together."""
+    routes = [route for room in ROOMS for route in room.router.routes if route.matches(request.scope)[0] != Match.NONE]
+    return sorted({method for route in routes for method in getattr(route, "methods", ())}) or ["GET", "HEAD"]
 
 
 def create_app(
@@ -105,6 +115,7 @@ def create_app(
         title="ddpm-server",
         description="Pictures from pixel-space diffusion models: a seed and a step count in, a picture out.",
         lifespan=lifespan,
+        redirect_slashes=False,  # a redirect would repeat the Host it was sent
     )
     app.state.settings = settings
     app.state.jobs = made
@@ -112,8 +123,10 @@ def create_app(
         app.add_exception_handler(error, _on_error)
     app.add_exception_handler(Exception, _on_unforeseen)
     app.add_exception_handler(HTTPException, _on_http_error)
+    door.install(app, settings, made.count_refusal)
     app.add_middleware(RequestIds)
     app.mount("/static", StaticFiles(directory=models.STATIC), name="static")
-    for room in (generate, jobs, stream, models, scrape):
+    for room in ROOMS:
         app.include_router(room.router)
+    description.describe(app, made, settings)
     return app

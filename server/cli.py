@@ -2,7 +2,9 @@
 
 import argparse
 import asyncio
+import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -14,14 +16,17 @@ from types import FrameType
 import uvicorn
 
 from model.errors import ModelRefused
-from server import logs
+from server import auth, logs
 from server.app import create_app
+from server.connection import Caps, Config
 from server.errors import EXIT_CODES, EXIT_FAILED, EngineFailed, SettingsError, StoreInUse, StoreRefused
 from server.jobs import Jobs
 from server.settings import Settings
 
+logger = logging.getLogger(__name__)
 LEAVING_S = 1.0  # that viewers have to be told that the server goes away
 STALLED_MS, SEND_BUFFER_BYTES = 10_000, 128 << 10
+OTHER_FILES = 256  # that are open besides connections
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -36,6 +41,14 @@ def _parser() -> argparse.ArgumentParser:
         flag = f"--{name.replace('_', '-')}"
         text = f"{field.description} (default: {field.default})".replace("%", "%%")
         serve_parser.add_argument(flag, dest=name, default=argparse.SUPPRESS, metavar="VALUE", help=text)
+    key_parser = commands.add_parser(
+        "key",
+        help="make an API key",
+        description="Makes a key for the file that DDPM_API_KEYS names: its line on standard output, the key itself, "
+        "which is kept nowhere, on standard error. `ddpm key alice >> keys`",
+    )
+    key_parser.add_argument("name", help="whose key it is")
+    key_parser.add_argument("--quota", type=int, help="image-steps that may be asked for in a minute (default: any)")
     return parser
 
 
@@ -50,6 +63,19 @@ def listen(host: str, port: int) -> socket.socket:
         listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALLED_MS)
     listening.bind((host, port))
     return listening
+
+
+def room_for(connections: int) -> int:
+    """How many connections there can be, of so many, once this process may open as many files as the system lets it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = connections + OTHER_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return connections
+    logger.warning("too few files may be opened for so many connections", extra={"files": soft, "wanted": wanted})
+    return max(1, soft - OTHER_FILES)
 
 
 class _Server(uvicorn.Server):
@@ -96,12 +122,13 @@ def serve(flags: dict[str, object]) -> int:
         server.should_exit = server.hurried = True
 
     app = create_app(settings, on_failed=stop)
-    config = uvicorn.Config(
+    caps = Caps(settings.max_connections, settings.max_body_bytes, settings.request_s, app.state.jobs.count_refusal)
+    config = Config(
         app,
+        caps,
         host=settings.host,
         port=settings.port,
         log_config=None,
-        ws="websockets-sansio",
         ws_max_size=settings.max_body_bytes,
         ws_per_message_deflate=False,  # pictures are compressed already
         access_log=False,
@@ -110,6 +137,7 @@ def serve(flags: dict[str, object]) -> int:
     )
     server = _Server(config, app.state.jobs, settings.drain_s)
     with listen(settings.host, settings.port) as listening:
+        logger.info("listening", extra={"host": settings.host, "port": listening.getsockname()[1]})
         server.run([listening])
     if failures:
         print(f"ddpm: {failures[0]}", file=sys.stderr)
@@ -117,12 +145,20 @@ def serve(flags: dict[str, object]) -> int:
     return 0 if server.started else EXIT_FAILED
 
 
+def make_key(name: str, quota: int | None) -> int:
+    """Prints a new key and its line. Returns the exit code."""
+    key, line = auth.make_key(name, quota)
+    print(line)
+    print(key, file=sys.stderr)
+    return 0
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The console script. Returns the exit code, as docs/settings.md has them."""
     flags = vars(_parser().parse_args(arguments))
-    flags.pop("command")
+    command = flags.pop("command")
     try:
-        return serve(flags)
+        return make_key(**flags) if command == "key" else serve(flags)
     except (SettingsError, ModelRefused, StoreRefused, StoreInUse) as error:
         print(f"ddpm: {error}", file=sys.stderr)
         return EXIT_CODES[type(error)]

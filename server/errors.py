@@ -3,17 +3,25 @@
 ServerError
 ├── BadInput            a request that is malformed, or asks for what cannot be
 │   ├── Malformed           it is not what HTTP or JSON allow
+│   ├── BadHost             it names a host that this server does not answer for
+│   ├── Unauthenticated     it brings no key, or a wrong one
+│   ├── Forbidden           a page of another origin sent it
 │   ├── NotFound            there is no such thing
 │   ├── Gone                there is no such thing any more
 │   ├── NotAcceptable       it cannot be answered in the form that was asked for
+│   ├── TooSlow             it has not arrived in time
 │   ├── BodyTooLarge        its body is too large
+│   ├── TargetTooLong       its path and query are too long
+│   ├── HeadTooLarge        its headers are too large, or too many
 │   ├── UnsupportedMedia    its body is of another kind
 │   ├── KeyReused           its Idempotency-Key came with another body before
 │   └── Invalid             its fields say what cannot be
 ├── TooBusy             the queue is full
+│   └── QuotaExceeded       the caller's own share is used up
 ├── NotReady            loading, draining, or the engine is down
 ├── StorageFull         nothing more can be put on disk
 ├── StillRunning        the job that came with the same Idempotency-Key has not ended
+├── TooManyConnections  more connections, or websockets, than there may be
 ├── DeadlinePassed      the deadline that the client set was not met
 ├── JobCancelled        somebody gave the job up while another waited for it
 ├── SampleLost          the engine says that a picture could not be made
@@ -36,7 +44,11 @@ EXIT_NO_DEVICE, EXIT_ENGINE = 6, 70
 
 
 class ServerError(Exception):
-    """Everything the server raises on purpose."""
+    """Everything the server raises on purpose. `headers`: what its answer says besides the problem."""
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {}
 
 
 class BadInput(ServerError):
@@ -45,6 +57,22 @@ class BadInput(ServerError):
 
 class Malformed(BadInput):
     """It is not what HTTP or JSON allow."""
+
+
+class BadHost(BadInput):
+    """It names a host that this server does not answer for."""
+
+
+class Unauthenticated(BadInput):
+    """It brings no key, or a wrong one."""
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"WWW-Authenticate": "Bearer"}
+
+
+class Forbidden(BadInput):
+    """A page of another origin sent it."""
 
 
 class NotFound(BadInput):
@@ -59,8 +87,20 @@ class NotAcceptable(BadInput):
     """It cannot be answered in the form that was asked for."""
 
 
+class TooSlow(BadInput):
+    """It has not arrived in time."""
+
+
 class BodyTooLarge(BadInput):
     """Its body is too large."""
+
+
+class TargetTooLong(BadInput):
+    """Its path and query are too long."""
+
+
+class HeadTooLarge(BadInput):
+    """Its headers are too large, or too many."""
 
 
 class UnsupportedMedia(BadInput):
@@ -86,9 +126,26 @@ class _Later(ServerError):
         super().__init__(message)
         self.retry_after_s = retry_after_s
 
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"Retry-After": str(self.retry_after_s)}
+
 
 class TooBusy(_Later):
     """The queue is full."""
+
+
+class QuotaExceeded(TooBusy):
+    """The caller's own share is used up. quota: image-steps in a minute. left: of them, now."""
+
+    def __init__(self, message: str, retry_after_s: int, quota: int, left: int) -> None:
+        super().__init__(message, retry_after_s)
+        self.quota, self.left = quota, left
+
+    @property
+    def headers(self) -> dict[str, str]:
+        policy, rest = f'"image-steps";q={self.quota};w=60', f'"image-steps";r={self.left};t={self.retry_after_s}'
+        return {**super().headers, "RateLimit-Policy": policy, "RateLimit": rest}
 
 
 class NotReady(_Later):
@@ -105,6 +162,14 @@ class StillRunning(_Later):
     def __init__(self, job: str, retry_after_s: int) -> None:
         super().__init__("the job that came with this Idempotency-Key has not ended", retry_after_s)
         self.job = job
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {**super().headers, "Location": f"/jobs/{self.job}"}
+
+
+class TooManyConnections(_Later):
+    """There are more connections, or websockets, than there may be."""
 
 
 class DeadlinePassed(ServerError):
@@ -152,21 +217,29 @@ EXIT_CODES: dict[type[Exception], int] = {
 }
 ANSWERS: dict[type[Exception], tuple[int, str]] = {
     Malformed: (400, "malformed"),
+    BadHost: (400, "bad-host"),
+    Unauthenticated: (401, "unauthenticated"),
+    Forbidden: (403, "origin-not-allowed"),
     NotFound: (404, "not-found"),
     Gone: (410, "gone"),
     NotAcceptable: (406, "not-acceptable"),
+    TooSlow: (408, "request-timeout"),
     JobCancelled: (409, "cancelled"),
     StillRunning: (409, "still-running"),
     ModelChanged: (409, "model-changed"),
     BodyTooLarge: (413, "too-large"),
+    TargetTooLong: (414, "target-too-long"),
     UnsupportedMedia: (415, "unsupported-media-type"),
     Invalid: (422, "invalid-request"),
     KeyReused: (422, "key-reused"),
     PlanError: (422, "invalid-request"),
     TooBusy: (429, "queue-full"),
+    QuotaExceeded: (429, "quota-exceeded"),
+    HeadTooLarge: (431, "head-too-large"),
     SampleLost: (500, "sample-failed"),
     NotReady: (503, "not-ready"),
     StorageFull: (503, "storage-full"),
+    TooManyConnections: (503, "too-many-connections"),
     EngineFailed: (503, "engine-down"),
     DeadlinePassed: (504, "deadline-passed"),
 }
@@ -217,7 +290,5 @@ def problem(error: Exception) -> Problem:
     elif isinstance(error, Invalid):
         wrong = error.fields
     errors = [{"pointer": f"/{name}" if name else "", "message": message} for name, message in wrong]
-    headers = {"Retry-After": str(error.retry_after_s)} if isinstance(error, _Later) else {}
-    if isinstance(error, StillRunning):
-        headers["Location"] = f"/jobs/{error.job}"
+    headers = error.headers if isinstance(error, ServerError) else {}
     return Problem(status, code, str(error), errors, headers)

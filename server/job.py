@@ -63,7 +63,7 @@ class Order:
     priority: int = 0
     deadline_s: float | None = None
     wants_floats: bool = False
-    owner: str | None = None  # whose job it is, by the name of a key
+    owner: str | None = None  # by whose key it came, and who alone may see it
 
     @property
     def image_steps(self) -> int:

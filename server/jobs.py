@@ -39,6 +39,7 @@ from server.limits import Queue, check_deadline
 from server.metrics import Metrics, Standing
 from server.orders import Terms, fingerprint, take_order
 from server.outlooks import Outlooks
+from server.owners import Owner
 from server.settings import Settings
 from server.store import Store
 from server.store_rows import Found
@@ -135,26 +136,26 @@ class Jobs:
         order, print_ = take_order(body, self.cards, self._settings, terms), None
         if terms.key is not None:
             print_ = fingerprint(body, terms)
-            before = await self.ledger.store.by_key(terms.owner, terms.key)
+            before = await self.ledger.store.by_key(terms.owner_name, terms.key)
             if before is not None:
                 return await self._found(before, print_, terms)
-        job = self._admit(order)
+        job = self._admit(order, terms.owner)
         job.key, job.fingerprint, job.attached = terms.key, print_, terms.attached and terms.key is None
         self._arriving += 1
         try:
             made = await self.ledger.accept(job, terms.again)
         except BaseException:
-            self._give_back(job)
+            self._take_back(job, terms.owner)
             raise
         finally:
             self._arriving -= 1
         if isinstance(made, Found):  # it came while this one was on its way to the disk
-            self._give_back(job)
+            self._take_back(job, terms.owner)
             return await self._found(made, print_ or "", terms)
         self._accepted += 1
         if made.cached:
             self._cache_hits += 1
-            self._give_back(job)
+            self._take_back(job, terms.owner)
             self._count(made, "succeeded")
         else:
             self._begin(made)
@@ -164,7 +165,7 @@ class Jobs:
         """The job that came with this key before."""
         if found.fingerprint != print_:
             raise KeyReused("this Idempotency-Key came with another request before")
-        job = await self.ledger.find(found.id)
+        job = await self.ledger.find(found.id, terms.owner_name)
         if terms.attached and not job.feed.ended:
             raise StillRunning(job.id, max(1, math.ceil(self._outlooks.of(job).eta_s)))
         return job
@@ -177,20 +178,37 @@ class Jobs:
             yield
         except (ServerError, PlanError) as error:
             self.metrics.refusal_seconds.observe(time.perf_counter() - began)
-            self._rejected[problem(error).code] += 1
+            self.count_refusal(problem(error).code)
             raise
 
-    def _admit(self, order: Order) -> Job:
+    def count_refusal(self, code: str) -> None:
+        """Something was refused, for this reason."""
+        self._rejected[code] += 1
+
+    def _admit(self, order: Order, owner: Owner | None) -> Job:
         served = self.backend.served.get(order.model)
         if self.trouble is not None:
             raise self.trouble
         if served is None:
             raise NotReady("the model is not loaded")
         step_s = self.backend.step_s(order.model, served.admitted)[-1] / served.slots
+        quota = owner.quota if owner is not None else None
+        if quota is not None:
+            quota.require(order.image_steps)
         self.queue.take(order.image_steps, step_s, order.size_bytes)
+        if quota is not None:
+            quota.take(order.image_steps)
         return Job(secrets.token_hex(12), order, served, self.audience, arrived=self.ledger.clock.now())
 
+    def _take_back(self, job: Job, owner: Owner | None) -> None:
+        """A job that was admitted makes no work after all."""
+        self._give_back(job)
+        if owner is not None and owner.quota is not None:
+            owner.quota.give_back(job.order.image_steps)
+
     def _begin(self, job: Job) -> None:
+        steps = job.order.image_steps
+        logger.info("job accepted", extra={"job": job.id, "model": job.order.model, "image_steps": steps})
         job.life = asyncio.create_task(self._live(job), name=f"job {job.id}")
         job.life.add_done_callback(_report)
 
@@ -354,6 +372,7 @@ class Jobs:
         await self.ledger.end(job, outcome, finished_at, error)
         job.status, job.finished_at, job.error = outcome, finished_at, error
         self._count(job, outcome)
+        logger.info("job ended", extra={"job": job.id, "outcome": outcome, "code": error and error["code"]})
         job.feed.end(outcome, document=job.document())
 
     def _count(self, job: Job, outcome: str) -> None:

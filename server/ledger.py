@@ -87,22 +87,25 @@ class Ledger:
                 )
                 job.images[kept.place] = stored(kept, self.store.pictures)
 
-    async def find(self, id: str) -> Job:
-        """A job by its id. Raises NotFound, or Gone if it was kept once."""
+    async def find(self, id: str, owner: str | None) -> Job:
+        """A job by its id, if it is this owner's. Raises NotFound, or Gone if it was kept once."""
         job = self.register.find(id)
-        if job is not None:
-            return job
-        record = await self.store.find(id)
-        if record.status is None:  # it is being accepted, and nobody has been told of it yet
+        if job is None:
+            record = await self.store.find(id, owner)
+            if record.status is None:  # it is being accepted, and nobody has been told of it yet
+                raise NotFound("there is no such job")
+            job = to_job(record, self.store.pictures, self._audience)
+        if job.order.owner != owner:
             raise NotFound("there is no such job")
-        return to_job(record, self.store.pictures, self._audience)
+        return job
 
     async def page(self, owner: str | None, status: str | None, after: str | None, limit: int) -> list[Job]:
-        """Jobs, newest first, older than the one with the id `after`. Raises NotFound or Gone of that one."""
+        """An owner's jobs, newest first, older than the one with id `after`. Raises what `find` does of that one."""
         if status in ("queued", "running"):
-            before = (await self.find(after)).arrived if after is not None else math.inf
+            before = (await self.find(after, owner)).arrived if after is not None else math.inf
             live = reversed(self.register.live.values())
-            return [job for job in live if job.status == status and job.arrived < before][:limit]
+            mine = [job for job in live if job.order.owner == owner]
+            return [job for job in mine if job.status == status and job.arrived < before][:limit]
         records = await self.store.page(owner, status, after, limit)
         jobs = [self.register.find(r.id) or to_job(r, self.store.pictures, self._audience) for r in records]
         return [job for job, record in zip(jobs, records, strict=True) if record.status or job.id in self.register.live]

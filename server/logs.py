@@ -4,7 +4,9 @@ import json
 import logging
 import sys
 import time
+from contextvars import ContextVar
 
+request_id: ContextVar[str] = ContextVar("request_id", default="")  # of the request that is being answered
 STANDARD = set(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "color_message"}
 
 
@@ -14,6 +16,8 @@ class JsonLines(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z"
         line: dict[str, object] = {"time": stamp, "level": record.levelname.lower(), "event": record.getMessage()}
+        if id := request_id.get():
+            line["request_id"] = id
         line |= {key: value for key, value in record.__dict__.items() if key not in STANDARD}
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
@@ -25,4 +29,5 @@ def configure(level: str) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-    logging.getLogger("uvicorn.access").setLevel(logging.WARNING)
+    for name in ("uvicorn.access", "uvicorn.error"):  # below errors, it logs what clients send, keys among it
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -10,6 +10,7 @@ from model.card import ModelCard
 from model.plan import resolve
 from server.errors import Invalid
 from server.job import Order, Watched, frame_points
+from server.owners import Owner
 from server.schemas import MAX_SEED, Frames, parse_generate, parse_json
 from server.settings import Settings
 
@@ -26,7 +27,12 @@ class Terms:
     attached: bool = False  # its caller waits for the end, and hears of nothing before
     again: bool = False  # pictures that were made before will not do
     key: str | None = None  # Idempotency-Key
-    owner: str | None = None
+    owner: Owner | None = None  # by whose key it came
+
+    @property
+    def owner_name(self) -> str | None:
+        """The name of whoever's key it came with."""
+        return self.owner.name if self.owner is not None else None
 
 
 def fingerprint(body: bytes, terms: Terms) -> str:
@@ -61,7 +67,7 @@ def take_order(body: bytes, cards: Mapping[str, ModelCard], settings: Settings, 
     watched = _watched(frames, request.n, sampling.steps, settings.max_frames)
     kind = (card.name, card.process.schedule.T, card.architecture.shape)
     urgency = (request.priority, request.deadline_s)
-    return Order(*kind, seed, request.n, sampling, watched, *urgency, terms.floats, terms.owner)
+    return Order(*kind, seed, request.n, sampling, watched, *urgency, terms.floats, terms.owner_name)
 
 
 def _watched(frames: Frames | None, n: int, steps: int, most: int) -> Watched | None:

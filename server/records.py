@@ -17,9 +17,10 @@ from server.store_rows import Kept, Record
 
 
 def identities(job: Job) -> list[str]:
-    """A hash of all that decides each picture of a job: what its PNG says of itself."""
-    seeds = range(job.order.seed, job.order.seed + job.order.n)
-    return [sha256(json.dumps(job.texts(seed), sort_keys=True).encode()).hexdigest() for seed in seeds]
+    """A hash of all that decides each picture of a job, which is what its PNG says of itself; and of its owner, since
+    nobody need know what another has asked for."""
+    seeds, owner = range(job.order.seed, job.order.seed + job.order.n), {"owner": job.order.owner}
+    return [sha256(json.dumps(job.texts(seed) | owner, sort_keys=True).encode()).hexdigest() for seed in seeds]
 
 
 def _order_to_json(order: Order) -> str:

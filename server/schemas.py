@@ -1,9 +1,9 @@
 """What clients may send. Unknown fields are refused, numbers are strict; bounds that the model sets are in jobs."""
 
 import json
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema, model_validator
 
 from model.options import unique_keys
 from model.plan import Noise
@@ -12,6 +12,18 @@ from server.errors import Invalid, Malformed
 
 MAX_SEED = 2**53  # what every JSON reader keeps exactly
 MAX_DEPTH = 32
+
+
+STATUSES = ("queued", "running", "succeeded", "failed", "cancelled")
+MOST_JOBS, JOBS = 200, 50  # in one answer: at most, and unless told otherwise
+# What stands in a URL is text, and is read by its route; this is what it may be.
+Status = Annotated[str | None, WithJsonSchema({"type": "string", "enum": list(STATUSES)})]
+Limit = Annotated[
+    str | None,
+    WithJsonSchema({"type": "integer", "minimum": 1, "maximum": MOST_JOBS, "description": f"{JOBS} if none"}),
+]
+After = Annotated[str | None, WithJsonSchema({"type": "string", "description": "a job's id"})]
+Index = Annotated[str, WithJsonSchema({"type": "integer", "minimum": 0, "description": "of a picture of the job"})]
 
 
 class Frames(BaseModel):
@@ -35,7 +47,7 @@ class GenerateRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, title="GenerateRequest")
 
-    model: str | None = Field(None, max_length=64, description="name of a model directory")
+    model: str | None = Field(None, min_length=1, max_length=64, description="name of a model directory")
     seed: int | None = Field(None, ge=0, lt=MAX_SEED, description="drawn at random if not given, and always told")
     steps: int | None = Field(None, ge=1, lt=MAX_SEED, description="denoising steps, 1 .. T of the model")
     n: int = Field(1, ge=1, lt=MAX_SEED, description="pictures; image i is the picture of seed + i")
@@ -73,11 +85,13 @@ def parse_json(body: bytes) -> object:
         if _depth(text) > MAX_DEPTH:
             raise ValueError(f"brackets nest deeper than {MAX_DEPTH}")
         value: object = json.loads(text, parse_constant=_constant, object_pairs_hook=unique_keys)
+        if "\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode()  # of half a character nothing can be said, not even in a log
     except json.JSONDecodeError as error:
         where = f"line {error.lineno} column {error.colno}"
         raise Malformed(f"the body is not valid JSON at {where}") from None
-    except UnicodeDecodeError:
-        raise Malformed("the body must be JSON in UTF-8") from None
+    except UnicodeError:
+        raise Malformed("the body must be JSON in UTF-8, without unpaired surrogates") from None
     except ValueError as error:
         detail = "a number has too many digits" if "digits" in str(error) else str(error)
         raise Malformed(f"the body is not valid JSON: {detail}") from None

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 
 from server.errors import SettingsError
 
@@ -46,6 +46,23 @@ class Settings(BaseModel):
         description="bytes that jobs not yet ended may come to hold; more are answered with 429",
     )
     max_body_bytes: int = Field(65_536, ge=256, le=1 << 30, description="bytes of a request's body")
+    max_connections: int = Field(
+        4096, ge=1, le=1 << 20, description="connections at a time; of those beyond, only /healthz is answered"
+    )
+    max_websockets: int = Field(3072, ge=1, le=1 << 20, description="websockets at a time; more are answered with 503")
+    request_s: float = Field(
+        10.0, ge=0.1, le=3600, description="seconds within which a request's head, and then its body, must arrive"
+    )
+    api_keys: str = Field("", description="file of keys, a line name:sha256[:quota] each; empty: no key is needed")
+    metrics_key: SecretStr = Field(
+        SecretStr(""), description="key for /metrics; empty: open if no API keys are set, else closed"
+    )
+    allowed_hosts: str = Field(
+        "", description="hosts this server answers for, by commas, or *; empty: see docs/security.md"
+    )
+    allowed_origins: str = Field(
+        "", description="origins of other sites whose pages may use this server, by commas, or *"
+    )
     drain_s: float = Field(45.0, ge=0, le=3600, description="seconds that running requests get to end at shutdown")
     engine_restarts: int = Field(5, ge=0, le=1000, description="restarts of the engine in a row without a step done")
     engine_patience_s: float = Field(

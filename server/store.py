@@ -147,15 +147,15 @@ class Store:
         """What came with this key before."""
         return await self._writer.ask(lambda db: store_rows.by_key(db, owner, key))
 
-    async def find(self, id: str) -> Record:
-        """A job by its id. Raises NotFound, or Gone if it was kept once."""
-        return await self._writer.ask(lambda db: store_rows.find(db, id))
+    async def find(self, id: str, owner: str | None) -> Record:
+        """A job by its id, if it is this owner's. Raises NotFound, or Gone if it was kept once."""
+        return await self._writer.ask(lambda db: store_rows.find(db, id, owner))
 
     async def page(self, owner: str | None, status: str | None, after: str | None, limit: int) -> list[Record]:
         """Jobs, newest first, older than the one with the id `after`. Raises NotFound or Gone of that one."""
 
         def work(db: sqlite3.Connection) -> list[Record]:
-            before = 1 << 62 if after is None else store_rows.find(db, after).number
+            before = 1 << 62 if after is None else store_rows.find(db, after, owner).number
             return store_rows.page(db, owner, status, before, limit)
 
         return await self._writer.ask(work)
@@ -191,7 +191,7 @@ class Store:
             for number, id, ended in store_rows.oldest(db, AT_A_TIME):
                 if ended >= before and store_rows.size_bytes(db) <= most_bytes:
                     break
-                files += store_rows.delete(db, number, id)
+                files += store_rows.delete(db, number)
                 gone.append(id)
             return Expired(gone, len(gone) == AT_A_TIME), files
 

@@ -108,20 +108,20 @@ def by_key(db: sqlite3.Connection, owner: str | None, key: str | None) -> Found 
     return Found(*row) if row is not None else None
 
 
-def find(db: sqlite3.Connection, id: str) -> Record:
-    """A job by its id. Raises NotFound, or Gone if it was kept once."""
-    row = db.execute(f"SELECT {COLUMNS} FROM jobs WHERE id = ?", (id,)).fetchone()
+def find(db: sqlite3.Connection, id: str, owner: str | None) -> Record:
+    """A job by its id, if it is this owner's. Raises NotFound, or Gone if it was kept once."""
+    row = db.execute(f"SELECT {COLUMNS} FROM jobs WHERE id = ? AND owner IS ?", (id, owner)).fetchone()
     if row is not None:
         return _read(db, row)
-    if db.execute("SELECT 1 FROM expired WHERE id = ?", (id,)).fetchone():
+    if db.execute("SELECT 1 FROM expired WHERE id = ? AND owner IS ?", (id, owner)).fetchone():
         raise Gone("this job is no longer kept")
     raise NotFound("there is no such job")
 
 
 def page(db: sqlite3.Connection, owner: str | None, status: str | None, before: int, limit: int) -> list[Record]:
-    """Jobs that came before this one, newest first."""
-    where = "number < ?" + " AND owner IS ?" * (owner is not None) + " AND status = ?" * (status is not None)
-    values = [value for value in (before, owner, status, limit) if value is not None]
+    """An owner's jobs that came before this one, newest first."""
+    where = "number < ? AND owner IS ?" + " AND status = ?" * (status is not None)
+    values = [before, owner, *([status] if status is not None else []), limit]
     rows = db.execute(f"SELECT {COLUMNS} FROM jobs WHERE {where} ORDER BY number DESC LIMIT ?", values).fetchall()
     return [_read(db, row) for row in rows]
 
@@ -139,12 +139,12 @@ def oldest(db: sqlite3.Connection, limit: int) -> list[tuple[int, str, float]]:
     return db.execute(query, (limit,)).fetchall()
 
 
-def delete(db: sqlite3.Connection, number: int, id: str) -> list[str]:
+def delete(db: sqlite3.Connection, number: int) -> list[str]:
     """A job is not kept any more. -> the pictures that no job names now"""
     names = {name for (name,) in db.execute("SELECT sha256 FROM images WHERE job = ?", (number,))}
     db.execute("DELETE FROM images WHERE job = ?", (number,))
+    db.execute("INSERT INTO expired (id, owner) SELECT id, owner FROM jobs WHERE number = ?", (number,))
     db.execute("DELETE FROM jobs WHERE number = ?", (number,))
-    db.execute("INSERT INTO expired (id) VALUES (?)", (id,))
     db.execute("DELETE FROM expired WHERE number <= (SELECT max(number) FROM expired) - ?", (EXPIRED,))
     left = [name for name in names if not db.execute("SELECT 1 FROM images WHERE sha256 = ?", (name,)).fetchone()]
     for name in left:

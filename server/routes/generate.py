@@ -17,8 +17,7 @@ from server.feed import Message, Text, Viewer
 from server.job import Job, Kind
 from server.jobs import Jobs
 from server.orders import Terms
-from server.routes.http import idempotency_key, makes_again, negotiate, read_json_body, unless_gone
-from server.schemas import GenerateRequest
+from server.routes.http import idempotency_key, makes_again, negotiate, owner_of, read_json_body, unless_gone
 from server.wire import unpack
 
 router = APIRouter()
@@ -27,8 +26,9 @@ EVENTS = "text/event-stream"
 ANIMATIONS = ("image/gif", "image/apng", "image/webp")
 ANSWERS = (PNG, JSON, NPY, ZIP, EVENTS, *ANIMATIONS)
 CLIENT_CLOSED_REQUEST = 499  # nobody is there to read it; for the log
+PROBLEM = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
 PROBLEMS: dict[int | str, dict[str, Any]] = {
-    status: {"description": text, "content": {"application/problem+json": {}}}
+    status: {"description": text, "content": PROBLEM}
     for status, text in {
         400: "the body is not JSON",
         406: "no such answer",
@@ -91,7 +91,7 @@ ENCODERS: dict[str, Callable[[Job], bytes]] = {PNG: picture, NPY: array, ZIP: ar
     summary="Make pictures",
     response_class=Response,
     responses={200: {"content": {media: {} for media in ANSWERS}}, 202: {"content": {JSON: {}}}, **PROBLEMS},
-    openapi_extra={"requestBody": {"content": {JSON: {"schema": GenerateRequest.model_json_schema()}}}},
+    openapi_extra={"requestBody": {"content": {JSON: {"schema": {"$ref": "#/components/schemas/GenerateRequest"}}}}},
 )
 async def generate(request: Request) -> Response:
     """Makes `n` pictures and answers as `Accept` asks: a PNG (or a contact sheet), the job as JSON, the unrounded
@@ -110,6 +110,7 @@ async def generate(request: Request) -> Response:
             attached=not later and media != EVENTS,
             again=makes_again(request),
             key=idempotency_key(request),
+            owner=owner_of(request),
         )
         job = await jobs.submit(body or b"{}", terms)
     headers = {"X-Job-Id": job.id, "X-Seed": str(job.order.seed), "Vary": "Accept, Prefer"}

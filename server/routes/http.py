@@ -6,12 +6,15 @@ import secrets
 from collections.abc import Coroutine, Sequence
 from typing import Any, TypeVar
 
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import ClientDisconnect, HTTPConnection, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server import logs
 from server.errors import BodyTooLarge, Malformed, NotAcceptable, UnsupportedMedia
+from server.owners import Owner
 
 T = TypeVar("T")
+ANSWERS = ("http.response.start", "websocket.accept", "websocket.http.response.start")
 KEY = re.compile(r"[!-~]{1,255}")
 REQUEST_ID = re.compile(r"[\w-]{1,64}", re.ASCII)
 
@@ -23,22 +26,37 @@ class RequestIds:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
+        if scope["type"] not in ("http", "websocket"):
             return await self.app(scope, receive, send)
         given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
         id = given if REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
         scope.setdefault("state", {})["request_id"] = id
+        logs.request_id.set(id)
 
         async def send_with_id(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], (b"x-request-id", id.encode())]
+            if message["type"] in ANSWERS:
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", id.encode())]
             await send(message)
 
         await self.app(scope, receive, send_with_id)
 
 
+def owner_of(request: HTTPConnection) -> Owner | None:
+    """Whose key came with this request; nobody's if none is needed."""
+    owner: Owner | None = getattr(request.state, "owner", None)
+    return owner
+
+
+def name_of_owner(request: HTTPConnection) -> str | None:
+    """The name of whoever's key came with this request."""
+    owner = owner_of(request)
+    return None if owner is None else owner.name
+
+
 async def read_json_body(request: Request, limit: int) -> bytes:
     """The body, which must claim to be JSON and be small. Raises BodyTooLarge, UnsupportedMedia, Malformed."""
+    if request.headers.get("content-encoding", "identity").strip().lower() != "identity":
+        raise UnsupportedMedia("the body must be sent as it is, without a content-encoding")
     media = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     body = bytearray()
     try:
@@ -60,9 +78,11 @@ def negotiate(accept: str | None, offers: Sequence[str]) -> str:
         media, *parameters = (piece.strip().lower() for piece in part.split(";"))
         weights = [p[2:] for p in parameters if p.startswith("q=")]
         try:
-            ranges.append((media, float(weights[0]) if weights else 1.0))
+            weight_of = float(weights[0]) if weights else 1.0
         except ValueError:
             continue
+        if 0 <= weight_of <= 1:  # which nan is not
+            ranges.append((media, weight_of))
 
     def weight(offer: str) -> float:
         kind = offer.partition("/")[0]

@@ -6,33 +6,37 @@ from fastapi import APIRouter, Request, Response
 from starlette.responses import JSONResponse
 
 from server.errors import Invalid, NotFound
+from server.job import Job
 from server.jobs import Jobs
 from server.routes.generate import ANIMATIONS, PNG, draw
-from server.routes.http import negotiate
+from server.routes.http import name_of_owner, negotiate
+from server.schemas import JOBS, MOST_JOBS, STATUSES, After, Index, Limit, Status
 
 router = APIRouter()
-STATUSES = ("queued", "running", "succeeded", "failed", "cancelled")
-MOST = 200
-FOR_EVER = "public, max-age=31536000, immutable"
+FOR_EVER = "max-age=31536000, immutable"
 
 
 def _limit(given: str | None) -> int:
     if given is None:
-        return 50
-    if not (given.isascii() and given.isdigit() and len(given) < 6 and 1 <= int(given) <= MOST):
-        raise Invalid(("limit", f"limit must lie in 1..{MOST}"))
+        return JOBS
+    if not (given.isascii() and given.isdigit() and len(given) < 6 and 1 <= int(given) <= MOST_JOBS):
+        raise Invalid(("limit", f"limit must lie in 1..{MOST_JOBS}"))
     return int(given)
 
 
+def _kept(job: Job) -> str:
+    """The Cache-Control of a picture. Caches between us and an owner must not show it to others."""
+    return f"{'public' if job.order.owner is None else 'private'}, {FOR_EVER}"
+
+
 @router.get("/jobs", summary="Jobs, newest first")
-async def job_list(
-    request: Request, status: str | None = None, limit: str | None = None, after: str | None = None
-) -> JSONResponse:
+async def job_list(request: Request, status: Status = None, limit: Limit = None, after: After = None) -> JSONResponse:
     """The jobs that are kept. `after` is the id of the last job of the page before."""
     if status is not None and status not in STATUSES:
         raise Invalid(("status", f"status must be one of {', '.join(STATUSES)}"))
     jobs: Jobs = request.app.state.jobs
-    documents = [jobs.document(job) for job in await jobs.ledger.page(None, status, after, _limit(limit))]
+    page = await jobs.ledger.page(name_of_owner(request), status, after, _limit(limit))
+    documents = [jobs.document(job) for job in page]
     return await asyncio.to_thread(JSONResponse, {"jobs": documents})
 
 
@@ -40,26 +44,26 @@ async def job_list(
 async def job_document(request: Request, id: str) -> JSONResponse:
     """The job document."""
     jobs: Jobs = request.app.state.jobs
-    return JSONResponse(jobs.document(await jobs.ledger.find(id)))
+    return JSONResponse(jobs.document(await jobs.ledger.find(id, name_of_owner(request))))
 
 
 @router.delete("/jobs/{id}", summary="Cancel a job")
 async def job_cancel(request: Request, id: str) -> JSONResponse:
     """Gives a job up; a job that has ended stays as it is. Answers the document."""
     jobs: Jobs = request.app.state.jobs
-    return JSONResponse(jobs.document(await jobs.cancel(await jobs.ledger.find(id))))
+    return JSONResponse(jobs.document(await jobs.cancel(await jobs.ledger.find(id, name_of_owner(request)))))
 
 
 @router.get("/jobs/{id}/images/{index}", summary="One picture of a job", response_class=Response)
-async def job_image(request: Request, id: str, index: str) -> Response:
+async def job_image(request: Request, id: str, index: Index) -> Response:
     """The PNG, immutable."""
     jobs: Jobs = request.app.state.jobs
-    job = await jobs.ledger.find(id)
+    job = await jobs.ledger.find(id, name_of_owner(request))
     if not (index.isascii() and index.isdigit() and len(index) < 6 and int(index) in job.images):
         raise NotFound(f"this job has {len(job.images)} of its images 0..{job.order.n - 1}")
     image = job.images[int(index)]
     tag = f'"{await asyncio.to_thread(lambda: image.sha256)}"'
-    headers = {"ETag": tag, "Cache-Control": FOR_EVER}
+    headers = {"ETag": tag, "Cache-Control": _kept(job)}
     if request.headers.get("if-none-match") == tag:
         return Response(status_code=304, headers=headers)
     return Response(await asyncio.to_thread(lambda: image.png), media_type=PNG, headers=headers)
@@ -70,9 +74,9 @@ async def job_trajectory(request: Request, id: str) -> Response:
     """GIF, APNG or WebP as `Accept` asks, from the frames that were kept."""
     media = negotiate(request.headers.get("accept"), ANIMATIONS)
     jobs: Jobs = request.app.state.jobs
-    job = await jobs.ledger.find(id)
+    job = await jobs.ledger.find(id, name_of_owner(request))
     if job.order.watched is None or job.status != "succeeded":
         raise NotFound("this job has no frames" if job.order.watched is None else f"this job is {job.status}")
     return Response(
-        await draw(jobs, job, media), media_type=media, headers={"Cache-Control": FOR_EVER, "Vary": "Accept"}
+        await draw(jobs, job, media), media_type=media, headers={"Cache-Control": _kept(job), "Vary": "Accept"}
     )

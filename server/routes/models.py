@@ -14,6 +14,10 @@ from server.errors import NotFound
 from server.jobs import Jobs
 
 router = APIRouter()
+ONLY_OURS = (
+    "default-src 'self'; img-src 'self' blob: data:; connect-src 'self' blob:; "
+    "base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
+)
 STATIC = Path(__file__).parent.parent / "static"
 
 
@@ -71,5 +75,5 @@ async def readyz(request: Request) -> JSONResponse:
 
 @router.get("/", include_in_schema=False)
 async def front_door() -> FileResponse:
-    """The viewer page."""
-    return FileResponse(STATIC / "index.html")
+    """The viewer page, which runs what this server sends it and nothing else."""
+    return FileResponse(STATIC / "index.html", headers={"Content-Security-Policy": ONLY_OURS})

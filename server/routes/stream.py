@@ -15,7 +15,7 @@ from server.feed import Text, Viewer
 from server.job import Job
 from server.jobs import Jobs
 from server.orders import Terms
-from server.routes.http import first_of
+from server.routes.http import first_of, name_of_owner, owner_of
 from server.schemas import parse_json
 
 router = APIRouter()
@@ -64,7 +64,7 @@ async def watch_job(socket: WebSocket, id: str) -> None:
     """Watch a job from its start, or from message `after` + 1 on."""
     jobs: Jobs = socket.app.state.jobs
     async with _talk(socket):
-        job = await jobs.ledger.find(id)
+        job = await jobs.ledger.find(id, name_of_owner(socket))
         await _watch(socket, jobs, job, _after(socket.query_params.get("after")))
 
 
@@ -78,7 +78,7 @@ async def watch_new_job(socket: WebSocket) -> None:
         except TimeoutError:
             raise _Closed(POLICY, f"no request within {FIRST_MESSAGE_S:g} s") from None
         with jobs.counting_refusals():
-            job = await jobs.submit(text.encode(), Terms(shows=True))
+            job = await jobs.submit(text.encode(), Terms(shows=True, owner=owner_of(socket)))
         try:
             await _watch(socket, jobs, job, 0)
         finally:

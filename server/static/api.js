@@ -1,5 +1,7 @@
 // Asking the server, by the same public API as everybody. A refusal is an error that says in words what is wrong.
 
+import { authorized } from "./key.js";
+
 const MOST_FRAMES = 4096; // pictures x points x kinds, as the server has it unless it was told otherwise
 
 export class Refused extends Error {
@@ -14,7 +16,7 @@ export class Refused extends Error {
 export const wait = (seconds) => new Promise((done) => setTimeout(done, seconds * 1000));
 
 export async function ask(path, options) {
-  const answer = await fetch(path, options).catch(() => { throw new Refused(0, {}, 0); });
+  const answer = await fetch(path, authorized(options)).catch(() => { throw new Refused(0, {}, 0); });
   if (answer.ok) return answer;
   throw new Refused(answer.status, await answer.json().catch(() => ({})), +answer.headers.get("retry-after") || 0);
 }

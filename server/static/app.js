@@ -2,6 +2,7 @@
 
 import { Refused, ask, sentence, submit, wait } from "./api.js";
 import * as form from "./form.js";
+import { askForKey, authorized } from "./key.js";
 import { watchLoad } from "./load.js";
 import * as past from "./past.js";
 import { Stage } from "./stage.js";
@@ -125,7 +126,7 @@ async function cancel() {
 async function resume() {
   const entry = past.current();
   if (!entry) return;
-  const known = await fetch(`jobs/${entry.id}`).then((answer) => answer.ok, () => true);
+  const known = await fetch(`jobs/${entry.id}`, authorized()).then((answer) => answer.ok, () => true);
   if (known || !past.hasEnded(entry)) again(entry);
 }
 
@@ -135,6 +136,7 @@ async function lookAround() {
   for (let ready = false, resumed = false; ; await wait(ready ? 3 : 0.7)) {
     if (ready && document.visibilityState !== "visible") continue;
     const was = ready;
+    let needsKey = false;
     try {
       await ask("readyz");
       if (!was) form.offer((await (await ask("models")).json()).models);
@@ -142,9 +144,12 @@ async function lookAround() {
       $("state").textContent = "ready";
     } catch (refusal) {
       ready = false;
-      $("state").textContent = refusal.status ? refusal.message : "the server does not answer; trying again";
+      needsKey = refusal.status === 401;
+      const why = refusal.status ? refusal.message : "the server does not answer; trying again";
+      $("state").textContent = needsKey ? "waiting for your key" : why;
     }
     $("state").dataset.ready = ready;
+    if (needsKey) await askForKey();
     if (ready && !resumed) { resumed = true; await resume(); }
   }
 }

@@ -1,6 +1,7 @@
 // What can be taken home: the pictures, the animation, and how to make the same elsewhere.
 
 import { ask } from "./api.js";
+import { hasKey } from "./key.js";
 
 const $ = (id) => document.getElementById(id);
 
@@ -24,9 +25,13 @@ export function recipes(request) {
   const { frames, priority, deadline_s, ...decides } = request;
   const body = JSON.stringify(Object.fromEntries(Object.entries(decides).filter(([, value]) => value !== null)));
   const url = new URL("generate", location.href).href;
-  $("curl").textContent = `curl ${url} -H 'content-type: application/json' \\\n  -d '${body}' -o ${request.seed}.png`;
-  $("python").textContent = `from urllib.request import Request, urlopen\n\nbody = b'${body}'\n` +
-    `request = Request("${url}", body, {"content-type": "application/json"})\n` +
+  const [flag, environ, header] = hasKey() ? // the key itself does not belong into a clipboard
+    [` -H "authorization: Bearer $DDPM_KEY"`, "from os import environ\n",
+      `, "authorization": "Bearer " + environ["DDPM_KEY"]`] : ["", "", ""];
+  $("curl").textContent = `curl ${url}${flag} -H 'content-type: application/json' \\\n` +
+    `  -d '${body}' -o ${request.seed}.png`;
+  $("python").textContent = `${environ}from urllib.request import Request, urlopen\n\nbody = b'${body}'\n` +
+    `request = Request("${url}", body, {"content-type": "application/json"${header}})\n` +
     `with urlopen(request) as answer, open("${request.seed}.png", "wb") as file:\n    file.write(answer.read())`;
 }
 

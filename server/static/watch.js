@@ -4,6 +4,7 @@
 // again, and what has been shown is right already.
 
 import { Refused, submit, wait } from "./api.js";
+import { protocols } from "./key.js";
 
 const MOST_REMAKES = 3; // a job that takes the server down with it must not do so for ever
 const PATIENCE_S = 10; // a connection that is silent for so long is asked for a sign of life, and then given up
@@ -22,7 +23,7 @@ export class Watch {
 
   open() {
     const url = new URL(`jobs/${this.job.id}/stream?after=${this.seq}`, location.href);
-    const socket = (this.socket = new WebSocket(url.href.replace(/^http/, "ws")));
+    const socket = (this.socket = new WebSocket(url.href.replace(/^http/, "ws"), protocols()));
     socket.binaryType = "arraybuffer";
     socket.onmessage = ({ data }) => {
       if (socket !== this.socket) return;

@@ -1,7 +1,9 @@
 """The viewer page in a real browser, beside what `POST /generate` gives for the same request."""
 
+import hashlib
 import os
 import signal
+from pathlib import Path
 
 import pytest
 from selenium.webdriver import Chrome
@@ -182,3 +184,26 @@ def test_it_fits_every_screen(page: Page, driver: Chrome, name: str, width: int,
     finally:
         driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
         driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
+
+def test_a_server_that_needs_a_key_is_asked_with_it_once_it_was_given(driver: Chrome, tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text(f"alice:{hashlib.sha256(b'open sesame').hexdigest()}\n")
+    site = Site(ROOT / "weights", DDPM_API_KEYS=str(tmp_path / "keys"))
+    try:
+        site.wait_until_ready()
+        page = Page(driver, f"http://127.0.0.1:{site.port}/")
+        driver.get(page.url)
+        for key in ("wrong", "open sesame"):
+            page.until(lambda: page.find("state").text == "waiting for your key" and page.field("key").is_displayed())
+            page.field("key").send_keys(key, Keys.ENTER)
+            page.until(lambda: page.find("unknown").is_displayed() or page.find("state").text == "ready")
+
+        page.build(seed=7, steps=20, n=2)
+        page.until_words("Built in")
+        page.open()  # the key is kept as long as the tab
+        page.until_words("Built in")
+        assert len(page.pictures()) == 2
+        assert "$DDPM_KEY" in str(page.find("curl").get_attribute("textContent"))
+        assert "sesame" not in driver.page_source
+    finally:
+        site.stop()

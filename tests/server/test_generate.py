@@ -162,6 +162,7 @@ def _seconds(work: Any) -> float:
 def test_the_documentation_knows_the_request(server: Server) -> None:
     spec = server.client.get("/openapi.json").json()
 
-    fields = spec["paths"]["/generate"]["post"]["requestBody"]["content"]["application/json"]["schema"]["properties"]
+    body = spec["paths"]["/generate"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    fields = spec["components"]["schemas"][body["$ref"].rpartition("/")[2]]["properties"]
     assert {"seed", "steps", "n", "sampler", "model"} <= fields.keys()
     assert server.client.get("/docs").status_code == 200

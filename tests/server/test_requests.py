@@ -85,10 +85,12 @@ def test_what_was_sent_is_never_echoed(client: TestClient) -> None:
     assert secret not in client.get(f"/jobs/{secret}").text
 
 
-def test_an_unpaired_surrogate_is_refused_like_any_other_word(client: TestClient) -> None:
-    answer = client.post("/generate", content=rb'{"sampler": "\ud800"}', headers={"content-type": "application/json"})
-
-    assert answer.status_code == 422
+def test_an_unpaired_surrogate_is_no_word_in_a_value_nor_in_a_name(client: TestClient) -> None:
+    for body in (rb'{"sampler": "\ud800"}', rb'{"\ud800": 1}', rb'{"frames": {"\udfff": 1}}'):
+        answer = client.post("/generate", content=body, headers={"content-type": "application/json"})
+        assert (answer.status_code, answer.json()["code"]) == (400, "malformed")
+    paired = client.post("/generate", content=rb'{"sampler": "\ud83d\ude00"}')
+    assert paired.status_code == 422
 
 
 @pytest.mark.parametrize(
@@ -112,6 +114,11 @@ def test_unknown_routes_and_methods_are_problems_too(client: TestClient) -> None
 
     assert (missing.status_code, missing.json()["code"]) == (404, "not-found")
     assert (wrong.status_code, wrong.json()["code"], wrong.headers["allow"]) == (405, "method-not-allowed", "POST")
+
+
+def test_what_is_not_allowed_is_told_with_all_that_is(client: TestClient) -> None:
+    assert client.put("/jobs/x").headers["allow"] == "DELETE, GET"
+    assert client.post("/static/app.js").headers["allow"] == "GET, HEAD"
 
 
 def test_a_request_id_is_kept_if_it_is_well_formed(client: TestClient) -> None:

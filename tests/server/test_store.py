@@ -29,7 +29,7 @@ def test_what_was_kept_is_there_when_it_is_opened_again(tmp_path: Path) -> None:
             await keep(store, "a", b"png", created_at=5.0)
             await store.insert(record("b", owner="me", request='{"seed":1}'))
         async with a_store(tmp_path) as store:
-            return await store.find("a"), await store.recover(), store.pictures.read(name(b"png"))
+            return await store.find("a", None), await store.recover(), store.pictures.read(name(b"png"))
 
     found, unfinished, png = asyncio.run(story())
 
@@ -118,7 +118,7 @@ def test_the_oldest_go_first_and_a_picture_stays_as_long_as_one_job_has_it(tmp_p
             errors = list[object]()
             for id in ("0", "9"):
                 with pytest.raises((Gone, NotFound)) as error:
-                    await store.find(id)
+                    await store.find(id, None)
                 errors.append(error.type)
             return gone.ids, left, errors
 

@@ -1,0 +1,55 @@
+"""Whom requests belong to, and how much each owner may ask for."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from server.errors import Invalid, QuotaExceeded
+
+WINDOW_S = 60.0
+
+
+@dataclass(slots=True)
+class Quota:
+    """The image-steps that an owner may have accepted: `capacity` a minute, a bucket that fills up evenly."""
+
+    capacity: int
+    clock: Callable[[], float] = time.monotonic
+    _level: float = field(init=False)  # 0 .. capacity, as of `_at`
+    _at: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._level, self._at = self.capacity, self.clock()
+
+    @property
+    def left(self) -> float:
+        """Image-steps that could be asked for right now."""
+        return min(self.capacity, self._level + (self.clock() - self._at) * self.capacity / WINDOW_S)
+
+    def require(self, steps: int) -> None:
+        """Raises Invalid if a job of so many image-steps can never be within this quota, QuotaExceeded if it is not
+        now. Takes nothing yet: it may be refused for other reasons."""
+        if steps > self.capacity:
+            raise Invalid(("n", f"n x steps must be at most {self.capacity}, the quota of this key, got {steps}"))
+        left = self.left
+        if steps > left:
+            wait_s = math.ceil((steps - left) * WINDOW_S / self.capacity)
+            detail = f"{math.floor(left)} of {self.capacity} image-steps per minute are left, {steps} were asked for"
+            raise QuotaExceeded(detail, max(1, wait_s), self.capacity, math.floor(left))
+
+    def take(self, steps: int) -> None:
+        """A job of so many has been accepted."""
+        self._level, self._at = self.left - steps, self.clock()
+
+    def give_back(self, steps: int) -> None:
+        """A job of so many makes no work after all."""
+        self._level += steps
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Owner:
+    """Whom requests with one of its keys belong to, and what comes of them."""
+
+    name: str
+    quota: Quota | None = None
