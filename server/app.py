@@ -123,7 +123,7 @@ def create_app(
         app.add_exception_handler(error, _on_error)
     app.add_exception_handler(Exception, _on_unforeseen)
     app.add_exception_handler(HTTPException, _on_http_error)
-    door.install(app, settings, made.count_refusal)
+    door.install(app, settings, made.admission.count_refusal)
     app.add_middleware(RequestIds)
     app.mount("/static", StaticFiles(directory=models.STATIC), name="static")
     for room in ROOMS:

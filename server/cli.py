@@ -87,7 +87,7 @@ class _Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first signal drains, the second parks what has not ended at once."""
-        self.hurried, self.should_exit, self.jobs.closing = self.should_exit, True, True
+        self.hurried, self.should_exit, self.jobs.admission.closing = self.should_exit, True, True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Lets jobs end, for `drain_s` seconds; then tells those who still wait or watch; and then all is over.
@@ -122,7 +122,9 @@ def serve(flags: dict[str, object]) -> int:
         server.should_exit = server.hurried = True
 
     app = create_app(settings, on_failed=stop)
-    caps = Caps(settings.max_connections, settings.max_body_bytes, settings.request_s, app.state.jobs.count_refusal)
+    caps = Caps(
+        settings.max_connections, settings.max_body_bytes, settings.request_s, app.state.jobs.admission.count_refusal
+    )
     config = Config(
         app,
         caps,

@@ -7,17 +7,16 @@ matter to it, unless the route says so by `cancel`.
 import asyncio
 import logging
 import math
-import secrets
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import aclosing, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import aclosing, nullcontext
 from dataclasses import asdict
 from typing import Any
 
 from model.card import ModelCard
-from model.errors import PlanError
 from model.events import Cancelled, Failed, Finished, Preview
+from server.admission import Admission
 from server.backend import Backend, Progress, Restarting, SampleEvent, Spec
 from server.errors import (
     DeadlinePassed,
@@ -29,17 +28,15 @@ from server.errors import (
     SampleLost,
     ServerError,
     StillRunning,
-    StorageFull,
     problem,
 )
 from server.feed import Audience, Viewer
-from server.job import Image, Job, Order
+from server.job import Image, Job
 from server.ledger import Ledger
-from server.limits import Queue, check_deadline
+from server.limits import check_deadline
 from server.metrics import Metrics, Standing
 from server.orders import Terms, fingerprint, take_order
 from server.outlooks import Outlooks
-from server.owners import Owner
 from server.settings import Settings
 from server.store import Store
 from server.store_rows import Found
@@ -71,37 +68,26 @@ class Jobs:
         metrics: Metrics | None = None,
     ) -> None:
         self.cards, self.backend, self._settings = cards, backend, settings
-        self.queue = Queue(settings.max_queued_steps, settings.max_queued_jobs, settings.max_live_bytes)
         self.drawing = asyncio.Semaphore(ANIMATIONS)
         self.audience = Audience()
         self.ledger = Ledger(store, settings, self.audience)
         self.register = self.ledger.register
         self.metrics = metrics or Metrics()
         self.metrics.watch(self.standing)
+        self.admission = Admission(settings, backend, self.ledger, self.metrics)
         self._outlooks = Outlooks(self.register.live, backend)
         self._accepted, self._arriving = 0, 0
         self._outcomes = Counter(dict.fromkeys(OUTCOMES, 0))
-        self._rejected: Counter[str] = Counter()
         self._cache_hits = 0
         self._ticker: asyncio.Task[None] | None = None
         self._suspect = asyncio.Lock()  # of the jobs that may have killed two servers, one runs at a time
-        self.closing = False  # nothing is taken on any more
-
-    @property
-    def trouble(self) -> ServerError | None:
-        """Why no work can be taken right now, or None."""
-        if self.closing:
-            return NotReady("the server is shutting down")
-        if self.backend.trouble is not None:
-            return NotReady(self.backend.trouble)
-        return StorageFull(self.ledger.store.trouble) if self.ledger.store.trouble is not None else None
 
     async def start(self) -> None:
         """Starts the engines, takes up what the last server had not ended, and tells who waits where they stand."""
         await self.backend.start()
         for job in await self.ledger.start():
             self._accepted += 1
-            self.queue.enter(job.order.image_steps, job.order.size_bytes)
+            self.admission.queue.enter(job.order.image_steps, job.order.size_bytes)
             self._begin(job)
         self._ticker = asyncio.create_task(self._tick(), name="queue positions")
         self._ticker.add_done_callback(_report)
@@ -109,7 +95,7 @@ class Jobs:
     async def drain(self, seconds: float, hurried: Callable[[], bool] = lambda: False) -> None:
         """Nothing new is taken; what is there may end, for so long, or until it is `hurried`. The rest is parked: it
         stays on disk, and runs when the server has been started anew."""
-        self.closing = True
+        self.admission.closing = True
         until = time.monotonic() + seconds
         while (self.register.live or self._arriving) and time.monotonic() < until and not hurried():
             await asyncio.sleep(0.05)
@@ -139,23 +125,23 @@ class Jobs:
             before = await self.ledger.store.by_key(terms.owner_name, terms.key)
             if before is not None:
                 return await self._found(before, print_, terms)
-        job = self._admit(order, terms.owner)
+        job = self.admission.admit(order, terms.owner)
         job.key, job.fingerprint, job.attached = terms.key, print_, terms.attached and terms.key is None
         self._arriving += 1
         try:
             made = await self.ledger.accept(job, terms.again)
         except BaseException:
-            self._take_back(job, terms.owner)
+            self.admission.take_back(job, terms.owner)
             raise
         finally:
             self._arriving -= 1
         if isinstance(made, Found):  # it came while this one was on its way to the disk
-            self._take_back(job, terms.owner)
+            self.admission.take_back(job, terms.owner)
             return await self._found(made, print_ or "", terms)
         self._accepted += 1
         if made.cached:
             self._cache_hits += 1
-            self._take_back(job, terms.owner)
+            self.admission.take_back(job, terms.owner)
             self._count(made, "succeeded")
         else:
             self._begin(made)
@@ -169,42 +155,6 @@ class Jobs:
         if terms.attached and not job.feed.ended:
             raise StillRunning(job.id, max(1, math.ceil(self._outlooks.of(job).eta_s)))
         return job
-
-    @contextmanager
-    def counting_refusals(self) -> Iterator[None]:
-        """Whatever is refused in here is counted."""
-        began = time.perf_counter()
-        try:
-            yield
-        except (ServerError, PlanError) as error:
-            self.metrics.refusal_seconds.observe(time.perf_counter() - began)
-            self.count_refusal(problem(error).code)
-            raise
-
-    def count_refusal(self, code: str) -> None:
-        """Something was refused, for this reason."""
-        self._rejected[code] += 1
-
-    def _admit(self, order: Order, owner: Owner | None) -> Job:
-        served = self.backend.served.get(order.model)
-        if self.trouble is not None:
-            raise self.trouble
-        if served is None:
-            raise NotReady("the model is not loaded")
-        step_s = self.backend.step_s(order.model, served.admitted)[-1] / served.slots
-        quota = owner.quota if owner is not None else None
-        if quota is not None:
-            quota.require(order.image_steps)
-        self.queue.take(order.image_steps, step_s, order.size_bytes)
-        if quota is not None:
-            quota.take(order.image_steps)
-        return Job(secrets.token_hex(12), order, served, self.audience, arrived=self.ledger.clock.now())
-
-    def _take_back(self, job: Job, owner: Owner | None) -> None:
-        """A job that was admitted makes no work after all."""
-        self._give_back(job)
-        if owner is not None and owner.quota is not None:
-            owner.quota.give_back(job.order.image_steps)
 
     def _begin(self, job: Job) -> None:
         steps = job.order.image_steps
@@ -286,7 +236,7 @@ class Jobs:
         while self.backend.trouble is not None or job.order.model not in self.backend.served:
             if job.order.model not in self.cards:
                 raise ModelChanged("the model that this job was accepted for is not served any more")
-            if self.closing:
+            if self.admission.closing:
                 raise NotReady("the server is shutting down")
             await asyncio.sleep(READY_S)
         served = self.backend.served[job.order.model]
@@ -323,7 +273,7 @@ class Jobs:
                         self._take(job, event)
                 return
             except NotReady:  # the engine went down before it had begun
-                if self.closing:
+                if self.admission.closing:
                     raise
 
     def _take(self, job: Job, event: SampleEvent) -> None:
@@ -361,14 +311,14 @@ class Jobs:
 
     def _advance(self, job: Job, steps: Mapping[int, int]) -> None:
         for index, step in steps.items():
-            self.queue.give_back(step - job.steps[index])
+            self.admission.queue.give_back(step - job.steps[index])
             job.steps[index] = step
 
     async def _end(self, job: Job, outcome: str) -> None:
         """Writes down what has come of a job, and then tells it."""
         finished_at = time.time()
         error = problem(job.failure or RuntimeError()).body("") if outcome == "failed" else None
-        self._give_back(job)  # it may take until there is room on the disk, and others need not wait for that
+        self.admission.done(job)  # it may take until there is room on the disk, and others need not wait for that
         await self.ledger.end(job, outcome, finished_at, error)
         job.status, job.finished_at, job.error = outcome, finished_at, error
         self._count(job, outcome)
@@ -379,10 +329,6 @@ class Jobs:
         self._outcomes[outcome] += 1
         self.metrics.job_seconds.observe(self.ledger.clock.now() - job.arrived)
         self.register.retire(job)
-
-    def _give_back(self, job: Job) -> None:
-        self.queue.give_back(job.order.image_steps - sum(job.steps))
-        self.queue.leave(job.order.size_bytes)
 
     async def _tick(self) -> None:
         while True:
@@ -410,7 +356,7 @@ class Jobs:
         return Standing(
             jobs_running=running,
             jobs_waiting=len(live) - running,
-            steps_waiting=self.queue.taken,
+            steps_waiting=self.admission.queue.taken,
             slots=sum(served.slots for served in self.backend.served.values()),
             slots_used=vitals.stats.seated,
             viewers=self.audience.viewers,
@@ -420,7 +366,7 @@ class Jobs:
             store_bytes=self.ledger.store.size_bytes,
             jobs_accepted=self._accepted,
             jobs=self._outcomes,
-            rejected=self._rejected,
+            rejected=self.admission.rejected,
             sample_steps=vitals.stats.sample_steps,
             engine_steps=vitals.stats.steps,
             padded_slots=vitals.stats.padded,

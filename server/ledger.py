@@ -27,7 +27,7 @@ class Ledger:
     def __init__(self, store: Store, settings: Settings, audience: Audience) -> None:
         self.register, self.store, self.clock = Register(), store, Clock()
         self.mismatches = 0  # pictures that came out with other bytes than before
-        self._settings, self._audience = settings, audience
+        self._settings, self.audience = settings, audience
         self._sweeper: asyncio.Task[None] | None = None
 
     async def start(self) -> list[Job]:
@@ -35,7 +35,7 @@ class Ledger:
         self.store.start()
         self.clock = Clock(await self.store.latest())
         self._sweeper = asyncio.create_task(self._sweep(), name="retention")
-        jobs = [to_job(record, self.store.pictures, self._audience) for record in await self.store.recover()]
+        jobs = [to_job(record, self.store.pictures, self.audience) for record in await self.store.recover()]
         for job in jobs:
             self.register.add(job)
         return jobs
@@ -61,7 +61,7 @@ class Ledger:
         if isinstance(made, Found):
             return made
         if made.status is not None:
-            job = to_job(made, self.store.pictures, self._audience)
+            job = to_job(made, self.store.pictures, self.audience)
             job.cached = True
         self.register.add(job)
         return job
@@ -94,7 +94,7 @@ class Ledger:
             record = await self.store.find(id, owner)
             if record.status is None:  # it is being accepted, and nobody has been told of it yet
                 raise NotFound("there is no such job")
-            job = to_job(record, self.store.pictures, self._audience)
+            job = to_job(record, self.store.pictures, self.audience)
         if job.order.owner != owner:
             raise NotFound("there is no such job")
         return job
@@ -107,7 +107,7 @@ class Ledger:
             mine = [job for job in live if job.order.owner == owner]
             return [job for job in mine if job.status == status and job.arrived < before][:limit]
         records = await self.store.page(owner, status, after, limit)
-        jobs = [self.register.find(r.id) or to_job(r, self.store.pictures, self._audience) for r in records]
+        jobs = [self.register.find(r.id) or to_job(r, self.store.pictures, self.audience) for r in records]
         return [job for job, record in zip(jobs, records, strict=True) if record.status or job.id in self.register.live]
 
     async def sweep(self) -> None:

@@ -100,7 +100,7 @@ async def generate(request: Request) -> Response:
     for an answer at once."""
     jobs: Jobs = request.app.state.jobs
     later = "respond-async" in [p.strip().lower() for p in request.headers.get("prefer", "").split(",")]
-    with jobs.counting_refusals():
+    with jobs.admission.counting_refusals():
         media = negotiate(request.headers.get("accept"), ANSWERS)
         body = await read_json_body(request, request.app.state.settings.max_body_bytes)
         terms = Terms(

@@ -68,8 +68,8 @@ async def healthz() -> JSONResponse:
 async def readyz(request: Request) -> JSONResponse:
     """200 if work is taken, else 503 with the reason."""
     jobs: Jobs = request.app.state.jobs
-    if jobs.trouble is not None:
-        raise jobs.trouble
+    if jobs.admission.trouble is not None:
+        raise jobs.admission.trouble
     return JSONResponse({"status": "ready"})
 
 

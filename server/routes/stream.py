@@ -77,7 +77,7 @@ async def watch_new_job(socket: WebSocket) -> None:
             text = await asyncio.wait_for(_receive(socket), FIRST_MESSAGE_S)
         except TimeoutError:
             raise _Closed(POLICY, f"no request within {FIRST_MESSAGE_S:g} s") from None
-        with jobs.counting_refusals():
+        with jobs.admission.counting_refusals():
             job = await jobs.submit(text.encode(), Terms(shows=True, owner=owner_of(socket)))
         try:
             await _watch(socket, jobs, job, 0)

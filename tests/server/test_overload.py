@@ -97,7 +97,7 @@ def test_a_job_holds_no_more_than_was_reserved_for_it(client: TestClient) -> Non
     job = jobs.register.find(id)
 
     assert 0.8 * job.order.size_bytes < job.size_bytes <= job.order.size_bytes
-    assert jobs.queue.size_bytes == jobs.queue.jobs == jobs.queue.taken == 0
+    assert jobs.admission.queue.size_bytes == jobs.admission.queue.jobs == jobs.admission.queue.taken == 0
 
 
 def test_jobs_are_counted_and_who_is_refused_hears_when_one_of_them_will_have_ended(full: TestClient) -> None:

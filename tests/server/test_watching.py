@@ -419,5 +419,5 @@ def backend_of(client: TestClient) -> FakeBackend:
 
 
 def queue_taken(client: TestClient) -> int:
-    taken: int = client.app.state.jobs.queue.taken  # type: ignore[attr-defined]
+    taken: int = client.app.state.jobs.admission.queue.taken  # type: ignore[attr-defined]
     return taken
