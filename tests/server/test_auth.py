@@ -46,9 +46,9 @@ def keys(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def locked(weights: Path, keys: Path) -> Iterator[TestClient]:
+def locked(weights: Path, keys: Path, tmp_path: Path) -> Iterator[TestClient]:
     """The application behind those keys."""
-    settings = Settings(weights=weights, api_keys=str(keys))
+    settings = Settings(weights=weights, data_dir=tmp_path / "data", api_keys=str(keys))
     with TestClient(create_app(settings, FakeBackend()), raise_server_exceptions=False) as made:
         yield made
 
@@ -160,11 +160,12 @@ def test_a_websocket_without_a_key_is_refused_before_its_handshake(locked: TestC
         assert (refusal.value.status_code, refusal.value.json()["code"]) == (401, "unauthenticated")
 
 
-def test_metrics_take_a_key_of_their_own(weights: Path, keys: Path) -> None:
+def test_metrics_take_a_key_of_their_own(weights: Path, keys: Path, tmp_path: Path) -> None:
     expected = {"": {"": 200, SCRAPER: 401}, str(keys): {"": 401, SCRAPER: 401}}
     for api_keys, statuses in expected.items():
         for metrics_key, status in statuses.items():
-            settings = Settings.read({"DDPM_METRICS_KEY": metrics_key}, {"weights": weights, "api_keys": api_keys})
+            flags = {"weights": weights, "data_dir": tmp_path / "data", "api_keys": api_keys}
+            settings = Settings.read({"DDPM_METRICS_KEY": metrics_key}, flags)
             with TestClient(create_app(settings, FakeBackend())) as made:
                 assert made.get("/metrics").status_code == status
                 wrong, right = (made.get("/metrics", headers=bearer(key)).status_code for key in (ALICE, SCRAPER))
@@ -212,8 +213,10 @@ def test_a_job_larger_than_a_quota_can_never_be_made() -> None:
         Quota(60).require(61)
 
 
-def test_a_job_that_is_refused_for_another_reason_takes_nothing_of_the_quota(weights: Path, keys: Path) -> None:
-    settings = Settings(weights=weights, api_keys=str(keys), max_queued_steps=50)
+def test_a_job_that_is_refused_for_another_reason_takes_nothing_of_the_quota(
+    weights: Path, keys: Path, tmp_path: Path
+) -> None:
+    settings = Settings(weights=weights, data_dir=tmp_path, api_keys=str(keys), max_queued_steps=50)
     with TestClient(create_app(settings, FakeBackend())) as client:
         assert client.post("/generate", json={"steps": 30, "n": 2}, headers=bearer(ALICE)).status_code == 422
         assert client.post("/generate", json={"steps": 30}, headers=bearer(ALICE)).status_code == 200

@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -270,7 +272,27 @@ def test_an_identical_request_is_answered_from_the_pictures_of_before(start: Sta
     assert document["progress"]["step"] == 3
     assert ([m.get("type", m.get("kind")) for m in stream], code) == (["started", "image", "succeeded"], 1000)
     assert stream[1]["png"] == one.content
-    assert (seen["ddpm_cache_hits_total"], balance(seen)) == (2, (3, 3))
+    assert (seen["ddpm_cache_hits_total"], seen["ddpm_steps_waiting"], balance(seen)) == (2, 0, (3, 3))
+
+
+def test_pictures_of_one_owner_are_kept_from_others(start: Start, tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("".join(f"{name}:{sha256(name.encode()).hexdigest()}:60\n" for name in ("alice", "bob")))
+    alice, bob = ({"authorization": f"Bearer {name}"} for name in ("alice", "bob"))
+    with start(api_keys=str(keys)) as client:
+        answers = [client.post("/generate", json={"seed": 5, "steps": 20}, headers=key) for key in (alice, alice, bob)]
+        id = answers[0].headers["x-job-id"]
+        found = [client.get(f"/jobs/{id}", headers=key).status_code for key in (alice, bob)]
+        listed = [len(client.get("/jobs", headers=key).json()["jobs"]) for key in (alice, bob)]
+        both = [{**key, "idempotency-key": "same"} for key in (alice, bob)]
+        keyed = [client.post("/generate", json={"steps": 20}, headers=headers).headers["x-job-id"] for headers in both]
+        again = client.post("/generate", json={"seed": 5, "steps": 20}, headers=alice)
+    with start(api_keys=str(keys)) as client:
+        after = [client.get(f"/jobs/{id}", headers=key).status_code for key in (alice, bob)]
+
+    assert [answer.headers.get("x-cache") for answer in (*answers, again)] == [None, "hit", None, "hit"]
+    assert (found, listed, after) == ([200, 404], [2, 1], [200, 404])
+    assert keyed[0] != keyed[1]
 
 
 @pytest.mark.parametrize(
@@ -380,9 +402,12 @@ def test_what_is_no_longer_kept_is_gone_and_not_unknown(start: Start) -> None:
 
 def test_a_full_disk_is_told_by_every_door_and_passes(start: Start) -> None:
     with start() as client:
-        jobs_of(client).ledger.store._writer.fails(OSError(28, "No space left on device"))
+        writer, full = jobs_of(client).ledger.store._writer, OSError(28, "No space left on device")
+        probe, writer._probe = writer._probe, mock.Mock(side_effect=full)
+        writer.fails(full)
         refused = [client.post("/generate"), client.get("/readyz")]
         assert client.get("/healthz").status_code == 200
+        writer._probe = probe
         deadline = time.monotonic() + 10
         while client.get("/readyz").status_code != 200:
             assert time.monotonic() < deadline

@@ -1,5 +1,6 @@
 """Host and Origin: other people's pages cannot make a browser use this server, whatever their names lead to."""
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -37,12 +38,15 @@ ILL_FORMED = [
 
 
 @pytest.fixture
-def serve(weights: Path) -> Iterator[Clients]:
+def serve(weights: Path, tmp_path: Path) -> Iterator[Clients]:
     """Applications with the settings a test asks for."""
+    count = itertools.count()
     with ExitStack() as stack:
 
         def make(**knobs: str) -> TestClient:
-            app = create_app(Settings.read({}, {"weights": weights, **knobs}), FakeBackend())
+            app = create_app(
+                Settings.read({}, {"weights": weights, "data_dir": tmp_path / str(next(count)), **knobs}), FakeBackend()
+            )
             return stack.enter_context(TestClient(app, base_url="http://localhost:8000"))
 
         yield make

@@ -41,10 +41,10 @@ def long_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def full(weights: Path) -> Iterator[TestClient]:
+def full(weights: Path, tmp_path: Path) -> Iterator[TestClient]:
     """The application over a backend that finishes nothing until it is told to, with room for a few frames."""
     backend = FakeBackend()
-    settings = Settings(weights=weights, max_queued_jobs=3, max_live_bytes=1 << 20)
+    settings = Settings(weights=weights, data_dir=tmp_path, max_queued_jobs=3, max_live_bytes=1 << 20)
     with TestClient(create_app(settings, backend), raise_server_exceptions=False) as client:
         backend.gate.clear()
         yield client
