@@ -117,7 +117,7 @@ def test_the_step_by_kernels_never_looks_at_the_host(launches: Counter[str]) -> 
 def test_a_step_of_the_cifar10_net_is_two_hundred_kernels(
     launches: Counter[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(model.unet, "attention", lambda q, k, v: torch.empty_like(q.transpose(1, 2)).transpose(1, 2))
+    monkeypatch.setattr(model.kernels, "attention", lambda q, k, v: torch.empty_like(q.transpose(1, 2)).transpose(1, 2))
     net, table, slots = meta_world(CIFAR10)
     with torch.no_grad(), Operations() as operations:
         denoise(net, table, slots, 2)
