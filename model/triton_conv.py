@@ -75,20 +75,21 @@ def _convolve(
     CHUNKS: tl.constexpr = (CHANNELS + DEPTH - 1) // DEPTH
     STEPS: tl.constexpr = SIZE * SIZE * CHUNKS
     LENGTH: tl.constexpr = (STEPS + SPLITS - 1) // SPLITS
+    weights = weight + column[None, :] * (SIZE * SIZE * CHANNELS)
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     for step in range(split * LENGTH, tl.minimum(split * LENGTH + LENGTH, STEPS)):
         tap = step // CHUNKS
         channel = step % CHUNKS * DEPTH + tl.arange(0, DEPTH)
         y, z = top + tap // SIZE, left + tap % SIZE
-        inside = exists & (y >= 0) & (y < height * TIMES) & (z >= 0) & (z < width * TIMES)
+        within = (
+            exists & (y.to(tl.uint32) < height * TIMES) & (z.to(tl.uint32) < width * TIMES)
+        )  # below 0 is very large
         at = picture + (y // TIMES * width + z // TIMES) * CHANNELS
-        source = tl.load(
-            at[:, None] + channel[None, :], mask=inside[:, None] & (channel < CHANNELS)[None, :], other=0.0
-        )
-        factor = tl.load(
-            weight + column[None, :] * (SIZE * SIZE * CHANNELS) + (tap * CHANNELS + channel)[:, None],
-            mask=known[None, :] & (channel < CHANNELS)[:, None], other=0.0,
-        )  # fmt: skip
+        inside, there = within[:, None], known[None, :]
+        if CHANNELS % DEPTH != 0:
+            inside, there = inside & (channel < CHANNELS)[None, :], there & (channel < CHANNELS)[:, None]
+        source = tl.load(at[:, None] + channel[None, :], mask=inside, other=0.0)  # [ROWS, DEPTH]
+        factor = tl.load(weights + (tap * CHANNELS + channel)[:, None], mask=there, other=0.0)  # [DEPTH, COLUMNS]
         total = tl.dot(source, factor, total, input_precision="ieee")
 
     start = (split.to(tl.int64) * rows + first) * outs
