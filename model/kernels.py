@@ -88,7 +88,8 @@ class Conv(nn.Conv2d):
         return conv
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, doubled={self.doubled}, below={self.below}"
+        shape: str = super().extra_repr()  # type: ignore[no-untyped-call]
+        return f"{shape}, doubled={self.doubled}, below={self.below}"
 
     def read(self, x: Tensor) -> Tensor:
         """What is convolved, in full. [B, C, H, W] -> [B, C, H, W], [B, C, 2H, 2W] or [B, C, H + 1, W + 1]"""

@@ -19,10 +19,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-SHAPES = ((128, 128), (128, 64), (64, 64))  # of a tile, pixels by channels: the larger, the less is read twice
-KNEE = 8  # pictures in the batch that tilings are made for. Any would be right, as long as it is always the same
-PROGRAMS = 128  # that such a batch is cut into at least: about one for each multiprocessor of a large GPU
-DEEP = 8  # steps that a range of the walk has at least, or it is not worth the kernel that adds the ranges up
+KNEE = 8  # pictures in the batch that layers are cut up for. Any would be right, as long as it is always the same
+# Shapes of a tile, pixels by channels, and the programs that each must leave for such a batch. A large tile uses more
+# often what it has read, which a full GPU needs; small ones share a small batch among more programs.
+SHAPES = ((128, 128, 32), (128, 64, 32), (64, 64, 0))
+FEW_PIXELS = 64  # up to which the walk is split, since there are never tiles enough,
+PROGRAMS = 128  # until there are so many programs,
+DEEP = 8  # but no range becomes shorter than this: a kernel that adds ranges up costs as much as several steps
 MOST_SPLITS = 8
 BLOCK = 1024  # numbers to a program of that kernel
 
@@ -43,16 +46,18 @@ class Tiling:
 def tiling(channels: int, outs: int, pixels: int, size: int, number_bytes: int) -> Tiling:
     """How a layer is cut up: from `channels` to `outs`, for a result of so many pixels, by a kernel of size x size."""
     half = number_bytes == 2
-    programs, shape = 0, (0, 0)
-    for rows, columns in SHAPES if half else SHAPES[-1:]:  # float32 has no matrix units, so that registers are scarce
-        if programs < PROGRAMS:
-            shape = (rows, min(columns, max(16, triton.next_power_of_2(outs))))
-            programs = triton.cdiv(KNEE * pixels, shape[0]) * triton.cdiv(outs, shape[1])
     depth = max(16, min(64 if half else 16, triton.next_power_of_2(channels)))
+    shapes = SHAPES if half else SHAPES[-1:]  # float32 is computed without matrix units, so registers are scarce
+    for rows, columns, enough in shapes:
+        columns = min(columns, max(16, triton.next_power_of_2(outs)))
+        programs = triton.cdiv(KNEE * pixels, rows) * triton.cdiv(outs, columns)
+        if programs >= enough:
+            break
     steps, splits = size * size * triton.cdiv(channels, depth), 1
-    while programs * splits < PROGRAMS and splits < MOST_SPLITS and steps >= 2 * splits * DEEP:
+    while pixels <= FEW_PIXELS and programs * splits < PROGRAMS and steps >= 2 * splits * DEEP and splits < MOST_SPLITS:
         splits *= 2
-    return Tiling(*shape, depth, splits, warps=8 if shape == (128, 128) else 4, stages=3)
+    large = rows * columns == 128 * 128  # with more stages, two programs would not find room on one multiprocessor
+    return Tiling(rows, columns, depth, splits, warps=8 if large else 4, stages=3 if large else 4)
 
 
 @triton.jit(do_not_specialize=["rows"])

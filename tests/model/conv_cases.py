@@ -68,10 +68,10 @@ def in_float64(conv: Conv, x: Tensor) -> Tensor:
     return F.conv2d(x, conv.weight.double(), bias, conv.stride, conv.padding)
 
 
-CUTS: dict[str, dict[str, int]] = {
-    "large tiles": {"PROGRAMS": 1},
-    "small tiles": {"PROGRAMS": 10**6, "MOST_SPLITS": 1},
-    "split": {"PROGRAMS": 10**6, "DEEP": 1, "MOST_SPLITS": 4},
+CUTS: dict[str, dict[str, Any]] = {
+    "large tiles": {"SHAPES": ((128, 128, 0),)},
+    "small tiles": {"SHAPES": ((64, 64, 0),), "FEW_PIXELS": 0},
+    "split": {"SHAPES": ((64, 64, 0),), "FEW_PIXELS": 10**6, "PROGRAMS": 10**6, "DEEP": 1, "MOST_SPLITS": 4},
 }
 
 
@@ -131,12 +131,15 @@ def test_a_convolution_sees_neither_company_nor_slot(layer: str, dtype: torch.dt
     assert beside_nan[2].isnan().any()
 
 
-def test_a_layer_is_cut_up_into_programs_enough_for_a_small_batch() -> None:
-    for channels, outs, side, size in [(128, 128, 32, 3), (256, 256, 16, 3), (128, 128, 256, 3), (512, 512, 8, 3)]:
-        cut = triton_conv.tiling(channels, outs, side * side, size, 2)
-        tiles = -(-8 * side * side // cut.pixels) * -(-outs // cut.channels)
+@pytest.mark.parametrize(
+    ("channels", "outs", "side", "programs"),
+    [(128, 128, 32, 64), (256, 256, 16, 32), (256, 256, 8, 128), (256, 256, 4, 32), (128, 128, 256, 4096)],
+)
+def test_a_small_batch_makes_programs_enough(channels: int, outs: int, side: int, programs: int) -> None:
+    cut = triton_conv.tiling(channels, outs, side * side, 3, 2)
+    tiles = -(-8 * side * side // cut.pixels) * -(-outs // cut.channels)
 
-        assert tiles * cut.splits >= 128, cut
+    assert tiles * cut.splits == programs
 
 
 # Whom it is given to
