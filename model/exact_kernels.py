@@ -45,60 +45,71 @@ def trust_libraries(net: nn.Module) -> None:
         layer.invariant = False
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Kind:
+    """Layers that differ in their weights alone, and what they are given. like: [1, C, H, W]"""
+
+    layers: list[Layer]
+    like: Tensor
+
+    def inputs(self, batch: int, generator: torch.Generator) -> Tensor:
+        """Random pictures for these layers. -> [B, C, H, W]"""
+        x = torch.empty(batch, *self.like.shape[1:], dtype=self.like.dtype, device=self.like.device)
+        return x.normal_(generator=generator).contiguous(memory_format=torch.channels_last)
+
+
+def kinds(net: nn.Module, run: Callable[[], object]) -> list[Kind]:
+    """All kinds of layers of a net for which there is a choice. run: calls the net once, with a batch of any size"""
+    found: dict[Hashable, Kind] = {}
+
+    def note(layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        assert isinstance(layer, Conv | SelfAttention)
+        key, like = (type(layer), layer.extra_repr(), arguments[0].shape[1:]), arguments[0][:1]
+        found.setdefault(key, Kind([], like)).layers.append(layer)
+
+    hooks = [layer.register_forward_pre_hook(note) for layer in _layers(net)]
+    run()
+    for hook in hooks:
+        hook.remove()
+    return list(found.values())
+
+
 def choose_kernels(net: nn.Module, run: Callable[[], object], buckets: Sequence[int]) -> Chosen:
     """Gives its invariant kernel to each layer that needs it for its bits to be the same in batches of these sizes.
 
     run: calls the net once, with a batch of any size
     """
     trust_libraries(net)
-    kinds: dict[Hashable, list[Layer]] = {}
-    inputs: dict[Hashable, Tensor] = {}
-
-    def note(layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        assert isinstance(layer, Conv | SelfAttention)
-        kind = (type(layer), layer.extra_repr(), arguments[0].shape[1:])
-        kinds.setdefault(kind, []).append(layer)
-        inputs[kind] = arguments[0][:1]
-
-    hooks = [layer.register_forward_pre_hook(note) for layer in _layers(net)]
-    run()
-    for hook in hooks:
-        hook.remove()
-    for kind, alike in kinds.items():
-        invariant = _needs_invariance(alike[0], inputs[kind], buckets)
-        for layer in alike:
+    for kind in kinds(net, run):
+        invariant = _needs_invariance(kind, buckets)
+        for layer in kind.layers:
             layer.invariant = invariant
-    if any(x.device.type == "cuda" for x in inputs.values()):
+    if torch.cuda.is_available():
         torch.cuda.empty_cache()  # graphs have memory of their own, and could not use what has been freed here
     counted = [(isinstance(layer, Conv), layer.invariant) for layer in _layers(net)]
-    return Chosen(*(counted.count(kind) for kind in ((True, False), (True, True), (False, False), (False, True))))
+    return Chosen(*(counted.count(each) for each in ((True, False), (True, True), (False, False), (False, True))))
 
 
-def _needs_invariance(layer: Layer, like: Tensor, buckets: Sequence[int]) -> bool:
-    """Whether the library's bits depend on the batch, and the invariant kernel's, which are as good, do not.
-
-    like: [1, C, H, W], an input of this layer
-    """
-    generator = torch.Generator(like.device).manual_seed(0)
-    x = torch.empty(max(buckets), *like.shape[1:], dtype=like.dtype, device=like.device)
-    x = x.normal_(generator=generator).contiguous(memory_format=torch.channels_last)
-    layer.invariant = False
+def _needs_invariance(kind: Kind, buckets: Sequence[int]) -> bool:
+    """Whether the library's bits depend on the batch, and the invariant kernel's, which are as good, do not."""
+    layer, generator = kind.layers[0], torch.Generator(kind.like.device).manual_seed(0)
+    x = kind.inputs(max(buckets), generator)
     theirs = layer(x)
-    if _agrees(layer, x, theirs, buckets, generator):
+    if agrees(layer, x, theirs, buckets, generator):
         return False
     layer.invariant = True
     try:
         ours = layer(x)
-        sound = _close(ours[:FEW], theirs[:FEW]) and _agrees(layer, x, ours, buckets, generator)
+        sound = _close(ours[:FEW], theirs[:FEW]) and agrees(layer, x, ours, buckets, generator)
         trouble = "" if sound else "its results are wrong or depend on the batch"
     except Exception as error:  # a compiler, too little shared memory: whatever it is, the library's kernel still works
         trouble = f"{type(error).__name__}: {error}"
     if trouble:
-        logger.warning("no invariant kernel for %s with %s: %s", layer, list(like.shape[1:]), trouble)
+        logger.warning("no invariant kernel for %s with %s: %s", layer, list(x.shape[1:]), trouble)
     return not trouble
 
 
-def _agrees(layer: Layer, x: Tensor, expected: Tensor, buckets: Sequence[int], generator: torch.Generator) -> bool:
+def agrees(layer: Layer, x: Tensor, expected: Tensor, buckets: Sequence[int], generator: torch.Generator) -> bool:
     """Whether the layer computes each picture to the same bits in batches of all these sizes, beside anybody."""
     for bucket in buckets:
         for _ in range(DRAWS):
