@@ -3,7 +3,8 @@
 Two things make them differ from `torch.nn` on a CPU, both only in inference: convolutions keep their weights in the
 layout oneDNN computes in, instead of reordering them at every call; and no reduction is shared between the pictures of
 a batch, so that a picture's bits do not depend on its company. On a GPU, in inference, Triton kernels compute the norms
-with what stands around them, and what is added to a convolution. Where they cannot run, torch computes the same.
+with what stands around them, what is added to a convolution, and the convolutions that were marked `invariant` because
+cuDNN's bits depend on the batch (`model.exact_kernels`). Where they cannot run, torch computes the same.
 """
 
 import logging
@@ -12,6 +13,7 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 SHARED_REDUCTION = 1024  # from so many pixels on, torch's channels-last GroupNorm sums over batch and threads at once
 NARROW_GROUP = 16  # below so many channels to a group, and fewer pixels than that, it is slower than two reorderings
@@ -72,6 +74,9 @@ def add_bias(x: Tensor, bias: Tensor | None, other: Tensor | None = None) -> Ten
 class Conv(nn.Conv2d):
     """A convolution that can add a tensor to its result. [B, C, H, W] -> [B, out, H', W']"""
 
+    doubled = False  # whether it reads the picture twice as large
+    below = False  # whether it reads one more pixel of zeros, below and to the right
+    invariant = False  # whether, on a GPU, the kernel is used whose bits do not depend on the batch
     packed: Tensor | None = None  # the weight in oneDNN's own layout
 
     @classmethod
@@ -82,8 +87,25 @@ class Conv(nn.Conv2d):
         conv.weight, conv.bias = nn.Parameter(weight, requires_grad=False), nn.Parameter(bias, requires_grad=False)
         return conv
 
+    def extra_repr(self) -> str:
+        shape: str = super().extra_repr()  # type: ignore[no-untyped-call]
+        return f"{shape}, doubled={self.doubled}, below={self.below}"
+
+    def read(self, x: Tensor) -> Tensor:
+        """What is convolved, in full. [B, C, H, W] -> [B, C, H, W], [B, C, 2H, 2W] or [B, C, H + 1, W + 1]"""
+        x = upsample(x) if self.doubled else x
+        return F.pad(x, (0, 1, 0, 1)) if self.below else x
+
     def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
         out: Tensor
+        if self.invariant and uses_triton(x, self.weight, self.bias, add):
+            from model import triton_conv
+
+            edges = {"padding": int(self.padding[0]), "below": int(self.below)}
+            return triton_conv.convolve(
+                x, self.weight, self.bias, add, stride=self.stride[0], times=1 + self.doubled, **edges
+            )
+        x = self.read(x)
         if self.packed is None and uses_triton(x, self.bias):  # torch would add the bias in a kernel of its own as well
             out = F.conv2d(x, self.weight, None, self.stride, self.padding)
             return add_bias(out.contiguous(memory_format=torch.channels_last), self.bias, add)
@@ -126,7 +148,7 @@ def pack_convolutions(net: nn.Module, *inputs: Tensor) -> None:
 
     def note(conv: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         assert isinstance(conv, Conv)
-        shapes[conv] = list(arguments[0].shape)
+        shapes[conv] = list(conv.read(arguments[0]).shape)
 
     hooks = [module.register_forward_pre_hook(note) for module in net.modules() if isinstance(module, Conv)]
     net(*inputs)
@@ -187,6 +209,32 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     if q.requires_grad:  # the fused kernel's backward pass is slow on a CPU
         return torch.softmax((q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5, dim=-1) @ v
     return F.scaled_dot_product_attention(q, k, v)
+
+
+class SelfAttention(nn.Module):
+    """Each pixel's query to all pixels of its picture. [B, 3C, H, W], queries, keys, values -> [B, C, H, W]"""
+
+    # Whether, on a GPU, torch may use no kernel but one that gives each block of queries to one program, for any batch.
+    # The others may share a query's keys among several when the batch is too small to fill the GPU.
+    invariant = False
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+
+    def extra_repr(self) -> str:
+        return f"heads={self.heads}"
+
+    def forward(self, h: Tensor) -> Tensor:
+        B, C, H, W = h.shape
+        parts = h.permute(0, 2, 3, 1).reshape(B, H * W, 3, self.heads, C // (3 * self.heads))
+        q, k, v = parts.permute(2, 0, 3, 1, 4)  # [B, heads, H W, d] each
+        if self.invariant:
+            with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+                out = attention(q, k, v)
+        else:
+            out = attention(q, k, v)
+        return out.transpose(1, 2).reshape(B, H, W, C // 3).permute(0, 3, 1, 2)
 
 
 def upsample(x: Tensor) -> Tensor:

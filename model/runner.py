@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from model.checkpoint import Model
+from model.exact_kernels import Chosen, choose_kernels, trust_libraries
 from model.kernels import uses_triton
 from model.plan import COLUMNS
 from model.slots import Slots
@@ -65,7 +66,11 @@ class Runner:
         self.slots = Slots(slots, model.card.architecture.shape, schedule.T, self.device)
         self.buckets = sorted({*buckets, slots}) if buckets else usual_buckets(slots)
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self.chosen: Chosen | None = None  # on a GPU that promises something
         with torch.inference_mode():
+            trust_libraries(model.net)
+            if exact and uses_triton(self.slots.x[0]):
+                self.chosen = choose_kernels(model.net, lambda: self.step(1), self.buckets)
             if self.device.type == "cuda":
                 self._capture()
             self.exact_buckets = self._find_exact() if exact else []

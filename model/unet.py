@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model.architecture import ATTENTION, DOWN_BLOCKS, RESNET, UP_BLOCKS, Architecture
-from model.kernels import Conv, GroupNorm, attention, upsample
+from model.kernels import Conv, GroupNorm, SelfAttention, upsample
 
 
 def sinusoid(timesteps: Tensor, dim: int, flip_sin_to_cos: bool, freq_shift: float) -> Tensor:
@@ -76,10 +76,10 @@ class Attention(nn.Module):
 
     def __init__(self, arch: Architecture, channels: int, groups: int | None, scale: float = 1.0) -> None:
         super().__init__()
-        self.heads = channels // (arch.attention_head_dim or channels)
         self.scale = scale
         self.group_norm = GroupNorm(groups, channels, arch.norm_eps) if groups else None
         self.to_q, self.to_k, self.to_v = (nn.Linear(channels, channels) for _ in range(3))
+        self.attend = SelfAttention(channels // (arch.attention_head_dim or channels))
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
         self.to_qkv: Conv | None = None  # the dense layers as 1 x 1 convolutions, once `fuse` has been called
         self.back: Conv | None = None
@@ -97,13 +97,11 @@ class Attention(nn.Module):
         self.to_qkv, self.back = Conv.of(weight, bias), Conv.of(back_weight, back_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        B, C, H, W = x.shape
         h = x if self.group_norm is None else self.group_norm(x)
         if self.to_qkv is None:
             weight, bias, back_weight, back_bias = self._dense()
         h = F.conv2d(h, weight, bias) if self.to_qkv is None else self.to_qkv(h)  # [B, 3C, H, W]
-        q, k, v = h.permute(0, 2, 3, 1).reshape(B, H * W, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)
-        h = attention(q, k, v).transpose(1, 2).reshape(B, H, W, C).permute(0, 3, 1, 2)
+        h = self.attend(h)
         out: Tensor = F.conv2d(h, back_weight, back_bias) + x if self.back is None else self.back(h, add=x)
         return out if self.scale == 1 else out / self.scale
 
@@ -114,9 +112,10 @@ class Downsample(nn.Module):
     def __init__(self, channels: int, padding: int) -> None:
         super().__init__()
         self.conv = Conv(channels, channels, 3, stride=2, padding=padding)
+        self.conv.below = padding == 0
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        out: Tensor = self.conv(x if self.conv.padding[0] else F.pad(x, (0, 1, 0, 1)))
+        out: Tensor = self.conv(x)
         return out
 
 
@@ -126,9 +125,10 @@ class Upsample(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = Conv(channels, channels, 3, padding=1)
+        self.conv.doubled = True
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        out: Tensor = self.conv(upsample(x))
+        out: Tensor = self.conv(x)
         return out
 
 

@@ -104,6 +104,7 @@ def describe(runner: Runner, model: Model, load_s: float) -> Served:
     parts = [name, f"torch {torch.__version__}", dtype, f"exact {ranges(runner.exact_buckets)}"]
     if device.type == "cuda":
         parts.insert(2, f"cudnn {torch.backends.cudnn.version()}")
+        parts += [str(runner.chosen)] if runner.chosen else []
     else:
         parts.insert(2, f"{torch.get_num_threads()} threads")
     return Served(

@@ -41,10 +41,10 @@ FLOORS = [
     ["server.errors"],
     ["model.engine"],
     ["model.runner", "model.scheduler", "model.snapshot"],
-    ["model.checkpoint", "model.slots"],
+    ["model.checkpoint", "model.slots", "model.exact_kernels"],
     ["model.unet"],
     ["model.kernels"],
-    ["model.triton_net", "model.triton_step"],
+    ["model.triton_net", "model.triton_step", "model.triton_conv"],
     ["model.noise", "model.events"],
     ["model.plan", "model.card"],
     ["model.schedule", "model.architecture"],
@@ -58,7 +58,7 @@ TORCH_FREE = [
 ]
 ROOMS = {
     "torch": ["model.*", "server.engine_process", "server.faults"],
-    "triton": ["model.triton_net", "model.triton_step"],
+    "triton": ["model.triton_net", "model.triton_step", "model.triton_conv"],
     "safetensors": ["model.checkpoint", "model.train", "model.convert", "model.convert.*"],
     "numpy": ["model.*", "server.*"],
     "PIL": ["server.images", "server.client", "model.data"],

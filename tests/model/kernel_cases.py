@@ -1,9 +1,7 @@
-"""What Triton's kernels compute, beside float64 and beside the algebra. Not collected by its name: `test_triton` runs
-it, under Triton's interpreter on any machine, and on a GPU where there is one.
+"""What Triton's kernels compute, beside float64 and beside the algebra; convolutions are in `conv_cases`. Not collected
+by its name: `test_triton` runs it, under Triton's interpreter on any machine, and on a GPU where there is one.
 """
 
-import os
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, cast
 
@@ -21,51 +19,9 @@ from model.plan import C, K, S, W
 from model.runner import algebra, denoise, denoise_by_kernels
 from model.slots import Slots
 from model.unet import Attention, Resnet, UNet
+from tests.model.kernel_world import DEVICE, DTYPES, draw, error
 from tests.model.test_noise import KNOWN_ANSWERS
 from tests.model.tiny import ARCHITECTURE, FunctionNet, T, a_plan
-
-DEVICE = torch.device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda")
-DTYPES = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3}  # and how exact they are
-
-
-@pytest.fixture(autouse=True)
-def inference(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Where the kernels are used. Convolutions keep all digits."""
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    with torch.inference_mode():
-        yield
-
-
-@pytest.fixture(autouse=True)
-def poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fresh memory is full of NaN, so that what a kernel forgets to write is seen."""
-    for name in ("empty", "empty_like"):
-        usual = getattr(torch, name)
-
-        def poisoned(*args: Any, usual: Any = usual, **how: Any) -> Any:
-            out = usual(*args, **how)
-            return out.fill_(torch.nan) if out.is_floating_point() else out
-
-        monkeypatch.setattr(torch, name, poisoned)
-
-
-@pytest.fixture
-def kernels_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton is used on this device, even if it is a CPU."""
-    monkeypatch.setattr(model.kernels, "TRITON_ON", frozenset({DEVICE.type}))
-
-
-def draw(*shape: int, dtype: torch.dtype = torch.float32, mean: float = 0.5) -> Tensor:
-    """Random numbers with some mean, of which none is 0. A picture, if there are four dimensions, is channels-last."""
-    x = (torch.randn(*shape) + mean).to(DEVICE, dtype)
-    return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
-
-
-def error(given: Tensor, expected: Tensor) -> float:
-    """The largest difference, in standard deviations of what was expected."""
-    assert given.isfinite().all()
-    return float((given.double() - expected).abs().max() / expected.std())
-
 
 # Group normalisation
 

@@ -1,14 +1,23 @@
-"""What only a GPU can show: captured graphs beside the eager step, and the same noise and pictures as on a CPU."""
+"""What only a GPU can show: captured graphs beside the eager step, the same noise and pictures as on a CPU, and kernels
+of real layers that give a picture the same bits in every batch.
+"""
+
+from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional as F
 
+from model.architecture import Architecture
+from model.checkpoint import Model
 from model.engine import Engine
 from model.events import Finished, Request
+from model.kernels import Conv, SelfAttention
 from model.noise import gaussian
 from model.plan import plan, resolve
-from model.runner import Runner, denoise
-from tests.model.tiny import CPU, PROCESS, tiny_model
+from model.runner import Runner, denoise, usual_buckets
+from model.unet import UNet
+from tests.model.tiny import CPU, PROCESS, T, card, tiny_model
 
 pytestmark = [
     pytest.mark.gpu,
@@ -53,3 +62,89 @@ def test_float32_pictures_are_those_of_a_cpu_to_a_grey_level() -> None:
 
     for ours, theirs in zip(pictures(CPU), pictures(torch.device("cuda")), strict=True):
         assert abs(ours.picture.astype(int) - theirs.picture.astype(int)).max() <= 1
+
+
+# Convolutions and attention at the size of the CIFAR-10 net, and the largest of the one for 256 x 256
+
+LAYERS = {
+    "3 to 128": (3, 128, 32, {}),
+    "128 to 128": (128, 128, 32, {}),
+    "128 to 3": (128, 3, 32, {}),
+    "1 x 1": (384, 128, 32, {"kernel_size": 1, "padding": 0}),
+    "stride 2": (256, 256, 16, {"stride": 2}),
+    "on 16 x 16": (512, 256, 16, {}),
+    "on 4 x 4": (512, 256, 4, {}),
+}
+
+
+def agree_in_all_buckets(layer: Conv | SelfAttention, channels: int, side: int, dtype: torch.dtype) -> bool:
+    """Whether this layer gives each of 64 pictures the same bits in every batch that the server captures."""
+    x = torch.randn(64, channels, side, side, device="cuda").to(dtype).contiguous(memory_format=torch.channels_last)
+    expected = layer(x)
+    chosen = {b: torch.randint(64, (b,), device="cuda") for b in usual_buckets(64)}
+    batches = {b: x[rows].contiguous(memory_format=torch.channels_last) for b, rows in chosen.items()}
+    return all(torch.equal(layer(batches[b]), expected[rows]) for b, rows in chosen.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
+@pytest.mark.parametrize("layer", LAYERS)
+@torch.inference_mode()
+def test_the_invariant_convolution_is_right_and_the_same_in_every_batch(layer: str, dtype: torch.dtype) -> None:
+    channels, outs, side, how = LAYERS[layer]
+    arguments: dict[str, Any] = {"kernel_size": 3, "padding": 1} | how
+    conv: Any = Conv(channels, outs, device="cuda", **arguments)
+    conv = conv.requires_grad_(False).to(dtype).to(memory_format=torch.channels_last)
+    conv.invariant = True
+    x = torch.randn(5, channels, side, side, device="cuda").to(dtype).contiguous(memory_format=torch.channels_last)
+    expected = F.conv2d(x.double(), conv.weight.double(), conv.bias.double(), conv.stride, conv.padding)
+
+    assert (conv(x).double() - expected).norm() < {torch.bfloat16: 4e-3, torch.float32: 2e-6}[dtype] * expected.norm()
+    assert agree_in_all_buckets(conv, channels, side, dtype)
+
+
+@pytest.mark.parametrize(("channels", "side"), [(256, 16), (256, 4), (512, 16)])
+@torch.inference_mode()
+def test_pinned_attention_is_the_same_in_every_batch(channels: int, side: int) -> None:
+    attend = SelfAttention(1)
+    attend.invariant = True
+
+    assert agree_in_all_buckets(attend, 3 * channels, side, torch.bfloat16)
+
+
+def cifar10_model(dtype: torch.dtype) -> Model:
+    """A net of google/ddpm-cifar10-32's shape with random weights, the same ones every time, as it is loaded."""
+    shape = Architecture(
+        height=32,
+        width=32,
+        block_out_channels=(128, 256, 256, 256),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=None,
+        downsample_padding=0,
+    )
+    torch.manual_seed(0)
+    net: Any = UNet(shape).eval().requires_grad_(False).to("cuda")
+    with torch.inference_mode():
+        table = net.embed(torch.arange(T, device="cuda")).to(dtype)
+        net.fuse()
+    return Model(card(shape), net.to(dtype).to(memory_format=torch.channels_last), table)
+
+
+def invariant_layers(model: Model) -> list[str]:
+    return [name for name, layer in model.net.named_modules() if getattr(layer, "invariant", False)]
+
+
+@pytest.mark.parametrize(("dtype", "slots"), [(torch.bfloat16, 64), (torch.float32, 16)], ids=["bfloat16", "float32"])
+def test_every_bucket_of_a_real_net_is_exact(dtype: torch.dtype, slots: int) -> None:
+    model = cifar10_model(dtype)
+    runner = Runner(model, slots)
+
+    assert runner.exact_buckets == runner.buckets, f"{runner.chosen}: {invariant_layers(model)}"
+
+
+def test_two_starts_choose_the_same_kernels() -> None:
+    models = [cifar10_model(torch.bfloat16) for _ in range(2)]
+    chosen = [Runner(model, 16).chosen for model in models]
+
+    assert chosen[0] is not None and chosen[0] == chosen[1]
+    assert invariant_layers(models[0]) == invariant_layers(models[1])

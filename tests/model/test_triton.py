@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import model.kernels
 import model.unet
 from model.architecture import architecture
+from model.kernels import Conv
 from model.runner import denoise
 from model.slots import Slots
 from model.unet import Attention, Resnet, UNet
@@ -31,26 +33,30 @@ from tests.model.test_capture import META, capturing
 from tests.model.worlds import CIFAR10, relative_error, shaken, small, twin
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
-CASES = Path(__file__).parent / "kernel_cases.py"
-ROOT = CASES.parents[2]
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+CASES = ["kernel_cases.py", "conv_cases.py"]
 
 
-def run_cases(**environment: str) -> None:
-    """Runs the cases in a process with this environment."""
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(CASES)]
+def run_cases(file: str, **environment: str) -> None:
+    """Runs the cases of this file in a process with this environment."""
+    plugins = ["-p", "no:cacheprovider", "-p", "tests.model.kernel_world"]
+    command = [sys.executable, "-m", "pytest", *plugins, str(HERE / file)]
     result = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
 
     assert result.returncode == 0, result.stdout[-10_000:] + result.stderr[-2000:]
 
 
-def test_the_kernels_compute_what_torch_computes() -> None:
-    run_cases(TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+@pytest.mark.parametrize("file", CASES)
+def test_the_kernels_compute_what_torch_computes(file: str) -> None:
+    run_cases(file, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and there is none here")
-def test_the_kernels_compute_it_on_a_gpu() -> None:
-    run_cases(TRITON_INTERPRET="0")
+@pytest.mark.parametrize("file", CASES)
+def test_the_kernels_compute_it_on_a_gpu(file: str) -> None:
+    run_cases(file, TRITON_INTERPRET="0")
 
 
 # What is launched
@@ -117,7 +123,7 @@ def test_the_step_by_kernels_never_looks_at_the_host(launches: Counter[str]) -> 
 def test_a_step_of_the_cifar10_net_is_two_hundred_kernels(
     launches: Counter[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(model.unet, "attention", lambda q, k, v: torch.empty_like(q.transpose(1, 2)).transpose(1, 2))
+    monkeypatch.setattr(model.kernels, "attention", lambda q, k, v: torch.empty_like(q.transpose(1, 2)).transpose(1, 2))
     net, table, slots = meta_world(CIFAR10)
     with torch.no_grad(), Operations() as operations:
         denoise(net, table, slots, 2)
@@ -134,6 +140,30 @@ def test_a_step_of_the_cifar10_net_is_two_hundred_kernels(
     assert launches.total() + operations.counted.total() + 6 <= 200  # and six times attention
 
 
+def test_a_step_by_invariant_convolutions_adds_pads_and_doubles_in_them(
+    launches: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model.kernels, "attention", lambda q, k, v: torch.empty_like(q.transpose(1, 2)).transpose(1, 2))
+    net, table, slots = meta_world(CIFAR10)
+    for module in net.modules():
+        if isinstance(module, Conv):
+            module.invariant = True
+    with torch.no_grad(), capturing(), Operations() as operations:
+        denoise(net, table, slots, 2)
+
+    split = 12 + 15  # on 8 x 8 and 4 x 4 pixels
+    assert launches == {
+        "_enter": 1,
+        "_norm_in_registers": 51,
+        "_convolve": 77,
+        "_add_up": split,
+        "_update": 1,
+        "_advance": 1,
+    }
+    assert operations.counted == {"cat": 12}
+    assert launches.total() + operations.counted.total() + 6 <= 176  # and six times attention
+
+
 def test_the_large_norms_of_a_large_picture_are_two_kernels(launches: Counter[str]) -> None:
     net, table, slots = meta_world(CIFAR10 | {"sample_size": 128})
     with torch.inference_mode():
@@ -145,7 +175,21 @@ def test_the_large_norms_of_a_large_picture_are_two_kernels(launches: Counter[st
 
 # Compiled for a GPU that is not there
 
+HOPPER_SHARED = 227 * 1024  # bytes that a program may have
+STACK = 64  # bytes: the sine of float64 has 48; an accumulator that is spilled would be hundreds
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64"}
+
+
+def stack(cubin: bytes) -> int:
+    """Bytes of memory that a thread has for what finds no room in its registers."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        result = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+    return sum(int(size) for size in re.findall(r"(?:STACK|LOCAL):(\d+)", result.stdout))
 
 
 @pytest.fixture
@@ -157,22 +201,27 @@ def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Counte
     from triton.runtime.jit import JITFunction
 
     counted: Counter[str] = Counter()
+    names = ("num_warps", "num_stages", "enable_fp_fusion")
 
     def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **constants: Any) -> None:
-        options = {name: constants.pop(name) for name in ("num_warps", "enable_fp_fusion") if name in constants}
+        options = {name: constants.pop(name) for name in names if name in constants}
         given = dict(zip([p.name for p in kernel.params], args, strict=False)) | constants
         signature, fixed, known = {}, {}, {}
         for i, p in enumerate(kernel.params):
             value = given[p.name]
-            if p.is_constexpr or value is None or (type(value) is int and value == 1):
+            number = type(value) is int and not p.do_not_specialize
+            if p.is_constexpr or value is None or (number and value == 1):
                 fixed[i,], signature[p.name] = value, "constexpr"
             elif isinstance(value, Tensor):
                 known[i,], signature[p.name] = [["tt.divisibility", 16]], TYPES[value.dtype]
             else:
                 signature[p.name] = "fp32" if isinstance(value, float) else "i32"
+                known |= {(i,): [["tt.divisibility", 16]]} if number and value % 16 == 0 else {}
         source = ASTSource(kernel, signature, fixed, known)
-        assembly = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm
-        assert assembly["cubin"] and not re.search("atom|red\\.global", assembly["ptx"])
+        result = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+        assert result.asm["cubin"] and not re.search(r"\b(atom|red)\.global", result.asm["ptx"])
+        assert ("wgmma" in result.asm["ptx"]) == (kernel.fn.__name__ == "_convolve" and args[0].element_size() == 2)
+        assert result.metadata.shared <= HOPPER_SHARED and stack(result.asm["cubin"]) <= STACK
         counted[kernel.fn.__name__] += 1
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
@@ -205,6 +254,42 @@ def test_every_kernel_compiles_for_hopper_and_has_no_atomics(compiled: Counter[s
         "_update": 2,
         "_advance": 1,
     }
+
+
+# (from channels, to channels, side of the picture, what else) in the nets for 32 x 32 and 256 x 256: each tiling once
+CONVOLUTIONS: list[tuple[int, int, int, dict[str, int]]] = [
+    (3, 128, 32, {}),
+    (128, 128, 32, {}),
+    (128, 3, 32, {}),
+    (128, 128, 32, {"stride": 2, "padding": 0, "below": 1}),
+    (384, 128, 32, {"size": 1}),
+    (512, 256, 8, {}),
+    (256, 256, 8, {"times": 2}),
+    (128, 128, 256, {}),
+    (3, 128, 256, {}),
+    (512, 512, 8, {}),
+]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "layers"),
+    [(torch.bfloat16, CONVOLUTIONS), (torch.float32, CONVOLUTIONS[:2])],
+    ids=["bfloat16", "float32"],
+)
+def test_convolutions_of_real_nets_compile_for_hopper_without_spilling(
+    compiled: Counter[str], dtype: torch.dtype, layers: list[tuple[int, int, int, dict[str, int]]]
+) -> None:
+    from model import triton_conv
+
+    for channels, outs, side, other in layers:
+        shape = {"size": 3, "stride": 1} | other
+        size = shape.pop("size")
+        x = torch.empty(2, channels, side, side, dtype=dtype, device=META).to(memory_format=torch.channels_last)
+        weight = torch.empty(outs, channels, size, size, dtype=dtype, device=META)
+        bias = torch.empty(outs, dtype=dtype, device=META)
+        triton_conv.convolve(x, weight, bias, bias, **({"padding": size // 2} | shape))
+
+    assert compiled["_convolve"] == len(layers)
 
 
 # Where it is not used

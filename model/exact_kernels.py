@@ -1,0 +1,124 @@
+"""Which kernels may be trusted with a picture's bits: found out layer by layer, when a model starts on a GPU.
+
+A library chooses its kernel by the whole problem, so a picture's bits may be others in another batch. Every kind of
+layer for which that is seen gets a kernel that cannot do so; all others keep the library's. Nothing here is timed, so
+that two starts on one machine choose alike. What follows from it for the whole step, `model.runner` checks.
+"""
+
+import logging
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from model.kernels import Conv, SelfAttention
+
+Layer: TypeAlias = Conv | SelfAttention
+DRAWS = 2  # batches of each size that are compared
+FEW = 8  # pictures by which the invariant kernel is compared with the library's
+CLOSE = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 2e-3}  # |ours - theirs| / |theirs| at most
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """How many layers keep the library's kernel, and how many have the invariant one."""
+
+    cudnn: int
+    triton: int
+    free: int
+    fixed: int
+
+    def __str__(self) -> str:
+        return f"convolutions {self.cudnn} cudnn {self.triton} triton, attention {self.free} free {self.fixed} fixed"
+
+
+def _layers(net: nn.Module) -> Iterator[Layer]:
+    return (module for module in net.modules() if isinstance(module, Conv | SelfAttention))
+
+
+def trust_libraries(net: nn.Module) -> None:
+    """No layer uses its invariant kernel."""
+    for layer in _layers(net):
+        layer.invariant = False
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Kind:
+    """Layers that differ in their weights alone, and what they are given. like: [1, C, H, W]"""
+
+    layers: list[Layer]
+    like: Tensor
+
+    def inputs(self, batch: int, generator: torch.Generator) -> Tensor:
+        """Random pictures for these layers. -> [B, C, H, W]"""
+        x = torch.empty(batch, *self.like.shape[1:], dtype=self.like.dtype, device=self.like.device)
+        return x.normal_(generator=generator).contiguous(memory_format=torch.channels_last)
+
+
+def kinds(net: nn.Module, run: Callable[[], object]) -> list[Kind]:
+    """All kinds of layers of a net for which there is a choice. run: calls the net once, with a batch of any size"""
+    found: dict[Hashable, Kind] = {}
+
+    def note(layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        assert isinstance(layer, Conv | SelfAttention)
+        key, like = (type(layer), layer.extra_repr(), arguments[0].shape[1:]), arguments[0][:1]
+        found.setdefault(key, Kind([], like)).layers.append(layer)
+
+    hooks = [layer.register_forward_pre_hook(note) for layer in _layers(net)]
+    run()
+    for hook in hooks:
+        hook.remove()
+    return list(found.values())
+
+
+def choose_kernels(net: nn.Module, run: Callable[[], object], buckets: Sequence[int]) -> Chosen:
+    """Gives its invariant kernel to each layer that needs it for its bits to be the same in batches of these sizes.
+
+    run: calls the net once, with a batch of any size
+    """
+    trust_libraries(net)
+    for kind in kinds(net, run):
+        invariant = _needs_invariance(kind, buckets)
+        for layer in kind.layers:
+            layer.invariant = invariant
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # graphs have memory of their own, and could not use what has been freed here
+    counted = [(isinstance(layer, Conv), layer.invariant) for layer in _layers(net)]
+    return Chosen(*(counted.count(each) for each in ((True, False), (True, True), (False, False), (False, True))))
+
+
+def _needs_invariance(kind: Kind, buckets: Sequence[int]) -> bool:
+    """Whether the library's bits depend on the batch, and the invariant kernel's, which are as good, do not."""
+    layer, generator = kind.layers[0], torch.Generator(kind.like.device).manual_seed(0)
+    x = kind.inputs(max(buckets), generator)
+    theirs = layer(x)
+    if agrees(layer, x, theirs, buckets, generator):
+        return False
+    layer.invariant = True
+    try:
+        ours = layer(x)
+        sound = _close(ours[:FEW], theirs[:FEW]) and agrees(layer, x, ours, buckets, generator)
+        trouble = "" if sound else "its results are wrong or depend on the batch"
+    except Exception as error:  # a compiler, too little shared memory: whatever it is, the library's kernel still works
+        trouble = f"{type(error).__name__}: {error}"
+    if trouble:
+        logger.warning("no invariant kernel for %s with %s: %s", layer, list(x.shape[1:]), trouble)
+    return not trouble
+
+
+def agrees(layer: Layer, x: Tensor, expected: Tensor, buckets: Sequence[int], generator: torch.Generator) -> bool:
+    """Whether the layer computes each picture to the same bits in batches of all these sizes, beside anybody."""
+    for bucket in buckets:
+        for _ in range(DRAWS):
+            chosen = torch.randint(len(x), (bucket,), generator=generator, device=x.device)
+            if not torch.equal(layer(x[chosen].contiguous(memory_format=torch.channels_last)), expected[chosen]):
+                return False
+    return True
+
+
+def _close(ours: Tensor, theirs: Tensor) -> bool:
+    """Whether two results differ by rounding alone."""
+    return bool((ours.float() - theirs.float()).norm() <= CLOSE[ours.dtype] * theirs.float().norm())

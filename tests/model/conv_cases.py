@@ -1,0 +1,255 @@
+"""What the invariant convolution computes, beside float64; whom it is given to, and what follows. Not collected by its
+name: `test_triton` runs it, under Triton's interpreter on any machine, and on a GPU where there is one.
+"""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from model import triton_conv
+from model.checkpoint import Model
+from model.exact_kernels import Chosen
+from model.kernels import Conv, SelfAttention, upsample
+from model.runner import Runner
+from model.unet import UNet
+from tests.model.kernel_world import DEVICE, DTYPES, draw, error
+from tests.model.tiny import ARCHITECTURE, T, card
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A convolution, and the picture it is given."""
+
+    channels: int
+    outs: int
+    height: int
+    width: int
+    size: int = 3
+    stride: int = 1
+    below: bool = False
+    doubled: bool = False
+
+    def conv(self, dtype: torch.dtype) -> Conv:
+        """The layer with random weights."""
+        padding = 0 if self.below else self.size // 2
+        conv: Any = Conv(self.channels, self.outs, self.size, stride=self.stride, padding=padding).to(DEVICE)
+        conv = conv.requires_grad_(False).to(dtype).to(memory_format=torch.channels_last)
+        conv.below, conv.doubled, conv.invariant = self.below, self.doubled, True
+        return conv  # type: ignore[no-any-return]
+
+    def picture(self, batch: int, dtype: torch.dtype) -> Tensor:
+        return draw(batch, self.channels, self.height, self.width, dtype=dtype)
+
+
+LAYERS = {
+    "colours in, several tiles": Layer(3, 70, 9, 11),
+    "one channel out": Layer(20, 1, 8, 8),
+    "three channels out": Layer(24, 3, 7, 5),
+    "channels that fill no step": Layer(35, 33, 5, 6),
+    "one pixel": Layer(40, 24, 1, 1),
+    "1 x 1": Layer(100, 130, 5, 3, size=1),
+    "stride 2": Layer(16, 20, 7, 8, stride=2),
+    "stride 2, padded below": Layer(16, 20, 9, 6, stride=2, below=True),
+    "doubled": Layer(17, 24, 5, 3, doubled=True),
+}
+
+
+def in_float64(conv: Conv, x: Tensor) -> Tensor:
+    """What `conv` must give."""
+    x = upsample(x.double()) if conv.doubled else x.double()
+    x = F.pad(x, (0, 1, 0, 1)) if conv.below else x
+    bias = None if conv.bias is None else conv.bias.double()
+    return F.conv2d(x, conv.weight.double(), bias, conv.stride, conv.padding)
+
+
+CUTS: dict[str, dict[str, Any]] = {
+    "large tiles": {"SHAPES": ((128, 128, 0),)},
+    "small tiles": {"SHAPES": ((64, 64, 0),), "FEW_PIXELS": 0},
+    "split": {"SHAPES": ((64, 64, 0),), "FEW_PIXELS": 10**6, "PROGRAMS": 10**6, "DEEP": 1, "MOST_SPLITS": 4},
+}
+
+
+@pytest.fixture
+def cut(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Layers are cut up in this way, whatever their shape."""
+    for name, value in CUTS[request.param].items():
+        monkeypatch.setattr(triton_conv, name, value)
+    triton_conv.tiling.cache_clear()
+    yield
+    triton_conv.tiling.cache_clear()
+
+
+@pytest.mark.usefixtures("cut", "kernels_on")
+@pytest.mark.parametrize(
+    ("cut", "dtype"),
+    [("large tiles", torch.bfloat16), ("small tiles", torch.float32), ("split", torch.float16)],
+    indirect=["cut"],
+)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_convolution_is_that_of_float64(layer: str, dtype: torch.dtype) -> None:
+    conv, x = LAYERS[layer].conv(dtype), LAYERS[layer].picture(2, dtype)
+    expected = in_float64(conv, x)
+    add = draw(*expected.shape, dtype=dtype)
+    out = conv(x)
+
+    assert out.is_contiguous(memory_format=torch.channels_last) and out.dtype == dtype
+    assert error(out, expected) < 8 * DTYPES[dtype]
+    assert error(conv(x, add=add), expected + add.double()) < 8 * DTYPES[dtype]
+
+
+@pytest.mark.usefixtures("cut", "kernels_on")
+@pytest.mark.parametrize("cut", ["small tiles", "split"], indirect=True)
+def test_a_bias_that_was_taken_over_is_not_added() -> None:
+    conv, x = Layer(70, 20, 4, 4).conv(torch.float32), draw(2, 70, 4, 4)
+    conv.bias = None
+
+    assert error(conv(x), in_float64(conv, x)) < 1e-5
+
+
+@pytest.mark.usefixtures("cut", "kernels_on")
+@pytest.mark.parametrize(
+    ("cut", "dtype"), [("large tiles", torch.bfloat16), ("split", torch.float32)], indirect=["cut"]
+)
+@pytest.mark.parametrize("layer", ["channels that fill no step", "one pixel", "stride 2, padded below"])
+def test_a_convolution_sees_neither_company_nor_slot(layer: str, dtype: torch.dtype) -> None:
+    conv, x = LAYERS[layer].conv(dtype), LAYERS[layer].picture(5, dtype)
+    add = draw(*in_float64(conv, x).shape, dtype=dtype)
+    together = conv(x, add=add)
+    for i in range(5):
+        assert torch.equal(conv(x[i : i + 1], add=add[i : i + 1])[0], together[i])
+    assert torch.equal(conv(x.flip(0), add=add.flip(0)), together.flip(0))
+
+    x[2] = torch.nan
+    beside_nan = conv(x, add=add)
+    assert torch.equal(beside_nan[[0, 1, 3, 4]], together[[0, 1, 3, 4]])
+    assert beside_nan[2].isnan().any()
+
+
+@pytest.mark.parametrize(
+    ("channels", "outs", "side", "programs"),
+    [(128, 128, 32, 64), (256, 256, 16, 32), (256, 256, 8, 128), (256, 256, 4, 32), (128, 128, 256, 4096)],
+)
+def test_a_small_batch_makes_programs_enough(channels: int, outs: int, side: int, programs: int) -> None:
+    cut = triton_conv.tiling(channels, outs, side * side, 3, 2)
+    tiles = -(-8 * side * side // cut.pixels) * -(-outs // cut.channels)
+
+    assert tiles * cut.splits == programs
+
+
+# Whom it is given to
+
+
+class Layers(nn.Module):
+    """Four layers that pass for a net: 1 to 20 channels and to 12, attention within 4, and back to 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.arch = ARCHITECTURE
+        self.one, self.two = Layer(1, 20, 8, 8).conv(torch.float32), Layer(20, 12, 8, 8, size=1).conv(torch.float32)
+        self.attend, self.back = SelfAttention(2), Layer(4, 1, 8, 8).conv(torch.float32)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        out: Tensor = self.back(self.attend(self.two(F.silu(self.one(x)))))
+        return out
+
+    @property
+    def invariant(self) -> list[str]:
+        """Names of the layers that have the invariant kernel."""
+        return [name for name, layer in self.named_children() if getattr(layer, "invariant", False)]
+
+
+class Library:
+    """Another library of convolutions and attention: which other bits it gives, in batches of which size."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.convolution, self.attention = F.conv2d, F.scaled_dot_product_attention
+        self.differs: dict[int | str, set[int]] = {}  # of how many channels, or attention: in which batches
+        monkeypatch.setattr(F, "conv2d", self.conv2d)
+        monkeypatch.setattr(F, "scaled_dot_product_attention", self.attend)
+
+    def conv2d(self, x: Tensor, *rest: Any) -> Tensor:
+        alone = [self.convolution(one, *rest) for one in x.split(1)]  # for a CPU's depends on the batch as well
+        return torch.cat(alone) * (1 + 2**-14 * (len(x) in self.differs.get(x.shape[1], ())))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        alone = [self.attention(*one) for one in zip(q.split(1), k.split(1), v.split(1), strict=True)]
+        pinned = not torch.backends.cuda.flash_sdp_enabled()
+        return torch.cat(alone) * (1 + 2**-14 * (not pinned and len(q) in self.differs.get("attention", ())))
+
+
+@pytest.fixture
+def library(monkeypatch: pytest.MonkeyPatch, kernels_on: None) -> Library:
+    """A library that gives the same bits in every batch, until it is told otherwise."""
+    return Library(monkeypatch)
+
+
+def started(net: Layers, slots: int = 4, exact: bool = True) -> Runner:
+    """A runner of this net."""
+    table = torch.zeros(T, 1, device=DEVICE)
+    return Runner(Model(card(), cast(UNet, net), table), slots, exact)
+
+
+def test_a_library_that_gives_the_same_bits_in_every_batch_keeps_its_layers(library: Library) -> None:
+    net = Layers()
+    runner = started(net)
+
+    assert (net.invariant, runner.chosen) == ([], Chosen(cudnn=3, triton=0, free=1, fixed=0))
+    assert runner.exact_buckets == [1, 2, 3, 4]
+
+
+def test_a_layer_whose_bits_differ_in_some_batch_gets_the_invariant_kernel(library: Library) -> None:
+    library.differs = {20: {1, 3}}
+    net = Layers()
+    runner = started(net)
+
+    assert (net.invariant, runner.chosen) == (["two"], Chosen(cudnn=2, triton=1, free=1, fixed=0))
+    assert runner.exact_buckets == [1, 2, 3, 4]
+
+
+def test_attention_whose_bits_differ_is_pinned_to_one_kernel(library: Library) -> None:
+    library.differs = {"attention": {2}}
+    net = Layers()
+    runner = started(net)
+
+    assert (net.invariant, runner.chosen) == (["attend"], Chosen(cudnn=3, triton=0, free=0, fixed=1))
+    assert runner.exact_buckets == [1, 2, 3, 4]
+
+
+def test_who_does_not_ask_for_the_promise_gets_the_library_everywhere(library: Library) -> None:
+    library.differs = {20: {1, 3}, "attention": {2}}
+    net = Layers()
+    started(net)
+    assert net.invariant == ["two", "attend"]
+
+    assert started(net, exact=False).chosen is None
+    assert net.invariant == []
+
+
+@pytest.mark.parametrize("fault", ["wrong", "not invariant", "does not run"])
+def test_a_kernel_that_cannot_be_trusted_is_not_used_and_one_line_says_so(
+    fault: str, library: Library, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    usual = triton_conv.convolve
+
+    def faulty(x: Tensor, *rest: Any, **how: Any) -> Tensor:
+        if fault == "does not run":
+            raise RuntimeError("too little shared memory")
+        out = usual(x, *rest, **how)
+        out[..., 0] *= 1.5 if fault == "wrong" else 1 + 2**-20 * len(x)
+        return out
+
+    monkeypatch.setattr(triton_conv, "convolve", faulty)
+    library.differs = {20: {1}}
+    net = Layers()
+    with caplog.at_level(logging.WARNING):
+        runner = started(net)
+
+    assert runner.exact_buckets == [2, 3, 4]
+    assert net.invariant == []
+    assert [record.getMessage()[:31] for record in caplog.records] == ["no invariant kernel for Conv(20"]
