@@ -251,8 +251,6 @@ class Jobs:
     async def _collect(self, job: Job) -> None:
         if job.deaths >= DEATHS:
             raise SampleLost(f"the server died {job.deaths} times while it made this job")
-        if job.deaths:
-            await self.ledger.store.begins(job.id)
         order, watched = job.order, job.order.watched
         spec = Spec(
             order.model,
@@ -267,6 +265,8 @@ class Jobs:
         )
         while True:
             await self._until_ready(job)
+            if job.deaths:  # not before: a server that dies while it loads does so for other reasons
+                await self.ledger.store.begins(job.id)
             try:
                 async with aclosing(self.backend.run(spec)) as events:
                     async for event in events:
