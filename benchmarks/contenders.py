@@ -91,14 +91,14 @@ class Theirs:
         config = UNet2DModel.load_config(directory)
         self.shape = (config["in_channels"], config["sample_size"], config["sample_size"])
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def run(self, batch: int, steps: int) -> None:
         x = torch.randn(batch, *self.shape, device=self.device, dtype=self.dtype)
         for t in self.scheduler.timesteps.tolist()[:steps]:
             out = self.net(x, torch.full((batch,), t, device=self.device))
             x = self.scheduler.step(out, t, x).prev_sample
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def predict(self, x: Tensor, t: Tensor) -> Tensor:
         return self.net(x.to(self.device, self.dtype), t.to(self.device)).float().cpu()
 
@@ -195,16 +195,20 @@ def openvino(directory: Path, device: torch.device, most: int, precision: str) -
     """diffusers' net through OpenVINO, compiled anew for each batch size."""
     import openvino as ov
 
-    net, core, made = load(directory, device, torch.float32, False), ov.Core(), dict[int, Any]()
+    core, made = ov.Core(), dict[int, Any]()
 
     class Module(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = UNet2DModel.from_pretrained(directory, low_cpu_mem_usage=False).eval()
+
         def forward(self, x: Tensor, t: Tensor) -> Tensor:
-            out: Tensor = net(x, t)
+            out: Tensor = self.net(x, t, return_dict=False)[0]
             return out
 
     def run(x: Tensor, t: Tensor) -> Tensor:
         if len(x) not in made:
-            graph = ov.convert_model(Module(), example_input=(x.clone(), t.clone()), input=[x.shape, t.shape])
+            graph = ov.convert_model(Module(), example_input=(x, t), input=[x.shape, t.shape])
             hints = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": cores()}
             made[len(x)] = core.compile_model(graph, "CPU", hints | {"PERFORMANCE_HINT": "LATENCY"})
         return torch.from_numpy(made[len(x)]([x.numpy(), t.numpy()])[0])
