@@ -115,10 +115,8 @@ class Graphed(Theirs):
         noise = beta.sqrt()
         noise[0] = 0
         rows = torch.stack([bar.rsqrt(), -(1 / bar - 1).sqrt(), x0, x, noise], 1)  # [T, 5]
-        self.rows, self.graphs = (
-            rows.float().to(device),
-            dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor, Tensor]](),
-        )
+        self.rows = rows.float().to(device)
+        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor, Tensor]] = {}  # with x, t and out, by batch
 
     @torch.inference_mode()
     def _graph(self, batch: int) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor, Tensor]:

@@ -16,7 +16,6 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
-from uvicorn.server import ServerState
 from websockets.datastructures import Headers
 from websockets.http11 import Response
 from websockets.server import ServerProtocol
@@ -72,11 +71,8 @@ def _document(answer: Problem) -> tuple[list[tuple[str, str]], bytes]:
 class Connection(HttpToolsProtocol):
     """A connection over which requests come, one after the other."""
 
-    def __init__(
-        self, config: uvicorn.Config, server_state: ServerState, app_state: dict[str, Any], **more: Any
-    ) -> None:
-        super().__init__(config, server_state, app_state, **more)
-        assert isinstance(config, Config)
+    def __init__(self, config: Config, *more: Any, **others: Any) -> None:
+        super().__init__(config, *more, **others)
         self._caps = config.caps
         self._refusal: ServerError | None = None  # why the parser was stopped; None: it stopped by itself
         self._clock: asyncio.TimerHandle | None = None
@@ -223,11 +219,8 @@ class _Handshake(ServerProtocol):
 class Socket(WebSocketsSansIOProtocol):
     """A websocket, which may say little: two bodies, and so many bytes a second."""
 
-    def __init__(
-        self, config: uvicorn.Config, server_state: ServerState, app_state: dict[str, Any], **more: Any
-    ) -> None:
-        super().__init__(config, server_state, app_state, **more)
-        assert isinstance(config, Config)
+    def __init__(self, config: Config, *more: Any, **others: Any) -> None:
+        super().__init__(config, *more, **others)
         self._caps = config.caps
         self.conn = _Handshake(max_size=config.ws_max_size, logger=self.logger)
         self._may_say = float(MAX_HEAD_BYTES + 2 * config.caps.body_bytes + SAID_AT_ONCE)  # bytes, as of `_heard_at`
