@@ -7,24 +7,24 @@ import sys
 import pytest
 
 AGAIN = """
-import resource, sys, torch
+import resource, statistics, sys, torch
 from server.engine_process import prepare_cpu
 
 if sys.argv[1] == "prepared":
     prepare_cpu(1)
 faults = []
-for _ in range(3):
+for _ in range(9):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.ones(16 << 20)  # 64 MiB, larger than what malloc keeps
     faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-print(faults[-1])
+print(statistics.median(faults))  # a small block that lies behind the large one can cost one more, once
 """
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="this C library has no mallopt")
 def test_an_engine_on_a_cpu_does_not_fetch_its_memory_anew_at_every_step() -> None:
     anew, kept = (
-        int(subprocess.run([sys.executable, "-c", AGAIN, how], capture_output=True, check=True).stdout)
+        float(subprocess.run([sys.executable, "-c", AGAIN, how], capture_output=True, check=True).stdout)
         for how in ("as it is", "prepared")
     )
 
