@@ -4,7 +4,7 @@ import base64
 from collections.abc import Callable
 from typing import Any
 
-from selenium.common.exceptions import TimeoutException
+from selenium.common.exceptions import StaleElementReferenceException, TimeoutException
 from selenium.webdriver import ActionChains, Chrome
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
@@ -12,6 +12,7 @@ from selenium.webdriver.support.ui import WebDriverWait
 
 PATIENCE_S = 40
 DRAWN = "return [...document.querySelectorAll('#tiles canvas')].map((canvas) => canvas.toDataURL())"
+HISTORY = "return [...document.querySelectorAll('#history button')].map((button) => button.innerText.split('\\n')[0])"
 BYTES_OF_LINK = """
 const [index, done] = arguments;
 fetch(document.querySelectorAll('#tiles a')[index].href)
@@ -122,9 +123,22 @@ class Page:
         return drawn
 
     @property
-    def history(self) -> list[WebElement]:
-        """What was made before, the newest first."""
-        return self.driver.find_elements(By.CSS_SELECTOR, "#history button")
+    def history(self) -> list[str]:
+        """The seeds of what was made before, the newest first. Read at once: the page may be drawing it anew."""
+        seeds: list[str] = self.run(HISTORY)
+        return seeds
+
+    def recall(self, place: int) -> None:
+        """Clicks on a place of the history, wherever it is drawn by then."""
+
+        def clicked() -> bool:
+            try:
+                self.driver.find_elements(By.CSS_SELECTOR, "#history button")[place].click()
+            except StaleElementReferenceException:
+                return False
+            return True
+
+        self.until(clicked)
 
     @property
     def job(self) -> str:
