@@ -11,7 +11,7 @@ import asyncio
 import random
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -92,22 +92,22 @@ async def saturate(url: str, mixture: Mixture) -> float:
     return sum(answer.steps_within(began, ended) for answer in answers) / SATURATED_S
 
 
-async def load(url: str, rate: float, mixture: Mixture) -> list[Answer]:
-    """The answers to Poisson arrivals, so many requests a second, for `LOAD_S` seconds: the same ones for everybody."""
+async def load(url: str, rate: float, mixture: Mixture, load_s: float = LOAD_S) -> list[Answer]:
+    """The answers to Poisson arrivals, so many requests a second, for so long: the same ones for everybody."""
     draw, asked = random.Random(1), []
 
     async def later(client: httpx.AsyncClient, at: float, seed: int, steps: int) -> Answer:
         await asyncio.sleep(at)
         sent = time.monotonic()
         try:
-            async with asyncio.timeout(LOAD_S + PATIENCE_S - at):
+            async with asyncio.timeout(load_s + PATIENCE_S - at):
                 return await ask(client, seed, steps)
         except TimeoutError:
             return Answer(steps, sent, float("inf"))
 
     async with client_of(url) as client:
         at = draw.expovariate(rate)
-        while at < LOAD_S:
+        while at < load_s:
             asked.append(asyncio.create_task(later(client, at, draw.randrange(1 << 40), draw_steps(draw, mixture))))
             at += draw.expovariate(rate)
         return await asyncio.gather(*asked)
@@ -135,12 +135,18 @@ async def padded(url: str) -> float:
     return wasted / (made + wasted)
 
 
+def late(took: Iterable[float]) -> float:
+    """The 99th percentile."""
+    ordered = sorted(took)
+    return ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))]
+
+
 def latencies(name: str, answers: list[Answer]) -> Iterator[Measure]:
     """Median and 99th percentile by steps."""
     for steps in sorted({answer.steps for answer in answers}):
-        took = sorted(a.took_s for a in answers if a.steps == steps)
-        median, late = statistics.median(took), took[min(len(took) - 1, int(0.99 * len(took)))]
-        yield Measure(f"{name}: {steps} steps, p50 and p99 of {len(took)}", median, "s", (took[0], late))
+        took = [a.took_s for a in answers if a.steps == steps]
+        spread = (min(took), late(took))
+        yield Measure(f"{name}: {steps} steps, p50 and p99 of {len(took)}", statistics.median(took), "s", spread)
 
 
 def measures(device: torch.device, digits: Path, mixture: Mixture = MIXTURE) -> Iterator[Measure]:
@@ -161,16 +167,15 @@ def measures(device: torch.device, digits: Path, mixture: Mixture = MIXTURE) -> 
         yield Measure(f"ours against {contender.name}", ratio, "times the throughput")
     best, shortest = max(others, key=lambda c: capacity[c]), min(mixture)
     rate = capacity[best] / sum(steps * share for steps, share in mixture.items())
-    late: dict[Contender, float] = {}
+    latest: dict[Contender, float] = {}
     for contender in (OURS, best, *(c for c in others if c.peer == ("batcher",) and c is not best)):
         with a_server(digits, contender.slots, device, *contender.peer) as url:
             asyncio.run(warm(url))
             answers = asyncio.run(load(url, rate, mixture))
-        short = sorted(a.took_s for a in answers if a.steps == shortest)
-        late[contender] = short[int(0.99 * len(short))]
+        latest[contender] = late(a.took_s for a in answers if a.steps == shortest)
         yield from latencies(f"{rate:.2f} requests/s, {contender.name}", answers)
-    for contender in late.keys() - {OURS}:
-        ratio = late[OURS] / late[contender]
+    for contender in latest.keys() - {OURS}:
+        ratio = latest[OURS] / latest[contender]
         yield Measure(f"{shortest}-step requests, p99: ours against {contender.name}", ratio, "of its time")
 
 
