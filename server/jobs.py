@@ -10,30 +10,21 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from contextlib import aclosing, nullcontext
 from dataclasses import asdict
 from typing import Any
 
 from model.card import ModelCard
-from model.events import Cancelled, Failed, Finished, Preview
 from server.admission import Admission
-from server.backend import Backend, Progress, Restarting, SampleEvent, Spec
+from server.backend import Backend
+from server.course import Courses
 from server.errors import (
-    DeadlinePassed,
-    EngineFailed,
     JobCancelled,
     KeyReused,
-    ModelChanged,
-    NotReady,
-    SampleLost,
-    ServerError,
     StillRunning,
-    problem,
 )
 from server.feed import Audience, Viewer
-from server.job import Image, Job
+from server.job import Job
 from server.ledger import Ledger
-from server.limits import check_deadline
 from server.metrics import Metrics, Standing
 from server.orders import Terms, fingerprint, take_order
 from server.outlooks import Outlooks
@@ -44,9 +35,7 @@ from server.store_rows import Found
 logger = logging.getLogger(__name__)
 ANIMATIONS = 2  # so many are drawn at once: threads that are left encode frames
 TICK_S = 0.25  # how often those who wait hear where they stand
-READY_S = 0.05  # how often it is looked whether the engines take work again
 PARKING_S = 5.0  # within which every job has let go of its engine at the end
-DEATHS = 3  # of servers while a job ran: then it is given up
 OUTCOMES = ("succeeded", "failed", "cancelled")
 
 
@@ -80,7 +69,9 @@ class Jobs:
         self._outcomes = Counter(dict.fromkeys(OUTCOMES, 0))
         self._cache_hits = 0
         self._ticker: asyncio.Task[None] | None = None
-        self._suspect = asyncio.Lock()  # of the jobs that may have killed two servers, one runs at a time
+        self._courses = Courses(
+            cards, backend, self.ledger, self.admission, self._outlooks, self.metrics, count=self._count
+        )
 
     async def start(self) -> None:
         """Starts the engines, takes up what the last server had not ended, and tells who waits where they stand."""
@@ -159,7 +150,7 @@ class Jobs:
     def _begin(self, job: Job) -> None:
         steps = job.order.image_steps
         logger.info("job accepted", extra={"job": job.id, "model": job.order.model, "image_steps": steps})
-        job.life = asyncio.create_task(self._live(job), name=f"job {job.id}")
+        job.life = asyncio.create_task(self._courses.run(job), name=f"job {job.id}")
         job.life.add_done_callback(_report)
 
     async def cancel(self, job: Job) -> Job:
@@ -172,7 +163,7 @@ class Jobs:
         await asyncio.wait([job.life])
         if not job.ending:  # it was cancelled before its life had begun
             job.ending, job.failure = True, JobCancelled("the job was cancelled")
-            await self._end(job, "cancelled")
+            await self._courses.end(job, "cancelled")
         return job
 
     async def leave(self, job: Job) -> None:
@@ -189,141 +180,6 @@ class Jobs:
         if job.life is not None:
             job.life.result()  # raises what nobody foresaw
         return job
-
-    async def _live(self, job: Job) -> None:
-        outcome: str | None = "failed"  # None: it is parked, and goes on when the server has been started anew
-        try:
-            if job.attached and job.attempt > 1:
-                raise JobCancelled("its caller went away with the server before")
-            async with asyncio.timeout(self._time_left_s(job)) as deadline:
-                job.due = deadline.when() or math.inf
-                self._check_deadline(job)
-                async with self._suspect if job.deaths == DEATHS - 1 else nullcontext():
-                    await self._collect(job)
-            await asyncio.to_thread(job.encode)
-            outcome = "succeeded"
-        except TimeoutError:
-            if not deadline.expired():
-                raise
-            job.failure = DeadlinePassed(f"the deadline of {job.order.deadline_s:g} s was not met")
-        except JobCancelled as error:
-            outcome, job.failure = "cancelled", error
-        except (NotReady, EngineFailed) as error:
-            outcome, job.failure = None, error
-        except ServerError as error:
-            job.failure = error
-        except asyncio.CancelledError:
-            if job.giving_up:
-                outcome, job.failure = "cancelled", JobCancelled("the job was cancelled")
-            else:
-                outcome, job.failure = None, NotReady("the server is shutting down")
-                raise
-        finally:
-            job.ending = True
-            if outcome is None:
-                job.feed.park()
-            else:
-                await self._end(job, outcome)
-
-    def _time_left_s(self, job: Job) -> float | None:
-        """Until the deadline that the client set, counted from the acceptance, even if that was by another server."""
-        if job.order.deadline_s is None:
-            return None
-        return max(0.0, job.order.deadline_s - (self.ledger.clock.now() - job.arrived))
-
-    async def _until_ready(self, job: Job) -> None:
-        """Until the engines take work: they may just be loading, or be replaced. Raises ModelChanged."""
-        while self.backend.trouble is not None or job.order.model not in self.backend.served:
-            if job.order.model not in self.cards:
-                raise ModelChanged("the model that this job was accepted for is not served any more")
-            if self.admission.closing:
-                raise NotReady("the server is shutting down")
-            await asyncio.sleep(READY_S)
-        served = self.backend.served[job.order.model]
-        if served.digest != job.served.digest:
-            raise ModelChanged("the model was changed after this job had been accepted")
-        if served.numerics != job.served.numerics:
-            logger.warning(
-                "a job is run on another kind of machine", extra={"job": job.id, "numerics": served.numerics}
-            )
-        job.served = served
-
-    async def _collect(self, job: Job) -> None:
-        if job.deaths >= DEATHS:
-            raise SampleLost(f"the server died {job.deaths} times while it made this job")
-        order, watched = job.order, job.order.watched
-        spec = Spec(
-            order.model,
-            tuple(range(order.seed, order.seed + order.n)),
-            order.sampling,
-            job.rank,
-            frozenset(watched.points if watched else ()),
-            watched is not None and watched.frames.kind != "x0",
-            watched is not None and watched.frames.kind != "x_t",
-            order.wants_floats,
-            order.owner or "",
-        )
-        while True:
-            await self._until_ready(job)
-            if job.deaths:  # not before: a server that dies while it loads does so for other reasons
-                await self.ledger.store.begins(job.id)
-            try:
-                async with aclosing(self.backend.run(spec)) as events:
-                    async for event in events:
-                        self._take(job, event)
-                return
-            except NotReady:  # the engine went down before it had begun
-                if self.admission.closing:
-                    raise
-
-    def _take(self, job: Job, event: SampleEvent) -> None:
-        if job.started_at is None and isinstance(event, Preview | Progress | Finished):
-            job.started_at, job.status = time.time(), "running"
-            self.metrics.queue_seconds.observe(self.ledger.clock.now() - job.arrived)
-            if not job.deaths:
-                self.ledger.store.begun(job.id)
-            job.feed.say("started", steps=job.order.image_steps)
-        match event:
-            case Preview(int(index), step, x, x0):
-                job.show_frame(index, step, "x_t", x)
-                job.show_frame(index, step, "x0", x0)
-            case Progress(steps):
-                self._advance(job, steps)
-                self._check_deadline(job)
-                job.feed.tell("progress", **job.progress, eta_s=self._outlooks.of(job).eta_s)
-            case Finished(int(index), picture, floats):
-                self._advance(job, {index: job.order.sampling.steps})
-                job.finish(Image(index, job.order.seed + index, picture, floats, job.texts(job.order.seed + index)))
-            case Restarting(retry_after_s):
-                self._advance(job, {i: 0 for i in range(job.order.n) if i not in job.images})
-                job.feed.tell("restarting", urgent=True, retry_after_s=retry_after_s)
-            case Failed(_, reason):
-                raise SampleLost(reason)
-            case Cancelled():
-                raise SampleLost("the picture was given up")
-
-    def _check_deadline(self, job: Job) -> None:
-        """Gives up, and leaves the slots to others, as soon as it is certain that the deadline will not be met."""
-        if job.due < math.inf:
-            left_s = job.due - asyncio.get_running_loop().time()
-            steps = job.order.sampling.steps - min(job.steps)
-            check_deadline(left_s, steps, self.backend.step_s(job.order.model, job.served.admitted)[1])
-
-    def _advance(self, job: Job, steps: Mapping[int, int]) -> None:
-        for index, step in steps.items():
-            self.admission.queue.give_back(step - job.steps[index])
-            job.steps[index] = step
-
-    async def _end(self, job: Job, outcome: str) -> None:
-        """Writes down what has come of a job, and then tells it."""
-        finished_at = time.time()
-        error = problem(job.failure or RuntimeError()).body("") if outcome == "failed" else None
-        self.admission.done(job)  # it may take until there is room on the disk, and others need not wait for that
-        await self.ledger.end(job, outcome, finished_at, error)
-        job.status, job.finished_at, job.error = outcome, finished_at, error
-        self._count(job, outcome)
-        logger.info("job ended", extra={"job": job.id, "outcome": outcome, "code": error and error["code"]})
-        job.feed.end(outcome, document=job.document())
 
     def _count(self, job: Job, outcome: str) -> None:
         self._outcomes[outcome] += 1

@@ -21,6 +21,7 @@ FLOORS = [
     ["server.routes.http"],
     ["server.auth"],
     ["server.jobs"],
+    ["server.course"],
     ["server.admission"],
     ["server.ledger"],
     ["server.orders", "server.outlooks", "server.register", "server.records"],
