@@ -36,8 +36,10 @@ def start(weights: Path, tmp_path: Path) -> Start:
     """Starts a server on the same store as the one before."""
 
     @contextmanager
-    def started(open_gate: bool = True, digest: str = "sha256:0", **settings: Any) -> Iterator[TestClient]:
-        backend = FakeBackend()
+    def started(
+        open_gate: bool = True, digest: str = "sha256:0", backend: FakeBackend | None = None, **settings: Any
+    ) -> Iterator[TestClient]:
+        backend = backend or FakeBackend()
         if not open_gate:
             backend.gate.clear()
         if digest != "sha256:0":
@@ -337,8 +339,7 @@ def test_a_picture_that_comes_out_otherwise_raises_the_alarm_and_the_first_one_s
             self.specs.append(spec)
             yield Finished(0, np.full((8, 8, 1), len(self.specs), np.uint8), None)
 
-    with start() as client:
-        jobs_of(client).backend = Drifting()
+    with start(backend=Drifting()) as client:
         first = client.post("/generate", json={"seed": 5})
         second = client.post("/generate", json={"seed": 5}, headers={"cache-control": "no-cache"})
         seen = read(client.get("/metrics").text)
