@@ -24,7 +24,7 @@ class ImagesRequest(BaseModel):
     prompt: str = Field("", max_length=32_000, description="has no effect: these models know no words")
     model: str | None = Field(None, min_length=1, max_length=64, description="name of a model directory")
     n: int | None = Field(None, ge=1, lt=MAX_SEED, description="pictures, 1 if not given")
-    size: str | None = Field(None, max_length=16, description="auto, or the size of the model's pictures, as 28x28")
+    size: str | None = Field(None, max_length=16, description="auto, or the size of the model's pictures, as 32x32")
     response_format: Literal["b64_json", "url"] | None = Field(None, description="b64_json if not given")
     output_format: Literal["png", "webp", "jpeg"] | None = Field(None, description="png if not given")
     output_compression: int | None = Field(None, ge=0, le=100, description="of webp, 100: lossless; of jpeg")
