@@ -53,27 +53,20 @@ class ImagesRequest(BaseModel):
     def check_size(self, width: int, height: int) -> None:
         """Raises Invalid if another size is asked for."""
         if self.size not in (None, "auto", f"{width}x{height}"):
-            raise Invalid(("size", f"size must be auto or {width}x{height}, which the pictures of this model have"))
+            raise Invalid(("size", f"size must be auto or {width}x{height}, the size of this model's pictures"))
 
 
 def parse_images(body: bytes) -> ImagesRequest:
     """A request in OpenAI's words. Raises Malformed, or Invalid naming what is wrong."""
     request = parse_request(body, ImagesRequest)
-    wrong = {
-        "partial_images": request.partial_images and not request.stream and "partial_images needs stream: true",
-        "frames": request.stream
-        and "frames" in (request.model_extra or {})
-        and "frames: of a stream, partial_images says how many there are",
-        "response_format": request.response_format == "url"
-        and (request.stream or request.format != "png")
-        and "response_format must be b64_json for a stream, and for what is not png",
-        "output_compression": request.output_compression is not None
-        and request.format == "png"
-        and "output_compression is for webp and jpeg only",
-    }
-    found = [(field, message) for field, message in wrong.items() if message]
-    if found:
-        raise Invalid(*found)
+    if request.partial_images and not request.stream:
+        raise Invalid(("partial_images", "partial_images need stream: true"))
+    if request.stream and "frames" in (request.model_extra or {}):
+        raise Invalid(("frames", "frames: of a stream, partial_images says how many there are"))
+    if request.response_format == "url" and (request.stream or request.format != "png"):
+        raise Invalid(("response_format", "response_format must be b64_json for a stream, and for what is not png"))
+    if request.output_compression is not None and request.format == "png":
+        raise Invalid(("output_compression", "output_compression is for webp and jpeg only"))
     return request
 
 
