@@ -7,7 +7,7 @@ import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 import numpy as np
@@ -129,10 +129,11 @@ def test_a_url_is_that_of_the_jobs_picture(server: Server, talk: OpenAI) -> None
 
 
 def test_webp_loses_nothing_and_jpeg_is_one(server: Server, talk: OpenAI) -> None:
-    webp, jpeg, coarse = (
-        pngs(talk.images.generate(prompt="", output_format=format, output_compression=quality, extra_body=FIELDS))[0]
-        for format, quality in (("webp", None), ("jpeg", 100), ("jpeg", 0))  # type: ignore[arg-type]
-    )
+    def made(format: Literal["webp", "jpeg"], quality: int | None = None) -> bytes:
+        asked = talk.images.generate(prompt="", output_format=format, output_compression=quality, extra_body=FIELDS)
+        return pngs(asked)[0]
+
+    webp, jpeg, coarse = made("webp"), made("jpeg", 100), made("jpeg", 0)
 
     png = Image.open(io.BytesIO(generated(server, **FIELDS).content)).convert("RGB")
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(webp)).convert("RGB")), np.asarray(png))

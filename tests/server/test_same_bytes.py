@@ -32,8 +32,8 @@ def by_curl(server: Server, out: Path) -> bytes:
 
 def by_openai(server: Server, out: Path) -> bytes:
     with OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none", max_retries=0) as client:
-        (image,) = client.images.generate(prompt="", extra_body=ASKED).data or ()
-    return base64.b64decode(image.b64_json or "")
+        made = client.images.generate(prompt="", extra_body=ASKED).data or []
+    return base64.b64decode(made[0].b64_json or "")
 
 
 def by_openais_stream(server: Server, out: Path) -> bytes:
