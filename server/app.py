@@ -19,15 +19,15 @@ from server.errors import EngineFailed, Problem, ServerError, SettingsError, pro
 from server.jobs import Jobs
 from server.messages import Start
 from server.metrics import Metrics
-from server.routes import description, door, generate, jobs, models, scrape, stream
-from server.routes.http import RequestIds
+from server.routes import description, door, generate, jobs, models, openai, scrape, stream
+from server.routes.http import RequestIds, refusal
 from server.settings import Settings
 from server.store import Store
 from server.worker import LocalBackend, Patience
 
 logger = logging.getLogger(__name__)
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-ROOMS = (generate, jobs, stream, models, scrape)
+ROOMS = (generate, jobs, stream, models, openai, scrape)
 CODES = {404: "not-found", 405: "method-not-allowed"}
 
 
@@ -51,22 +51,15 @@ def find_models(weights: Path) -> dict[str, ModelCard]:
     return cards
 
 
-def _respond(request: Request, answer: Problem) -> JSONResponse:
-    request_id = getattr(request.state, "request_id", "")
-    headers = {"Cache-Control": "no-store", **answer.headers}
-    body = answer.body(request_id)
-    return JSONResponse(body, answer.status, headers, media_type="application/problem+json")
-
-
 async def _on_error(request: Request, error: Exception) -> JSONResponse:
-    return _respond(request, problem(error))
+    return refusal(request.scope, problem(error))
 
 
 async def _on_unforeseen(request: Request, error: Exception) -> JSONResponse:
     """A bug. This answer is made outside of all middleware, so it brings its request id itself."""
     id = getattr(request.state, "request_id", "")
     logger.error("unforeseen error", extra={"request_id": id, "path": request.url.path}, exc_info=error)
-    answer = _respond(request, problem(error))
+    answer = refusal(request.scope, problem(error))
     answer.headers["X-Request-Id"] = id
     return answer
 
@@ -76,7 +69,7 @@ async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
     code, headers = CODES.get(error.status_code, "http-error"), dict(error.headers or {})
     if error.status_code == 405:
         headers["Allow"] = ", ".join(_methods(request))
-    return _respond(request, Problem(error.status_code, code, error.detail, headers=headers))
+    return refusal(request.scope, Problem(error.status_code, code, error.detail, headers=headers))
 
 
 def _methods(request: Request) -> list[str]:

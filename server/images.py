@@ -33,6 +33,18 @@ def pixels(data: bytes) -> Picture:
     return found[:, :, None] if found.ndim == 2 else found
 
 
+def still(data: bytes, media: str, quality: int) -> bytes:
+    """A PNG of ours in another format, without its texts. media: image/webp, lossless at quality 100, or image/jpeg"""
+    options: dict[str, Any] = {
+        "image/webp": {"format": "WEBP", "lossless": quality == 100, "quality": quality},
+        "image/jpeg": {"format": "JPEG", "quality": quality, "subsampling": 0},
+    }[media]
+    out = io.BytesIO()
+    with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
+        image.save(out, **options)
+    return out.getvalue()
+
+
 def contact_sheet(pictures: Sequence[Picture]) -> Picture:
     """All pictures in one: ceil(sqrt(n)) columns, row by row, no gaps, black filler. -> [H', W', C]"""
     columns = math.ceil(math.sqrt(len(pictures)))

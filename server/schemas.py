@@ -1,7 +1,7 @@
 """What clients may send. Unknown fields are refused, numbers are strict; bounds that the model sets are in jobs."""
 
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema, model_validator
 
@@ -12,6 +12,7 @@ from server.errors import Invalid, Malformed
 
 MAX_SEED = 2**53  # what every JSON reader keeps exactly
 MAX_DEPTH = 32
+Form = TypeVar("Form", bound=BaseModel)
 
 
 STATUSES = ("queued", "running", "succeeded", "failed", "cancelled")
@@ -100,18 +101,23 @@ def parse_json(body: bytes) -> object:
 
 def parse_generate(body: bytes) -> GenerateRequest:
     """The body of `POST /generate`. Raises Malformed if it is not JSON, Invalid naming each field that is wrong."""
+    return parse_request(body, GenerateRequest)
+
+
+def parse_request(body: bytes, form: type[Form]) -> Form:
+    """A body of this form. Raises Malformed, Invalid."""
     value = parse_json(body)
     if not isinstance(value, dict):
         raise Invalid(("", "the body must be a JSON object"))
     try:
-        return GenerateRequest.model_validate(value)
+        return form.model_validate(value)
     except ValidationError as error:
         found = error.errors(include_url=False, include_input=False, include_context=False)[:20]
-        raise Invalid(*(_wrong(str(e["loc"][0]), e["msg"]) for e in found)) from None
+        raise Invalid(*(_wrong(form, str(e["loc"][0]), e["msg"]) for e in found)) from None
 
 
-def _wrong(name: str, message: str) -> tuple[str, str]:
+def _wrong(form: type[BaseModel], name: str, message: str) -> tuple[str, str]:
     """A field and what is wrong with it; a field that we do not know is not named, since nothing sent is echoed."""
-    if name in GenerateRequest.model_fields:
+    if name in form.model_fields:
         return name, f"{name}: {message}"
-    return "", f"unknown field; there are {', '.join(GenerateRequest.model_fields)}"
+    return "", f"unknown field; there are {', '.join(form.model_fields)}"

@@ -8,6 +8,7 @@ from fastapi.openapi.utils import get_openapi
 
 from model.plan import SAMPLERS
 from server.jobs import Jobs
+from server.openai import ImagesRequest
 from server.schemas import GenerateRequest
 from server.settings import Settings
 
@@ -49,7 +50,11 @@ def _bounded(jobs: Jobs, settings: Settings) -> dict[str, Any]:
     fields["sampler"] |= {"enum": list(SAMPLERS)}
     for field, bounds in (("steps", {"maximum": longest}), ("model", {"enum": list(jobs.cards)})):
         fields[field]["anyOf"][0] |= bounds
-    return schemas | {"GenerateRequest": request, "Problem": PROBLEM}
+    images = ImagesRequest.model_json_schema() | {"additionalProperties": False}
+    images["properties"] = fields | images["properties"]
+    for field in ("n", "model"):
+        images["properties"][field] = {"anyOf": [fields[field], {"type": "null"}]}
+    return schemas | {"GenerateRequest": request, "ImagesRequest": images, "Problem": PROBLEM}
 
 
 def _operations(document: dict[str, Any]) -> Iterable[dict[str, Any]]:

@@ -10,12 +10,12 @@ from pathlib import Path
 
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.auth import SAME_FOR_ALL, Keyring, offered
 from server.errors import NotFound, ServerError, TooManyConnections, Unauthenticated, problem
 from server.origins import Rules
+from server.routes.http import refusal
 from server.settings import Settings
 
 PROTOCOL = "ddpm.v1"  # what a websocket that offers it is answered with: its key is not to be echoed
@@ -35,11 +35,7 @@ def headers_of(scope: Scope, name: bytes) -> list[bytes]:
 
 async def refuse(error: ServerError, scope: Scope, receive: Receive, send: Send) -> None:
     """Answers with a problem; a websocket that was not accepted yet, too."""
-    answer = problem(error)
-    body = answer.body(scope.get("state", {}).get("request_id", ""))
-    headers = {"Cache-Control": "no-store", **answer.headers}
-    response = JSONResponse(body, answer.status, headers, media_type="application/problem+json")
-    await response(scope, receive, send)
+    await refusal(scope, problem(error))(scope, receive, send)
 
 
 class Door:

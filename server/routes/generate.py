@@ -120,7 +120,7 @@ async def generate(request: Request) -> Response:
         headers |= {"Location": f"/jobs/{job.id}", "Preference-Applied": "respond-async"}
         return JSONResponse(jobs.document(job), 202, headers)
     if media == EVENTS:
-        return _ServerSent(jobs, job, headers | {"Cache-Control": "no-store"})
+        return ServerSent(jobs, job, _events(jobs.watch(job)), headers)
     try:
         if await unless_gone(request, jobs.result(job)) is None:
             return Response(status_code=CLIENT_CLOSED_REQUEST)
@@ -133,11 +133,11 @@ async def generate(request: Request) -> Response:
     return Response(await asyncio.to_thread(ENCODERS[media], job), media_type=media, headers=headers)
 
 
-class _ServerSent(StreamingResponse):
-    """All that happens to a job, as server-sent events. Whoever stops reading cancels it."""
+class ServerSent(StreamingResponse):
+    """What happens to a job, as server-sent events. Whoever stops reading cancels it."""
 
-    def __init__(self, jobs: Jobs, job: Job, headers: dict[str, str]) -> None:
-        super().__init__(self._events(jobs.watch(job)), media_type=EVENTS, headers=headers)
+    def __init__(self, jobs: Jobs, job: Job, events: AsyncGenerator[bytes], headers: dict[str, str]) -> None:
+        super().__init__(events, media_type=EVENTS, headers=headers | {"Cache-Control": "no-store"})
         self._jobs, self._job = jobs, job
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -146,11 +146,12 @@ class _ServerSent(StreamingResponse):
         finally:  # here, not in the generator: of a caller who leaves at once, that is never begun
             await self._jobs.leave(self._job)
 
-    async def _events(self, viewer: Viewer) -> AsyncGenerator[bytes]:
-        async with aclosing(viewer.messages()) as messages:
-            async for message in messages:
-                yield await _event(message)
-                await asyncio.sleep(0)  # a long replay must not keep the others waiting
+
+async def _events(viewer: Viewer) -> AsyncGenerator[bytes]:
+    async with aclosing(viewer.messages()) as messages:
+        async for message in messages:
+            yield await _event(message)
+            await asyncio.sleep(0)  # a long replay must not keep the others waiting
 
 
 async def _event(message: Message) -> bytes:

@@ -4,13 +4,16 @@ import asyncio
 import re
 import secrets
 from collections.abc import Coroutine, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, HTTPConnection, Request
+from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server import logs
-from server.errors import BodyTooLarge, Malformed, NotAcceptable, UnsupportedMedia
+from server.errors import BodyTooLarge, Malformed, NotAcceptable, Problem, UnsupportedMedia
+from server.openai import PREFIX, error_object
 from server.owners import Owner
 
 T = TypeVar("T")
@@ -39,6 +42,19 @@ class RequestIds:
             await send(message)
 
         await self.app(scope, receive, send_with_id)
+
+
+def refusal(scope: Scope, answer: Problem) -> JSONResponse:
+    """A problem as it is answered. OpenAI's clients find it in their form, with their status for what is ill-formed,
+    and with a word on whether it is worth their while to try again."""
+    headers = {"Cache-Control": "no-store", **answer.headers}
+    error = {}
+    if scope["path"].startswith(PREFIX):
+        answer = replace(answer, status=400 if answer.status == 422 else answer.status)
+        headers["X-Should-Retry"] = "true" if "Retry-After" in headers else "false"
+        error = {"error": error_object(answer)}
+    body = answer.body(scope.get("state", {}).get("request_id", "")) | error
+    return JSONResponse(body, answer.status, headers, media_type="application/problem+json")
 
 
 def owner_of(request: HTTPConnection) -> Owner | None:

@@ -17,6 +17,7 @@ from tests.server.conftest import Server
 from tests.server.raw import HANDSHAKE, abort, connected, frame, request, say, statuses
 
 TARGETS = ["/", "/generate", "/jobs", "/jobs/x", "/jobs/x/images/0", "/jobs/x/trajectory", "/models", "/models/tiny"]
+TARGETS += ["/v1/images/generations", "/v1/models", "/v1/models/tiny"]
 TARGETS += ["/healthz", "/readyz", "/metrics", "/docs", "/openapi.json", "/static/app.js", "/nothing", "/redoc"]
 METHODS = ["GET", "POST", "DELETE", "HEAD", "OPTIONS", "PUT"]
 SOCKETS = ["/generate/stream", "/jobs/x/stream", "/nothing"]

@@ -12,6 +12,7 @@ from tests.server.conftest import Server
 from tests.server.raw import ask, close_codes, connected, frame, problem_in, request, say, statuses, upgraded
 
 ECHO = "zq7unlikely"
+NULLS = b'{"seed": null, "n": null}'  # which OpenAI's clients may send
 
 
 @pytest.fixture(autouse=True)
@@ -42,6 +43,12 @@ def test_bodies_that_are_not_strict_json_are_malformed(server: Server) -> None:
 
 def test_bodies_that_say_what_cannot_be_are_refused_by_their_fields(server: Server) -> None:
     assert wrong(server, [request(body=body) for body in hostile.NOT_A_REQUEST], [422]) == []
+
+
+def test_the_same_bodies_fare_no_better_in_openais_words(server: Server) -> None:
+    bodies = [body for body in hostile.NOT_JSON + hostile.NOT_A_REQUEST if body != NULLS]
+
+    assert wrong(server, [request("/v1/images/generations", body) for body in bodies], [400]) == []
 
 
 def test_no_path_leads_out_of_the_house(server: Server) -> None:
