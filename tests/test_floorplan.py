@@ -52,7 +52,15 @@ FLOORS = [
     ["model.errors"],
 ]
 # These stand beside the house: they may look into every room, and nobody in it knows them.
-OFF_THE_PATH = ["model.train", "model.data", "model.convert", "model.convert.*", "model.reference", "server.client"]
+OFF_THE_PATH = [
+    "model.train",
+    "model.data",
+    "model.convert",
+    "model.convert.*",
+    "model.reference",
+    "server.client",
+    "server.client_*",
+]
 TORCH_FREE = [
     f"model.{room}" for room in ("errors", "options", "schedule", "architecture", "plan", "card", "events", "scheduler")
 ]
@@ -61,14 +69,14 @@ ROOMS = {
     "triton": ["model.triton_net", "model.triton_step", "model.triton_conv"],
     "safetensors": ["model.checkpoint", "model.train", "model.convert", "model.convert.*"],
     "numpy": ["model.*", "server.*"],
-    "PIL": ["server.images", "server.client", "model.data"],
+    "PIL": ["server.images", "server.client_values", "model.data"],
     "fastapi": ["server.app", "server.routes.*", "server.auth"],
     "starlette": ["server.app", "server.routes.*", "server.auth"],
     "pydantic": ["server.schemas", "server.settings"],
     "uvicorn": ["server.cli", "server.connection"],
     "sqlite3": ["server.store", "server.store_*"],
-    "httpx": ["server.client"],
-    "websockets": ["server.client", "server.connection"],
+    "httpx": ["server.client_*"],
+    "websockets": ["server.client_lines", "server.connection"],
     "huggingface_hub": ["server.hub"],
     "prometheus_client": ["server.metrics"],
 }
