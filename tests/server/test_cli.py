@@ -203,7 +203,7 @@ def test_a_model_is_trained_and_then_makes_pictures(weights: Path, tmp_path: Pat
     )
 
     assert (learned.returncode, learned.stderr) == (0, "")
-    assert json.loads(learned.stdout.splitlines()[-1].partition("}")[0] + "}}")["images"] == 16
+    assert json.JSONDecoder().raw_decode(learned.stdout.splitlines()[-1])[0]["images"] == 16
     assert ddpm("models", DDPM_WEIGHTS=str(tmp_path / "new")).stdout.splitlines()[1].startswith("new ")
 
 
