@@ -3,6 +3,7 @@
 from collections.abc import AsyncIterator
 from types import TracebackType
 from typing import Self, TypeVar, Unpack
+from urllib.parse import quote
 
 import httpx
 
@@ -76,12 +77,12 @@ class AsyncJob:
     async def refresh(self) -> Self:
         """Looks at it again, unless it has ended."""
         if self.status not in ENDS:
-            self.document = await self._client.ask(f"/jobs/{self.id}")
+            self.document = await self._client.ask(flows.job_path(self.id))
         return self
 
     async def cancel(self) -> Self:
         """Gives it up, if it has not ended."""
-        self.document = await self._client.ask(f"/jobs/{self.id}", "DELETE")
+        self.document = await self._client.ask(flows.job_path(self.id), "DELETE")
         return self
 
     def watch(self, after: int = 0) -> AsyncStream:
@@ -162,7 +163,7 @@ class AsyncClient:
 
     async def job(self, id: str) -> AsyncJob:
         """A job that was asked for before. Raises NotFound."""
-        return AsyncJob(self, await self.ask(f"/jobs/{id}"))
+        return AsyncJob(self, await self.ask(flows.job_path(id)))
 
     async def jobs(
         self, status: str | None = None, limit: int | None = None, after: str | None = None
@@ -177,7 +178,7 @@ class AsyncClient:
 
     async def model(self, name: str) -> Document:
         """One model and its card. Raises NotFound."""
-        return await self.ask(f"/models/{name}")
+        return await self.ask(f"/models/{quote(name, safe='')}")
 
     async def ready(self) -> bool:
         """Whether work is taken, asked once."""

@@ -10,6 +10,7 @@ import time
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias, TypeVar
+from urllib.parse import quote, urlencode
 from uuid import uuid4
 
 from server.client_errors import (
@@ -75,6 +76,11 @@ Heard: TypeAlias = Answer | str | bytes | None
 Flow: TypeAlias = Generator[Wish, Heard, T]
 
 
+def job_path(id: str) -> str:
+    """Where a job is, whatever somebody takes for its id."""
+    return f"/jobs/{quote(id, safe='')}"
+
+
 class Patience:
     """How long a call goes on without getting anywhere."""
 
@@ -131,7 +137,7 @@ def _why(broken: LineBroken) -> ClientError:
 
 def fetch(timeout_s: float, method: str, path: str, **parameters: str | int | None) -> Flow[Any]:
     """A document."""
-    given = "&".join(f"{name}={value}" for name, value in parameters.items() if value is not None)
+    given = urlencode({name: value for name, value in parameters.items() if value is not None})
     answer = yield from ask(Patience(timeout_s), method, f"{path}?{given}" if given else path)
     return answer.json()
 
@@ -171,7 +177,7 @@ def trajectory(timeout_s: float, id: str, media: str) -> Flow[bytes]:
     """The denoising as an animation. media: gif, apng or webp"""
     if media not in MEDIA:
         raise ValueError(f"an animation can be {', '.join(MEDIA)}")
-    answer = yield from ask(Patience(timeout_s), "GET", f"/jobs/{id}/trajectory", None, {"Accept": MEDIA[media]})
+    answer = yield from ask(Patience(timeout_s), "GET", f"{job_path(id)}/trajectory", None, {"Accept": MEDIA[media]})
     return answer.body
 
 
@@ -186,6 +192,11 @@ class Watching:
         self._timeout_s, self._request, self._key = timeout_s, request, new_key()
         self._asked, self._connected = False, False
 
+    @property
+    def _path(self) -> str:
+        assert self.job is not None
+        return job_path(self.job)
+
     def next(self) -> Flow[Event | None]:
         """What happens next; None after the end. Raises ClientError if nothing is heard for too long."""
         patience = Patience(self._timeout_s)
@@ -194,11 +205,11 @@ class Watching:
                 yield from self._submit(patience)
             try:
                 if not self._connected:
-                    yield Open(f"/jobs/{self.job}/stream?after={self.after}", patience.left_s)
+                    yield Open(f"{self._path}/stream?after={self.after}", patience.left_s)
                     self._connected = True
                 message = yield Hear(patience.left_s)
             except LineBroken as broken:
-                self._connected = False
+                yield from self._hang_up()
                 yield from self._broken(patience, broken)
                 continue
             assert isinstance(message, str | bytes)
@@ -209,7 +220,11 @@ class Watching:
     def _submit(self, patience: Patience) -> Flow[None]:
         assert self._request is not None
         self._asked = True
-        self.job = (yield from submit(patience, self._request, self._key))["id"]
+        try:
+            self.job = (yield from submit(patience, self._request, self._key))["id"]
+        except Refused:
+            self._asked = False  # there is nothing to give up
+            raise
 
     def _new(self, seen: Event | None) -> Event | None:
         """An event, unless it was seen before."""
@@ -230,17 +245,20 @@ class Watching:
         else:
             yield from patience.rest(_why(broken))
 
-    def leave(self) -> Flow[None]:
-        """Hangs up; a job of its own that goes on is given up. Says nothing if that cannot be said to anybody."""
+    def _hang_up(self) -> Flow[None]:
         if self._connected:
             self._connected = False
             yield HangUp()
+
+    def leave(self) -> Flow[None]:
+        """Hangs up; a job of its own that goes on is given up. Says nothing if that cannot be said to anybody."""
+        yield from self._hang_up()
         if not self._asked or self.ended:
             return
         self.ended, patience = True, Patience(min(LEAVING_S, self._timeout_s))
         try:
             if self.job is None:  # whether it was taken on is not known; the same key finds it
                 yield from self._submit(patience)
-            yield from ask(patience, "DELETE", f"/jobs/{self.job}")
+            yield from ask(patience, "DELETE", self._path)
         except ClientError:
             return

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from types import TracebackType
 from typing import Self, TypeVar, Unpack
+from urllib.parse import quote
 
 import httpx
 
@@ -76,12 +77,12 @@ class Job:
     def refresh(self) -> Self:
         """Looks at it again, unless it has ended."""
         if self.status not in ENDS:
-            self.document = self._client.ask(f"/jobs/{self.id}")
+            self.document = self._client.ask(flows.job_path(self.id))
         return self
 
     def cancel(self) -> Self:
         """Gives it up, if it has not ended."""
-        self.document = self._client.ask(f"/jobs/{self.id}", "DELETE")
+        self.document = self._client.ask(flows.job_path(self.id), "DELETE")
         return self
 
     def watch(self, after: int = 0) -> Stream:
@@ -165,7 +166,7 @@ class Client:
 
     def job(self, id: str) -> Job:
         """A job that was asked for before. Raises NotFound."""
-        return Job(self, self.ask(f"/jobs/{id}"))
+        return Job(self, self.ask(flows.job_path(id)))
 
     def jobs(self, status: str | None = None, limit: int | None = None, after: str | None = None) -> list[Job]:
         """Jobs, newest first, older than the one with id `after`."""
@@ -178,7 +179,7 @@ class Client:
 
     def model(self, name: str) -> Document:
         """One model and its card. Raises NotFound."""
-        return self.ask(f"/models/{name}")
+        return self.ask(f"/models/{quote(name, safe='')}")
 
     def ready(self) -> bool:
         """Whether work is taken, asked once."""
