@@ -33,20 +33,33 @@ def _room(command: str) -> ModuleType:
     """The room of a command, entered now: none of them should wait for what only another needs."""
     match command:
         case "serve":
-            from server.commands import serve as room
+            from server.commands import serve
+
+            return serve
         case "generate":
-            from server.commands import generate as room
+            from server.commands import generate
+
+            return generate
         case "models":
-            from server.commands import models as room
+            from server.commands import models
+
+            return models
         case "train":
-            from server.commands import train as room
+            from server.commands import train
+
+            return train
         case "convert":
-            from server.commands import convert as room
+            from server.commands import convert
+
+            return convert
         case "bench":
-            from server.commands import bench as room
+            from server.commands import bench
+
+            return bench
         case _:
-            from server.commands import key as room
-    return room
+            from server.commands import key
+
+            return key
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -146,7 +146,8 @@ class AsyncClient:
 
         Raises Refused (Invalid, Busy, ...), Failed, Cancelled, TimedOut, Unreachable.
         """
-        return await self.stream(**{"frames": None, **request}).pictures()
+        asked: Request = {"frames": None, **request}
+        return await self.stream(**asked).pictures()
 
     def stream(self, **request: Unpack[Request]) -> AsyncStream:
         """All that happens while pictures are made. Leaving it before the end gives the job up."""

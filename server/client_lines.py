@@ -54,7 +54,7 @@ def _broken(error: Exception) -> LineBroken:
     if isinstance(error, InvalidStatus):
         response = error.response
         headers = {name.lower(): value for name, value in response.headers.raw_items()}
-        return LineBroken(str(error), Answer(response.status_code, headers, response.body or b""))
+        return LineBroken(str(error), Answer(response.status_code, headers, bytes(response.body or b"")))
     if isinstance(error, ConnectionClosed):
         code, reason = (error.rcvd.code, error.rcvd.reason) if error.rcvd is not None else (None, "")
         return LineBroken(reason or "the connection to the server was lost", code=code)

@@ -150,7 +150,8 @@ class Client:
 
         Raises Refused (Invalid, Busy, ...), Failed, Cancelled, TimedOut, Unreachable.
         """
-        return self.stream(**{"frames": None, **request}).pictures()
+        asked: Request = {"frames": None, **request}
+        return self.stream(**asked).pictures()
 
     def stream(self, **request: Unpack[Request]) -> Stream:
         """All that happens while pictures are made. Leaving it before the end gives the job up."""

@@ -47,8 +47,8 @@ def _parser() -> ArgumentParser:
         text = f"{field.description}" + (f" ({field.default})" if field.default is not None else "")
         metavar = {int: "N", float: "X", str: "WORD"}[kind]
         fields.add_argument(f"--{name.replace('_', '-')}", dest=name, type=kind, metavar=metavar, help=text)
-    text = GenerateRequest.model_fields["clip"].description
-    fields.add_argument("--clip", action=BooleanOptionalAction, help=text)
+    clip = GenerateRequest.model_fields["clip"].description
+    fields.add_argument("--clip", action=BooleanOptionalAction, help=clip)
     frames = parser.add_argument_group("frames")
     frames.add_argument(
         "--frames", type=Path, metavar="FILE", help=f"an animation of the denoising: {', '.join(ANIMATIONS)}"

@@ -33,7 +33,8 @@ def _row(model: dict[str, Any]) -> tuple[str, ...]:
     shape, runs = model["shape"], model["runs"] or {}
     size = f"{shape['channels']}x{shape['height']}x{shape['width']}"
     known = (str(model["T"]), str(model["default_steps"]), model["prediction"])
-    where = (runs.get("device", "-"), runs.get("dtype", "-"), {True: "yes", False: "no"}.get(runs.get("exact"), "-"))
+    exact = ("yes" if runs["exact"] else "no") if runs else "-"
+    where = (runs.get("device", "-"), runs.get("dtype", "-"), exact)
     return (model["name"], size, *known, *where, (model["digest"] or "-")[:DIGEST])
 
 
@@ -41,7 +42,7 @@ def _here() -> list[tuple[str, ...]]:
     from server.app import find_models
     from server.settings import Settings
 
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for card in find_models(Settings.read(os.environ).weights).values():
         channels, height, width = card.architecture.shape
         process = card.process

@@ -1,6 +1,7 @@
 """What lies between a client and a server: a line that breaks on order, and a server without an engine, in a thread."""
 
 import asyncio
+import select
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -20,38 +21,44 @@ class Line:
         self.port, self.most_bytes, self.breaks = port, most_bytes, 0
         self._listening = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._listening.getsockname()[1]}"
-        threading.Thread(target=self._accept, daemon=True).start()
+        self._open, self._threads = True, [threading.Thread(target=self._accept, daemon=True)]
+        self._threads[0].start()
 
     def close(self) -> None:
-        """No more connections."""
+        """No more connections; those that are there break."""
+        self._open = False
+        for thread in self._threads:
+            thread.join(10)
         self._listening.close()
 
     def _accept(self) -> None:
-        while True:
+        self._listening.settimeout(0.1)
+        while self._open:
             try:
                 near, _ = self._listening.accept()
-            except OSError:
-                return
-            far = socket.create_connection(("127.0.0.1", self.port))
-            threading.Thread(target=self._carry, args=(near, far, None), daemon=True).start()
-            threading.Thread(target=self._carry, args=(far, near, self.most_bytes), daemon=True).start()
+            except TimeoutError:
+                continue
+            self._threads.append(threading.Thread(target=self._carry, args=(near,), daemon=True))
+            self._threads[-1].start()
 
-    def _carry(self, source: socket.socket, target: socket.socket, left: int | None) -> None:
-        try:
-            while data := source.recv(1 << 12):
-                if left is not None and len(data) > left:
-                    target.sendall(data[:left])
-                    self.breaks += 1
-                    break
-                left = left if left is None else left - len(data)
-                target.sendall(data)
-        except OSError:
-            pass  # the other direction has ended
-        for end in (source, target):
-            try:
-                end.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                end.close()
+    def _carry(self, near: socket.socket) -> None:
+        """Both ways, until one of the ends is closed or enough has come from the server."""
+        left = self.most_bytes
+        with near, socket.create_connection(("127.0.0.1", self.port)) as far:
+            while self._open:
+                for source in select.select([near, far], [], [], 0.1)[0]:
+                    try:
+                        data = source.recv(1 << 12)
+                        if source is far and left is not None:
+                            data, left = data[:left], left - len(data)
+                        (near if source is far else far).sendall(data)
+                    except OSError:
+                        return
+                    if left is not None and left < 0:
+                        self.breaks += 1
+                        return
+                    if not data:
+                        return
 
 
 @contextmanager

@@ -47,12 +47,9 @@ def test_every_field_of_a_request_has_a_flag() -> None:
 def test_curl_httpx_the_client_and_the_command_with_and_without_a_server_get_the_same_bytes(
     weights: Path, server: Server, url: str, tmp_path: Path
 ) -> None:
-    alone = ddpm(
-        *("generate", *ASKED, "-o", tmp_path / "alone.png", "--frames", tmp_path / "alone.gif"),
-        DDPM_WEIGHTS=str(weights),
-        DDPM_THREADS="1",
-        DDPM_SLOTS="4",
-    )
+    files = ["-o", str(tmp_path / "alone.png"), "--frames", str(tmp_path / "alone.gif")]
+    knobs = {"DDPM_WEIGHTS": str(weights), "DDPM_THREADS": "1", "DDPM_SLOTS": "4"}
+    alone = ddpm("generate", *ASKED, *files, **knobs)
     assert (alone.returncode, alone.stderr.splitlines()[0]) == (
         0,
         f"{tmp_path / 'alone.png'}: tiny, seed 42, 9 steps",

@@ -18,6 +18,7 @@ from server.client import (
     Busy,
     Cancelled,
     Client,
+    ClientError,
     Denied,
     Ended,
     Failed,
@@ -94,9 +95,9 @@ def test_frames_come_with_the_picture_if_they_are_asked_for(client: Client) -> N
 def test_many_at_once_are_the_same_as_one_after_the_other(server: Server, client: Client) -> None:
     async def at_once() -> list[bytes]:
         async with AsyncClient(f"http://127.0.0.1:{server.port}") as many:
-            return [made.png for made in await asyncio.gather(*(many.generate(seed=s, steps=5) for s in range(24)))]
+            return [made.png for made in await asyncio.gather(*(many.generate(seed=s, steps=5) for s in range(12)))]
 
-    assert asyncio.run(at_once()) == [client.generate(seed=seed, steps=5).png for seed in range(24)]
+    assert asyncio.run(at_once()) == [client.generate(seed=seed, steps=5).png for seed in range(12)]
 
 
 def test_a_stream_tells_everything_in_order(client: Client) -> None:
@@ -180,8 +181,8 @@ def test_a_task_that_is_cancelled_gives_its_job_up(grey: Threaded, backend: Fake
 
 def test_leaving_before_the_id_is_known_gives_the_job_up(grey: Threaded, backend: FakeBackend) -> None:
     grey.do(backend.gate.clear)
-    with line(grey.port, most_bytes=0) as bad, Client(bad.url, timeout_s=0.3) as far, Client(grey.url) as near:
-        with pytest.raises(Unreachable):
+    with line(grey.port, most_bytes=0) as bad, Client(bad.url, timeout_s=1) as far, Client(grey.url) as near:
+        with pytest.raises(ClientError):
             with far.stream(seed=1) as stream:
                 try:
                     next(iter(stream))
@@ -276,35 +277,21 @@ def mortal(weights: Path) -> Iterator[Server]:
         made.stop()
 
 
-def test_a_killed_engine_is_seen_and_changes_nothing(mortal: Server) -> None:
-    with Client(f"http://127.0.0.1:{mortal.port}") as client:
-        expected = client.generate(seed=5, steps=30, n=48)
-        events = []
-        with client.stream(seed=5, steps=30, n=48, frames=None) as stream:
-            for event in stream:
-                if isinstance(event, Started):
-                    os.kill(mortal.engine_pid, signal.SIGKILL)
-                events.append(event)
-
-    assert any(isinstance(event, Restarting) for event in events)
-    assert [e.png for e in sorted((e for e in events if isinstance(e, Picture)), key=lambda e: e.index)] == [
-        picture.png for picture in expected
-    ]
-
-
-def test_a_killed_server_is_waited_for_and_changes_nothing(mortal: Server) -> None:
+def test_whatever_is_killed_is_waited_for_and_changes_nothing(mortal: Server) -> None:
     with Client(f"http://127.0.0.1:{mortal.port}") as client:
         expected = client.generate(seed=6, steps=30, n=48)
-        events, again = [], None
+        events = []
         with client.stream(seed=6, steps=30, n=48, frames=None) as stream:
             for event in stream:
-                if isinstance(event, Started) and again is None:
-                    mortal.kill()
-                    again = threading.Timer(0.3, mortal.start)
-                    again.start()
+                restarting = any(isinstance(before, Restarting) for before in events)
                 events.append(event)
+                if isinstance(event, Started) and not restarting:
+                    os.kill(mortal.engine_pid, signal.SIGKILL)
+                if isinstance(event, Restarting) and not restarting:
+                    mortal.kill()
+                    threading.Timer(0.3, mortal.start).start()
 
     numbers = [event.seq for event in events if isinstance(event, NUMBERED)]
-    assert any(isinstance(event, Resync) for event in events)
+    assert {type(event) for event in events} >= {Started, Restarting, Resync, Picture, Ended}
     assert numbers == sorted(set(numbers))
     assert {e.seed: e.png for e in events if isinstance(e, Picture)} == {p.seed: p.png for p in expected}
