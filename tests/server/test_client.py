@@ -21,6 +21,7 @@ from server.client import (
     ClientError,
     Denied,
     Ended,
+    Event,
     Failed,
     Frame,
     Invalid,
@@ -280,7 +281,7 @@ def mortal(weights: Path) -> Iterator[Server]:
 def test_whatever_is_killed_is_waited_for_and_changes_nothing(mortal: Server) -> None:
     with Client(f"http://127.0.0.1:{mortal.port}") as client:
         expected = client.generate(seed=6, steps=30, n=48)
-        events = []
+        events: list[Event] = []
         with client.stream(seed=6, steps=30, n=48, frames=None) as stream:
             for event in stream:
                 restarting = any(isinstance(before, Restarting) for before in events)
