@@ -192,23 +192,35 @@ def train(source: Path, directory: Path, recipe: Recipe, device: str) -> None:
             log = []
 
 
-def main() -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """How to train, as flags."""
     usual = Recipe()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, help="a folder of images, or an .npz with an array `images`")
-    parser.add_argument("directory", type=Path, help="a model directory: config.json and scheduler_config.json")
-    parser.add_argument("--images", type=int, default=usual.images, help="pictures to see (%(default)s)")
+    parser.add_argument(
+        "--images", dest="pictures", type=int, default=usual.images, help="pictures to see (%(default)s)"
+    )
     parser.add_argument("--batch", type=int, default=usual.batch, help="pictures per update (%(default)s)")
     parser.add_argument("--rate", type=float, default=usual.rate, help="peak learning rate (%(default)s)")
     parser.add_argument("--float32", action="store_true", help="no bfloat16 autocast")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
-    args = parser.parse_args()
+
+
+def run(source: Path, directory: Path, args: argparse.Namespace) -> None:
+    """Trains as those flags say, alone or as one of the processes that torchrun has started."""
+    device = args.device
     if "RANK" in os.environ:
         distributed.init_process_group()
-        if args.device == "cuda":
-            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-    recipe = Recipe(args.images, args.batch, args.rate, autocast=not args.float32)
-    train(args.source, args.directory, recipe, args.device)
+        if device == "cuda":
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
+    train(source, directory, Recipe(args.pictures, args.batch, args.rate, autocast=not args.float32), device)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path, help="a folder of images, or an .npz with an array `images`")
+    parser.add_argument("directory", type=Path, help="a model directory: config.json and scheduler_config.json")
+    add_arguments(parser)
+    args = parser.parse_args()
+    run(args.source, args.directory, args)
 
 
 if __name__ == "__main__":

@@ -1,169 +1,92 @@
-"""The `ddpm` command."""
+"""The `ddpm` command. Each of its commands has a room in `server.commands`; only the one that is used is entered."""
 
-import argparse
-import asyncio
-import logging
-import os
-import resource
-import signal
-import socket
 import sys
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from types import FrameType
+from argparse import ArgumentParser
+from collections.abc import Sequence
+from types import ModuleType
 
-import uvicorn
+from model.errors import ModelRefused, NoSuchDevice
+from server.client_errors import ClientError, Invalid
+from server.errors import (
+    EXIT_CODES,
+    EXIT_FAILED,
+    EXIT_USAGE,
+    EngineFailed,
+    SettingsError,
+    StoreInUse,
+    StoreRefused,
+)
 
-from model.errors import ModelRefused
-from server import auth, logs
-from server.app import create_app
-from server.connection import Caps, Config
-from server.errors import EXIT_CODES, EXIT_FAILED, EngineFailed, SettingsError, StoreInUse, StoreRefused
-from server.jobs import Jobs
-from server.settings import Settings
-
-logger = logging.getLogger(__name__)
-LEAVING_S = 1.0  # that viewers have to be told that the server goes away
-STALLED_MS, SEND_BUFFER_BYTES = 10_000, 128 << 10
-OTHER_FILES = 256  # that are open besides connections
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("ddpm", description="Serve pixel-space diffusion models over HTTP.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    serve_parser = commands.add_parser(
-        "serve",
-        help="serve model directories",
-        description="Serve model directories over HTTP. Every flag is also an environment variable, DDPM_<FLAG>.",
-    )
-    for name, field in Settings.model_fields.items():
-        flag = f"--{name.replace('_', '-')}"
-        text = f"{field.description} (default: {field.default})".replace("%", "%%")
-        serve_parser.add_argument(flag, dest=name, default=argparse.SUPPRESS, metavar="VALUE", help=text)
-    key_parser = commands.add_parser(
-        "key",
-        help="make an API key",
-        description="Makes a key for the file that DDPM_API_KEYS names: its line on standard output, the key itself, "
-        "which is kept nowhere, on standard error. `ddpm key alice >> keys`",
-    )
-    key_parser.add_argument("name", help="whose key it is")
-    key_parser.add_argument("--quota", type=int, help="image-steps that may be asked for in a minute (default: any)")
-    return parser
+INTERRUPTED = 130  # what a shell says of whoever ended by Ctrl-C
+COMMANDS = {
+    "serve": "serve model directories over HTTP",
+    "generate": "make a picture",
+    "models": "list the models that are served, or that could be",
+    "train": "train a model directory on pictures",
+    "convert": "turn a foreign checkpoint into a model directory",
+    "bench": "measure how fast pictures are made",
+    "key": "make an API key",
+}
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A listening socket whose connections give up on a peer that takes nothing for ten seconds, and buffer little for
-    it: asyncio itself never lets go of one."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listening = socket.socket(family, socket.SOCK_STREAM)
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
-    if hasattr(socket, "TCP_USER_TIMEOUT"):
-        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALLED_MS)
-    listening.bind((host, port))
-    return listening
+def _room(command: str) -> ModuleType:
+    """The room of a command, entered now: none of them should wait for what only another needs."""
+    match command:
+        case "serve":
+            from server.commands import serve
 
+            return serve
+        case "generate":
+            from server.commands import generate
 
-def room_for(connections: int) -> int:
-    """How many connections there can be, of so many, once this process may open as many files as the system lets it."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = connections + OTHER_FILES
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    if soft == resource.RLIM_INFINITY or soft >= wanted:
-        return connections
-    logger.warning("too few files may be opened for so many connections", extra={"files": soft, "wanted": wanted})
-    return max(1, soft - OTHER_FILES)
+            return generate
+        case "models":
+            from server.commands import models
 
+            return models
+        case "train":
+            from server.commands import train
 
-class _Server(uvicorn.Server):
-    """uvicorn's server, for which SIGTERM is an order to end well, not an accident to report by dying of it."""
+            return train
+        case "convert":
+            from server.commands import convert
 
-    def __init__(self, config: uvicorn.Config, jobs: Jobs, drain_s: float) -> None:
-        super().__init__(config)
-        self.jobs, self.drain_s, self.hurried = jobs, drain_s, False
+            return convert
+        case "bench":
+            from server.commands import bench
 
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """The first signal drains, the second parks what has not ended at once."""
-        self.hurried, self.should_exit, self.jobs.admission.closing = self.should_exit, True, True
+            return bench
+        case _:
+            from server.commands import key
 
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Lets jobs end, for `drain_s` seconds; then tells those who still wait or watch; and then all is over.
-
-        uvicorn itself would begin by closing every websocket.
-        """
-        await self.jobs.drain(self.drain_s, lambda: self.hurried)
-        until = time.monotonic() + LEAVING_S
-        while self.jobs.audience.viewers and time.monotonic() < until:
-            await asyncio.sleep(0.01)
-        await super().shutdown(sockets)
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """While the server runs, SIGINT and SIGTERM are for `handle_exit`."""
-        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-
-def serve(flags: dict[str, object]) -> int:
-    """Serves until a signal comes or the engine has failed for good. Returns the exit code."""
-    settings = Settings.read(os.environ, flags)
-    logs.configure(settings.log_level)
-    failures: list[EngineFailed] = []
-
-    def stop(failure: EngineFailed) -> None:
-        failures.append(failure)
-        server.should_exit = server.hurried = True
-
-    app = create_app(settings, on_failed=stop)
-    caps = Caps(
-        settings.max_connections, settings.max_body_bytes, settings.request_s, app.state.jobs.admission.count_refusal
-    )
-    config = Config(
-        app,
-        caps,
-        host=settings.host,
-        port=settings.port,
-        log_config=None,
-        ws_max_size=settings.max_body_bytes,
-        ws_per_message_deflate=False,  # pictures are compressed already
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=5,
-    )
-    server = _Server(config, app.state.jobs, settings.drain_s)
-    with listen(settings.host, settings.port) as listening:
-        logger.info("listening", extra={"host": settings.host, "port": listening.getsockname()[1]})
-        server.run([listening])
-    if failures:
-        print(f"ddpm: {failures[0]}", file=sys.stderr)
-        return failures[0].exit_code
-    return 0 if server.started else EXIT_FAILED
-
-
-def make_key(name: str, quota: int | None) -> int:
-    """Prints a new key and its line. Returns the exit code."""
-    key, line = auth.make_key(name, quota)
-    print(line)
-    print(key, file=sys.stderr)
-    return 0
+            return key
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The console script. Returns the exit code, as docs/settings.md has them."""
-    flags = vars(_parser().parse_args(arguments))
-    command = flags.pop("command")
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    parser = ArgumentParser("ddpm", description="Pictures from pixel-space diffusion models, served or made here.")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, summary in COMMANDS.items():
+        commands.add_parser(name, help=summary, add_help=False)
+    if not given or given[0] not in COMMANDS:
+        parser.parse_args(given)  # which ends here, with help or with what is wrong
     try:
-        return make_key(**flags) if command == "key" else serve(flags)
-    except (SettingsError, ModelRefused, StoreRefused, StoreInUse) as error:
-        print(f"ddpm: {error}", file=sys.stderr)
-        return EXIT_CODES[type(error)]
+        code: int = _room(given[0]).main(given[1:])
+    except (SettingsError, ModelRefused, StoreRefused, StoreInUse, NoSuchDevice) as error:
+        return _end(error, EXIT_CODES[type(error)])
+    except EngineFailed as error:
+        return _end(error, error.exit_code)
+    except ClientError as error:
+        return _end(error, EXIT_USAGE if isinstance(error, Invalid) else EXIT_FAILED)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    return code
+
+
+def _end(error: Exception, code: int) -> int:
+    print(f"ddpm: {error}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":
