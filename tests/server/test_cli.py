@@ -3,13 +3,11 @@
 import io
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-import httpx
 import numpy as np
 import pytest
 from PIL import Image
@@ -24,7 +22,6 @@ from tests.server.conftest import Server
 from tests.server.fakes import read_texts
 
 ASKED = ["--seed", "42", "--steps", "9", "--sampler", "ddim", "--eta", "0.5", "--no-clip"]
-BODY = {"seed": 42, "steps": 9, "sampler": "ddim", "eta": 0.5, "clip": False}
 
 
 @pytest.fixture
@@ -44,7 +41,7 @@ def test_every_field_of_a_request_has_a_flag() -> None:
     assert {*FIELDS, "clip", "frames"} == GenerateRequest.model_fields.keys()
 
 
-def test_curl_httpx_the_client_and_the_command_with_and_without_a_server_get_the_same_bytes(
+def test_the_command_makes_the_same_bytes_with_and_without_a_server(
     weights: Path, server: Server, url: str, tmp_path: Path
 ) -> None:
     files = ["-o", str(tmp_path / "alone.png"), "--frames", str(tmp_path / "alone.gif")]
@@ -55,15 +52,8 @@ def test_curl_httpx_the_client_and_the_command_with_and_without_a_server_get_the
         f"{tmp_path / 'alone.png'}: tiny, seed 42, 9 steps",
     )
     assert cli.main(["generate", *ASKED, "-o", str(tmp_path / "asked.png"), "--url", url]) == 0
-    with Client(url) as client:
-        made = client.generate(seed=42, steps=9, sampler="ddim", eta=0.5, clip=False)
-    pictures = [(tmp_path / "alone.png").read_bytes(), (tmp_path / "asked.png").read_bytes(), made.png]
-    pictures.append(httpx.post(f"{url}/generate", json=BODY).content)
-    if shutil.which("curl"):
-        command = ["curl", "-sf", f"{url}/generate", "-H", "content-type: application/json", "-d", json.dumps(BODY)]
-        pictures.append(subprocess.run(command, capture_output=True, check=True).stdout)
 
-    assert set(pictures) == {made.png}
+    assert (tmp_path / "alone.png").read_bytes() == (tmp_path / "asked.png").read_bytes()
     with Image.open(tmp_path / "alone.gif") as animation:
         assert getattr(animation, "n_frames", 1) == 10
 
