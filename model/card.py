@@ -13,6 +13,7 @@ from typing import get_args
 
 from model.architecture import Architecture, architecture
 from model.errors import ModelRefused
+from model.lucid_architecture import LUCID, LucidArchitecture, lucid_architecture
 from model.options import MAX_CONFIG_BYTES, Json, Options, read_json, require_file
 from model.schedule import BY_NAME, NoiseSchedule, Prediction, Process, Spacing, Variance
 
@@ -57,7 +58,7 @@ class ModelCard:
     name: str
     directory: Path
     weights: Path
-    architecture: Architecture
+    architecture: Architecture | LucidArchitecture
     process: Process
 
     @cached_property
@@ -94,7 +95,8 @@ def read_card(directory: Path, name: str | None = None) -> ModelCard:
         raise ModelRefused(f"{directory.name} is not a directory")
     net_file, schedule_file = _config_files(directory)
     config, scheduler = read_json(net_file), read_json(schedule_file)
-    arch, schedule = architecture(config), noise_schedule(scheduler)
+    arch = lucid_architecture(config) if config.get("_class_name") == LUCID else architecture(config)
+    schedule = noise_schedule(scheduler)
     weights = net_file.parent / WEIGHTS
     require_file(weights, _found_instead(net_file.parent))
 

@@ -18,8 +18,8 @@ from torch import Tensor
 from model.card import ModelCard
 from model.errors import ModelRefused
 from model.kernels import pack_convolutions
+from model.nets import Net, build
 from model.options import unique_keys
-from model.unet import UNet
 
 MAX_HEADER_BYTES = 1 << 20
 MAX_PARAMETERS = 4_000_000_000
@@ -34,7 +34,7 @@ class Model:
     """A net ready to run, and the table of its timestep embeddings."""
 
     card: ModelCard
-    net: UNet
+    net: Net
     table: Tensor  # [T, P] row k is `net.embed` of the timestep that the net was trained with at t = k + 1
     parameters: int = 0  # number of weights
 
@@ -100,7 +100,7 @@ def _check_spans(path: Path, spans: Iterable[tuple[int, ...]], end: int) -> None
         raise ModelRefused(f"{path.name} is truncated or has data behind its tensors: {end} bytes, {position} expected")
 
 
-def _names(card: ModelCard, net: UNet) -> dict[str, str]:
+def _names(card: ModelCard, net: Net) -> dict[str, str]:
     """The name in the file of every tensor of the net. Raises ModelRefused at the first that is wrong."""
     found = read_header(card.weights)
     names = {modern(key): key for key in found}
@@ -122,7 +122,7 @@ def _names(card: ModelCard, net: UNet) -> dict[str, str]:
 def load_model(card: ModelCard, device: torch.device, dtype: torch.dtype) -> Model:
     """The net on its device, and its table. Raises ModelRefused in one line, before memory is spent, if it must."""
     with torch.device("meta"):
-        net = UNet(card.architecture)
+        net = build(card.architecture)
     count = sum(p.numel() for p in net.parameters())
     if count > MAX_PARAMETERS:
         raise ModelRefused(f"config.json: at most {MAX_PARAMETERS} parameters are allowed, it calls for {count}")

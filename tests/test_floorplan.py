@@ -42,19 +42,32 @@ FLOORS = [
     ["model.engine"],
     ["model.runner", "model.scheduler", "model.snapshot"],
     ["model.checkpoint", "model.slots", "model.exact_kernels"],
-    ["model.unet"],
+    ["model.nets"],
+    ["model.unet", "model.lucid_unet"],
     ["model.kernels"],
     ["model.triton_net", "model.triton_step", "model.triton_conv"],
     ["model.noise", "model.events"],
     ["model.plan", "model.card"],
-    ["model.schedule", "model.architecture"],
+    ["model.schedule", "model.lucid_architecture"],
+    ["model.architecture"],
     ["model.options"],
     ["model.errors"],
 ]
 # These stand beside the house: they may look into every room, and nobody in it knows them.
 OFF_THE_PATH = ["model.train", "model.data", "model.convert", "model.convert.*", "model.reference", "server.client"]
 TORCH_FREE = [
-    f"model.{room}" for room in ("errors", "options", "schedule", "architecture", "plan", "card", "events", "scheduler")
+    f"model.{room}"
+    for room in (
+        "errors",
+        "options",
+        "schedule",
+        "architecture",
+        "lucid_architecture",
+        "plan",
+        "card",
+        "events",
+        "scheduler",
+    )
 ]
 ROOMS = {
     "torch": ["model.*", "server.engine_process", "server.faults"],

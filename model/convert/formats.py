@@ -4,12 +4,13 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from model.convert import ports
+from model.convert import openai, ports
 from model.convert.frame import Converted, Format, Options
 from model.errors import ModelRefused
 
 FORMATS: dict[str, Format] = {
     "ports": ports,
+    "openai": openai,
 }
 
 
