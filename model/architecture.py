@@ -7,6 +7,7 @@ class `OpenAIUNet`: the same vocabulary with a few words more (docs/convert.md),
 from dataclasses import dataclass, fields
 from typing import Any
 
+from model.errors import ModelRefused
 from model.options import Json, Options, whole
 
 CHANNELS = (1, 3)  # of a picture: grey, or red, green and blue
@@ -67,6 +68,20 @@ class Architecture:
         return self.attention_heads or channels // (self.attention_head_dim or channels)
 
 
+# What options were called before diffusers 0.1, and are called now.
+RENAMED = {
+    "image_size": "sample_size",
+    "block_channels": "block_out_channels",
+    "num_res_blocks": "layers_per_block",
+    "down_blocks": "down_block_types",
+    "up_blocks": "up_block_types",
+    "downscale_freq_shift": "freq_shift",
+    "resnet_num_groups": "norm_num_groups",
+    "resnet_act_fn": "act_fn",
+    "resnet_eps": "norm_eps",
+    "num_head_channels": "attention_head_dim",
+}
+
 # What an option must be for this U-Net to compute the same function. Anything else is refused by name.
 _FIXED: dict[str, tuple[Any, ...]] = {
     "center_input_sample": (False, None),
@@ -82,6 +97,7 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "timestep_scale": (1, 1.0),
     "resnet_time_scale_shift": ("default", "scale_shift"),
     "add_attention": (True, False),
+    "conv_resample": (True, None),
     "flip_sin_to_cos": (True, False),
 }
 _OPENAI: dict[str, tuple[Any, ...]] = {
@@ -90,8 +106,18 @@ _OPENAI: dict[str, tuple[Any, ...]] = {
 }
 
 
+def with_todays_names(config: Json) -> Json:
+    """The same options as diffusers names them today; what has both names keeps what the new one says."""
+    named = {RENAMED.get(option, option): value for option, value in config.items() if option in RENAMED}
+    named |= {option: value for option, value in config.items() if option not in RENAMED}
+    for option in ("down_block_types", "up_block_types"):
+        if isinstance(types := named.get(option), list):
+            named[option] = [t.removeprefix("UNetRes") if isinstance(t, str) else t for t in types]
+    return named
+
+
 def _block_types(options: Options, option: str, known: Json, default: tuple[str, ...]) -> tuple[str, ...]:
-    types = [t.removeprefix("UNetRes") if isinstance(t, str) else t for t in options.items(option, default, 8)]
+    types = options.items(option, default, 8)
     for block_type in types:
         if not isinstance(block_type, str) or block_type not in known:
             raise options.refuse(option, "a list of " + ", ".join(known))
@@ -99,7 +125,7 @@ def _block_types(options: Options, option: str, known: Json, default: tuple[str,
 
 
 def _image_size(options: Options, levels: int) -> tuple[int, int]:
-    size = options.values.get("sample_size", options.values.get("image_size"))
+    size = options.values.get("sample_size")
     given = size if isinstance(size, list | tuple) else [size, size]
     step = 2 ** (levels - 1)
     sides = [s for s in map(whole, given[:3]) if s is not None and step <= s <= MAX_SIDE and s % step == 0]
@@ -110,6 +136,9 @@ def _image_size(options: Options, levels: int) -> tuple[int, int]:
 
 def architecture(config: Json) -> Architecture:
     """The net that a `config.json` describes. Raises ModelRefused naming the option that is out of bounds."""
+    if "ch_mult" in config:
+        raise ModelRefused("config.json: a net in the layout before diffusers' first; `ddpm convert` makes it today's")
+    config = with_todays_names(config)
     options = Options("config.json", config)
     _check_words(options)
     default = Architecture(32, 32)

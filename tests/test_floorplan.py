@@ -83,6 +83,7 @@ ROOMS = {
     "httpx": ["server.client"],
     "websockets": ["server.client", "server.connection"],
     "huggingface_hub": ["server.hub"],
+    "httpx2": ["server.hub"],  # what it speaks to a hub with
     "prometheus_client": ["server.metrics"],
 }
 ENGINE_PROCESS = {"server.engine_process", "server.faults"}  # never imported by the API process

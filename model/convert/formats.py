@@ -4,13 +4,14 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from model.convert import openai, ports
+from model.convert import lucidrains, openai, ports
 from model.convert.frame import Converted, Format, Options
 from model.errors import ModelRefused
 
 FORMATS: dict[str, Format] = {
     "ports": ports,
     "openai": openai,
+    "lucidrains": lucidrains,
 }
 
 

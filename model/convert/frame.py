@@ -57,8 +57,8 @@ def required(value: Any, flag: str, why: str) -> Any:
     return value
 
 
-def scheduler_config(options: Options, variance: str, schedule: str = "linear") -> dict[str, Any]:
-    """A `scheduler_config.json`: what was asked for, else Ho's numbers with this variance and schedule."""
+def asked(options: Options) -> dict[str, Any]:
+    """What was asked for, in the words of `scheduler_config.json`."""
     given = {
         "num_train_timesteps": options.timesteps,
         "beta_schedule": options.schedule,
@@ -68,6 +68,11 @@ def scheduler_config(options: Options, variance: str, schedule: str = "linear") 
         "variance_type": options.variance,
         "clip_sample": options.clip,
     }
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def scheduler_config(options: Options, variance: str, schedule: str = "linear") -> dict[str, Any]:
+    """A `scheduler_config.json`: what was asked for, else Ho's numbers with this variance and schedule."""
     usual = {
         "_class_name": "DDPMScheduler",
         "num_train_timesteps": 1000,
@@ -79,4 +84,4 @@ def scheduler_config(options: Options, variance: str, schedule: str = "linear") 
         "variance_type": variance,
         "clip_sample": True,
     }
-    return usual | {name: value for name, value in given.items() if value is not None}
+    return usual | asked(options)

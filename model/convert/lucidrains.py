@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from model.architecture import CHANNELS
-from model.convert.fitting import fitted
 from model.convert.frame import Converted, Options, required, scheduler_config
 from model.errors import ModelRefused
 from model.lucid_architecture import LUCID
@@ -137,12 +136,10 @@ def convert(state: Mapping[str, Tensor], options: Options) -> Converted:
     """The same net as a `LucidUNet`."""
     prefix = _places(state)[0]
     net = {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
-    if not prefix:
-        net = {key: tensor for key, tensor in net.items() if "." in key}
     _refuse_variants(net)
     config = _config(net, options)
     scheduler = _process(state, prefix, options, config["out_channels"] == 2 * config["in_channels"])
     which = "averaged" if AVERAGE in prefix else "not averaged"
     T, size = scheduler["num_train_timesteps"], config["sample_size"]
     origin = f"lucidrains' U-Net ({which}, {scheduler['prediction_type']}), {size} x {size}, T = {T}"
-    return fitted(Converted(config, scheduler, _tensors(net), origin))
+    return Converted(config, scheduler, _tensors(net), origin)

@@ -156,7 +156,7 @@ def test_a_pickle_is_never_read_and_the_refusal_says_so(tmp_path: Path) -> None:
 
     assert why(tmp_path) == (
         f"{WEIGHTS} is missing ('diffusion_pytorch_model.bin' is a pickle, which is never read; "
-        "save the model as safetensors)"
+        "`ddpm convert` makes safetensors of it)"
     )
 
 

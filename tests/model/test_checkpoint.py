@@ -129,7 +129,7 @@ def test_a_wrong_name_is_a_missing_one(tmp_path: Path) -> None:
 def test_attention_under_both_its_names_is_ambiguous(tmp_path: Path) -> None:
     message = why(write_model(tmp_path, tensors=weights() | old_names(weights())))
 
-    assert message == f"{WEIGHTS} holds attention weights under both their old and their new names"
+    assert message == f"{WEIGHTS} holds weights twice, or under both their old and their new names"
 
 
 def test_the_weights_of_a_larger_net_are_refused(tmp_path: Path) -> None:
