@@ -71,13 +71,8 @@ class ModelCard:
 
     name: str
     directory: Path
-<<<<<<< HEAD
-    weights: Path
-    architecture: Architecture | LucidArchitecture
-=======
     weights: Path  # the safetensors file, or the index of several
-    architecture: Architecture
->>>>>>> formats
+    architecture: Architecture | LucidArchitecture
     process: Process
     shards: tuple[Path, ...] = ()  # the files that an index names, in the order of their names
     source: Source | None = None  # none: a directory of this machine
@@ -123,16 +118,8 @@ def read_card(directory: Path, name: str | None = None) -> ModelCard:
         raise ModelRefused(f"{directory.name} is not a directory")
     net_file, schedule_file = config_files(directory)
     config, scheduler = read_json(net_file), read_json(schedule_file)
-<<<<<<< HEAD
     arch = lucid_architecture(config) if config.get("_class_name") == LUCID else architecture(config)
-    schedule = noise_schedule(scheduler)
-    weights = net_file.parent / WEIGHTS
-    require_file(weights, _found_instead(net_file.parent))
-
-=======
-    arch, schedule = architecture(config), noise_schedule(scheduler)
-    weights = _weights(net_file.parent)
->>>>>>> formats
+    schedule, weights = noise_schedule(scheduler), _weights(net_file.parent)
     index_file = directory / "model_index.json"
     index = Options("model_index.json", read_json(index_file) if index_file.exists() else {})
     process = _process(Options("scheduler_config.json", scheduler), index, schedule, arch.learned_variance)
