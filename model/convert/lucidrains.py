@@ -98,7 +98,7 @@ def sigmoid(T: int) -> Tensor:
     return (1 - left[1:] / left[:-1]).clamp(0, 0.999)
 
 
-def _told(tables: Mapping[str, Tensor]) -> Prediction:
+def _predicted(tables: Mapping[str, Tensor]) -> Prediction:
     """What the net predicts, from how the loss was weighted: by nothing, by the signal to noise, or in between."""
     left, weight = tables["alphas_cumprod"].double(), tables["loss_weight"].double()
     snr = left / (1 - left)
@@ -113,23 +113,29 @@ def _told(tables: Mapping[str, Tensor]) -> Prediction:
 
 def _process(state: Mapping[str, Tensor], prefix: str, options: Options, learned: bool) -> dict[str, Any]:
     """scheduler_config.json, from the tables beside the net, or, if there are none, from what is told."""
-    outer = prefix.removesuffix("model.")
+    outer, variance = prefix.removesuffix("model."), "learned_range" if learned else "fixed_small"
     tables = {name: state[outer + name] for name in ("betas", "alphas_cumprod", "loss_weight") if outer + name in state}
-    if "betas" in tables:
-        betas, told = (
-            tables["betas"].double(),
-            (options.schedule, options.timesteps, options.beta_start, options.beta_end),
-        )
-        if any(option is not None for option in told):
-            raise ModelRefused("the file holds its own schedule: --schedule, --timesteps and betas must not be given")
-    else:
-        betas = sigmoid(options.timesteps or 1000) if options.schedule in (None, "sigmoid") else torch.empty(0)
-    prediction = options.prediction
-    if prediction is None:
-        prediction = _told(tables) if {"alphas_cumprod", "loss_weight"} <= tables.keys() else "v_prediction"
-    asked = replace(options, prediction=prediction, timesteps=len(betas) or options.timesteps)
-    scheduler = scheduler_config(asked, "learned_range" if learned else "fixed_small")
-    return scheduler | {"trained_betas": betas.tolist() or None, "timestep_spacing": "trailing"}
+    if not tables:
+        return _told_process(replace(options, prediction=options.prediction or "v_prediction"), variance)
+    if any(value is not None for value in (options.schedule, options.timesteps, options.beta_start, options.beta_end)):
+        raise ModelRefused("the file holds its own schedule: --schedule, --timesteps and betas must not be given")
+    if missing := {"betas", "alphas_cumprod", "loss_weight"} - tables.keys():
+        raise ModelRefused(f"the file lacks {min(missing)}, a table of its diffusion process")
+    betas, prediction = tables["betas"].double().tolist(), options.prediction or _predicted(tables)
+    return _scheduler(replace(options, prediction=prediction, timesteps=len(betas)), variance, betas)
+
+
+def _told_process(options: Options, variance: str) -> dict[str, Any]:
+    """scheduler_config.json for a net alone: the package's defaults, unless another schedule is asked for."""
+    T = options.timesteps or 1000
+    if options.schedule in (None, "sigmoid"):  # which is not diffusers' sigmoid
+        return _scheduler(replace(options, schedule=None), variance, sigmoid(T).tolist())
+    ends = {"beta_start": options.beta_start or 0.1 / T, "beta_end": options.beta_end or 20 / T}
+    return _scheduler(replace(options, **ends), variance, None)
+
+
+def _scheduler(options: Options, variance: str, betas: list[float] | None) -> dict[str, Any]:
+    return scheduler_config(options, variance) | {"trained_betas": betas, "timestep_spacing": "trailing"}
 
 
 def convert(state: Mapping[str, Tensor], options: Options) -> Converted:
