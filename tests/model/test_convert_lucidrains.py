@@ -19,15 +19,19 @@ from model.convert.frame import Options
 from model.engine import Engine
 from model.events import Request
 from model.lucid_architecture import LUCID, lucid_architecture
+from model.nets import build
 from model.noise import INITIAL, gaussian
-from model.runner import Runner
+from model.runner import Runner, denoise
+from model.slots import Slots
 from tests.model.lucid_nets import betas, diffusion, shaken
 from tests.model.refusals import refusal
+from tests.model.test_capture import META, capturing
 from tests.model.tiny import pictures as pictures_of
 from tests.model.tiny import run
 from tests.model.worlds import opened, pictures, planned
 
 SIZE, T = 16, 40
+STATE = diffusion(shaken())
 KINDS: dict[str, dict[str, Any]] = {
     "as the package builds it, in small": {},
     "a learned variance": {"learned_variance": True},
@@ -151,12 +155,36 @@ def test_company_does_not_matter(tmp_path: Path, dtype: torch.dtype) -> None:
     assert [r.id for r in wanted if pictures_of(run(Engine(alone), r))[r.id] != made[r.id]] == []
 
 
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_step_of_it_can_be_captured(batch: int) -> None:
+    arch = lucid_architecture(convert(diffusion(shaken(learned_variance=True)), Options(image_size=SIZE)).config)
+    with META:
+        net = build(arch).eval().requires_grad_(False)
+        table, slots = torch.zeros(T, net.embedding_width), Slots(3, arch.shape, T, META)
+    with capturing():
+        denoise(net, table, slots, batch)
+
+
+def test_pictures_stay_in_the_layout_that_convolutions_are_fast_in(tmp_path: Path) -> None:
+    model, (x, k) = opened(converted(tmp_path, STATE)), inputs()
+    strayed: list[str] = []
+
+    def look(name: str, given: Tensor) -> None:
+        strayed.extend([name] * (not given.is_contiguous(memory_format=torch.channels_last)))
+
+    for name, module in model.net.named_modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.register_forward_pre_hook(lambda _, given, name=name: look(name, given[0]))
+    computed(model, x, k)
+
+    assert strayed == []
+
+
 def without(state: dict[str, Tensor], *endings: str) -> dict[str, Tensor]:
     """The same without the tensors whose names end like this."""
     return {name: tensor for name, tensor in state.items() if not name.endswith(endings)}
 
 
-STATE = diffusion(shaken())
 REFUSED: dict[str, tuple[dict[str, Tensor], Options, str]] = {
     "a self-conditioned net": (
         STATE | {"model.init_conv.weight": torch.zeros(16, 6, 7, 7)},
