@@ -83,7 +83,7 @@ def test_a_converted_net_computes_what_the_original_does(
     named = json.loads((directory / "config.json").read_text())["_class_name"]
     assert named == ("UNet2DModel" if in_diffusers else OPENAI)
     if in_diffusers:
-        again = UNet2DModel.from_pretrained(directory, low_cpu_mem_usage=False)
+        again = UNet2DModel.from_pretrained(directory, low_cpu_mem_usage=False).requires_grad_(False)
         assert relative_error(again(x, k).sample, expected) < 1e-5
 
 
@@ -141,7 +141,7 @@ def test_a_learned_variance_is_sampled_by_their_formula(tmp_path: Path, steps: i
         x = mean / (1 - left[i]) + variance.sqrt() * z
     assert made.floats is not None
 
-    assert float(np.abs(made.floats - x[0].clamp(-1, 1).numpy()).max()) < 1e-4
+    assert float(np.abs(made.floats - x[0].clamp(-1, 1).numpy()).max()) < 5e-4
 
 
 REFUSED: dict[str, tuple[dict[str, Any], Options, str]] = {
