@@ -110,6 +110,12 @@ class LinearAttention(nn.Module):
         return out
 
 
+def _layers(level: nn.Module) -> list[nn.Module]:
+    """Of one level: two residual blocks, attention, and the convolution that leads to the next."""
+    assert isinstance(level, nn.ModuleList)
+    return list(level)
+
+
 class LucidUNet(nn.Module):
     """The whole net: x_t and a row of the embedding table in, what the net was trained to predict out."""
 
@@ -166,12 +172,14 @@ class LucidUNet(nn.Module):
         """x: [B, C, H, W], embedding: [B, P], rows of `embed` -> [B, out_channels, H, W]"""
         first = x = self.init_conv(x)
         kept = []
-        for block1, block2, attention, resize in map(tuple, self.downs):
+        for level in self.downs:
+            block1, block2, attention, resize = _layers(level)
             kept.append(x := block1(x, embedding))
             kept.append(x := attention(block2(x, embedding)))
             x = resize(x)
         x = self.mid_block2(self.mid_attn(self.mid_block1(x, embedding)), embedding)
-        for block1, block2, attention, resize in map(tuple, self.ups):
+        for level in self.ups:
+            block1, block2, attention, resize = _layers(level)
             x = block1(torch.cat([x, kept.pop()], dim=1), embedding)
             x = block2(torch.cat([x, kept.pop()], dim=1), embedding)
             x = resize(attention(x))

@@ -21,4 +21,9 @@ def convert(state: Mapping[str, Tensor], options: Options, name: str | None = No
     if len(fitting) != 1:
         some = ", ".join(map(ascii, sorted(state)[:3]))
         raise ModelRefused(f"no known layout of a DDPM has tensors named {some}; there are {', '.join(FORMATS)}")
-    return FORMATS[fitting[0]].convert(state, options)
+    try:
+        return FORMATS[fitting[0]].convert(state, options)
+    except KeyError as error:
+        raise ModelRefused(f"{ascii(error.args[0])} is missing, which such a net has") from error
+    except (ArithmeticError, IndexError, RuntimeError, ValueError) as error:
+        raise ModelRefused(f"its tensors do not have the shapes of such a net: {type(error).__name__}") from error

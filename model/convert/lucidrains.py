@@ -49,8 +49,8 @@ def _refuse_variants(net: Mapping[str, Tensor]) -> None:
 
 
 def _config(net: Mapping[str, Tensor], options: Options) -> dict[str, Any]:
-    dim, full, heads, head_dims, widths = net["time_mlp.1.weight"].shape[1], [], [], [], []
-    memories = net["mid_attn.mem_kv"].shape[2]
+    dim, memories = net["time_mlp.1.weight"].shape[1], net["mid_attn.mem_kv"].shape[2]
+    full, heads, head_dims, widths = list[bool](), list[int](), list[int](), list[int]()
     while (place := f"downs.{len(widths)}") + ".2.mem_kv" in net:
         full.append(f"{place}.2.to_out.weight" in net)
         _, among, *sizes = net[f"{place}.2.mem_kv"].shape  # [2, heads, M, d], or [2, heads, d, M] if it is linear
@@ -130,8 +130,8 @@ def _told_process(options: Options, variance: str) -> dict[str, Any]:
     T = options.timesteps or 1000
     if options.schedule in (None, "sigmoid"):  # which is not diffusers' sigmoid
         return _scheduler(replace(options, schedule=None), variance, sigmoid(T).tolist())
-    ends = {"beta_start": options.beta_start or 0.1 / T, "beta_end": options.beta_end or 20 / T}
-    return _scheduler(replace(options, **ends), variance, None)
+    scaled = replace(options, beta_start=options.beta_start or 0.1 / T, beta_end=options.beta_end or 20 / T)
+    return _scheduler(scaled, variance, None)
 
 
 def _scheduler(options: Options, variance: str, betas: list[float] | None) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from model.convert.frame import Converted, Options, required, scheduler_config
 from model.errors import ModelRefused
 
 GROUPS = 32
+MOST_LEVELS, MOST_LAYERS = 8, 16
 RESNET = {
     "in_layers.0": "norm1",
     "in_layers.2": "conv1",
@@ -68,6 +69,8 @@ def _skeleton(state: Mapping[str, Tensor]) -> Skeleton:
         per_level = next(n for n in range(1, max(blocks, default=0) + 2) if n not in blocks)
         resampling = "none" if per_level < max(blocks, default=0) else "conv"
     firsts = [n for n in blocks if n % per_level == 1 % per_level]
+    if not (2 <= per_level <= MOST_LAYERS + 1 and 1 <= len(firsts) <= MOST_LEVELS):
+        raise ModelRefused(f"a net must have at most {MOST_LEVELS} levels of 1 to {MOST_LAYERS} residual blocks")
     attends = [f"input_blocks.{n}.1.qkv.weight" in state for n in firsts]
     widths = [state[f"input_blocks.{n}.0.in_layers.2.weight"].shape[0] for n in firsts]
     return Skeleton(widths, attends, per_level - 1, resampling)
@@ -137,9 +140,10 @@ def _heads(channels: int, options: Options) -> int:
             "--heads or --head-channels must be given: the file does not tell (num_heads was 4 unless set)"
         )
     if options.head_channels is not None:  # goes before num_heads there, too
-        heads, rest = divmod(channels, options.head_channels)
+        heads, rest = divmod(channels, max(options.head_channels, 1))
     else:
-        heads, rest = options.heads or 0, channels % (options.heads or 1)
+        heads = max(options.heads or 0, 0)
+        rest = channels % max(heads, 1)
     if rest or heads < 1:
         raise ModelRefused(f"--heads and --head-channels must divide the {channels} channels that are attended to")
     return heads
@@ -218,12 +222,9 @@ def convert(state: Mapping[str, Tensor], options: Options) -> Converted:
     config = _config(state, skeleton, options, scale)
     tensors = _tensors(state, skeleton, options)
     learned = config["out_channels"] == 2 * config["in_channels"]
-    ends = {
-        "beta_start": 1e-4 * 1000 / T,
-        "beta_end": 0.02 * 1000 / T,
-    }  # their linear schedule adds the same noise for any T
-    told = {name: value for name in ends if (value := getattr(options, name)) is not None}
-    scheduler = scheduler_config(replace(options, **(ends | told)), "learned_range" if learned else "fixed_large")
+    # their linear schedule adds the same noise for any T
+    scaled = replace(options, beta_start=options.beta_start or 0.1 / T, beta_end=options.beta_end or 20 / T)
+    scheduler = scheduler_config(scaled, "learned_range" if learned else "fixed_large")
     order = "new" if options.new_attention_order else "legacy"
     origin = f"OpenAI's U-Net ({order} attention order), {config['sample_size']} x {config['sample_size']}, T = {T}"
     return Converted(config, scheduler | {"timestep_spacing": "linspace"}, tensors, origin)

@@ -30,7 +30,8 @@ class RMSNorm(nn.Module):
         self.scale, self.g = dim**0.5, nn.Parameter(torch.ones(1, dim, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.normalize(x, dim=1) * self.g * self.scale
+        out: Tensor = F.normalize(x, dim=1) * self.g * self.scale
+        return out
 
 
 class Block(nn.Module):
@@ -107,6 +108,12 @@ class Unstack(nn.Module):
         return F.pixel_unshuffle(x, 2)
 
 
+def layers(level: nn.Module) -> list[nn.Module]:
+    """Of one level."""
+    assert isinstance(level, nn.ModuleList)
+    return list(level)
+
+
 class Unet(nn.Module):
     def __init__(
         self,
@@ -149,7 +156,7 @@ class Unet(nn.Module):
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         x = self.init_conv(x)
         t, first, kept = self.time_mlp(time), x.clone(), []
-        for block1, block2, attention, smaller in map(tuple, self.downs):
+        for block1, block2, attention, smaller in map(layers, self.downs):
             x = block1(x, t)
             kept.append(x)
             x = block2(x, t)
@@ -159,7 +166,7 @@ class Unet(nn.Module):
         x = self.mid_block1(x, t)
         x = self.mid_attn(x) + x
         x = self.mid_block2(x, t)
-        for block1, block2, attention, larger in map(tuple, self.ups):
+        for block1, block2, attention, larger in map(layers, self.ups):
             x = block1(torch.cat((x, kept.pop()), dim=1), t)
             x = block2(torch.cat((x, kept.pop()), dim=1), t)
             x = larger(attention(x) + x)

@@ -112,6 +112,12 @@ class AttentionBlock(nn.Module):
         return out.reshape(B, C, H, W)
 
 
+def layers(block: nn.Module) -> list[nn.Module]:
+    """Of one block."""
+    assert isinstance(block, nn.ModuleList)
+    return list(block)
+
+
 class UNetModel(nn.Module):
     def __init__(self, kind: Kind) -> None:
         super().__init__()
@@ -151,15 +157,15 @@ class UNetModel(nn.Module):
 
     def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
         emb = self.time_embed(embedded(timesteps, self.kind.channels))
-        h, kept = self.input_blocks[0][0](x), []
-        kept.append(h)
-        for block in self.input_blocks[1:]:
+        (first,), *others = map(layers, self.input_blocks)
+        kept = [h := first(x)]
+        for block in others:
             for layer in block:
                 h = layer(h, emb)
             kept.append(h)
         for layer in self.middle_block:
             h = layer(h, emb)
-        for block in self.output_blocks:
+        for block in map(layers, self.output_blocks):
             h = torch.cat([h, kept.pop()], dim=1)
             for layer in block:
                 h = layer(h, emb)

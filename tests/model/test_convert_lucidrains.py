@@ -125,15 +125,15 @@ def test_a_net_without_its_tables_has_the_packages_defaults_or_what_is_told(sche
 def test_a_picture_is_sampled_by_their_formulas(tmp_path: Path) -> None:
     """Every step of p_sample_loop, with our noise: x0 from v, clamped, the posterior's mean and variance."""
     theirs = shaken()
-    model = opened(converted(tmp_path, diffusion(theirs, T=T)))
+    model = opened(converted(tmp_path, diffusion(theirs, T=20)))
     (made,) = pictures(model, [(3, planned(model.card.process))])
 
-    variances = betas("sigmoid", T)
+    variances = betas("sigmoid", 20)
     left = (1 - variances).cumprod(0)
     before = torch.cat([torch.ones(1, dtype=torch.float64), left[:-1]])
     seed, shape = torch.tensor([3]), (3, SIZE, SIZE)
     x = gaussian(seed, torch.zeros(1).long(), shape, INITIAL).double()
-    for step, t in enumerate(reversed(range(T))):
+    for step, t in enumerate(reversed(range(20))):
         v = theirs(x.float(), torch.tensor([t])).double()
         x0 = (left[t].sqrt() * x - (1 - left[t]).sqrt() * v).clamp(-1, 1)
         mean = variances[t] * before[t].sqrt() * x0 + (1 - before[t]) * (1 - variances[t]).sqrt() * x
@@ -220,6 +220,17 @@ def test_a_net_with_a_layer_more_is_refused_and_nothing_is_left(tmp_path: Path) 
 
     assert "holds 1 tensors that config.json does not call for" in refusal(lambda: converted(tmp_path, state))
     assert list(tmp_path.iterdir()) == []
+
+
+NEEDED = [name for name in STATE if name != "sqrt_alphas_cumprod"]  # which follows from the betas
+
+
+@pytest.mark.parametrize("name", NEEDED[::12])
+def test_a_file_that_lacks_a_tensor_or_has_it_in_another_shape_is_refused(tmp_path: Path, name: str) -> None:
+    lacking, other = {k: v for k, v in STATE.items() if k != name}, STATE | {name: torch.zeros(3, 3)}
+
+    for state in (lacking, other):
+        assert refusal(lambda state=state: converted(tmp_path, state))
 
 
 BAD: list[tuple[str, object, str]] = [

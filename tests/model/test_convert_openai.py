@@ -24,7 +24,7 @@ from tests.model.worlds import opened, pictures, planned, relative_error
 
 SIZE = 16
 HEADS = Options(image_size=SIZE, heads=4)
-THREE = {"multipliers": (1, 2, 3), "layers": 2, "attended": (2, 4)}
+THREE: dict[str, Any] = {"multipliers": (1, 2, 3), "layers": 2, "attended": (2, 4)}
 # What is built, what has to be told of it, and whether diffusers has words for it.
 KINDS: dict[str, tuple[Kind, Options, bool]] = {
     "improved, as the scripts build it": (Kind(), HEADS, True),
@@ -167,6 +167,23 @@ def test_what_cannot_be_converted_is_refused_by_name(
     state = {k: v for k, v in (shaken(Kind()).state_dict() | changes).items() if v is not None}
 
     assert words in refusal(lambda: convert(state, options))
+
+
+STATE = shaken(Kind(multipliers=(1, 1))).state_dict()
+
+
+@pytest.mark.parametrize("name", list(STATE)[::7])
+def test_a_file_that_lacks_a_tensor_or_has_it_in_another_shape_is_refused(tmp_path: Path, name: str) -> None:
+    lacking, other = {k: v for k, v in STATE.items() if k != name}, STATE | {name: torch.zeros(3)}
+
+    for number, state in enumerate((lacking, other)):
+        assert refusal(lambda state=state, number=number: opened(written(tmp_path / str(number), state)))
+
+
+def test_a_block_with_an_enormous_number_is_refused() -> None:
+    state = {k: v for k, v in STATE.items() if ".op." not in k} | {f"input_blocks.{10**18}.0.op.weight": torch.zeros(1)}
+
+    assert "at most 8 levels of 1 to 16 residual blocks" in refusal(lambda: convert(state, HEADS))
 
 
 def test_the_class_of_our_own_knows_no_other_options(tmp_path: Path) -> None:
