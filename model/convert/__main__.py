@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("target", metavar="DIR", type=Path, help="the model directory to make; must not exist yet")
     made.add_argument("--format", choices=formats.FORMATS, help="its layout (default: recognised by its tensors)")
     made.add_argument(
-        "--part", help="which of a file's state dicts (default: an average over training, else the first)"
+        "--part", help="which of a file's state dicts (default: an average over training, else the largest)"
     )
     usual = "(default: the layout's)"
     made.add_argument("--image-size", type=int, metavar="PIXELS", help=f"of one side {usual}")

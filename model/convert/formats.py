@@ -4,12 +4,13 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from model.convert import lucidrains, openai, ports
+from model.convert import flat_ports, lucidrains, openai, ports
 from model.convert.frame import Converted, Format, Options
 from model.errors import ModelRefused
 
 FORMATS: dict[str, Format] = {
     "ports": ports,
+    "flat-ports": flat_ports,
     "openai": openai,
     "lucidrains": lucidrains,
 }
@@ -19,6 +20,10 @@ def convert(state: Mapping[str, Tensor], options: Options, name: str | None = No
     """The state dict as a model directory, by the format of this name, or by the one that recognises it."""
     fitting = [name] if name else [name for name, known in FORMATS.items() if known.recognises(state)]
     if len(fitting) != 1:
+        if "down_blocks.0.resnets.0.conv1.weight" in state:
+            raise ModelRefused(
+                "a net of diffusers without its config.json: SRC must be the directory that it was saved in"
+            )
         some = ", ".join(map(ascii, sorted(state)[:3]))
         raise ModelRefused(f"no known layout of a DDPM has tensors named {some}; there are {', '.join(FORMATS)}")
     try:

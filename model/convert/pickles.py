@@ -67,8 +67,10 @@ def parts(loaded: object) -> dict[str, dict[str, Tensor]]:
 
 
 def _containers(value: object, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Every dict and list in a checkpoint, the outer before the inner, dicts before lists."""
+    """Every dict and list in a checkpoint, the outer before the inner, dicts before lists. Optimizers are left out."""
     if isinstance(value, Mapping):
+        if {"state", "param_groups"} <= value.keys():
+            return
         yield path, value
         inner = [(str(key), item) for key, item in value.items() if not isinstance(item, Tensor)]
     elif isinstance(value, list | tuple):
@@ -92,16 +94,16 @@ def _named_by_a_sibling(values: Sequence[object], named: Mapping[str, Mapping[st
 
 
 def choose(found: Mapping[str, Mapping[str, Tensor]], part: str | None) -> str:
-    """The part to take: the one asked for, else an average over training, else the first. Raises ModelRefused."""
+    """The part to take: the one asked for, else an average over training, else the largest. Raises ModelRefused."""
     if part is not None:
         if part not in found:
             raise ModelRefused(f"--part must be one of {', '.join(map(repr, found))}")
         return part
     averaged = [name for name in found if any(word in name.lower() for word in AVERAGED)]
-    first, last = next(iter(found)), list(found)[-1]
-    if not averaged and first.isdigit() and last.isdigit() and found[first].keys() == found[last].keys():
-        averaged = [last]  # a list [net, optimizer, …, average]
-    return (averaged or [first])[0]
+    listed = [name for name in found if name.isdigit()]
+    if not averaged and listed and len(found[listed[0]]) == len(found[listed[-1]]):
+        averaged = listed[-1:]  # a list [net, optimizer, …, average]
+    return max(averaged or found, key=lambda name: len(found[name]))  # others hold a counter, a picture, a schedule
 
 
 def _load(source: Path) -> object:
