@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -230,7 +231,7 @@ def test_a_file_that_lacks_a_tensor_or_has_it_in_another_shape_is_refused(tmp_pa
     lacking, other = {k: v for k, v in STATE.items() if k != name}, STATE | {name: torch.zeros(3, 3)}
 
     for state in (lacking, other):
-        assert refusal(lambda state=state: converted(tmp_path, state))
+        assert refusal(partial(converted, tmp_path, state))
 
 
 BAD: list[tuple[str, object, str]] = [

@@ -1,6 +1,7 @@
 """A checkpoint of OpenAI's becomes a model directory whose net computes what theirs does, and which is served."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -177,7 +178,7 @@ def test_a_file_that_lacks_a_tensor_or_has_it_in_another_shape_is_refused(tmp_pa
     lacking, other = {k: v for k, v in STATE.items() if k != name}, STATE | {name: torch.zeros(3)}
 
     for number, state in enumerate((lacking, other)):
-        assert refusal(lambda state=state, number=number: opened(written(tmp_path / str(number), state)))
+        assert refusal(partial(lambda place, state: opened(written(tmp_path / place, state)), str(number), state))
 
 
 def test_a_block_with_an_enormous_number_is_refused() -> None:
