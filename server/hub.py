@@ -15,7 +15,7 @@ from pathlib import Path
 import httpx2
 from huggingface_hub import HfApi, errors, hf_hub_download, snapshot_download, try_to_load_from_cache
 from huggingface_hub.hf_api import RepoSibling
-from huggingface_hub.utils import disable_progress_bars
+from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from model.card import ModelCard, Source, read_card, shard_names, weights_names
 from model.errors import ModelRefused
@@ -75,7 +75,10 @@ def _cached(id: str, revision: str, name: str) -> ModelCard:
         directory = Path(snapshot_download(id, revision=revision, local_files_only=True))
     except (OSError, ValueError) as error:
         raise ModelRefused(f"{id}@{revision} is not in the cache") from error
-    return replace(read_card(directory, name), source=Source(id, directory.name))
+    try:
+        return replace(read_card(directory, name), source=Source(id, directory.name))
+    except ModelRefused as error:
+        raise ModelRefused(f"{id}: {error}") from error
 
 
 def _fetched(id: str, revision: str, name: str, commit: str, files: dict[str, RepoSibling]) -> ModelCard:

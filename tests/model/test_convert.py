@@ -30,7 +30,7 @@ def shake(net: nn.Module, seed: int = 0) -> nn.Module:
     random = generator(seed)
     for parameter in (p for p in net.parameters() if p.requires_grad):  # not a table of sines
         parameter.requires_grad_(False)
-        parameter += 0.05 * torch.randn(parameter.shape, generator=random)
+        parameter.add_(0.05 * torch.randn(parameter.shape, generator=random))
     return net.eval()
 
 

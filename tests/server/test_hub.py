@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from huggingface_hub import constants
-from huggingface_hub.utils import close_session
+from huggingface_hub import close_session, constants
 
 from model.card import INDEX, WEIGHTS, Source
 from model.errors import ModelRefused
@@ -169,6 +168,12 @@ def test_what_is_in_the_cache_is_not_served_against_the_word_of_the_hub(hub: Hub
     hub.status = 403
 
     assert refusal(ID) == f"{ID}@main cannot be fetched: the hub answers 403"
+
+
+def test_a_model_of_another_kind_is_refused_by_its_id(hub: Hub, tmp_path: Path) -> None:
+    hub.add(ID, write_model(tmp_path / "fourier", {"time_embedding_type": "fourier"}))
+
+    assert refusal(ID).startswith(f"{ID}: config.json: time_embedding_type must be ")
 
 
 def test_a_file_that_is_listed_and_not_there_is_named(hub: Hub) -> None:
