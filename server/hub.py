@@ -2,7 +2,8 @@
 
 Only what a model directory is made of is fetched: configurations, safetensors, the card. A commit that is in the cache
 is served without asking anybody; a branch or a tag is looked up at every start, and served as it was last seen where
-the hub cannot be reached. Nothing is tried twice: a server that starts should say at once what it lacks.
+the hub cannot be reached. A hub that does not answer is not asked twice: a server that starts should say at once what
+it lacks.
 """
 
 import hashlib
@@ -14,7 +15,7 @@ from pathlib import Path
 import httpx2
 from huggingface_hub import HfApi, errors, hf_hub_download, snapshot_download, try_to_load_from_cache
 from huggingface_hub.hf_api import RepoSibling
-from huggingface_hub.utils import disable_progress_bars
+from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from model.card import ModelCard, Source, read_card, shard_names, weights_names
 from model.errors import ModelRefused
@@ -74,7 +75,10 @@ def _cached(id: str, revision: str, name: str) -> ModelCard:
         directory = Path(snapshot_download(id, revision=revision, local_files_only=True))
     except (OSError, ValueError) as error:
         raise ModelRefused(f"{id}@{revision} is not in the cache") from error
-    return replace(read_card(directory, name), source=Source(id, directory.name))
+    try:
+        return replace(read_card(directory, name), source=Source(id, directory.name))
+    except ModelRefused as error:
+        raise ModelRefused(f"{id}: {error}") from error
 
 
 def _fetched(id: str, revision: str, name: str, commit: str, files: dict[str, RepoSibling]) -> ModelCard:
@@ -119,6 +123,8 @@ def _fetch_file(id: str, revision: str, commit: str, file: RepoSibling) -> Path:
     try:
         # by the name of the revision, so that the cache knows next time which commit that was
         path = Path(hf_hub_download(id, file.rfilename, revision=revision, etag_timeout=ANSWER_S))
+    except errors.RemoteEntryNotFoundError as error:
+        raise ModelRefused(f"{id}: {file.rfilename} is listed by the hub, and is not there") from error
     except (httpx2.HTTPError, OSError, ValueError, RuntimeError) as error:
         failed = ModelRefused(f"{id}: fetching {file.rfilename} failed: {type(error).__name__}")
         raise _refusal(id, revision, error) or failed from error

@@ -1,8 +1,7 @@
 """Ho's U-Net as w86763777's `pytorch-ddpm` spells it: one flat list of blocks on the way down, one on the way up.
 
-Two things of the net differ from the net of google/ddpm-* besides names: sine and cosine of the timestep alternate, which is
-undone in the columns of the first dense layer, and the norms' epsilon is 1e-5. The table of timesteps is in the file,
-so T is known.
+Besides names, sine and cosine of the timestep alternate, which is undone in the columns of the first dense layer, and
+the norms' epsilon is 1e-5. The table of timesteps is in the file, so T is known.
 """
 
 import re

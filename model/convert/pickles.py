@@ -41,7 +41,8 @@ def unpickle(source: Path, target: Path, part: str | None = None) -> tuple[str, 
         raise ModelRefused(f"{source.name} has {size} bytes, at most {MAX_FILE_BYTES} are read")
     root = str(Path(__file__).parents[2])
     paths = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-    command = [sys.executable, "-P", "-m", "model.convert.pickles", str(source), str(target), *([part] if part else [])]
+    arguments = [str(source), str(target), *([part] if part else [])]
+    command = [sys.executable, "-P", "-W", "ignore", "-m", "model.convert.pickles", *arguments]
     environ = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environ, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     if done.returncode == EXIT_REFUSED:
@@ -55,7 +56,8 @@ def unpickle(source: Path, target: Path, part: str | None = None) -> tuple[str, 
 def parts(loaded: object) -> dict[str, dict[str, Tensor]]:
     """Every state dict in what a checkpoint holds, by where it is: `ema`, `state_dict`, `0`; the outermost is ``."""
     found: dict[str, dict[str, Tensor]] = {}
-    for path, value in _containers(loaded, ()):
+    # shadow parameters, which are lists, go by the names that the dicts have
+    for path, value in sorted(_containers(loaded, ()), key=lambda place: isinstance(place[1], list | tuple)):
         name = ".".join(path)
         if isinstance(value, Mapping):
             tensors = {k: v for k, v in value.items() if isinstance(k, str) and isinstance(v, Tensor)}
@@ -67,7 +69,7 @@ def parts(loaded: object) -> dict[str, dict[str, Tensor]]:
 
 
 def _containers(value: object, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Every dict and list in a checkpoint, the outer before the inner, dicts before lists. Optimizers are left out."""
+    """Every dict and list in a checkpoint, the outer before the inner. Optimizers are left out."""
     if isinstance(value, Mapping):
         if {"state", "param_groups"} <= value.keys():
             return
@@ -79,7 +81,7 @@ def _containers(value: object, path: tuple[str, ...]) -> Iterator[tuple[tuple[st
     else:
         return
     if len(path) < MAX_DEPTH:
-        for key, item in sorted(inner, key=lambda pair: isinstance(pair[1], list | tuple)):
+        for key, item in inner:
             yield from _containers(item, (*path, key))
 
 
@@ -128,23 +130,29 @@ def _bounded(size: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
+def extract(source: Path, target: Path, part: str | None = None) -> tuple[str, list[str]]:
+    """What `unpickle` does, in this very process, without its bounds."""
+    found = parts(_load(source))
+    if not found:
+        raise ModelRefused(f"{source.name} holds no tensors by name")
+    name = choose(found, part)
+    if any(tensor.layout != torch.strided or tensor.is_quantized for tensor in found[name].values()):
+        raise ModelRefused(f"{source.name} holds sparse or quantised tensors")
+    # every tensor on its own: safetensors knows no views into a common storage
+    save_file({key: tensor.detach().clone().contiguous() for key, tensor in found[name].items()}, target)
+    return name, list(found)
+
+
 def main(arguments: Sequence[str]) -> int:
     """The process of its own: SOURCE TARGET [PART]."""
     source, target = map(Path, arguments[:2])
     _bounded(source.stat().st_size)
     try:
-        found = parts(_load(source))
-        if not found:
-            raise ModelRefused(f"{source.name} holds no tensors by name")
-        name = choose(found, arguments[2] if len(arguments) > 2 else None)
-        if any(tensor.layout != torch.strided or tensor.is_quantized for tensor in found[name].values()):
-            raise ModelRefused(f"{source.name} holds sparse or quantised tensors")
-        # every tensor on its own: safetensors knows no views into a common storage
-        save_file({key: tensor.detach().clone().contiguous() for key, tensor in found[name].items()}, target)
+        name, found = extract(source, target, arguments[2] if len(arguments) > 2 else None)
     except ModelRefused as refused:
         print(refused, end="", file=sys.stderr)
         return EXIT_REFUSED
-    print(json.dumps({"part": name, "parts": list(found)}))
+    print(json.dumps({"part": name, "parts": found}))
     return 0
 
 

@@ -27,7 +27,8 @@ class Resnet(nn.Module):
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         h = self.conv1(swish(self.norm1(x))) + self.temb_proj(swish(embedding))[:, :, None, None]
         h = self.conv2(swish(self.norm2(h)))
-        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+        out: Tensor = h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+        return out
 
 
 class Attention(nn.Module):

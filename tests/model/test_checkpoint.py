@@ -106,12 +106,13 @@ def test_metadata_is_allowed(tmp_path: Path) -> None:
 SHARDS = ["diffusion_pytorch_model-00001-of-00002.safetensors", "diffusion_pytorch_model-00002-of-00002.safetensors"]
 
 
-def write_shards(directory: Path, first: Tensors, second: Tensors, **map: str) -> Path:
-    """A model directory with its weights in two files, and an index that says so, but for what `map` says."""
+def write_shards(directory: Path, halves: tuple[Tensors, Tensors], changes: dict[str, str] | None = None) -> Path:
+    """A model directory with its weights in two files, and an index that says so, but for `changes`."""
+    first, second = halves
     (write_model(directory) / WEIGHTS).unlink()
     for name, tensors in zip(SHARDS, (first, second), strict=True):
         save_file(tensors, directory / name)
-    places = {key: SHARDS[0] for key in first} | {key: SHARDS[1] for key in second} | map
+    places = {key: SHARDS[0] for key in first} | {key: SHARDS[1] for key in second} | (changes or {})
     (directory / INDEX).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": places}))
     return directory
 
@@ -123,12 +124,12 @@ def halves() -> tuple[Tensors, Tensors]:
 
 
 def test_weights_in_several_files_are_the_same_net(tmp_path: Path) -> None:
-    assert torch.equal(output(write_model(tmp_path / "a")), output(write_shards(tmp_path / "b", *halves())))
+    assert torch.equal(output(write_model(tmp_path / "a")), output(write_shards(tmp_path / "b", halves())))
 
 
 def test_the_digest_is_that_of_every_file_with_weights(tmp_path: Path) -> None:
     first, second = halves()
-    before = read_card(write_shards(tmp_path, first, second)).digest
+    before = read_card(write_shards(tmp_path, (first, second))).digest
     second["mid_block.resnets.0.conv1.bias"][0] += 1
     save_file(second, tmp_path / SHARDS[1])
 
@@ -136,7 +137,7 @@ def test_the_digest_is_that_of_every_file_with_weights(tmp_path: Path) -> None:
 
 
 def test_a_file_that_the_index_names_and_that_is_missing_is_named(tmp_path: Path) -> None:
-    (write_shards(tmp_path, *halves()) / SHARDS[1]).unlink()
+    (write_shards(tmp_path, halves()) / SHARDS[1]).unlink()
 
     assert refusal(lambda: read_card(tmp_path)) == f"{SHARDS[1]} is missing"
 
@@ -144,14 +145,14 @@ def test_a_file_that_the_index_names_and_that_is_missing_is_named(tmp_path: Path
 def test_a_tensor_in_two_files_is_ambiguous(tmp_path: Path) -> None:
     first, second = halves()
 
-    assert "holds weights twice" in why(write_shards(tmp_path, first, second | dict([first.popitem()]) | first))
+    assert "holds weights twice" in why(write_shards(tmp_path, (first, second | first)))
 
 
 @pytest.mark.parametrize(
     "name", ["../a.safetensors", "/etc/passwd", "..", "a/b.safetensors", "a.bin", "", ".safetensors", "a\n.safetensors"]
 )
 def test_an_index_that_leads_elsewhere_is_refused(tmp_path: Path, name: str) -> None:
-    write_shards(tmp_path, *halves(), **{"conv_in.bias": name})
+    write_shards(tmp_path, halves(), {"conv_in.bias": name})
 
     assert refusal(lambda: read_card(tmp_path)).startswith(
         f"{INDEX}: weight_map must name at most 256 safetensors files"
@@ -160,7 +161,7 @@ def test_an_index_that_leads_elsewhere_is_refused(tmp_path: Path, name: str) -> 
 
 @pytest.mark.parametrize("index", ["{}", '{"weight_map": []}', '{"weight_map": {}}', '{"weight_map": {"a": 1}}', "[]"])
 def test_an_index_that_is_none_is_refused(tmp_path: Path, index: str) -> None:
-    (write_shards(tmp_path, *halves()) / INDEX).write_text(index)
+    (write_shards(tmp_path, halves()) / INDEX).write_text(index)
 
     assert refusal(lambda: read_card(tmp_path)).startswith(INDEX)
 

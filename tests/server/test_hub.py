@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from huggingface_hub import constants
-from huggingface_hub.utils import close_session
+from huggingface_hub import close_session, constants
 
 from model.card import INDEX, WEIGHTS, Source
 from model.errors import ModelRefused
@@ -27,7 +26,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     (tmp_path / "model" / "README.md").write_text("Eight by eight.")
     with running(Hub()) as listening:
         listening.add(ID, tmp_path / "model")
-        monkeypatch.setattr(constants, "ENDPOINT", listening.url)
+        plug(listening.url, monkeypatch)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         yield listening
@@ -44,11 +43,17 @@ def refusal(weights: str) -> str:
     return str(refused.value)
 
 
+def plug(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From here on, this is where the hub is, as HF_ENDPOINT would have said at the start."""
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+
+
 def unplug(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     """From here on, nobody listens where the hub was said to be."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{free.getsockname()[1]}")
+        plug(f"http://127.0.0.1:{free.getsockname()[1]}", monkeypatch)
 
 
 # Good ones
@@ -149,7 +154,7 @@ def test_what_the_hub_does_not_have_is_said(hub: Hub) -> None:
     assert refusal("somebody/else").startswith("there is no somebody/else on the hub, or it is private")
     assert refusal(f"{ID}@v9") == f"{ID} has no revision v9"
     assert refusal(f"{ID}@{commit('nothing')}") == f"{ID} has no revision {commit('nothing')}"
-    assert refusal("./weights") == "./weights is not a directory"
+    assert refusal("./nothing/here") == "./nothing/here is not a directory"
 
 
 def test_a_gated_model_takes_a_token(hub: Hub) -> None:
@@ -165,10 +170,16 @@ def test_what_is_in_the_cache_is_not_served_against_the_word_of_the_hub(hub: Hub
     assert refusal(ID) == f"{ID}@main cannot be fetched: the hub answers 403"
 
 
+def test_a_model_of_another_kind_is_refused_by_its_id(hub: Hub, tmp_path: Path) -> None:
+    hub.add(ID, write_model(tmp_path / "fourier", {"time_embedding_type": "fourier"}))
+
+    assert refusal(ID).startswith(f"{ID}: config.json: time_embedding_type must be ")
+
+
 def test_a_file_that_is_listed_and_not_there_is_named(hub: Hub) -> None:
     hub.lost.add("scheduler_config.json")
 
-    assert refusal(ID) == f"{ID}: fetching scheduler_config.json failed: RemoteEntryNotFoundError"
+    assert refusal(ID) == f"{ID}: scheduler_config.json is listed by the hub, and is not there"
 
 
 def test_pickles_are_not_fetched_and_the_refusal_says_what_to_do(hub: Hub, tmp_path: Path) -> None:
