@@ -6,6 +6,7 @@ in it is executed, and every number in it is bounded here, before anything is al
 """
 
 import hashlib
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,10 +14,16 @@ from typing import get_args
 
 from model.architecture import Architecture, architecture
 from model.errors import ModelRefused
+from model.lucid_architecture import LUCID, LucidArchitecture, lucid_architecture
 from model.options import MAX_CONFIG_BYTES, Json, Options, read_json, require_file
 from model.schedule import BY_NAME, NoiseSchedule, Prediction, Process, Spacing, Variance
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+# What is looked for, in this order: one file, several with an index, the same in half precision.
+INDEX = f"{WEIGHTS}.index.json"
+VARIANTS = ("fp16", "bf16")
+SHARD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}\.safetensors")
+MAX_SHARDS = 256
 MAX_T = 10_000
 MIN_ALPHA_BAR = 1e-30  # of the picture's amplitude must be left at T: float32 holds the inverse
 # Schedulers of diffusers whose nets were trained in another process: their files hold no betas to read.
@@ -50,21 +57,36 @@ def _usable(schedule: NoiseSchedule, option: str) -> NoiseSchedule:
     return schedule
 
 
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where on a hub a model came from."""
+
+    id: str
+    revision: str  # the commit's hash
+
+
 @dataclass(frozen=True)
 class ModelCard:
     """What is known of a model without loading it. Built by `read_card`."""
 
     name: str
     directory: Path
-    weights: Path
-    architecture: Architecture
+    weights: Path  # the safetensors file, or the index of several
+    architecture: Architecture | LucidArchitecture
     process: Process
+    shards: tuple[Path, ...] = ()  # the files that an index names, in the order of their names
+    source: Source | None = None  # none: a directory of this machine
+
+    @property
+    def weight_files(self) -> tuple[Path, ...]:
+        """Every file that holds weights."""
+        return self.shards or (self.weights,)
 
     @cached_property
     def digest(self) -> str:
         """Content address of everything that decides a picture: weights and both configurations."""
         total = hashlib.sha256()
-        for path in (self.weights, *_config_files(self.directory)):
+        for path in (*self.weight_files, *config_files(self.directory)):
             with path.open("rb") as file:
                 total.update(hashlib.file_digest(file, "sha256").digest())
         return f"sha256:{total.hexdigest()}"
@@ -73,13 +95,15 @@ class ModelCard:
     def readme(self) -> str:
         """The model's own words, README.md, or nothing."""
         path = self.directory / "README.md"
-        if not path.is_file() or not path.resolve().is_relative_to(self.directory.resolve()):
+        # in a hub's cache, snapshots/<revision>/ is all links to blobs/ beside it
+        home = self.directory if self.source is None else self.directory.parents[1]
+        if not path.is_file() or not path.resolve().is_relative_to(home.resolve()):
             return ""  # a link could lead to anything on this machine, and this text is shown
         with path.open("rb") as file:
             return file.read(MAX_CONFIG_BYTES).decode(errors="replace")
 
 
-def _config_files(directory: Path) -> tuple[Path, Path]:
+def config_files(directory: Path) -> tuple[Path, Path]:
     """(config.json, scheduler_config.json), in the folders where this directory keeps them."""
     net, schedule = directory / "unet", directory / "scheduler"
     return (
@@ -92,16 +116,15 @@ def read_card(directory: Path, name: str | None = None) -> ModelCard:
     """What the model directory says of itself. Raises ModelRefused, in one line, if it is not a usable one."""
     if not directory.is_dir():
         raise ModelRefused(f"{directory.name} is not a directory")
-    net_file, schedule_file = _config_files(directory)
+    net_file, schedule_file = config_files(directory)
     config, scheduler = read_json(net_file), read_json(schedule_file)
-    arch, schedule = architecture(config), noise_schedule(scheduler)
-    weights = net_file.parent / WEIGHTS
-    require_file(weights, _found_instead(net_file.parent))
-
+    arch = lucid_architecture(config) if config.get("_class_name") == LUCID else architecture(config)
+    schedule, weights = noise_schedule(scheduler), _weights(net_file.parent)
     index_file = directory / "model_index.json"
     index = Options("model_index.json", read_json(index_file) if index_file.exists() else {})
     process = _process(Options("scheduler_config.json", scheduler), index, schedule, arch.learned_variance)
-    return ModelCard(name or directory.name, directory, weights, arch, process)
+    shards = _shards(weights) if weights.suffix == ".json" else ()
+    return ModelCard(name or directory.name, directory, weights, arch, process, shards)
 
 
 def _process(options: Options, index: Options, schedule: NoiseSchedule, learned: bool) -> Process:
@@ -128,6 +151,41 @@ def _process(options: Options, index: Options, schedule: NoiseSchedule, learned:
     )
 
 
+def weights_names() -> list[str]:
+    """The names that weights may have in a folder, the first that is there being taken."""
+    stem, suffix = WEIGHTS.split(".")
+    halves = [[f"{stem}.{variant}.{suffix}", f"{WEIGHTS}.index.{variant}.json"] for variant in VARIANTS]
+    return sum(halves, [WEIGHTS, INDEX])
+
+
+def _weights(folder: Path) -> Path:
+    """The weights in this folder, or the index of them."""
+    paths = [folder / name for name in weights_names()]
+    found = next((path for path in paths if path.exists() or path.is_symlink()), paths[0])
+    require_file(found, _found_instead(folder))
+    return found
+
+
+def shard_names(index: Json, name: str) -> tuple[str, ...]:
+    """The files that an index names. Raises ModelRefused if it could lead anywhere but beside itself."""
+    named = index.get("weight_map")
+    if not isinstance(named, dict) or not named or not all(isinstance(file, str) for file in named.values()):
+        raise ModelRefused(f"{name}: weight_map must say of every tensor in which file it is")
+    files = tuple(sorted(set(named.values())))
+    if len(files) > MAX_SHARDS or not all(map(SHARD.fullmatch, files)):
+        raise ModelRefused(f"{name}: weight_map must name at most {MAX_SHARDS} safetensors files beside it")
+    return files
+
+
+def _shards(index: Path) -> tuple[Path, ...]:
+    files = tuple(index.parent / file for file in shard_names(read_json(index), index.name))
+    for file in files:
+        require_file(file)
+    return files
+
+
 def _found_instead(folder: Path) -> str:
     pickles = sorted(p.name for p in folder.iterdir() if p.suffix in {".bin", ".pt", ".ckpt", ".pth", ".pkl"})
-    return f" ({pickles[0]!r} is a pickle, which is never read; save the model as safetensors)" if pickles else ""
+    return (
+        f" ({pickles[0]!r} is a pickle, which is never read; `ddpm convert` makes safetensors of it)" if pickles else ""
+    )

@@ -18,14 +18,15 @@ from torch import Tensor
 from model.card import ModelCard
 from model.errors import ModelRefused
 from model.kernels import pack_convolutions
+from model.nets import Net, build
 from model.options import unique_keys
-from model.unet import UNet
 
 MAX_HEADER_BYTES = 1 << 20
 MAX_PARAMETERS = 4_000_000_000
 MAX_TABLE = 1 << 30  # numbers in the table of timestep embeddings
 FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # safetensors' names, and bytes
-# How attention was spelled before diffusers 0.17.
+# How parts of the net were called before diffusers 0.1, and attention before 0.17.
+OLD_PLACES = {"downsample_blocks": "down_blocks", "upsample_blocks": "up_blocks", "mid": "mid_block"}
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
@@ -34,17 +35,17 @@ class Model:
     """A net ready to run, and the table of its timestep embeddings."""
 
     card: ModelCard
-    net: UNet
+    net: Net
     table: Tensor  # [T, P] row k is `net.embed` of the timestep that the net was trained with at t = k + 1
     parameters: int = 0  # number of weights
 
 
 def modern(key: str) -> str:
     """A tensor's name in today's diffusers, given its name in any version."""
-    *path, layer, kind = ["", *key.split(".")]
-    if "attentions" in path and layer in OLD_ATTENTION:
-        return ".".join([*path[1:], OLD_ATTENTION[layer], kind])
-    return key
+    first, *rest = key.split(".")
+    if "attentions" in rest[:-2] and rest[-2] in OLD_ATTENTION:
+        rest[-2] = OLD_ATTENTION[rest[-2]]
+    return ".".join([OLD_PLACES.get(first, first), *rest])
 
 
 def _is_count(value: object) -> bool:
@@ -100,41 +101,60 @@ def _check_spans(path: Path, spans: Iterable[tuple[int, ...]], end: int) -> None
         raise ModelRefused(f"{path.name} is truncated or has data behind its tensors: {end} bytes, {position} expected")
 
 
-def _names(card: ModelCard, net: UNet) -> dict[str, str]:
-    """The name in the file of every tensor of the net. Raises ModelRefused at the first that is wrong."""
-    found = read_header(card.weights)
-    names = {modern(key): key for key in found}
-    if len(names) != len(found):
-        raise ModelRefused(f"{card.weights.name} holds attention weights under both their old and their new names")
+def _read_headers(card: ModelCard) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[Path, str]]]:
+    """(the shape, the file and the name there) of every tensor in the weights, by its name of today."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    places: dict[str, tuple[Path, str]] = {}
+    count = 0
+    for path in card.weight_files:
+        header = read_header(path)
+        count += len(header)
+        shapes |= {modern(key): shape for key, (_, shape) in header.items()}
+        places |= {modern(key): (path, key) for key in header}
+        if len(places) != count:
+            raise ModelRefused(f"{path.name} holds weights twice, or under both their old and their new names")
+    return shapes, places
+
+
+def _find(card: ModelCard, net: Net) -> dict[str, tuple[Path, str]]:
+    """The file, and the name in it, of every tensor of the net. Raises ModelRefused at the first that is wrong."""
+    shapes, places = _read_headers(card)
     expected = {name: tuple(p.shape) for name, p in net.state_dict().items()}
     for name, shape in expected.items():
-        if name not in names:
+        if name not in places:
             raise ModelRefused(f"{card.weights.name} lacks {name}")
-        if found[names[name]][1] != shape:
-            given = list(found[names[name]][1])
+        if shapes[name] != shape:
+            given = list(shapes[name])
             raise ModelRefused(f"{card.weights.name}: {name} must have shape {list(shape)}, got {given}")
-    extra = sorted(set(names) - set(expected))
+    extra = len(places.keys() - expected.keys())
     if extra:
-        raise ModelRefused(f"{card.weights.name} holds {len(extra)} tensors that config.json does not call for")
-    return names
+        raise ModelRefused(f"{card.weights.name} holds {extra} tensors that config.json does not call for")
+    return places
+
+
+def _read(places: dict[str, tuple[Path, str]]) -> dict[str, Tensor]:
+    """The tensors at these places, in float32. Raises ModelRefused."""
+    weights: dict[str, Tensor] = {}
+    for path in dict.fromkeys(path for path, _ in places.values()):
+        try:
+            with safe_open(path, "pt") as file:
+                weights |= {name: file.get_tensor(key).float() for name, (at, key) in places.items() if at == path}
+        except (SafetensorError, OSError) as error:
+            raise ModelRefused(f"{path.name} could not be read: {type(error).__name__}") from error
+    return weights
 
 
 def load_model(card: ModelCard, device: torch.device, dtype: torch.dtype) -> Model:
     """The net on its device, and its table. Raises ModelRefused in one line, before memory is spent, if it must."""
     with torch.device("meta"):
-        net = UNet(card.architecture)
+        net = build(card.architecture)
     count = sum(p.numel() for p in net.parameters())
     if count > MAX_PARAMETERS:
         raise ModelRefused(f"config.json: at most {MAX_PARAMETERS} parameters are allowed, it calls for {count}")
     numbers = net.embedding_width * card.process.schedule.T
     if numbers > MAX_TABLE:
         raise ModelRefused(f"config.json: at most {MAX_TABLE} timestep embeddings are allowed, it calls for {numbers}")
-    names = _names(card, net)
-    try:
-        with safe_open(card.weights, "pt") as file:
-            weights = {name: file.get_tensor(key).float() for name, key in names.items()}
-    except (SafetensorError, OSError) as error:
-        raise ModelRefused(f"{card.weights.name} could not be read: {type(error).__name__}") from error
+    weights = _read(_find(card, net))
     for name, tensor in weights.items():
         if not tensor.isfinite().all():
             raise ModelRefused(f"{card.weights.name}: {name} holds numbers that are not finite")

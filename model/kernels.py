@@ -212,23 +212,30 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class SelfAttention(nn.Module):
-    """Each pixel's query to all pixels of its picture. [B, 3C, H, W], queries, keys, values -> [B, C, H, W]"""
+    """Each pixel's query to all pixels of its picture. [B, 3C, H, W], queries, keys, values -> [B, C, H, W]
+
+    memory: [2, heads, M, d], keys and values that are the same for every picture and stand before its own
+    """
 
     # Whether, on a GPU, torch may use no kernel but one that gives each block of queries to one program, for any batch.
     # The others may share a query's keys among several when the batch is too small to fill the GPU.
     invariant = False
 
-    def __init__(self, heads: int) -> None:
+    def __init__(self, heads: int, memory: Tensor | None = None) -> None:
         super().__init__()
         self.heads = heads
+        self.memory = None if memory is None else nn.Parameter(memory)
 
     def extra_repr(self) -> str:
-        return f"heads={self.heads}"
+        return f"heads={self.heads}, memories={0 if self.memory is None else self.memory.shape[2]}"
 
     def forward(self, h: Tensor) -> Tensor:
         B, C, H, W = h.shape
         parts = h.permute(0, 2, 3, 1).reshape(B, H * W, 3, self.heads, C // (3 * self.heads))
         q, k, v = parts.permute(2, 0, 3, 1, 4)  # [B, heads, H W, d] each
+        if self.memory is not None:
+            before = self.memory[:, None].expand(2, B, -1, -1, -1)  # [2, B, heads, M, d]
+            k, v = (torch.cat(pair, dim=2) for pair in zip(before, (k, v), strict=True))
         if self.invariant:
             with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
                 out = attention(q, k, v)

@@ -11,12 +11,12 @@ from torch import Tensor
 from model.checkpoint import Model
 from model.exact_kernels import Chosen, choose_kernels, trust_libraries
 from model.kernels import uses_triton
+from model.nets import Net
 from model.plan import COLUMNS
 from model.slots import Slots
-from model.unet import UNet
 
 
-def denoise(net: UNet, table: Tensor, slots: Slots, batch: int) -> None:
+def denoise(net: Net, table: Tensor, slots: Slots, batch: int) -> None:
     """One denoising step of the first `batch` slots, in place: by the algebra, or by three kernels that compute it."""
     if uses_triton(slots.x[0]):
         denoise_by_kernels(net, table, slots, batch)
@@ -24,7 +24,7 @@ def denoise(net: UNet, table: Tensor, slots: Slots, batch: int) -> None:
         algebra(net, table, slots, batch)
 
 
-def denoise_by_kernels(net: UNet, table: Tensor, slots: Slots, batch: int) -> None:
+def denoise_by_kernels(net: Net, table: Tensor, slots: Slots, batch: int) -> None:
     """`algebra`, and the noise that belongs to it, with one kernel before the net and two behind it."""
     from model import triton_step
 
@@ -34,7 +34,7 @@ def denoise_by_kernels(net: UNet, table: Tensor, slots: Slots, batch: int) -> No
     triton_step.advance(cursor, slots.last)
 
 
-def algebra(net: UNet, table: Tensor, slots: Slots, batch: int) -> None:
+def algebra(net: Net, table: Tensor, slots: Slots, batch: int) -> None:
     """One denoising step in plain torch. See `model.plan` for the letters."""
     x, x0_before, cursor = slots.x[:batch], slots.x0[:batch], slots.cursor[:batch]  # [b, C, H, W] twice, [b]
     row = slots.rows[torch.arange(batch, device=x.device), cursor]  # [b, 11]

@@ -43,7 +43,7 @@ class Resnet(nn.Module):
         self, arch: Architecture, channels: int, out: int, *, down: bool = False, up: bool = False, scale: float = 1.0
     ) -> None:
         super().__init__()
-        embedding = arch.time_embedding_dim or 4 * arch.block_out_channels[0]
+        embedding = arch.embedding_dim
         shares = 2 if arch.resnet_time_scale_shift == "scale_shift" else 1
         self.down, self.up, self.scale = down, up, scale
         self.norm1 = GroupNorm(arch.norm_num_groups, channels, arch.norm_eps)
@@ -79,7 +79,7 @@ class Attention(nn.Module):
         self.scale = scale
         self.group_norm = GroupNorm(groups, channels, arch.norm_eps) if groups else None
         self.to_q, self.to_k, self.to_v = (nn.Linear(channels, channels) for _ in range(3))
-        self.attend = SelfAttention(channels // (arch.attention_head_dim or channels))
+        self.attend = SelfAttention(arch.heads(channels))
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
         self.to_qkv: Conv | None = None  # the dense layers as 1 x 1 convolutions, once `fuse` has been called
         self.back: Conv | None = None
@@ -132,6 +132,17 @@ class Upsample(nn.Module):
         return out
 
 
+class Resize(nn.Module):
+    """Half or twice the size without weights: the mean of four pixels, or each pixel four times."""
+
+    def __init__(self, up: bool) -> None:
+        super().__init__()
+        self.up = up
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        return upsample(x) if self.up else F.avg_pool2d(x, 2)
+
+
 class Block(nn.Module):
     """The residual blocks of one level, each perhaps followed by attention."""
 
@@ -162,7 +173,11 @@ class DownBlock(Block):
         self.downsamplers = nn.ModuleList()
         if level < len(arch.block_out_channels) - 1:
             by_resnet = kind == RESNET or (kind == ATTENTION and arch.downsample_type == "resnet")
-            sampler = Resnet(arch, out, out, down=True) if by_resnet else Downsample(out, arch.downsample_padding)
+            sampler: nn.Module = Downsample(out, arch.downsample_padding)
+            if by_resnet:
+                sampler = Resnet(arch, out, out, down=True)
+            elif arch.downsample_type == "pool":
+                sampler = Resize(up=False)
             self.downsamplers.append(sampler)
 
     def forward(self, x: Tensor, embedding: Tensor, kept: list[Tensor]) -> Tensor:
@@ -192,7 +207,12 @@ class UpBlock(Block):
         self.upsamplers = nn.ModuleList()
         if level < len(widths) - 1:
             by_resnet = kind == RESNET or (kind == ATTENTION and arch.upsample_type == "resnet")
-            self.upsamplers.append(Resnet(arch, out, out, up=True) if by_resnet else Upsample(out))
+            sampler: nn.Module = Upsample(out)
+            if by_resnet:
+                sampler = Resnet(arch, out, out, up=True)
+            elif arch.upsample_type == "repeat":
+                sampler = Resize(up=True)
+            self.upsamplers.append(sampler)
 
     def forward(self, x: Tensor, embedding: Tensor, kept: list[Tensor]) -> Tensor:
         for i in range(len(self.resnets)):
@@ -227,7 +247,7 @@ class UNet(nn.Module):
         self.arch = arch
         widths, levels = arch.block_out_channels, range(len(arch.block_out_channels))
         self.conv_in = Conv(arch.in_channels, widths[0], 3, padding=1)
-        self.time_embedding = TimestepEmbedding(widths[0], arch.time_embedding_dim or 4 * widths[0])
+        self.time_embedding = TimestepEmbedding(arch.sinusoid_dim or widths[0], arch.embedding_dim)
         self.down_blocks = nn.ModuleList([DownBlock(arch, level) for level in levels])
         self.mid_block = MidBlock(arch) if arch.mid_block_type else None
         self.up_blocks = nn.ModuleList([UpBlock(arch, level) for level in levels])
@@ -242,8 +262,9 @@ class UNet(nn.Module):
 
     def embed(self, timesteps: Tensor) -> Tensor:
         """All that the net needs to know of a timestep. timesteps: [N], as it was trained -> [N, P]"""
-        dim = self.arch.block_out_channels[0]
-        embedding = sinusoid(timesteps, dim, self.arch.flip_sin_to_cos, self.arch.freq_shift)
+        arch, dim = self.arch, self.time_embedding.linear_1.in_features
+        timesteps = timesteps.float() * arch.timestep_scale
+        embedding = sinusoid(timesteps, dim, arch.flip_sin_to_cos, arch.freq_shift)
         embedding = F.silu(self.time_embedding(embedding.to(self.time_embedding.linear_1.weight.dtype)))
         return torch.cat([resnet.time_emb_proj(embedding) for resnet in self.timed], dim=1)
 

@@ -27,25 +27,52 @@ from server.worker import LocalBackend, Patience
 
 logger = logging.getLogger(__name__)
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([A-Za-z0-9][\w./-]*))?", re.ASCII)
 ROOMS = (generate, jobs, stream, models, openai, scrape)
 CODES = {404: "not-found", 405: "method-not-allowed"}
 
 
-def find_models(weights: Path) -> dict[str, ModelCard]:
-    """The model directories in a folder, or the one that it is. Raises ModelRefused, naming the directory."""
-    if not weights.is_dir():
-        raise ModelRefused(f"{weights} is not a directory")
+def find_models(weights: str | Path) -> dict[str, ModelCard]:
+    """The models of all folders, model directories and hub ids in this list. Raises ModelRefused, naming the one."""
+    text = str(weights)
+    places = [text] if Path(text).is_dir() else [place.strip() for place in text.split(",") if place.strip()]
+    cards: dict[str, ModelCard] = {}
+    for card in (card for place in places for card in _find(place)):
+        if card.name in cards:
+            raise ModelRefused(f"two of the models of DDPM_WEIGHTS are called {card.name}; rename one's directory")
+        cards[card.name] = card
+    if not cards:
+        raise ModelRefused("DDPM_WEIGHTS names no model")
+    return cards
+
+
+def _find(place: str) -> list[ModelCard]:
+    """The model directories in a folder, or the one that it is, or the one that a hub has."""
+    if Path(place).is_dir():
+        return _find_here(Path(place))
+    on_hub = HUB_ID.fullmatch(place)
+    if on_hub is None:
+        raise ModelRefused(f"{place} is not a directory")
+    name = on_hub[1].split("/")[1]
+    if not NAME.fullmatch(name):
+        raise ModelRefused(f"{on_hub[1]} cannot be served under its name, which is not {NAME.pattern}")
+    from server import hub  # brings a client that takes most of a second, and most servers need none of it
+
+    return [hub.fetch(on_hub[1], on_hub[2] or "main", name)]
+
+
+def _find_here(weights: Path) -> list[ModelCard]:
     alone = (weights / "config.json").is_file() or (weights / "unet").is_dir()
     directories = [weights] if alone else sorted(d for d in weights.iterdir() if d.is_dir() and d.name[0] != ".")
     if not directories:
         raise ModelRefused(f"{weights} holds no model directory")
-    cards = {}
+    cards = []
     for directory in directories:
         name = directory.resolve().name
         if not NAME.fullmatch(name):
             raise ModelRefused(f"{weights} holds a directory whose name is not {NAME.pattern}")
         try:
-            cards[name] = read_card(directory, name)
+            cards.append(read_card(directory, name))
         except ModelRefused as error:
             raise ModelRefused(f"{directory}: {error}") from error
     return cards

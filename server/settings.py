@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
 
 from server.errors import SettingsError
 
@@ -19,7 +19,9 @@ class Settings(BaseModel):
 
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes any free one")
-    weights: Path = Field(Path("weights"), description="a folder of model directories, or one model directory")
+    weights: Annotated[str, BeforeValidator(str)] = Field(
+        "weights", description="folders of model directories, model directories, hub ids (org/name@revision), by commas"
+    )
     default_model: str = Field("", description="model of requests that name none; empty: the only one there is")
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(

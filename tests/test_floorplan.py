@@ -54,12 +54,14 @@ FLOORS = [
     ["model.engine"],
     ["model.runner", "model.scheduler", "model.snapshot"],
     ["model.checkpoint", "model.slots", "model.exact_kernels"],
-    ["model.unet"],
+    ["model.nets"],
+    ["model.unet", "model.lucid_unet"],
     ["model.kernels"],
     ["model.triton_net", "model.triton_step", "model.triton_conv"],
     ["model.noise", "model.events"],
     ["model.plan", "model.card"],
-    ["model.schedule", "model.architecture"],
+    ["model.schedule", "model.lucid_architecture"],
+    ["model.architecture"],
     ["model.options"],
     ["model.errors"],
 ]
@@ -75,7 +77,18 @@ OFF_THE_PATH = [
 ]
 ENTRANCES = ["server.cli", "server.commands.*"]  # these alone open every door, that of a client too
 TORCH_FREE = [
-    f"model.{room}" for room in ("errors", "options", "schedule", "architecture", "plan", "card", "events", "scheduler")
+    f"model.{room}"
+    for room in (
+        "errors",
+        "options",
+        "schedule",
+        "architecture",
+        "lucid_architecture",
+        "plan",
+        "card",
+        "events",
+        "scheduler",
+    )
 ]
 ROOMS = {
     "torch": ["model.*", "server.engine_process", "server.faults"],
@@ -91,6 +104,7 @@ ROOMS = {
     "httpx": ["server.client_*"],
     "websockets": ["server.client_lines", "server.connection"],
     "huggingface_hub": ["server.hub"],
+    "httpx2": ["server.hub"],  # what it speaks to a hub with
     "prometheus_client": ["server.metrics"],
 }
 ENGINE_PROCESS = {"server.engine_process", "server.faults"}  # never imported by the API process
@@ -209,7 +223,7 @@ def test_packages_import_nothing(package: str) -> None:
     assert imports(package) == set()
 
 
-@pytest.mark.parametrize("module", ["server.app", "server.commands.serve", "server.cli", "server.client"])
+@pytest.mark.parametrize("module", ["server.app", "server.commands.serve", "server.cli", "server.client", "server.hub"])
 def test_the_api_process_starts_without_torch(module: str) -> None:
     if module not in FILES or find_spec("fastapi") is None:
         pytest.skip("the server, or what it is built with, is not here")

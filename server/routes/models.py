@@ -27,6 +27,7 @@ def _document(card: ModelCard, served: Served | None) -> dict[str, Any]:
     return {
         "name": card.name,
         "digest": served.digest if served is not None else None,
+        "source": asdict(card.source) if card.source is not None else None,
         "shape": {"channels": channels, "height": height, "width": width},
         "T": process.schedule.T,
         "prediction": process.prediction,

@@ -14,6 +14,9 @@ from torch.nn import functional as F
 
 import model.kernels
 from model import triton_net
+from model.lucid_architecture import LucidArchitecture
+from model.lucid_unet import LucidUNet
+from model.nets import Net
 from model.noise import STEP, gaussian, philox
 from model.plan import C, K, S, W
 from model.runner import algebra, denoise, denoise_by_kernels
@@ -310,7 +313,29 @@ def test_steps_of_a_real_net_by_kernels_are_those_of_the_algebra(kind: str) -> N
     assert error(slots.x0, expected.x0.double()) < 1e-5
 
 
-def algebra_without_kernels(net: UNet, table: Tensor, slots: Slots) -> None:
+@pytest.mark.usefixtures("kernels_on")
+def test_steps_of_lucidrains_net_by_kernels_are_those_of_the_algebra() -> None:
+    """Its norms are torch's own; what a convolution adds, and the sampler, are kernels."""
+    torch.manual_seed(0)
+    arch = LucidArchitecture(8, 8, 1, 2, 8, 8, (1, 2), (False, True), (1, 1), (4, 4), num_mem_kv=2)
+    with torch.inference_mode(False):
+        net: Any = LucidUNet(arch)
+        for parameter in net.parameters():
+            parameter.requires_grad_(False).add_(0.1 * torch.randn_like(parameter))
+        net = net.eval().to(DEVICE, memory_format=torch.channels_last)
+    table = net.embed(torch.arange(T, device=DEVICE))
+    slots = Slots(3, arch.shape, T, DEVICE)
+    slots.ahead = torch.zeros(3, 0, *arch.shape, device=DEVICE)
+    for slot, choice in enumerate(CHOICES[:3]):
+        slots.seat(slot, slot, a_plan(5, **choice), slots.draw_initial([slot])[0])
+    expected = twin(slots)
+    algebra_without_kernels(net, table, expected)
+    denoise(net, table, slots, 3)
+
+    assert error(slots.x, expected.x.double()) < 1e-5
+
+
+def algebra_without_kernels(net: Net, table: Tensor, slots: Slots) -> None:
     """The same step in torch alone."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(model.kernels, "TRITON_ON", frozenset())

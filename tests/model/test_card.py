@@ -76,6 +76,16 @@ def test_keys_of_2022_are_read_and_unknown_ones_passed_over(tmp_path: Path) -> N
     assert np.array_equal(schedule.alpha_bar, linear(50).alpha_bar)
 
 
+def test_the_options_of_the_summer_of_2022_are_those_of_today(tmp_path: Path) -> None:
+    old = {"image_size": 8, "block_channels": [8, 16], "num_res_blocks": 1, "resnet_num_groups": 4, "resnet_eps": 1e-5}
+    old |= {"down_blocks": ["UNetResDownBlock2D", "UNetResAttnDownBlock2D"], "downscale_freq_shift": 0}
+    old |= {"up_blocks": ["UNetResAttnUpBlock2D", "UNetResUpBlock2D"], "num_head_channels": 8, "resnet_act_fn": "silu"}
+    old |= {"_class_name": "UNetUnconditionalModel", "in_channels": 1, "out_channels": 1, "conv_resample": True}
+    (write_model(tmp_path) / "config.json").write_text(json.dumps(old))
+
+    assert read_card(tmp_path).architecture == ARCHITECTURE
+
+
 @pytest.mark.parametrize("size", [[16, 24], (16.0, 24.0)])
 def test_a_picture_may_be_higher_than_wide(tmp_path: Path, size: object) -> None:
     assert read_card(write_model(tmp_path, {"sample_size": size})).architecture.shape == (1, 16, 24)
@@ -156,7 +166,7 @@ def test_a_pickle_is_never_read_and_the_refusal_says_so(tmp_path: Path) -> None:
 
     assert why(tmp_path) == (
         f"{WEIGHTS} is missing ('diffusion_pytorch_model.bin' is a pickle, which is never read; "
-        "save the model as safetensors)"
+        "`ddpm convert` makes safetensors of it)"
     )
 
 

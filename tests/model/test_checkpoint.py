@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from model.card import WEIGHTS, read_card
+from model.card import INDEX, WEIGHTS, read_card
 from model.checkpoint import MAX_HEADER_BYTES, MAX_PARAMETERS, load_model, modern, read_header
 from model.errors import ModelRefused
 from tests.model.directories import entry, safetensors, weights, write_model
@@ -78,6 +78,12 @@ def test_only_layers_of_attention_are_renamed() -> None:
     assert modern("bogus") == "bogus"
 
 
+def test_blocks_may_be_called_as_in_the_summer_of_2022(tmp_path: Path) -> None:
+    assert modern("downsample_blocks.0.resnets.1.conv1.bias") == "down_blocks.0.resnets.1.conv1.bias"
+    assert modern("mid.attentions.0.query.weight") == "mid_block.attentions.0.to_q.weight"
+    assert modern("conv_in.mid.weight") == "conv_in.mid.weight"
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
 def test_weights_may_be_stored_in_any_float(tmp_path: Path, dtype: torch.dtype) -> None:
     rounded = {name: tensor.to(dtype) for name, tensor in weights().items()}
@@ -93,6 +99,82 @@ def test_metadata_is_allowed(tmp_path: Path) -> None:
     save_file(weights(), tmp_path / WEIGHTS, metadata={"format": "pt"})
 
     assert output(tmp_path).isfinite().all()
+
+
+# Weights in several files, or in half precision
+
+SHARDS = ["diffusion_pytorch_model-00001-of-00002.safetensors", "diffusion_pytorch_model-00002-of-00002.safetensors"]
+
+
+def write_shards(directory: Path, halves: tuple[Tensors, Tensors], changes: dict[str, str] | None = None) -> Path:
+    """A model directory with its weights in two files, and an index that says so, but for `changes`."""
+    first, second = halves
+    (write_model(directory) / WEIGHTS).unlink()
+    for name, tensors in zip(SHARDS, (first, second), strict=True):
+        save_file(tensors, directory / name)
+    places = {key: SHARDS[0] for key in first} | {key: SHARDS[1] for key in second} | (changes or {})
+    (directory / INDEX).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": places}))
+    return directory
+
+
+def halves() -> tuple[Tensors, Tensors]:
+    """The tiny net's weights in two parts."""
+    names = sorted(weights())
+    return {n: weights()[n] for n in names[:20]}, {n: weights()[n] for n in names[20:]}
+
+
+def test_weights_in_several_files_are_the_same_net(tmp_path: Path) -> None:
+    assert torch.equal(output(write_model(tmp_path / "a")), output(write_shards(tmp_path / "b", halves())))
+
+
+def test_the_digest_is_that_of_every_file_with_weights(tmp_path: Path) -> None:
+    first, second = halves()
+    before = read_card(write_shards(tmp_path, (first, second))).digest
+    second["mid_block.resnets.0.conv1.bias"][0] += 1
+    save_file(second, tmp_path / SHARDS[1])
+
+    assert read_card(tmp_path).digest != before
+
+
+def test_a_file_that_the_index_names_and_that_is_missing_is_named(tmp_path: Path) -> None:
+    (write_shards(tmp_path, halves()) / SHARDS[1]).unlink()
+
+    assert refusal(lambda: read_card(tmp_path)) == f"{SHARDS[1]} is missing"
+
+
+def test_a_tensor_in_two_files_is_ambiguous(tmp_path: Path) -> None:
+    first, second = halves()
+
+    assert "holds weights twice" in why(write_shards(tmp_path, (first, second | first)))
+
+
+@pytest.mark.parametrize(
+    "name", ["../a.safetensors", "/etc/passwd", "..", "a/b.safetensors", "a.bin", "", ".safetensors", "a\n.safetensors"]
+)
+def test_an_index_that_leads_elsewhere_is_refused(tmp_path: Path, name: str) -> None:
+    write_shards(tmp_path, halves(), {"conv_in.bias": name})
+
+    assert refusal(lambda: read_card(tmp_path)).startswith(
+        f"{INDEX}: weight_map must name at most 256 safetensors files"
+    )
+
+
+@pytest.mark.parametrize("index", ["{}", '{"weight_map": []}', '{"weight_map": {}}', '{"weight_map": {"a": 1}}', "[]"])
+def test_an_index_that_is_none_is_refused(tmp_path: Path, index: str) -> None:
+    (write_shards(tmp_path, halves()) / INDEX).write_text(index)
+
+    assert refusal(lambda: read_card(tmp_path)).startswith(INDEX)
+
+
+def test_weights_in_half_precision_are_taken_where_the_full_ones_are_missing(tmp_path: Path) -> None:
+    half = {name: tensor.half() for name, tensor in weights().items()}
+    write_model(tmp_path / "a", tensors=half)
+    (write_model(tmp_path / "b") / WEIGHTS).unlink()
+    save_file(half, tmp_path / "b" / "diffusion_pytorch_model.fp16.safetensors")
+    assert torch.equal(output(tmp_path / "a"), output(tmp_path / "b"))
+
+    save_file(weights(), tmp_path / "b" / WEIGHTS)
+    assert torch.equal(output(tmp_path / "b"), output(write_model(tmp_path / "c")))
 
 
 # Weights that do not fit the configuration
@@ -129,7 +211,7 @@ def test_a_wrong_name_is_a_missing_one(tmp_path: Path) -> None:
 def test_attention_under_both_its_names_is_ambiguous(tmp_path: Path) -> None:
     message = why(write_model(tmp_path, tensors=weights() | old_names(weights())))
 
-    assert message == f"{WEIGHTS} holds attention weights under both their old and their new names"
+    assert message == f"{WEIGHTS} holds weights twice, or under both their old and their new names"
 
 
 def test_the_weights_of_a_larger_net_are_refused(tmp_path: Path) -> None:

@@ -142,6 +142,29 @@ def test_the_engine_makes_what_the_reference_makes_alone(
         np.testing.assert_allclose(finished.floats, x[0].clamp(-1, 1).numpy(), rtol=0, atol=tolerance)
 
 
+def test_what_diffusers_saves_in_pieces_or_in_halves_makes_its_pictures(tmp_path: Path) -> None:
+    pipe = pipeline(shaken(small()).half().float(), DDPMScheduler(num_train_timesteps=60))
+    pipe.unet.save_pretrained(tmp_path / "pieces" / "unet", max_shard_size="30KB")
+    pipe.unet.half().save_pretrained(tmp_path / "halves" / "unet", variant="fp16")
+    pipe.unet.float()
+    assert not any(tmp_path.rglob("diffusion_pytorch_model.safetensors"))
+    for directory in (tmp_path / "pieces", tmp_path / "halves"):
+        pipe.scheduler.save_pretrained(directory / "scheduler")
+        model = opened(directory)
+        (made,) = pictures(model, [(3, planned(model.card.process, steps=4, noise="torch"))])
+        assert grey_levels_apart(made, theirs(pipe, 3, 4)) <= 1
+
+
+def test_a_ddim_scheduler_beside_a_ddpm_pipeline_makes_the_pictures_of_its_numbers(tmp_path: Path) -> None:
+    net, options = shaken(small()), {"num_train_timesteps": 60, "beta_schedule": "squaredcos_cap_v2"}
+    pipeline(net, DDIMScheduler(**options)).save_pretrained(tmp_path)
+    model = opened(tmp_path)
+    for sampler, scheduler in (("ddpm", DDPMScheduler(**options)), ("ddim", DDIMScheduler(**options))):
+        (made,) = pictures(model, [(3, planned(model.card.process, sampler, 4, noise="torch"))])
+        pipe = pipeline(net, scheduler)
+        assert grey_levels_apart(made, theirs(pipe, 3, 4)) <= 1
+
+
 @pytest.mark.skipif(
     not (DIGITS / "diffusion_pytorch_model.safetensors").is_file(), reason="the weights of weights/digits are not there"
 )

@@ -1,0 +1,76 @@
+"""A directory that diffusers saved, of any age: weights that are pickles, names that have been given up since."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from model.architecture import RENAMED, with_todays_names
+from model.card import config_files
+from model.checkpoint import modern
+from model.convert import ports
+from model.convert.frame import Converted, Options, asked, scheduler_config
+from model.convert.sources import read_state
+from model.errors import ModelRefused
+from model.options import read_json, whole
+
+NAMES = ("diffusion_pytorch_model", "diffusion_model", "pytorch_model")
+KINDS = (".safetensors", ".bin", ".fp16.safetensors", ".fp16.bin", ".pt")
+MAX_SHARDS = 256
+
+
+def convert(directory: Path, options: Options) -> tuple[Converted, Path]:
+    """The model directory, and the file that its weights were read from. Raises ModelRefused."""
+    net_file, schedule_file = config_files(directory)
+    config = read_json(net_file)
+    weights = _weights_file(net_file.parent)
+    state, _, _ = read_state(weights)
+    given = read_json(schedule_file) if schedule_file.exists() else {}
+    if "ch_mult" in config:  # the very first: Ho's U-Net as pesser spelled it
+        size = options.image_size or whole(config.get("resolution"))
+        made = ports.convert(state, replace(options, image_size=size))
+    else:
+        made = Converted(_config(config, options), scheduler_config(options, "fixed_small"), _tensors(state), "")
+    return replace(made, scheduler=_scheduler(given, made.scheduler, options), origin=_origin(given)), weights
+
+
+def _weights_file(folder: Path) -> Path:
+    for kind in KINDS:
+        for name in NAMES:
+            if (folder / f"{name}{kind}").is_file():
+                return folder / f"{name}{kind}"
+    if any(folder.glob("*.index.json")):
+        raise ModelRefused("pickled weights in several files are not read; save them as one, or as safetensors")
+    raise ModelRefused(f"{NAMES[0]}.bin is missing")
+
+
+def _config(config: dict[str, Any], options: Options) -> dict[str, Any]:
+    todays = dict(with_todays_names(config)) | {"_class_name": "UNet2DModel"}
+    if options.image_size is not None:
+        todays["sample_size"] = options.image_size
+    return {name: value for name, value in todays.items() if name not in RENAMED and name != "_module"}
+
+
+def _tensors(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    # 2022's resampling layers knew their convolution under two names
+    twice = [key for key in state if ".op." in key and key.replace(".op.", ".conv.") in state]
+    named = {modern(key): tensor for key, tensor in state.items() if key not in twice}
+    if len(named) != len(state) - len(twice):
+        raise ModelRefused("weights are there under both their old and their new names")
+    return named
+
+
+def _scheduler(given: dict[str, Any], usual: dict[str, Any], options: Options) -> dict[str, Any]:
+    """What the directory says, but for what was asked for."""
+    if not given:
+        return usual
+    T = {"num_train_timesteps": given["timesteps"]} if "timesteps" in given else {}
+    kept = {name: value for name, value in given.items() if name not in ("timesteps", "timestep_values")}
+    if str(kept.get("_class_name")).startswith("Gaussian"):
+        kept["_class_name"] = "DDPMScheduler"
+    return T | kept | asked(options)
+
+
+def _origin(given: dict[str, Any]) -> str:
+    return "Saved by diffusers" + ("" if given else ", without a schedule: the usual one, or what was asked for")

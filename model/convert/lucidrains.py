@@ -1,0 +1,151 @@
+"""The U-Net of lucidrains' `denoising_diffusion_pytorch`, version 2, as its trainer saves it in `model-N.pt`.
+
+Such a file holds the net twice, as it is trained and averaged; the average is taken. Beside the weights lie the tables
+of its diffusion process: they are the schedule, and tell what the net predicts. The picture's size is in no file.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.architecture import CHANNELS
+from model.convert.frame import Converted, Options, required, scheduler_config
+from model.errors import ModelRefused
+from model.lucid_architecture import LUCID
+from model.schedule import Prediction
+
+FIRST = "init_conv.weight"
+AVERAGE = "ema_model."
+NEEDED = ("time_mlp.1.weight", "mid_attn.to_qkv.weight", "downs.0.0.block1.proj.weight", "final_conv.weight")
+CLEAR = 1.0  # signal to noise below which no usual weighting of the loss is clamped
+
+
+def _places(state: Mapping[str, Tensor]) -> list[str]:
+    """What stands before the names of each net in the file: the average first, then the outermost."""
+    prefixes = [key.removesuffix(FIRST) for key in state if key == FIRST or key.endswith(f".{FIRST}")]
+    return sorted(prefixes, key=lambda prefix: (AVERAGE not in prefix, len(prefix)))
+
+
+def recognises(state: Mapping[str, Tensor]) -> bool:
+    """Whether these tensors have the names of lucidrains' `Unet`, alone, in its process or in a trainer's file."""
+    return any(all(prefix + name in state for name in NEEDED) for prefix in _places(state))
+
+
+def _refuse_variants(net: Mapping[str, Tensor]) -> None:
+    """Nets of other versions, and nets that want to be told more than x_t and t."""
+    if missing := [name for name in NEEDED if name not in net]:
+        raise ModelRefused(f"{missing[0]} is missing: a variant of lucidrains' net that cannot be converted")
+    if "time_mlp.0.weights" in net:
+        raise ModelRefused("random or learned Fourier features of the timestep (time_mlp.0.weights) are not supported")
+    if "downs.0.0.block1.norm.g" not in net or "mid_attn.mem_kv" not in net:
+        raise ModelRefused("a net of version 1 (group norms, or attention without memories) cannot be converted")
+    channels = net[FIRST].shape[1]
+    if channels in (2 * each for each in CHANNELS):
+        raise ModelRefused(f"a self-conditioned net, which reads {channels} channels, cannot be converted")
+
+
+def _config(net: Mapping[str, Tensor], options: Options) -> dict[str, Any]:
+    dim, memories = net["time_mlp.1.weight"].shape[1], net["mid_attn.mem_kv"].shape[2]
+    full, heads, head_dims, widths = list[bool](), list[int](), list[int](), list[int]()
+    while (place := f"downs.{len(widths)}") + ".2.mem_kv" in net:
+        full.append(f"{place}.2.to_out.weight" in net)
+        _, among, *sizes = net[f"{place}.2.mem_kv"].shape  # [2, heads, M, d], or [2, heads, d, M] if it is linear
+        heads.append(among)
+        head_dims.append(sizes[1] if full[-1] else sizes[0])
+        resize = net.get(f"{place}.3.1.weight", net.get(f"{place}.3.weight"))
+        widths.append(0 if resize is None else resize.shape[0])
+    if not widths or any(width % dim or not width for width in widths):
+        raise ModelRefused(f"every level's channels must be a multiple of dim ({dim}), got {widths}")
+    return {
+        "_class_name": LUCID,
+        "sample_size": required(options.image_size, "--image-size", "the file does not tell the size of a picture"),
+        "in_channels": net[FIRST].shape[1],
+        "out_channels": net["final_conv.weight"].shape[0],
+        "dim": dim,
+        "init_dim": net[FIRST].shape[0],
+        "dim_mults": [width // dim for width in widths],
+        "full_attn": full,
+        "attn_heads": heads,
+        "attn_dim_head": head_dims,
+        "num_mem_kv": memories,
+        "sinusoidal_pos_emb_theta": 10_000,
+    }
+
+
+def _tensors(net: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights by their names in `model.lucid_unet`: those of the original, but for three kinds of layers."""
+    tensors = {}
+    for key, tensor in net.items():
+        if re.fullmatch(
+            r"downs\.\d+\.3\.1\.weight", key
+        ):  # of one pixel, over four that were stacked: [out, 4 C, 1, 1]
+            tensor = tensor.reshape(len(tensor), -1, 2, 2)
+        name = re.sub(r"^((?:downs|ups)\.\d+\.3)\.1\.", r"\1.", key)
+        if key.endswith(".mem_kv") and key.replace("mem_kv", "to_out.weight") in net:
+            name = key.replace("mem_kv", "attend.memory")
+        tensors[name] = tensor
+    return tensors
+
+
+def sigmoid(T: int) -> Tensor:
+    """The step variances of the package's default schedule (Jabri et al. 2022, figure 8). [T] float64"""
+    left = torch.sigmoid(-6 * torch.arange(T + 1, dtype=torch.float64) / T + 3)
+    left = (left - left[-1]) / (left[0] - left[-1])  # alpha_bar, from 1 to 0
+    return (1 - left[1:] / left[:-1]).clamp(0, 0.999)
+
+
+def _predicted(tables: Mapping[str, Tensor]) -> Prediction:
+    """What the net predicts, from how the loss was weighted: by nothing, by the signal to noise, or in between."""
+    left, weight = tables["alphas_cumprod"].double(), tables["loss_weight"].double()
+    snr = left / (1 - left)
+    usual: dict[Prediction, Tensor] = {"epsilon": torch.ones_like(snr), "sample": snr, "v_prediction": left}
+    noisy = snr < CLEAR
+    apart = {name: float((weight - expected)[noisy].abs().max()) for name, expected in usual.items()}
+    best = min(usual, key=lambda name: apart[name])
+    if apart[best] > 1e-3:
+        raise ModelRefused("loss_weight is of no known objective: --prediction must be given")
+    return best
+
+
+def _process(state: Mapping[str, Tensor], prefix: str, options: Options, learned: bool) -> dict[str, Any]:
+    """scheduler_config.json, from the tables beside the net, or, if there are none, from what is told."""
+    outer, variance = prefix.removesuffix("model."), "learned_range" if learned else "fixed_small"
+    tables = {name: state[outer + name] for name in ("betas", "alphas_cumprod", "loss_weight") if outer + name in state}
+    if not tables:
+        return _told_process(replace(options, prediction=options.prediction or "v_prediction"), variance)
+    if any(value is not None for value in (options.schedule, options.timesteps, options.beta_start, options.beta_end)):
+        raise ModelRefused("the file holds its own schedule: --schedule, --timesteps and betas must not be given")
+    if missing := {"betas", "alphas_cumprod", "loss_weight"} - tables.keys():
+        raise ModelRefused(f"the file lacks {min(missing)}, a table of its diffusion process")
+    betas, prediction = tables["betas"].double().tolist(), options.prediction or _predicted(tables)
+    return _scheduler(replace(options, prediction=prediction, timesteps=len(betas)), variance, betas)
+
+
+def _told_process(options: Options, variance: str) -> dict[str, Any]:
+    """scheduler_config.json for a net alone: the package's defaults, unless another schedule is asked for."""
+    T = options.timesteps or 1000
+    if options.schedule in (None, "sigmoid"):  # which is not diffusers' sigmoid
+        return _scheduler(replace(options, schedule=None), variance, sigmoid(T).tolist())
+    scaled = replace(options, beta_start=options.beta_start or 0.1 / T, beta_end=options.beta_end or 20 / T)
+    return _scheduler(scaled, variance, None)
+
+
+def _scheduler(options: Options, variance: str, betas: list[float] | None) -> dict[str, Any]:
+    return scheduler_config(options, variance) | {"trained_betas": betas, "timestep_spacing": "trailing"}
+
+
+def convert(state: Mapping[str, Tensor], options: Options) -> Converted:
+    """The same net as a `LucidUNet`."""
+    prefix = _places(state)[0]
+    net = {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
+    _refuse_variants(net)
+    config = _config(net, options)
+    scheduler = _process(state, prefix, options, config["out_channels"] == 2 * config["in_channels"])
+    which = "averaged" if AVERAGE in prefix else "not averaged"
+    T, size = scheduler["num_train_timesteps"], config["sample_size"]
+    origin = f"lucidrains' U-Net ({which}, {scheduler['prediction_type']}), {size} x {size}, T = {T}"
+    return Converted(config, scheduler, _tensors(net), origin)

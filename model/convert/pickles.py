@@ -1,0 +1,160 @@
+"""Checkpoints that are pickles, read in a process of its own that is bounded, and handed over as safetensors.
+
+`torch.load(weights_only=True)` builds tensors and plain containers and refuses everything else. It is still a parser
+of a stranger's program, so it never runs in the process that converts, nor in the server; what comes out is a
+safetensors file, which whoever asked for it reads like any other.
+"""
+
+import json
+import os
+import re
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from model.errors import ModelRefused
+
+MAX_FILE_BYTES = 64 << 30
+MAX_SECONDS = 1800  # of a processor
+SPARE_BYTES = 2 << 30  # that reading may take besides twice the file
+MAX_DEPTH = 4  # of containers around the tensors
+MAX_PARTS = 64
+AVERAGED = ("ema", "shadow", "averaged")
+EXIT_REFUSED = 3
+
+
+def unpickle(source: Path, target: Path, part: str | None = None) -> tuple[str, list[str]]:
+    """Writes one part of a pickled checkpoint as safetensors. Returns (its name, the names of all parts).
+
+    Raises ModelRefused in one line if the file is not what it must be, or if reading it takes too much.
+    """
+    size = source.stat().st_size
+    if size > MAX_FILE_BYTES:
+        raise ModelRefused(f"{source.name} has {size} bytes, at most {MAX_FILE_BYTES} are read")
+    root = str(Path(__file__).parents[2])
+    paths = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+    arguments = [str(source), str(target), *([part] if part else [])]
+    command = [sys.executable, "-P", "-W", "ignore", "-m", "model.convert.pickles", *arguments]
+    environ = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environ, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    if done.returncode == EXIT_REFUSED:
+        raise ModelRefused(ascii(done.stderr[:500])[1:-1])
+    if done.returncode:
+        raise ModelRefused(f"{source.name} could not be read: reading it took too much, or failed")
+    told = json.loads(done.stdout)
+    return str(told["part"]), list(map(str, told["parts"]))
+
+
+def parts(loaded: object) -> dict[str, dict[str, Tensor]]:
+    """Every state dict in what a checkpoint holds, by where it is: `ema`, `state_dict`, `0`; the outermost is ``."""
+    found: dict[str, dict[str, Tensor]] = {}
+    # shadow parameters, which are lists, go by the names that the dicts have
+    for path, value in sorted(_containers(loaded, ()), key=lambda place: isinstance(place[1], list | tuple)):
+        name = ".".join(path)
+        if isinstance(value, Mapping):
+            tensors = {k: v for k, v in value.items() if isinstance(k, str) and isinstance(v, Tensor)}
+        else:
+            tensors = _named_by_a_sibling(value, found)
+        if tensors and len(found) < MAX_PARTS:
+            found[name] = tensors
+    return found
+
+
+def _containers(value: object, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Every dict and list in a checkpoint, the outer before the inner. Optimizers are left out."""
+    if isinstance(value, Mapping):
+        if {"state", "param_groups"} <= value.keys():
+            return
+        yield path, value
+        inner = [(str(key), item) for key, item in value.items() if not isinstance(item, Tensor)]
+    elif isinstance(value, list | tuple):
+        yield path, value
+        inner = [(str(i), item) for i, item in enumerate(value) if not isinstance(item, Tensor)]
+    else:
+        return
+    if len(path) < MAX_DEPTH:
+        for key, item in inner:
+            yield from _containers(item, (*path, key))
+
+
+def _named_by_a_sibling(values: Sequence[object], named: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Shadow parameters, a list in the order of the net's own, under the names of a state dict of the same shapes."""
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    shapes = [tensor.shape for tensor in tensors]
+    for sibling in named.values():
+        if len(tensors) == len(values) > 1 and [tensor.shape for tensor in sibling.values()] == shapes:
+            return dict(zip(sibling, tensors, strict=True))
+    return {}
+
+
+def choose(found: Mapping[str, Mapping[str, Tensor]], part: str | None) -> str:
+    """The part to take: the one asked for, else an average over training, else the largest. Raises ModelRefused."""
+    if part is not None:
+        if part not in found:
+            raise ModelRefused(f"--part must be one of {', '.join(map(repr, found))}")
+        return part
+    averaged = [name for name in found if any(word in name.lower() for word in AVERAGED)]
+    listed = [name for name in found if name.isdigit()]
+    if not averaged and listed and len(found[listed[0]]) == len(found[listed[-1]]):
+        averaged = listed[-1:]  # a list [net, optimizer, …, average]
+    return max(averaged or found, key=lambda name: len(found[name]))  # others hold a counter, a picture, a schedule
+
+
+def _load(source: Path) -> object:
+    try:
+        return torch.load(source, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:
+        unwanted = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = unwanted[1] if unwanted else "something"
+        raise ModelRefused(f"{source.name} holds {what}, which is not a tensor, and is not read") from error
+    except (MemoryError, OSError, RuntimeError, ValueError, EOFError, KeyError, TypeError, RecursionError) as error:
+        raise ModelRefused(f"{source.name} is not a sound checkpoint of torch: {type(error).__name__}") from error
+
+
+def _bounded(size: int) -> None:
+    """From here on, this process may take only so much memory, time and disk."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0]) if Path("/proc/self/statm").exists() else 0
+    if pages:
+        most = pages * resource.getpagesize() + 2 * size + SPARE_BYTES
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    resource.setrlimit(resource.RLIMIT_CPU, (MAX_SECONDS, MAX_SECONDS))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + SPARE_BYTES, size + SPARE_BYTES))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def extract(source: Path, target: Path, part: str | None = None) -> tuple[str, list[str]]:
+    """What `unpickle` does, in this very process, without its bounds."""
+    found = parts(_load(source))
+    if not found:
+        raise ModelRefused(f"{source.name} holds no tensors by name")
+    name = choose(found, part)
+    if any(tensor.layout != torch.strided or tensor.is_quantized for tensor in found[name].values()):
+        raise ModelRefused(f"{source.name} holds sparse or quantised tensors")
+    # every tensor on its own: safetensors knows no views into a common storage
+    save_file({key: tensor.detach().clone().contiguous() for key, tensor in found[name].items()}, target)
+    return name, list(found)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The process of its own: SOURCE TARGET [PART]."""
+    source, target = map(Path, arguments[:2])
+    _bounded(source.stat().st_size)
+    try:
+        name, found = extract(source, target, arguments[2] if len(arguments) > 2 else None)
+    except ModelRefused as refused:
+        print(refused, end="", file=sys.stderr)
+        return EXIT_REFUSED
+    print(json.dumps({"part": name, "parts": found}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

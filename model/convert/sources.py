@@ -1,0 +1,38 @@
+"""A checkpoint file, of whatever kind, as a state dict."""
+
+import tempfile
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from model.convert.pickles import unpickle
+from model.errors import ModelRefused
+from model.options import require_file
+
+WRAPPED = "module."  # what DataParallel puts before every name
+
+
+def read_state(source: Path, part: str | None = None) -> tuple[dict[str, Tensor], str, list[str]]:
+    """(tensors by name, the part of the file that they are, all its parts). Raises ModelRefused."""
+    require_file(source)
+    if source.suffix == ".safetensors":
+        return _stripped(_load(source)), "", [""]
+    with tempfile.TemporaryDirectory() as scratch:
+        target = Path(scratch) / "part.safetensors"
+        taken, found = unpickle(source, target, part)
+        return _stripped(_load(target)), taken, found
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    try:
+        return dict(load_file(path))
+    except (SafetensorError, OSError) as error:
+        raise ModelRefused(f"{path.name} could not be read: {type(error).__name__}") from error
+
+
+def _stripped(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without the prefix that training on several devices leaves."""
+    wrapped = all(key.startswith(WRAPPED) for key in state)
+    return {key.removeprefix(WRAPPED): tensor for key, tensor in state.items()} if wrapped else state
