@@ -146,9 +146,11 @@ def test_no_number_is_left_to_be_filled_in(document: Path) -> None:
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[Server]:
-    """A server of a tiny model that takes as many steps as a real one."""
+    """A server of a tiny model that can take as many steps as a real one, but takes few unless it is told to."""
     schedule = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02}
-    running = Server(write_model(tmp_path / "weights" / "tiny", scheduler=schedule))
+    directory = write_model(tmp_path / "weights" / "tiny", scheduler=schedule)
+    (directory / "model_index.json").write_text('{"default_steps": 20}')
+    running = Server(directory)
     try:
         yield running.wait_until_ready()
     finally:
