@@ -43,8 +43,8 @@ def headings(document: Path) -> set[str]:
 def commands(document: Path) -> list[list[str]]:
     """The commands in a document, in words: lines of code, without the notes behind them."""
     fenced = [code for language, code in FENCED.findall(document.read_text()) if language in ("", "sh", "bash")]
-    indented = re.findall(r"^ {4}(\S.*)$", FENCED.sub("", document.read_text()), re.MULTILINE)
-    lines = "\n".join([*fenced, *indented]).replace("\\\n", " ").splitlines()
+    indented = re.findall(r"^ {4}(.*\S)$", FENCED.sub("", document.read_text()), re.MULTILINE)
+    lines = re.sub(r"\\\n\s*", " ", "\n".join([*fenced, *indented])).splitlines()
     lines = [re.split(r"\s{3,}|\s#\s", line.strip())[0] for line in lines]
     return [
         shlex.split(line) for line in lines if re.match(r"(?:[A-Z_]+=\S+ )*[\w./-]+(?: |$)", line) and _closed(line)
@@ -98,7 +98,7 @@ def _wrong_with_ddpm(words: list[str]) -> str | None:
 def bodies(document: Path) -> list[str]:
     """What requests to `POST /generate` in a document send."""
     found = [words for words in commands(document) if "curl" in words and any(w.endswith("/generate") for w in words)]
-    return [words[words.index("-d") + 1] for words in found]
+    return [words[words.index("-d") + 1] for words in found if "-d" in words]
 
 
 @each_document
