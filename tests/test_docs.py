@@ -1,22 +1,181 @@
-"""Documents keep their word: what they link to is there, and nothing in them is left to be filled in."""
+"""Documents keep their word: links lead somewhere, commands exist, code runs and prints what it is said to print."""
 
+import ast
+import contextlib
+import io
+import json
 import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
+from PIL import Image
+
+from server import cli
+from server.schemas import parse_generate
+from server.settings import PREFIX, Settings
+from tests.model.directories import write_model
+from tests.server.conftest import Server
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted(p for p in ROOT.rglob("*.md") if not any(part.startswith(".") for part in p.relative_to(ROOT).parts))
-LINK = re.compile(r"\]\(([^)#:]+)\)")
+QUICK_START = ROOT / "docs" / "quick-start.md"
+LINK = re.compile(r"\]\(([^)#:\s]*)(?:#([^)\s]+))?\)")
+FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+EXAMPLE = re.compile(r"^```python\n((?:(?!^```).)*)^```\n\n^```text\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+OURS = {"model", "server", "benchmarks", "tests"}
+
+each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+@cache
+def headings(document: Path) -> set[str]:
+    """The names by which headings are linked to, as GitHub makes them."""
+    found = re.findall(r"^#+ (.+)$", FENCED.sub("", document.read_text()), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in found}
+
+
+def commands(document: Path) -> list[list[str]]:
+    """The commands in a document, in words: lines of code, without the notes behind them."""
+    fenced = [code for language, code in FENCED.findall(document.read_text()) if language in ("", "sh", "bash")]
+    indented = re.findall(r"^ {4}(.*\S)$", FENCED.sub("", document.read_text()), re.MULTILINE)
+    lines = re.sub(r"\\\n\s*", " ", "\n".join([*fenced, *indented])).splitlines()
+    lines = [re.split(r"\s{3,}|\s#\s", line.strip())[0] for line in lines]
+    return [
+        shlex.split(line) for line in lines if re.match(r"(?:[A-Z_]+=\S+ )*[\w./-]+(?: |$)", line) and _closed(line)
+    ]
+
+
+def _closed(line: str) -> bool:
+    try:
+        return bool(shlex.split(line))
+    except ValueError:  # an apostrophe: it is prose, or a formula
+        return False
+
+
+def wrong_with(words: list[str]) -> str | None:
+    """What is wrong with a command, if it is one of ours."""
+    variables = [word.partition("=")[0] for word in words if re.match(r"[A-Z_]+=", word)]
+    unknown = {v for v in variables if v.startswith(PREFIX)} - {PREFIX + n.upper() for n in Settings.model_fields}
+    if unknown:
+        return f"no setting {', '.join(unknown)}"
+    words = [word for word in words if not re.match(r"[A-Z_]+=", word)]
+    program = Path(words[0]).name if words else ""
+    if program == "make":
+        targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+        return ", ".join(f"no target {word}" for word in words[1:] if word not in targets) or None
+    if program in ("python", "python3", "torchrun", "sh"):
+        return _wrong_with_python(words)
+    return _wrong_with_ddpm(words[1:]) if program == "ddpm" and words[1:] else None
+
+
+def _wrong_with_python(words: list[str]) -> str | None:
+    if "-m" in words:
+        module = Path(words[words.index("-m") + 1].replace(".", "/"))
+        there = [ROOT / module.with_suffix(".py"), ROOT / module / "__main__.py"]
+        return None if module.parts[0] not in OURS or any(p.is_file() for p in there) else f"no module {module}"
+    files = [word for word in words[1:] if word.endswith((".py", ".sh"))]
+    return ", ".join(f"no file {file}" for file in files if not (ROOT / file).is_file()) or None
+
+
+def _wrong_with_ddpm(words: list[str]) -> str | None:
+    told = io.StringIO()
+    with contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
+        try:
+            cli.main([words[0], "--help"])
+        except SystemExit as end:
+            if end.code:
+                return f"no command ddpm {words[0]}"
+    flags = set(re.findall(r"(?<!\S)--?[a-z][\w-]*", told.getvalue()))
+    return ", ".join(f"no flag {word}" for word in words if re.match("--?[a-z]", word) and word not in flags) or None
+
+
+def bodies(document: Path) -> list[str]:
+    """What requests to `POST /generate` in a document send."""
+    found = [words for words in commands(document) if "curl" in words and any(w.endswith("/generate") for w in words)]
+    return [words[words.index("-d") + 1] for words in found if "-d" in words]
+
+
+@each_document
 def test_every_link_leads_somewhere(document: Path) -> None:
-    links = LINK.findall(document.read_text())
+    links = [link for link, _ in LINK.findall(document.read_text())]
 
     assert [link for link in links if not (document.parent / link).exists()] == []
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+@each_document
+def test_every_heading_that_is_linked_to_is_there(document: Path) -> None:
+    links = [(link, name) for link, name in LINK.findall(document.read_text()) if name]
+    targets = [((document.parent / link) if link else document, name) for link, name in links]
+
+    assert [name for path, name in targets if path.suffix == ".md" and name not in headings(path)] == []
+
+
+@each_document
+def test_every_command_exists_with_its_flags(document: Path) -> None:
+    assert [(words, wrong) for words in commands(document) if (wrong := wrong_with(words))] == []
+
+
+@each_document
+def test_every_request_is_one_that_the_server_takes(document: Path) -> None:
+    assert all(parse_generate(body.encode()) for body in bodies(document))
+
+
+@each_document
+def test_python_prints_what_the_document_says_it_prints(document: Path) -> None:
+    for language, code in FENCED.findall(document.read_text()):
+        if language == "python":
+            compile(code, document.name, "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+        elif language == "json":
+            json.loads(code)
+    for code, expected in EXAMPLE.findall(document.read_text()):
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            exec(compile(code, document.name, "exec"), {})
+        assert printed.getvalue() == expected
+
+
+@each_document
 def test_no_number_is_left_to_be_filled_in(document: Path) -> None:
     assert re.findall(r"RESULTS_TABLE|\| … |on …|TODO|TBD", document.read_text()) == []
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    """A server of a tiny model that can take as many steps as a real one, but takes few unless it is told to."""
+    schedule = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02}
+    directory = write_model(tmp_path / "weights" / "tiny", scheduler=schedule)
+    (directory / "model_index.json").write_text('{"default_steps": 20}')
+    running = Server(directory)
+    try:
+        yield running.wait_until_ready()
+    finally:
+        running.stop()
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+def test_the_quick_start_works_line_by_line(server: Server, tmp_path: Path) -> None:
+    asked = [words for words in commands(QUICK_START) if words[0] == "curl"]
+    statuses = []
+    for words in asked:
+        line = [word.replace("localhost:8000", f"127.0.0.1:{server.port}") for word in words]
+        said = subprocess.run([*line, "-sS", "-w", "\n%{http_code}"], cwd=tmp_path, capture_output=True, check=True)
+        statuses.append(int(said.stdout.splitlines()[-1]))
+        if statuses[-1] == 422:
+            assert json.loads(said.stdout.splitlines()[0])["detail"] == "steps must lie in 1..1000, got 5000"
+    watch = [sys.executable, str(ROOT / "examples" / "watch.py"), "42", "frames", f"ws://127.0.0.1:{server.port}"]
+    subprocess.run(watch, cwd=tmp_path, capture_output=True, check=True, timeout=60)
+
+    assert statuses == [200, 200, 200, 202, 200, 422]
+    with (
+        Image.open(tmp_path / "out.png") as picture,
+        Image.open(tmp_path / "sheet.png") as sheet,
+        Image.open(tmp_path / "denoising.gif") as animation,
+    ):
+        assert (picture.size, sheet.size) == ((8, 8), (32, 32))
+        assert getattr(animation, "n_frames", 1) > 10
+    assert len(list((tmp_path / "frames").iterdir())) == 10 + 9 + 1
