@@ -99,7 +99,7 @@ def create_app(
     if backend is None:
         places = tuple((name, card.directory) for name, card in cards.items())
         knobs = (settings.device, settings.dtype, settings.slots, settings.threads, settings.exact)
-        start = Start(places, *knobs, settings.log_level)
+        start = Start(places, *knobs, settings.log_level, settings.model_memory_bytes)
         patience = Patience(settings.engine_patience_s / 2, hang_s=settings.engine_patience_s)
         backend = LocalBackend(start, settings.engine_restarts, on_failed, metrics.took, patience)
     store = Store(settings.data_dir, metrics.journal_commit_seconds.observe)

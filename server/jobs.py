@@ -17,7 +17,7 @@ from typing import Any
 from model.card import ModelCard
 from model.events import Cancelled, Failed, Finished, Preview
 from server.admission import Admission
-from server.backend import Backend, Progress, Restarting, SampleEvent, Spec
+from server.backend import Aboard, Backend, Progress, Restarting, SampleEvent, Served, Spec
 from server.errors import (
     DeadlinePassed,
     EngineFailed,
@@ -239,10 +239,13 @@ class Jobs:
             if self.admission.closing:
                 raise NotReady("the server is shutting down")
             await asyncio.sleep(READY_S)
-        served = self.backend.served[job.order.model]
+        self._note_what_serves(job, self.backend.served[job.order.model])
+
+    def _note_what_serves(self, job: Job, served: Served) -> None:
+        """What its pictures are made by, once that is known. Raises ModelChanged."""
         if served.digest != job.served.digest:
             raise ModelChanged("the model was changed after this job had been accepted")
-        if served.numerics != job.served.numerics:
+        if served.numerics != job.served.numerics and served.loaded and job.served.numerics:
             logger.warning(
                 "a job is run on another kind of machine", extra={"job": job.id, "numerics": served.numerics}
             )
@@ -294,6 +297,8 @@ class Jobs:
             case Finished(int(index), picture, floats):
                 self._advance(job, {index: job.order.sampling.steps})
                 job.finish(Image(index, job.order.seed + index, picture, floats, job.texts(job.order.seed + index)))
+            case Aboard(served):
+                self._note_what_serves(job, served)
             case Restarting(retry_after_s):
                 self._advance(job, {i: 0 for i in range(job.order.n) if i not in job.images})
                 job.feed.tell("restarting", urgent=True, retry_after_s=retry_after_s)
@@ -357,7 +362,7 @@ class Jobs:
             jobs_running=running,
             jobs_waiting=len(live) - running,
             steps_waiting=self.admission.queue.taken,
-            slots=sum(served.slots for served in self.backend.served.values()),
+            slots=sum(served.slots for served in self.backend.served.values() if served.loaded),
             slots_used=vitals.stats.seated,
             viewers=self.audience.viewers,
             engine_up=self.backend.trouble is None,

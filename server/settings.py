@@ -26,6 +26,9 @@ class Settings(BaseModel):
         "auto", description="numbers inside the net; auto: bfloat16 where the device computes in it"
     )
     slots: int = Field(0, ge=0, le=1024, description="pictures in one batch per model; 0: 64 on a GPU, 8 on a CPU")
+    model_memory_bytes: int = Field(
+        0, ge=0, description="bytes of a device that loaded models may take; 0: all are loaded at the start"
+    )
     threads: int = Field(0, ge=0, le=256, description="threads of the engine on a CPU; 0: one per core")
     exact: bool = Field(True, description="only batch sizes in which a picture has the same bytes in any company")
     data_dir: Path = Field(Path("data"), description="a folder for the jobs and their pictures; one server has it")

@@ -28,9 +28,10 @@ FLOORS = [
     ["server.store"],
     ["server.store_thread", "server.pictures"],
     ["server.worker"],
-    ["server.life", "server.suspects"],
+    ["server.life", "server.suspects", "server.paces"],
     ["server.engine_process"],
-    ["server.messages"],
+    ["server.engines"],
+    ["server.messages", "server.machine", "server.residents"],
     ["server.faults"],
     ["server.store_*", "server.clock"],
     ["server.backend", "server.feed", "server.images", "server.metrics", "server.hub", "server.limits"],
@@ -40,7 +41,7 @@ FLOORS = [
     ["server.settings", "server.logs"],
     ["server.errors"],
     ["model.engine"],
-    ["model.runner", "model.scheduler", "model.snapshot"],
+    ["model.runner", "model.scheduler", "model.snapshot", "model.footprint"],
     ["model.checkpoint", "model.slots", "model.exact_kernels"],
     ["model.unet"],
     ["model.kernels"],
@@ -57,7 +58,7 @@ TORCH_FREE = [
     f"model.{room}" for room in ("errors", "options", "schedule", "architecture", "plan", "card", "events", "scheduler")
 ]
 ROOMS = {
-    "torch": ["model.*", "server.engine_process", "server.faults"],
+    "torch": ["model.*", "server.engine_process", "server.engines", "server.machine", "server.faults"],
     "triton": ["model.triton_net", "model.triton_step", "model.triton_conv"],
     "safetensors": ["model.checkpoint", "model.train", "model.convert", "model.convert.*"],
     "numpy": ["model.*", "server.*"],
@@ -72,7 +73,12 @@ ROOMS = {
     "huggingface_hub": ["server.hub"],
     "prometheus_client": ["server.metrics"],
 }
-ENGINE_PROCESS = {"server.engine_process", "server.faults"}  # never imported by the API process
+ENGINE_PROCESS = {
+    "server.engine_process",
+    "server.engines",
+    "server.machine",
+    "server.faults",
+}  # never imported by the API process
 UPSTAIRS_ONLY = {
     "asyncio",
     "threading",

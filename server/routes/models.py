@@ -36,7 +36,7 @@ def _document(card: ModelCard, served: Served | None) -> dict[str, Any]:
         "samplers": list(SAMPLERS),
         "variances": variances,
         "spacings": list(SPACINGS),
-        "loaded": served is not None,
+        "loaded": served is not None and served.loaded,
         "runs": asdict(served) if served is not None else None,
     }
 

@@ -39,7 +39,9 @@ class FakeBackend:
         self.failure = NotReady("the server is shutting down")
         self.gate.set()
 
-    load_s = 0.0
+    def load_s(self, model: str) -> float:
+        """Nothing to load."""
+        return 0.0
 
     def step_s(self, model: str, buckets: Sequence[int]) -> list[float]:
         """Ten image-steps a second."""
