@@ -93,6 +93,10 @@ class Backend(Protocol):
         """The models that can be asked for, by name, loaded or not; empty while nothing runs."""
 
     @property
+    def places(self) -> Sequence[Mapping[str, Served]]:
+        """The same, engine by engine; empty for one that is down."""
+
+    @property
     def trouble(self) -> str | None:
         """Why no work can be taken right now, or None."""
 

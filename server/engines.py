@@ -24,6 +24,7 @@ from model.runner import Runner
 from model.schedule import Process
 from server import faults, machine
 from server.backend import Served
+from server.devices import cores
 from server.messages import Cancel, Changed, Loading, Start, Step, Submit
 from server.residents import Residents
 
@@ -110,7 +111,7 @@ class Engines:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         else:
-            torch.set_num_threads(self._start.threads or machine.cores())  # a thread has a number of its own
+            torch.set_num_threads(self._start.threads or cores())  # a thread has a number of its own
         card = read_card(self._cards[name].directory, name)
         if card.digest != self.served[name].digest:
             raise ModelRefused("the weights were changed while they were served")

@@ -85,6 +85,11 @@ class LocalBackend:
         return self._served
 
     @property
+    def places(self) -> list[dict[str, Served]]:
+        """The same: there is one engine."""
+        return [self._served]
+
+    @property
     def trouble(self) -> str | None:
         """Why no work can be taken right now, or None."""
         if self._trouble is None and self._life is not None and self._life.stopped_s:
@@ -113,7 +118,8 @@ class LocalBackend:
 
     def load_s(self, model: str) -> float:
         """Seconds until steps of this model can be made, if it or the engine has to be loaded."""
-        return self._paces.load_s(model, self._served.get(model))
+        suspects_s = self._paces.start_s if self._suspects.all else 0.0  # they are run alone, and may kill it again
+        return suspects_s + self._paces.load_s(model, self._served.get(model))
 
     async def start(self) -> None:
         """Begin to load."""

@@ -39,6 +39,11 @@ class FakeBackend:
         self.failure = NotReady("the server is shutting down")
         self.gate.set()
 
+    @property
+    def places(self) -> list[dict[str, Served]]:
+        """One engine."""
+        return [self.served]
+
     def load_s(self, model: str) -> float:
         """Nothing to load."""
         return 0.0
