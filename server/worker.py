@@ -34,7 +34,8 @@ class Patience:
     silence_steps: float = 20.0
     hang_s: float = 8.0  # then it is killed and replaced
     hang_steps: float = 40.0
-    load_s: float = 600.0  # so long it may load, at its start or later
+    load_s: float = 600.0  # so long it may load at its start
+    settle_s: float = 60.0  # so long a model that is loaded later may hold all others up
 
 
 @dataclass(slots=True, eq=False)
@@ -96,7 +97,9 @@ class LocalBackend:
             return "the engine process has been stopped"
         silence_s, patience = time.monotonic() - self._beat_at, self._patience
         limit_s = max(patience.silence_s, patience.silence_steps * self._paces.longest_s)
-        if self._trouble is None and self._loading is None and silence_s > limit_s:
+        if self._loading is not None:
+            limit_s = max(limit_s, patience.settle_s)
+        if self._trouble is None and silence_s > limit_s:
             return f"the engine has not answered for {silence_s:.0f} s"
         return self._trouble
 
@@ -199,7 +202,9 @@ class LocalBackend:
         if self._life is not None and self._life.stopped_s > patience.silence_s:
             return True
         limit_s = max(patience.hang_s, patience.hang_steps * self._paces.longest_s)
-        if not self._served or self._loading is not None:
+        if self._loading is not None:
+            limit_s = max(limit_s, patience.settle_s)
+        if not self._served:
             limit_s = patience.load_s
         return time.monotonic() - self._beat_at > limit_s
 
