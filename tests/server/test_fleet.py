@@ -268,7 +268,7 @@ def test_a_step_of_two_engines_holds_twice_as_many() -> None:
 
 
 def test_two_engines_make_what_one_makes_and_one_that_is_killed_is_replaced(server: Server, weights: Path) -> None:
-    job = {"seed": 5, "steps": 30, "n": 48}
+    job = {"seed": 5, "steps": 30, "n": 32}
     expected = server.client.post("/generate", json=job).content
     two = Server(weights, DDPM_DEVICE="cpu", DDPM_ENGINES="2", DDPM_THREADS="2").wait_until_ready()
     while None in two.client.get("/models").json()["models"][0]["engines"]:
