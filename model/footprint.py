@@ -1,5 +1,6 @@
 """What a model takes of a device's memory: bounded before it is loaded, with no tensor allocated for it."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -38,20 +39,21 @@ def footprint(card: ModelCard, slots: int, device: torch.device, dtype: torch.dt
 def resident_bytes(model: Model, slots: Slots) -> int:
     """What a loaded model holds of a device that does not tell: its net in every form, its table, its batch."""
     packed = [module.packed for module in model.net.modules() if isinstance(module, Conv) and module.packed is not None]
-    weights = sum(t.numel() * t.element_size() for t in [*model.net.state_dict().values(), *packed, model.table])
+    weights: int = sum(t.numel() * t.element_size() for t in [*model.net.state_dict().values(), *packed, model.table])
     return weights + batch_bytes(slots) + slots.capacity * picture_bytes(model.card.architecture, model.table.dtype)
 
 
 def batch_bytes(slots: Slots) -> int:
     """A batch, and as much again: pictures that were unseated keep their state."""
-    return 2 * sum(tensor.nbytes for tensor in vars(slots).values() if isinstance(tensor, Tensor))
+    return 2 * sum(
+        tensor.numel() * tensor.element_size() for tensor in vars(slots).values() if isinstance(tensor, Tensor)
+    )
 
 
 def picture_bytes(arch: Architecture, dtype: torch.dtype) -> int:
     """What a step takes for itself while it is made, for each picture in it, at most."""
-    height, width = arch.height, arch.width
-    numbers = arch.in_channels * height * width
-    return int(WORKSPACE * (dtype.itemsize * alive(arch) + SAMPLER * 4 * numbers))
+    pixels, itemsize = arch.height * arch.width, int(dtype.itemsize)
+    return math.ceil(WORKSPACE * (itemsize * alive(arch) + SAMPLER * 4 * arch.in_channels * pixels))
 
 
 def alive(arch: Architecture) -> int:

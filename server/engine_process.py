@@ -1,7 +1,7 @@
 """The life of an engine process: load models, then step whatever is busy, until the pipe closes.
 
-With `server.machine`, `server.engines` and `server.faults`, the only rooms of the server where torch is imported. The
-process owns one device, and has no sockets and no disk to write to.
+With the rooms below it (`server.engines`, `loader`, `machine` and `faults`) the only one of the server where torch is
+imported. The process owns one device, and has no sockets and no disk to write to.
 """
 
 import time

@@ -6,25 +6,21 @@ steps, one at a time.
 
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 from typing import cast
 
 import torch
 
 from model.card import ModelCard, read_card
-from model.checkpoint import Model, load_model
 from model.engine import Engine
 from model.errors import ModelRefused
 from model.events import ENDS, Cancelled, Event, Request, Stats
-from model.footprint import footprint
 from model.plan import Plan, Sampling, plan
-from model.runner import Runner
 from model.schedule import Process
-from server import faults, machine
+from server import machine
 from server.backend import Served
-from server.devices import cores
+from server.loader import Arrival, Loader
 from server.messages import Cancel, Changed, Loading, Start, Step, Submit
 from server.residents import Residents
 
@@ -34,39 +30,12 @@ def _plan(process: Process, sampling: Sampling) -> Plan:
     return plan(process, sampling)
 
 
-def _time_a_step(runner: Runner, count: int) -> float:
-    """How long a step takes that has room for so many pictures, with nobody in it: the shorter of two."""
-    took = []
-    for _ in range(2):
-        began = time.monotonic()
-        runner.step(runner.bucket_for(count))
-        if runner.device.type == "cuda":
-            torch.cuda.synchronize(runner.device)
-        took.append(time.monotonic() - began)
-    return min(took)
-
-
-@dataclass(frozen=True, slots=True)
-class _Arrival:
-    """A model on its way into memory: its net is built in a thread."""
-
-    name: str
-    net: "Future[Model]"
-    began: float
-    held_bytes: int  # of a GPU, before
-
-
 class Engines:
     """The engines of one device. `tell`: to the API process. `between`: between two pieces of a load."""
 
     def __init__(self, start: Start, tell: Callable[[Loading | Changed], None], between: Callable[[], None]) -> None:
-        device = machine.choose_device(start.device)
-        if device.type == "cpu":
-            machine.prepare_cpu(start.threads)
-        else:
-            torch.cuda.set_device(device)
-        self.device, self._start, self._tell, self._between = device, start, tell, between
-        self._dtype, self._slots = machine.choose_dtype(start.dtype, device), start.slots or machine.usual_slots(device)
+        self._loader, self._tell = Loader(start, between), tell
+        self.device = self._loader.device
         self.engines: dict[str, Engine] = {}
         self.served: dict[str, Served] = {}
         self.taken: list[Step] = []  # since they were last told
@@ -77,8 +46,7 @@ class Engines:
         self._held: dict[str, dict[int, Request]] = {}  # by model: what its engine has not been given
         self._recalled: set[int] = set()  # what an engine was given, and is to give back
         self._past = Stats()  # of engines that are gone
-        self._arrival: _Arrival | None = None
-        self._threads = ThreadPoolExecutor(1, "loader")
+        self._arrival: Arrival | None = None
         self.residents = Residents(start.memory_bytes, {})
         for name, directory in start.models:
             self._cards[name], self._held[name] = read_card(directory, name), {}
@@ -89,10 +57,10 @@ class Engines:
 
     def _announce(self, name: str) -> Served:
         """What is known of a model before it is loaded. Raises ModelRefused if it never can be."""
-        size = footprint(self._cards[name], self._slots, self.device, self._dtype)
-        self._require_room(name, size.size_bytes)
-        self.residents.sizes[name] = size.size_bytes
-        return machine.announce(self._cards[name], self.device, self._dtype, self._slots, size)
+        served = self._loader.announce(self._cards[name])
+        self._require_room(name, served.memory_bytes)
+        self.residents.sizes[name] = served.memory_bytes
+        return served
 
     def _require_room(self, name: str, size_bytes: int) -> None:
         budget_bytes = self.residents.budget_bytes
@@ -101,37 +69,16 @@ class Engines:
 
     # Loading and unloading
 
-    def _send_for(self, name: str) -> _Arrival:
-        """Begins to load a model."""
-        before_bytes = machine.held_bytes(self.device)
-        return _Arrival(name, self._threads.submit(self._read, name), time.monotonic(), before_bytes)
+    def _send_for(self, name: str) -> Arrival:
+        return self._loader.begin(self._cards[name], self.served[name].digest)
 
-    def _read(self, name: str) -> Model:
-        """In a thread of its own: the net, on the device."""
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
-        else:
-            torch.set_num_threads(self._start.threads or cores())  # a thread has a number of its own
-        card = read_card(self._cards[name].directory, name)
-        if card.digest != self.served[name].digest:
-            raise ModelRefused("the weights were changed while they were served")
-        return load_model(card, self.device, self._dtype)
-
-    def _settle(self, arrival: _Arrival) -> None:
-        """Ends a load: waits for the net, and makes its engine. Raises ModelRefused or torch.OutOfMemoryError."""
-        name, model = arrival.name, arrival.net.result()
-        runner = Runner(model, self._slots, self._start.exact, between=self._between)
-        faults.plant(runner)
-        steps = []
-        for count in (1, runner.slots.capacity):
-            steps.append(Step(name, runner.bucket_for(count), _time_a_step(runner, count)))
-            self._between()
-        now, grown_bytes = time.monotonic(), machine.held_bytes(self.device) - arrival.held_bytes
-        served = machine.describe(runner, model, round(now - arrival.began, 3), grown_bytes)
-        self._require_room(name, served.memory_bytes)
-        self.served[name], self.engines[name] = served, Engine(runner)
-        self.residents.came(name, served.memory_bytes, now, served.load_s)
-        self.taken += steps
+    def _settle(self, arrival: Arrival) -> None:
+        """Ends a load. Raises ModelRefused or torch.OutOfMemoryError."""
+        name, arrived = arrival.name, self._loader.finish(arrival)
+        self._require_room(name, arrived.served.memory_bytes)
+        self.served[name], self.engines[name] = arrived.served, arrived.engine
+        self.residents.came(name, arrived.served.memory_bytes, time.monotonic(), arrived.served.load_s)
+        self.taken += arrived.steps
 
     def _unload(self, name: str) -> None:
         """Forgets an engine that has nothing to do. What is held for it is asked for anew."""
@@ -168,7 +115,7 @@ class Engines:
                 self._tell(Loading(wanted))
                 self._arrival = self._send_for(wanted)
 
-    def _let_in(self, arrival: _Arrival) -> None:
+    def _let_in(self, arrival: Arrival) -> None:
         name, reason = arrival.name, None
         try:
             self._settle(arrival)

@@ -4,23 +4,21 @@ A sample is a pure function of its spec, so running it again gives the same byte
 """
 
 import asyncio
-import itertools
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import cast
 
 from model import errors as model_errors
 from model.events import ENDS, Stats
-from server.backend import Aboard, Progress, Restarting, SampleEvent, Served, Spec, Vitals
-from server.errors import EXIT_CODES, EXIT_ENGINE, EngineFailed, ModelBroken, NotReady, SampleLost
+from server.backend import Aboard, Restarting, SampleEvent, Served, Spec, Vitals
+from server.errors import EXIT_CODES, EXIT_ENGINE, EngineFailed, ModelBroken, NotReady
 from server.life import Letter, Life
 from server.messages import Beat, Cancel, Changed, Died, Happened, Loading, Ready, Refused, Start, Submit
 from server.paces import Paces
-from server.suspects import Suspects
+from server.passengers import Passengers, Stream
 
 logger = logging.getLogger(__name__)
 LOAD_DEATHS = 3  # of engines while they loaded one model: then it is not loaded any more
@@ -38,16 +36,6 @@ class Patience:
     settle_s: float = 60.0  # so long a model that is loaded later may hold all others up
 
 
-@dataclass(slots=True, eq=False)
-class _Stream:
-    """A spec that is being run: who reads its events, and which samples have not ended."""
-
-    spec: Spec
-    index: dict[int, int]  # sample id -> index of its seed, for samples that have not ended
-    events: asyncio.Queue[SampleEvent | Exception] = field(default_factory=asyncio.Queue)
-    aboard: bool = False  # whether the engine that lives has been told of it
-
-
 class LocalBackend:
     """One engine process. All methods are called from the event loop; one thread reads the pipe, one writes it."""
 
@@ -61,8 +49,7 @@ class LocalBackend:
     ) -> None:
         self._start, self._restarts, self._on_failed, self._patience = start, restarts, on_failed, patience
         self._on_step = on_step
-        self._ids = itertools.count()
-        self._streams: dict[int, _Stream] = {}  # by sample id
+        self._passengers = Passengers()
         self._served: dict[str, Served] = {}
         self._life: Life | None = None
         self._digests: dict[str, str] = {}
@@ -77,8 +64,6 @@ class LocalBackend:
         self._broken: dict[str, str] = {}  # models that cannot be loaded, and why
         self._causes: Counter[str] = Counter()  # of restarts
         self._replayed = 0
-        self._seated: dict[int, int] = {}  # updates done, by sample, of those that are, as far as is known
-        self._suspects: Suspects[_Stream] = Suspects()
 
     @property
     def served(self) -> dict[str, Served]:
@@ -121,7 +106,9 @@ class LocalBackend:
 
     def load_s(self, model: str) -> float:
         """Seconds until steps of this model can be made, if it or the engine has to be loaded."""
-        suspects_s = self._paces.start_s if self._suspects.all else 0.0  # they are run alone, and may kill it again
+        suspects_s = (
+            self._paces.start_s if self._passengers.suspects.all else 0.0
+        )  # they are run alone, and may kill it again
         return suspects_s + self._paces.load_s(model, self._served.get(model))
 
     async def start(self) -> None:
@@ -140,7 +127,7 @@ class LocalBackend:
         if self._supervisor is not None:
             self._supervisor.cancel()
             await asyncio.gather(self._supervisor, return_exceptions=True)
-        self._fail_streams(NotReady(self._trouble))
+        self._passengers.tell(self._passengers.all, NotReady(self._trouble))
 
     async def run(self, spec: Spec) -> AsyncGenerator[SampleEvent]:
         """The events of these samples until each has ended; `id` is the index of a seed. Closing cancels the rest."""
@@ -148,8 +135,7 @@ class LocalBackend:
             raise NotReady(self.trouble)
         if spec.model in self._broken:
             raise ModelBroken(self._broken[spec.model])
-        stream = _Stream(spec, {next(self._ids): i for i in range(len(spec.seeds))})
-        self._streams.update(dict.fromkeys(stream.index, stream))
+        stream = self._passengers.enter(spec)
         try:
             self._board([stream])
             ended = 0
@@ -160,9 +146,7 @@ class LocalBackend:
                 ended += isinstance(event, ENDS)
                 yield event
         finally:
-            left = tuple(stream.index)
-            for id in left:
-                del self._streams[id]
+            left = self._passengers.leave(stream)
             if left and stream.aboard:
                 self._send(Cancel(left))
             self._ended(stream)
@@ -192,7 +176,7 @@ class LocalBackend:
             self._causes[life.cause] += 1
             self._trouble, self._served = "the engine is being restarted", {}
             self._paces.died()
-            logger.error("engine died", extra={"failures": failures, "samples": len(self._streams)})
+            logger.error("engine died", extra={"failures": failures, "jobs": len(self._passengers.all)})
             self._engine_died()
             await asyncio.sleep(min(5.0, 0.1 * 2 ** (failures - 1)))
 
@@ -212,26 +196,16 @@ class LocalBackend:
         match message:
             case Happened(events, stats, begun):
                 self._stats = stats
-                self._tell_progress(begun)
+                self._passengers.sit(begun, alone=False)
                 for event in events:
-                    id = cast(int, event.id)
-                    stream = self._streams.get(id)
-                    if stream is None:
-                        continue
-                    event = replace(event, id=stream.index[id])
-                    if isinstance(event, ENDS):
-                        del stream.index[id], self._streams[id]
-                        self._seated.pop(id, None)
-                    stream.events.put_nowait(event)
-                    if not stream.index:
-                        self._ended(stream)
+                    if (ended := self._passengers.hear(event)) is not None:
+                        self._ended(ended)
             case Beat(stats, steps, progress, memory_bytes):
                 self._beat_at, self._stats, self._memory_bytes = time.monotonic(), stats, memory_bytes
                 self._paces.learn(steps, sum(model.loaded for model in self._served.values()))
                 for step in steps:
                     self._on_step(step.bucket, step.seconds)
-                self._seated.clear()
-                self._tell_progress(progress)
+                self._passengers.sit(progress, alone=True)
             case Ready(served, steps):
                 self._paces.learn(steps, len(served))
                 self._become_ready(served, life)
@@ -246,15 +220,6 @@ class LocalBackend:
             case Refused():
                 life.refused = message
 
-    def _tell_progress(self, progress: list[tuple[int, int]]) -> None:
-        steps: dict[_Stream, dict[int, int]] = {}
-        for id, step in progress:
-            if id in self._streams:
-                steps.setdefault(self._streams[id], {})[self._streams[id].index[id]] = step
-        self._seated.update(progress)
-        for stream, of_samples in steps.items():
-            stream.events.put_nowait(Progress(of_samples))
-
     def _become_ready(self, served: dict[str, Served], life: Life) -> None:
         digests = {name: model.digest for name, model in served.items()}
         if self._digests not in ({}, digests):  # what is on its way would end as other bytes than it was promised as
@@ -264,7 +229,7 @@ class LocalBackend:
         self._served = {name: replace(model, trouble=self._broken.get(name)) for name, model in served.items()}
         self._paces.started(served)
         logger.info("engine ready", extra={name: model.numerics for name, model in served.items()})
-        self._board(list(dict.fromkeys(self._streams.values())))
+        self._board(self._passengers.all)
 
     def _change(self, name: str, served: Served) -> None:
         """A model has come, gone, or cannot come."""
@@ -274,51 +239,34 @@ class LocalBackend:
             self._give_up(name, served.trouble)
         elif served.loaded:
             self._paces.loaded(name, served)
-            for stream in dict.fromkeys(self._streams.values()):
-                if stream.spec.model == name:
-                    stream.events.put_nowait(Aboard(served))
+            self._passengers.tell(self._passengers.of(name), Aboard(served))
         logger.info("model changed", extra={"model": name, "loaded": served.loaded, "trouble": served.trouble})
 
     def _give_up(self, name: str, reason: str) -> None:
         """Whoever asked for this model, and whoever will, hears that it cannot be loaded."""
         self._broken[name] = reason
-        for stream in dict.fromkeys(self._streams.values()):
-            if stream.spec.model == name:
-                stream.events.put_nowait(ModelBroken(reason))
+        self._passengers.tell(self._passengers.of(name), ModelBroken(reason))
 
-    def _board(self, waiting: list[_Stream]) -> None:
-        """Sends the engine these; but while there are suspects, one of them at a time, and nobody else."""
-        if not self._served or any(stream.aboard for stream in self._suspects.all):
-            return
-        for stream in self._suspects.all[:1] or waiting:
+    def _board(self, waiting: Iterable[Stream]) -> None:
+        """Sends the engine those of these who may go on board."""
+        for stream in self._passengers.next(waiting) if self._served else ():
             stream.aboard = True
             if (served := self._served[stream.spec.model]).loaded:
                 stream.events.put_nowait(Aboard(served))
             seeds = tuple(stream.spec.seeds[i] for i in stream.index.values())
-            watched = stream in self._suspects.all
+            watched = stream in self._passengers.suspects.all
             self._send(Submit(tuple(stream.index), replace(stream.spec, seeds=seeds), watched))
 
-    def _ended(self, stream: _Stream) -> None:
+    def _ended(self, stream: Stream) -> None:
         """Nothing of it is left to be made. Whoever waited for the end of a suspect may go on board."""
-        if self._suspects.forget(stream):
-            self._board([stream for stream in dict.fromkeys(self._streams.values()) if not stream.aboard])
+        if self._passengers.suspects.forget(stream):
+            self._board(self._passengers.all)
 
     def _engine_died(self) -> None:
         """Everything runs again, but for what has killed the engine."""
-        streams = dict.fromkeys(self._streams.values())
-        seated: dict[_Stream, set[tuple[int, int]]] = {}
-        for id, step in self._seated.items():
-            if (stream := self._streams.get(id)) is not None:
-                seated.setdefault(stream, set()).add((stream.index[id], step))
-        guilty = self._suspects.died({stream: frozenset(place) for stream, place in seated.items()})
-        self._seated.clear()
+        self._passengers.tell(self._passengers.all, Restarting(self._paces.start_s))
+        self._replayed += self._passengers.perish()
         self._accuse_load()
-        for stream in streams:
-            self._replayed += stream.aboard and stream not in guilty
-            stream.aboard = False
-            stream.events.put_nowait(Restarting(self._paces.start_s))
-        for stream in guilty:
-            stream.events.put_nowait(SampleLost("the engine died each time it came to the same step of this job"))
 
     def _accuse_load(self) -> None:
         """If the engine died while it loaded a model, that may be why."""
@@ -332,9 +280,5 @@ class LocalBackend:
     def _fail(self, failure: EngineFailed) -> None:
         self._trouble = str(failure)
         logger.critical("engine failed for good", extra={"reason": str(failure)})
-        self._fail_streams(failure)
+        self._passengers.tell(self._passengers.all, failure)
         self._on_failed(failure)
-
-    def _fail_streams(self, error: Exception) -> None:
-        for stream in dict.fromkeys(self._streams.values()):
-            stream.events.put_nowait(error)

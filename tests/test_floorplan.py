@@ -29,9 +29,11 @@ FLOORS = [
     ["server.store_thread", "server.pictures"],
     ["server.engine_room"],
     ["server.worker", "server.fleet"],
-    ["server.life", "server.suspects", "server.paces"],
+    ["server.life", "server.passengers", "server.paces"],
+    ["server.suspects"],
     ["server.engine_process"],
     ["server.engines"],
+    ["server.loader"],
     ["server.messages", "server.machine", "server.residents"],
     ["server.faults"],
     ["server.store_*", "server.clock"],
@@ -59,7 +61,7 @@ TORCH_FREE = [
     f"model.{room}" for room in ("errors", "options", "schedule", "architecture", "plan", "card", "events", "scheduler")
 ]
 ROOMS = {
-    "torch": ["model.*", "server.engine_process", "server.engines", "server.machine", "server.faults"],
+    "torch": ["model.*", "server.engine_process", "server.engines", "server.loader", "server.machine", "server.faults"],
     "triton": ["model.triton_net", "model.triton_step", "model.triton_conv"],
     "safetensors": ["model.checkpoint", "model.train", "model.convert", "model.convert.*"],
     "numpy": ["model.*", "server.*"],
@@ -74,12 +76,8 @@ ROOMS = {
     "huggingface_hub": ["server.hub"],
     "prometheus_client": ["server.metrics"],
 }
-ENGINE_PROCESS = {
-    "server.engine_process",
-    "server.engines",
-    "server.machine",
-    "server.faults",
-}  # never imported by the API process
+# Never imported by the API process.
+ENGINE_PROCESS = {f"server.{room}" for room in ("engine_process", "engines", "loader", "machine", "faults")}
 UPSTAIRS_ONLY = {
     "asyncio",
     "threading",

@@ -32,7 +32,7 @@ class Counting(TorchDispatchMode):
     """Counts the bytes of tensors that are made and not yet gone."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now, self.most, self.known = 0, 0, set[int]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
