@@ -60,7 +60,7 @@ def alive(arch: Architecture) -> int:
     """The most numbers that are alive at a time while the net computes one picture: what the way down keeps for the way
     up, and the largest layer at work."""
     widths, layers, last = arch.block_out_channels, arch.layers_per_block, len(arch.block_out_channels) - 1
-    pixels = [-(-arch.height // 2**level) * -(-arch.width // 2**level) for level in range(last + 1)]
+    pixels = [-(-arch.height // (1 << level)) * -(-arch.width // (1 << level)) for level in range(last + 1)]
     kept, largest, scores = widths[0] * pixels[0], 0, 0
     for level, channels in enumerate(widths):
         kept += layers * channels * pixels[level]
@@ -71,5 +71,5 @@ def alive(arch: Architecture) -> int:
         kinds = (DOWN_BLOCKS[arch.down_block_types[level]], UP_BLOCKS[arch.up_block_types[last - level]])
         if ATTENTION in kinds or (level == last and arch.add_attention):
             heads = max(1, channels // (arch.attention_head_dim or channels))
-            scores = max(scores, heads * pixels[level] ** 2 + 4 * channels * pixels[level])
+            scores = max(scores, heads * pixels[level] * pixels[level] + 4 * channels * pixels[level])
     return kept + max(AT_WORK * largest, scores + 2 * largest)
