@@ -8,7 +8,7 @@ import torch
 
 from benchmarks import engine, exactness, http, journal, loopback, streams
 from benchmarks.measure import report
-from server.engine_process import cores
+from server.devices import cores
 
 DIGITS = Path(__file__).parent.parent / "weights" / "digits"
 

@@ -23,7 +23,8 @@ from model.engine import Engine
 from model.events import Request
 from model.plan import COLUMNS, plan, resolve
 from model.runner import Runner
-from server.engine_process import choose_dtype, cores, prepare_cpu
+from server.devices import cores
+from server.machine import choose_dtype, prepare_cpu
 
 Net = Callable[[Tensor, Tensor], Tensor]  # (x [B, C, H, W], t [B]) -> [B, C, H, W]
 

@@ -27,7 +27,7 @@ from model.engine import Engine
 from model.events import Request
 from model.plan import plan, resolve
 from model.runner import Runner
-from server.engine_process import choose_dtype
+from server.machine import choose_dtype
 
 # The configurations of google/ddpm-cifar10-32 and of google/ddpm-celebahq-256 and its sisters.
 BOTH = {"norm_eps": 1e-6, "attention_head_dim": None, "flip_sin_to_cos": False, "freq_shift": 1}

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from server.engine_process import device_name
+from server.machine import device_name
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,8 @@ from pydantic import BaseModel
 from starlette.responses import Response
 from torch import Tensor
 
-from server.engine_process import choose_dtype, cores
+from server.devices import cores
+from server.machine import choose_dtype
 
 WINDOW_S = 0.02
 

@@ -25,7 +25,8 @@ from model.events import Finished, Request
 from model.noise import INITIAL, gaussian
 from model.plan import plan, resolve
 from model.runner import Runner
-from server.engine_process import cores, prepare_cpu
+from server.devices import cores
+from server.machine import prepare_cpu
 
 DIGITS = Path(__file__).parent.parent / "weights" / "digits"
 BATCH = 16

@@ -28,7 +28,7 @@ from model.engine import Engine
 from model.events import Finished, Request
 from model.plan import Sampling, plan, resolve
 from model.runner import Runner
-from server.engine_process import DTYPES, choose_dtype
+from server.machine import DTYPES, choose_dtype
 
 CONFIDENT = 0.9  # a picture is readable if the judge is so sure of one digit
 COLOURS = ("#440154", "#3b528b", "#21918c", "#4daf4a", "#d98c00")  # one per level of noise, dark to light

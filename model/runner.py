@@ -3,7 +3,7 @@ run eagerly on a CPU. Here too is the check that a picture's bits do not depend 
 """
 
 import bisect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -58,9 +58,19 @@ def usual_buckets(slots: int) -> list[int]:
 
 
 class Runner:
-    """A model, its slots, and the batch sizes it runs at."""
+    """A model, its slots, and the batch sizes it runs at.
 
-    def __init__(self, model: Model, slots: int, exact: bool = True, buckets: Sequence[int] = ()) -> None:
+    Made in pieces of about a step each, with a call of `between` after each: other models may go on then.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        slots: int,
+        exact: bool = True,
+        buckets: Sequence[int] = (),
+        between: Callable[[], None] = lambda: None,
+    ) -> None:
         self.model, self.device = model, model.table.device
         schedule = model.card.process.schedule
         self.slots = Slots(slots, model.card.architecture.shape, schedule.T, self.device)
@@ -72,8 +82,8 @@ class Runner:
             if exact and uses_triton(self.slots.x[0]):
                 self.chosen = choose_kernels(model.net, lambda: self.step(1), self.buckets)
             if self.device.type == "cuda":
-                self._capture()
-            self.exact_buckets = self._find_exact() if exact else []
+                self._capture(between)
+            self.exact_buckets = self._find_exact(between) if exact else []
         # A full batch needs a bucket, even one that promises nothing.
         self.admitted = sorted({*self.exact_buckets, slots}) if exact else self.buckets
 
@@ -94,7 +104,7 @@ class Runner:
         else:
             denoise(self.model.net, self.model.table, self.slots, bucket)
 
-    def _capture(self) -> None:
+    def _capture(self, between: Callable[[], None]) -> None:
         """One graph per bucket: all warmed up first, since a smaller one may need the larger workspace, then captured
         from the largest down, on one stream and in one pool of memory."""
         stream, pool = torch.cuda.Stream(self.device), torch.cuda.graph_pool_handle()
@@ -109,8 +119,9 @@ class Runner:
             with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                 denoise(self.model.net, self.model.table, self.slots, bucket)
             self._graphs[bucket] = graph
+            between()
 
-    def _find_exact(self) -> list[int]:
+    def _find_exact(self, between: Callable[[], None]) -> list[int]:
         """The buckets in which a sample's bits are those it has in the largest one, in any slot, beside anybody."""
         slots, T = self.slots, self.model.card.process.schedule.T
         generator = torch.Generator().manual_seed(0)
@@ -136,6 +147,7 @@ class Runner:
             draws = [chosen.to(self.device) for chosen in drawn]  # with repetition: other company even in a full batch
             if all(torch.equal(results(chosen), expected[chosen]) for chosen in draws):
                 exact.append(bucket)
+            between()
         for slot in range(slots.capacity):
             slots.rows[slot].zero_()
             slots.clear(slot)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from model.errors import PlanError
 from server.backend import Backend
-from server.errors import NotReady, ServerError, StorageFull, problem
+from server.errors import ModelBroken, NotReady, ServerError, StorageFull, problem
 from server.job import Job, Order
 from server.ledger import Ledger
 from server.limits import Queue
@@ -52,17 +52,21 @@ class Admission:
         self.rejected[code] += 1
 
     def admit(self, order: Order, owner: Owner | None) -> Job:
-        """A job there is room for. Raises NotReady, StorageFull, Invalid if it can never fit, TooBusy if not now."""
+        """A job there is room for. Raises NotReady, StorageFull, ModelBroken, Invalid if it can never fit,
+        TooBusy if not now."""
         served = self._backend.served.get(order.model)
         if self.trouble is not None:
             raise self.trouble
         if served is None:
             raise NotReady("the model is not loaded")
-        step_s = self._backend.step_s(order.model, served.admitted)[-1] / served.slots
+        if served.trouble is not None:
+            raise ModelBroken(served.trouble)
+        times = self._backend.step_s(order.model, served.admitted)
+        step_s, load_s = times[-1] / (len(times) - 1), self._backend.load_s(order.model)
         quota = owner.quota if owner is not None else None
         if quota is not None:
             quota.require(order.image_steps)
-        self.queue.take(order.image_steps, step_s, order.size_bytes)
+        self.queue.take(order.image_steps, step_s, order.size_bytes, load_s)
         if quota is not None:
             quota.take(order.image_steps)
         return Job(secrets.token_hex(12), order, served, self._ledger.audience, arrived=self._ledger.clock.now())

@@ -15,15 +15,14 @@ from starlette.staticfiles import StaticFiles
 from model.card import ModelCard, read_card
 from model.errors import ModelRefused, PlanError
 from server.backend import Backend
+from server.engine_room import build
 from server.errors import EngineFailed, Problem, ServerError, SettingsError, problem
 from server.jobs import Jobs
-from server.messages import Start
 from server.metrics import Metrics
 from server.routes import description, door, generate, jobs, models, openai, scrape, stream
 from server.routes.http import RequestIds, refusal
 from server.settings import Settings
 from server.store import Store
-from server.worker import LocalBackend, Patience
 
 logger = logging.getLogger(__name__)
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -117,11 +116,7 @@ def create_app(
         raise SettingsError(f"DDPM_DEFAULT_MODEL must be one of {', '.join(cards)}")
     metrics = Metrics()
     if backend is None:
-        places = tuple((name, card.directory) for name, card in cards.items())
-        knobs = (settings.device, settings.dtype, settings.slots, settings.threads, settings.exact)
-        start = Start(places, *knobs, settings.log_level)
-        patience = Patience(settings.engine_patience_s / 2, hang_s=settings.engine_patience_s)
-        backend = LocalBackend(start, settings.engine_restarts, on_failed, metrics.took, patience)
+        backend = build(settings, cards, on_failed, metrics.took)
     store = Store(settings.data_dir, metrics.journal_commit_seconds.observe)
     made = Jobs(settings, cards, backend, store, metrics)
 

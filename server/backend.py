@@ -25,7 +25,7 @@ class Spec:
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """What a backend says of a model it has loaded."""
+    """What a backend says of a model that it runs, or can load."""
 
     digest: str  # of the weights and configurations that were loaded
     device: str
@@ -36,8 +36,11 @@ class Served:
     exact_buckets: list[int]
     admitted: list[int]  # the buckets that are used
     exact: bool
-    numerics: str  # the class within which bytes are the same
+    numerics: str  # the class within which bytes are the same; empty as long as it has never been loaded
     load_s: float = field(default=0.0, compare=False)
+    loaded: bool = field(default=True, compare=False)  # in memory now; else it is loaded when it is asked for
+    memory_bytes: int = field(default=0, compare=False)  # of the device, that it takes when it is loaded
+    trouble: str | None = field(default=None, compare=False)  # why it cannot be loaded
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +48,13 @@ class Progress:
     """How many updates each of these samples has had, by index. Told now and then, not at every step."""
 
     steps: dict[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Aboard:
+    """These samples are made, from now on, by what serves their model so."""
+
+    served: Served
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +76,7 @@ class Vitals:
 
 
 # `id` is the index of a seed.
-SampleEvent: TypeAlias = Preview | Finished | Cancelled | Failed | Progress | Restarting
+SampleEvent: TypeAlias = Preview | Finished | Cancelled | Failed | Progress | Aboard | Restarting
 
 
 class Backend(Protocol):
@@ -80,7 +90,11 @@ class Backend(Protocol):
 
     @property
     def served(self) -> dict[str, Served]:
-        """The models that are ready, by name; empty while none is."""
+        """The models that can be asked for, by name, loaded or not; empty while nothing runs."""
+
+    @property
+    def places(self) -> Sequence[Mapping[str, Served]]:
+        """The same, engine by engine; empty for one that is down."""
 
     @property
     def trouble(self) -> str | None:
@@ -91,12 +105,11 @@ class Backend(Protocol):
         """How the engines are."""
 
     def step_s(self, model: str, buckets: Sequence[int]) -> Sequence[float]:
-        """Seconds of a step of a model by the number of pictures in it, 0 .. the largest of `buckets`, the batch sizes
-        it is run at; zeros if nothing is known."""
+        """Seconds of a step of a model by the number of pictures in it, 0 .. as many as all engines hold; zeros if
+        nothing is known. buckets: the batch sizes that an engine runs it at."""
 
-    @property
-    def load_s(self) -> float:
-        """Seconds until steps are made again; 0 while they are."""
+    def load_s(self, model: str) -> float:
+        """Seconds until steps of a model can be made: it, or the engine, has to be loaded. 0 if nothing has."""
 
     def run(self, spec: Spec) -> AsyncGenerator[SampleEvent]:
         """Make the pictures of `spec`: their events in order, until each has ended. Closing the iterator cancels."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from model.card import ModelCard
 from model.events import Cancelled, Failed, Finished, Preview
 from server.admission import Admission
-from server.backend import Backend, Progress, Restarting, SampleEvent, Spec
+from server.backend import Aboard, Backend, Progress, Restarting, SampleEvent, Served, Spec
 from server.errors import (
     DeadlinePassed,
     EngineFailed,
@@ -96,10 +96,13 @@ class Courses:
             if self.admission.closing:
                 raise NotReady("the server is shutting down")
             await asyncio.sleep(READY_S)
-        served = self.backend.served[job.order.model]
+        self._note_what_serves(job, self.backend.served[job.order.model])
+
+    def _note_what_serves(self, job: Job, served: Served) -> None:
+        """What its pictures are made by, once that is known. Raises ModelChanged."""
         if served.digest != job.served.digest:
             raise ModelChanged("the model was changed after this job had been accepted")
-        if served.numerics != job.served.numerics:
+        if served.numerics != job.served.numerics and served.loaded and job.served.numerics:
             logger.warning(
                 "a job is run on another kind of machine", extra={"job": job.id, "numerics": served.numerics}
             )
@@ -151,6 +154,8 @@ class Courses:
             case Finished(int(index), picture, floats):
                 self._advance(job, {index: job.order.sampling.steps})
                 job.finish(Image(index, job.order.seed + index, picture, floats, job.texts(job.order.seed + index)))
+            case Aboard(served):
+                self._note_what_serves(job, served)
             case Restarting(retry_after_s):
                 self._advance(job, {i: 0 for i in range(job.order.n) if i not in job.images})
                 job.feed.tell("restarting", urgent=True, retry_after_s=retry_after_s)

@@ -26,6 +26,7 @@ ServerError
 ├── JobCancelled        somebody gave the job up while another waited for it
 ├── SampleLost          the engine says that a picture could not be made
 ├── ModelChanged        the model that a job was accepted for is not the one that is served
+├── ModelBroken         the model cannot be loaded
 ├── Recalled            what a job that ended long ago failed with
 ├── StoreRefused        the store is damaged, or of another version
 ├── StoreInUse          another server has the store
@@ -188,6 +189,10 @@ class ModelChanged(ServerError):
     """The model that a job was accepted for is not the one that is served."""
 
 
+class ModelBroken(ServerError):
+    """The model cannot be loaded. The message says why."""
+
+
 class StoreRefused(ServerError):
     """The store is damaged, or of another version."""
 
@@ -238,6 +243,7 @@ ANSWERS: dict[type[Exception], tuple[int, str]] = {
     HeadTooLarge: (431, "head-too-large"),
     SampleLost: (500, "sample-failed"),
     NotReady: (503, "not-ready"),
+    ModelBroken: (503, "model-broken"),
     StorageFull: (503, "storage-full"),
     TooManyConnections: (503, "too-many-connections"),
     EngineFailed: (503, "engine-down"),

@@ -213,7 +213,7 @@ class Jobs:
             jobs_running=running,
             jobs_waiting=len(live) - running,
             steps_waiting=self.admission.queue.taken,
-            slots=sum(served.slots for served in self.backend.served.values()),
+            slots=sum(served.slots for place in self.backend.places for served in place.values() if served.loaded),
             slots_used=vitals.stats.seated,
             viewers=self.audience.viewers,
             engine_up=self.backend.trouble is None,

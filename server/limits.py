@@ -19,10 +19,11 @@ class Queue:
     jobs: int = 0
     size_bytes: int = 0  # what those jobs may come to hold in memory
 
-    def take(self, steps: int, step_s: float, size_bytes: int = 0) -> None:
+    def take(self, steps: int, step_s: float, size_bytes: int = 0, load_s: float = 0.0) -> None:
         """Room for a job of so many image-steps. Raises Invalid if it can never fit, TooBusy if it does not now.
 
         step_s: seconds that an image-step takes at present, from which those who are refused hear when to come back.
+        load_s: seconds until any is made.
         """
         if steps > self.capacity:
             raise Invalid(("n", f"n x steps must be at most {self.capacity}, got {steps}"))
@@ -31,14 +32,14 @@ class Queue:
             raise Invalid(("frames", most))
         if self.taken + steps > self.capacity:
             detail = f"{self.taken} of {self.capacity} image-steps are taken, {steps} more were asked for"
-            raise self._busy(detail, self.taken + steps - self.capacity, step_s)
+            raise self._busy(detail, self.taken + steps - self.capacity, step_s, load_s)
         if self.jobs >= self.capacity_jobs:
             detail = f"{self.jobs} jobs have been accepted and have not ended, as many as may be"
-            raise self._busy(detail, self.taken / self.jobs, step_s)
+            raise self._busy(detail, self.taken / self.jobs, step_s, load_s)
         if self.size_bytes + size_bytes > self.capacity_bytes:
             detail = f"{self.size_bytes} of {self.capacity_bytes} bytes for pictures and frames are promised"
             missing = (self.size_bytes + size_bytes - self.capacity_bytes) / self.size_bytes
-            raise self._busy(f"{detail}, {size_bytes} more were asked for", missing * self.taken, step_s)
+            raise self._busy(f"{detail}, {size_bytes} more were asked for", missing * self.taken, step_s, load_s)
         self.enter(steps, size_bytes)
 
     def enter(self, steps: int, size_bytes: int) -> None:
@@ -46,9 +47,9 @@ class Queue:
         self.taken, self.jobs, self.size_bytes = self.taken + steps, self.jobs + 1, self.size_bytes + size_bytes
 
     @staticmethod
-    def _busy(detail: str, steps: float, step_s: float) -> TooBusy:
+    def _busy(detail: str, steps: float, step_s: float, load_s: float) -> TooBusy:
         """There will be room when so many image-steps have been done."""
-        return TooBusy(detail, max(1, math.ceil(steps * step_s)))
+        return TooBusy(detail, max(1, math.ceil(load_s + steps * step_s)))
 
     def give_back(self, steps: int) -> None:
         """So many image-steps are done, or will not be."""

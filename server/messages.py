@@ -18,6 +18,7 @@ class Start:
     threads: int
     exact: bool
     log_level: str
+    memory_bytes: int = 0  # that its models may take together; 0: they are all loaded
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +48,25 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """All models are loaded."""
+    """All models are loaded, or as many as there is room for."""
 
     served: dict[str, Served]
-    steps: list[Step]  # of the smallest and the largest batch of each model
+    steps: list[Step]  # of the smallest and the largest batch of each model that is loaded
+
+
+@dataclass(frozen=True, slots=True)
+class Loading:
+    """A model is being loaded, until it is told of in `Changed`. Signs of life may come late meanwhile."""
+
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
+class Changed:
+    """A model has been loaded, or has gone, or could not be loaded. What was asked of the last kind is forgotten."""
+
+    model: str
+    served: Served
 
 
 @dataclass(frozen=True, slots=True)

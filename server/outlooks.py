@@ -44,7 +44,7 @@ class Outlooks:
             ahead = 0
             for job in sorted(jobs, key=lambda job: ends[name][job].turn):
                 end = ends[name][job]
-                eta_s = self._backend.load_s + end.seconds
+                eta_s = self._backend.load_s(name) + end.seconds
                 for other, last in lasts.items():  # models take turns, step by step, as long as both have work
                     if other != name and last.step:
                         eta_s += last.seconds * min(1.0, end.step / last.step)

@@ -23,12 +23,20 @@ class Settings(BaseModel):
         "weights", description="folders of model directories, model directories, hub ids (org/name@revision), by commas"
     )
     default_model: str = Field("", description="model of requests that name none; empty: the only one there is")
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
+    device: str = Field(
+        "auto",
+        pattern=r"^(auto|cpu|cuda(:\d{1,3}(,\d{1,3})*)?)$",
+        description="cpu, cuda (every GPU), cuda:N or cuda:N,M; auto: every GPU, else the CPU",
+    )
+    engines: int = Field(1, ge=1, le=64, description="engine processes on a CPU; they share its threads equally")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="numbers inside the net; auto: bfloat16 where the device computes in it"
     )
     slots: int = Field(0, ge=0, le=1024, description="pictures in one batch per model; 0: 64 on a GPU, 8 on a CPU")
-    threads: int = Field(0, ge=0, le=256, description="threads of the engine on a CPU; 0: one per core")
+    model_memory_bytes: int = Field(
+        0, ge=0, description="bytes of a device that loaded models may take; 0: all are loaded at the start"
+    )
+    threads: int = Field(0, ge=0, le=256, description="threads of all engines on a CPU together; 0: one per core")
     exact: bool = Field(True, description="only batch sizes in which a picture has the same bytes in any company")
     data_dir: Path = Field(Path("data"), description="a folder for the jobs and their pictures; one server has it")
     retention_days: float = Field(7.0, ge=0, le=36500, description="days for which a job that has ended is kept")

@@ -4,26 +4,24 @@ A sample is a pure function of its spec, so running it again gives the same byte
 """
 
 import asyncio
-import dataclasses
-import itertools
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import cast
 
 from model import errors as model_errors
 from model.events import ENDS, Stats
-from server.backend import Progress, Restarting, SampleEvent, Served, Spec, Vitals
-from server.errors import EXIT_CODES, EXIT_ENGINE, EngineFailed, NotReady, SampleLost
-from server.forecast import Pace
+from server.backend import Aboard, Restarting, SampleEvent, Served, Spec, Vitals
+from server.errors import EXIT_CODES, EXIT_ENGINE, EngineFailed, ModelBroken, NotReady
 from server.life import Letter, Life
-from server.messages import Beat, Cancel, Died, Happened, Ready, Refused, Start, Step, Submit
-from server.suspects import Suspects
+from server.messages import Beat, Cancel, Changed, Died, Happened, Loading, Ready, Refused, Start, Submit
+from server.paces import Paces
+from server.passengers import Passengers, Stream
 
 logger = logging.getLogger(__name__)
+LOAD_DEATHS = 3  # of engines while they loaded one model: then it is not loaded any more
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,17 +32,8 @@ class Patience:
     silence_steps: float = 20.0
     hang_s: float = 8.0  # then it is killed and replaced
     hang_steps: float = 40.0
-    load_s: float = 600.0  # so long it may load
-
-
-@dataclass(slots=True, eq=False)
-class _Stream:
-    """A spec that is being run: who reads its events, and which samples have not ended."""
-
-    spec: Spec
-    index: dict[int, int]  # sample id -> index of its seed, for samples that have not ended
-    events: asyncio.Queue[SampleEvent | Exception] = field(default_factory=asyncio.Queue)
-    aboard: bool = False  # whether the engine that lives has been told of it
+    load_s: float = 600.0  # so long it may load at its start
+    settle_s: float = 60.0  # so long a model that is loaded later may hold all others up
 
 
 class LocalBackend:
@@ -60,27 +49,31 @@ class LocalBackend:
     ) -> None:
         self._start, self._restarts, self._on_failed, self._patience = start, restarts, on_failed, patience
         self._on_step = on_step
-        self._ids = itertools.count()
-        self._streams: dict[int, _Stream] = {}  # by sample id
+        self._passengers = Passengers()
         self._served: dict[str, Served] = {}
         self._life: Life | None = None
         self._digests: dict[str, str] = {}
         self._supervisor: asyncio.Task[None] | None = None
         self._trouble: str | None = "the engine is loading"
         self._past, self._stats = Stats(), Stats()  # of engines that are gone; of the one that lives
-        self._beat_at, self._longest_s = time.monotonic(), 0.0  # of the last sign; the longest step seen lately
+        self._beat_at = time.monotonic()  # of the last sign
         self._memory_bytes = 0
-        self._paces: dict[str, Pace] = {}  # by model
-        self._load_s, self._down_at = 5.0, time.monotonic()  # what loading takes; since when there is no engine
+        self._paces = Paces()
+        self._loading: str | None = None  # the model that an engine is busy to load
+        self._load_deaths: Counter[str] = Counter()  # of engines, by the model that they loaded
+        self._broken: dict[str, str] = {}  # models that cannot be loaded, and why
         self._causes: Counter[str] = Counter()  # of restarts
         self._replayed = 0
-        self._seated: dict[int, int] = {}  # updates done, by sample, of those that are, as far as is known
-        self._suspects: Suspects[_Stream] = Suspects()
 
     @property
     def served(self) -> dict[str, Served]:
-        """The models that are ready, by name."""
+        """The models that can be asked for, by name; empty while there is no engine."""
         return self._served
+
+    @property
+    def places(self) -> list[dict[str, Served]]:
+        """The same: there is one engine."""
+        return [self._served]
 
     @property
     def trouble(self) -> str | None:
@@ -88,7 +81,10 @@ class LocalBackend:
         if self._trouble is None and self._life is not None and self._life.stopped_s:
             return "the engine process has been stopped"
         silence_s, patience = time.monotonic() - self._beat_at, self._patience
-        if self._trouble is None and silence_s > max(patience.silence_s, patience.silence_steps * self._longest_s):
+        limit_s = max(patience.silence_s, patience.silence_steps * self._paces.longest_s)
+        if self._loading is not None:
+            limit_s = max(limit_s, patience.settle_s)
+        if self._trouble is None and silence_s > limit_s:
             return f"the engine has not answered for {silence_s:.0f} s"
         return self._trouble
 
@@ -106,12 +102,14 @@ class LocalBackend:
 
     def step_s(self, model: str, buckets: Sequence[int]) -> Sequence[float]:
         """Seconds of a step by the number of pictures in it, 0 .. the largest bucket; zeros before there was any."""
-        return self._paces.get(model, Pace()).step_s(buckets)
+        return self._paces.step_s(model, buckets)
 
-    @property
-    def load_s(self) -> float:
-        """Seconds until the engine makes steps again, if it is being replaced."""
-        return 0.0 if self._served else max(0.0, self._load_s - (time.monotonic() - self._down_at))
+    def load_s(self, model: str) -> float:
+        """Seconds until steps of this model can be made, if it or the engine has to be loaded."""
+        suspects_s = (
+            self._paces.start_s if self._passengers.suspects.all else 0.0
+        )  # they are run alone, and may kill it again
+        return suspects_s + self._paces.load_s(model, self._served.get(model))
 
     async def start(self) -> None:
         """Begin to load."""
@@ -129,14 +127,15 @@ class LocalBackend:
         if self._supervisor is not None:
             self._supervisor.cancel()
             await asyncio.gather(self._supervisor, return_exceptions=True)
-        self._fail_streams(NotReady(self._trouble))
+        self._passengers.tell(self._passengers.all, NotReady(self._trouble))
 
     async def run(self, spec: Spec) -> AsyncGenerator[SampleEvent]:
         """The events of these samples until each has ended; `id` is the index of a seed. Closing cancels the rest."""
         if self.trouble is not None:
             raise NotReady(self.trouble)
-        stream = _Stream(spec, {next(self._ids): i for i in range(len(spec.seeds))})
-        self._streams.update(dict.fromkeys(stream.index, stream))
+        if spec.model in self._broken:
+            raise ModelBroken(self._broken[spec.model])
+        stream = self._passengers.enter(spec)
         try:
             self._board([stream])
             ended = 0
@@ -147,9 +146,7 @@ class LocalBackend:
                 ended += isinstance(event, ENDS)
                 yield event
         finally:
-            left = tuple(stream.index)
-            for id in left:
-                del self._streams[id]
+            left = self._passengers.leave(stream)
             if left and stream.aboard:
                 self._send(Cancel(left))
             self._ended(stream)
@@ -172,13 +169,14 @@ class LocalBackend:
                 kind = getattr(model_errors, life.refused.error)
                 return self._fail(EngineFailed(life.refused.message, EXIT_CODES[kind]))
             failures = failures + 1 if self._all_stats.steps == steps_before else 1
-            self._past, self._stats = dataclasses.replace(self._all_stats, seated=0, waiting=0), Stats()
+            self._past, self._stats = replace(self._all_stats, seated=0, waiting=0), Stats()
             if failures > self._restarts:
                 words = "the engine died without a step done, and so it was each time it was replaced"
                 return self._fail(EngineFailed(f"{words} ({self._restarts})", EXIT_ENGINE))
             self._causes[life.cause] += 1
-            self._trouble, self._served, self._down_at = "the engine is being restarted", {}, time.monotonic()
-            logger.error("engine died", extra={"failures": failures, "samples": len(self._streams)})
+            self._trouble, self._served = "the engine is being restarted", {}
+            self._paces.died()
+            logger.error("engine died", extra={"failures": failures, "jobs": len(self._passengers.all)})
             self._engine_died()
             await asyncio.sleep(min(5.0, 0.1 * 2 ** (failures - 1)))
 
@@ -187,35 +185,34 @@ class LocalBackend:
         patience = self._patience
         if self._life is not None and self._life.stopped_s > patience.silence_s:
             return True
-        limit_s = max(patience.hang_s, patience.hang_steps * self._longest_s) if self._served else patience.load_s
+        limit_s = max(patience.hang_s, patience.hang_steps * self._paces.longest_s)
+        if self._loading is not None:
+            limit_s = max(limit_s, patience.settle_s)
+        if not self._served:
+            limit_s = patience.load_s
         return time.monotonic() - self._beat_at > limit_s
 
     def _receive(self, message: object, life: Life) -> None:
         match message:
             case Happened(events, stats, begun):
                 self._stats = stats
-                self._tell_progress(begun)
+                self._passengers.sit(begun, alone=False)
                 for event in events:
-                    id = cast(int, event.id)
-                    stream = self._streams.get(id)
-                    if stream is None:
-                        continue
-                    event = dataclasses.replace(event, id=stream.index[id])
-                    if isinstance(event, ENDS):
-                        del stream.index[id], self._streams[id]
-                        self._seated.pop(id, None)
-                    stream.events.put_nowait(event)
-                    if not stream.index:
-                        self._ended(stream)
+                    if (ended := self._passengers.hear(event)) is not None:
+                        self._ended(ended)
             case Beat(stats, steps, progress, memory_bytes):
                 self._beat_at, self._stats, self._memory_bytes = time.monotonic(), stats, memory_bytes
-                self._learn(steps)
+                self._paces.learn(steps, sum(model.loaded for model in self._served.values()))
                 for step in steps:
                     self._on_step(step.bucket, step.seconds)
-                self._seated.clear()
-                self._tell_progress(progress)
+                self._passengers.sit(progress, alone=True)
             case Ready(served, steps):
-                self._become_ready(served, steps, life)
+                self._paces.learn(steps, len(served))
+                self._become_ready(served, life)
+            case Loading(model):
+                self._loading = model
+            case Changed(model, served):
+                self._change(model, served)
             case Died(cause, words):
                 life.cause = cause
                 life.over.set()  # it has nothing more to say, and what is left of it may never end by itself
@@ -223,69 +220,65 @@ class LocalBackend:
             case Refused():
                 life.refused = message
 
-    def _learn(self, steps: Sequence[Step]) -> None:
-        for step in steps:
-            self._paces.setdefault(step.model, Pace()).learn(step.bucket, step.seconds)
-        longest_s = max((step.seconds for step in steps), default=0.0)
-        self._longest_s = max(longest_s * len(self._served), 0.9 * self._longest_s)
-
-    def _tell_progress(self, progress: list[tuple[int, int]]) -> None:
-        steps: dict[_Stream, dict[int, int]] = {}
-        for id, step in progress:
-            if id in self._streams:
-                steps.setdefault(self._streams[id], {})[self._streams[id].index[id]] = step
-        self._seated.update(progress)
-        for stream, of_samples in steps.items():
-            stream.events.put_nowait(Progress(of_samples))
-
-    def _become_ready(self, served: dict[str, Served], steps: Sequence[Step], life: Life) -> None:
+    def _become_ready(self, served: dict[str, Served], life: Life) -> None:
         digests = {name: model.digest for name, model in served.items()}
         if self._digests not in ({}, digests):  # what is on its way would end as other bytes than it was promised as
             life.refused = Refused("ModelRefused", "the weights were changed while they were served")
             return life.over.set()
-        self._digests, self._served, self._trouble = digests, served, None
-        self._beat_at, self._load_s = time.monotonic(), 1.0 + sum(model.load_s for model in served.values())
-        self._learn(steps)
+        self._digests, self._trouble, self._beat_at = digests, None, time.monotonic()
+        self._served = {name: replace(model, trouble=self._broken.get(name)) for name, model in served.items()}
+        self._paces.started(served)
         logger.info("engine ready", extra={name: model.numerics for name, model in served.items()})
-        self._board(list(dict.fromkeys(self._streams.values())))
+        self._board(self._passengers.all)
 
-    def _board(self, waiting: list[_Stream]) -> None:
-        """Sends the engine these; but while there are suspects, one of them at a time, and nobody else."""
-        if not self._served or any(stream.aboard for stream in self._suspects.all):
-            return
-        for stream in self._suspects.all[:1] or waiting:
+    def _change(self, name: str, served: Served) -> None:
+        """A model has come, gone, or cannot come."""
+        self._loading, self._beat_at = None, time.monotonic()
+        self._served = self._served | {name: served}
+        if served.trouble is not None:
+            self._give_up(name, served.trouble)
+        elif served.loaded:
+            self._paces.loaded(name, served)
+            self._passengers.tell(self._passengers.of(name), Aboard(served))
+        logger.info("model changed", extra={"model": name, "loaded": served.loaded, "trouble": served.trouble})
+
+    def _give_up(self, name: str, reason: str) -> None:
+        """Whoever asked for this model, and whoever will, hears that it cannot be loaded."""
+        self._broken[name] = reason
+        self._passengers.tell(self._passengers.of(name), ModelBroken(reason))
+
+    def _board(self, waiting: Iterable[Stream]) -> None:
+        """Sends the engine those of these who may go on board."""
+        for stream in self._passengers.next(waiting) if self._served else ():
             stream.aboard = True
+            if (served := self._served[stream.spec.model]).loaded:
+                stream.events.put_nowait(Aboard(served))
             seeds = tuple(stream.spec.seeds[i] for i in stream.index.values())
-            spec = dataclasses.replace(stream.spec, seeds=seeds)
-            self._send(Submit(tuple(stream.index), spec, watched=stream in self._suspects.all))
+            watched = stream in self._passengers.suspects.all
+            self._send(Submit(tuple(stream.index), replace(stream.spec, seeds=seeds), watched))
 
-    def _ended(self, stream: _Stream) -> None:
+    def _ended(self, stream: Stream) -> None:
         """Nothing of it is left to be made. Whoever waited for the end of a suspect may go on board."""
-        if self._suspects.forget(stream):
-            self._board([stream for stream in dict.fromkeys(self._streams.values()) if not stream.aboard])
+        if self._passengers.suspects.forget(stream):
+            self._board(self._passengers.all)
 
     def _engine_died(self) -> None:
         """Everything runs again, but for what has killed the engine."""
-        streams = dict.fromkeys(self._streams.values())
-        seated: dict[_Stream, set[tuple[int, int]]] = {}
-        for id, step in self._seated.items():
-            if (stream := self._streams.get(id)) is not None:
-                seated.setdefault(stream, set()).add((stream.index[id], step))
-        guilty = self._suspects.died({stream: frozenset(place) for stream, place in seated.items()})
-        self._seated.clear()
-        for stream in streams:
-            self._replayed += stream.aboard and stream not in guilty
-            stream.aboard = False
-            stream.events.put_nowait(Restarting(self._load_s))
-        for stream in guilty:
-            stream.events.put_nowait(SampleLost("the engine died each time it came to the same step of this job"))
+        self._passengers.tell(self._passengers.all, Restarting(self._paces.start_s))
+        self._replayed += self._passengers.perish()
+        self._accuse_load()
+
+    def _accuse_load(self) -> None:
+        """If the engine died while it loaded a model, that may be why."""
+        name, self._loading = self._loading, None
+        if name is None:
+            return
+        self._load_deaths[name] += 1
+        if self._load_deaths[name] >= LOAD_DEATHS:
+            self._give_up(name, "the engine died each time it loaded this model")
 
     def _fail(self, failure: EngineFailed) -> None:
         self._trouble = str(failure)
         logger.critical("engine failed for good", extra={"reason": str(failure)})
-        self._fail_streams(failure)
+        self._passengers.tell(self._passengers.all, failure)
         self._on_failed(failure)
-
-    def _fail_streams(self, error: Exception) -> None:
-        for stream in dict.fromkeys(self._streams.values()):
-            stream.events.put_nowait(error)

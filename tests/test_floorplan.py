@@ -31,10 +31,14 @@ FLOORS = [
     ["server.job"],
     ["server.store"],
     ["server.store_thread", "server.pictures"],
-    ["server.worker"],
-    ["server.life", "server.suspects"],
+    ["server.engine_room"],
+    ["server.worker", "server.fleet"],
+    ["server.life", "server.passengers", "server.paces"],
+    ["server.suspects"],
     ["server.engine_process"],
-    ["server.messages"],
+    ["server.engines"],
+    ["server.loader"],
+    ["server.messages", "server.machine", "server.residents"],
     ["server.faults"],
     ["server.store_*", "server.clock"],
     [
@@ -47,12 +51,12 @@ FLOORS = [
         "server.openai",
     ],
     ["server.owners", "server.origins"],
-    ["server.forecast"],
+    ["server.forecast", "server.devices"],
     ["server.schemas", "server.wire"],
     ["server.settings", "server.logs"],
     ["server.errors"],
     ["model.engine"],
-    ["model.runner", "model.scheduler", "model.snapshot"],
+    ["model.runner", "model.scheduler", "model.snapshot", "model.footprint"],
     ["model.checkpoint", "model.slots", "model.exact_kernels"],
     ["model.nets"],
     ["model.unet", "model.lucid_unet"],
@@ -91,7 +95,7 @@ TORCH_FREE = [
     )
 ]
 ROOMS = {
-    "torch": ["model.*", "server.engine_process", "server.faults"],
+    "torch": ["model.*", "server.engine_process", "server.engines", "server.loader", "server.machine", "server.faults"],
     "triton": ["model.triton_net", "model.triton_step", "model.triton_conv"],
     "safetensors": ["model.checkpoint", "model.train", "model.convert", "model.convert.*"],
     "numpy": ["model.*", "server.*"],
@@ -107,7 +111,8 @@ ROOMS = {
     "httpx2": ["server.hub"],  # what it speaks to a hub with
     "prometheus_client": ["server.metrics"],
 }
-ENGINE_PROCESS = {"server.engine_process", "server.faults"}  # never imported by the API process
+# Never imported by the API process.
+ENGINE_PROCESS = {f"server.{room}" for room in ("engine_process", "engines", "loader", "machine", "faults")}
 UPSTAIRS_ONLY = {
     "asyncio",
     "threading",

@@ -9,7 +9,7 @@ from starlette.responses import FileResponse, JSONResponse
 
 from model.card import ModelCard
 from model.plan import SAMPLERS, SPACINGS
-from server.backend import Served
+from server.backend import Backend
 from server.errors import NotFound
 from server.jobs import Jobs
 
@@ -21,7 +21,8 @@ ONLY_OURS = (
 STATIC = Path(__file__).parent.parent / "static"
 
 
-def _document(card: ModelCard, served: Served | None) -> dict[str, Any]:
+def _document(card: ModelCard, backend: Backend) -> dict[str, Any]:
+    served = backend.served.get(card.name)
     process, (channels, height, width) = card.process, card.architecture.shape
     variances = ["small", "large", "learned"] if process.learned_variance else ["small", "large"]
     return {
@@ -37,8 +38,9 @@ def _document(card: ModelCard, served: Served | None) -> dict[str, Any]:
         "samplers": list(SAMPLERS),
         "variances": variances,
         "spacings": list(SPACINGS),
-        "loaded": served is not None,
+        "loaded": served is not None and served.loaded,
         "runs": asdict(served) if served is not None else None,
+        "engines": [asdict(place[card.name]) if card.name in place else None for place in backend.places],
     }
 
 
@@ -46,7 +48,7 @@ def _document(card: ModelCard, served: Served | None) -> dict[str, Any]:
 async def models(request: Request) -> JSONResponse:
     """Every model, without its card."""
     jobs: Jobs = request.app.state.jobs
-    return JSONResponse({"models": [_document(c, jobs.backend.served.get(name)) for name, c in jobs.cards.items()]})
+    return JSONResponse({"models": [_document(card, jobs.backend) for card in jobs.cards.values()]})
 
 
 @router.get("/models/{name}", summary="One model and its card")
@@ -56,7 +58,7 @@ async def model(request: Request, name: str) -> JSONResponse:
     if name not in jobs.cards:
         raise NotFound(f"there is no such model; there are {', '.join(jobs.cards)}")
     card = jobs.cards[name]
-    return JSONResponse(_document(card, jobs.backend.served.get(name)) | {"card": card.readme})
+    return JSONResponse(_document(card, jobs.backend) | {"card": card.readme})
 
 
 @router.get("/healthz", summary="Alive?")

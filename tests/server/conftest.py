@@ -83,12 +83,16 @@ class Server:
         raise AssertionError("the server did not become ready")
 
     @property
-    def engine_pid(self) -> int:
-        """The process id of the engine, which is the server's only child but for Python's resource tracker."""
+    def engine_pids(self) -> list[int]:
+        """The process ids of the engines, which are the server's only children but for Python's resource tracker."""
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        engines = [pid for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-        assert len(engines) == 1
-        return int(engines[0])
+        return [int(pid) for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+    @property
+    def engine_pid(self) -> int:
+        """The process id of the only engine."""
+        (pid,) = self.engine_pids
+        return pid
 
     def stop(self) -> tuple[int, str]:
         """SIGTERM; the exit code and what was logged."""

@@ -39,7 +39,14 @@ class FakeBackend:
         self.failure = NotReady("the server is shutting down")
         self.gate.set()
 
-    load_s = 0.0
+    @property
+    def places(self) -> list[dict[str, Served]]:
+        """One engine."""
+        return [self.served]
+
+    def load_s(self, model: str) -> float:
+        """Nothing to load."""
+        return 0.0
 
     def step_s(self, model: str, buckets: Sequence[int]) -> list[float]:
         """Ten image-steps a second."""

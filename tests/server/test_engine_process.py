@@ -8,7 +8,7 @@ import pytest
 
 AGAIN = """
 import resource, statistics, sys, torch
-from server.engine_process import prepare_cpu
+from server.machine import prepare_cpu
 
 if sys.argv[1] == "prepared":
     prepare_cpu(1)

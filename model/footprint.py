@@ -1,0 +1,75 @@
+"""What a model takes of a device's memory: bounded before it is loaded, with no tensor allocated for it."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from model.architecture import ATTENTION, DOWN_BLOCKS, UP_BLOCKS, Architecture
+from model.card import ModelCard
+from model.checkpoint import Model
+from model.kernels import Conv
+from model.slots import Slots
+from model.unet import UNet
+
+AT_WORK = 6  # tensors of a layer that are alive at a time: what it reads, normed, padded, convolved, added to
+WORKSPACE = 1.5  # of what is alive in a step: what libraries take for themselves, and what fragments
+SAMPLER = 8  # float32 numbers that its arithmetic holds for each of a picture, beside the net
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """Of a model: its number of weights, and the bytes that it takes at most."""
+
+    parameters: int
+    size_bytes: int
+
+
+def footprint(card: ModelCard, slots: int, device: torch.device, dtype: torch.dtype) -> Footprint:
+    """What the model will take, loaded: while it is read, its weights are there in float32 as well as in `dtype`."""
+    with torch.device("meta"):
+        net = UNet(card.architecture)
+    count, T = sum(p.numel() for p in net.parameters()), card.process.schedule.T
+    weights = (count + net.embedding_width * T) * (4 + dtype.itemsize)
+    slot = batch_bytes(Slots(1, card.architecture.shape, T, device))
+    return Footprint(count, weights + slots * (slot + picture_bytes(card.architecture, dtype)))
+
+
+def resident_bytes(model: Model, slots: Slots) -> int:
+    """What a loaded model holds of a device that does not tell: its net in every form, its table, its batch."""
+    packed = [module.packed for module in model.net.modules() if isinstance(module, Conv) and module.packed is not None]
+    weights: int = sum(t.numel() * t.element_size() for t in [*model.net.state_dict().values(), *packed, model.table])
+    return weights + batch_bytes(slots) + slots.capacity * picture_bytes(model.card.architecture, model.table.dtype)
+
+
+def batch_bytes(slots: Slots) -> int:
+    """A batch, and as much again: pictures that were unseated keep their state."""
+    return 2 * sum(
+        tensor.numel() * tensor.element_size() for tensor in vars(slots).values() if isinstance(tensor, Tensor)
+    )
+
+
+def picture_bytes(arch: Architecture, dtype: torch.dtype) -> int:
+    """What a step takes for itself while it is made, for each picture in it, at most."""
+    pixels, itemsize = arch.height * arch.width, int(dtype.itemsize)
+    return math.ceil(WORKSPACE * (itemsize * alive(arch) + SAMPLER * 4 * arch.in_channels * pixels))
+
+
+def alive(arch: Architecture) -> int:
+    """The most numbers that are alive at a time while the net computes one picture: what the way down keeps for the way
+    up, and the largest layer at work."""
+    widths, layers, last = arch.block_out_channels, arch.layers_per_block, len(arch.block_out_channels) - 1
+    pixels = [-(-arch.height // (1 << level)) * -(-arch.width // (1 << level)) for level in range(last + 1)]
+    kept, largest, scores = widths[0] * pixels[0], 0, 0
+    for level, channels in enumerate(widths):
+        kept += layers * channels * pixels[level]
+        if level < last:
+            kept += channels * pixels[level + 1]
+        above = widths[min(level + 1, last)]
+        largest = max(largest, (above + channels) * pixels[level])  # joined on the way up
+        kinds = (DOWN_BLOCKS[arch.down_block_types[level]], UP_BLOCKS[arch.up_block_types[last - level]])
+        if ATTENTION in kinds or (level == last and arch.add_attention):
+            heads = max(1, channels // (arch.attention_head_dim or channels))
+            scores = max(scores, heads * pixels[level] * pixels[level] + 4 * channels * pixels[level])
+    return kept + max(AT_WORK * largest, scores + 2 * largest)

@@ -1,0 +1,128 @@
+"""The device that an engine process has: which one, what numbers it computes in, how much memory of it is held."""
+
+import ctypes
+import gc
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from model.card import ModelCard
+from model.checkpoint import Model
+from model.errors import NoSuchDevice
+from model.footprint import Footprint, resident_bytes
+from model.runner import Runner, usual_buckets
+from server.backend import Served
+from server.devices import cores
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def choose_device(wanted: str) -> torch.device:
+    """The device by its name in the settings. Raises NoSuchDevice."""
+    gpus = torch.cuda.device_count()
+    if wanted == "cpu" or (wanted == "auto" and not gpus):
+        return torch.device("cpu")
+    index = int(wanted.partition(":")[2] or 0)
+    if index >= gpus:
+        raise NoSuchDevice(f"device {wanted} was asked for, this machine has {gpus} GPUs")
+    return torch.device("cuda", index)
+
+
+def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
+    """Numbers inside the net: bfloat16 wherever the device computes in it, unless told otherwise."""
+    if wanted != "auto":
+        return DTYPES[wanted]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if native else torch.float32
+
+
+def usual_slots(device: torch.device) -> int:
+    """How many pictures share a batch, unless told otherwise."""
+    return 64 if device.type == "cuda" else 8
+
+
+def device_name(device: torch.device) -> str:
+    """What the device calls itself."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def prepare_cpu(threads: int) -> None:
+    """Makes this process an engine on a CPU: its threads, and an allocator that keeps what it has got.
+
+    Left alone, glibc gives a step's large tensors back to the system and gets them again, page by page, in the next.
+    """
+    torch.set_num_threads(threads or cores())
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
+    if mallopt is not None:
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """1-4,6 for [1, 2, 3, 4, 6], none for []."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][1] + 1:
+            parts[-1][1] = number
+        else:
+            parts.append([number, number])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in parts) or "none"
+
+
+def describe(runner: Runner, model: Model, load_s: float, grown_bytes: int) -> Served:
+    """What the world may know of a loaded model. grown_bytes: by how much more of a GPU is held since it was not."""
+    device, dtype = runner.device, str(model.table.dtype).removeprefix("torch.")
+    name = device_name(device)
+    parts = [name, f"torch {torch.__version__}", dtype, f"exact {ranges(runner.exact_buckets)}"]
+    if device.type == "cuda":
+        parts.insert(2, f"cudnn {torch.backends.cudnn.version()}")
+        parts += [str(runner.chosen)] if runner.chosen else []
+    else:
+        parts.insert(2, f"{torch.get_num_threads()} threads")
+    return Served(
+        model.card.digest,
+        f"{device} ({name})",
+        dtype,
+        model.parameters,
+        runner.slots.capacity,
+        runner.buckets,
+        runner.exact_buckets,
+        runner.admitted,
+        runner.exact,
+        "; ".join(parts),
+        load_s,
+        memory_bytes=grown_bytes if device.type == "cuda" else resident_bytes(model, runner.slots),
+    )
+
+
+def held_bytes(device: torch.device) -> int:
+    """Memory of a GPU that this process has taken."""
+    return torch.cuda.memory_reserved(device) if device.type == "cuda" else 0
+
+
+def announce(card: ModelCard, device: torch.device, dtype: torch.dtype, slots: int, size: Footprint) -> Served:
+    """What the world may know of a model that is not loaded. Its numerics class shows only when it runs."""
+    words = (f"{device} ({device_name(device)})", str(dtype).removeprefix("torch."))
+    buckets = usual_buckets(slots)
+    return Served(
+        card.digest, *words, size.parameters, slots, buckets, [], buckets, False, "", 0.0, False, size.size_bytes
+    )
+
+
+def give_back(device: torch.device) -> None:
+    """What nothing refers to any more goes back to the system."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(0)

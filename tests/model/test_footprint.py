@@ -1,0 +1,77 @@
+"""What a model takes is known before it is loaded."""
+
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from model.architecture import Architecture
+from model.card import read_card
+from model.checkpoint import load_model
+from model.footprint import alive, footprint, resident_bytes
+from model.runner import Runner
+from model.unet import UNet
+from tests.model.directories import write_model
+from tests.model.tiny import ARCHITECTURE, CPU
+
+WIDE = Architecture(
+    height=16,
+    width=24,
+    block_out_channels=(32, 64, 64),
+    down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
+    up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+    norm_num_groups=8,
+)
+
+
+class Counting(TorchDispatchMode):
+    """Counts the bytes of tensors that are made and not yet gone."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now, self.most, self.known = 0, 0, set[int]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self.known:
+                self.come(tensor.untyped_storage())
+        return out
+
+    def come(self, storage: torch.UntypedStorage) -> None:
+        """A storage that was not there."""
+        key, size = storage._cdata, storage.nbytes()
+        self.known.add(key)
+        self.now += size
+        self.most = max(self.most, self.now)
+        weakref.finalize(storage, self.go, key, size)
+
+    def go(self, key: int, size: int) -> None:
+        """It is gone."""
+        self.known.discard(key)
+        self.now -= size
+
+
+@pytest.mark.parametrize("arch", [ARCHITECTURE, WIDE], ids=["tiny", "wide"])
+def test_no_more_is_alive_in_a_step_than_was_thought_and_not_much_less(arch: Architecture) -> None:
+    net, x = UNet(arch), torch.zeros(2, *arch.shape)
+    embedding = torch.zeros(2, net.embedding_width)
+    with torch.no_grad(), Counting() as counting:
+        net(x, embedding)
+
+    assert counting.most <= 2 * 4 * alive(arch) <= 3 * counting.most
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_loaded_model_takes_no_more_than_was_thought(tmp_path: Path, dtype: torch.dtype) -> None:
+    card = read_card(write_model(tmp_path / "tiny"))
+    before = footprint(card, 4, CPU, dtype)
+    model = load_model(card, CPU, dtype)
+    after = resident_bytes(model, Runner(model, 4).slots)
+
+    assert before.parameters == model.parameters
+    assert after <= before.size_bytes <= 2 * after

@@ -1,0 +1,122 @@
+"""Several models in one server that has not room for all of them."""
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+
+from model.card import read_card
+from model.footprint import footprint
+from tests.model.directories import weights as tensors
+from tests.model.directories import write_model
+from tests.server.conftest import Server
+from tests.server.test_worker import exit_of
+
+NAMES = ("a", "b", "c")
+JOBS = [{"model": name, "seed": seed, "steps": 10 + seed, "n": 2} for seed in range(8) for name in NAMES]
+SLOTS = 4
+
+
+def write(folder: Path) -> Path:
+    """Three models of one shape, and each with weights of its own."""
+    for factor, name in enumerate(NAMES, 1):
+        write_model(folder / name, tensors={key: tensor * (1 + 0.1 * factor) for key, tensor in tensors().items()})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
+    """The pictures of JOBS, each made alone, by a server that has room for all."""
+    server = Server(write(tmp_path_factory.mktemp("three")), DDPM_DTYPE="float32").wait_until_ready()
+    assert loaded(server) == {"a", "b", "c"}
+    made = [server.client.post("/generate", json=job).content for job in JOBS]
+    server.stop()
+    return made
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The three, and one whose weights are not finite, which shows when they are read."""
+    made = write(tmp_path_factory.mktemp("four"))
+    write_model(made / "z", tensors=tensors() | {"conv_in.bias": torch.full((8,), float("nan"))})
+    return made
+
+
+@pytest.fixture(scope="module")
+def budget(folder: Path) -> int:
+    """Room for two of them, and a half."""
+    return footprint(read_card(folder / "a"), SLOTS, torch.device("cpu"), torch.float32).size_bytes * 5 // 2
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path, budget: int) -> Iterator[Server]:
+    """A server with room for two."""
+    made = Server(folder, DDPM_MODEL_MEMORY_BYTES=str(budget), DDPM_DTYPE="float32").wait_until_ready()
+    yield made
+    assert made.stop()[0] == 0
+
+
+def models(server: Server) -> list[dict[str, Any]]:
+    """What is said of each model."""
+    return list(server.client.get("/models").json()["models"])
+
+
+def loaded(server: Server) -> set[str]:
+    """The names of those that are in memory."""
+    return {model["name"] for model in models(server) if model["loaded"]}
+
+
+def test_three_models_share_room_for_two_and_no_request_fails(
+    server: Server, budget: int, expected: list[bytes]
+) -> None:
+    assert loaded(server) == {"a", "b"}
+    made: dict[int, httpx.Response] = {}
+    callers = [
+        threading.Thread(target=lambda i=i: made.update({i: server.client.post("/generate", json=JOBS[i])}))
+        for i in range(len(JOBS))
+    ]
+    seen = list[set[str]]()
+    for caller in callers:
+        caller.start()
+    while any(caller.is_alive() for caller in callers):
+        taken = [model["runs"]["memory_bytes"] for model in models(server) if model["loaded"]]
+        assert sum(taken) <= budget
+        seen.append(loaded(server))
+        assert server.client.get("/readyz").status_code == 200
+
+    assert [made[i].status_code for i in range(len(JOBS))] == [200] * len(JOBS)
+    assert [made[i].content for i in range(len(JOBS))] == expected
+    assert max(map(len, seen)) == 2
+    assert set().union(*seen, loaded(server)) == {"a", "b", "c"}
+
+
+def test_the_model_that_was_used_last_stays(server: Server) -> None:
+    for name in "ba":
+        server.client.post("/generate", json={"model": name, "steps": 2})
+
+    document = server.client.post(
+        "/generate", json={"model": "c", "steps": 2}, headers={"accept": "application/json"}
+    ).json()
+
+    assert document["status"] == "succeeded"
+    assert document["digest"] == next(model["digest"] for model in models(server) if model["name"] == "c")
+    assert loaded(server) == {"a", "c"}
+
+
+def test_a_model_that_turns_out_broken_fails_its_own_jobs(server: Server) -> None:
+    answers = [server.client.post("/generate", json={"model": name, "steps": 2}) for name in "zabz"]
+
+    assert [answer.status_code for answer in answers] == [503, 200, 200, 503]
+    for broken in (answers[0], answers[3]):
+        assert (broken.json()["code"], "not finite" in broken.json()["detail"]) == ("model-broken", True)
+    assert server.client.get("/readyz").status_code == 200
+
+
+def test_a_model_larger_than_the_room_for_all_is_refused_by_name(folder: Path) -> None:
+    code, line = exit_of(DDPM_WEIGHTS=str(folder), DDPM_MODEL_MEMORY_BYTES="100000", DDPM_SLOTS="4")
+
+    assert (code, line.startswith("ddpm: a takes ")) == (3, True), line
