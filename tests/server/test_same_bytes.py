@@ -45,8 +45,8 @@ def by_openais_stream(server: Server, out: Path) -> bytes:
 def by_our_client(server: Server, out: Path) -> bytes:
     if find_spec("server.client") is None:
         pytest.skip("the Python client is not here")
-    client = importlib.import_module("server.client").Client(f"http://127.0.0.1:{server.port}")
-    png: bytes = client.generate(**ASKED).png
+    with importlib.import_module("server.client").Client(f"http://127.0.0.1:{server.port}") as client:
+        png: bytes = client.generate(**ASKED).png
     return png
 
 
