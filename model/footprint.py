@@ -10,8 +10,9 @@ from model.architecture import ATTENTION, DOWN_BLOCKS, UP_BLOCKS, Architecture
 from model.card import ModelCard
 from model.checkpoint import Model
 from model.kernels import Conv
+from model.lucid_architecture import LucidArchitecture
+from model.nets import build
 from model.slots import Slots
-from model.unet import UNet
 
 AT_WORK = 6  # tensors of a layer that are alive at a time: what it reads, normed, padded, convolved, added to
 WORKSPACE = 1.5  # of what is alive in a step: what libraries take for themselves, and what fragments
@@ -29,7 +30,7 @@ class Footprint:
 def footprint(card: ModelCard, slots: int, device: torch.device, dtype: torch.dtype) -> Footprint:
     """What the model will take, loaded: while it is read, its weights are there in float32 as well as in `dtype`."""
     with torch.device("meta"):
-        net = UNet(card.architecture)
+        net = build(card.architecture)
     count, T = sum(p.numel() for p in net.parameters()), card.process.schedule.T
     weights = (count + net.embedding_width * T) * (4 + dtype.itemsize)
     slot = batch_bytes(Slots(1, card.architecture.shape, T, device))
@@ -50,15 +51,31 @@ def batch_bytes(slots: Slots) -> int:
     )
 
 
-def picture_bytes(arch: Architecture, dtype: torch.dtype) -> int:
+def picture_bytes(arch: Architecture | LucidArchitecture, dtype: torch.dtype) -> int:
     """What a step takes for itself while it is made, for each picture in it, at most."""
     pixels, itemsize = arch.height * arch.width, int(dtype.itemsize)
     return math.ceil(WORKSPACE * (itemsize * alive(arch) + SAMPLER * 4 * arch.in_channels * pixels))
 
 
-def alive(arch: Architecture) -> int:
+def alive(arch: Architecture | LucidArchitecture) -> int:
     """The most numbers that are alive at a time while the net computes one picture: what the way down keeps for the way
     up, and the largest layer at work."""
+    return _alive_in_lucid(arch) if isinstance(arch, LucidArchitecture) else _alive(arch)
+
+
+def _alive_in_lucid(arch: LucidArchitecture) -> int:
+    kept, largest, scores = arch.init_dim * arch.height * arch.width, 0, 0
+    for level, (above, below) in enumerate(zip(arch.widths, arch.widths[1:], strict=False)):
+        pixels = -(-arch.height // (1 << level)) * -(-arch.width // (1 << level))
+        kept += 2 * above * pixels
+        largest = max(largest, (above + below) * pixels)
+        inner = arch.attn_heads[level] * arch.attn_dim_head[level]
+        seen = arch.attn_heads[level] * (pixels + arch.num_mem_kv) if arch.full_attn[level] else 4 * inner
+        scores = max(scores, (4 * inner + seen) * pixels)
+    return kept + max(AT_WORK * largest, scores + 2 * largest)
+
+
+def _alive(arch: Architecture) -> int:
     widths, layers, last = arch.block_out_channels, arch.layers_per_block, len(arch.block_out_channels) - 1
     pixels = [-(-arch.height // (1 << level)) * -(-arch.width // (1 << level)) for level in range(last + 1)]
     kept, largest, scores = widths[0] * pixels[0], 0, 0

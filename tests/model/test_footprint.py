@@ -13,8 +13,9 @@ from model.architecture import Architecture
 from model.card import read_card
 from model.checkpoint import load_model
 from model.footprint import alive, footprint, resident_bytes
+from model.lucid_architecture import LucidArchitecture
+from model.nets import build
 from model.runner import Runner
-from model.unet import UNet
 from tests.model.directories import write_model
 from tests.model.tiny import ARCHITECTURE, CPU
 
@@ -26,6 +27,7 @@ WIDE = Architecture(
     up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
     norm_num_groups=8,
 )
+LUCID = LucidArchitecture(16, 24, 3, 3, 16, 16, (1, 2, 4), (False, False, True), (4, 4, 4), (8, 8, 8))
 
 
 class Counting(TorchDispatchMode):
@@ -56,9 +58,9 @@ class Counting(TorchDispatchMode):
         self.now -= size
 
 
-@pytest.mark.parametrize("arch", [ARCHITECTURE, WIDE], ids=["tiny", "wide"])
-def test_no_more_is_alive_in_a_step_than_was_thought_and_not_much_less(arch: Architecture) -> None:
-    net, x = UNet(arch), torch.zeros(2, *arch.shape)
+@pytest.mark.parametrize("arch", [ARCHITECTURE, WIDE, LUCID], ids=["tiny", "wide", "lucid"])
+def test_no_more_is_alive_in_a_step_than_was_thought_and_not_much_less(arch: Architecture | LucidArchitecture) -> None:
+    net, x = build(arch), torch.zeros(2, *arch.shape)
     embedding = torch.zeros(2, net.embedding_width)
     with torch.no_grad(), Counting() as counting:
         net(x, embedding)
