@@ -52,7 +52,9 @@ exec "$@"
 
 def run(*command: str | Path, **others: Any) -> str:
     """What a command prints. Raises CalledProcessError."""
-    return subprocess.run([str(word) for word in command], check=True, stdout=subprocess.PIPE, text=True, **others).stdout
+    return subprocess.run(
+        [str(word) for word in command], check=True, stdout=subprocess.PIPE, text=True, **others
+    ).stdout
 
 
 class Buildah:
