@@ -37,7 +37,7 @@ RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-de
 RUN python -m pip --python /venv install --no-deps --index-url "$TORCH_INDEX" --requirement torch.txt \
     && python -m pip --python /venv install --requirement requirements.txt
 COPY deploy/image_triton.py /triton/image_triton.py
-RUN ["/venv/bin/python", "/triton/image_triton.py", "/triton/built"]
+RUN ["/venv/bin/python", "/triton/image_triton.py"]
 
 
 FROM packages AS source

@@ -2,15 +2,15 @@
 
 Triton translates its kernels with what it brings along. But it reaches the CUDA driver through a small C extension of
 its own, which it compiles the first time it sees a GPU and keeps in its cache. The source of that extension depends on
-Triton's version alone, not on the GPU; so it is compiled when the image is built (`python image_triton.py FOLDER`),
-and looked up there before the cache (TRITON_CACHE_MANAGER=image_triton:ImageCache).
+Triton's version alone, not on the GPU; so it is compiled when the image is built (`python image_triton.py`), and looked
+up beside this file before the cache is (TRITON_CACHE_MANAGER=image_triton:ImageCache).
 """
 
 import ctypes
 import os
 import re
+import shutil
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -25,7 +25,7 @@ class ImageCache(FileCacheManager):
 
     def get_file(self, filename: str) -> str | None:
         """The path of a file, or None if it has not been made yet."""
-        brought = BUILT / self.key / filename
+        brought = BUILT / filename  # not by key: that depends on whether the program `file` is installed
         return str(brought) if brought.exists() else super().get_file(filename)
 
 
@@ -39,17 +39,20 @@ def stub(source: str, folder: Path) -> Path:
     return library
 
 
-def build(folder: Path) -> None:
-    """Lets Triton compile its extension into `folder`, and load it. It takes a C compiler, and no driver."""
+def build() -> None:
+    """Lets Triton compile its extension, load it, and keeps it. It takes a C compiler, and no driver."""
     from triton.backends.nvidia import driver
 
     source = (Path(driver.__file__).parent / "driver.c").read_text()
     with tempfile.TemporaryDirectory() as scratch:
         library = stub(source, Path(scratch))
         ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)  # so that the extension finds it when it is loaded
-        os.environ |= {"TRITON_CACHE_DIR": str(folder), "TRITON_LIBCUDA_PATH": scratch}
+        os.environ |= {"TRITON_CACHE_DIR": scratch, "TRITON_LIBCUDA_PATH": scratch}
         driver.CudaUtils()
+        BUILT.mkdir()
+        for made in Path(scratch).glob("*/*.so"):
+            shutil.copy(made, BUILT)
 
 
 if __name__ == "__main__":
-    build(Path(sys.argv[1]))
+    build()

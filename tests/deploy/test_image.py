@@ -31,7 +31,9 @@ def stages() -> dict[str, str]:
 
 @pytest.mark.parametrize("target", ["cpu", "cuda"])
 def test_the_last_thing_said_is_who_runs_it(target: str) -> None:
-    assert stages()[target].strip().splitlines()[-1] == "USER 10001:10001"
+    said = [line for line in stages()[target].splitlines() if line and line[0] != "#"]
+
+    assert said[-1] == "USER 10001:10001"
 
 
 def test_what_is_built_by_default_is_for_gpus() -> None:
@@ -67,7 +69,7 @@ def test_what_the_build_copies_is_sent_to_it() -> None:
         word for words in re.findall(r"^COPY (?!--from)(.*) \S+$", DOCKERFILE, re.MULTILINE) for word in words.split()
     ]
 
-    assert sorted(copied) == sorted(sent)
+    assert set(copied) == set(sent)
 
 
 def test_the_base_has_the_python_that_is_asked_for() -> None:
@@ -83,7 +85,7 @@ def test_triton_reaches_the_driver_without_a_compiler(tmp_path: Path) -> None:
     shutil.copy(DEPLOY / "image_triton.py", tmp_path)
     library = "import image_triton as i, pathlib as p; from triton.backends.nvidia import driver as d; "
     library += "i.stub((p.Path(d.__file__).parent / 'driver.c').read_text(), p.Path('.'))"
-    for words in (["image_triton.py", "built"], ["-c", library]):
+    for words in (["image_triton.py"], ["-c", library]):
         subprocess.run([sys.executable, *words], cwd=tmp_path, check=True)
     image = {
         "PATH": str(tmp_path / "nothing"),

@@ -159,19 +159,21 @@ def test_who_leaves_gives_up_the_job(client: httpx.Client, hasty: Server) -> Non
     with client.stream("POST", "/generate", json=MUCH, headers={"accept": "text/event-stream"}) as answer:
         job = answer.headers["x-job-id"]
     deadline = time.monotonic() + 5
-    while (status := hasty.client.get(f"/jobs/{job}").json()["status"]) == "running" and time.monotonic() < deadline:
+    while hasty.client.get(f"/jobs/{job}").json()["status"] in ("queued", "running") and time.monotonic() < deadline:
         time.sleep(0.02)
 
-    assert status == "cancelled"
+    assert hasty.client.get(f"/jobs/{job}").json()["status"] == "cancelled"
 
 
 def test_metrics_are_not_for_everybody(client: httpx.Client) -> None:
     assert code_of(client.get("/metrics")) == (404, "not-found")
 
 
-@pytest.mark.parametrize("size", [100_000, 2_000_000])
+@pytest.mark.parametrize("size", [100_000, 900_000, 2_000_000])
 def test_a_large_body_is_refused_by_whoever_sees_it_first(client: httpx.Client, size: int) -> None:
-    assert code_of(client.post("/generate", content=b" " * size)) == (413, "too-large")
+    answers = [code_of(client.post("/generate", content=b" " * size)) for _ in range(20)]
+
+    assert set(answers) == {(413, "too-large")}
 
 
 def test_a_slow_head_is_cut_off(front: int) -> None:
@@ -225,7 +227,7 @@ def test_one_address_can_not_have_all_connections(tmp_path: Path) -> None:
         port = stack.enter_context(before(silent.getsockname()[1], tmp_path, **fewer))
         for _ in range(3):
             say(stack.enter_context(connected(port)), b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
-            silent.accept()
+            stack.enter_context(silent.accept()[0])
         answer = httpx.get(f"http://127.0.0.1:{port}/healthz")
 
     assert code_of(answer) == (503, "not-ready")
