@@ -12,8 +12,6 @@ FROM ${PYTHON} AS python
 
 # What is installed, at the versions of constraints.txt: a layer that changes only when they do.
 FROM python AS packages
-ARG PIP_FIND_LINKS
-ARG PIP_NO_INDEX
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=ignore PIP_CONSTRAINT=/build/constraints.txt
 WORKDIR /build
 RUN ["python", "-m", "venv", "--without-pip", "/venv"]
@@ -26,6 +24,8 @@ RUN ["python", "-c", "import tomllib; project = tomllib.load(open('pyproject.tom
 # torch comes first and alone, so that only torch comes from an index of its own.
 FROM packages AS packages-cpu
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+ARG PIP_FIND_LINKS
+ARG PIP_NO_INDEX
 RUN python -m pip --python /venv install --no-deps --index-url "$TORCH_INDEX" --requirement torch.txt \
     && python -m pip --python /venv install --requirement requirements.txt
 
@@ -33,14 +33,18 @@ RUN python -m pip --python /venv install --no-deps --index-url "$TORCH_INDEX" --
 # Triton compiles its kernels by itself, but for its way to the driver it wants a C compiler, once. Here is one.
 FROM packages AS packages-cuda
 ARG TORCH_INDEX=https://pypi.org/simple
+ARG PIP_FIND_LINKS
+ARG PIP_NO_INDEX
 RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
 RUN python -m pip --python /venv install --no-deps --index-url "$TORCH_INDEX" --requirement torch.txt \
     && python -m pip --python /venv install --requirement requirements.txt
-COPY deploy/image_triton.py /triton/image_triton.py
-RUN ["/venv/bin/python", "/triton/image_triton.py"]
+COPY deploy/image_triton.py /opt/triton/image_triton.py
+RUN ["/venv/bin/python", "/opt/triton/image_triton.py"]
 
 
 FROM packages AS source
+ARG PIP_FIND_LINKS
+ARG PIP_NO_INDEX
 COPY README.md LICENSE ./
 COPY model model
 COPY server server
@@ -57,6 +61,7 @@ RUN ["useradd", "--uid", "10001", "--gid", "10001", "--no-create-home", "--home-
 RUN ["install", "--directory", "--owner", "10001", "--group", "10001", "--mode", "700", "/data"]
 ENV PATH=/venv/bin:/app/bin:$PATH PYTHONPATH=/app PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
     DDPM_HOST=0.0.0.0 DDPM_PORT=8000 DDPM_WEIGHTS=/weights DDPM_DATA_DIR=/data
+WORKDIR /app
 VOLUME /data
 EXPOSE 8000
 STOPSIGNAL SIGTERM
@@ -78,8 +83,8 @@ FROM bare AS cuda
 ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility \
     TRITON_CACHE_DIR=/data/triton TRITON_CACHE_MANAGER=image_triton:ImageCache TRITON_LIBCUDA_PATH=/usr/lib
 COPY --from=packages-cuda /venv /venv
-COPY --from=packages-cuda /triton /triton
-ENV PYTHONPATH=/app:/triton
+COPY --from=packages-cuda /opt/triton /opt/triton
+ENV PYTHONPATH=/app:/opt/triton
 COPY --from=source /app /app
 COPY weights /weights
 USER 10001:10001

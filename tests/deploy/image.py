@@ -50,21 +50,25 @@ exec "$@"
 """
 
 
-def run(*command: str | Path, **others: Any) -> str:
+def run(*command: str | Path) -> str:
     """What a command prints. Raises CalledProcessError."""
-    return subprocess.run(
-        [str(word) for word in command], check=True, stdout=subprocess.PIPE, text=True, **others
-    ).stdout
+    words = [str(word) for word in command]
+    return subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
 class Buildah:
     """buildah, with all that it keeps in one folder."""
 
     def __init__(self, folder: Path) -> None:
-        self._storage = ("--root", folder / "storage", "--runroot", folder / "run", "--storage-driver", "vfs")
+        places = ["--root", str(folder / "storage"), "--runroot", str(folder / "run")]
+        self._command = ["buildah", *places, "--storage-driver", "vfs"]
 
-    def __call__(self, *words: str | Path, **others: Any) -> str:
-        return run("buildah", *self._storage, *words, **others).strip()
+    def __call__(self, *words: str | Path) -> str:
+        return run(*self._command, *words).strip()
+
+    def offline(self, *words: str) -> None:
+        """The same without a network; what it prints is shown."""
+        subprocess.run(["unshare", "--net", *self._command, *words], check=True, stdout=sys.stderr)
 
 
 def make_base(buildah: Buildah, folder: Path, name: str) -> None:
@@ -88,7 +92,7 @@ def fetch_wheels(folder: Path) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     wanted: list[str] = project["project"]["dependencies"]
     torch = next(line for line in wanted if line.startswith("torch=="))
-    download = (sys.executable, "-m", "pip", "download", "--quiet", "--dest", folder, "--find-links", folder)
+    download = (sys.executable, "-m", "pip", "download", "-qq", "--dest", folder, "--find-links", folder)
     if not list(folder.glob("torch-*+cpu-*")):
         run(*download, "--no-deps", "--retries", "1", "--extra-index-url", CPU_WHEELS, torch)
     if not list(folder.glob("torch-*+cpu-*")):
@@ -100,9 +104,8 @@ def fetch_wheels(folder: Path) -> None:
 def build(buildah: Buildah, wheels: Path) -> None:
     """The image, from the Dockerfile as it is."""
     arguments = ("--build-arg", "PIP_NO_INDEX=1", "--build-arg", "PIP_FIND_LINKS=/wheels")
-    offline = ("--pull=never", "--network", "none", "--volume", f"{wheels}:/wheels:ro")
-    how = ("--isolation", "chroot", "--format", "docker", "--target", "cpu", "--tag", IMAGE)
-    buildah("build", *how, *offline, *arguments, ROOT, stderr=sys.stderr)
+    how = ("--isolation", "chroot", "--format", "docker", "--target", "cpu", "--tag", IMAGE, "--pull=never")
+    buildah.offline("build", *how, "--volume", f"{wheels}:/wheels:ro", *arguments, str(ROOT))
 
 
 class Container:
