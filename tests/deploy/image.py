@@ -115,7 +115,14 @@ class Container:
         uid, gid = configuration["User"].split(":")
         self.confined = ["setpriv", f"--reuid={uid}", f"--regid={gid}", "--clear-groups", "--no-new-privs"]
         self.confined += ["--bounding-set=-all", "--inh-caps=-all", "--ambient-caps=-all"]
-        self.confined += ["env", "-i", *configuration["Env"], "DDPM_HOST=127.0.0.1", f"DDPM_PORT={port}"]
+        self.confined += [
+            "env",
+            "-i",
+            *configuration["Env"],
+            "DDPM_HOST=127.0.0.1",
+            f"DDPM_PORT={port}",
+            "DDPM_THREADS=1",
+        ]
         inside = [*self.confined, *configuration["Entrypoint"], *configuration["Cmd"]]
         unshare = ["unshare", "--mount", "--pid", "--ipc", "--uts", "--fork", "--kill-child"]
         words = [*unshare, "sh", "-c", CONTAIN, "sh", str(root), str(data), "chroot", str(root), *inside]
@@ -149,7 +156,7 @@ class Container:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json", **headers})
         try:
-            with urllib.request.urlopen(request, timeout=60) as answer:
+            with urllib.request.urlopen(request, timeout=300) as answer:
                 return answer.status, answer.read()
         except urllib.error.HTTPError as refusal:
             return refusal.code, refusal.read()
@@ -165,10 +172,12 @@ class Container:
             time.sleep(0.1)
         return time.monotonic() - began
 
-    def stop(self) -> tuple[int, float]:
-        """SIGTERM; the exit code, and how long it took."""
-        began = time.monotonic()
-        os.kill(self.pid, signal.SIGTERM)
+    def stop(self, times: int = 1) -> tuple[int, float]:
+        """SIGTERM, perhaps twice; the exit code, and how long it took."""
+        began, pid = time.monotonic(), self.pid
+        for _ in range(times):
+            os.kill(pid, signal.SIGTERM)
+            time.sleep(0.5)
         return self._outer.wait(GRACE_S), time.monotonic() - began
 
     def kill(self) -> None:
@@ -247,51 +256,63 @@ def check_service(container: Container, health: list[str]) -> str:
 def check_restart(container: Container, job: str) -> None:
     """What it has kept."""
     container.wait_until_ready()
-    deadline = time.monotonic() + 300
-    while (document := json.loads(container.ask(f"/jobs/{job}")[1]))["status"] in ("queued", "running"):
+    deadline = time.monotonic() + 60
+    while (document := json.loads(container.ask(f"/jobs/{job}")[1]))["progress"]["step"] == 0:
         if time.monotonic() > deadline:
             break
-        time.sleep(0.5)
-    saw("the job it had taken is done after the next start", document["status"] == "succeeded")
+        time.sleep(0.1)
+    saw("after the next start it goes on with the job", document["status"] == "running", **document["progress"])
+
+
+def prepare(folder: Path, built: bool) -> Buildah:
+    """The image, in a folder."""
+    missing = [tool for tool in ("buildah", "debootstrap", "unshare", "setpriv", "nsenter") if not shutil.which(tool)]
+    if missing or os.getuid() != 0 or sys.version_info[:2] != (3, 11):
+        raise SystemExit(f"it takes root, Python 3.11, and {', '.join(missing) or 'nothing else'}")
+    folder.mkdir(parents=True, exist_ok=True)
+    buildah = Buildah(folder)
+    if not built:
+        name = re.search(r"^ARG PYTHON=(\S+)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
+        assert name is not None
+        make_base(buildah, folder, f"docker.io/library/{name[1]}")
+        fetch_wheels(folder / "wheels")
+        began = time.monotonic()
+        build(buildah, folder / "wheels")
+        saw("the Dockerfile was built as it is, without a network", True, seconds=round(time.monotonic() - began))
+    return buildah
+
+
+def make_volume(root: Path, data: Path) -> None:
+    """An empty /data that belongs to whom it belongs to in the image, as a named volume would."""
+    shutil.rmtree(data, ignore_errors=True)
+    data.mkdir(mode=0o700)
+    owner = (root / "data").stat()
+    os.chown(data, owner.st_uid, owner.st_gid)
 
 
 def main() -> None:
     """Builds, runs, looks, and ends at the first thing that is not so."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "image", help="where all of it is put")
-    folder: Path = parser.parse_args().folder.resolve()
-    missing = [tool for tool in ("buildah", "debootstrap", "unshare", "setpriv", "nsenter") if not shutil.which(tool)]
-    if missing or os.getuid() != 0 or sys.version_info[:2] != (3, 11):
-        raise SystemExit(f"it takes root, Python 3.11, and {', '.join(missing) or 'nothing else'}")
-    folder.mkdir(parents=True, exist_ok=True)
-    buildah = Buildah(folder)
-    name = re.search(r"^ARG PYTHON=(\S+)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
-    assert name is not None
-    make_base(buildah, folder, f"docker.io/library/{name[1]}")
-    fetch_wheels(folder / "wheels")
-    began = time.monotonic()
-    build(buildah, folder / "wheels")
-    saw("the Dockerfile was built as it is, without a network", True, seconds=round(time.monotonic() - began))
+    parser.add_argument("--built", action="store_true", help="take the image that was built there before")
+    arguments = parser.parse_args()
+    folder: Path = arguments.folder.resolve()
+    buildah = prepare(folder, arguments.built)
     configuration = json.loads(buildah("inspect", "--type", "image", IMAGE))["Docker"]["config"]
     mounted = buildah("from", "--pull=never", IMAGE)
-    root, data = Path(buildah("mount", mounted)), folder / "data"
-    shutil.rmtree(data, ignore_errors=True)
-    shutil.copytree(root / "data", data)
-    shutil.copystat(root / "data", data)
-    owner = (root / "data").stat()
-    os.chown(data, owner.st_uid, owner.st_gid)
-    check_image(root, configuration)
-    port = free_port()
     try:
+        root, data, port = Path(buildah("mount", mounted)), folder / "data", free_port()
+        make_volume(root, data)
+        check_image(root, configuration)
         with started(root, data, configuration, port) as container:
             job = check_service(container, configuration["Healthcheck"]["Test"][1:])
             code, seconds = container.stop()
             saw("it survives SIGTERM with a job under way", code == 0, seconds=round(seconds, 1), grace_s=GRACE_S)
         with started(root, data, configuration, port) as container:
             check_restart(container, job)
-            saw("it ends at once with nothing to do", container.stop()[0] == 0)
+            code, seconds = container.stop(times=2)
+            saw("a second SIGTERM ends it at once", code == 0 and seconds < 10, seconds=round(seconds, 1))
     finally:
-        buildah("umount", mounted)
         buildah("rm", mounted)
 
 
