@@ -72,6 +72,12 @@ def test_nginx_allows_fewer_connections_than_the_server() -> None:
     assert 2 * most < compose()["services"]["nginx"]["ulimits"]["nofile"]
 
 
+def test_nginx_takes_the_bodies_that_the_server_takes() -> None:
+    text = (DEPLOY / "nginx" / "nginx.conf").read_text()
+
+    assert f"client_max_body_size {Settings.model_fields['max_body_bytes'].default // 1024}k;" in text
+
+
 def test_a_gpu_is_asked_for_as_compose_wants_it() -> None:
     device = compose()["services"]["ddpm"]["deploy"]["resources"]["reservations"]["devices"][0]
 

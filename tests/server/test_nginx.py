@@ -169,8 +169,8 @@ def test_metrics_are_not_for_everybody(client: httpx.Client) -> None:
     assert code_of(client.get("/metrics")) == (404, "not-found")
 
 
-@pytest.mark.parametrize("size", [100_000, 900_000, 2_000_000])
-def test_a_large_body_is_refused_by_whoever_sees_it_first(client: httpx.Client, size: int) -> None:
+@pytest.mark.parametrize("size", [65_537, 2_000_000])
+def test_a_large_body_is_refused(client: httpx.Client, size: int) -> None:
     answers = [code_of(client.post("/generate", content=b" " * size)) for _ in range(20)]
 
     assert set(answers) == {(413, "too-large")}
