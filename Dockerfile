@@ -1,26 +1,90 @@
-# syntax=docker/dockerfile:1
-# The server with its models. For a GPU by default; `--build-arg TORCH_INDEX=https://download.pytorch.org/whl/cpu`
-# builds it without CUDA.
-FROM python:3.12-slim AS build
-ARG TORCH_INDEX=https://pypi.org/simple
+# The server with its models. `docker build .` makes it for NVIDIA GPUs, `docker build --target cpu .` without CUDA.
+# Neither has a compiler, and either runs as nobody in particular, from a root that may be read-only: what is written
+# goes to /data, and what need not last to /tmp. docs/operations.md says more.
+#
+# Where there is no network: --build-arg PIP_NO_INDEX=1 --build-arg PIP_FIND_LINKS=/wheels --volume ...:/wheels (buildah),
+# as deploy/prove.py does. To have the very bytes of a base: --build-arg PYTHON=python:...@sha256:...
+ARG PYTHON=python:3.11.15-slim-bookworm
+
+
+FROM ${PYTHON} AS python
+
+
+# What is installed, at the versions of constraints.txt: a layer that changes only when they do.
+FROM python AS packages
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=ignore PIP_CONSTRAINT=/build/constraints.txt
 WORKDIR /build
-RUN python -m venv /venv
-COPY pyproject.toml constraints.txt README.md LICENSE ./
+RUN ["python", "-m", "venv", "--without-pip", "/venv"]
+COPY pyproject.toml constraints.txt ./
+RUN ["python", "-c", "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+    print(*project['dependencies'], sep='\\n', file=open('requirements.txt', 'w')); \
+    print(*[line for line in project['dependencies'] if line.startswith('torch==')], file=open('torch.txt', 'w'))"]
+
+
+# torch comes first and alone, so that only torch comes from an index of its own.
+FROM packages AS packages-cpu
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+ARG PIP_FIND_LINKS
+ARG PIP_NO_INDEX
+RUN python -m pip --python /venv install --no-deps --index-url "$TORCH_INDEX" --requirement torch.txt \
+    && python -m pip --python /venv install --requirement requirements.txt
+
+
+# Triton compiles its kernels by itself, but for its way to the driver it wants a C compiler, once. Here is one.
+FROM packages AS packages-cuda
+ARG TORCH_INDEX=https://pypi.org/simple
+ARG PIP_FIND_LINKS
+ARG PIP_NO_INDEX
+RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
+RUN python -m pip --python /venv install --no-deps --index-url "$TORCH_INDEX" --requirement torch.txt \
+    && python -m pip --python /venv install --requirement requirements.txt
+COPY deploy/image_triton.py /opt/triton/image_triton.py
+RUN ["/venv/bin/python", "/opt/triton/image_triton.py"]
+
+
+FROM packages AS source
+ARG PIP_FIND_LINKS
+ARG PIP_NO_INDEX
+COPY README.md LICENSE ./
 COPY model model
 COPY server server
-RUN /venv/bin/pip install --no-cache-dir --disable-pip-version-check --constraint constraints.txt \
-        --extra-index-url "$TORCH_INDEX" .
+RUN ["python", "-m", "pip", "--python", "/venv", "install", "--no-deps", "--target", "/app", "."]
 
-FROM python:3.12-slim
-RUN useradd --uid 10001 --user-group --no-create-home ddpm && install -d -o 10001 -g 10001 -m 700 /data
-COPY --from=build /venv /venv
-COPY weights /weights
-ENV PATH=/venv/bin:$PATH PYTHONUNBUFFERED=1 DDPM_WEIGHTS=/weights DDPM_DATA_DIR=/data \
-    DDPM_HOST=0.0.0.0
+
+# What both images share, before anything large.
+FROM python AS bare
+LABEL org.opencontainers.image.title="ddpm-server" \
+    org.opencontainers.image.description="An inference server for pixel-space diffusion models" \
+    org.opencontainers.image.licenses="Apache-2.0"
+RUN ["groupadd", "--gid", "10001", "ddpm"]
+RUN ["useradd", "--uid", "10001", "--gid", "10001", "--no-create-home", "--home-dir", "/tmp", "--shell", "/usr/sbin/nologin", "ddpm"]
+RUN ["install", "--directory", "--owner", "10001", "--group", "10001", "--mode", "700", "/data"]
+ENV PATH=/venv/bin:/app/bin:$PATH PYTHONPATH=/app PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
+    DDPM_HOST=0.0.0.0 DDPM_PORT=8000 DDPM_WEIGHTS=/weights DDPM_DATA_DIR=/data
+WORKDIR /app
 VOLUME /data
-USER 10001:10001
 EXPOSE 8000
 STOPSIGNAL SIGTERM
-HEALTHCHECK --interval=10s --timeout=3s --start-period=120s \
-    CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/readyz', timeout=2)"]
-CMD ["ddpm", "serve"]
+HEALTHCHECK --interval=10s --timeout=5s --start-period=120s --retries=3 \
+    CMD ["python", "-c", "import os, urllib.request as r; r.urlopen(f'http://127.0.0.1:{os.environ[\"DDPM_PORT\"]}/readyz', timeout=4)"]
+ENTRYPOINT ["python", "-m", "server"]
+CMD ["serve"]
+
+
+FROM bare AS cpu
+COPY --from=packages-cpu /venv /venv
+COPY --from=source /app /app
+COPY weights /weights
+USER 10001:10001
+
+
+# Compiled kernels are kept beside the jobs, so that only the first start compiles them.
+FROM bare AS cuda
+ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility \
+    TRITON_CACHE_DIR=/data/triton TRITON_CACHE_MANAGER=image_triton:ImageCache TRITON_LIBCUDA_PATH=/usr/lib
+COPY --from=packages-cuda /venv /venv
+COPY --from=packages-cuda /opt/triton /opt/triton
+ENV PYTHONPATH=/app:/opt/triton
+COPY --from=source /app /app
+COPY weights /weights
+USER 10001:10001

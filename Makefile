@@ -5,7 +5,7 @@ PORT   ?= 8000
 BIN    := .venv/bin
 PIP    := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: serve test check format bench bench-compile chaos fuzz soak gpu gpu-wheels gpu-compile clean
+.PHONY: serve test check format bench bench-compile chaos fuzz soak image gpu gpu-wheels gpu-compile clean
 
 serve: .venv/serve.stamp
 	$(BIN)/ddpm serve --host $(HOST) --port $(PORT)
@@ -42,6 +42,10 @@ fuzz: .venv/test.stamp
 soak: .venv/test.stamp
 	ABORTS=10000 $(BIN)/python -m pytest tests/server/test_connections.py -k thousands
 	$(BIN)/python -m tests.fuzz.soak --minutes 30
+
+# The Dockerfile, built and run without a Docker engine: as root, with buildah and debootstrap; minutes, and 10 GB.
+image:
+	$(PYTHON) -m tests.deploy.image
 
 .venv/serve.stamp: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed, as PYTHON=...")'

@@ -1,0 +1,101 @@
+"""The Dockerfile, and what makes Triton run without a compiler. `make image` builds and runs all of it."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from server.settings import Settings
+from tests.deploy.files import DEPLOY, ROOT
+
+DOCKERFILE = (ROOT / "Dockerfile").read_text()
+USE = """
+import ctypes, sys
+ctypes.CDLL(sys.argv[1], ctypes.RTLD_GLOBAL)
+from triton.backends.nvidia import driver
+driver.CudaUtils().launch
+"""
+
+
+def stages() -> dict[str, str]:
+    """The instructions of each stage, by its name."""
+    pieces = re.split(r"^FROM (\S+) AS (\S+)\n", DOCKERFILE, flags=re.MULTILINE)[1:]
+    return {name: text for _, name, text in zip(*[iter(pieces)] * 3, strict=True)}
+
+
+@pytest.mark.parametrize("target", ["cpu", "cuda"])
+def test_the_last_thing_said_is_who_runs_it(target: str) -> None:
+    said = [line for line in stages()[target].splitlines() if line and line[0] != "#"]
+
+    assert said[-1] == "USER 10001:10001"
+
+
+def test_what_is_built_by_default_is_for_gpus() -> None:
+    assert list(stages())[-1] == "cuda"
+
+
+def test_packages_are_held_to_the_constraints() -> None:
+    assert "PIP_CONSTRAINT=/build/constraints.txt" in stages()["packages"]
+    pins = (ROOT / "constraints.txt").read_text().splitlines()
+    assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in pins)
+    assert pins == sorted(pins, key=str.lower)
+
+
+def test_nothing_is_downloaded_into_what_is_shipped() -> None:
+    shipped = stages()["bare"] + stages()["cpu"] + stages()["cuda"]
+
+    assert re.findall(r"apt-get|\bpip\b|curl|wget|gcc", shipped) == []
+
+
+def test_everything_that_starts_does_so_without_a_shell() -> None:
+    started = re.findall(r"^\s*(?:CMD|ENTRYPOINT) (.*)", DOCKERFILE, re.MULTILINE)
+
+    assert len(started) == 3 and all(words.startswith("[") for words in started)
+
+
+def test_the_image_sets_settings_that_there_are() -> None:
+    assert set(re.findall(r"\b(DDPM_\w+)=", DOCKERFILE)) <= set(Settings.variables())
+
+
+def test_what_the_build_copies_is_sent_to_it() -> None:
+    sent = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
+    copied = [
+        word for words in re.findall(r"^COPY (?!--from)(.*) \S+$", DOCKERFILE, re.MULTILINE) for word in words.split()
+    ]
+
+    assert set(copied) == set(sent)
+
+
+def test_the_base_has_the_python_that_is_asked_for() -> None:
+    base = re.search(r"^ARG PYTHON=python:(\d+)\.(\d+)\.\d+-slim-(\w+)$", DOCKERFILE, re.MULTILINE)
+    wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"]
+
+    assert base is not None
+    assert wanted == f">={base[1]}.{base[2]}"
+
+
+@pytest.mark.skipif(find_spec("triton") is None or shutil.which("gcc") is None, reason="triton or gcc is not installed")
+def test_triton_reaches_the_driver_without_a_compiler(tmp_path: Path) -> None:
+    shutil.copy(DEPLOY / "image_triton.py", tmp_path)
+    library = "import image_triton as i, pathlib as p; from triton.backends.nvidia import driver as d; "
+    library += "i.stub((p.Path(d.__file__).parent / 'driver.c').read_text(), p.Path('.'))"
+    for words in (["image_triton.py"], ["-c", library]):
+        subprocess.run([sys.executable, *words], cwd=tmp_path, check=True)
+    image = {
+        "PATH": str(tmp_path / "nothing"),
+        "PYTHONPATH": str(tmp_path),
+        "TRITON_CACHE_DIR": str(tmp_path / "cache"),
+        **dict(re.findall(r"(TRITON_CACHE_MANAGER|TRITON_LIBCUDA_PATH)=(\S+)", DOCKERFILE)),
+    }
+    use = [sys.executable, "-c", USE, str(tmp_path / "libcuda.so.1")]
+    bare = {name: value for name, value in image.items() if name != "TRITON_CACHE_MANAGER"}
+
+    assert subprocess.run(use, env=image, cwd=os.sep).returncode == 0
+    failed = subprocess.run(use, env=bare, cwd=os.sep, capture_output=True, text=True)
+    assert "Failed to find C compiler" in failed.stderr

@@ -1,0 +1,105 @@
+"""deploy/kubernetes: what the manifests must not get wrong. Whether a cluster takes them is not seen here."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml  # type: ignore[import-untyped]
+
+from server.settings import Settings
+from tests.deploy.files import DEPLOY, manifests
+
+KUBERNETES = DEPLOY / "kubernetes"
+KUSTOMIZATIONS = sorted(KUBERNETES.rglob("kustomization.yaml"))
+NOT_APPLIED = {"adapter.yaml"}  # values for a chart
+
+
+@pytest.fixture
+def pod() -> dict[str, Any]:
+    """The specification of the server's pods."""
+    spec: dict[str, Any] = manifests()["StatefulSet", "ddpm"]["spec"]["template"]["spec"]
+    return spec
+
+
+@pytest.fixture
+def container(pod: dict[str, Any]) -> dict[str, Any]:
+    """The only container of a pod."""
+    (only,) = pod["containers"]
+    assert isinstance(only, dict)
+    return only
+
+
+@pytest.mark.parametrize("path", KUSTOMIZATIONS, ids=lambda path: str(path.parent.name))
+def test_every_file_is_applied_by_the_kustomization_beside_it(path: Path) -> None:
+    listed = set(yaml.safe_load(path.read_text()).get("resources", []))
+
+    assert listed == {p.name for p in path.parent.glob("*.yaml")} - {path.name} - NOT_APPLIED
+
+
+def test_the_service_does_not_configure_the_server(pod: dict[str, Any]) -> None:
+    assert pod["enableServiceLinks"] is False  # else a Service `ddpm` sets DDPM_PORT to tcp://10.0.0.1:80
+
+
+def test_a_pod_may_end_its_requests(pod: dict[str, Any], container: dict[str, Any]) -> None:
+    before = int(container["lifecycle"]["preStop"]["exec"]["command"][-1].split("(")[1].rstrip(")"))
+
+    assert pod["terminationGracePeriodSeconds"] >= before + Settings.model_fields["drain_s"].default + 10
+
+
+def test_a_pod_is_confined(pod: dict[str, Any], container: dict[str, Any]) -> None:
+    context = container["securityContext"]
+
+    assert pod["securityContext"]["runAsNonRoot"] and pod["securityContext"]["runAsUser"] == 10001
+    assert pod["securityContext"]["fsGroup"] == 10001  # or it could not write to its volume
+    assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert context["readOnlyRootFilesystem"] is True and context["allowPrivilegeEscalation"] is False
+    assert context["capabilities"] == {"drop": ["ALL"]}
+    assert pod["automountServiceAccountToken"] is False
+
+
+def test_what_is_written_has_a_place(container: dict[str, Any]) -> None:
+    claims = manifests()["StatefulSet", "ddpm"]["spec"]["volumeClaimTemplates"]
+
+    assert {mount["mountPath"] for mount in container["volumeMounts"]} == {"/data", "/tmp"}
+    assert [claim["metadata"]["name"] for claim in claims] == ["data"]
+    kept = Settings.model_fields["retention_bytes"].default
+    assert int(claims[0]["spec"]["resources"]["requests"]["storage"].removesuffix("Gi")) << 30 > kept
+
+
+def test_an_engine_that_is_replaced_is_no_reason_to_kill_the_server(container: dict[str, Any]) -> None:
+    paths = {name: container[f"{name}Probe"]["httpGet"]["path"] for name in ("startup", "readiness", "liveness")}
+
+    assert paths == {"startup": "/readyz", "readiness": "/readyz", "liveness": "/healthz"}
+
+
+@pytest.mark.parametrize("name", ["ddpm", "ddpm-pods"])
+def test_services_find_the_pods(name: str, container: dict[str, Any]) -> None:
+    spec = manifests()["Service", name]["spec"]
+    labels = manifests()["StatefulSet", "ddpm"]["spec"]["template"]["metadata"]["labels"]
+
+    assert spec["selector"].items() <= labels.items()
+    assert {port["targetPort"] for port in spec["ports"]} <= {port["name"] for port in container["ports"]}
+
+
+def test_whoever_selects_pods_finds_them() -> None:
+    made = manifests()
+    stateful = made["StatefulSet", "ddpm"]["spec"]
+    selecting = [made["PodDisruptionBudget", "ddpm"], made["PodMonitor", "ddpm"], {"spec": stateful}]
+    labels = stateful["template"]["metadata"]["labels"]
+
+    assert [m["spec"]["selector"]["matchLabels"].items() <= labels.items() for m in selecting] == [True] * 3
+    assert stateful["serviceName"] == "ddpm-pods"
+
+
+@pytest.mark.parametrize("kind", ["HorizontalPodAutoscaler", "ScaledObject"])
+def test_autoscalers_scale_the_servers(kind: str) -> None:
+    target = manifests()[kind, "ddpm"]["spec"]["scaleTargetRef"]
+
+    assert target == {"apiVersion": "apps/v1", "kind": "StatefulSet", "name": "ddpm"}
+    assert "ddpm_steps_waiting" in str(manifests()[kind, "ddpm"])
+
+
+def test_the_operator_has_the_same_alerts() -> None:
+    alerts = yaml.safe_load((DEPLOY / "prometheus" / "alerts.yml").read_text())
+
+    assert manifests()["PrometheusRule", "ddpm"]["spec"] == alerts
