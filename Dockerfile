@@ -3,7 +3,7 @@
 # goes to /data, and what need not last to /tmp. docs/operations.md says more.
 #
 # Where there is no network: --build-arg PIP_NO_INDEX=1 --build-arg PIP_FIND_LINKS=/wheels --volume ...:/wheels (buildah),
-# as deploy/prove.py does. To have the very bytes of a base: --build-arg PYTHON=python:...@sha256:...
+# as tests/deploy/image.py does. To have the very bytes of a base: --build-arg PYTHON=python:...@sha256:...
 ARG PYTHON=python:3.11.15-slim-bookworm
 
 
@@ -60,7 +60,7 @@ RUN ["groupadd", "--gid", "10001", "ddpm"]
 RUN ["useradd", "--uid", "10001", "--gid", "10001", "--no-create-home", "--home-dir", "/tmp", "--shell", "/usr/sbin/nologin", "ddpm"]
 RUN ["install", "--directory", "--owner", "10001", "--group", "10001", "--mode", "700", "/data"]
 ENV PATH=/venv/bin:/app/bin:$PATH PYTHONPATH=/app PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
-    DDPM_HOST=0.0.0.0 DDPM_PORT=8000 DDPM_WEIGHTS=/weights DDPM_DATA_DIR=/data
+    HF_HOME=/data/huggingface DDPM_HOST=0.0.0.0 DDPM_PORT=8000 DDPM_WEIGHTS=/weights DDPM_DATA_DIR=/data
 WORKDIR /app
 VOLUME /data
 EXPOSE 8000

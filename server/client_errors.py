@@ -82,8 +82,11 @@ class Answer:
     body: bytes = field(repr=False)
 
     def json(self) -> Any:
-        """The body, which is JSON."""
-        return json.loads(self.body)
+        """The body, which is JSON. Raises Refused: what answers in another way is not the server."""
+        try:
+            return json.loads(self.body)
+        except ValueError:
+            raise Refused({"status": self.status, "detail": f"the answer was {self.status}, and no JSON"}) from None
 
 
 class LineBroken(Exception):

@@ -119,7 +119,7 @@ def ask(
             yield from patience.rest(_why(broken))
             continue
         assert isinstance(answer, Answer)
-        if answer.status < 400:
+        if 200 <= answer.status < 300:
             return answer
         yield from _later(patience, refusal_in(answer))
 

@@ -15,6 +15,7 @@ from server.client_flows import Ask, Flow, HangUp, Hear, Heard, Open, Rest, Wish
 T = TypeVar("T")
 URL = "http://127.0.0.1:8000"
 TIMEOUT_S = 60.0  # without hearing anything
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
 CONNECT_S = 10.0  # until there is a connection
 MOST_BYTES = 1 << 28  # of one message: a picture is much smaller
 
@@ -28,6 +29,8 @@ class Address:
         self.url = url.rstrip("/")
         self.sockets = "ws" + self.url.removeprefix("http")
         self.headers = {"Authorization": f"Bearer {key}"} if key else {}
+        host = httpx.URL(url).host
+        self.through_proxies = host not in LOOPBACK  # of the environment; none leads to this machine
         self.limits = httpx.Limits(max_connections=None, max_keepalive_connections=20)
 
 
@@ -46,6 +49,8 @@ def _opened(wish: Open, address: Address) -> dict[str, Any]:
     timeout_s = min(wish.timeout_s, CONNECT_S)
     # Pictures are compressed already.
     knobs: dict[str, Any] = {"compression": None, "max_size": MOST_BYTES, "open_timeout": timeout_s}
+    if not address.through_proxies:
+        knobs["proxy"] = None
     return {"additional_headers": address.headers, "close_timeout": 1, **knobs}
 
 

@@ -127,7 +127,12 @@ class Client:
     def __init__(self, url: str = URL, key: str | None = None, timeout_s: float = TIMEOUT_S) -> None:
         self._address, self.timeout_s = Address(url, key), timeout_s
         address = self._address
-        self._http = httpx.Client(base_url=address.url, headers=address.headers, limits=address.limits)
+        self._http = httpx.Client(
+            base_url=address.url,
+            headers=address.headers,
+            limits=address.limits,
+            trust_env=address.through_proxies,
+        )
 
     def close(self) -> None:
         """Lets go of its connections."""

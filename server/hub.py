@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import httpx2
-from huggingface_hub import HfApi, errors, hf_hub_download, snapshot_download, try_to_load_from_cache
+from huggingface_hub import HfApi, errors, hf_hub_download, snapshot_download
 from huggingface_hub.hf_api import RepoSibling
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
@@ -119,7 +119,6 @@ def _fetch_file(id: str, revision: str, commit: str, file: RepoSibling) -> Path:
     if file.size is not None and file.size > most:
         raise ModelRefused(f"{id}: {file.rfilename} has {file.size} bytes, at most {most} are fetched")
     disable_progress_bars()
-    was_here = isinstance(try_to_load_from_cache(id, file.rfilename, revision=commit), str)
     try:
         # by the name of the revision, so that the cache knows next time which commit that was
         path = Path(hf_hub_download(id, file.rfilename, revision=revision, etag_timeout=ANSWER_S))
@@ -130,7 +129,7 @@ def _fetch_file(id: str, revision: str, commit: str, file: RepoSibling) -> Path:
         raise _refusal(id, revision, error) or failed from error
     if commit not in path.parts:
         raise ModelRefused(f"{id}: {revision} was changed while it was fetched; start again")
-    if not was_here and file.lfs is not None and _digest(path) != file.lfs.sha256:
+    if file.lfs is not None and _digest(path) != file.lfs.sha256:
         path.resolve().unlink()
         path.unlink()
         raise ModelRefused(f"{id}: {file.rfilename} is not what the hub says it is, and was thrown away")

@@ -70,18 +70,21 @@ def main(arguments: Sequence[str]) -> int:
             raise SettingsError(f"{path.parent} is not a folder")
     with Bar() as bar, reach.server(given, bar) as client:
         made = _make(client, request, bar)
-        animation = b""
+        for warning in _differences(before, made):
+            print(f"ddpm: {warning}", file=sys.stderr)
+        for path, picture in _files(given.out, made):
+            if (
+                given.like is not None
+                and path.absolute() == given.like.absolute()
+                and before["digest"] != _digest(made)
+            ):
+                raise SettingsError(f"{path} is kept, and the other picture is not written: name another file with -o")
+            _write(path, picture.png)
+            words = f"{made.job['model']}, seed {picture.seed}, {made.job['request']['steps']} steps"
+            print(f"{path}: {words}", file=sys.stderr)
         if given.frames is not None:
-            animation = client.job(made.job["id"]).trajectory(ANIMATIONS[given.frames.suffix.lower()])
-    for path, picture in _files(given.out, made):
-        _write(path, picture.png)
-        words = f"{made.job['model']}, seed {picture.seed}, {made.job['request']['steps']} steps"
-        print(f"{path}: {words}", file=sys.stderr)
-    if given.frames is not None:
-        _write(given.frames, animation)
-        print(f"{given.frames}: {len(made.frames)} frames", file=sys.stderr)
-    for warning in _differences(before, made):
-        print(f"ddpm: {warning}", file=sys.stderr)
+            _write(given.frames, client.job(made.job["id"]).trajectory(ANIMATIONS[given.frames.suffix.lower()]))
+            print(f"{given.frames}: {len(made.frames)} frames", file=sys.stderr)
     return 0
 
 
@@ -104,6 +107,8 @@ def _request(given: Namespace, before: dict[str, str]) -> Request:
         request: dict[str, Any] = {name: kind(before[name]) for name, kind in FIELDS.items() if name in before}
     except ValueError:
         raise SettingsError("--like: the picture does not say in numbers what made it") from None
+    if given.sampler not in (None, before.get("sampler")):
+        request = {name: value for name, value in request.items() if name not in ("eta", "variance")}
     if "clip" in before:
         request["clip"] = before["clip"] == "true"
     request |= {name: vars(given)[name] for name in (*FIELDS, "clip") if vars(given)[name] is not None}
@@ -158,11 +163,15 @@ def _write(path: Path, data: bytes) -> None:
         raise SettingsError(f"{path} could not be written: {error.strerror}") from None
 
 
+def _digest(made: Pictures) -> str:
+    return made[0].texts["digest"]
+
+
 def _differences(before: dict[str, str], made: Pictures) -> list[str]:
     """Why a picture that was made again may not be the same."""
     now = made[0].texts
     found = []
-    if before and before["digest"] != now["digest"]:
+    if before and before["digest"] != _digest(made):
         found.append(f"this is another picture: model {now['model']} has other weights than the one that made it")
     if before and before["numerics"] != now["numerics"]:
         found.append(f"pixels may differ: it was made in {before['numerics']}, and now in {now['numerics']}")

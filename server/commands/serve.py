@@ -18,7 +18,7 @@ import uvicorn
 from server import logs
 from server.app import create_app
 from server.connection import Caps, Config
-from server.errors import EXIT_FAILED, EngineFailed
+from server.errors import EXIT_FAILED, EngineFailed, SettingsError
 from server.jobs import Jobs
 from server.settings import Settings
 
@@ -30,14 +30,18 @@ OTHER_FILES = 256  # that are open besides connections
 
 def listen(host: str, port: int) -> socket.socket:
     """A listening socket whose connections give up on a peer that takes nothing for ten seconds, and buffer little for
-    it: asyncio itself never lets go of one."""
+    it: asyncio itself never lets go of one. Raises SettingsError."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listening = socket.socket(family, socket.SOCK_STREAM)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
     if hasattr(socket, "TCP_USER_TIMEOUT"):
         listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALLED_MS)
-    listening.bind((host, port))
+    try:
+        listening.bind((host, port))
+    except OSError as error:
+        listening.close()
+        raise SettingsError(f"DDPM_HOST and DDPM_PORT: nothing can listen on {host}:{port}: {error.strerror}") from None
     return listening
 
 

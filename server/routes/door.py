@@ -4,7 +4,7 @@ Everything is closed unless it is named here. Nothing is accepted first and refu
 an HTTP status, like everybody else.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from functools import partial
 from pathlib import Path
 
@@ -87,10 +87,10 @@ class WebSockets:
             self._open -= 1
 
 
-def check_whereabouts(rules: Rules, scope: Scope) -> None:
-    """Where it was sent to, and from whose page. Raises BadHost, Forbidden."""
+def check_whereabouts(rules: Rules, by_address: Set[str], scope: Scope) -> None:
+    """From whose page it comes, and for which host, unless its path is to be found `by_address`. Raises BadHost, Forbidden."""
     hosts = headers_of(scope, b"host")
-    if scope["type"] == "websocket" or scope["path"] not in PROBES:
+    if scope["type"] == "websocket" or scope["path"] not in by_address:
         rules.check_host(hosts)
     if scope["type"] == "websocket" or scope["method"] not in SAFE:
         rules.check_origin(headers_of(scope, b"origin"), hosts[0] if hosts else b"")
@@ -115,6 +115,7 @@ def install(app: FastAPI, settings: Settings, refused: Callable[[str], None]) ->
     secret = settings.metrics_key.get_secret_value()
     metrics_key = Keyring.of_one(secret) if secret else None
     rules = Rules.read(settings.allowed_hosts, settings.allowed_origins, keys is not None)
+    by_address = PROBES | ({METRICS} if metrics_key is not None else set())  # whoever has that key is no page
     app.add_middleware(WebSockets, most=settings.max_websockets, refused=refused)  # the innermost comes first
     app.add_middleware(Door, check=partial(check_key, keys, metrics_key), refused=refused)
     if rules.origins:
@@ -125,4 +126,4 @@ def install(app: FastAPI, settings: Settings, refused: Callable[[str], None]) ->
             allow_headers=OTHER_SITES_MAY_SEND,
             expose_headers=OTHER_SITES_MAY_READ,
         )
-    app.add_middleware(Door, check=partial(check_whereabouts, rules), refused=refused)
+    app.add_middleware(Door, check=partial(check_whereabouts, rules, by_address), refused=refused)

@@ -89,6 +89,10 @@ def test_a_picture_of_other_weights_on_another_machine_is_made_with_warnings(
     assert "another picture: model tiny has other weights" in said
     assert "it was made in an abacus" in said
 
+    before = path.read_bytes()
+    assert cli.main(["generate", "--like", str(path), "-o", str(path), "--url", url]) == 2
+    assert path.read_bytes() == before
+
 
 def test_flags_change_what_a_picture_says(url: str, tmp_path: Path) -> None:
     with Client(url) as client:
@@ -98,6 +102,7 @@ def test_flags_change_what_a_picture_says(url: str, tmp_path: Path) -> None:
 
     assert cli.main(["generate", *asked, "--url", url]) == 0
     assert [(tmp_path / f"more-{seed}.png").read_bytes() for seed in (8, 9)] == [made.png for made in expected]
+    assert cli.main(["generate", *asked, "--sampler", "ddim", "--url", url]) == 0  # which has no variance
 
 
 def test_a_seed_that_was_drawn_is_told(url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

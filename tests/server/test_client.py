@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ from server.client import (
     NotFound,
     Picture,
     Progress,
+    Refused,
     Request,
     Restarting,
     Resync,
@@ -299,3 +301,35 @@ def test_whatever_is_killed_is_waited_for_and_changes_nothing(mortal: Server) ->
     assert {type(event) for event in events} >= {Started, Restarting, Resync, Picture, Ended}
     assert numbers == sorted(set(numbers))
     assert {e.seed: e.png for e in events if isinstance(e, Picture)} == {p.seed: p.png for p in expected}
+
+
+def test_what_answers_otherwise_than_the_server_is_refused() -> None:
+    class Elsewhere(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            """Another place, or a page."""
+            self.send_response(301 if self.path.startswith("/jobs") else 200)
+            self.send_header("Location", "http://127.0.0.1:1/")
+            self.end_headers()
+            self.wfile.write(b"<html>")
+
+        def log_message(self, format: str, *arguments: object) -> None:
+            """Nothing."""
+
+    with HTTPServer(("127.0.0.1", 0), Elsewhere) as server, ThreadPoolExecutor(1) as pool:
+        serving = pool.submit(server.serve_forever)
+        with Client(f"http://127.0.0.1:{server.server_port}", timeout_s=5) as client:
+            with pytest.raises(Refused, match="the answer was 200, and no JSON"):
+                client.models()
+            with pytest.raises(Refused, match="the answer was 301"):
+                client.job("x")
+        server.shutdown()
+        serving.result()
+
+
+def test_a_proxy_is_not_asked_for_what_is_on_this_machine(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    with Client(f"http://127.0.0.1:{server.port}", timeout_s=10) as client:
+        assert client.ready()
+        assert client.generate(seed=1, steps=2).seed == 1

@@ -170,6 +170,15 @@ def test_a_page_whose_name_was_made_to_lead_here_reaches_nothing_but_the_probes(
     assert client.get("/readyz", headers=rebound).status_code == 200
 
 
+def test_whoever_has_the_key_of_the_metrics_finds_them_by_address(serve: Clients) -> None:
+    client = serve(allowed_hosts="pictures.example", metrics_key="a-key-for-metrics")
+    found = client.get("/metrics", headers={"host": "10.0.0.7:8000", "authorization": "Bearer a-key-for-metrics"})
+
+    assert found.status_code == 200
+    assert client.get("/metrics", headers={"host": "10.0.0.7:8000"}).status_code == 401
+    assert client.get("/models", headers={"host": "10.0.0.7:8000"}).status_code == 400
+
+
 def test_an_origin_that_was_named_may_use_and_read_everything(serve: Clients) -> None:
     client, page = serve(allowed_origins="https://page.example"), {"origin": "https://page.example"}
     preflight = {"access-control-request-method": "POST", "access-control-request-headers": "authorization, prefer"}
