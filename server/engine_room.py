@@ -38,6 +38,7 @@ def _starts(settings: Settings, cards: Mapping[str, ModelCard]) -> list[Start]:
             raise SettingsError("DDPM_ENGINES must be 1 on GPUs, each of which has one engine")
         devices = devices * settings.engines
         threads = max(1, (threads or cores()) // settings.engines)
+    budget_bytes = settings.model_memory_bytes // settings.engines  # they share the machine's memory
     places = tuple((name, card.directory) for name, card in cards.items())
-    knobs = (settings.slots, threads, settings.exact, settings.log_level, settings.model_memory_bytes)
+    knobs = (settings.slots, threads, settings.exact, settings.log_level, budget_bytes)
     return [Start(places, device, settings.dtype, *knobs) for device in devices]

@@ -49,8 +49,13 @@ class Engines:
         self._arrival: Arrival | None = None
         self.residents = Residents(start.memory_bytes, {})
         for name, directory in start.models:
-            self._cards[name], self._held[name] = read_card(directory, name), {}
-            self.served[name] = self._announce(name)
+            try:
+                self._cards[name], self._held[name] = read_card(directory, name), {}
+                self.served[name] = self._announce(name)
+            except ModelRefused:
+                if not start.again:
+                    raise
+                self._cards.pop(name, None)  # the others go on; whoever started this one again misses it
         for name in self._cards:
             if self.residents.fits(name):
                 self._settle(self._send_for(name))
@@ -119,6 +124,7 @@ class Engines:
         name, reason = arrival.name, None
         try:
             self._settle(arrival)
+            self._hand_over(name, self.engines[name])  # at once: one with nothing to do would be the first to leave
         except ModelRefused as error:
             reason = str(error)
         except torch.OutOfMemoryError:

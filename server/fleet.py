@@ -18,7 +18,7 @@ from typing import TypeAlias
 
 from model.events import Cancelled, Failed, Finished, Preview, Stats
 from server.backend import Backend, Progress, Restarting, SampleEvent, Served, Spec, Vitals
-from server.errors import EXIT_ENGINE, EngineFailed, ModelBroken, NotReady
+from server.errors import EXIT_ENGINE, EngineFailed, ModelBroken, NotReady, SampleLost
 
 LOADS = 4.0  # a load counts as so many times its seconds: others wait for it, too
 UNKNOWN_S = 1e-3  # of an image-step, as long as none was seen
@@ -120,7 +120,8 @@ class Fleet:
     def step_s(self, model: str, buckets: Sequence[int]) -> Sequence[float]:
         """Seconds of a step by how many pictures all engines that take work hold, 0 .. as many as they can."""
         engines = self._up or self._engines
-        times, count = engines[0].step_s(model, buckets), len(engines)
+        each = [engine.step_s(model, buckets) for engine in engines]
+        times, count = next(filter(any, each), each[0]), len(engines)
         return [times[-(-held // count)] for held in range(count * (len(times) - 1) + 1)]
 
     def load_s(self, model: str) -> float:
@@ -132,18 +133,24 @@ class Fleet:
         news: News = asyncio.Queue()
         todo = dict.fromkeys(range(len(spec.seeds)), spec.sampling.steps)
         parts = self._send(self._place(spec, todo), spec, news)
+        bound: Backend | None = None  # the engine that this job may have killed, and is made by
+        kind = _numerics(parts[0].engine.served[spec.model])
         try:
             while any(part.left for part in parts):
                 part, event = await news.get()
                 if part not in parts:
                     continue  # what it had is made elsewhere
                 if isinstance(event, BaseException):
+                    if part.engine is bound and isinstance(event, EngineFailed):
+                        raise SampleLost("the engine is lost that this job may have killed")
                     await self._require_others(event)
                     self._take_back([part], spec)
                     parts.remove(part)
-                    parts += self._send(self._place(spec, dict.fromkeys(part.left, spec.sampling.steps)), spec, news)
+                    todo = dict.fromkeys(part.left, spec.sampling.steps)
+                    parts += self._send(self._place(spec, todo, kind), spec, news)
                     continue
                 if isinstance(event, Restarting) and part.begun:
+                    bound = part.engine
                     parts = self._gather_at(part, parts, spec, news)
                 self._note(part, event, spec)
                 yield _by_index(part, event)
@@ -153,7 +160,7 @@ class Fleet:
 
     async def _require_others(self, error: BaseException) -> None:
         """Waits until an engine takes what another has lost. Raises the error if none ever will."""
-        while isinstance(error, NotReady | EngineFailed) and not self._closing:
+        while isinstance(error, NotReady | EngineFailed | ModelBroken) and not self._closing:
             if len(self._failures) == len(self._engines):
                 break
             if self._up:
@@ -161,15 +168,16 @@ class Fleet:
             await asyncio.sleep(LOOK_S)
         raise error
 
-    def _place(self, spec: Spec, todo: Mapping[int, int]) -> list[_Part]:
-        """Where each picture is likely to be done first, all within one numerics class. Raises
-        NotReady, ModelBroken."""
+    def _place(self, spec: Spec, todo: Mapping[int, int], kind: str | None = None) -> list[_Part]:
+        """Where each picture is likely to be done first, all within one numerics class, of this `kind` if there is one.
+        Raises NotReady, ModelBroken."""
         able = {engine: engine.served[spec.model] for engine in self._up if spec.model in engine.served}
         if not able:
             raise NotReady(self.trouble or "the model is not served")
         sound = {engine: served for engine, served in able.items() if served.trouble is None}
         if not sound:
             raise ModelBroken(str(next(iter(able.values())).trouble))
+        sound = {engine: served for engine, served in sound.items() if _numerics(served) == kind} or sound
         costs = {engine: self._cost(engine, spec) for engine in sound}
         first = min(costs, key=lambda engine: costs[engine].due_s)
         group = [engine for engine in sound if _numerics(sound[engine]) == _numerics(sound[first])]

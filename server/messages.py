@@ -19,6 +19,7 @@ class Start:
     exact: bool
     log_level: str
     memory_bytes: int = 0  # that its models may take together; 0: they are all loaded
+    again: bool = False  # in the place of one that served: what is refused now is left out, and the others go on
 
 
 @dataclass(frozen=True, slots=True)

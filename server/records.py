@@ -19,8 +19,12 @@ from server.store_rows import Kept, Record
 def identities(job: Job) -> list[str]:
     """A hash of all that decides each picture of a job, which is what its PNG says of itself; and of its owner, since
     nobody need know what another has asked for."""
-    seeds, owner = range(job.order.seed, job.order.seed + job.order.n), {"owner": job.order.owner}
-    return [sha256(json.dumps(job.texts(seed) | owner, sort_keys=True).encode()).hexdigest() for seed in seeds]
+    owner, found = {"owner": job.order.owner}, []
+    for index in range(job.order.n):
+        image = job.images.get(index)
+        texts = image.texts if isinstance(image, Image) else job.texts(job.order.seed + index)
+        found.append(sha256(json.dumps({**texts, **owner}, sort_keys=True).encode()).hexdigest())
+    return found
 
 
 def _order_to_json(order: Order) -> str:

@@ -21,6 +21,7 @@ from server.paces import Paces
 from server.passengers import Passengers, Stream
 
 logger = logging.getLogger(__name__)
+CHANGED = "the weights were changed while they were served"
 LOAD_DEATHS = 3  # of engines while they loaded one model: then it is not loaded any more
 
 
@@ -34,6 +35,10 @@ class Patience:
     hang_steps: float = 40.0
     load_s: float = 600.0  # so long it may load at its start
     settle_s: float = 60.0  # so long a model that is loaded later may hold all others up
+
+
+def _is_same(before: Served, now: Served | None) -> bool:
+    return now is not None and now.digest == before.digest
 
 
 class LocalBackend:
@@ -52,7 +57,7 @@ class LocalBackend:
         self._passengers = Passengers()
         self._served: dict[str, Served] = {}
         self._life: Life | None = None
-        self._digests: dict[str, str] = {}
+        self._known: dict[str, Served] = {}  # as they were served at first
         self._supervisor: asyncio.Task[None] | None = None
         self._trouble: str | None = "the engine is loading"
         self._past, self._stats = Stats(), Stats()  # of engines that are gone; of the one that lives
@@ -131,8 +136,8 @@ class LocalBackend:
 
     async def run(self, spec: Spec) -> AsyncGenerator[SampleEvent]:
         """The events of these samples until each has ended; `id` is the index of a seed. Closing cancels the rest."""
-        if self.trouble is not None:
-            raise NotReady(self.trouble)
+        if self._supervisor is None or self._supervisor.done():  # else there will be an engine, if there is none now
+            raise NotReady(self.trouble or "the engine has not been started")
         if spec.model in self._broken:
             raise ModelBroken(self._broken[spec.model])
         stream = self._passengers.enter(spec)
@@ -162,7 +167,9 @@ class LocalBackend:
             steps_before, life = self._all_stats.steps, Life()
             self._life, self._beat_at = life, time.monotonic()
             try:
-                await life.last(self._start, partial(self._receive, life=life), self._hangs)
+                await life.last(
+                    replace(self._start, again=bool(self._known)), partial(self._receive, life=life), self._hangs
+                )
             finally:
                 self._life = None
             if life.refused is not None:
@@ -221,12 +228,16 @@ class LocalBackend:
                 life.refused = message
 
     def _become_ready(self, served: dict[str, Served], life: Life) -> None:
-        digests = {name: model.digest for name, model in served.items()}
-        if self._digests not in ({}, digests):  # what is on its way would end as other bytes than it was promised as
-            life.refused = Refused("ModelRefused", "the weights were changed while they were served")
+        self._known = self._known or served
+        changed = [name for name, model in self._known.items() if not _is_same(model, served.get(name))]
+        if len(changed) == len(self._known):
+            life.refused = Refused("ModelRefused", CHANGED)
             return life.over.set()
-        self._digests, self._trouble, self._beat_at = digests, None, time.monotonic()
-        self._served = {name: replace(model, trouble=self._broken.get(name)) for name, model in served.items()}
+        self._trouble, self._beat_at = None, time.monotonic()
+        for name in changed:  # what is on its way would end as other bytes than it was promised as
+            self._give_up(name, CHANGED)
+        now = {name: replace(model, loaded=False) for name, model in self._known.items()} | served
+        self._served = {name: replace(model, trouble=self._broken.get(name)) for name, model in now.items()}
         self._paces.started(served)
         logger.info("engine ready", extra={name: model.numerics for name, model in served.items()})
         self._board(self._passengers.all)
@@ -238,6 +249,7 @@ class LocalBackend:
         if served.trouble is not None:
             self._give_up(name, served.trouble)
         elif served.loaded:
+            self._load_deaths.pop(name, None)
             self._paces.loaded(name, served)
             self._passengers.tell(self._passengers.of(name), Aboard(served))
         logger.info("model changed", extra={"model": name, "loaded": served.loaded, "trouble": served.trouble})
@@ -278,7 +290,7 @@ class LocalBackend:
             self._give_up(name, "the engine died each time it loaded this model")
 
     def _fail(self, failure: EngineFailed) -> None:
-        self._trouble = str(failure)
+        self._trouble, self._served, self._memory_bytes = str(failure), {}, 0
         logger.critical("engine failed for good", extra={"reason": str(failure)})
         self._passengers.tell(self._passengers.all, failure)
         self._on_failed(failure)

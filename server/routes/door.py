@@ -87,10 +87,10 @@ class WebSockets:
             self._open -= 1
 
 
-def check_whereabouts(rules: Rules, by_address: Set[str], scope: Scope) -> None:
-    """From whose page it comes, and for which host, unless its path is to be found `by_address`. Raises BadHost, Forbidden."""
+def check_whereabouts(rules: Rules, for_all: Set[str], scope: Scope) -> None:
+    """From whose page it comes, and for which host, unless it is a path for all. Raises BadHost, Forbidden."""
     hosts = headers_of(scope, b"host")
-    if scope["type"] == "websocket" or scope["path"] not in by_address:
+    if scope["type"] == "websocket" or scope["path"] not in for_all:
         rules.check_host(hosts)
     if scope["type"] == "websocket" or scope["method"] not in SAFE:
         rules.check_origin(headers_of(scope, b"origin"), hosts[0] if hosts else b"")
@@ -115,7 +115,7 @@ def install(app: FastAPI, settings: Settings, refused: Callable[[str], None]) ->
     secret = settings.metrics_key.get_secret_value()
     metrics_key = Keyring.of_one(secret) if secret else None
     rules = Rules.read(settings.allowed_hosts, settings.allowed_origins, keys is not None)
-    by_address = PROBES | ({METRICS} if metrics_key is not None else set())  # whoever has that key is no page
+    for_all = PROBES | ({METRICS} if metrics_key is not None else set())  # whoever has that key is no page
     app.add_middleware(WebSockets, most=settings.max_websockets, refused=refused)  # the innermost comes first
     app.add_middleware(Door, check=partial(check_key, keys, metrics_key), refused=refused)
     if rules.origins:
@@ -126,4 +126,4 @@ def install(app: FastAPI, settings: Settings, refused: Callable[[str], None]) ->
             allow_headers=OTHER_SITES_MAY_SEND,
             expose_headers=OTHER_SITES_MAY_READ,
         )
-    app.add_middleware(Door, check=partial(check_whereabouts, rules, by_address), refused=refused)
+    app.add_middleware(Door, check=partial(check_whereabouts, rules, for_all), refused=refused)

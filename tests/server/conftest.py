@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
@@ -67,6 +67,13 @@ class Server:
         """SIGKILL to the server. Its engine ends by itself."""
         self.process.kill()
         self.process.wait(60)
+
+    def until(self, condition: Callable[[], bool], patience_s: float = 60) -> None:
+        """Waits for a condition."""
+        deadline = time.monotonic() + patience_s
+        while not condition():
+            assert time.monotonic() < deadline, f"it has not come true for {patience_s} s"
+            time.sleep(0.02)
 
     def wait_until_ready(self) -> "Server":
         """Comes back once the engine takes work; fails after a minute."""

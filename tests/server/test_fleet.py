@@ -1,6 +1,7 @@
 """Several engines as one backend: over fakes with buttons to press, and over two engines on a CPU."""
 
 import asyncio
+import json
 import os
 import signal
 import threading
@@ -22,6 +23,7 @@ from server.fleet import Fleet
 from tests.model.tiny import PROCESS
 from tests.server.conftest import Server
 from tests.server.fakes import FakeBackend
+from tests.server.test_metrics import read
 
 SAMPLING = resolve(PROCESS, steps=10)
 
@@ -288,4 +290,24 @@ def test_two_engines_make_what_one_makes_and_one_that_is_killed_is_replaced(serv
     assert [answer.content for answer in answers] == [expected]
     assert ready == {200}
     assert first[1] in two.engine_pids
+    assert two.stop()[0] == 0
+
+
+def test_a_job_that_kills_every_engine_fails_alone_and_is_made_by_one(weights: Path) -> None:
+    faults = json.dumps([{"do": "die", "seed": seed, "step": 3} for seed in (1, 2)])
+    knobs = {"DDPM_DEVICE": "cpu", "DDPM_ENGINES": "2", "DDPM_THREADS": "2", "DDPM_FAULTS": faults}
+    two = Server(weights, **knobs).wait_until_ready()
+    while None in two.client.get("/models").json()["models"][0]["engines"]:
+        time.sleep(0.05)
+    later = {"prefer": "respond-async"}
+    poison = two.client.post("/generate", json={"seed": 1, "steps": 30, "n": 2}, headers=later).headers["location"]
+    innocents = [
+        two.client.post("/generate", json={"seed": 100 + i, "steps": 30}, headers=later).headers["location"]
+        for i in range(4)
+    ]
+
+    two.until(lambda: two.client.get(poison).json()["status"] == "failed", 120)
+    two.until(lambda: all(two.client.get(job).json()["status"] == "succeeded" for job in innocents))
+    restarts = read(two.client.get("/metrics").text)
+    assert sum(count for name, count in restarts.items() if name.startswith("ddpm_engine_restarts")) <= 8
     assert two.stop()[0] == 0

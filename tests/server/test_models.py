@@ -1,5 +1,8 @@
 """Several models in one server that has not room for all of them."""
 
+import os
+import shutil
+import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -120,3 +123,26 @@ def test_a_model_larger_than_the_room_for_all_is_refused_by_name(folder: Path) -
     code, line = exit_of(DDPM_WEIGHTS=str(folder), DDPM_MODEL_MEMORY_BYTES="100000", DDPM_SLOTS="4")
 
     assert (code, line.startswith("ddpm: a takes ")) == (3, True), line
+
+
+def test_two_models_that_take_turns_in_room_for_one_both_get_theirs_and_one_that_is_gone_takes_none_along(
+    folder: Path, budget: int, tmp_path: Path
+) -> None:
+    for name in "ab":
+        shutil.copytree(folder / name, tmp_path / name)
+    server = Server(tmp_path, DDPM_MODEL_MEMORY_BYTES=str(budget // 2), DDPM_DTYPE="float32").wait_until_ready()
+    asked = [{"model": name, "seed": seed, "steps": 5, "n": 4} for seed in range(2) for name in "ba"]
+    jobs = [
+        server.client.post("/generate", json=job, headers={"prefer": "respond-async"}).headers["location"]
+        for job in asked
+    ]
+    server.until(lambda: all(server.client.get(job).json()["status"] == "succeeded" for job in jobs))
+
+    [left] = {"a", "b"} - loaded(server)
+    shutil.rmtree(tmp_path / left)
+    os.kill(server.engine_pid, signal.SIGKILL)
+    server.until(lambda: server.client.get("/readyz").status_code == 503)
+    server.wait_until_ready()
+    answers = {name: server.client.post("/generate", json={"model": name, "steps": 2}).status_code for name in "ab"}
+    assert answers == {left: 503, ({"a", "b"} - {left}).pop(): 200}
+    assert server.stop()[0] == 0
