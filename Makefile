@@ -10,8 +10,10 @@ PIP    := $(BIN)/pip install --quiet --disable-pip-version-check --constraint co
 serve: .venv/serve.stamp
 	$(BIN)/ddpm serve --host $(HOST) --port $(PORT)
 
+# Side by side, and then those that measure.
 test: .venv/test.stamp
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not alone"
+	$(BIN)/python -m pytest -m alone
 
 check: .venv/test.stamp
 	$(BIN)/ruff format --check .

@@ -28,6 +28,8 @@ from tests.server.raw import (
     upgraded,
 )
 
+pytestmark = pytest.mark.alone
+
 MOST, SOCKETS, REQUEST_S = 40, 6, 0.6
 PROBE = request("/healthz", method="GET")
 ABORTS = int(os.environ.get("ABORTS", "2000"))  # 10,000 in `make soak`

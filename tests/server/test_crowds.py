@@ -23,6 +23,8 @@ from tests.model.directories import write_model
 from tests.server.conftest import Server
 from tests.server.test_metrics import balance, read
 
+pytestmark = pytest.mark.alone
+
 DIGITS = Path(__file__).parent.parent.parent / "weights" / "digits"
 LATER = {"prefer": "respond-async"}
 MIB = 1 << 20

@@ -27,6 +27,8 @@ from tests.server.conftest import Server
 from tests.server.fakes import FakeBackend
 from tests.server.test_metrics import balance, read
 
+pytestmark = pytest.mark.alone
+
 LATER = {"prefer": "respond-async"}
 THOUSAND = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02}
 ROOM, STEPS = 64, 40  # jobs that fit, and their steps
