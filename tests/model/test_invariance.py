@@ -109,7 +109,7 @@ def check_company_does_not_matter(
     assert len(set(made.values())) == len(made)  # and they are all different pictures
 
 
-@pytest.mark.parametrize("threads", [1, pytest.param(2, marks=MANY_THREADS)], indirect=True)
+@pytest.mark.parametrize("threads", [1, pytest.param(2, marks=(MANY_THREADS, pytest.mark.alone))], indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_company_does_not_matter(
     dtype: torch.dtype, threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
