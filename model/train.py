@@ -186,6 +186,7 @@ def train(source: Path, directory: Path, recipe: Recipe, device: str) -> None:
             trainer.save(state)
             part = directory / f"{WEIGHTS}.part"
             save_file({k: v.contiguous() for k, v in trainer.average.items()}, part, {"format": "pt"})
+            part.chmod(0o644)  # else it is its owner's alone, and a server may be somebody else
             part.replace(directory / WEIGHTS)
             with (directory / "training.jsonl").open("a") as file:
                 file.writelines(line + "\n" for line in log)

@@ -86,6 +86,7 @@ def write(converted: Converted, target: Path, readme: str) -> None:
             (directory / name).write_text(json.dumps(values, indent=2) + "\n")
         (directory / "README.md").write_text(readme)
         save_file({k: t.contiguous() for k, t in converted.tensors.items()}, directory / WEIGHTS, {"format": "pt"})
+        (directory / WEIGHTS).chmod(0o644)  # else it is its owner's alone, and a server may be somebody else
         load_model(read_card(directory), torch.device("cpu"), torch.float32)
         directory.rename(target)
 

@@ -90,6 +90,7 @@ def test_a_port_of_hos_net_says_what_it_said(tmp_path: Path, shape: dict[str, An
 
     assert apart(output(directory, x, timesteps), net(x, timesteps)) < 1e-5
     assert read_card(directory).process.variance == ("large" if size == 32 else "small")
+    assert (directory / WEIGHTS).stat().st_mode & 0o777 == 0o644
 
 
 def test_a_checkpoint_in_the_format_of_2020_generates_what_diffusers_generates_of_the_result(tmp_path: Path) -> None:
