@@ -23,7 +23,8 @@ from tests.model.directories import write_model
 from tests.server.conftest import Server
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = sorted(p for p in ROOT.rglob("*.md") if not any(part.startswith(".") for part in p.relative_to(ROOT).parts))
+FOLDERS = ("docs", "deploy", "benchmarks", "weights", "examples")
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.md"))])
 QUICK_START = ROOT / "docs" / "quick-start.md"
 LINK = re.compile(r"\]\(([^)#:\s]*)(?:#([^)\s]+))?\)")
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
