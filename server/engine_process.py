@@ -31,7 +31,7 @@ def serve(pipe: Connection, start: Start) -> None:
 
 
 def _cause(error: Exception) -> str:
-    """In a word of `server.messages.CAUSES`. Nothing on a GPU works any more after an error of its own."""
+    """In a word, one of three (`Died.cause`). Nothing on a GPU works any more after an error of its own."""
     if isinstance(error, torch.OutOfMemoryError):
         return "memory"
     return "cuda" if isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error) else "failed"

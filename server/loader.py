@@ -16,7 +16,7 @@ from model.runner import Runner
 from server import faults, machine
 from server.backend import Served
 from server.devices import cores
-from server.messages import Start, Step
+from server.messages import CHANGED, Start, Step
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ class Loader:
             torch.set_num_threads(self._start.threads or cores())  # a thread has a number of its own
         card = read_card(card.directory, card.name)
         if card.digest != digest:
-            raise ModelRefused("the weights were changed while they were served")
+            raise ModelRefused(CHANGED)
         return load_model(card, self.device, self._dtype)
 
     def finish(self, arrival: Arrival) -> Arrived:

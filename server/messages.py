@@ -6,6 +6,8 @@ from pathlib import Path
 from model.events import Event, Stats
 from server.backend import Served, Spec
 
+CHANGED = "the weights were changed while they were served"  # said by whichever of the two finds it out
+
 
 @dataclass(frozen=True, slots=True)
 class Start:
@@ -82,7 +84,7 @@ class Refused:
 class Died:
     """What killed the engine process: the end of its last words."""
 
-    cause: str
+    cause: str  # memory, cuda or failed
     traceback: str
 
 

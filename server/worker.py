@@ -16,12 +16,11 @@ from model.events import ENDS, Stats
 from server.backend import Aboard, Restarting, SampleEvent, Served, Spec, Vitals
 from server.errors import EXIT_CODES, EXIT_ENGINE, EngineFailed, ModelBroken, NotReady
 from server.life import Letter, Life
-from server.messages import Beat, Cancel, Changed, Died, Happened, Loading, Ready, Refused, Start, Submit
+from server.messages import CHANGED, Beat, Cancel, Changed, Died, Happened, Loading, Ready, Refused, Start, Submit
 from server.paces import Paces
 from server.passengers import Passengers, Stream
 
 logger = logging.getLogger(__name__)
-CHANGED = "the weights were changed while they were served"
 LOAD_DEATHS = 3  # of engines while they loaded one model: then it is not loaded any more
 
 
@@ -262,6 +261,8 @@ class LocalBackend:
     def _board(self, waiting: Iterable[Stream]) -> None:
         """Sends the engine those of these who may go on board."""
         for stream in self._passengers.next(waiting) if self._served else ():
+            if stream.spec.model in self._broken:
+                continue  # it has been told, and is about to leave
             stream.aboard = True
             if (served := self._served[stream.spec.model]).loaded:
                 stream.events.put_nowait(Aboard(served))

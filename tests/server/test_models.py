@@ -17,6 +17,7 @@ from model.footprint import footprint
 from tests.model.directories import weights as tensors
 from tests.model.directories import write_model
 from tests.server.conftest import Server
+from tests.server.test_metrics import read
 from tests.server.test_worker import exit_of
 
 NAMES = ("a", "b", "c")
@@ -125,6 +126,17 @@ def test_a_model_larger_than_the_room_for_all_is_refused_by_name(folder: Path) -
     assert (code, line.startswith("ddpm: a takes ")) == (3, True), line
 
 
+def ask_the_deaf(server: Server, name: str) -> str:
+    """A job that was accepted while the engine hears nothing, before anybody noticed."""
+    while True:
+        os.kill(server.engine_pid, signal.SIGSTOP)
+        answer = server.client.post("/generate", json={"model": name}, headers={"prefer": "respond-async"})
+        if answer.status_code == 202:
+            return answer.headers["location"]
+        os.kill(server.engine_pid, signal.SIGCONT)
+        server.wait_until_ready()
+
+
 def test_two_models_that_take_turns_in_room_for_one_both_get_theirs_and_one_that_is_gone_takes_none_along(
     folder: Path, budget: int, tmp_path: Path
 ) -> None:
@@ -140,9 +152,13 @@ def test_two_models_that_take_turns_in_room_for_one_both_get_theirs_and_one_that
 
     [left] = {"a", "b"} - loaded(server)
     shutil.rmtree(tmp_path / left)
+    lost = ask_the_deaf(server, left)
     os.kill(server.engine_pid, signal.SIGKILL)
     server.until(lambda: server.client.get("/readyz").status_code == 503)
     server.wait_until_ready()
+    server.until(lambda: server.client.get(lost).json()["status"] == "failed")
+    assert server.client.get(lost).json()["error"]["code"] == "model-broken"
+    assert read(server.client.get("/metrics").text)["ddpm_engine_restarts_total{died}"] == 1
     answers = {name: server.client.post("/generate", json={"model": name, "steps": 2}).status_code for name in "ab"}
     assert answers == {left: 503, ({"a", "b"} - {left}).pop(): 200}
     assert server.stop()[0] == 0
