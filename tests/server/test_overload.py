@@ -140,7 +140,7 @@ async def make(backend: LocalBackend, spec: Spec) -> float:
 async def make_beside(backend: LocalBackend, company: Sequence[Spec], spec: Spec, times: int) -> float:
     """The same beside that company, which is given up afterwards: the median of so many times."""
     beside = [asyncio.create_task(make(backend, each)) for each in company]
-    await asyncio.sleep(0.5)  # the engine is full
+    await asyncio.sleep(0.3)  # the engine is full
     took = [await make(backend, replace(spec, seeds=(i,))) for i in range(times)]
     for task in beside:
         task.cancel()
@@ -149,22 +149,24 @@ async def make_beside(backend: LocalBackend, company: Sequence[Spec], spec: Spec
 
 
 def test_beside_five_thousand_pictures_of_another_owner_one_picture_hardly_waits(long_weights: Path) -> None:
+    """Held against what it takes where each owner has half of the image-steps, in rounds, as the machine's speed varies
+    from one second to the next."""
     process = Process(linear(1000, 1e-4, 0.02))
     start = Start((("long", long_weights / "long"),), "cpu", "auto", 4, 1, True, "warning")
     short = Spec("long", (0,), resolve(process, steps=50), owner="other")
     three = Spec("long", (1, 2, 3), resolve(process, steps=1000), owner="flood")  # they leave it one seat of four
     flood = [Spec("long", tuple(range(64)), resolve(process, steps=200), owner="flood") for _ in range(79)]
 
-    async def compare() -> tuple[float, float]:
+    async def compare(rounds: int) -> list[float]:
         backend = LocalBackend(start, 3, print)
         await backend.start()
         while backend.trouble is not None:
             await asyncio.sleep(0.05)
-        fair_s = await make_beside(backend, [three, three], short, 5)
-        flooded_s = await make_beside(backend, flood, short, 5)
+        ratios = []
+        for _ in range(rounds):
+            fair_s = await make_beside(backend, [three], short, 3)
+            ratios.append(await make_beside(backend, flood, short, 3) / fair_s)
         await backend.close()
-        return fair_s, flooded_s
+        return ratios
 
-    fair_s, flooded_s = asyncio.run(compare())
-
-    assert flooded_s <= 1.5 * fair_s
+    assert statistics.median(asyncio.run(compare(7))) <= 1.5
