@@ -12,6 +12,7 @@ from model.options import Json, Options, whole
 
 CHANNELS = (1, 3)  # of a picture: grey, or red, green and blue
 MAX_SIDE = 2048  # pixels
+MAX_PARAMETERS = 4_000_000_000
 PLAIN, ATTENTION, RESNET = "plain", "attention", "resnet"
 OPENAI = "OpenAIUNet"
 DOWN_BLOCKS = {"DownBlock2D": PLAIN, "AttnDownBlock2D": ATTENTION, "ResnetDownsampleBlock2D": RESNET}
@@ -66,6 +67,11 @@ class Architecture:
     def heads(self, channels: int) -> int:
         """Into how many heads an attention divides these channels."""
         return self.attention_heads or channels // (self.attention_head_dim or channels)
+
+    @property
+    def least_parameters(self) -> int:
+        """Fewer than it has: of each resnet the convolution that keeps its level's channels."""
+        return (2 * self.layers_per_block + 1) * sum(9 * width * width for width in self.block_out_channels)
 
 
 # What options were called before diffusers 0.1, and are called now.
@@ -202,6 +208,8 @@ def _check_words(options: Options) -> None:
 
 def _check_consistency(options: Options, arch: Architecture) -> None:
     """Options that are each fine, but not together."""
+    if (least := arch.least_parameters) > MAX_PARAMETERS:
+        raise ModelRefused(f"config.json: at most {MAX_PARAMETERS} parameters are allowed, it calls for over {least}")
     channels, groups = arch.block_out_channels, arch.norm_num_groups
     if arch.out_channels not in (arch.in_channels, 2 * arch.in_channels):
         raise options.refuse("out_channels", f"in_channels or twice that ({arch.in_channels})")

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from model.architecture import MAX_PARAMETERS
 from model.card import ModelCard
 from model.errors import ModelRefused
 from model.kernels import pack_convolutions
@@ -22,7 +23,6 @@ from model.nets import Net, build
 from model.options import unique_keys
 
 MAX_HEADER_BYTES = 1 << 20
-MAX_PARAMETERS = 4_000_000_000
 MAX_TABLE = 1 << 30  # numbers in the table of timestep embeddings
 FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # safetensors' names, and bytes
 # How parts of the net were called before diffusers 0.1, and attention before 0.17.

@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from model.architecture import MAX_PARAMETERS
 from model.card import INDEX, WEIGHTS, read_card
-from model.checkpoint import MAX_HEADER_BYTES, MAX_PARAMETERS, load_model, modern, read_header
+from model.checkpoint import MAX_HEADER_BYTES, load_model, modern, read_header
 from model.errors import ModelRefused
 from tests.model.directories import entry, safetensors, weights, write_model
 from tests.model.refusals import refusal
@@ -242,8 +243,18 @@ def test_weights_that_are_no_floats_are_refused(tmp_path: Path, dtype: torch.dty
 def test_a_net_of_absurd_size_is_counted_before_it_is_built(tmp_path: Path) -> None:
     giant = {"block_out_channels": [8192] * 8, "layers_per_block": 16, "sample_size": 128}
     types = {"down_block_types": ["DownBlock2D"] * 8, "up_block_types": ["UpBlock2D"] * 8}
+    directory = write_model(tmp_path, giant | types)
 
-    assert why(write_model(tmp_path, giant | types)).startswith(
+    assert refusal(lambda: read_card(directory)).startswith(
+        f"config.json: at most {MAX_PARAMETERS} parameters are allowed, it calls for over"
+    )
+
+
+def test_a_net_that_is_too_large_by_its_rarer_parts_is_counted_before_memory_is_spent(tmp_path: Path) -> None:
+    large = {"block_out_channels": [8192], "layers_per_block": 1, "sample_size": 8}
+    types = {"down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"]}
+
+    assert why(write_model(tmp_path, large | types)).startswith(
         f"config.json: at most {MAX_PARAMETERS} parameters are allowed, it calls for"
     )
 
