@@ -7,7 +7,6 @@ Both servers stand side by side and are asked in turns.
 
 import argparse
 import json
-import os
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -39,22 +38,12 @@ def run(url: str) -> float:
     return time.monotonic() - began
 
 
-def all_up(url: str) -> bool:
-    """Whether every engine has loaded."""
-    with urllib.request.urlopen(f"{url}/models") as answer:
-        return None not in json.load(answer)["models"][0]["engines"]
-
-
 def measures(digits: Path, engines: int, slots: int) -> Iterator[Measure]:
     """Everything this file measures."""
     one, several = list[float](), list[float]()
     cpu, work = torch.device("cpu"), JOBS * PICTURES * STEPS
     with a_server(digits, slots, cpu) as whole:
-        os.environ["DDPM_ENGINES"] = str(engines)
-        with a_server(digits, slots, cpu) as shared:
-            del os.environ["DDPM_ENGINES"]
-            while not all_up(shared):
-                time.sleep(0.1)
+        with a_server(digits, slots, cpu, engines=engines) as shared:
             for _ in range(ROUNDS + 1):  # the first is for warming up
                 one.append(run(whole))
                 several.append(run(shared))

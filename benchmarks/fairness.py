@@ -107,8 +107,8 @@ def mixed(device: torch.device, digits: Path, load_s: float) -> Iterator[Measure
     batcher = next(contender for contender in OTHERS if contender.peer == ("batcher",))
     mean = sum(steps * share for steps, share in MIXTURE.items())
     rates, late = dict[str, float](), dict[str, float]()
-    for contender in (batcher, OURS):
-        with a_server(digits, contender.slots, device, *contender.peer) as url:
+    for contender in (batcher, OURS[0]):
+        with contender.serve(digits, device) as url:
             asyncio.run(http.warm(url))
             capacity = asyncio.run(http.saturate(url, MIXTURE))
             yield Measure(f"{contender.name}: saturated", capacity, "image-steps/s")

@@ -12,6 +12,7 @@ import random
 import statistics
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -34,13 +35,19 @@ class Contender:
 
     name: str
     peer: tuple[str, ...]  # of benchmarks.peers; none: ours
-    slots: int
+    slots: int  # of each engine
+    engines: int = 1
+
+    def serve(self, weights: Path, device: torch.device) -> AbstractContextManager[str]:
+        """It, ready; its address."""
+        return a_server(weights, self.slots, device, *self.peer, engines=self.engines)
 
 
-OURS = Contender("ours", (), 16)
+OURS = [Contender("ours", (), 16), Contender("ours, 2 engines", (), 16, 2)]
 OTHERS = [
     Contender("LitServe's step loop, batch 8", ("litserve",), 8),
     Contender("LitServe's step loop, batch 32", ("litserve",), 32),
+    Contender("LitServe's step loop, 2 workers of 16", ("litserve",), 16, 2),
     Contender("micro-batcher, 20 ms and 8", ("batcher",), 8),
     Contender("DDPMPipeline, one at a time", ("pipeline",), 1),
 ]
@@ -151,32 +158,36 @@ def latencies(name: str, answers: list[Answer]) -> Iterator[Measure]:
 
 def measures(device: torch.device, digits: Path, mixture: Mixture = MIXTURE) -> Iterator[Measure]:
     """Everything this file measures."""
-    others = [c for c in OTHERS if c.peer != ("litserve",) or find_spec("litserve")]
+    several = device.type == "cpu"  # engines, or workers, that share a device: on a CPU they share its cores
+    others = [c for c in OTHERS if (c.peer != ("litserve",) or find_spec("litserve")) and (c.engines == 1 or several)]
+    ours = [c for c in OURS if c.engines == 1 or several]
     capacity: dict[Contender, float] = {}
-    for contender in (OURS, *others):
-        with a_server(digits, contender.slots, device, *contender.peer) as url:
+    for contender in (*ours, *others):
+        with contender.serve(digits, device) as url:
             asyncio.run(warm(url))
             equal = asyncio.run(same_bytes(url))
             capacity[contender] = asyncio.run(saturate(url, mixture))
-            if contender is OURS:
-                yield Measure("ours: steps computed for nobody", asyncio.run(padded(url)), "of all")
+            if contender in ours:
+                yield Measure(f"{contender.name}: steps computed for nobody", asyncio.run(padded(url)), "of all")
         yield Measure(f"{contender.name}: saturated", capacity[contender], "image-steps/s")
         yield Measure(f"{contender.name}: the same bytes in company", float(equal), "(1: yes)")
-    for contender in others:
-        ratio = capacity[OURS] / capacity[contender]
-        yield Measure(f"ours against {contender.name}", ratio, "times the throughput")
+    for mine in ours:
+        for contender in others:
+            ratio = capacity[mine] / capacity[contender]
+            yield Measure(f"{mine.name}, against {contender.name}", ratio, "times the throughput")
     best, shortest = max(others, key=lambda c: capacity[c]), min(mixture)
     rate = capacity[best] / sum(steps * share for steps, share in mixture.items())
     latest: dict[Contender, float] = {}
-    for contender in (OURS, best, *(c for c in others if c.peer == ("batcher",) and c is not best)):
-        with a_server(digits, contender.slots, device, *contender.peer) as url:
+    for contender in (*ours, best, *(c for c in others if c.peer == ("batcher",) and c is not best)):
+        with contender.serve(digits, device) as url:
             asyncio.run(warm(url))
             answers = asyncio.run(load(url, rate, mixture))
         latest[contender] = late(a.took_s for a in answers if a.steps == shortest)
         yield from latencies(f"{rate:.2f} requests/s, {contender.name}", answers)
-    for contender in latest.keys() - {OURS}:
-        ratio = latest[OURS] / latest[contender]
-        yield Measure(f"{shortest}-step requests, p99: ours against {contender.name}", ratio, "of its time")
+    for mine in ours:
+        for contender in latest.keys() - {*ours}:
+            ratio = latest[mine] / latest[contender]
+            yield Measure(f"{shortest}-step requests, p99: {mine.name}, against {contender.name}", ratio, "of its time")
 
 
 async def warm(url: str) -> None:

@@ -16,13 +16,13 @@ from server.devices import cores
 class Steps(LitAPI):  # type: ignore[misc]
     """What LitServe asks of an API that is stepped."""
 
-    def __init__(self, weights: Path, device: torch.device, batch: int) -> None:
+    def __init__(self, weights: Path, device: torch.device, batch: int, threads: int) -> None:
         super().__init__(stream=True, loop=ContinuousBatchingLoop(), api_path="/generate")
-        self.weights, self.where, self.most = weights, device, batch
+        self.weights, self.where, self.most, self.threads = weights, device, batch, threads
 
     def setup(self, device: str) -> None:
         """Loads the net, in LitServe's own process."""
-        torch.set_num_threads(cores())
+        torch.set_num_threads(self.threads)
         self.core = Diffusers(self.weights, self.where)
         self.live: dict[str, Picture] = {}
 
@@ -56,8 +56,14 @@ class Steps(LitAPI):  # type: ignore[misc]
         return output
 
 
-def serve(weights: Path, device: torch.device, port: int, batch: int) -> None:
-    """Serves until it is killed."""
+def serve(weights: Path, device: torch.device, port: int, batch: int, workers: int) -> None:
+    """Serves until it is killed, with workers that share the cores."""
     accelerator = "cpu" if device.type == "cpu" else "cuda"
-    server = LitServer(Steps(weights, device, batch), accelerator=accelerator, timeout=3600, healthcheck_path="/readyz")
+    server = LitServer(
+        Steps(weights, device, batch, max(1, cores() // workers)),
+        accelerator=accelerator,
+        workers_per_device=workers,
+        timeout=3600,
+        healthcheck_path="/readyz",
+    )
     server.run(host="127.0.0.1", port=port, generate_client_file=False, log_level="warning")

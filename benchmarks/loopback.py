@@ -26,8 +26,11 @@ CLIENTS, PICTURES, STEPS = 4, 4, 100
 
 
 @contextmanager
-def a_server(weights: Path, slots: int, device: torch.device, *peer: str) -> Iterator[str]:
-    """A server of its own, ready; ours, or one of `benchmarks.peers`. Yields its address."""
+def a_server(weights: Path, slots: int, device: torch.device, *peer: str, engines: int = 1) -> Iterator[str]:
+    """A server of its own, ready; ours, or one of `benchmarks.peers`. Yields its address.
+
+    slots: of each of its engines, or workers, which share the processor's cores.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -38,17 +41,19 @@ def a_server(weights: Path, slots: int, device: torch.device, *peer: str) -> Ite
         "WEIGHTS": str(weights),
         "SLOTS": str(slots),
         "DEVICE": device.type,
+        "ENGINES": str(engines),
         "LOG_LEVEL": "warning",
     }
     environ = os.environ | {f"DDPM_{name}": value for name, value in knobs.items()}
     theirs = ["benchmarks.peers", *peer, "--weights", str(weights), "--batch", str(slots), "--device", device.type]
+    theirs += ["--workers", str(engines)]
     command = [sys.executable, "-m", *(theirs if peer else ["server", "serve"]), "--port", str(port)]
     quiet = subprocess.DEVNULL if peer else None
     process = subprocess.Popen(command, env=environ, stdout=quiet, stderr=quiet, start_new_session=True)
     url = f"http://127.0.0.1:{port}"
     try:
         deadline = time.monotonic() + 120
-        while not _ready(url):
+        while not (_ready(url) and (peer or _whole(url))):
             if time.monotonic() > deadline or process.poll() is not None:
                 raise RuntimeError("the server did not become ready")
             time.sleep(0.1)
@@ -67,6 +72,12 @@ def _ready(url: str) -> bool:
             return bool(answer.status == 200)
     except OSError:
         return False
+
+
+def _whole(url: str) -> bool:
+    """Whether every engine of ours has loaded: the server is ready when one has."""
+    with urllib.request.urlopen(f"{url}/models") as answer:
+        return None not in json.load(answer)["models"][0]["engines"]
 
 
 def post(url: str, seed: int) -> None:

@@ -172,6 +172,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--workers", type=int, default=1, help="of LitServe (default: 1)")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     device = torch.device(args.device)
@@ -179,7 +180,7 @@ def main() -> None:
     if args.peer == "litserve":
         from benchmarks.litserve_loop import serve
 
-        return serve(args.weights, device, args.port, args.batch)
+        return serve(args.weights, device, args.port, args.batch, args.workers)
     core = Pipeline(args.weights, device) if args.peer == "pipeline" else Diffusers(args.weights, device)
     uvicorn.run(
         batcher(core, 1 if args.peer == "pipeline" else args.batch),

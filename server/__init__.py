@@ -1,0 +1,3 @@
+"""Pictures from diffusion models over HTTP."""
+
+__version__ = "0.1.0"

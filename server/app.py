@@ -14,6 +14,7 @@ from starlette.staticfiles import StaticFiles
 
 from model.card import ModelCard, read_card
 from model.errors import ModelRefused, PlanError
+from server import __version__
 from server.backend import Backend
 from server.engine_room import build
 from server.errors import EngineFailed, Problem, ServerError, SettingsError, problem
@@ -128,6 +129,7 @@ def create_app(
 
     app = FastAPI(
         title="ddpm-server",
+        version=__version__,
         description="Pictures from pixel-space diffusion models: a seed and a step count in, a picture out.",
         lifespan=lifespan,
         redirect_slashes=False,  # a redirect would repeat the Host it was sent

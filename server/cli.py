@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from model.errors import ModelRefused, NoSuchDevice
+from server import __version__
 from server.client_errors import ClientError, Invalid
 from server.errors import (
     EXIT_CODES,
@@ -67,6 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     parser = ArgumentParser("ddpm", description="Pictures from pixel-space diffusion models, served or made here.")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    parser.add_argument("--version", action="version", version=f"ddpm-server {__version__}")
     for name, summary in COMMANDS.items():
         commands.add_parser(name, help=summary, add_help=False)
     if not given or given[0] not in COMMANDS:

@@ -9,9 +9,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Histogram, disable_created_metrics, generate_latest
+from prometheus_client import CollectorRegistry, Histogram, Info, disable_created_metrics, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+
+from server import __version__
 
 MEDIA = CONTENT_TYPE_PLAIN_0_0_4
 STEP_S = (0.0005, 0.001, 0.002, 0.004, 0.006, 0.008, 0.012, 0.016, 0.024, 0.032, 0.064, 0.128, 0.256, 0.512, 1, 2, 4, 8)
@@ -87,6 +89,8 @@ class Metrics:
     def __init__(self) -> None:
         disable_created_metrics()  # a timestamp beside every count, which nobody asked for
         self._registry = CollectorRegistry(auto_describe=False)
+        build = Info("ddpm_build", "which version of the server this is", registry=self._registry)
+        build.info({"version": __version__})
         self.step_seconds = self._histogram("step_seconds", "time of a step of a batch", STEP_S)
         self.bucket_size = self._histogram("bucket_size", "slots that a step computed", BATCHES)
         self.queue_seconds = self._histogram("queue_seconds", "from the acceptance of a job to its first step", WAIT_S)

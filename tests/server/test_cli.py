@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from server import cli
+from server import __version__, cli
 from server.client import Client
 from server.commands.bar import Bar
 from server.commands.generate import FIELDS
@@ -35,6 +35,12 @@ def ddpm(*words: str | Path, **variables: str) -> subprocess.CompletedProcess[st
     environ = {name: value for name, value in os.environ.items() if not name.startswith("DDPM_")} | variables
     command = [sys.executable, "-m", "server", *map(str, words)]
     return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=120)
+
+
+def test_command_and_server_say_which_version_they_are(server: Server) -> None:
+    assert ddpm("--version").stdout == f"ddpm-server {__version__}\n"
+    assert server.client.get("/openapi.json").json()["info"]["version"] == __version__
+    assert f'ddpm_build_info{{version="{__version__}"}} 1.0' in server.client.get("/metrics").text
 
 
 def test_every_field_of_a_request_has_a_flag() -> None:

@@ -1,8 +1,10 @@
 """Which engines there are, by the setting and by what the machine has."""
 
+from pathlib import Path
+
 import pytest
 
-from server.devices import choose_devices
+from server.devices import UNLIMITED, choose_devices, quota
 from server.errors import SettingsError
 from server.settings import Settings
 
@@ -29,3 +31,25 @@ def test_there_is_an_engine_for_each_device(wanted: str, gpus: int, devices: lis
 def test_a_device_that_is_spelled_otherwise_is_refused(wanted: str) -> None:
     with pytest.raises(SettingsError, match="DDPM_DEVICE"):
         Settings.read({"DDPM_DEVICE": wanted})
+
+
+@pytest.mark.parametrize(
+    ("limit", "processors"),
+    [
+        ("max 100000\n", UNLIMITED),
+        ("200000 100000\n", 2),
+        ("150000 100000\n", 2),  # two threads are slowed down less than one would be too slow
+        ("5000 100000\n", 1),
+        ("", UNLIMITED),
+    ],
+)
+def test_a_container_that_may_take_the_time_of_two_processors_has_two(
+    limit: str, processors: int, tmp_path: Path
+) -> None:
+    (tmp_path / "cpu.max").write_text(limit)
+
+    assert quota(tmp_path / "cpu.max") == processors
+
+
+def test_without_control_groups_there_is_no_quota(tmp_path: Path) -> None:
+    assert quota(tmp_path / "cpu.max") == UNLIMITED

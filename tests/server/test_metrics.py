@@ -55,7 +55,8 @@ def test_every_metric_has_its_name_and_its_help(client: TestClient) -> None:
     assert answer.headers["content-type"].startswith("text/plain; version=")
     timed = {f"{name}_seconds" for name in ("step", "queue", "refusal", "job", "journal_commit")}
     histograms = timed | {"bucket_size"}
-    assert families.keys() == {f"ddpm_{name}" for name in {f.name for f in dataclasses.fields(Standing)} | histograms}
+    names = {f.name for f in dataclasses.fields(Standing)} | histograms | {"build_info"}
+    assert families.keys() == {f"ddpm_{name}" for name in names}
     assert all(family.documentation for family in families.values())
 
 
