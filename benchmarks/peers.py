@@ -13,7 +13,7 @@ import argparse
 import asyncio
 import io
 import warnings
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -122,10 +122,14 @@ def encode(picture: Image.Image) -> bytes:
     return out.getvalue()
 
 
-def batcher(core: Diffusers | Pipeline, most: int) -> FastAPI:
-    """Requests of one step count that arrive within a window share a batch; with `most` = 1, one after the other."""
+def batcher(load: Callable[[], Diffusers | Pipeline], most: int) -> FastAPI:
+    """Requests of one step count that arrive within a window share a batch; with `most` = 1, one after the other.
+
+    The net is loaded by the thread that uses it: OpenMP would slow it down for the sake of another one's threads.
+    """
     waiting: asyncio.Queue[tuple[Asked, asyncio.Future[bytes]]] = asyncio.Queue()
     thread = ThreadPoolExecutor(1)
+    core = thread.submit(load).result()
 
     async def work() -> None:
         loop, left = asyncio.get_running_loop(), list[tuple[Asked, asyncio.Future[bytes]]]()
@@ -176,14 +180,18 @@ def main() -> None:
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     device = torch.device(args.device)
-    torch.set_num_threads(cores())
     if args.peer == "litserve":
         from benchmarks.litserve_loop import serve
 
         return serve(args.weights, device, args.port, args.batch, args.workers)
-    core = Pipeline(args.weights, device) if args.peer == "pipeline" else Diffusers(args.weights, device)
+    kind, most = (Pipeline, 1) if args.peer == "pipeline" else (Diffusers, args.batch)
+
+    def load() -> Diffusers | Pipeline:
+        torch.set_num_threads(cores())  # a thread has a number of its own
+        return kind(args.weights, device)
+
     uvicorn.run(
-        batcher(core, 1 if args.peer == "pipeline" else args.batch),
+        batcher(load, most),
         host="127.0.0.1",
         port=args.port,
         log_level="warning",

@@ -24,6 +24,7 @@ class Arrival:
     """A model on its way into memory."""
 
     name: str
+    thread: ThreadPoolExecutor
     net: "Future[Model]"
     began: float
     held_bytes: int  # of a GPU, before
@@ -49,7 +50,6 @@ class Loader:
             torch.cuda.set_device(device)
         self.device, self._start, self._between = device, start, between
         self._dtype, self._slots = machine.choose_dtype(start.dtype, device), start.slots or machine.usual_slots(device)
-        self._thread = ThreadPoolExecutor(1, "loader")
 
     def announce(self, card: ModelCard) -> Served:
         """What is known of a model before it is loaded."""
@@ -58,8 +58,8 @@ class Loader:
 
     def begin(self, card: ModelCard, digest: str) -> Arrival:
         """Sends for a model, whose digest it was announced with."""
-        held_bytes = machine.held_bytes(self.device)
-        return Arrival(card.name, self._thread.submit(self._read, card, digest), time.monotonic(), held_bytes)
+        held_bytes, thread = machine.held_bytes(self.device), ThreadPoolExecutor(1, "loader")
+        return Arrival(card.name, thread, thread.submit(self._read, card, digest), time.monotonic(), held_bytes)
 
     def _read(self, card: ModelCard, digest: str) -> Model:
         """In the thread: the net, on the device."""
@@ -73,8 +73,13 @@ class Loader:
         return load_model(card, self.device, self._dtype)
 
     def finish(self, arrival: Arrival) -> Arrived:
-        """Waits for the net, and makes its engine. Raises ModelRefused or torch.OutOfMemoryError."""
-        model = arrival.net.result()
+        """Waits for the net, and makes its engine. Raises ModelRefused or torch.OutOfMemoryError.
+
+        The thread ends here. One that stays keeps threads of its own for OpenMP, which then counts more of them than
+        there are processors, and lets those of a step sleep at every barrier: half the speed of an engine on two cores.
+        """
+        with arrival.thread:
+            model = arrival.net.result()
         runner = Runner(model, self._slots, self._start.exact, between=self._between)
         faults.plant(runner)
         steps = []

@@ -3,8 +3,11 @@
 import ctypes
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+from tests.model.directories import write_model
 
 AGAIN = """
 import resource, statistics, sys, torch
@@ -29,3 +32,24 @@ def test_an_engine_on_a_cpu_does_not_fetch_its_memory_anew_at_every_step() -> No
     )
 
     assert kept < anew / 10
+
+
+LOADED = """
+import sys, threading
+from pathlib import Path
+from model.card import read_card
+from server.loader import Loader
+from server.messages import Start
+
+card = read_card(Path(sys.argv[1]), "tiny")
+loader = Loader(Start((("tiny", card.directory),), "cpu", "float32", 1, 2, True, "warning"), lambda: None)
+loader.finish(loader.begin(card, card.digest))
+print(*(thread.name for thread in threading.enumerate()))
+"""
+
+
+def test_no_thread_stays_behind_a_load_that_would_slow_down_those_of_a_step(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", LOADED, str(write_model(tmp_path / "tiny"))]
+    ran = subprocess.run(command, capture_output=True, check=True, text=True)
+
+    assert ran.stdout.split() == ["MainThread"]
