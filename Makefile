@@ -66,17 +66,17 @@ image:
 # What only a GPU can show, with the Python that is there (torch 2.11 or later) and no network. `make gpu-wheels`,
 # where there is a network, first puts what that Python may lack into .gpu/, to be taken along.
 GPU_PYTHON = PYTHONPATH=.gpu/site:. $(PYTHON)
+GPU_TESTS = $(addprefix tests/model/test_,gpu.py invariance.py triton.py)
 
 gpu: .gpu/site
-	$(GPU_PYTHON) -m pytest -m gpu -p no:cacheprovider -W default tests/model
-	$(GPU_PYTHON) -m benchmarks --gpu
+	$(GPU_PYTHON) -m pytest -m gpu -p no:cacheprovider -W default $(GPU_TESTS)
+	$(GPU_PYTHON) -m benchmarks --gpu --minutes 5
 
 gpu-compile: .gpu/site
-	$(GPU_PYTHON) -m benchmarks --gpu --compiled
+	$(GPU_PYTHON) -m benchmarks --gpu --compiled --minutes 8
 
 .gpu/site:
-	mkdir -p $@
-	for wheel in .gpu/*.whl; do [ ! -e "$$wheel" ] || $(PYTHON) -m zipfile -e "$$wheel" $@; done
+	$(PYTHON) benchmarks/unpack.py .gpu $@
 
 gpu-wheels: .venv/test.stamp
 	rm -rf .gpu && mkdir .gpu

@@ -1,11 +1,12 @@
 """How all benchmarks measure and report: rounds in turns, medians, ratios within one run, a JSON line a measure."""
 
 import json
+import math
 import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,9 +44,10 @@ def machine() -> str:
     return json.dumps({"machine": facts})
 
 
-def report(measures: Iterable[Measure], out: Path) -> None:
-    """Prints a table as it grows, and writes it as JSON lines."""
+def report(measures: Iterator[Measure], out: Path, minutes: float = math.inf) -> None:
+    """Prints a table as it grows, and writes it as JSON lines. What has not begun after so many minutes is left out."""
     out.parent.mkdir(parents=True, exist_ok=True)
+    until = time.monotonic() + 60 * minutes
     with out.open("w") as lines:
         print(machine(), file=lines, flush=True)
         print(machine())
@@ -53,6 +55,9 @@ def report(measures: Iterable[Measure], out: Path) -> None:
             low, high = measure.spread or (measure.value, measure.value)
             print(f"{measure.name:75} {measure.value:10.3f} {measure.unit:18} ({low:.3f} .. {high:.3f})", flush=True)
             print(measure.line(), file=lines, flush=True)
+            if time.monotonic() > until:
+                print(f"left out: all that was to be measured after {minutes:g} minutes", flush=True)
+                break
 
 
 def interleaved(contenders: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:

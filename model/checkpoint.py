@@ -159,8 +159,6 @@ def load_model(card: ModelCard, device: torch.device, dtype: torch.dtype) -> Mod
         if not tensor.isfinite().all():
             raise ModelRefused(f"{card.weights.name}: {name} holds numbers that are not finite")
     net.load_state_dict(weights, assign=True)
-    if dtype == torch.float32:
-        torch.backends.cudnn.allow_tf32 = False  # float32 is float32: TF32 keeps ten of its 23 bits
     net = net.eval().requires_grad_(False).to(device)
     with torch.inference_mode():
         table = net.embed(torch.arange(card.process.schedule.T, device=device)).to(dtype)  # [T, P]

@@ -74,16 +74,19 @@ def kinds(net: nn.Module, run: Callable[[], object]) -> list[Kind]:
     return list(found.values())
 
 
-def choose_kernels(net: nn.Module, run: Callable[[], object], buckets: Sequence[int]) -> Chosen:
+def choose_kernels(
+    net: nn.Module, run: Callable[[], object], buckets: Sequence[int], between: Callable[[], None] = lambda: None
+) -> Chosen:
     """Gives its invariant kernel to each layer that needs it for its bits to be the same in batches of these sizes.
 
-    run: calls the net once, with a batch of any size
+    run: calls the net once, with a batch of any size; between: called after each kind, which may take a second
     """
     trust_libraries(net)
     for kind in kinds(net, run):
         invariant = _needs_invariance(kind, buckets)
         for layer in kind.layers:
             layer.invariant = invariant
+        between()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # graphs have memory of their own, and could not use what has been freed here
     counted = [(isinstance(layer, Conv), layer.invariant) for layer in _layers(net)]

@@ -37,7 +37,8 @@ def _triton_works(device: torch.device) -> bool:
 
         triton_step.advance(*torch.zeros(2, 1, dtype=torch.int64, device=device))
     except Exception as error:  # a package, a compiler, a cache or a driver: each lacks in its own way, none is needed
-        logger.warning("no Triton on %s, so steps are slower there: %s: %s", device, type(error).__name__, error)
+        reason = f"{type(error).__name__}: {error}"
+        logger.warning("no Triton on %s, so steps are slower there (it needs gcc and Python.h): %s", device, reason)
         return False
     return True
 

@@ -72,6 +72,8 @@ class Runner:
         between: Callable[[], None] = lambda: None,
     ) -> None:
         self.model, self.device = model, model.table.device
+        if model.table.dtype == torch.float32:
+            torch.backends.cudnn.allow_tf32 = False  # float32 is float32: TF32 keeps ten of its 23 bits
         schedule = model.card.process.schedule
         self.slots = Slots(slots, model.card.architecture.shape, schedule.T, self.device)
         self.buckets = sorted({*buckets, slots}) if buckets else usual_buckets(slots)
@@ -80,7 +82,7 @@ class Runner:
         with torch.inference_mode():
             trust_libraries(model.net)
             if exact and uses_triton(self.slots.x[0]):
-                self.chosen = choose_kernels(model.net, lambda: self.step(1), self.buckets)
+                self.chosen = choose_kernels(model.net, lambda: self.step(1), self.buckets, between)
             if self.device.type == "cuda":
                 self._capture(between)
             self.exact_buckets = self._find_exact(between) if exact else []
@@ -108,12 +110,13 @@ class Runner:
         """One graph per bucket: all warmed up first, since a smaller one may need the larger workspace, then captured
         from the largest down, on one stream and in one pool of memory."""
         stream, pool = torch.cuda.Stream(self.device), torch.cuda.graph_pool_handle()
-        stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(stream):
-            for bucket in self.buckets:
+        for bucket in self.buckets:
+            stream.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(stream):
                 for _ in range(2):
                     denoise(self.model.net, self.model.table, self.slots, bucket)
-        torch.cuda.current_stream(self.device).wait_stream(stream)
+            torch.cuda.current_stream(self.device).wait_stream(stream)
+            between()
         for bucket in reversed(self.buckets):
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):

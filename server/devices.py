@@ -8,6 +8,8 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
+from model.errors import NoSuchDevice
+
 ANSWER_S = 30.0
 UNLIMITED = 1 << 20
 QUOTA = Path("/sys/fs/cgroup/cpu.max")  # microseconds in so many: "200000 100000", or "max 100000"
@@ -33,7 +35,12 @@ def count_gpus() -> int:
     """How many GPUs torch will see. The driver is asked by a process of its own, which leaves nothing behind."""
     if version("torch").endswith("+cpu"):
         return 0
-    asked = subprocess.run([sys.executable, "-I", __file__], capture_output=True, text=True, timeout=ANSWER_S)
+    try:
+        asked = subprocess.run([sys.executable, "-I", __file__], capture_output=True, text=True, timeout=ANSWER_S)
+    except subprocess.TimeoutExpired:
+        raise NoSuchDevice(
+            f"the GPUs' driver has not answered for {ANSWER_S:g} s (DDPM_DEVICE=cpu does without)"
+        ) from None
     return int(asked.stdout) if asked.returncode == 0 else 0
 
 

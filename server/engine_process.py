@@ -34,7 +34,8 @@ def _cause(error: Exception) -> str:
     """In a word, one of three (`Died.cause`). Nothing on a GPU works any more after an error of its own."""
     if isinstance(error, torch.OutOfMemoryError):
         return "memory"
-    return "cuda" if isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error) else "failed"
+    of_device = isinstance(error, torch.AcceleratorError) or any(name in str(error) for name in ("CUDA", "cuDNN"))
+    return "cuda" if of_device else "failed"
 
 
 class _Process:

@@ -28,6 +28,13 @@ def choose_device(wanted: str) -> torch.device:
     index = int(wanted.partition(":")[2] or 0)
     if index >= gpus:
         raise NoSuchDevice(f"device {wanted} was asked for, this machine has {gpus} GPUs")
+    try:
+        torch.cuda.init()
+    except RuntimeError as error:  # most often a driver that is too old for this torch: it says so
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise NoSuchDevice(
+            f"the {gpus} GPUs of this machine cannot be used (DDPM_DEVICE=cpu does without): {reason}"
+        ) from error
     return torch.device("cuda", index)
 
 
