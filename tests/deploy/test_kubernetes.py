@@ -1,11 +1,14 @@
 """deploy/kubernetes: what the manifests must not get wrong. Whether a cluster takes them is not seen here."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml  # type: ignore[import-untyped]
 
+from server.errors import BadHost
+from server.origins import Rules
 from server.settings import Settings
 from tests.deploy.files import DEPLOY, manifests
 
@@ -70,6 +73,41 @@ def test_an_engine_that_is_replaced_is_no_reason_to_kill_the_server(container: d
     paths = {name: container[f"{name}Probe"]["httpGet"]["path"] for name in ("startup", "readiness", "liveness")}
 
     assert paths == {"startup": "/readyz", "readiness": "/readyz", "liveness": "/healthz"}
+
+
+@pytest.fixture
+def settings() -> Settings:
+    """What the manifests set."""
+    (generated,) = yaml.safe_load((KUBERNETES / "kustomization.yaml").read_text())["configMapGenerator"]
+    return Settings.read(dict(literal.split("=", 1) for literal in generated["literals"]))
+
+
+def answers(settings: Settings, host: str) -> bool:
+    """Whether a server with these settings, and no keys, answers for this host."""
+    try:
+        Rules.read(settings.allowed_hosts, "", keys_needed=False).check_host([host.encode()])
+    except BadHost:
+        return False
+    return True
+
+
+def test_the_server_answers_for_every_name_that_it_is_given(settings: Settings) -> None:
+    namespace = yaml.safe_load((KUBERNETES / "kustomization.yaml").read_text())["namespace"]
+    domains = ["", f".{namespace}", f".{namespace}.svc", f".{namespace}.svc.cluster.local"]
+    offered = [name + domain for name in ("ddpm", "ddpm-0.ddpm-pods", "ddpm-12.ddpm-pods") for domain in domains]
+
+    assert {name for kind, name in manifests() if kind == "Service"} == {"ddpm", "ddpm-pods"}
+    assert [name for name in [*offered, "localhost", "127.0.0.1"] if not answers(settings, f"{name}:8000")] == []
+    assert not answers(settings, "pictures.example")
+
+
+def test_prometheus_asks_by_a_name_that_is_answered_for(settings: Settings) -> None:
+    (endpoint,) = manifests()["PodMonitor", "ddpm"]["spec"]["podMetricsEndpoints"]
+    (address,) = [rule for rule in endpoint["relabelings"] if rule["targetLabel"] == "__address__"]
+    asked = re.sub(address["regex"], address["replacement"].replace("$", "\\"), "ddpm-0/ddpm")
+
+    assert asked == "ddpm-0.ddpm-pods.ddpm.svc:8000"
+    assert answers(settings, asked)
 
 
 @pytest.mark.parametrize("name", ["ddpm", "ddpm-pods"])
