@@ -1,6 +1,8 @@
 """deploy/kubernetes: what the manifests must not get wrong. Whether a cluster takes them is not seen here."""
 
 import re
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import yaml  # type: ignore[import-untyped]
 from server.errors import BadHost
 from server.origins import Rules
 from server.settings import Settings
-from tests.deploy.files import DEPLOY, manifests
+from tests.deploy.files import DEPLOY, ROOT, manifests
 
 KUBERNETES = DEPLOY / "kubernetes"
 KUSTOMIZATIONS = sorted(KUBERNETES.rglob("kustomization.yaml"))
@@ -135,6 +137,34 @@ def test_autoscalers_scale_the_servers(kind: str) -> None:
 
     assert target == {"apiVersion": "apps/v1", "kind": "StatefulSet", "name": "ddpm"}
     assert "ddpm_steps_waiting" in str(manifests()[kind, "ddpm"])
+
+
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed")
+def test_weights_keys_and_tokens_of_ones_own_come_as_the_document_says(tmp_path: Path) -> None:
+    (text,) = re.findall(r"^```yaml\n(.*?)^```$", (ROOT / "docs" / "operations.md").read_text(), re.M | re.S)
+    (tmp_path / "ddpm-server").symlink_to(ROOT)
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "kustomization.yaml").write_text(text)
+    (mine / "keys").write_text("alice:hash")
+    (mine / "hub.env").write_text("HF_TOKEN=token")
+    printed = subprocess.run(["kubectl", "kustomize", mine], capture_output=True, text=True)
+    assert printed.returncode == 0, printed.stderr
+    documents = list(yaml.safe_load_all(printed.stdout))
+    (settings,) = [d["data"] for d in documents if d["kind"] == "ConfigMap"]
+    secrets = {d["metadata"]["name"]: set(d["data"]) for d in documents if d["kind"] == "Secret"}
+    (pod,) = [d["spec"]["template"]["spec"] for d in documents if d["kind"] == "StatefulSet"]
+    (server,) = pod["containers"]
+    volumes, read = {v["name"]: v for v in pod["volumes"]}, Settings.read(settings)
+
+    assert read.log_level == "info" and answers(read, "ddpm")  # what the manifests set is still there
+    assert {m["mountPath"]: m["name"] for m in server["volumeMounts"]}.items() >= {
+        read.weights.partition(",")[0]: "models",
+        str(Path(read.api_keys).parent): "keys",
+    }.items()
+    assert Path(read.api_keys).name in secrets[volumes["keys"]["secret"]["secretName"]]
+    assert "HF_TOKEN" in secrets[server["envFrom"][1]["secretRef"]["name"]]
+    assert volumes["models"]["persistentVolumeClaim"]["claimName"] == "models"
 
 
 def test_the_operator_has_the_same_alerts() -> None:
