@@ -4,6 +4,7 @@
 #
 # Where there is no network: --build-arg PIP_NO_INDEX=1 --build-arg PIP_FIND_LINKS=/wheels --volume ...:/wheels (buildah),
 # as tests/deploy/image.py does. To have the very bytes of a base: --build-arg PYTHON=python:...@sha256:...
+# To tell from an image what is in it: --build-arg REVISION=$(git rev-parse HEAD).
 ARG PYTHON=python:3.11.15-slim-bookworm
 
 
@@ -53,9 +54,6 @@ RUN ["python", "-m", "pip", "--python", "/venv", "install", "--no-deps", "--targ
 
 # What both images share, before anything large.
 FROM python AS bare
-LABEL org.opencontainers.image.title="ddpm-server" \
-    org.opencontainers.image.description="An inference server for pixel-space diffusion models" \
-    org.opencontainers.image.licenses="Apache-2.0"
 RUN ["groupadd", "--gid", "10001", "ddpm"]
 RUN ["useradd", "--uid", "10001", "--gid", "10001", "--no-create-home", "--home-dir", "/tmp", "--shell", "/usr/sbin/nologin", "ddpm"]
 RUN ["install", "--directory", "--owner", "10001", "--group", "10001", "--mode", "700", "/data"]
@@ -69,6 +67,13 @@ HEALTHCHECK --interval=10s --timeout=5s --start-period=120s --retries=3 \
     CMD ["python", "-c", "import os, urllib.request as r; r.urlopen(f'http://127.0.0.1:{os.environ[\"DDPM_PORT\"]}/readyz', timeout=4)"]
 ENTRYPOINT ["python", "-m", "server"]
 CMD ["serve"]
+ARG VERSION=0.1.0
+ARG REVISION=unknown
+LABEL org.opencontainers.image.title="ddpm-server" \
+    org.opencontainers.image.description="An inference server for pixel-space diffusion models" \
+    org.opencontainers.image.licenses="Apache-2.0" \
+    org.opencontainers.image.version="$VERSION" \
+    org.opencontainers.image.revision="$REVISION"
 
 
 FROM bare AS cpu

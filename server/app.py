@@ -28,6 +28,7 @@ from server.store import Store
 logger = logging.getLogger(__name__)
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([A-Za-z0-9][\w./-]*))?", re.ASCII)
+LOST_AND_FOUND = "lost+found"  # at the top of every ext2 to ext4 file system, so of a volume that is mounted here
 ROOMS = (generate, jobs, stream, models, openai, scrape)
 CODES = {404: "not-found", 405: "method-not-allowed"}
 
@@ -63,14 +64,15 @@ def _find(place: str) -> list[ModelCard]:
 
 def _find_here(weights: Path) -> list[ModelCard]:
     alone = (weights / "config.json").is_file() or (weights / "unet").is_dir()
-    directories = [weights] if alone else sorted(d for d in weights.iterdir() if d.is_dir() and d.name[0] != ".")
+    inside = (d for d in weights.iterdir() if d.is_dir() and d.name[0] != "." and d.name != LOST_AND_FOUND)
+    directories = [weights] if alone else sorted(inside)
     if not directories:
         raise ModelRefused(f"{weights} holds no model directory")
     cards = []
     for directory in directories:
         name = directory.resolve().name
         if not NAME.fullmatch(name):
-            raise ModelRefused(f"{weights} holds a directory whose name is not {NAME.pattern}")
+            raise ModelRefused(f"a model is named after its directory, and {name!r} in {weights} is not {NAME.pattern}")
         try:
             cards.append(read_card(directory, name))
         except ModelRefused as error:

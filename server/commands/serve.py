@@ -74,11 +74,18 @@ class _Server(uvicorn.Server):
 
         uvicorn itself would begin by closing every websocket.
         """
+        before = self.jobs.standing()
+        ended_before = sum(before.jobs.values())  # the mapping itself goes on counting
+        unended = {"jobs_running": before.jobs_running, "jobs_waiting": before.jobs_waiting}
+        logger.info("draining", extra={"seconds": 0 if self.hurried else self.drain_s, **unended})
         await self.jobs.drain(self.drain_s, lambda: self.hurried)
         until = time.monotonic() + LEAVING_S
         while self.jobs.audience.viewers and time.monotonic() < until:
             await asyncio.sleep(0.01)
         await super().shutdown(sockets)
+        after = self.jobs.standing()
+        ended = sum(after.jobs.values()) - ended_before
+        logger.info("stopped", extra={"jobs_ended": ended, "jobs_parked": after.jobs_running + after.jobs_waiting})
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:

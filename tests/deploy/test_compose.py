@@ -63,6 +63,10 @@ def test_nginx_lets_them_end_too() -> None:
     assert Settings.model_fields["drain_s"].default < seconds(shutdown[1]) < seconds(service["stop_grace_period"])
 
 
+def test_nginx_is_not_stopped_before_the_server_has_told_its_viewers() -> None:
+    assert "depends_on" not in compose()["services"]["nginx"]
+
+
 def test_nginx_allows_fewer_connections_than_the_server() -> None:
     text = (DEPLOY / "nginx" / "nginx.conf").read_text()
     most = int(re.findall(r"limit_conn all (\d+);", text)[0])
@@ -98,6 +102,13 @@ def test_with_keys_the_server_and_prometheus_share_one_for_metrics() -> None:
     assert environment["DDPM_API_KEYS"] == "/run/secrets/api_keys" and "api_keys" in made["secrets"]
     assert environment["DDPM_METRICS_KEY"].startswith("${DDPM_METRICS_KEY:?")
     assert made["configs"]["metrics_key"]["content"].startswith("${DDPM_METRICS_KEY:-")
+
+
+def test_the_key_for_metrics_has_one_place_with_and_without_other_keys() -> None:
+    environment = compose()["services"]["ddpm"]["environment"]
+
+    assert environment["DDPM_METRICS_KEY"] == "${DDPM_METRICS_KEY:-}"
+    assert not Settings.read({"DDPM_METRICS_KEY": ""}).metrics_key.get_secret_value()
 
 
 def test_monitoring_is_there_for_those_who_ask() -> None:

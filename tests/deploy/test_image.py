@@ -63,6 +63,14 @@ def test_the_image_sets_settings_that_there_are() -> None:
     assert set(re.findall(r"\b(DDPM_\w+)=", DOCKERFILE)) <= set(Settings.variables())
 
 
+def test_an_image_tells_its_version_and_revision() -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    labels = dict(re.findall(r'org\.opencontainers\.image\.(\w+)="(.*)"', stages()["bare"]))
+
+    assert (labels["version"], labels["revision"]) == ("$VERSION", "$REVISION")
+    assert f"\nARG VERSION={version}\n" in stages()["bare"] and "\nARG REVISION=" in stages()["bare"]
+
+
 def test_what_the_build_copies_is_sent_to_it() -> None:
     sent = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
     copied = [

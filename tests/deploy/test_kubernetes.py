@@ -1,13 +1,18 @@
 """deploy/kubernetes: what the manifests must not get wrong. Whether a cluster takes them is not seen here."""
 
+import re
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml  # type: ignore[import-untyped]
 
+from server.errors import BadHost
+from server.origins import Rules
 from server.settings import Settings
-from tests.deploy.files import DEPLOY, manifests
+from tests.deploy.files import DEPLOY, ROOT, manifests
 
 KUBERNETES = DEPLOY / "kubernetes"
 KUSTOMIZATIONS = sorted(KUBERNETES.rglob("kustomization.yaml"))
@@ -72,6 +77,41 @@ def test_an_engine_that_is_replaced_is_no_reason_to_kill_the_server(container: d
     assert paths == {"startup": "/readyz", "readiness": "/readyz", "liveness": "/healthz"}
 
 
+@pytest.fixture
+def settings() -> Settings:
+    """What the manifests set."""
+    (generated,) = yaml.safe_load((KUBERNETES / "kustomization.yaml").read_text())["configMapGenerator"]
+    return Settings.read(dict(literal.split("=", 1) for literal in generated["literals"]))
+
+
+def answers(settings: Settings, host: str) -> bool:
+    """Whether a server with these settings, and no keys, answers for this host."""
+    try:
+        Rules.read(settings.allowed_hosts, "", keys_needed=False).check_host([host.encode()])
+    except BadHost:
+        return False
+    return True
+
+
+def test_the_server_answers_for_every_name_that_it_is_given(settings: Settings) -> None:
+    namespace = yaml.safe_load((KUBERNETES / "kustomization.yaml").read_text())["namespace"]
+    domains = ["", f".{namespace}", f".{namespace}.svc", f".{namespace}.svc.cluster.local"]
+    offered = [name + domain for name in ("ddpm", "ddpm-0.ddpm-pods", "ddpm-12.ddpm-pods") for domain in domains]
+
+    assert {name for kind, name in manifests() if kind == "Service"} == {"ddpm", "ddpm-pods"}
+    assert [name for name in [*offered, "localhost", "127.0.0.1"] if not answers(settings, f"{name}:8000")] == []
+    assert not answers(settings, "pictures.example")
+
+
+def test_prometheus_asks_by_a_name_that_is_answered_for(settings: Settings) -> None:
+    (endpoint,) = manifests()["PodMonitor", "ddpm"]["spec"]["podMetricsEndpoints"]
+    (address,) = [rule for rule in endpoint["relabelings"] if rule["targetLabel"] == "__address__"]
+    asked = re.sub(address["regex"], address["replacement"].replace("$", "\\"), "ddpm-0/ddpm")
+
+    assert asked == "ddpm-0.ddpm-pods.ddpm.svc:8000"
+    assert answers(settings, asked)
+
+
 @pytest.mark.parametrize("name", ["ddpm", "ddpm-pods"])
 def test_services_find_the_pods(name: str, container: dict[str, Any]) -> None:
     spec = manifests()["Service", name]["spec"]
@@ -97,6 +137,34 @@ def test_autoscalers_scale_the_servers(kind: str) -> None:
 
     assert target == {"apiVersion": "apps/v1", "kind": "StatefulSet", "name": "ddpm"}
     assert "ddpm_steps_waiting" in str(manifests()[kind, "ddpm"])
+
+
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed")
+def test_weights_keys_and_tokens_of_ones_own_come_as_the_document_says(tmp_path: Path) -> None:
+    (text,) = re.findall(r"^```yaml\n(.*?)^```$", (ROOT / "docs" / "operations.md").read_text(), re.M | re.S)
+    (tmp_path / "ddpm-server").symlink_to(ROOT)
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "kustomization.yaml").write_text(text)
+    (mine / "keys").write_text("alice:hash")
+    (mine / "hub.env").write_text("HF_TOKEN=token")
+    printed = subprocess.run(["kubectl", "kustomize", mine], capture_output=True, text=True)
+    assert printed.returncode == 0, printed.stderr
+    documents = list(yaml.safe_load_all(printed.stdout))
+    (settings,) = [d["data"] for d in documents if d["kind"] == "ConfigMap"]
+    secrets = {d["metadata"]["name"]: set(d["data"]) for d in documents if d["kind"] == "Secret"}
+    (pod,) = [d["spec"]["template"]["spec"] for d in documents if d["kind"] == "StatefulSet"]
+    (server,) = pod["containers"]
+    volumes, read = {v["name"]: v for v in pod["volumes"]}, Settings.read(settings)
+
+    assert read.log_level == "info" and answers(read, "ddpm")  # what the manifests set is still there
+    assert {m["mountPath"]: m["name"] for m in server["volumeMounts"]}.items() >= {
+        read.weights.partition(",")[0]: "models",
+        str(Path(read.api_keys).parent): "keys",
+    }.items()
+    assert Path(read.api_keys).name in secrets[volumes["keys"]["secret"]["secretName"]]
+    assert "HF_TOKEN" in secrets[server["envFrom"][1]["secretRef"]["name"]]
+    assert volumes["models"]["persistentVolumeClaim"]["claimName"] == "models"
 
 
 def test_the_operator_has_the_same_alerts() -> None:

@@ -407,6 +407,7 @@ def test_a_full_disk_is_told_by_every_door_and_passes(start: Start) -> None:
         probe, writer._probe = writer._probe, mock.Mock(side_effect=full)
         writer.fails(full)
         refused = [client.post("/generate"), client.get("/readyz")]
+        scraped = [read(client.get("/metrics").text)]
         assert client.get("/healthz").status_code == 200
         writer._probe = probe
         deadline = time.monotonic() + 10
@@ -414,8 +415,10 @@ def test_a_full_disk_is_told_by_every_door_and_passes(start: Start) -> None:
             assert time.monotonic() < deadline
             time.sleep(0.05)
         assert client.post("/generate").status_code == 200
+        scraped.append(read(client.get("/metrics").text))
 
     assert {(a.status_code, a.json()["code"]) for a in refused} == {(503, "storage-full")}
+    assert [(seen["ddpm_storage_full"], seen["ddpm_ready"]) for seen in scraped] == [(1, 0), (0, 1)]
     assert all(int(answer.headers["retry-after"]) > 0 for answer in refused)
 
 

@@ -1,5 +1,6 @@
 """How a server process ends: by a signal, with work in hand; and how it does not begin, with a store it cannot have."""
 
+import json
 import os
 import signal
 import time
@@ -67,6 +68,19 @@ def test_a_second_signal_parks_at_once(weights: Path) -> None:
 
     assert server.stop()[0] == 0
     assert time.monotonic() - began < 5
+
+
+def test_it_says_what_it_waits_for_and_what_came_of_that(weights: Path, tmp_path: Path) -> None:
+    server = Server(weights, DDPM_DRAIN_S="0.1", DDPM_DATA_DIR=str(tmp_path)).wait_until_ready()
+    server.client.post("/generate", json={"steps": 1})
+    os.kill(server.engine_pid, signal.SIGSTOP)  # so that nothing ends by itself
+    jobs(server, 2)
+    logged = [json.loads(line) for line in server.stop()[1].splitlines()]
+    draining, stopped = (line for line in logged if line["event"] in ("draining", "stopped"))
+
+    assert (draining["event"], draining["seconds"]) == ("draining", 0.1)
+    assert draining["jobs_running"] + draining["jobs_waiting"] == 2
+    assert (stopped["event"], stopped["jobs_ended"], stopped["jobs_parked"]) == ("stopped", 0, 2)
 
 
 def test_a_store_in_use_or_damaged_ends_the_start_with_one_line(weights: Path, tmp_path: Path) -> None:

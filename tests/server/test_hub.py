@@ -123,6 +123,19 @@ def test_two_models_of_one_name_are_refused(hub: Hub, tmp_path: Path) -> None:
     assert "two of the models of DDPM_WEIGHTS are called tiny" in refusal(f"{tmp_path / 'tiny'},{ID}")
 
 
+def test_what_a_file_system_puts_into_a_volume_is_no_model(tmp_path: Path) -> None:
+    write_model(tmp_path / "tiny")
+    (tmp_path / "lost+found").mkdir()
+
+    assert find_models(tmp_path).keys() == {"tiny"}
+
+
+def test_a_directory_that_no_model_can_be_named_after_is_told(tmp_path: Path) -> None:
+    write_model(tmp_path / "a model")
+
+    assert "'a model'" in refusal(str(tmp_path))
+
+
 # Without a hub
 
 

@@ -7,7 +7,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -220,17 +220,75 @@ def test_a_request_that_failed_is_not_sent_again(tmp_path: Path) -> None:
     assert len(heard) == 1
 
 
-def test_one_address_can_not_have_all_connections(tmp_path: Path) -> None:
+@contextmanager
+def busy(folder: Path, addresses: Sequence[str], **words: str) -> Iterator[int]:
+    """nginx that allows three connections for an address, and has one for each of these, as a proxy tells them."""
     with ExitStack() as stack:
         silent = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
-        fewer = {"limit_conn address 256": "limit_conn address 3"}
-        port = stack.enter_context(before(silent.getsockname()[1], tmp_path, **fewer))
-        for _ in range(3):
-            say(stack.enter_context(connected(port)), b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
-            stack.enter_context(silent.accept()[0])
+        fewer = {"limit_conn address 256": "limit_conn address 3", **words}
+        port = stack.enter_context(before(silent.getsockname()[1], folder, **fewer))
+        for address in addresses:
+            sent = f"GET /healthz HTTP/1.1\r\nHost: localhost\r\nX-Forwarded-For: {address}\r\n\r\n"
+            say(stack.enter_context(connected(port)), sent.encode())
+            silent.settimeout(10)
+            stack.enter_context(silent.accept()[0])  # it was let through
+        yield port
+
+
+def test_one_address_can_not_have_all_connections(tmp_path: Path) -> None:
+    with busy(tmp_path, ["9.9.9.9", "8.8.8.8", "7.7.7.7"]) as port:  # nobody was named who may say so
         answer = httpx.get(f"http://127.0.0.1:{port}/healthz")
 
     assert code_of(answer) == (503, "not-ready")
+
+
+def test_everybody_behind_a_private_address_can_have_more(tmp_path: Path) -> None:
+    with busy(tmp_path, ["9.9.9.9"] * 5, **{"172.16.0.0/12 1;": "127.0.0.0/8 1;"}):
+        pass
+
+
+def test_a_proxy_that_is_named_is_believed_whom_it_speaks_for(tmp_path: Path) -> None:
+    believed = {"# set_real_ip_from 172.16.0.0/12;": "set_real_ip_from 127.0.0.0/8;", "# real_ip": "real_ip"}
+    with busy(tmp_path, ["8.8.8.8", "9.9.9.9", "9.9.9.9", "9.9.9.9"], **believed) as port:
+        answer = httpx.get(f"http://127.0.0.1:{port}/healthz", headers={"x-forwarded-for": "9.9.9.9"})
+
+    assert code_of(answer) == (503, "not-ready")
+
+
+@contextmanager
+def names() -> Iterator[tuple[int, set[bytes]]]:
+    """A DNS server: its port, and the names that it knows, which are this machine."""
+    known: set[bytes] = set()
+
+    def answer() -> None:
+        while (asked := server.recvfrom(512))[0]:
+            query, asker = asked
+            name = query[13 : 13 + query[12]]
+            flags, answers = (b"\x81\x80", 1) if name in known else (b"\x81\x83", 0)  # no error, no such name
+            head = query[:2] + flags + b"\0\1" + bytes([0, answers]) + b"\0\0\0\0"
+            address = b"\xc0\x0c\0\1\0\1\0\0\0\0\0\4" + socket.inet_aton("127.0.0.1")
+            server.sendto(head + query[12:] + address * answers, asker)
+
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as server:
+        server.bind(("127.0.0.1", 0))
+        thread = threading.Thread(target=answer)
+        thread.start()
+        try:
+            yield server.getsockname()[1], known
+        finally:
+            server.sendto(b"", server.getsockname())
+            thread.join()
+
+
+def test_it_starts_before_the_server_and_finds_it_once_it_is_there(hasty: Server, tmp_path: Path) -> None:
+    with names() as (dns, known):
+        resolver = {"127.0.0.11 valid=5s": f"127.0.0.1:{dns} valid=1s", "ddpm:8000": f"ddpm:{hasty.port}"}
+        with before(hasty.port, tmp_path, **resolver) as port:
+            alone = httpx.get(f"http://127.0.0.1:{port}/healthz")
+            known.add(b"ddpm")
+            hasty.until(lambda: httpx.get(f"http://127.0.0.1:{port}/healthz").status_code == 200, 10)
+
+    assert code_of(alone) == (503, "not-ready")
 
 
 def test_logs_are_json_and_repeat_no_query(client: httpx.Client, tmp_path: Path) -> None:
