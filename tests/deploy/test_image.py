@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from server import __version__
 from server.settings import Settings
 from tests.deploy.files import DEPLOY, ROOT
 
@@ -64,11 +65,10 @@ def test_the_image_sets_settings_that_there_are() -> None:
 
 
 def test_an_image_tells_its_version_and_revision() -> None:
-    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     labels = dict(re.findall(r'org\.opencontainers\.image\.(\w+)="(.*)"', stages()["bare"]))
 
     assert (labels["version"], labels["revision"]) == ("$VERSION", "$REVISION")
-    assert f"\nARG VERSION={version}\n" in stages()["bare"] and "\nARG REVISION=" in stages()["bare"]
+    assert f"\nARG VERSION={__version__}\n" in stages()["bare"] and "\nARG REVISION=" in stages()["bare"]
 
 
 def test_what_the_build_copies_is_sent_to_it() -> None:
