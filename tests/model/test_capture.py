@@ -205,11 +205,11 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     return fake
 
 
-def captured_runner(slots: int) -> Runner:
+def captured_runner(slots: int, between: Callable[[], None] = lambda: None) -> Runner:
     """A runner whose tensors say they are on a GPU."""
     net = tiny_model().net
     with FakeTensorMode():
-        return Runner(Model(card(), net, torch.zeros(T, 1, device="cuda")), slots, exact=False)
+        return Runner(Model(card(), net, torch.zeros(T, 1, device="cuda")), slots, exact=False, between=between)
 
 
 def test_every_bucket_is_warm_before_the_first_capture(cuda: FakeCuda) -> None:
@@ -246,3 +246,11 @@ def test_from_then_on_every_step_is_a_replay(cuda: FakeCuda) -> None:
         runner.step(bucket)
 
     assert cuda.diary == [("replay", batch, "usual", "") for batch in (1, 4, 2, 3)]
+
+
+def test_others_go_on_after_each_batch_size_but_never_on_the_stream_of_the_capture(cuda: FakeCuda) -> None:
+    captured_runner(3, between=lambda: cuda.diary.append(("others", 0, cuda.stream, cuda.pool)))
+    doings = [what for what, *_ in cuda.diary if what != "wait"]
+
+    assert doings == ["run", "run", "others"] * 3 + ["capture", "others"] * 3
+    assert {(stream, pool) for what, _, stream, pool in cuda.diary if what == "others"} == {("usual", "")}
