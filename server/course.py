@@ -183,6 +183,6 @@ class Courses:
         self.admission.done(job)  # it may take until there is room on the disk, and others need not wait for that
         await self.ledger.end(job, outcome, finished_at, error)
         job.status, job.finished_at, job.error = outcome, finished_at, error
-        self.count(job, outcome)
         logger.info("job ended", extra={"job": job.id, "outcome": outcome, "code": error and error["code"]})
         job.feed.end(outcome, document=job.document())
+        self.count(job, outcome)  # now that it holds all that it will
