@@ -17,11 +17,14 @@ import pytest
 from starlette.testclient import TestClient
 
 from model.events import Finished
+from server import ledger
 from server.app import create_app
 from server.clock import Clock
+from server.errors import StorageFull
 from server.jobs import Jobs
 from server.orders import Terms
 from server.settings import Settings
+from server.store import Expired
 from server.store_file import JOURNAL
 from tests.server.fakes import FakeBackend
 from tests.server.test_metrics import balance, read
@@ -399,6 +402,27 @@ def test_what_is_no_longer_kept_is_gone_and_not_unknown(start: Start) -> None:
         closed = watch(client, f"/jobs/{job['id']}/stream")[1]
 
     assert (codes, closed) == ([410] * 3, 4404)
+
+
+def test_a_disk_that_was_full_for_a_while_does_not_end_retention(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledger, "SWEEP_S", 0.01)
+    swept: list[float] = []
+    with start(retention_days=0) as client:
+        store = jobs_of(client).ledger.store
+        usual = store.expire
+
+        async def expire(before: float, most_bytes: int) -> Expired:
+            swept.append(before)
+            if len(swept) == 1:
+                raise StorageFull("the disk is full")
+            return await usual(before, most_bytes)
+
+        monkeypatch.setattr(store, "expire", expire)
+        job = later(client, seed=1)
+        deadline = time.monotonic() + 10
+        while client.get(f"/jobs/{job['id']}").status_code != 410:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
 
 
 def test_a_full_disk_is_told_by_every_door_and_passes(start: Start) -> None:
