@@ -122,6 +122,7 @@ class Ledger:
         while more:
             expired = await self.store.expire(before, self._settings.retention_bytes)
             self.register.forget(expired.ids)
+            await self.store.delete(expired.pictures)
             more = expired.more
 
     async def _sweep(self) -> None:

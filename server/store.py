@@ -10,6 +10,7 @@ import sqlite3
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from server import store_rows
@@ -20,15 +21,16 @@ from server.store_thread import RETRY_S, Writer
 
 logger = logging.getLogger(__name__)
 ROOM_BYTES = 256 << 10  # that must be free again before it is said not to be full
-AT_A_TIME = 200  # jobs that are deleted in one transaction
+AT_A_TIME = 200  # jobs, or pictures, that are deleted in one transaction
 SAVERS = 8  # pictures that are synced at once: the file system writes them down together
 
 
 @dataclass(frozen=True, slots=True)
 class Expired:
-    """Jobs that are not kept any more; whether there may be more to go."""
+    """Jobs that are not kept any more; the pictures that no job had any more then; whether there may be more to go."""
 
     ids: list[str]
+    pictures: list[str]
     more: bool
 
 
@@ -184,20 +186,33 @@ class Store:
         return await self._writer.ask(lambda db: float(db.execute(query).fetchone()[0]))
 
     async def expire(self, before: float, most_bytes: int) -> Expired:
-        """Deletes some of the jobs that ended before this time, and of the oldest while all take more than so much."""
+        """Deletes some of the jobs that ended before this time, and of the oldest while all take more than so much.
 
-        def work(db: sqlite3.Connection) -> tuple[Expired, list[str]]:
-            gone, files = list[str](), list[str]()
+        `delete` their pictures then: not before it is certain that no row names them any more.
+        """
+
+        def work(db: sqlite3.Connection) -> Expired:
+            gone, pictures = list[str](), list[str]()
             for number, id, ended in store_rows.oldest(db, AT_A_TIME):
                 if ended >= before and store_rows.size_bytes(db) <= most_bytes:
                     break
-                files += store_rows.delete(db, number)
+                pictures += store_rows.delete(db, number)
                 gone.append(id)
-            return Expired(gone, len(gone) == AT_A_TIME), files
+            return Expired(gone, pictures, len(gone) == AT_A_TIME)
 
-        expired, files = await self._writer.ask(work)
-        await asyncio.to_thread(self.pictures.delete, files)
-        return expired
+        return await self._writer.ask(work)
+
+    async def delete(self, names: Sequence[str]) -> None:
+        """Deletes pictures, but for those that another job has been given meanwhile. Raises StorageFull.
+
+        Where rows are written: so none that names a picture comes between the look and the deed.
+        """
+
+        def work(some: Sequence[str], db: sqlite3.Connection) -> None:
+            self.pictures.delete(name for name in some if not store_rows.is_named(db, name))
+
+        for first in range(0, len(names), AT_A_TIME):  # a few at a time: others wait for the journal, too
+            await self._writer.ask(partial(work, names[first : first + AT_A_TIME]))
 
     def _known(self, db: sqlite3.Connection, images: Sequence[Kept], identities: Sequence[str]) -> tuple[Kept, ...]:
         """The pictures with these identities, if all of them are here already."""

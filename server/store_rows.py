@@ -153,6 +153,11 @@ def delete(db: sqlite3.Connection, number: int) -> list[str]:
     return left
 
 
+def is_named(db: sqlite3.Connection, sha256: str) -> bool:
+    """Whether a job has this picture."""
+    return db.execute("SELECT 1 FROM files WHERE sha256 = ?", (sha256,)).fetchone() is not None
+
+
 def size_bytes(db: sqlite3.Connection) -> int:
     """What rows and pictures take."""
     query = "SELECT bytes + (page_count - freelist_count) * page_size"

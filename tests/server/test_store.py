@@ -114,6 +114,7 @@ def test_the_oldest_go_first_and_a_picture_stays_as_long_as_one_job_has_it(tmp_p
             for i, pngs in enumerate([(b"x", b"y"), (b"y",), (b"z",)]):
                 await keep(store, f"{i}", *pngs, ended=10.0 + i)
             gone = await store.expire(before=11.0, most_bytes=1 << 40)
+            await store.delete(gone.pictures)
             left = [store.pictures.has(name(png), 1) for png in (b"x", b"y", b"z")]
             errors = list[object]()
             for id in ("0", "9"):
@@ -147,8 +148,21 @@ def test_a_picture_that_is_about_to_be_named_is_not_deleted_with_the_job_that_ha
             await keep(store, "a", b"png")
             await store.insert(record("b"))
             await store.save({name(b"png"): b"png"})
-            await store.expire(before=99.0, most_bytes=1 << 40)  # between the picture and its row
+            gone = await store.expire(before=99.0, most_bytes=1 << 40)  # between the picture and its row
+            await store.delete(gone.pictures)
             await store.finish(ended("b", (b"png",)))
+            return store.pictures.read(name(b"png"))
+
+    assert asyncio.run(story()) == b"png"
+
+
+def test_a_picture_that_another_job_has_been_given_is_not_deleted_with_the_job_that_had_it(tmp_path: Path) -> None:
+    async def story() -> bytes:
+        async with a_store(tmp_path) as store:
+            await keep(store, "a", b"png")
+            gone = await store.expire(before=99.0, most_bytes=1 << 40)
+            await keep(store, "b", b"png")  # between the end of its row and the end of its file
+            await store.delete(gone.pictures)
             return store.pictures.read(name(b"png"))
 
     assert asyncio.run(story()) == b"png"
