@@ -20,6 +20,7 @@ from server.errors import (
     NotReady,
     SampleLost,
     ServerError,
+    StorageFull,
     problem,
 )
 from server.job import Image, Job
@@ -177,11 +178,15 @@ class Courses:
             job.steps[index] = step
 
     async def end(self, job: Job, outcome: str) -> None:
-        """Writes down what has come of a job, and then tells it."""
+        """Writes down what has come of a job, and then tells it; or parks it, if it cannot be written any more."""
         finished_at = time.time()
         error = problem(job.failure or RuntimeError()).body("") if outcome == "failed" else None
         self.admission.done(job)  # it may take until there is room on the disk, and others need not wait for that
-        await self.ledger.end(job, outcome, finished_at, error)
+        try:
+            await self.ledger.end(job, outcome, finished_at, error)
+        except StorageFull as failure:  # the server ends before there is any: the next one runs it again
+            job.failure = failure
+            return job.feed.park()
         job.status, job.finished_at, job.error = outcome, finished_at, error
         logger.info("job ended", extra={"job": job.id, "outcome": outcome, "code": error and error["code"]})
         job.feed.end(outcome, document=job.document())

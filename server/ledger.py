@@ -43,12 +43,16 @@ class Ledger:
         return jobs
 
     async def close(self) -> None:
-        """Ends once everything is on disk."""
-        if self._sweeper is not None:
-            self._sweeper.cancel()
-            await asyncio.gather(self._sweeper, return_exceptions=True)
-            await self.store.park()
-        await self.store.close()
+        """Ends once everything is on disk, or cannot be."""
+        try:
+            if self._sweeper is not None:
+                self._sweeper.cancel()
+                await asyncio.gather(self._sweeper, return_exceptions=True)
+                await self.store.park()
+        except StorageFull as error:
+            logger.warning("the disk is full at the end", extra={"reason": str(error)})
+        finally:
+            await self.store.close()
 
     async def accept(self, job: Job, again: bool) -> Found | Job:
         """A new job, on disk; what came with its key before; or the job with pictures that were made before.

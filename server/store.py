@@ -9,13 +9,15 @@ import os
 import sqlite3
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from server import store_rows
+from server.errors import StoreRefused
 from server.pictures import Pictures
-from server.store_file import make_directory, open_journal, take_lock
+from server.store_file import make_directory, mark_parked, open_journal, take_lock, wanting_room, was_parked
 from server.store_rows import Found, Kept, Record
 from server.store_thread import RETRY_S, Writer
 
@@ -35,28 +37,39 @@ class Expired:
 
 
 class Store:
-    """The jobs of a server, on disk. Raises StoreInUse, StoreRefused or SettingsError if it cannot be opened."""
+    """The jobs of a server, on disk. Raises StoreInUse, StoreRefused, StorageFull or SettingsError if it cannot be
+    opened."""
 
-    def __init__(self, directory: Path, on_commit: Callable[[float], None] = lambda seconds: None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        on_commit: Callable[[float], None] = lambda seconds: None,
+        on_failed: Callable[[StoreRefused], None] = lambda failure: None,
+    ) -> None:
         make_directory(directory)
-        self._lock = take_lock(directory)
-        try:
-            self._db = open_journal(directory)
-            self.pictures = Pictures(directory / "pictures")
-        except BaseException:
-            os.close(self._lock)
-            raise
+        with wanting_room(directory):
+            self._lock = take_lock(directory)
+            try:
+                self._db = open_journal(directory)
+                self.pictures = Pictures(directory / "pictures")
+            except BaseException:
+                os.close(self._lock)
+                raise
         self.size_bytes = store_rows.size_bytes(self._db)  # what the jobs take on disk
 
         def committed(seconds: float) -> None:
-            self.size_bytes = store_rows.size_bytes(self._db)
+            with suppress(sqlite3.Error):  # it is only told, and the next commit brings another
+                self.size_bytes = store_rows.size_bytes(self._db)
             on_commit(seconds)
 
         def probe() -> None:
             self.pictures.probe(ROOM_BYTES)
             store_rows.probe(self._db, ROOM_BYTES)
 
-        self._writer = Writer(self._db, probe, committed)
+        def failed(error: Exception) -> None:
+            on_failed(StoreRefused(f"the store {directory} has failed: {error}"))
+
+        self._writer = Writer(self._db, probe, committed, failed)
         self._savers = ThreadPoolExecutor(SAVERS, "pictures")
 
     @property
@@ -97,12 +110,12 @@ class Store:
 
     def begun(self, id: str) -> None:
         """A job runs: should the server die, it may have been the reason. Soon on disk, without anybody waiting."""
-        self._writer.post(lambda db: db.execute("UPDATE jobs SET running = 1 WHERE id = ?", (id,)))
+        self._writer.post(partial(store_rows.begin, id=id))
 
     async def begins(self, id: str) -> None:
-        """The same, of a job that was running already when a server died: on disk before it runs again."""
-        self.begun(id)
-        await self._writer.ask(lambda db: None)
+        """The same, of a job that was running already when a server died: on disk before it runs again. Waits for room
+        on the disk."""
+        await self._writer.ask(partial(store_rows.begin, id=id), must=True)
 
     async def finish(self, record: Record, identities: Sequence[str] = ()) -> Record | None:
         """What has come of a job; None if it had ended before, or another attempt has it. Waits for room on the disk.
@@ -172,12 +185,16 @@ class Store:
             named = {name for (name,) in db.execute("SELECT sha256 FROM files")}
             if left := self.pictures.delete_others(named):
                 logger.info("pictures of no job were deleted", extra={"count": left})
-            return store_rows.recover(db)
+            return store_rows.recover(db, died=not was_parked(self._lock))
 
-        return await self._writer.ask(work)
+        jobs = await self._writer.ask(work)
+        mark_parked(self._lock, False)
+        return jobs
 
     async def park(self) -> None:
-        """No job runs any more: whatever may come now, none of them is the reason."""
+        """No job runs any more: whatever may come now, none of them is the reason. Raises StorageFull, and then the
+        next server is told nevertheless."""
+        mark_parked(self._lock, True)
         await self._writer.ask(lambda db: [*db.execute("UPDATE jobs SET running = 0 WHERE running = 1")])
 
     async def latest(self) -> float:

@@ -25,8 +25,9 @@ from server.jobs import Jobs
 from server.orders import Terms
 from server.settings import Settings
 from server.store import Expired
-from server.store_file import JOURNAL
+from server.store_file import JOURNAL, LOCK
 from tests.server.fakes import FakeBackend
+from tests.server.records import without_room
 from tests.server.test_metrics import balance, read
 from tests.server.test_watching import kept, watch
 
@@ -357,6 +358,7 @@ def test_a_job_that_ran_at_three_deaths_of_the_server_fails_alone(start: Start, 
         poison, innocent = (later(client, seed=i) for i in (1, 2))
     for _ in range(3):
         alter(tmp_path, f"UPDATE jobs SET running = 1 WHERE id = '{poison['id']}'")  # as a dying server leaves it
+        (tmp_path / LOCK).unlink()
         with start(open_gate=False) as client:
             pass
     with start() as client:
@@ -379,6 +381,19 @@ def test_an_orderly_end_is_no_death(start: Start, tmp_path: Path) -> None:
             pass
     with start() as client:
         assert ended(client, waiting["id"])["status"] == "succeeded"
+
+
+def test_an_orderly_end_on_a_full_disk_is_no_death_either(start: Start) -> None:
+    with start(open_gate=False) as client:
+        job = later(client, seed=1)
+    for _ in range(4):
+        with start(open_gate=False) as client:
+            store = jobs_of(client).ledger.store
+            call(client, partial(store.begun, job["id"]))
+            call(client, store.latest)  # so that it is on disk
+            without_room(store)
+    with start() as client:
+        assert ended(client, job["id"])["status"] == "succeeded"
 
 
 def test_recovered_jobs_are_in_the_balance(start: Start) -> None:

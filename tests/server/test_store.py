@@ -2,20 +2,22 @@
 
 import asyncio
 import os
+import resource
 import sqlite3
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
-from server import store_thread
+from server import store_rows, store_thread
 from server.errors import Gone, NotFound, StorageFull, StoreInUse, StoreRefused
 from server.store import Store
 from server.store_file import JOURNAL, VERSION
 from server.store_rows import Found, Record
-from tests.server.records import a_store, ended, keep, name, record
+from tests.server.records import a_store, ended, keep, name, record, without_room
 
 
 def files(directory: Path) -> dict[str, bytes]:
@@ -217,6 +219,65 @@ def test_a_full_disk_refuses_jobs_keeps_results_waiting_and_recovers_by_itself(
     assert unfinished == ["c"]
 
 
+def test_a_job_that_may_have_killed_a_server_does_not_run_before_that_is_on_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_thread, "RETRY_S", 0.02)
+
+    async def story() -> tuple[bool, list[Record]]:
+        async with a_store(tmp_path) as store:
+            await store.insert(record("a"))
+            make_room = without_room(store)
+            begins = asyncio.create_task(store.begins("a"))
+            while store.trouble is None and not begins.done():
+                await asyncio.sleep(0.01)
+            waited = not begins.done()
+            make_room()
+            await asyncio.wait_for(begins, 5)
+            return waited, await store.recover()
+
+    waited, (job,) = asyncio.run(story())
+
+    assert (waited, job.deaths) == (True, 1)
+
+
+@pytest.mark.parametrize("why", [sqlite3.DatabaseError("database disk image is malformed"), KeyError("a bug")])
+def test_a_result_that_can_never_be_written_is_not_dropped_but_ends_the_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, why: Exception
+) -> None:
+    failures = list[StoreRefused]()
+
+    async def story() -> str | None:
+        store = Store(tmp_path, on_failed=failures.append)
+        store.start()
+        await store.insert(record("a"))
+        monkeypatch.setattr(store_rows, "finish", mock.Mock(side_effect=why))
+        asked = [store.finish(ended("a")), store.insert(record("b")), store.find("a", None)]
+        answers = await asyncio.wait_for(asyncio.gather(*asked, return_exceptions=True), 5)
+        assert isinstance(answers[0], StorageFull)
+        with pytest.raises(StorageFull):  # and so it is for whoever comes later
+            await asyncio.wait_for(store.insert(record("c")), 5)
+        store._writer.fails(OSError(28, "No space left on device"))  # hides nothing
+        await store.close()
+        return store.trouble
+
+    assert asyncio.run(story()) == "the store has failed"
+    assert [str(failure) for failure in failures] == [f"the store {tmp_path} has failed: {why}"]
+
+
+def test_a_figure_that_cannot_be_read_after_a_commit_spoils_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def story() -> list[str]:
+        async with a_store(tmp_path) as store:
+            with monkeypatch.context() as patched:
+                patched.setattr(store_rows, "size_bytes", mock.Mock(side_effect=sqlite3.OperationalError("I/O error")))
+                await asyncio.wait_for(store.insert(record("a")), 5)
+            return [row.id for row in await store.recover()]
+
+    assert asyncio.run(story()) == ["a"]
+
+
 def test_that_there_is_room_again_is_found_out_without_anybody_asking(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -291,6 +352,22 @@ def test_a_store_that_cannot_be_trusted_is_refused_and_left_as_it_is(tmp_path: P
 
     assert {"newer": "version 2", "other": "something else"}.get(wrong, "damaged") in str(refusal.value)
     assert files(tmp_path).items() >= before.items()
+
+
+@pytest.mark.parametrize("bytes_", [0, 8192])  # for not even the lock; for no index of the log
+def test_a_sound_store_on_a_full_disk_is_not_called_damaged_and_left_as_it_is(tmp_path: Path, bytes_: int) -> None:
+    some_jobs(tmp_path)
+    before, (soft, hard) = files(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_, hard))
+    try:
+        with pytest.raises(StorageFull, match="the disk may be full") as refusal:
+            Store(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    assert "damaged" not in str(refusal.value)
+    assert files(tmp_path) == before
+    asyncio.run(Store(tmp_path).close())
 
 
 def test_a_store_whose_server_was_killed_opens_with_all_that_was_promised(tmp_path: Path) -> None:
