@@ -482,6 +482,22 @@ def test_while_it_drains_a_server_says_so_and_ends_what_it_has(start: Start) -> 
     assert {(a.status_code, a.json()["detail"]) for a in refused} == {(503, "the server is shutting down")}
 
 
+def test_a_job_that_waits_for_its_engine_has_the_grace_of_a_drain_too(start: Start) -> None:
+    with start(open_gate=False) as client:
+        job = later(client, seed=1)
+    loading = FakeBackend()
+    served, loading.served, loading.trouble = loading.served, {}, "the engine is being restarted"
+    with start(open_gate=False, backend=loading) as client:
+        assert client.portal is not None
+        drained = client.portal.start_task_soon(jobs_of(client).drain, 10)
+        while not jobs_of(client).admission.closing:
+            time.sleep(0.01)
+        loading.served, loading.trouble = served, None
+        call(client, loading.gate.set)
+        drained.result(10)
+        assert client.get(f"/jobs/{job['id']}").json()["status"] == "succeeded"
+
+
 def test_viewers_of_a_job_that_is_parked_are_told_to_come_back(start: Start) -> None:
     with start(open_gate=False) as client:
         job = later(client, seed=1)
