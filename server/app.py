@@ -17,7 +17,7 @@ from model.errors import ModelRefused, PlanError
 from server import __version__
 from server.backend import Backend
 from server.engine_room import build
-from server.errors import EngineFailed, Problem, ServerError, SettingsError, problem
+from server.errors import Problem, ServerError, SettingsError, StorageFull, problem
 from server.jobs import Jobs
 from server.metrics import Metrics
 from server.routes import description, door, generate, jobs, models, openai, scrape, stream
@@ -110,22 +110,26 @@ def _methods(request: Request) -> list[str]:
 def create_app(
     settings: Settings,
     backend: Backend | None = None,
-    on_failed: Callable[[EngineFailed], None] = lambda failure: None,
+    on_failed: Callable[[ServerError], None] = lambda failure: None,
 ) -> FastAPI:
-    """The application. `on_failed` hears of an engine that is down for good. Raises ModelRefused, SettingsError,
-    StoreRefused, StoreInUse."""
+    """The application. `on_failed` hears of what ends it for good. Raises ModelRefused, SettingsError, StoreRefused,
+    StoreInUse, StorageFull."""
     cards = find_models(settings.weights)
     if settings.default_model and settings.default_model not in cards:
         raise SettingsError(f"DDPM_DEFAULT_MODEL must be one of {', '.join(cards)}")
     metrics = Metrics()
     if backend is None:
         backend = build(settings, cards, on_failed, metrics.took)
-    store = Store(settings.data_dir, metrics.journal_commit_seconds.observe)
+    store = Store(settings.data_dir, metrics.journal_commit_seconds.observe, on_failed)
     made = Jobs(settings, cards, backend, store, metrics)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        await made.start()
+        try:
+            await made.start()
+        except StorageFull as error:
+            on_failed(error)
+            raise
         yield
         await made.close()
 

@@ -112,4 +112,7 @@ class Backend(Protocol):
         """Seconds until steps of a model can be made: it, or the engine, has to be loaded. 0 if nothing has."""
 
     def run(self, spec: Spec) -> AsyncGenerator[SampleEvent]:
-        """Make the pictures of `spec`: their events in order, until each has ended. Closing the iterator cancels."""
+        """Make the pictures of `spec`: their events in order, until each has ended. Closing the iterator cancels.
+
+        Who comes while nothing runs yet, or just now, waits. Raises NotReady if nothing ever will again.
+        """

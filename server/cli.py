@@ -14,6 +14,7 @@ from server.errors import (
     EXIT_USAGE,
     EngineFailed,
     SettingsError,
+    StorageFull,
     StoreInUse,
     StoreRefused,
 )
@@ -75,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.parse_args(given)  # which ends here, with help or with what is wrong
     try:
         code: int = _room(given[0]).main(given[1:])
-    except (SettingsError, ModelRefused, StoreRefused, StoreInUse, NoSuchDevice) as error:
+    except (SettingsError, ModelRefused, StoreRefused, StoreInUse, StorageFull, NoSuchDevice) as error:
         return _end(error, EXIT_CODES[type(error)])
     except EngineFailed as error:
         return _end(error, error.exit_code)

@@ -20,6 +20,7 @@ from server.errors import (
     NotReady,
     SampleLost,
     ServerError,
+    StorageFull,
     problem,
 )
 from server.job import Image, Job
@@ -29,7 +30,6 @@ from server.metrics import Metrics
 from server.outlooks import Outlooks
 
 logger = logging.getLogger(__name__)
-READY_S = 0.05  # how often it is looked whether the engines take work again
 DEATHS = 3  # of servers while a job ran: then it is given up
 
 
@@ -88,16 +88,6 @@ class Courses:
             return None
         return max(0.0, job.order.deadline_s - (self.ledger.clock.now() - job.arrived))
 
-    async def _until_ready(self, job: Job) -> None:
-        """Until the engines take work: they may just be loading, or be replaced. Raises ModelChanged."""
-        while self.backend.trouble is not None or job.order.model not in self.backend.served:
-            if job.order.model not in self.cards:
-                raise ModelChanged("the model that this job was accepted for is not served any more")
-            if self.admission.closing:
-                raise NotReady("the server is shutting down")
-            await asyncio.sleep(READY_S)
-        self._note_what_serves(job, self.backend.served[job.order.model])
-
     def _note_what_serves(self, job: Job, served: Served) -> None:
         """What its pictures are made by, once that is known. Raises ModelChanged."""
         if served.digest != job.served.digest:
@@ -123,18 +113,17 @@ class Courses:
             order.wants_floats,
             order.owner or "",
         )
-        while True:
-            await self._until_ready(job)
-            if job.deaths:  # not before: a server that dies while it loads does so for other reasons
-                await self.ledger.store.begins(job.id)
-            try:
-                async with aclosing(self.backend.run(spec)) as events:
-                    async for event in events:
-                        self._take(job, event)
-                return
-            except NotReady:  # the engine went down before it had begun
-                if self.admission.closing:
-                    raise
+        if order.model not in self.cards:
+            raise ModelChanged("the model that this job was accepted for is not served any more")
+        if (served := self.backend.served.get(order.model)) is not None:  # else the backend waits for it, and tells
+            self._note_what_serves(job, served)
+        suspected = job.deaths > 0
+        async with aclosing(self.backend.run(spec)) as events:
+            async for event in events:
+                if suspected and not isinstance(event, Restarting):  # it has begun: a server that dies while it loads
+                    await self.ledger.store.begins(job.id)  # does so for other reasons
+                    suspected = False
+                self._take(job, event)
 
     def _take(self, job: Job, event: SampleEvent) -> None:
         if job.started_at is None and isinstance(event, Preview | Progress | Finished):
@@ -177,12 +166,16 @@ class Courses:
             job.steps[index] = step
 
     async def end(self, job: Job, outcome: str) -> None:
-        """Writes down what has come of a job, and then tells it."""
+        """Writes down what has come of a job, and then tells it; or parks it, if it cannot be written any more."""
         finished_at = time.time()
         error = problem(job.failure or RuntimeError()).body("") if outcome == "failed" else None
         self.admission.done(job)  # it may take until there is room on the disk, and others need not wait for that
-        await self.ledger.end(job, outcome, finished_at, error)
+        try:
+            await self.ledger.end(job, outcome, finished_at, error)
+        except StorageFull as failure:  # the server ends before there is any: the next one runs it again
+            job.failure = failure
+            return job.feed.park()
         job.status, job.finished_at, job.error = outcome, finished_at, error
-        self.count(job, outcome)
         logger.info("job ended", extra={"job": job.id, "outcome": outcome, "code": error and error["code"]})
         job.feed.end(outcome, document=job.document())
+        self.count(job, outcome)  # now that it holds all that it will

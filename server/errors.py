@@ -28,7 +28,7 @@ ServerError
 ├── ModelChanged        the model that a job was accepted for is not the one that is served
 ├── ModelBroken         the model cannot be loaded
 ├── Recalled            what a job that ended long ago failed with
-├── StoreRefused        the store is damaged, or of another version
+├── StoreRefused        the store is damaged, of another version, or has failed
 ├── StoreInUse          another server has the store
 ├── SettingsError       a DDPM_* variable or a flag is unknown or ill-formed
 └── EngineFailed        the engine is down for good; `exit_code` says why
@@ -41,7 +41,7 @@ from typing import Any
 from model.errors import ModelRefused, NoSuchDevice, PlanError
 
 EXIT_FAILED, EXIT_USAGE, EXIT_MODEL_REFUSED, EXIT_STORE_REFUSED, EXIT_STORE_IN_USE = 1, 2, 3, 4, 5
-EXIT_NO_DEVICE, EXIT_ENGINE = 6, 70
+EXIT_NO_DEVICE, EXIT_STORAGE_FULL, EXIT_ENGINE = 6, 7, 70
 
 
 class ServerError(Exception):
@@ -194,7 +194,7 @@ class ModelBroken(ServerError):
 
 
 class StoreRefused(ServerError):
-    """The store is damaged, or of another version."""
+    """The store is damaged, of another version, or has failed."""
 
 
 class StoreInUse(ServerError):
@@ -219,6 +219,7 @@ EXIT_CODES: dict[type[Exception], int] = {
     StoreRefused: EXIT_STORE_REFUSED,
     StoreInUse: EXIT_STORE_IN_USE,
     NoSuchDevice: EXIT_NO_DEVICE,
+    StorageFull: EXIT_STORAGE_FULL,
 }
 ANSWERS: dict[type[Exception], tuple[int, str]] = {
     Malformed: (400, "malformed"),

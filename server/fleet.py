@@ -61,6 +61,7 @@ class Fleet:
         self._on_failed = on_failed
         self._failures: list[EngineFailed] = []
         self._closing = False
+        self._looking: asyncio.Task[None] | None = None  # for an engine that takes work
 
     def join(self, engine: Backend) -> None:
         """One more engine. Before the start."""
@@ -81,6 +82,8 @@ class Fleet:
         """Stop all of them."""
         self._closing = True
         await asyncio.gather(*(engine.close() for engine in self._engines))
+        if self._looking is not None:
+            await self._looking
 
     @property
     def _up(self) -> list[Backend]:
@@ -130,6 +133,7 @@ class Fleet:
 
     async def run(self, spec: Spec) -> AsyncGenerator[SampleEvent]:
         """The events of these samples, wherever they are made, until each has ended. Closing cancels the rest."""
+        await self._until_up()
         news: News = asyncio.Queue()
         todo = dict.fromkeys(range(len(spec.seeds)), spec.sampling.steps)
         parts = self._send(self._place(spec, todo), spec, news)
@@ -160,13 +164,29 @@ class Fleet:
 
     async def _require_others(self, error: BaseException) -> None:
         """Waits until an engine takes what another has lost. Raises the error if none ever will."""
-        while isinstance(error, NotReady | EngineFailed | ModelBroken) and not self._closing:
-            if len(self._failures) == len(self._engines):
-                break
-            if self._up:
-                return
+        if not isinstance(error, NotReady | EngineFailed | ModelBroken) or self._over:
+            raise error
+        try:
+            await self._until_up()
+        except NotReady:
+            raise error from None
+
+    async def _until_up(self) -> None:
+        """Until an engine takes work. Raises NotReady if none ever will. However many wait, one looks."""
+        while not self._up:
+            if self._over:
+                raise NotReady(self.trouble or "")
+            if self._looking is None or self._looking.done():
+                self._looking = asyncio.create_task(self._look(), name="look for an engine")
+            await asyncio.shield(self._looking)
+
+    async def _look(self) -> None:
+        while not self._up and not self._over:
             await asyncio.sleep(LOOK_S)
-        raise error
+
+    @property
+    def _over(self) -> bool:
+        return self._closing or len(self._failures) == len(self._engines)
 
     def _place(self, spec: Spec, todo: Mapping[int, int], kind: str | None = None) -> list[_Part]:
         """Where each picture is likely to be done first, all within one numerics class, of this `kind` if there is one.

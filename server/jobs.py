@@ -25,6 +25,7 @@ from server.errors import (
 from server.feed import Audience, Viewer
 from server.job import Job
 from server.ledger import Ledger
+from server.logs import report
 from server.metrics import Metrics, Standing
 from server.orders import Terms, fingerprint, take_order
 from server.outlooks import Outlooks
@@ -37,12 +38,6 @@ ANIMATIONS = 2  # so many are drawn at once: threads that are left encode frames
 TICK_S = 0.25  # how often those who wait hear where they stand
 PARKING_S = 5.0  # within which every job has let go of its engine at the end
 OUTCOMES = ("succeeded", "failed", "cancelled")
-
-
-def _report(task: "asyncio.Task[None]") -> None:
-    """Logs what nobody foresaw: the task of a job has nobody who must await it."""
-    if not task.cancelled() and (error := task.exception()) is not None:
-        logger.error("%s failed", task.get_name(), exc_info=error)
 
 
 class Jobs:
@@ -81,7 +76,7 @@ class Jobs:
             self.admission.queue.enter(job.order.image_steps, job.order.size_bytes)
             self._begin(job)
         self._ticker = asyncio.create_task(self._tick(), name="queue positions")
-        self._ticker.add_done_callback(_report)
+        self._ticker.add_done_callback(report)
 
     async def drain(self, seconds: float, hurried: Callable[[], bool] = lambda: False) -> None:
         """Nothing new is taken; what is there may end, for so long, or until it is `hurried`. The rest is parked: it
@@ -151,7 +146,7 @@ class Jobs:
         steps = job.order.image_steps
         logger.info("job accepted", extra={"job": job.id, "model": job.order.model, "image_steps": steps})
         job.life = asyncio.create_task(self._courses.run(job), name=f"job {job.id}")
-        job.life.add_done_callback(_report)
+        job.life.add_done_callback(report)
 
     async def cancel(self, job: Job) -> Job:
         """Gives a job up, if it has not ended. Returns once it has."""

@@ -7,9 +7,10 @@ import time
 from typing import Any
 
 from server.clock import Clock
-from server.errors import NotFound
+from server.errors import NotFound, StorageFull
 from server.feed import Audience
 from server.job import Job
+from server.logs import report
 from server.records import concluded, had_before, identities, stored, to_job, to_record
 from server.register import Register
 from server.settings import Settings
@@ -35,18 +36,23 @@ class Ledger:
         self.store.start()
         self.clock = Clock(await self.store.latest())
         self._sweeper = asyncio.create_task(self._sweep(), name="retention")
+        self._sweeper.add_done_callback(report)
         jobs = [to_job(record, self.store.pictures, self.audience) for record in await self.store.recover()]
         for job in jobs:
             self.register.add(job)
         return jobs
 
     async def close(self) -> None:
-        """Ends once everything is on disk."""
-        if self._sweeper is not None:
-            self._sweeper.cancel()
-            await asyncio.gather(self._sweeper, return_exceptions=True)
-            await self.store.park()
-        await self.store.close()
+        """Ends once everything is on disk, or cannot be."""
+        try:
+            if self._sweeper is not None:
+                self._sweeper.cancel()
+                await asyncio.gather(self._sweeper, return_exceptions=True)
+                await self.store.park()
+        except StorageFull as error:
+            logger.warning("the disk is full at the end", extra={"reason": str(error)})
+        finally:
+            await self.store.close()
 
     async def accept(self, job: Job, again: bool) -> Found | Job:
         """A new job, on disk; what came with its key before; or the job with pictures that were made before.
@@ -111,15 +117,22 @@ class Ledger:
         return [job for job, record in zip(jobs, records, strict=True) if record.status or job.id in self.register.live]
 
     async def sweep(self) -> None:
-        """Jobs that need not be kept any longer are deleted, with the pictures that no other job has."""
+        """Jobs that need not be kept any longer are deleted, with the pictures that no other job has.
+
+        Raises StorageFull, and then there may be more to go.
+        """
         before = self.clock.now() - self._settings.retention_days * DAY_S
         more = True
         while more:
             expired = await self.store.expire(before, self._settings.retention_bytes)
             self.register.forget(expired.ids)
+            await self.store.delete(expired.pictures)
             more = expired.more
 
     async def _sweep(self) -> None:
         while True:
             await asyncio.sleep(SWEEP_S)
-            await self.sweep()
+            try:
+                await self.sweep()
+            except StorageFull as error:
+                logger.warning("jobs that need not be kept were not deleted", extra={"reason": str(error)})

@@ -1,11 +1,13 @@
 """Logs as JSON lines on standard error: one line per record, whatever is in it."""
 
+import asyncio
 import json
 import logging
 import sys
 import time
 from contextvars import ContextVar
 
+logger = logging.getLogger(__name__)
 request_id: ContextVar[str] = ContextVar("request_id", default="")  # of the request that is being answered
 STANDARD = set(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "color_message"}
 
@@ -22,6 +24,12 @@ class JsonLines(logging.Formatter):
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         return json.dumps(line, default=str)
+
+
+def report(task: "asyncio.Task[None]") -> None:
+    """Logs what nobody foresaw, when a task has ended that nobody must await."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        logger.error("%s failed", task.get_name(), exc_info=error)
 
 
 def configure(level: str) -> None:

@@ -5,6 +5,7 @@ A picture is on disk before any row of the journal names it.
 
 import os
 import secrets
+import threading
 from collections import Counter
 from collections.abc import Iterable, Set
 from hashlib import sha256
@@ -23,6 +24,7 @@ class Pictures:
         self.folder = folder
         folder.mkdir(mode=0o700, exist_ok=True)
         self._pinned: Counter[str] = Counter()  # those that a row is going to name
+        self._moving = threading.Lock()  # held while a picture comes or goes: one is pinned before it comes
 
     def save(self, png: bytes, name: str) -> None:
         """Puts a picture on disk, for good. name: its hash. Slow: in a thread. Raises OSError.
@@ -35,7 +37,8 @@ class Pictures:
                 file.write(png)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(part, self.folder / name)
+            with self._moving:
+                os.replace(part, self.folder / name)
         except OSError:
             part.unlink(missing_ok=True)
             raise
@@ -68,10 +71,11 @@ class Pictures:
         self._pinned = +self._pinned
 
     def delete(self, names: Iterable[str]) -> None:
-        """These are named by no row any more."""
+        """These are named by no row any more, and left alone if one is going to."""
         for name in names:
-            if name not in self._pinned:
-                (self.folder / name).unlink(missing_ok=True)
+            with self._moving:
+                if name not in self._pinned:
+                    (self.folder / name).unlink(missing_ok=True)
 
     def delete_others(self, named: Set[str]) -> int:
         """Whatever a server left behind that died between a picture and its row. -> how many"""

@@ -25,7 +25,7 @@ class Register:
         self.live[job.id] = job
 
     def retire(self, job: Job) -> None:
-        """A job has ended."""
+        """A job has ended, and has said so: what it holds does not change any more."""
         self._ended[job.id] = self.live.pop(job.id)
         self._kept_bytes += job.size_bytes
         while len(self._ended) > 1 and (self._kept_bytes > KEPT_BYTES or len(self._ended) > KEPT_JOBS):

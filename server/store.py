@@ -9,52 +9,67 @@ import os
 import sqlite3
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from server import store_rows
+from server.errors import StoreRefused
 from server.pictures import Pictures
-from server.store_file import make_directory, open_journal, take_lock
+from server.store_file import make_directory, mark_parked, open_journal, take_lock, wanting_room, was_parked
 from server.store_rows import Found, Kept, Record
 from server.store_thread import RETRY_S, Writer
 
 logger = logging.getLogger(__name__)
 ROOM_BYTES = 256 << 10  # that must be free again before it is said not to be full
-AT_A_TIME = 200  # jobs that are deleted in one transaction
+AT_A_TIME = 200  # jobs, or pictures, that are deleted in one transaction
 SAVERS = 8  # pictures that are synced at once: the file system writes them down together
 
 
 @dataclass(frozen=True, slots=True)
 class Expired:
-    """Jobs that are not kept any more; whether there may be more to go."""
+    """Jobs that are not kept any more; the pictures that no job had any more then; whether there may be more to go."""
 
     ids: list[str]
+    pictures: list[str]
     more: bool
 
 
 class Store:
-    """The jobs of a server, on disk. Raises StoreInUse, StoreRefused or SettingsError if it cannot be opened."""
+    """The jobs of a server, on disk. Raises StoreInUse, StoreRefused, StorageFull or SettingsError if it cannot be
+    opened."""
 
-    def __init__(self, directory: Path, on_commit: Callable[[float], None] = lambda seconds: None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        on_commit: Callable[[float], None] = lambda seconds: None,
+        on_failed: Callable[[StoreRefused], None] = lambda failure: None,
+    ) -> None:
         make_directory(directory)
-        self._lock = take_lock(directory)
-        try:
-            self._db = open_journal(directory)
-            self.pictures = Pictures(directory / "pictures")
-        except BaseException:
-            os.close(self._lock)
-            raise
+        with wanting_room(directory):
+            self._lock = take_lock(directory)
+            try:
+                self._db = open_journal(directory)
+                self.pictures = Pictures(directory / "pictures")
+            except BaseException:
+                os.close(self._lock)
+                raise
         self.size_bytes = store_rows.size_bytes(self._db)  # what the jobs take on disk
 
         def committed(seconds: float) -> None:
-            self.size_bytes = store_rows.size_bytes(self._db)
+            with suppress(sqlite3.Error):  # it is only told, and the next commit brings another
+                self.size_bytes = store_rows.size_bytes(self._db)
             on_commit(seconds)
 
         def probe() -> None:
             self.pictures.probe(ROOM_BYTES)
             store_rows.probe(self._db, ROOM_BYTES)
 
-        self._writer = Writer(self._db, probe, committed)
+        def failed(error: Exception) -> None:
+            on_failed(StoreRefused(f"the store {directory} has failed: {error}"))
+
+        self._writer = Writer(self._db, probe, committed, failed)
         self._savers = ThreadPoolExecutor(SAVERS, "pictures")
 
     @property
@@ -95,12 +110,12 @@ class Store:
 
     def begun(self, id: str) -> None:
         """A job runs: should the server die, it may have been the reason. Soon on disk, without anybody waiting."""
-        self._writer.post(lambda db: db.execute("UPDATE jobs SET running = 1 WHERE id = ?", (id,)))
+        self._writer.post(partial(store_rows.begin, id=id))
 
     async def begins(self, id: str) -> None:
-        """The same, of a job that was running already when a server died: on disk before it runs again."""
-        self.begun(id)
-        await self._writer.ask(lambda db: None)
+        """The same, of a job that was running already when a server died: on disk before it runs again. Waits for room
+        on the disk."""
+        await self._writer.ask(partial(store_rows.begin, id=id), must=True)
 
     async def finish(self, record: Record, identities: Sequence[str] = ()) -> Record | None:
         """What has come of a job; None if it had ended before, or another attempt has it. Waits for room on the disk.
@@ -170,12 +185,16 @@ class Store:
             named = {name for (name,) in db.execute("SELECT sha256 FROM files")}
             if left := self.pictures.delete_others(named):
                 logger.info("pictures of no job were deleted", extra={"count": left})
-            return store_rows.recover(db)
+            return store_rows.recover(db, died=not was_parked(self._lock))
 
-        return await self._writer.ask(work)
+        jobs = await self._writer.ask(work)
+        mark_parked(self._lock, False)
+        return jobs
 
     async def park(self) -> None:
-        """No job runs any more: whatever may come now, none of them is the reason."""
+        """No job runs any more: whatever may come now, none of them is the reason. Raises StorageFull, and then the
+        next server is told nevertheless."""
+        mark_parked(self._lock, True)
         await self._writer.ask(lambda db: [*db.execute("UPDATE jobs SET running = 0 WHERE running = 1")])
 
     async def latest(self) -> float:
@@ -184,20 +203,33 @@ class Store:
         return await self._writer.ask(lambda db: float(db.execute(query).fetchone()[0]))
 
     async def expire(self, before: float, most_bytes: int) -> Expired:
-        """Deletes some of the jobs that ended before this time, and of the oldest while all take more than so much."""
+        """Deletes some of the jobs that ended before this time, and of the oldest while all take more than so much.
 
-        def work(db: sqlite3.Connection) -> tuple[Expired, list[str]]:
-            gone, files = list[str](), list[str]()
+        `delete` their pictures then: not before it is certain that no row names them any more.
+        """
+
+        def work(db: sqlite3.Connection) -> Expired:
+            gone, pictures = list[str](), list[str]()
             for number, id, ended in store_rows.oldest(db, AT_A_TIME):
                 if ended >= before and store_rows.size_bytes(db) <= most_bytes:
                     break
-                files += store_rows.delete(db, number)
+                pictures += store_rows.delete(db, number)
                 gone.append(id)
-            return Expired(gone, len(gone) == AT_A_TIME), files
+            return Expired(gone, pictures, len(gone) == AT_A_TIME)
 
-        expired, files = await self._writer.ask(work)
-        await asyncio.to_thread(self.pictures.delete, files)
-        return expired
+        return await self._writer.ask(work)
+
+    async def delete(self, names: Sequence[str]) -> None:
+        """Deletes pictures, but for those that another job has been given meanwhile. Raises StorageFull.
+
+        Where rows are written: so none that names a picture comes between the look and the deed.
+        """
+
+        def work(some: Sequence[str], db: sqlite3.Connection) -> None:
+            self.pictures.delete(name for name in some if not store_rows.is_named(db, name))
+
+        for first in range(0, len(names), AT_A_TIME):  # a few at a time: others wait for the journal, too
+            await self._writer.ask(partial(work, names[first : first + AT_A_TIME]))
 
     def _known(self, db: sqlite3.Connection, images: Sequence[Kept], identities: Sequence[str]) -> tuple[Kept, ...]:
         """The pictures with these identities, if all of them are here already."""

@@ -3,11 +3,15 @@
 import fcntl
 import os
 import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from server.errors import SettingsError, StoreInUse, StoreRefused
+from server.errors import SettingsError, StorageFull, StoreInUse, StoreRefused
 
 JOURNAL, LOCK = "jobs.sqlite3", "lock"
+MARK, PARKED = 32, b"."  # where in the lock's file, behind the name of its holder, and what
+FULL = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY}
 APPLICATION, VERSION = 0x6464706D, 1  # "ddpm"
 SCHEMA = f"""
 PRAGMA application_id = {APPLICATION};
@@ -58,6 +62,23 @@ CREATE TABLE expired (number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL
 """
 
 
+def is_full(error: Exception) -> bool:
+    """Whether this says that the disk is full, or cannot be written; not that we asked for nonsense."""
+    return isinstance(error, OSError) or (getattr(error, "sqlite_errorcode", 0) & 0xFF) in FULL
+
+
+@contextmanager
+def wanting_room(directory: Path) -> Iterator[None]:
+    """What is done to a store in here fails for want of room with StorageFull, which says that the store is sound."""
+    try:
+        yield
+    except (sqlite3.Error, OSError) as error:
+        if not is_full(error):
+            raise
+        words = f"the store {directory} cannot be written ({error}): the disk may be full"
+        raise StorageFull(f"{words}; what is in it has been left as it is") from None
+
+
 def make_directory(directory: Path) -> None:
     """The directory, for nobody else to read. Raises SettingsError."""
     try:
@@ -73,18 +94,32 @@ def take_lock(directory: Path) -> int:
     """An open file that only one process can have. Raises StoreInUse, naming the process that has it."""
     lock = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        holder = os.read(lock, 32).decode("ascii", "replace").strip()
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            holder = os.pread(lock, MARK, 0).decode("ascii", "replace").strip()
+            raise StoreInUse(f"the store {directory} is in use by another server, process {holder}") from None
+        os.pwrite(lock, f"{os.getpid()}".ljust(MARK).encode(), 0)
+    except BaseException:
         os.close(lock)
-        raise StoreInUse(f"the store {directory} is in use by another server, process {holder}") from None
-    os.ftruncate(lock, 0)
-    os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
+        raise
     return lock
 
 
+def was_parked(lock: int) -> bool:
+    """Whether the server that had this lock before ended in order, even if it could not write that into the journal."""
+    return os.pread(lock, 1, MARK) == PARKED
+
+
+def mark_parked(lock: int, parked: bool) -> None:
+    """Notes that no job runs any more, or that some may. In place, which takes no room on a full disk."""
+    with suppress(OSError):  # then one death too many is counted
+        os.pwrite(lock, PARKED if parked else b" ", MARK)
+
+
 def open_journal(directory: Path) -> sqlite3.Connection:
-    """The journal, ready to be written. Raises StoreRefused, and then not a byte of it has been changed."""
+    """The journal, ready to be written. Raises StoreRefused, and then not a byte of it has been changed; or what a full
+    disk says."""
     path = directory / JOURNAL
     try:
         if path.exists():
@@ -96,6 +131,8 @@ def open_journal(directory: Path) -> sqlite3.Connection:
             db.execute(f"PRAGMA {pragma}")
         return db
     except sqlite3.DatabaseError as error:
+        if is_full(error):
+            raise
         raise StoreRefused(f"the store {path} is damaged ({error}); it has been left as it is") from None
 
 

@@ -70,6 +70,11 @@ def insert(db: sqlite3.Connection, record: Record) -> None:
     insert_images(db, number, record.images)
 
 
+def begin(db: sqlite3.Connection, id: str) -> None:
+    """A job runs."""
+    db.execute("UPDATE jobs SET running = 1 WHERE id = ?", (id,))
+
+
 def finish(db: sqlite3.Connection, record: Record) -> int | None:
     """What has come of a job -> its number; None if it had ended before, or another attempt has it now."""
     values = [getattr(record, name) for name in (*RESULT, "id", "attempt")]
@@ -126,9 +131,10 @@ def page(db: sqlite3.Connection, owner: str | None, status: str | None, before: 
     return [_read(db, row) for row in rows]
 
 
-def recover(db: sqlite3.Connection) -> list[Record]:
-    """The jobs that have not ended, as they came. They are of a new attempt now."""
-    db.execute("UPDATE jobs SET deaths = deaths + running, running = 0, attempt = attempt + 1 WHERE status IS NULL")
+def recover(db: sqlite3.Connection, died: bool) -> list[Record]:
+    """The jobs that have not ended, as they came. They are of a new attempt now. died: the server that ran them did."""
+    counted = "deaths = deaths + running, " * died
+    db.execute(f"UPDATE jobs SET {counted}running = 0, attempt = attempt + 1 WHERE status IS NULL")
     rows = db.execute(f"SELECT {COLUMNS} FROM jobs WHERE status IS NULL ORDER BY number").fetchall()
     return [_read(db, row) for row in rows]
 
@@ -151,6 +157,11 @@ def delete(db: sqlite3.Connection, number: int) -> list[str]:
         db.execute("DELETE FROM known WHERE sha256 = ?", (name,))
         db.execute("DELETE FROM files WHERE sha256 = ?", (name,))
     return left
+
+
+def is_named(db: sqlite3.Connection, sha256: str) -> bool:
+    """Whether a job has this picture."""
+    return db.execute("SELECT 1 FROM files WHERE sha256 = ?", (sha256,)).fetchone() is not None
 
 
 def size_bytes(db: sqlite3.Connection) -> int:

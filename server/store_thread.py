@@ -1,6 +1,7 @@
 """One thread has the only connection to the journal and writes for all who wait: one transaction, one sync for all.
 
-Where the disk is full, what may fail fails at once, and what may not (a result) is tried again until there is room.
+Where the disk is full, what may fail fails at once, and what may not (a result) is tried again until there is room. If
+it can never be written, or the thread ends unasked, then so does the server.
 """
 
 import asyncio
@@ -11,20 +12,16 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from server.errors import ServerError, StorageFull
+from server.store_file import is_full
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 MOST_AT_ONCE = 1024  # requests that share a transaction
 RETRY_S = 1.0  # while the disk is full
-FULL = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY}
-
-
-def is_full(error: Exception) -> bool:
-    """Whether this says that the disk is full, or cannot be written; not that we asked for nonsense."""
-    return isinstance(error, OSError) or (getattr(error, "sqlite_errorcode", 0) & 0xFF) in FULL
 
 
 @dataclass(slots=True, eq=False)
@@ -44,11 +41,14 @@ class Writer:
         db: sqlite3.Connection,
         probe: Callable[[], None],
         on_commit: Callable[[float], None],
+        on_failed: Callable[[Exception], None],
     ) -> None:
         self.trouble: str | None = None  # why nothing can be written right now
-        self._db, self._probe, self._on_commit = db, probe, on_commit
+        self.failed = False  # nothing ever will be
+        self._db, self._probe, self._on_commit, self._on_failed = db, probe, on_commit, on_failed
+        self._open: set[asyncio.Future[Any]] = set()  # answers that somebody waits for
         self._inbox: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._serve, name="journal", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def start(self) -> None:
@@ -63,11 +63,18 @@ class Writer:
             await asyncio.to_thread(self._thread.join)
 
     async def ask(self, work: Callable[[sqlite3.Connection], T], must: bool = False) -> T:
-        """What `work` gives, once it is on disk. Raises what `work` raises, and StorageFull unless it `must` be."""
+        """What `work` gives, once it is on disk. Raises what `work` raises, and StorageFull unless it `must` be, or if
+        nothing ever can be any more."""
         assert self._loop is not None
+        if self.failed:
+            raise StorageFull(self.trouble or "")
         answer: asyncio.Future[T] = self._loop.create_future()
+        self._open.add(answer)
         self._inbox.put(_Request(work, must, answer))
-        return await answer
+        try:
+            return await answer
+        finally:
+            self._open.discard(answer)
 
     def post(self, work: Callable[[sqlite3.Connection], object]) -> None:
         """Does this some time soon, if it can be done. Nobody waits for it."""
@@ -75,6 +82,8 @@ class Writer:
 
     def fails(self, error: Exception) -> None:
         """Something could not be written. No work is to be taken until something can."""
+        if self.failed:
+            return
         if self.trouble is None:
             logger.error("the store cannot be written", extra={"reason": str(error)})
         self.trouble = "the disk is full, or cannot be written"
@@ -84,6 +93,21 @@ class Writer:
         if self.trouble is not None:
             logger.info("the store can be written again")
         self.trouble = None
+
+    def _run(self) -> None:
+        try:
+            self._serve()
+        except Exception as error:  # whatever it is, all who wait for this thread must hear of it
+            self._call(partial(self._fail, error))
+
+    def _fail(self, error: Exception) -> None:
+        """Nothing can be written any more, and what was promised cannot be kept but by another server."""
+        logger.critical("the store has failed", exc_info=error)
+        self.failed, self.trouble = True, "the store has failed"
+        for answer in self._open:
+            if not answer.done():
+                answer.set_exception(StorageFull(self.trouble))
+        self._on_failed(error)
 
     def _serve(self) -> None:
         late: list[_Request] = []  # what must be done, and could not be yet
@@ -137,6 +161,8 @@ class Writer:
 
     def _refuse(self, request: _Request, error: Exception) -> list[_Request]:
         if not is_full(error):
+            if request.must:
+                raise error  # it would be lost
             self._tell([(request, error)])
             return []
         self.fails(error)
@@ -163,8 +189,12 @@ class Writer:
                 else:
                     request.answer.set_result(answer)
 
+        self._call(deliver)
+
+    def _call(self, work: Callable[[], None]) -> None:
+        """Has this done on the event loop."""
         assert self._loop is not None
         try:
-            self._loop.call_soon_threadsafe(deliver)
+            self._loop.call_soon_threadsafe(work)
         except RuntimeError:
             return  # the loop is closed, and whoever waited is gone with it

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from server.client import Client
 from server.commands.bar import Bar
-from server.errors import EXIT_FAILED, EngineFailed, SettingsError
+from server.errors import EXIT_FAILED, EngineFailed, ServerError, SettingsError
 
 LOADING_S, ENDING_S = 600.0, 30.0  # that an engine may take
 
@@ -60,7 +60,7 @@ def _private_server(bar: Bar) -> Iterator[tuple[str, str]]:
     from server.settings import Settings
 
     key, line = auth.make_key("here")
-    failures: list[EngineFailed] = []
+    failures: list[ServerError] = []
     with tempfile.TemporaryDirectory(prefix="ddpm-") as folder, listen("127.0.0.1", 0) as listening:
         keys = Path(folder) / "keys"
         keys.write_text(line)
@@ -82,8 +82,8 @@ def _private_server(bar: Bar) -> Iterator[tuple[str, str]]:
             thread.join(ENDING_S)
 
 
-def _await(url: str, key: str, thread: threading.Thread, failures: list[EngineFailed], bar: Bar) -> None:
-    """Comes back when the server takes work. Raises EngineFailed"""
+def _await(url: str, key: str, thread: threading.Thread, failures: list[ServerError], bar: Bar) -> None:
+    """Comes back when the server takes work. Raises what has failed."""
     began = time.monotonic()
     with Client(url, key) as client:
         while not client.ready():

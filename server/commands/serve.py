@@ -6,7 +6,6 @@ import os
 import resource
 import signal
 import socket
-import sys
 import time
 from argparse import SUPPRESS, ArgumentParser
 from collections.abc import Iterator, Sequence
@@ -18,7 +17,7 @@ import uvicorn
 from server import logs
 from server.app import create_app
 from server.connection import Caps, Config
-from server.errors import EXIT_FAILED, EngineFailed, SettingsError
+from server.errors import EXIT_FAILED, ServerError, SettingsError
 from server.jobs import Jobs
 from server.settings import Settings
 
@@ -108,13 +107,13 @@ def _parser() -> ArgumentParser:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Serves until a signal comes or the engine has failed for good. Returns the exit code."""
+    """Serves until a signal comes. Returns the exit code; raises what has failed for good."""
     flags = vars(_parser().parse_args(arguments))
     settings = Settings.read(os.environ, flags)
     logs.configure(settings.log_level)
-    failures: list[EngineFailed] = []
+    failures: list[ServerError] = []
 
-    def stop(failure: EngineFailed) -> None:
+    def stop(failure: ServerError) -> None:
         failures.append(failure)
         server.should_exit = server.hurried = True
 
@@ -139,6 +138,5 @@ def main(arguments: Sequence[str]) -> int:
         logger.info("listening", extra={"host": settings.host, "port": listening.getsockname()[1]})
         server.run([listening])
     if failures:
-        print(f"ddpm: {failures[0]}", file=sys.stderr)
-        return failures[0].exit_code
+        raise failures[0]
     return 0 if server.started else EXIT_FAILED

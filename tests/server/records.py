@@ -5,6 +5,7 @@ from contextlib import asynccontextmanager
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from server.store import Store
 from server.store_rows import Kept, Record
@@ -46,6 +47,21 @@ async def keep(store: Store, id: str, *pngs: bytes, identities: tuple[str, ...] 
     done = await store.finish(ended(id, pngs, **fields), identities)
     store.release([name(png) for png in pngs])
     return done
+
+
+def without_room(store: Store) -> Callable[[], None]:
+    """From now on nothing that changes the journal finds room; until what this gives is called."""
+    writer, usual = store._writer, store._writer._work
+
+    def work(request: Any) -> Any:
+        before, answer = store._db.total_changes, usual(request)
+        if store._db.total_changes > before:
+            raise OSError(28, "No space left on device")
+        return answer
+
+    full = mock.patch.object(writer, "_work", work)
+    full.start()
+    return full.stop
 
 
 Story = Callable[[Store], Coroutine[Any, Any, None]]

@@ -17,13 +17,17 @@ import pytest
 from starlette.testclient import TestClient
 
 from model.events import Finished
+from server import ledger
 from server.app import create_app
 from server.clock import Clock
+from server.errors import StorageFull
 from server.jobs import Jobs
 from server.orders import Terms
 from server.settings import Settings
-from server.store_file import JOURNAL
+from server.store import Expired
+from server.store_file import JOURNAL, LOCK
 from tests.server.fakes import FakeBackend
+from tests.server.records import without_room
 from tests.server.test_metrics import balance, read
 from tests.server.test_watching import kept, watch
 
@@ -354,6 +358,7 @@ def test_a_job_that_ran_at_three_deaths_of_the_server_fails_alone(start: Start, 
         poison, innocent = (later(client, seed=i) for i in (1, 2))
     for _ in range(3):
         alter(tmp_path, f"UPDATE jobs SET running = 1 WHERE id = '{poison['id']}'")  # as a dying server leaves it
+        (tmp_path / LOCK).unlink()
         with start(open_gate=False) as client:
             pass
     with start() as client:
@@ -378,6 +383,19 @@ def test_an_orderly_end_is_no_death(start: Start, tmp_path: Path) -> None:
         assert ended(client, waiting["id"])["status"] == "succeeded"
 
 
+def test_an_orderly_end_on_a_full_disk_is_no_death_either(start: Start) -> None:
+    with start(open_gate=False) as client:
+        job = later(client, seed=1)
+    for _ in range(4):
+        with start(open_gate=False) as client:
+            store = jobs_of(client).ledger.store
+            call(client, partial(store.begun, job["id"]))
+            call(client, store.latest)  # so that it is on disk
+            without_room(store)
+    with start() as client:
+        assert ended(client, job["id"])["status"] == "succeeded"
+
+
 def test_recovered_jobs_are_in_the_balance(start: Start) -> None:
     with start(open_gate=False) as client:
         for i in range(3):
@@ -399,6 +417,27 @@ def test_what_is_no_longer_kept_is_gone_and_not_unknown(start: Start) -> None:
         closed = watch(client, f"/jobs/{job['id']}/stream")[1]
 
     assert (codes, closed) == ([410] * 3, 4404)
+
+
+def test_a_disk_that_was_full_for_a_while_does_not_end_retention(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledger, "SWEEP_S", 0.01)
+    swept: list[float] = []
+    with start(retention_days=0) as client:
+        store = jobs_of(client).ledger.store
+        usual = store.expire
+
+        async def expire(before: float, most_bytes: int) -> Expired:
+            swept.append(before)
+            if len(swept) == 1:
+                raise StorageFull("the disk is full")
+            return await usual(before, most_bytes)
+
+        monkeypatch.setattr(store, "expire", expire)
+        job = later(client, seed=1)
+        deadline = time.monotonic() + 10
+        while client.get(f"/jobs/{job['id']}").status_code != 410:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
 
 
 def test_a_full_disk_is_told_by_every_door_and_passes(start: Start) -> None:
@@ -444,6 +483,22 @@ def test_while_it_drains_a_server_says_so_and_ends_what_it_has(start: Start) -> 
         assert client.get(f"/jobs/{job['id']}").json()["status"] == "succeeded"
 
     assert {(a.status_code, a.json()["detail"]) for a in refused} == {(503, "the server is shutting down")}
+
+
+def test_a_job_that_waits_for_its_engine_has_the_grace_of_a_drain_too(start: Start) -> None:
+    with start(open_gate=False) as client:
+        job = later(client, seed=1)
+    loading = FakeBackend()
+    served, loading.served, loading.trouble = loading.served, {}, "the engine is being restarted"
+    with start(open_gate=False, backend=loading) as client:
+        assert client.portal is not None
+        drained = client.portal.start_task_soon(jobs_of(client).drain, 10)
+        while not jobs_of(client).admission.closing:
+            time.sleep(0.01)
+        loading.served, loading.trouble = served, None
+        call(client, loading.gate.set)
+        drained.result(10)
+        assert client.get(f"/jobs/{job['id']}").json()["status"] == "succeeded"
 
 
 def test_viewers_of_a_job_that_is_parked_are_told_to_come_back(start: Start) -> None:

@@ -136,6 +136,24 @@ def test_an_owner_who_waits_for_little_is_not_sent_behind_its_own_work() -> None
     play(scene())
 
 
+def test_however_many_wait_for_an_engine_one_looks_for_it() -> None:
+    async def scene() -> None:
+        a, b, heard = Engine(), Engine(), list[SampleEvent]()
+        a.trouble = b.trouble = "loading"
+        fleet = fleet_of(a, b)
+        running = [asyncio.create_task(collect(fleet, Spec("tiny", (i,), SAMPLING), heard)) for i in range(50)]
+        await settle()
+        assert [task.get_name() for task in asyncio.all_tasks()].count("look for an engine") == 1
+        b.trouble = None
+        b.gate.set()
+        await asyncio.gather(*running)
+
+        assert (len(a.specs), len(b.specs)) == (0, 50)
+        await fleet.close()
+
+    play(scene())
+
+
 def test_a_job_stays_within_one_numerics_class() -> None:
     async def scene() -> None:
         a, b, heard = Engine("one class"), Engine("another"), list[SampleEvent]()
@@ -252,15 +270,19 @@ def test_who_leaves_gives_up_all_parts_and_their_work_is_not_counted_any_more() 
     play(scene())
 
 
-def test_while_no_engine_takes_work_none_is_taken() -> None:
+def test_while_no_engine_takes_work_it_waits_and_is_told_when_none_ever_will() -> None:
     async def scene() -> None:
         a, b = Engine(), Engine()
         a.trouble, b.trouble = "one thing", "another"
         fleet = fleet_of(a, b)
 
         assert (fleet.trouble, fleet.served) == ("one thing; another", {})
+        waiting = asyncio.create_task(collect(fleet, Spec("tiny", (1,), SAMPLING), []))
+        await settle()
+        assert not waiting.done()
+        await fleet.close()
         with pytest.raises(NotReady):
-            await collect(fleet, Spec("tiny", (1,), SAMPLING), [])
+            await waiting
 
     play(scene())
 

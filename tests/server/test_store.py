@@ -2,20 +2,22 @@
 
 import asyncio
 import os
+import resource
 import sqlite3
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
-from server import store_thread
+from server import store_rows, store_thread
 from server.errors import Gone, NotFound, StorageFull, StoreInUse, StoreRefused
 from server.store import Store
 from server.store_file import JOURNAL, VERSION
 from server.store_rows import Found, Record
-from tests.server.records import a_store, ended, keep, name, record
+from tests.server.records import a_store, ended, keep, name, record, without_room
 
 
 def files(directory: Path) -> dict[str, bytes]:
@@ -114,6 +116,7 @@ def test_the_oldest_go_first_and_a_picture_stays_as_long_as_one_job_has_it(tmp_p
             for i, pngs in enumerate([(b"x", b"y"), (b"y",), (b"z",)]):
                 await keep(store, f"{i}", *pngs, ended=10.0 + i)
             gone = await store.expire(before=11.0, most_bytes=1 << 40)
+            await store.delete(gone.pictures)
             left = [store.pictures.has(name(png), 1) for png in (b"x", b"y", b"z")]
             errors = list[object]()
             for id in ("0", "9"):
@@ -147,8 +150,21 @@ def test_a_picture_that_is_about_to_be_named_is_not_deleted_with_the_job_that_ha
             await keep(store, "a", b"png")
             await store.insert(record("b"))
             await store.save({name(b"png"): b"png"})
-            await store.expire(before=99.0, most_bytes=1 << 40)  # between the picture and its row
+            gone = await store.expire(before=99.0, most_bytes=1 << 40)  # between the picture and its row
+            await store.delete(gone.pictures)
             await store.finish(ended("b", (b"png",)))
+            return store.pictures.read(name(b"png"))
+
+    assert asyncio.run(story()) == b"png"
+
+
+def test_a_picture_that_another_job_has_been_given_is_not_deleted_with_the_job_that_had_it(tmp_path: Path) -> None:
+    async def story() -> bytes:
+        async with a_store(tmp_path) as store:
+            await keep(store, "a", b"png")
+            gone = await store.expire(before=99.0, most_bytes=1 << 40)
+            await keep(store, "b", b"png")  # between the end of its row and the end of its file
+            await store.delete(gone.pictures)
             return store.pictures.read(name(b"png"))
 
     assert asyncio.run(story()) == b"png"
@@ -201,6 +217,65 @@ def test_a_full_disk_refuses_jobs_keeps_results_waiting_and_recovers_by_itself(
     assert (said, waited, now) == ("the disk is full, or cannot be written", True, None)
     assert done is not None
     assert unfinished == ["c"]
+
+
+def test_a_job_that_may_have_killed_a_server_does_not_run_before_that_is_on_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_thread, "RETRY_S", 0.02)
+
+    async def story() -> tuple[bool, list[Record]]:
+        async with a_store(tmp_path) as store:
+            await store.insert(record("a"))
+            make_room = without_room(store)
+            begins = asyncio.create_task(store.begins("a"))
+            while store.trouble is None and not begins.done():
+                await asyncio.sleep(0.01)
+            waited = not begins.done()
+            make_room()
+            await asyncio.wait_for(begins, 5)
+            return waited, await store.recover()
+
+    waited, (job,) = asyncio.run(story())
+
+    assert (waited, job.deaths) == (True, 1)
+
+
+@pytest.mark.parametrize("why", [sqlite3.DatabaseError("database disk image is malformed"), KeyError("a bug")])
+def test_a_result_that_can_never_be_written_is_not_dropped_but_ends_the_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, why: Exception
+) -> None:
+    failures = list[StoreRefused]()
+
+    async def story() -> str | None:
+        store = Store(tmp_path, on_failed=failures.append)
+        store.start()
+        await store.insert(record("a"))
+        monkeypatch.setattr(store_rows, "finish", mock.Mock(side_effect=why))
+        asked = [store.finish(ended("a")), store.insert(record("b")), store.find("a", None)]
+        answers = await asyncio.wait_for(asyncio.gather(*asked, return_exceptions=True), 5)
+        assert isinstance(answers[0], StorageFull)
+        with pytest.raises(StorageFull):  # and so it is for whoever comes later
+            await asyncio.wait_for(store.insert(record("c")), 5)
+        store._writer.fails(OSError(28, "No space left on device"))  # hides nothing
+        await store.close()
+        return store.trouble
+
+    assert asyncio.run(story()) == "the store has failed"
+    assert [str(failure) for failure in failures] == [f"the store {tmp_path} has failed: {why}"]
+
+
+def test_a_figure_that_cannot_be_read_after_a_commit_spoils_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def story() -> list[str]:
+        async with a_store(tmp_path) as store:
+            with monkeypatch.context() as patched:
+                patched.setattr(store_rows, "size_bytes", mock.Mock(side_effect=sqlite3.OperationalError("I/O error")))
+                await asyncio.wait_for(store.insert(record("a")), 5)
+            return [row.id for row in await store.recover()]
+
+    assert asyncio.run(story()) == ["a"]
 
 
 def test_that_there_is_room_again_is_found_out_without_anybody_asking(
@@ -277,6 +352,22 @@ def test_a_store_that_cannot_be_trusted_is_refused_and_left_as_it_is(tmp_path: P
 
     assert {"newer": "version 2", "other": "something else"}.get(wrong, "damaged") in str(refusal.value)
     assert files(tmp_path).items() >= before.items()
+
+
+@pytest.mark.parametrize("bytes_", [0, 8192])  # for not even the lock; for no index of the log
+def test_a_sound_store_on_a_full_disk_is_not_called_damaged_and_left_as_it_is(tmp_path: Path, bytes_: int) -> None:
+    some_jobs(tmp_path)
+    before, (soft, hard) = files(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_, hard))
+    try:
+        with pytest.raises(StorageFull, match="the disk may be full") as refusal:
+            Store(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    assert "damaged" not in str(refusal.value)
+    assert files(tmp_path) == before
+    asyncio.run(Store(tmp_path).close())
 
 
 def test_a_store_whose_server_was_killed_opens_with_all_that_was_promised(tmp_path: Path) -> None:

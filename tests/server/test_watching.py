@@ -395,6 +395,17 @@ def test_frames_are_kept_as_long_as_there_is_room_and_jobs_longer(
     assert [client.get(f"/jobs/{job}/trajectory", headers=gif).status_code for job in made] == [410, 410, 200, 200]
 
 
+def test_what_ended_jobs_hold_stays_within_its_bound_however_many_have_ended(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bound, ended = 50_000, client.app.state.jobs.register  # type: ignore[attr-defined]
+    monkeypatch.setattr(register, "KEPT_BYTES", bound)
+    made = [client.post("/generate", json={"steps": 1}).headers["x-job-id"] for _ in range(40)]
+    held = [job.size_bytes for id in made if (job := ended.find(id)) is not None]
+
+    assert 0.7 * bound < sum(held) <= bound
+
+
 def test_an_animation_needs_frames(client: TestClient) -> None:
     answer = client.post("/generate", json={"frames": None}, headers={"accept": "image/gif"})
 
