@@ -174,16 +174,21 @@ class LocalBackend:
             if life.refused is not None:
                 kind = getattr(model_errors, life.refused.error)
                 return self._fail(EngineFailed(life.refused.message, EXIT_CODES[kind]))
-            failures = failures + 1 if self._all_stats.steps == steps_before else 1
+            loss = self._passengers.perish()
+            if loss.explained or self._all_stats.steps > steps_before:
+                failures = 0
+            failures += not loss.tried
             self._past, self._stats = replace(self._all_stats, seated=0, waiting=0), Stats()
             if failures > self._restarts:
                 words = "the engine died without a step done, and so it was each time it was replaced"
                 return self._fail(EngineFailed(f"{words} ({self._restarts})", EXIT_ENGINE))
             self._causes[life.cause] += 1
+            self._replayed += loss.again
             self._trouble, self._served = "the engine is being restarted", {}
             self._paces.died()
             logger.error("engine died", extra={"failures": failures, "jobs": len(self._passengers.all)})
-            self._engine_died()
+            self._passengers.tell(self._passengers.all, Restarting(self._paces.start_s))
+            self._accuse_load()
             await asyncio.sleep(min(5.0, 0.1 * 2 ** (failures - 1)))
 
     def _hangs(self) -> bool:
@@ -274,12 +279,6 @@ class LocalBackend:
         """Nothing of it is left to be made. Whoever waited for the end of a suspect may go on board."""
         if self._passengers.suspects.forget(stream):
             self._board(self._passengers.all)
-
-    def _engine_died(self) -> None:
-        """Everything runs again, but for what has killed the engine."""
-        self._passengers.tell(self._passengers.all, Restarting(self._paces.start_s))
-        self._replayed += self._passengers.perish()
-        self._accuse_load()
 
     def _accuse_load(self) -> None:
         """If the engine died while it loaded a model, that may be why."""
