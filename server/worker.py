@@ -36,8 +36,9 @@ class Patience:
     settle_s: float = 60.0  # so long a model that is loaded later may hold all others up
 
 
-def _is_same(before: Served, now: Served | None) -> bool:
-    return now is not None and now.digest == before.digest
+def _trouble(before: Served, now: Served | None) -> str | None:
+    """Why the engine that replaces another cannot serve a model as it was served before."""
+    return now.trouble if now is not None and now.digest == before.digest else CHANGED
 
 
 class LocalBackend:
@@ -233,13 +234,14 @@ class LocalBackend:
 
     def _become_ready(self, served: dict[str, Served], life: Life) -> None:
         self._known = self._known or served
-        changed = [name for name, model in self._known.items() if not _is_same(model, served.get(name))]
-        if len(changed) == len(self._known):
-            life.refused = Refused("ModelRefused", CHANGED)
+        troubles = {name: _trouble(model, served.get(name)) for name, model in self._known.items()}
+        reasons = {name: reason for name, reason in troubles.items() if reason is not None}
+        if len(reasons) == len(self._known):
+            life.refused = Refused("ModelRefused", next(iter(reasons.values())))
             return life.over.set()
         self._trouble, self._beat_at = None, time.monotonic()
-        for name in changed:  # what is on its way would end as other bytes than it was promised as
-            self._give_up(name, CHANGED)
+        for name, reason in reasons.items():  # of one that was changed, other bytes would come than were promised
+            self._give_up(name, reason)
         now = {name: replace(model, loaded=False) for name, model in self._known.items()} | served
         self._served = {name: replace(model, trouble=self._broken.get(name)) for name, model in now.items()}
         self._paces.started(served)
