@@ -46,6 +46,10 @@ class Sample:
         """Whether the last row of its plan has been walked."""
         return self.left == 0
 
+    def begin_again(self) -> None:
+        """Forgets how far it was."""
+        self.step, self.source, self.parked = 0, None, None
+
 
 @dataclass(slots=True, eq=False)
 class _Pending:
@@ -173,11 +177,11 @@ class Engine:
                 self._give_up(sample, Failed(sample.request.id, "memory ran out with this picture alone"))
             else:
                 self._release(sample)
-                sample.step, sample.source = 0, None
+                sample.begin_again()
                 self._scheduler.add(sample)
         for sample in self._samples.values():
             if sample.step and sample.slot is None and sample.parked is None and not sample.leaving:
-                sample.step, sample.source = 0, None  # it was being unseated, and its state was lost
+                sample.begin_again()  # it was being unseated, and its state was lost
         if self.runner.device.type == "cuda":
             torch.cuda.empty_cache()
 

@@ -58,7 +58,12 @@ class Engines:
                 self._cards.pop(name, None)  # the others go on; whoever started this one again misses it
         for name in self._cards:
             if self.residents.fits(name):
-                self._settle(self._send_for(name))
+                try:
+                    self._settle(self._send_for(name))
+                except ModelRefused as error:
+                    if not start.again:
+                        raise
+                    self._give_up(name, str(error))
 
     def _announce(self, name: str) -> Served:
         """What is known of a model before it is loaded. Raises ModelRefused if it never can be."""

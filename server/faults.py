@@ -4,7 +4,7 @@ DDPM_FAULTS is a list in JSON of faults that happen in the engine process as a s
 
     [{"do": "nan", "seed": 7, "step": 3}, {"do": "die", "bucket": 4, "once": "/tmp/was-here"}]
 
-`do` is one of the names in FAULTS. It happens when a step is made of at least `bucket` slots, in which somebody sits
+`do` is one of the names in KINDS. It happens when a step is made of at least `bucket` slots, in which somebody sits
 who has this `seed` and has had this many updates, `step`; what is left out does not matter. `once`: a file that must
 not be there, and then is: a fault that the next engine is spared.
 """
@@ -19,7 +19,7 @@ import torch
 
 from model.runner import Runner
 
-VARIABLE = "DDPM_FAULTS"
+FAULTS = "DDPM_FAULTS"  # the same as in server.settings, which would bring pydantic into every engine process
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,16 +63,16 @@ def _strike(do: str) -> None:
             os._exit(1)
 
 
-FAULTS = ("memory", "cuda", "raise", "hang", "die", "nan")
+KINDS = ("memory", "cuda", "raise", "hang", "die", "nan")
 
 
 def plant(runner: Runner) -> None:
     """Makes this runner suffer what DDPM_FAULTS orders, if it is set."""
-    ordered = os.environ.get(VARIABLE)
+    ordered = os.environ.get(FAULTS)
     if not ordered:
         return
     faults, usual = [Fault(**fields) for fields in json.loads(ordered)], runner.step
-    assert {fault.do for fault in faults} <= set(FAULTS)
+    assert {fault.do for fault in faults} <= set(KINDS)
 
     def step(bucket: int) -> None:
         hit = {fault: fault.slots(runner, bucket) for fault in faults}

@@ -5,7 +5,8 @@ are all made within one class, as long as it has an engine left. An engine that 
 what it had runs there again. Only when it is lost for good do its pictures move.
 
 A job that had pictures seated when an engine died may be what killed it. From then on all of it is made there, so that
-it can kill no other; what becomes of it is for that engine's suspects to say.
+it can kill no other; what becomes of it is for that engine's suspects to say. It moves only if the engine is lost by
+another death than one that it was there at again: its device may be gone.
 """
 
 import asyncio
@@ -33,6 +34,7 @@ class _Part:
     indices: list[int]  # of the job's seeds, in the order in which the engine knows them
     left: dict[int, int]  # updates still to do, by index, of those that have not ended
     begun: bool = False  # whether any of them has been seated since the engine was there
+    suspect: bool = False  # whether the engine has died before, while any of them was
     task: "asyncio.Task[None] | None" = None
 
 
@@ -137,7 +139,6 @@ class Fleet:
         news: News = asyncio.Queue()
         todo = dict.fromkeys(range(len(spec.seeds)), spec.sampling.steps)
         parts = self._send(self._place(spec, todo), spec, news)
-        bound: Backend | None = None  # the engine that this job may have killed, and is made by
         kind = _numerics(parts[0].engine.served[spec.model])
         try:
             while any(part.left for part in parts):
@@ -145,8 +146,8 @@ class Fleet:
                 if part not in parts:
                     continue  # what it had is made elsewhere
                 if isinstance(event, BaseException):
-                    if part.engine is bound and isinstance(event, EngineFailed):
-                        raise SampleLost("the engine is lost that this job may have killed")
+                    if isinstance(event, EngineFailed) and part.suspect and part.begun:
+                        raise SampleLost("the engine is lost that this job may have killed, more than once")
                     await self._require_others(event)
                     self._take_back([part], spec)
                     parts.remove(part)
@@ -154,7 +155,6 @@ class Fleet:
                     parts += self._send(self._place(spec, todo, kind), spec, news)
                     continue
                 if isinstance(event, Restarting) and part.begun:
-                    bound = part.engine
                     parts = self._gather_at(part, parts, spec, news)
                 self._note(part, event, spec)
                 yield _by_index(part, event)
@@ -255,7 +255,7 @@ class Fleet:
                 for id, step in steps.items():
                     part.left[part.indices[id]] = spec.sampling.steps - step
             case Restarting():
-                part.begun = False
+                part.suspect, part.begun = part.suspect or part.begun, False
                 part.left = dict.fromkeys(part.left, spec.sampling.steps)
             case Finished(int(id)) | Cancelled(int(id)) | Failed(int(id)):
                 part.left.pop(part.indices[id], None)

@@ -22,6 +22,15 @@ class Stream:
     aboard: bool = False  # whether the engine that lives has been told of it
 
 
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """What the death of an engine was to those on board."""
+
+    again: int  # so many were there, and will be run again
+    tried: bool  # whether a suspect was seated, alone: then the death is held against it
+    explained: bool  # whether somebody has been found guilty
+
+
 @dataclass(slots=True)
 class Passengers:
     """Of one engine, and of those that replace it."""
@@ -85,12 +94,13 @@ class Passengers:
         for stream, of_samples in steps.items():
             stream.events.put_nowait(Progress(of_samples))
 
-    def perish(self) -> int:
-        """The engine has died. All will be run again, but for what has killed it. -> how many that are"""
+    def perish(self) -> Loss:
+        """The engine has died. All will be run again, but for what has killed it."""
         seated: dict[Stream, set[tuple[int, int]]] = {}
         for id, step in self._seated.items():
             if (stream := self._streams.get(id)) is not None:
                 seated.setdefault(stream, set()).add((stream.index[id], step))
+        tried = not seated.keys().isdisjoint(self.suspects.all)
         guilty = self.suspects.died({stream: frozenset(place) for stream, place in seated.items()})
         self._seated.clear()
         again = sum(stream.aboard and stream not in guilty for stream in self.all)
@@ -98,7 +108,7 @@ class Passengers:
             stream.aboard = False
         for stream in guilty:
             stream.events.put_nowait(SampleLost("the engine died each time it came to the same step of this job"))
-        return again
+        return Loss(again, tried, bool(guilty))
 
     def tell(self, streams: Iterable[Stream], event: SampleEvent | Exception) -> None:
         """Tells these something."""

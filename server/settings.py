@@ -74,7 +74,12 @@ class Settings(BaseModel):
         "", description="origins of other sites whose pages may use this server, by commas, or *"
     )
     drain_s: float = Field(45.0, ge=0, le=3600, description="seconds that running requests get to end at shutdown")
-    engine_restarts: int = Field(5, ge=0, le=1000, description="restarts of the engine in a row without a step done")
+    engine_restarts: int = Field(
+        5,
+        ge=2,
+        le=1000,
+        description="restarts of the engine in a row without a step done, beside those of a suspect that is run alone",
+    )
     engine_patience_s: float = Field(
         8.0, ge=0.5, le=3600, description="seconds without a sign of life (or 40 steps) until the engine is replaced"
     )

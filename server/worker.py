@@ -36,8 +36,9 @@ class Patience:
     settle_s: float = 60.0  # so long a model that is loaded later may hold all others up
 
 
-def _is_same(before: Served, now: Served | None) -> bool:
-    return now is not None and now.digest == before.digest
+def _trouble(before: Served, now: Served | None) -> str | None:
+    """Why the engine that replaces another cannot serve a model as it was served before."""
+    return now.trouble if now is not None and now.digest == before.digest else CHANGED
 
 
 class LocalBackend:
@@ -174,16 +175,21 @@ class LocalBackend:
             if life.refused is not None:
                 kind = getattr(model_errors, life.refused.error)
                 return self._fail(EngineFailed(life.refused.message, EXIT_CODES[kind]))
-            failures = failures + 1 if self._all_stats.steps == steps_before else 1
+            loss = self._passengers.perish()
+            if loss.explained or self._all_stats.steps > steps_before:
+                failures = 0
+            failures += not loss.tried
             self._past, self._stats = replace(self._all_stats, seated=0, waiting=0), Stats()
             if failures > self._restarts:
                 words = "the engine died without a step done, and so it was each time it was replaced"
                 return self._fail(EngineFailed(f"{words} ({self._restarts})", EXIT_ENGINE))
             self._causes[life.cause] += 1
+            self._replayed += loss.again
             self._trouble, self._served = "the engine is being restarted", {}
             self._paces.died()
             logger.error("engine died", extra={"failures": failures, "jobs": len(self._passengers.all)})
-            self._engine_died()
+            self._passengers.tell(self._passengers.all, Restarting(self._paces.start_s))
+            self._accuse_load()
             await asyncio.sleep(min(5.0, 0.1 * 2 ** (failures - 1)))
 
     def _hangs(self) -> bool:
@@ -228,13 +234,14 @@ class LocalBackend:
 
     def _become_ready(self, served: dict[str, Served], life: Life) -> None:
         self._known = self._known or served
-        changed = [name for name, model in self._known.items() if not _is_same(model, served.get(name))]
-        if len(changed) == len(self._known):
-            life.refused = Refused("ModelRefused", CHANGED)
+        troubles = {name: _trouble(model, served.get(name)) for name, model in self._known.items()}
+        reasons = {name: reason for name, reason in troubles.items() if reason is not None}
+        if len(reasons) == len(self._known):
+            life.refused = Refused("ModelRefused", next(iter(reasons.values())))
             return life.over.set()
         self._trouble, self._beat_at = None, time.monotonic()
-        for name in changed:  # what is on its way would end as other bytes than it was promised as
-            self._give_up(name, CHANGED)
+        for name, reason in reasons.items():  # of one that was changed, other bytes would come than were promised
+            self._give_up(name, reason)
         now = {name: replace(model, loaded=False) for name, model in self._known.items()} | served
         self._served = {name: replace(model, trouble=self._broken.get(name)) for name, model in now.items()}
         self._paces.started(served)
@@ -274,12 +281,6 @@ class LocalBackend:
         """Nothing of it is left to be made. Whoever waited for the end of a suspect may go on board."""
         if self._passengers.suspects.forget(stream):
             self._board(self._passengers.all)
-
-    def _engine_died(self) -> None:
-        """Everything runs again, but for what has killed the engine."""
-        self._passengers.tell(self._passengers.all, Restarting(self._paces.start_s))
-        self._replayed += self._passengers.perish()
-        self._accuse_load()
 
     def _accuse_load(self) -> None:
         """If the engine died while it loaded a model, that may be why."""

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Hashable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -598,6 +599,29 @@ def test_memory_that_runs_out_while_a_sample_is_unseated_costs_it_its_steps_only
     events += run(engine)
 
     assert pictures(events) == {request.id: alone_picture(request) for request in [*requests, short]}
+
+
+def test_memory_that_runs_out_while_samples_are_called_back_changes_no_picture(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine, requests = quick_engine(2), [a_request("long", 9, seed=1), a_request("longer", 10, seed=2)]
+    for request in requests:
+        engine.submit(request)
+    for _ in range(4):
+        engine.step()
+    shorts = [a_request("short", 2, seed=3), a_request("shorter", 1, seed=4)]
+    put_back, failures = engine.runner.slots.put_back, iter([torch.OutOfMemoryError("out of memory")])
+
+    def run_out_once(*given: Any) -> None:
+        for failure in failures:
+            raise failure
+        put_back(*given)
+
+    monkeypatch.setattr(engine.runner.slots, "put_back", run_out_once)
+    events = run(engine, *shorts)
+
+    assert engine.stats.exhausted == 1
+    assert pictures(events) == {request.id: alone_picture(request) for request in [*requests, *shorts]}
 
 
 def test_a_long_sample_that_is_not_finite_is_found_out_before_its_end() -> None:

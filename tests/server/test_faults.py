@@ -152,7 +152,7 @@ def test_a_picture_that_is_not_finite_fails_and_its_neighbours_do_not_notice(
 
 @pytest.mark.parametrize("step", [0, 9])
 def test_of_twenty_innocents_and_a_poison_job_one_fails(step: int, weights: Path, expected: list[bytes]) -> None:
-    server = faulty(weights, {"do": "die", "seed": POISON, "step": step})
+    server = faulty(weights, {"do": "die", "seed": POISON, "step": step}, DDPM_ENGINE_RESTARTS="2")
     try:
         outcome = asyncio.run(suffer(server, [*JOBS, {"seed": POISON, "steps": 30}]))
         pid = server.wait_until_ready().engine_pid

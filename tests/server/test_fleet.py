@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine
-from contextlib import aclosing
+from contextlib import aclosing, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import pytest
 from model.events import Finished
 from model.plan import resolve
 from server.backend import Progress, Restarting, SampleEvent, Spec
-from server.errors import EXIT_ENGINE, EXIT_NO_DEVICE, EngineFailed, NotReady
+from server.errors import EXIT_ENGINE, EXIT_NO_DEVICE, EngineFailed, NotReady, SampleLost
 from server.fleet import Fleet
 from tests.model.tiny import PROCESS
 from tests.server.conftest import Server
@@ -231,6 +231,33 @@ def test_a_job_that_was_seated_when_an_engine_died_can_kill_no_other() -> None:
         a.gate.set()
         await running
         assert pictures(heard) == {0: 1, 1: 2, 2: 3, 3: 4}
+
+    play(scene())
+
+
+@pytest.mark.parametrize(
+    ("again", "pictures_made"),
+    [([], {0: 1, 1: 2, 2: 3, 3: 4}), ([Progress({0: 3})], {})],
+    ids=["only before", "both times"],
+)
+def test_a_job_is_to_blame_for_the_loss_of_an_engine_if_it_sat_there_at_its_last_death_and_one_before(
+    again: list[SampleEvent], pictures_made: dict[object, int]
+) -> None:
+    async def scene() -> None:
+        a, b, heard = Engine(), Engine(), list[SampleEvent]()
+        a.say = [Progress({0: 3}), Restarting(1.0), *again]
+        fleet = fleet_of(a, b)
+        running = asyncio.create_task(collect(fleet, Spec("tiny", (1, 2, 3, 4), SAMPLING), heard))
+        await settle()
+        a.failure, a.trouble = EngineFailed("gone", EXIT_ENGINE), "gone"
+        fleet.lose(a.failure)
+        for engine in (a, b):
+            engine.gate.set()
+
+        with pytest.raises(SampleLost) if again else nullcontext():
+            await running
+        assert pictures(heard) == pictures_made
+        assert (fleet.trouble, fleet.served) == (None, b.served)
 
     play(scene())
 

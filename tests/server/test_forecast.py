@@ -1,12 +1,14 @@
 """How long it will take is worked out, not guessed: the queue played forward."""
 
 import random
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pytest
 
 from model.scheduler import Scheduler
+from server import forecast as forecasts
 from server.forecast import MOST, Pace, Work, forecast
 
 
@@ -80,6 +82,33 @@ def test_who_is_far_behind_is_counted_as_work_in_order() -> None:
     assert ends[2 * MOST // 64 - 1].seconds == pytest.approx(2 * MOST * 10 / 4, rel=0.01)
     in_order = [ends[work.job].seconds for work in jobs]
     assert in_order == sorted(in_order)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_with_owners_who_are_far_behind_it_is_nearly_what_the_scheduler_does(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forecasts, "MOST", 64)
+    draw, step_s = random.Random(seed), [0.0, *(1.0 + 0.5 * batch for batch in range(8))]
+    owners = [str(owner) for owner in range(20)]
+    queue = [Work(job, [], draw.randint(1, 9), draw.randint(1, 40), job / 9, draw.choice(owners)) for job in range(120)]
+    played, told = play(queue, step_s), forecast(queue, step_s)
+    errors = [abs(told[job].seconds - end) / end for job, end in played.items()]
+
+    assert sum(errors) / len(errors) < 0.15
+
+
+def test_a_thousand_owners_cost_little_more_than_one() -> None:
+    def cost_s(owners: int) -> float:
+        jobs = [Work(i, [], 1, 100 + i % 900, float(i), str(i % owners)) for i in range(4096)]
+        took_s = []
+        for _ in range(3):
+            began = time.process_time()
+            forecast(jobs, [0.01] * 65)
+            took_s.append(time.process_time() - began)
+        return min(took_s)
+
+    assert cost_s(1000) < 5 * cost_s(1)
 
 
 def test_a_pace_is_learned_and_a_batch_takes_what_its_bucket_takes() -> None:

@@ -162,3 +162,18 @@ def test_two_models_that_take_turns_in_room_for_one_both_get_theirs_and_one_that
     answers = {name: server.client.post("/generate", json={"model": name, "steps": 2}).status_code for name in "ab"}
     assert answers == {left: 503, ({"a", "b"} - {left}).pop(): 200}
     assert server.stop()[0] == 0
+
+
+def test_a_model_that_is_broken_as_the_engine_is_replaced_takes_none_along(tmp_path: Path) -> None:
+    for name in "ab":
+        write_model(tmp_path / name)
+    server = Server(tmp_path).wait_until_ready()
+    write_model(tmp_path / "b", tensors=tensors() | {"conv_in.bias": torch.full((8,), float("nan"))})
+    os.kill(server.engine_pid, signal.SIGKILL)
+    server.until(lambda: server.client.get("/readyz").status_code == 503)
+    server.wait_until_ready()
+    answers = [server.client.post("/generate", json={"model": name, "steps": 2}) for name in "ab"]
+
+    assert [answer.status_code for answer in answers] == [200, 503]
+    assert answers[1].json()["code"] == "model-broken"
+    assert server.stop()[0] == 0
