@@ -21,7 +21,7 @@ from server.errors import Problem, ServerError, SettingsError, StorageFull, prob
 from server.jobs import Jobs
 from server.metrics import Metrics
 from server.routes import description, door, generate, jobs, models, openai, scrape, stream
-from server.routes.http import RequestIds, refusal
+from server.routes.http import Heads, RequestIds, refusal
 from server.settings import Settings
 from server.store import Store
 
@@ -104,7 +104,8 @@ async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
 def _methods(request: Request) -> list[str]:
     """What can be done with this path, by all routes together."""
     routes = [route for room in ROOMS for route in room.router.routes if route.matches(request.scope)[0] != Match.NONE]
-    return sorted({method for route in routes for method in getattr(route, "methods", ())}) or ["GET", "HEAD"]
+    methods = {method for route in routes for method in getattr(route, "methods", ())} or {"GET"}
+    return sorted(methods | ({"HEAD"} if "GET" in methods else set()))
 
 
 def create_app(
@@ -138,6 +139,8 @@ def create_app(
         version=__version__,
         description="Pictures from pixel-space diffusion models: a seed and a step count in, a picture out.",
         lifespan=lifespan,
+        docs_url=None,  # ours is server/static/docs.html: FastAPI's load programs from elsewhere
+        redoc_url=None,
         redirect_slashes=False,  # a redirect would repeat the Host it was sent
     )
     app.state.settings = settings
@@ -147,6 +150,7 @@ def create_app(
     app.add_exception_handler(Exception, _on_unforeseen)
     app.add_exception_handler(HTTPException, _on_http_error)
     door.install(app, settings, made.admission.count_refusal)
+    app.add_middleware(Heads)
     app.add_middleware(RequestIds)
     app.mount("/static", StaticFiles(directory=models.STATIC), name="static")
     for room in ROOMS:

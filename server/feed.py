@@ -13,6 +13,7 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
+from server.errors import problem
 from server.wire import pack
 
 Body: TypeAlias = dict[str, Any]
@@ -144,6 +145,12 @@ class Feed:
             self._moment = None  # it does not wait any more, and is not being restarted
         for viewer in self.viewers:
             viewer.news.set()
+
+
+def told_of(error: Exception, request_id: str, feed: Feed | None = None) -> Text:
+    """The message of the moment that says why there is no stream; or, with a feed, why no more of it is told here."""
+    job, seq = (feed.job, len(feed.kept)) if feed is not None else (None, 0)
+    return Text(seq, {"type": "error", "job": job, "seq": seq, "problem": problem(error).body(request_id)})
 
 
 class Viewer:

@@ -27,7 +27,7 @@ from server.job import Job
 from server.ledger import Ledger
 from server.logs import report
 from server.metrics import Metrics, Standing
-from server.orders import Terms, fingerprint, take_order
+from server.orders import Terms, fingerprints, take_order
 from server.outlooks import Outlooks
 from server.settings import Settings
 from server.store import Store
@@ -105,14 +105,15 @@ class Jobs:
 
         Raises BadInput, PlanError, TooBusy, NotReady, StorageFull or StillRunning.
         """
-        order, print_ = take_order(body, self.cards, self._settings, terms), None
+        order, prints = take_order(body, self.cards, self._settings, terms), list[str]()
         if terms.key is not None:
-            print_ = fingerprint(body, terms)
+            prints = fingerprints(body, terms)
             before = await self.ledger.store.by_key(terms.owner_name, terms.key)
             if before is not None:
-                return await self._found(before, print_, terms)
+                return await self._found(before, prints, terms)
         job = self.admission.admit(order, terms.owner)
-        job.key, job.fingerprint, job.attached = terms.key, print_, terms.attached and terms.key is None
+        job.key, job.fingerprint = terms.key, next(iter(prints), None)
+        job.attached = terms.attached and terms.key is None
         self._arriving += 1
         try:
             made = await self.ledger.accept(job, terms.again)
@@ -123,7 +124,7 @@ class Jobs:
             self._arriving -= 1
         if isinstance(made, Found):  # it came while this one was on its way to the disk
             self.admission.take_back(job, terms.owner)
-            return await self._found(made, print_ or "", terms)
+            return await self._found(made, prints, terms)
         self._accepted += 1
         if made.cached:
             self._cache_hits += 1
@@ -133,9 +134,9 @@ class Jobs:
             self._begin(made)
         return made
 
-    async def _found(self, found: Found, print_: str, terms: Terms) -> Job:
+    async def _found(self, found: Found, prints: list[str], terms: Terms) -> Job:
         """The job that came with this key before."""
-        if found.fingerprint != print_:
+        if found.fingerprint not in prints:
             raise KeyReused("this Idempotency-Key came with another request before")
         job = await self.ledger.find(found.id, terms.owner_name)
         if terms.attached and not job.feed.ended:

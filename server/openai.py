@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from server.errors import Invalid, Problem
-from server.schemas import MAX_SEED, Frames, parse_request
+from server.schemas import Frames, GenerateRequest, parse_object, validate
 
 PREFIX = "/v1/"  # of paths whose errors speak this language, too
 MOST_PARTIAL = 3
@@ -21,9 +21,7 @@ class ImagesRequest(BaseModel):
 
     model_config = ConfigDict(extra="allow", strict=True)
 
-    prompt: str = Field("", max_length=32_000, description="has no effect: these models know no words")
-    model: str | None = Field(None, min_length=1, max_length=64, description="name of a model directory")
-    n: int | None = Field(None, ge=1, lt=MAX_SEED, description="pictures, 1 if not given")
+    prompt: str | None = Field(None, max_length=32_000, description="has no effect: these models know no words")
     size: str | None = Field(None, max_length=16, description="auto, or the size of the model's pictures, as 32x32")
     response_format: Literal["b64_json", "url"] | None = Field(None, description="b64_json if not given")
     output_format: Literal["png", "webp", "jpeg"] | None = Field(None, description="png if not given")
@@ -43,8 +41,7 @@ class ImagesRequest(BaseModel):
 
     def generate(self) -> bytes:
         """The same as a body of `POST /generate`."""
-        own = {"model": self.model, "n": self.n}
-        fields = {**(self.model_extra or {}), **{name: value for name, value in own.items() if value is not None}}
+        fields = dict(self.model_extra or {})
         if self.partial_images:  # so many between noise and picture, evenly spread
             frames = Frames(count=self.partial_images + 2, kind="x0")
             fields["frames"] = frames.model_dump(exclude_none=True)
@@ -58,7 +55,10 @@ class ImagesRequest(BaseModel):
 
 def parse_images(body: bytes) -> ImagesRequest:
     """A request in OpenAI's words. Raises Malformed, or Invalid naming what is wrong."""
-    request = parse_request(body, ImagesRequest)
+    request = validate(parse_object(body), ImagesRequest)
+    known = [*ImagesRequest.model_fields, *GenerateRequest.model_fields]
+    if request.model_extra and not request.model_extra.keys() <= set(known):
+        raise Invalid(("", f"unknown field; there are {', '.join(known)}"))
     if request.partial_images and not request.stream:
         raise Invalid(("partial_images", "partial_images need stream: true"))
     if request.stream and "frames" in (request.model_extra or {}):

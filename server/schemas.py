@@ -1,6 +1,7 @@
-"""What clients may send. Unknown fields are refused, numbers are strict; bounds that the model sets are in jobs."""
+"""What clients may send. Unknown fields are refused, numbers are strict; bounds that the model sets are in orders."""
 
 import json
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema, model_validator
@@ -8,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSche
 from model.options import unique_keys
 from model.plan import Noise
 from model.schedule import Spacing, Variance
+from server.bounds import kind_of, says
 from server.errors import Invalid, Malformed
 
 MAX_SEED = 2**53  # what every JSON reader keeps exactly
@@ -27,6 +29,17 @@ After = Annotated[str | None, WithJsonSchema({"type": "string", "description": "
 Index = Annotated[str, WithJsonSchema({"type": "integer", "minimum": 0, "description": "of a picture of the job"})]
 
 
+def without_nulls(value: Any, form: type[BaseModel], but: str = "") -> Any:
+    """What was sent, without the fields of this form that are null, which is as good as leaving them out."""
+    if not isinstance(value, dict):
+        return value
+    return {
+        name: given
+        for name, given in value.items()
+        if given is not None or name == but or name not in form.model_fields
+    }
+
+
 class Frames(BaseModel):
     """Which states of a picture are shown on its way."""
 
@@ -36,10 +49,15 @@ class Frames(BaseModel):
     count: int | None = Field(None, ge=2, lt=MAX_SEED, description="so many, evenly spread from noise to picture")
     kind: Literal["x_t", "x0", "both"] = Field("x_t", description="the noisy picture, the one predicted from it, both")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _nulls_are_left_out(cls, value: Any) -> Any:
+        return without_nulls(value, cls)
+
     @model_validator(mode="after")
     def _one_of(self) -> "Frames":
         if (self.every is None) == (self.count is None):
-            raise ValueError("give either every or count")
+            raise ValueError("must have either every or count")
         return self
 
 
@@ -61,6 +79,11 @@ class GenerateRequest(BaseModel):
     frames: Frames | None = Field(None, description="30 for streams, animations and asynchronous jobs, else none")
     priority: int = Field(0, ge=-10, le=10, description="higher is seated first")
     deadline_s: float | None = Field(None, gt=0, le=1e6, description="give up after this many seconds")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _nulls_are_left_out(cls, value: Any) -> Any:
+        return without_nulls(value, cls, but="frames")  # of which null says that there are none
 
 
 def _constant(name: str) -> Any:
@@ -101,23 +124,43 @@ def parse_json(body: bytes) -> object:
 
 def parse_generate(body: bytes) -> GenerateRequest:
     """The body of `POST /generate`. Raises Malformed if it is not JSON, Invalid naming each field that is wrong."""
-    return parse_request(body, GenerateRequest)
+    return validate(parse_object(body), GenerateRequest)
 
 
-def parse_request(body: bytes, form: type[Form]) -> Form:
-    """A body of this form. Raises Malformed, Invalid."""
+def parse_object(body: bytes) -> dict[str, Any]:
+    """A JSON object. Raises Malformed, Invalid."""
     value = parse_json(body)
     if not isinstance(value, dict):
         raise Invalid(("", "the body must be a JSON object"))
+    return value
+
+
+def validate(value: dict[str, Any], form: type[Form], largest: Mapping[str, int] | None = None) -> Form:
+    """A request of this form. largest: of fields, by name, where less is allowed here and now than the form says.
+    Raises Invalid."""
+    largest, wrong = largest or {}, dict[str, str]()
     try:
-        return form.model_validate(value)
+        made = form.model_validate(value)
     except ValidationError as error:
-        found = error.errors(include_url=False, include_input=False, include_context=False)[:20]
-        raise Invalid(*(_wrong(form, str(e["loc"][0]), e["msg"]) for e in found)) from None
+        wrong |= dict(_wrong(form, one, largest) for one in error.errors(include_url=False)[:20])
+    for name, most in largest.items():
+        if type(value.get(name)) is int and value[name] > most:
+            beyond = {"type": "less_than_equal", "input": value[name]}
+            wrong[name] = f"{name} {says(form.model_fields[name], beyond, most)}"
+    if wrong:
+        raise Invalid(*wrong.items())
+    return made
 
 
-def _wrong(form: type[BaseModel], name: str, message: str) -> tuple[str, str]:
-    """A field and what is wrong with it; a field that we do not know is not named, since nothing sent is echoed."""
-    if name in form.model_fields:
-        return name, f"{name}: {message}"
-    return "", f"unknown field; there are {', '.join(form.model_fields)}"
+def _wrong(form: type[BaseModel], error: Mapping[str, Any], largest: Mapping[str, int]) -> tuple[str, str]:
+    """Where something is wrong, and what. A field that we do not know is not named: nothing sent is echoed."""
+    names: list[str] = []
+    for name in map(str, error["loc"]):
+        if name not in form.model_fields:
+            known = f"unknown field; there are {', '.join(form.model_fields)}"
+            return "/".join(names), ": ".join([*names, known])
+        names.append(name)
+        field = form.model_fields[name]
+        if isinstance(kind := kind_of(field), type) and issubclass(kind, BaseModel):
+            form = kind
+    return "/".join(names), f"{'.'.join(names)} {says(field, error, largest.get(name))}"

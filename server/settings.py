@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
 
+from server.bounds import says
 from server.errors import SettingsError
 
 PREFIX = "DDPM_"
@@ -99,11 +100,11 @@ class Settings(BaseModel):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            first = error.errors(include_url=False, include_input=False)[0]
+            first = error.errors(include_url=False)[0]
             name = str(first["loc"][0])
-            raise SettingsError(
-                f"{PREFIX}{name.upper()} ({cls.model_fields[name].description}): {first['msg']}"
-            ) from None
+            field = cls.model_fields[name]
+            wrong = f"{PREFIX}{name.upper()} {says(field, dict(first), text=True)}"
+            raise SettingsError(f"{wrong}: {field.description}") from None
 
     @classmethod
     def variables(cls) -> list[str]:

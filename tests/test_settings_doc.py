@@ -1,8 +1,8 @@
 """docs/settings.md says what the server reads, no more and no less."""
 
-import re
 from pathlib import Path
 
+from server.bounds import listed
 from server.settings import PREFIX, Settings
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "settings.md"
@@ -11,12 +11,8 @@ DOCUMENT = Path(__file__).parent.parent / "docs" / "settings.md"
 def row(name: str) -> str:
     """A setting as docs/settings.md has it: variable, meaning, default, bounds."""
     field = Settings.model_fields[name]
-    limits = dict(re.findall(r"(ge|le)=([\d.]+)", " ".join(map(str, field.metadata))))
-    bounds = f"{limits.get('ge', '')} … {limits.get('le', '')}".rstrip() if limits else ""
-    if field.annotation is bool:
-        bounds = "yes or no"
     default = f"`{field.default}`" if str(field.default) else "empty"
-    return f"| `{PREFIX}{name.upper()}` | {field.description} | {default} | {bounds} |"
+    return f"| `{PREFIX}{name.upper()}` | {field.description} | {default} | {listed(field)} |"
 
 
 def test_every_setting_is_documented_with_its_default() -> None:

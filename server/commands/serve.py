@@ -16,6 +16,7 @@ import uvicorn
 
 from server import logs
 from server.app import create_app
+from server.bounds import listed
 from server.connection import Caps, Config
 from server.errors import EXIT_FAILED, ServerError, SettingsError
 from server.jobs import Jobs
@@ -101,7 +102,8 @@ def _parser() -> ArgumentParser:
     parser = ArgumentParser("ddpm serve", description=__doc__)
     for name, field in Settings.model_fields.items():
         flag = f"--{name.replace('_', '-')}"
-        text = f"{field.description} (default: {field.default})".replace("%", "%%")
+        allowed = f"; {bounds}" if (bounds := listed(field)) else ""
+        text = f"{field.description} (default: {str(field.default) or 'empty'}{allowed})".replace("%", "%%")
         parser.add_argument(flag, dest=name, default=SUPPRESS, metavar="VALUE", help=text)
     return parser
 

@@ -50,10 +50,13 @@ def _bounded(jobs: Jobs, settings: Settings) -> dict[str, Any]:
     fields["sampler"] |= {"enum": list(SAMPLERS)}
     for field, bounds in (("steps", {"maximum": longest}), ("model", {"enum": list(jobs.cards)})):
         fields[field]["anyOf"][0] |= bounds
+    for properties in (fields, schemas["Frames"]["properties"]):
+        for name, field in properties.items():
+            if "anyOf" not in field:  # null is as good as leaving it out
+                about = {word: field.pop(word) for word in ("title", "description", "default")}
+                properties[name] = about | {"anyOf": [field, {"type": "null"}]}
     images = ImagesRequest.model_json_schema() | {"additionalProperties": False}
     images["properties"] = fields | images["properties"]
-    for field in ("n", "model"):
-        images["properties"][field] = {"anyOf": [fields[field], {"type": "null"}]}
     return schemas | {"GenerateRequest": request, "ImagesRequest": images, "Problem": PROBLEM}
 
 

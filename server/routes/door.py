@@ -24,8 +24,13 @@ PROBES = {"/healthz", "/readyz"}  # asked by addresses that nobody knows beforeh
 STATIC = "/static/"
 METRICS = "/metrics"
 SAFE = {"GET", "HEAD"}
-OTHER_SITES_MAY_READ = ("X-Job-Id", "X-Seed", "X-Request-Id", "X-Cache", "Location", "Retry-After", "ETag")
-OTHER_SITES_MAY_SEND = ("Authorization", "Accept", "Cache-Control", "Content-Type", "Idempotency-Key", "Prefer")
+OTHER_SITES_MAY_READ = (
+    *("X-Job-Id", "X-Seed", "X-Request-Id", "X-Cache", "Location", "ETag", "Preference-Applied"),
+    *("Retry-After", "RateLimit", "RateLimit-Policy", "X-Should-Retry"),
+)
+OTHER_SITES_MAY_SEND = (
+    *("Authorization", "Accept", "Cache-Control", "Content-Type", "Idempotency-Key", "Prefer", "X-Request-Id"),
+)
 
 
 def headers_of(scope: Scope, name: bytes) -> list[bytes]:

@@ -13,11 +13,20 @@ from starlette.types import Receive, Scope, Send
 
 from server import images
 from server.errors import Gone
-from server.feed import Message, Text, Viewer
+from server.feed import Message, Text, Viewer, told_of
 from server.job import Job, Kind
 from server.jobs import Jobs
 from server.orders import Terms
-from server.routes.http import idempotency_key, makes_again, negotiate, owner_of, read_json_body, unless_gone
+from server.routes.http import (
+    header,
+    idempotency_key,
+    makes_again,
+    negotiate,
+    owner_of,
+    prefers,
+    read_json_body,
+    unless_gone,
+)
 from server.wire import unpack
 
 router = APIRouter()
@@ -99,14 +108,15 @@ async def generate(request: Request) -> Response:
     The same request gives the same bytes. A caller that leaves cancels, unless it asked by `Prefer: respond-async`
     for an answer at once."""
     jobs: Jobs = request.app.state.jobs
-    later = "respond-async" in [p.strip().lower() for p in request.headers.get("prefer", "").split(",")]
+    later = prefers(request, "respond-async")
     with jobs.admission.counting_refusals():
-        media = negotiate(request.headers.get("accept"), ANSWERS)
+        media = negotiate(header(request, "accept"), ANSWERS)
         body = await read_json_body(request, request.app.state.settings.max_body_bytes)
         terms = Terms(
             floats=media == NPY,
             shows=later or media == EVENTS,
             draws=media in ANIMATIONS and not later,
+            later=later,
             attached=not later and media != EVENTS,
             again=makes_again(request),
             key=idempotency_key(request),
@@ -120,7 +130,7 @@ async def generate(request: Request) -> Response:
         headers |= {"Location": f"/jobs/{job.id}", "Preference-Applied": "respond-async"}
         return JSONResponse(jobs.document(job), 202, headers)
     if media == EVENTS:
-        return ServerSent(jobs, job, _events(jobs.watch(job)), headers)
+        return ServerSent(jobs, job, _events(job, jobs.watch(job), request.state.request_id), headers)
     try:
         if await unless_gone(request, jobs.result(job)) is None:
             return Response(status_code=CLIENT_CLOSED_REQUEST)
@@ -147,11 +157,14 @@ class ServerSent(StreamingResponse):
             await self._jobs.leave(self._job)
 
 
-async def _events(viewer: Viewer) -> AsyncGenerator[bytes]:
+async def _events(job: Job, viewer: Viewer, request_id: str) -> AsyncGenerator[bytes]:
+    """Everything that happens; or, at the end, why no more of it will be told by this server."""
     async with aclosing(viewer.messages()) as messages:
         async for message in messages:
             yield await _event(message)
             await asyncio.sleep(0)  # a long replay must not keep the others waiting
+    if job.feed.parked and job.failure is not None:
+        yield await _event(told_of(job.failure, request_id, job.feed))
 
 
 async def _event(message: Message) -> bytes:

@@ -18,6 +18,7 @@ from server.owners import Owner
 
 T = TypeVar("T")
 ANSWERS = ("http.response.start", "websocket.accept", "websocket.http.response.start")
+TAG = re.compile(r'"[^"]*"')
 KEY = re.compile(r"[!-~]{1,255}")
 REQUEST_ID = re.compile(r"[\w-]{1,64}", re.ASCII)
 
@@ -44,6 +45,22 @@ class RequestIds:
         await self.app(scope, receive, send_with_id)
 
 
+class Heads:
+    """ASGI middleware: whatever answers GET answers HEAD, with the same headers and without the body."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            return await self.app(scope, receive, send)
+
+        async def send_without_body(message: Message) -> None:
+            await send({**message, "body": b""} if message["type"] == "http.response.body" else message)
+
+        await self.app({**scope, "method": "GET"}, receive, send_without_body)
+
+
 def refusal(scope: Scope, answer: Problem) -> JSONResponse:
     """A problem as it is answered. OpenAI's clients find it in their form, with their status for what is ill-formed,
     and with a word on whether it is worth their while to try again."""
@@ -67,6 +84,24 @@ def name_of_owner(request: HTTPConnection) -> str | None:
     """The name of whoever's key came with this request."""
     owner = owner_of(request)
     return None if owner is None else owner.name
+
+
+def header(request: HTTPConnection, name: str) -> str | None:
+    """A header that is a list: all its lines as one (RFC 9110, 5.3)."""
+    lines = request.headers.getlist(name)
+    return ", ".join(lines) if lines else None
+
+
+def prefers(request: Request, preference: str) -> bool:
+    """Whether this is among what a caller prefers (RFC 7240); what parameters it has does not matter."""
+    given = (header(request, "prefer") or "").split(",")
+    return preference in [part.partition(";")[0].strip().lower() for part in given]
+
+
+def has(request: Request, tag: str) -> bool:
+    """Whether a caller says that it has what bears this ETag (RFC 9110, 13.1.2)."""
+    given = header(request, "if-none-match") or ""
+    return given.strip() == "*" or tag.removeprefix("W/") in TAG.findall(given)
 
 
 async def read_json_body(request: Request, limit: int) -> bytes:
@@ -116,15 +151,15 @@ def negotiate(accept: str | None, offers: Sequence[str]) -> str:
 
 def idempotency_key(request: Request) -> str | None:
     """The Idempotency-Key, if there is one. Raises Malformed."""
-    given = request.headers.get("idempotency-key")
-    if given is not None and not KEY.fullmatch(given):
-        raise Malformed("Idempotency-Key must be 1 to 255 visible ASCII characters")
-    return given
+    given = request.headers.getlist("idempotency-key")
+    if len(given) > 1 or not all(KEY.fullmatch(key) for key in given):
+        raise Malformed("Idempotency-Key must be there once, with 1 to 255 visible ASCII characters")
+    return given[0] if given else None
 
 
 def makes_again(request: Request) -> bool:
     """Whether pictures that were made before will not do."""
-    return "no-cache" in [part.strip().lower() for part in request.headers.get("cache-control", "").split(",")]
+    return "no-cache" in [part.strip().lower() for part in (header(request, "cache-control") or "").split(",")]
 
 
 async def unless_gone(request: Request, work: Coroutine[None, None, T]) -> T | None:

@@ -5,23 +5,16 @@ import asyncio
 from fastapi import APIRouter, Request, Response
 from starlette.responses import JSONResponse
 
+from server.bounds import whole_number
 from server.errors import Invalid, NotFound
 from server.job import Job
 from server.jobs import Jobs
 from server.routes.generate import ANIMATIONS, PNG, draw
-from server.routes.http import name_of_owner, negotiate
+from server.routes.http import has, header, name_of_owner, negotiate
 from server.schemas import JOBS, MOST_JOBS, STATUSES, After, Index, Limit, Status
 
 router = APIRouter()
 FOR_EVER = "max-age=31536000, immutable"
-
-
-def _limit(given: str | None) -> int:
-    if given is None:
-        return JOBS
-    if not (given.isascii() and given.isdigit() and len(given) < 6 and 1 <= int(given) <= MOST_JOBS):
-        raise Invalid(("limit", f"limit must lie in 1..{MOST_JOBS}"))
-    return int(given)
 
 
 def _kept(job: Job) -> str:
@@ -34,8 +27,9 @@ async def job_list(request: Request, status: Status = None, limit: Limit = None,
     """The jobs that are kept. `after` is the id of the last job of the page before."""
     if status is not None and status not in STATUSES:
         raise Invalid(("status", f"status must be one of {', '.join(STATUSES)}"))
+    most = JOBS if limit is None else whole_number("limit", limit, 1, MOST_JOBS)
     jobs: Jobs = request.app.state.jobs
-    page = await jobs.ledger.page(name_of_owner(request), status, after, _limit(limit))
+    page = await jobs.ledger.page(name_of_owner(request), status, after, most)
     documents = [jobs.document(job) for job in page]
     return await asyncio.to_thread(JSONResponse, {"jobs": documents})
 
@@ -64,7 +58,7 @@ async def job_image(request: Request, id: str, index: Index) -> Response:
     image = job.images[int(index)]
     tag = f'"{await asyncio.to_thread(lambda: image.sha256)}"'
     headers = {"ETag": tag, "Cache-Control": _kept(job)}
-    if request.headers.get("if-none-match") == tag:
+    if has(request, tag):
         return Response(status_code=304, headers=headers)
     return Response(await asyncio.to_thread(lambda: image.png), media_type=PNG, headers=headers)
 
@@ -72,7 +66,7 @@ async def job_image(request: Request, id: str, index: Index) -> Response:
 @router.get("/jobs/{id}/trajectory", summary="The denoising of a job as an animation", response_class=Response)
 async def job_trajectory(request: Request, id: str) -> Response:
     """GIF, APNG or WebP as `Accept` asks, from the frames that were kept."""
-    media = negotiate(request.headers.get("accept"), ANIMATIONS)
+    media = negotiate(header(request, "accept"), ANIMATIONS)
     jobs: Jobs = request.app.state.jobs
     job = await jobs.ledger.find(id, name_of_owner(request))
     if job.order.watched is None or job.status != "succeeded":

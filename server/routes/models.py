@@ -4,7 +4,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Request, Response
 from starlette.responses import FileResponse, JSONResponse
 
 from model.card import ModelCard
@@ -12,6 +12,9 @@ from model.plan import SAMPLERS, SPACINGS
 from server.backend import Backend
 from server.errors import NotFound
 from server.jobs import Jobs
+from server.orders import usual_model
+from server.routes.http import has
+from server.settings import Settings
 
 router = APIRouter()
 ONLY_OURS = (
@@ -44,11 +47,23 @@ def _document(card: ModelCard, backend: Backend) -> dict[str, Any]:
     }
 
 
+def _page(request: Request, name: str) -> Response:
+    """A page of ours, which runs what this server sends it and nothing else."""
+    path, policy = STATIC / name, {"Content-Security-Policy": ONLY_OURS}
+    page = FileResponse(path, headers=policy, stat_result=path.stat())
+    tag = page.headers["etag"]
+    return Response(status_code=304, headers=policy | {"ETag": tag}) if has(request, tag) else page
+
+
 @router.get("/models", summary="The models that are served")
 async def models(request: Request) -> JSONResponse:
-    """Every model, without its card."""
+    """Every model, without its card; which of them is made with if a request names none; and how many pictures a
+    request may ask for."""
     jobs: Jobs = request.app.state.jobs
-    return JSONResponse({"models": [_document(card, jobs.backend) for card in jobs.cards.values()]})
+    settings: Settings = request.app.state.settings
+    served = [_document(card, jobs.backend) for card in jobs.cards.values()]
+    usual = {"default": usual_model(jobs.cards, settings), "max_n": settings.max_n}
+    return JSONResponse({"models": served} | usual)
 
 
 @router.get("/models/{name}", summary="One model and its card")
@@ -77,6 +92,12 @@ async def readyz(request: Request) -> JSONResponse:
 
 
 @router.get("/", include_in_schema=False)
-async def front_door() -> FileResponse:
-    """The viewer page, which runs what this server sends it and nothing else."""
-    return FileResponse(STATIC / "index.html", headers={"Content-Security-Policy": ONLY_OURS})
+async def front_door(request: Request) -> Response:
+    """The viewer page."""
+    return _page(request, "index.html")
+
+
+@router.get("/docs", include_in_schema=False)
+async def reference(request: Request) -> Response:
+    """What `/openapi.json` says, to be read."""
+    return _page(request, "docs.html")

@@ -10,8 +10,9 @@ from typing import NoReturn
 from fastapi import APIRouter, WebSocket, WebSocketDisconnect
 
 from model.errors import PlanError
+from server.bounds import whole_number
 from server.errors import BadInput, EngineFailed, Gone, NotFound, NotReady, StorageFull, TooBusy, problem
-from server.feed import Text, Viewer
+from server.feed import Text, Viewer, told_of
 from server.job import Job
 from server.jobs import Jobs
 from server.orders import Terms
@@ -21,6 +22,7 @@ from server.schemas import parse_json
 router = APIRouter()
 MESSAGES_AT_A_TIME = 8  # are sent before others have their turn: a long replay must not keep them waiting
 MESSAGE_S, MESSAGES_AT_ONCE = 0.1, 50  # a viewer may say something so often, and so much without a pause
+MOST_MESSAGES = 10**9 - 1  # that a job could ever have
 FIRST_MESSAGE_S = 10.0  # within which a new socket has to say what it wants
 SLOW_S = 1.0  # a message that takes longer to send has cost its viewer the frames of that time
 STALLED_S = 10.0  # and one that takes longer than this, its viewer
@@ -47,7 +49,7 @@ async def _talk(socket: WebSocket) -> AsyncIterator[None]:
             raise _Closed(UNKNOWN_JOB, str(error)) from None
         except (BadInput, PlanError, TooBusy, NotReady, StorageFull, EngineFailed) as error:
             answer = problem(error)
-            await _send(socket, json.dumps({"type": "error", "problem": answer.body("")}))
+            await _send(socket, told_of(error, socket.state.request_id).json)
             raise _Closed(BAD_REQUEST if answer.status < 429 else TRY_LATER, answer.code) from None
     except _Closed as closed:
         try:
@@ -64,8 +66,8 @@ async def watch_job(socket: WebSocket, id: str) -> None:
     """Watch a job from its start, or from message `after` + 1 on."""
     jobs: Jobs = socket.app.state.jobs
     async with _talk(socket):
-        job = await jobs.ledger.find(id, name_of_owner(socket))
-        await _watch(socket, jobs, job, _after(socket.query_params.get("after")))
+        after = whole_number("after", socket.query_params.get("after", "0"), 0, MOST_MESSAGES)
+        await _watch(socket, jobs, await jobs.ledger.find(id, name_of_owner(socket)), after)
 
 
 @router.websocket("/generate/stream")
@@ -83,14 +85,6 @@ async def watch_new_job(socket: WebSocket) -> None:
             await _watch(socket, jobs, job, 0)
         finally:
             await jobs.cancel(job)
-
-
-def _after(given: str | None) -> int:
-    if given is None:
-        return 0
-    if not (given.isascii() and given.isdigit() and len(given) < 10):
-        raise _Closed(BAD_REQUEST, "after must be the number of a message")
-    return int(given)
 
 
 async def _watch(socket: WebSocket, jobs: Jobs, job: Job, after: int) -> NoReturn:

@@ -18,7 +18,7 @@ from tests.server.raw import HANDSHAKE, abort, connected, frame, request, say, s
 
 TARGETS = ["/", "/generate", "/jobs", "/jobs/x", "/jobs/x/images/0", "/jobs/x/trajectory", "/models", "/models/tiny"]
 TARGETS += ["/v1/images/generations", "/v1/models", "/v1/models/tiny"]
-TARGETS += ["/healthz", "/readyz", "/metrics", "/docs", "/openapi.json", "/static/app.js", "/nothing", "/redoc"]
+TARGETS += ["/healthz", "/readyz", "/metrics", "/docs", "/openapi.json", "/static/app.js", "/nothing"]
 METHODS = ["GET", "POST", "DELETE", "HEAD", "OPTIONS", "PUT"]
 SOCKETS = ["/generate/stream", "/jobs/x/stream", "/nothing"]
 BODIES = [*hostile.NOT_JSON, *hostile.NOT_A_REQUEST, b'{"steps": 1}', b'{"steps": 2, "n": 3}', b"{}"]

@@ -73,7 +73,6 @@ NOT_A_REQUEST = [
     b'"{}"',
     b"[]",
     b"[{}]",
-    b'{"seed": null, "n": null}',
     b'{"": 1}',
     b'{"__proto__": {"n": 1}}',
     b'{"__class__": 1}',
@@ -138,7 +137,6 @@ NOT_A_REQUEST = [
     b'{"sampler": ""}',
     b'{"sampler": "DDPM"}',
     b'{"sampler": "__init__"}',
-    b'{"sampler": null}',
     b'{"sampler": ["ddpm"]}',
     b'{"sampler": "%s"}' % (b"d" * 50_000),
     b'{"eta": 0.5}',
@@ -171,7 +169,6 @@ NOT_A_REQUEST = [
     b'{"frames": {"count": true}}',
     b'{"frames": {"count": 2, "every": 2}}',
     b'{"frames": {"count": 2, "kind": "x1"}}',
-    b'{"frames": {"count": 2, "kind": null}}',
     b'{"frames": {"count": 2, "more": 1}}',
     b'{"frames": {"kind": "both"}}',
     b'{"priority": 11}',
@@ -469,4 +466,4 @@ TOO_LARGE = [
     ),
     (POST + b"Transfer-Encoding: chunked\r\nConnection: close\r\n\r\n" + b"1\r\n \r\n" * 70_000 + b"0\r\n\r\n", 413),
 ]
-METHODS = ["PUT", "PATCH", "TRACE", "PROPFIND", "LOCK", "PURGE", "SEARCH", "MKCOL", "SUBSCRIBE", "HEAD"]
+METHODS = ["PUT", "PATCH", "TRACE", "PROPFIND", "LOCK", "PURGE", "SEARCH", "MKCOL", "SUBSCRIBE"]

@@ -30,9 +30,10 @@ def test_every_route_is_there(client: TestClient) -> None:
 
 def test_every_field_status_code_and_kind_of_answer_is_there(client: TestClient) -> None:
     codes = [f"| {status} | `{code}` |" for status, code in {*ANSWERS.values(), UNFORESEEN}]
-    (model,) = client.get("/models").json()["models"]
+    listed = client.get("/models").json()
+    (model,) = listed["models"]
     job = client.post("/generate", headers={"accept": "application/json"}).json()
-    words = [*GenerateRequest.model_fields, *MEDIA, *STATUSES, *model, *model["runs"], *job["progress"]]
+    words = [*GenerateRequest.model_fields, *MEDIA, *STATUSES, *listed, *model, *model["runs"], *job["progress"]]
     closing = re.findall(r"\b[14]\d{3}\b", (Path(stream.__file__)).read_text())
 
     assert [row for row in codes if row not in TEXT] == []

@@ -229,6 +229,20 @@ def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixtu
     assert "usage: " in capsys.readouterr().out
 
 
+def test_the_help_of_serve_says_what_every_setting_may_be(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["serve", "--help"])
+
+    said = " ".join(capsys.readouterr().out.split())
+    for setting in (
+        "port to listen on; 0 takes any free one (default: 8000; 0 … 65535)",
+        "(default: auto; auto, float32, bfloat16, float16)",
+        "least severe level logged (default: info; debug, info, warning, error)",
+        "(default: True; yes or no)",
+    ):
+        assert setting in said
+
+
 def test_an_unknown_command_or_flag_is_a_matter_of_usage(capsys: pytest.CaptureFixture[str]) -> None:
     for words in ([], ["dance"], ["generate", "--sed", "1"]):
         with pytest.raises(SystemExit) as ended:

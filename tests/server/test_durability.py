@@ -226,6 +226,47 @@ def test_the_same_key_and_body_is_the_same_job_in_any_form_and_after_a_restart(s
     assert (other.status_code, other.json()["code"]) == (422, "key-reused")
 
 
+ONCE: dict[str, str] = {}
+GIF, EVENTS, NPY = ({"accept": media} for media in ("image/gif", "text/event-stream", "application/x-npy"))
+
+
+@pytest.mark.parametrize(
+    ("first", "again", "status"),
+    [
+        (ONCE, LATER, 202),
+        (LATER, ONCE, 200),
+        (LATER, EVENTS, 200),
+        (GIF, LATER, 202),
+        (GIF, ONCE, 200),
+        (NPY, ONCE, 200),
+        (NPY, LATER, 202),
+        (ONCE, GIF, 422),  # the job has no frames, of which this answer is made
+        (ONCE, EVENTS, 422),
+        (ONCE, NPY, 422),
+    ],
+)
+def test_a_key_finds_its_job_in_any_form_that_the_job_can_be_answered_in(
+    start: Start, first: dict[str, str], again: dict[str, str], status: int
+) -> None:
+    key = {"idempotency-key": "k"}
+    with start() as client:
+        made = client.post("/generate", json={"steps": 2}, headers=key | first)
+        ended(client, made.headers["x-job-id"])
+        repeated = client.post("/generate", json={"steps": 2}, headers=key | again)
+
+    assert repeated.status_code == status, repeated.text
+    assert status == 422 or repeated.headers["x-job-id"] == made.headers["x-job-id"]
+
+
+@pytest.mark.parametrize("frames", [None, {"count": 2}])
+def test_where_frames_are_spelled_out_the_way_a_request_comes_adds_none(start: Start, frames: object) -> None:
+    key, body = {"idempotency-key": "k"}, {"steps": 2, "frames": frames}
+    with start() as client:
+        answers = [client.post("/generate", json=body, headers=key | way) for way in (ONCE, LATER, EVENTS)]
+
+    assert len({answer.headers["x-job-id"] for answer in answers}) == 1
+
+
 def test_the_same_key_while_its_job_runs_says_where_to_look_and_when(start: Start) -> None:
     key = {"idempotency-key": "k"}
     with start(open_gate=False) as client:

@@ -143,7 +143,7 @@ def test_webp_loses_nothing_and_jpeg_is_one(server: Server, talk: OpenAI) -> Non
 
 def test_null_is_as_good_as_nothing_for_a_field_of_openai(talk: OpenAI) -> None:
     answer = talk.images.generate(
-        model=None, prompt="", n=None, size=None, quality=None, background=None, stream=None, extra_body=FIELDS
+        model=None, prompt="", n=None, size=None, quality=None, background=None, extra_body=FIELDS | {"prompt": None}
     )
 
     assert pngs(answer) == pngs(talk.images.generate(prompt="", user="me", moderation="low", extra_body=FIELDS))
@@ -152,7 +152,7 @@ def test_null_is_as_good_as_nothing_for_a_field_of_openai(talk: OpenAI) -> None:
 REFUSED: list[tuple[dict[str, Any], str | None, str]] = [
     ({"model": "gpt-image-2"}, "model", "one of tiny"),
     ({"size": "1024x1024"}, "size", "auto or 8x8"),
-    ({"n": 0}, "n", "greater than or equal to 1"),
+    ({"n": 0}, "n", "n must lie in 1..8, got 0"),
     ({"n": 9}, "n", "1..8"),
     ({"background": "transparent"}, "background", "opaque"),
     ({"quality": "high"}, "quality", "standard"),
@@ -160,14 +160,14 @@ REFUSED: list[tuple[dict[str, Any], str | None, str]] = [
     ({"output_compression": 50}, "output_compression", "webp and jpeg only"),
     ({"response_format": "url", "output_format": "webp"}, "response_format", "must be b64_json"),
     ({"response_format": "url", "stream": True}, "response_format", "must be b64_json"),
-    ({"partial_images": 4, "stream": True}, "partial_images", "less than or equal to 3"),
+    ({"partial_images": 4, "stream": True}, "partial_images", "partial_images must lie in 0..3, got 4"),
     ({"partial_images": 1}, "partial_images", "stream"),
     ({"stream": True, "extra_body": {"frames": None}}, "frames", "partial_images"),
-    ({"style": "vivid"}, None, "unknown field"),
-    ({"extra_body": {"seed": -1}}, "seed", "greater than or equal to 0"),
+    ({"style": "vivid"}, None, "unknown field; there are prompt, size, "),
+    ({"extra_body": {"seed": -1}}, "seed", "seed must lie in 0..9007199254740991, got -1"),
     ({"extra_body": {"eta": 0.5}}, "eta", "ddim only"),
     ({"extra_body": {"steps": 31}}, "steps", "1..30"),
-    ({"extra_body": {"prompt": ["a", "b"]}}, "prompt", "valid string"),
+    ({"extra_body": {"prompt": ["a", "b"]}}, "prompt", "prompt must be a string of 0 to 32000 characters, got a list"),
 ]
 
 

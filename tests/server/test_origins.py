@@ -181,14 +181,19 @@ def test_whoever_has_the_key_of_the_metrics_finds_them_by_address(serve: Clients
 
 def test_an_origin_that_was_named_may_use_and_read_everything(serve: Clients) -> None:
     client, page = serve(allowed_origins="https://page.example"), {"origin": "https://page.example"}
-    preflight = {"access-control-request-method": "POST", "access-control-request-headers": "authorization, prefer"}
+    preflight = {
+        "access-control-request-method": "POST",
+        "access-control-request-headers": "authorization, prefer, x-request-id",
+    }
 
     assert (
         client.options("/generate", headers=page | preflight).headers["access-control-allow-origin"] == page["origin"]
     )
     made = client.post("/generate", headers=page)
     assert (made.status_code, made.headers["access-control-allow-origin"]) == (200, page["origin"])
-    assert "X-Seed" in made.headers["access-control-expose-headers"]
+    assert {"X-Seed", "RateLimit", "RateLimit-Policy", "Preference-Applied"} <= set(
+        made.headers["access-control-expose-headers"].split(", ")
+    )
     assert "access-control-allow-credentials" not in made.headers
     assert opens(client, "/generate/stream", page)
     other = client.options("/generate", headers={"origin": "https://evil.example", **preflight})

@@ -1,44 +1,56 @@
 """What is refused at the door: every bound of the contract, in an answer that names the field and the limit."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
 
+from server.app import create_app
 from server.errors import SampleLost
+from server.schemas import GenerateRequest
+from server.settings import Settings
+from tests.model.directories import write_model
 from tests.server.fakes import FakeBackend
 
 INVALID: list[tuple[dict[str, Any], str, str]] = [
-    ({"seed": -1}, "/seed", "greater than or equal to 0"),
-    ({"seed": 2**53}, "/seed", "less than"),
-    ({"seed": 2**53 - 1, "n": 2}, "/seed", "2^53 - n"),
-    ({"seed": True}, "/seed", "valid integer"),
-    ({"seed": "7"}, "/seed", "valid integer"),
-    ({"seed": 3.0}, "/seed", "valid integer"),
-    ({"seed": 10**400}, "/seed", "less than"),
-    ({"steps": 0}, "/steps", "greater than or equal to 1"),
-    ({"steps": 31}, "/steps", "1..30"),
-    ({"steps": 10**9}, "/steps", "1..30"),
-    ({"n": 0}, "/n", "greater than or equal to 1"),
-    ({"n": 9}, "/n", "1..8"),
-    ({"n": 10**9}, "/n", "1..8"),
-    ({"n": 10**400}, "/n", "less than"),
-    ({"frames": {"every": 1, "count": 3}}, "/frames", "either every or count"),
-    ({"n": None}, "/n", "valid integer"),
+    ({"seed": -1}, "/seed", "seed must lie in 0..9007199254740991, got -1"),
+    ({"seed": 2**53}, "/seed", "seed must lie in 0..9007199254740991, got 9007199254740992"),
+    ({"seed": 2**53 - 1, "n": 2}, "/seed", "seed must lie in 0..9007199254740990, got 9007199254740991"),
+    ({"seed": True}, "/seed", "seed must be an integer in 0..9007199254740991, got true"),
+    ({"seed": "7"}, "/seed", "seed must be an integer in 0..9007199254740991, got a string"),
+    ({"seed": 3.0}, "/seed", "seed must be an integer in 0..9007199254740991, got 3.0"),
+    ({"seed": 10**400}, "/seed", "seed must lie in 0..9007199254740991, got a number of 401 digits"),
+    ({"steps": 0}, "/steps", "steps must lie in 1..30, got 0"),
+    ({"steps": 31}, "/steps", "steps must lie in 1..30, got 31"),
+    ({"steps": 10**9}, "/steps", "steps must lie in 1..30, got 1000000000"),
+    ({"steps": []}, "/steps", "steps must be an integer in 1..30, got a list"),
+    ({"n": 0}, "/n", "n must lie in 1..8, got 0"),
+    ({"n": 9}, "/n", "n must lie in 1..8, got 9"),
+    ({"n": 10**400}, "/n", "n must lie in 1..8, got a number of 401 digits"),
+    ({"frames": {"every": 1, "count": 3}}, "/frames", "frames must have either every or count"),
+    ({"frames": {}}, "/frames", "frames must have either every or count"),
+    ({"frames": {"count": 1}}, "/frames/count", "frames.count must lie in 2..9007199254740991, got 1"),
+    ({"frames": {"count": 2, "kind": "y"}}, "/frames/kind", "frames.kind must be one of x_t, x0, both"),
+    ({"frames": {"count": 2, "often": 1}}, "/frames", "frames: unknown field; there are every, count, kind"),
+    ({"frames": 3}, "/frames", "frames must be an object of every, count, kind, got 3"),
     ({"sampler": "euler"}, "/sampler", "ddpm, greedy, ddim, dpmpp_2m"),
+    ({"sampler": "e" * 33}, "/sampler", "sampler must be a string of 0 to 32 characters, got 33"),
     ({"eta": 0.5}, "/eta", "ddim only"),
-    ({"sampler": "ddim", "eta": 1.5}, "/eta", "less than or equal to 1"),
+    ({"sampler": "ddim", "eta": 1.5}, "/eta", "eta must lie in 0..1, got 1.5"),
     ({"sampler": "ddim", "variance": "small"}, "/variance", "ddpm only"),
     ({"variance": "learned"}, "/variance", "small or large"),
-    ({"variance": "huge"}, "/variance", "small"),
-    ({"spacing": "quad"}, "/spacing", "leading"),
-    ({"clip": 1}, "/clip", "valid boolean"),
-    ({"noise": "numpy"}, "/noise", "philox"),
-    ({"priority": 11}, "/priority", "less than or equal to 10"),
-    ({"priority": -11}, "/priority", "greater than or equal to -10"),
-    ({"deadline_s": 0}, "/deadline_s", "greater than 0"),
+    ({"variance": "huge"}, "/variance", "variance must be one of small, large, learned"),
+    ({"spacing": "quad"}, "/spacing", "spacing must be one of leading, linspace, trailing"),
+    ({"clip": 1}, "/clip", "clip must be true or false, got 1"),
+    ({"noise": "numpy"}, "/noise", "noise must be one of philox, torch"),
+    ({"priority": 11}, "/priority", "priority must lie in -10..10, got 11"),
+    ({"priority": -11}, "/priority", "priority must lie in -10..10, got -11"),
+    ({"deadline_s": 0}, "/deadline_s", "deadline_s must be more than 0, at most 1000000, got 0"),
+    ({"deadline_s": "1"}, "/deadline_s", "deadline_s must be a number more than 0, at most 1000000, got a string"),
     ({"model": "other"}, "/model", "one of tiny"),
     ({"model": "../tiny"}, "/model", "one of tiny"),
+    ({"model": ["tiny"]}, "/model", "model must be a string of 1 to 64 characters, got a list"),
     ({"prompt": "a digit"}, "", "unknown field"),
     ({"n": 8, "steps": 30}, "/n", "at most 200"),
 ]
@@ -54,6 +66,43 @@ def test_a_field_out_of_bounds_is_named_with_its_limit(
     assert answer.headers["content-type"] == "application/problem+json"
     assert answer.json()["errors"][0]["pointer"] == pointer
     assert limit in answer.json()["errors"][0]["message"]
+
+
+def test_everything_that_is_out_of_bounds_is_said_at_once(client: TestClient) -> None:
+    answer = client.post("/generate", json={"steps": 31, "eta": 2, "n": 9, "frames": {"count": 1}, "foo": 1}).json()
+
+    assert {error["pointer"] for error in answer["errors"]} == {"/steps", "/eta", "/n", "/frames/count", ""}
+
+
+@pytest.mark.parametrize(
+    ("limit", "got"), [("201", ", got 201"), ("0", ", got 0"), ("-1", ", got -1"), ("1e9", ""), ("", "")]
+)
+def test_a_number_in_a_url_is_refused_like_one_in_a_body(client: TestClient, limit: str, got: str) -> None:
+    answer = client.get("/jobs", params={"limit": limit})
+
+    assert (answer.status_code, answer.json()["errors"]) == (
+        422,
+        [{"pointer": "/limit", "message": f"limit must be an integer in 1..200{got}"}],
+    )
+
+
+@pytest.mark.parametrize("field", sorted(GenerateRequest.model_fields.keys() - {"frames"}))
+def test_null_is_as_good_as_leaving_a_field_out(client: TestClient, field: str) -> None:
+    request = {"seed": 1, "steps": 2} | {field: None}
+    spelled, left_out = (
+        client.post("/generate", json=body, headers={"accept": "application/json"}).json()["request"]
+        for body in (request, {name: value for name, value in request.items() if value is not None})
+    )
+
+    assert spelled | {"seed": 0} == left_out | {"seed": 0}  # which is drawn if it is not given
+
+
+def test_null_for_frames_is_none_and_inside_of_them_nothing(client: TestClient) -> None:
+    def frames(given: object) -> Any:
+        return client.post("/generate", json={"frames": given}, headers={"prefer": "respond-async"}).json()
+
+    assert frames(None)["request"]["frames"] is None
+    assert frames({"count": 3, "every": None, "kind": None})["request"]["frames"] == {"count": 3, "kind": "x_t"}
 
 
 MALFORMED = [
@@ -109,6 +158,22 @@ def test_bodies_and_answers_have_to_be_of_a_kind_we_know(
     assert client.post("/generate", content=body, headers=headers).status_code == status
 
 
+@pytest.mark.parametrize(
+    ("names", "chosen", "usual"), [(["a"], "", "a"), (["a", "b"], "", None), (["a", "b"], "b", "b")]
+)
+def test_models_are_listed_with_the_one_that_is_made_with_if_none_is_named(
+    tmp_path: Path, names: list[str], chosen: str, usual: str | None
+) -> None:
+    for name in names:
+        write_model(tmp_path / "weights" / name)
+    settings = Settings(weights=tmp_path / "weights", data_dir=tmp_path / "data", default_model=chosen, max_n=5)
+    with TestClient(create_app(settings, FakeBackend())) as client:
+        listed = client.get("/models").json()
+
+    assert [model["name"] for model in listed["models"]] == names
+    assert (listed["default"], listed["max_n"]) == (usual, 5)
+
+
 def test_unknown_routes_and_methods_are_problems_too(client: TestClient) -> None:
     missing, wrong = client.get("/nothing"), client.get("/generate")
 
@@ -117,8 +182,56 @@ def test_unknown_routes_and_methods_are_problems_too(client: TestClient) -> None
 
 
 def test_what_is_not_allowed_is_told_with_all_that_is(client: TestClient) -> None:
-    assert client.put("/jobs/x").headers["allow"] == "DELETE, GET"
+    assert client.put("/jobs/x").headers["allow"] == "DELETE, GET, HEAD"
     assert client.post("/static/app.js").headers["allow"] == "GET, HEAD"
+    assert client.head("/generate").headers["allow"] == "POST"
+
+
+@pytest.mark.parametrize(
+    "path", ["/", "/docs", "/healthz", "/models", "/jobs", "/openapi.json", "/static/app.js", "/x"]
+)
+def test_head_is_answered_like_get_without_the_body(client: TestClient, path: str) -> None:
+    head, get = client.head(path), client.get(path)
+
+    assert (head.status_code, head.content) == (get.status_code, b"")
+    assert {**head.headers, "x-request-id": ""} == {**get.headers, "x-request-id": ""}
+
+
+@pytest.mark.parametrize(
+    ("given", "status"),
+    [
+        (["TAG"], 304),
+        (["W/TAG"], 304),
+        (['"x", TAG'], 304),
+        (['"x"', "TAG"], 304),
+        (["*"], 304),
+        (['"x"'], 200),
+        ([], 200),
+    ],
+)
+def test_what_a_caller_has_is_not_sent_again(client: TestClient, given: list[str], status: int) -> None:
+    job = client.post("/generate").headers["x-job-id"]
+    for path in (f"/jobs/{job}/images/0", "/", "/docs"):
+        tag = client.get(path).headers["etag"]
+        lines = [("if-none-match", line.replace("TAG", tag)) for line in given]
+        answer = client.get(path, headers=lines)
+        assert (answer.status_code, answer.headers["etag"], bool(answer.content)) == (status, tag, status == 200)
+
+
+@pytest.mark.parametrize(
+    ("lines", "status", "media"),
+    [
+        ([("accept", "text/html"), ("accept", "application/zip")], 200, "application/zip"),
+        ([("prefer", "wait=5"), ("prefer", "respond-async")], 202, "application/json"),
+        ([("prefer", "respond-async; wait=5")], 202, "application/json"),
+        ([("prefer", "respond-async-not")], 200, "image/png"),
+        ([("idempotency-key", "a"), ("idempotency-key", "b")], 400, "application/problem+json"),
+    ],
+)
+def test_all_lines_of_a_header_count(client: TestClient, lines: list[tuple[str, str]], status: int, media: str) -> None:
+    answer = client.post("/generate", headers=lines)
+
+    assert (answer.status_code, answer.headers["content-type"]) == (status, media)
 
 
 def test_a_request_id_is_kept_if_it_is_well_formed(client: TestClient) -> None:

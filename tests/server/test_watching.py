@@ -4,6 +4,7 @@ import asyncio
 import base64
 import io
 import json
+import re
 import time
 from contextlib import aclosing
 from typing import Any
@@ -149,18 +150,28 @@ def test_leaving_the_stream_of_a_new_job_cancels_it(client: TestClient) -> None:
 @pytest.mark.parametrize(
     ("say", "code", "said"),
     [
-        ({"steps": 0}, 4400, "greater than or equal to 1"),
-        ({"frames": {"count": 1}}, 4400, "greater than or equal to 2"),
+        ({"steps": 0}, 4400, "steps must lie in 1..30, got 0"),
+        ({"frames": {"count": 1}}, 4400, "frames.count must lie in 2.."),
         ({"steps": 30, "n": 8}, 4400, "at most 200"),
     ],
 )
 def test_a_bad_request_is_explained_before_the_socket_closes(
     client: TestClient, say: dict[str, Any], code: int, said: str
 ) -> None:
-    (problem,), closed = watch(client, "/generate/stream", say)
+    (error,), closed = watch(client, "/generate/stream", say)
 
-    assert (problem["type"], closed) == ("error", code)
-    assert said in problem["problem"]["errors"][0]["message"]
+    assert (error["type"], error["job"], error["seq"], closed) == ("error", None, 0, code)
+    assert said in error["problem"]["errors"][0]["message"]
+    assert re.fullmatch("[0-9a-f]{16}", error["problem"]["request_id"])
+
+
+@pytest.mark.parametrize("after", ["x", "-1", "", "1.0", str(10**15)])
+def test_a_number_that_no_message_can_have_is_explained_too(client: TestClient, after: str) -> None:
+    job = client.post("/generate", headers={"prefer": "respond-async"}).json()["id"]
+    (error,), closed = watch(client, f"/jobs/{job}/stream?after={after}")
+
+    assert (error["type"], error["job"], error["seq"], closed) == ("error", None, 0, 4400)
+    assert error["problem"]["detail"].startswith("after must be an integer in 0..999999999")
 
 
 def test_unknown_jobs_and_senseless_messages_close_the_socket(client: TestClient) -> None:
@@ -168,7 +179,6 @@ def test_unknown_jobs_and_senseless_messages_close_the_socket(client: TestClient
     job = client.post("/generate", headers={"prefer": "respond-async"}).json()["id"]
 
     assert watch(client, "/jobs/nothing/stream")[1] == 4404
-    assert watch(client, f"/jobs/{job}/stream?after=-1")[1] == 4400
     assert watch(client, f"/jobs/{job}/stream", {"type": "dance"})[1] == 1008
     with pytest.raises(WebSocketDisconnect) as closed, client.websocket_connect("/generate/stream") as socket:
         socket.send_bytes(b"{}")
@@ -183,6 +193,19 @@ def test_viewers_hear_of_an_engine_that_has_failed_for_good(client: TestClient) 
 
     assert "failed" not in [message.get("type") for message in heard]  # it goes on when the server comes back
     assert code == 1011
+
+
+def test_server_sent_events_end_with_the_reason_if_the_server_cannot_go_on(client: TestClient) -> None:
+    backend_of(client).failure = EngineFailed("the engine died 6 times", 70)
+
+    answer = client.post("/generate", json={"steps": 2}, headers={"accept": "text/event-stream"})
+
+    last = dict(line.split(": ", 1) for line in answer.text.strip().split("\n\n")[-1].split("\n"))
+    error = json.loads(last["data"])
+    assert (last["event"], error["type"], error["job"]) == ("error", "error", answer.headers["x-job-id"])
+    assert last["id"] == str(error["seq"]) == "4"  # the number of the last message that is kept
+    assert (error["problem"]["code"], error["problem"]["status"]) == ("engine-down", 503)
+    assert error["problem"]["request_id"] == answer.headers["x-request-id"]
 
 
 def test_a_message_of_the_moment_is_gone_with_the_moment(client: TestClient) -> None:

@@ -1,0 +1,84 @@
+// What `/openapi.json` says, to be read: every path, what may be asked of it and what comes back.
+
+function make(tag, properties, ...children) {
+  const made = Object.assign(document.createElement(tag), properties);
+  made.append(...children); // as text: nothing that the server says is read as HTML
+  return made;
+}
+
+const link = (text, to) => make("a", { href: `#${to}` }, text);
+const code = (text) => make("code", {}, text);
+const words = (text = "") => text.split("`").map((part, i) => (i % 2 ? code(part) : part)); // with `code` in them
+const prose = (text) => make("p", {}, ...words(text));
+const nameOf = ({ $ref }) => $ref.split("/").at(-1);
+
+/** From a to b, or what there is of that. */
+function span(schema) {
+  const { type, minimum, maximum, exclusiveMinimum, exclusiveMaximum, minLength, maxLength } = schema;
+  const from = minimum ?? minLength ?? (exclusiveMinimum === undefined ? "" : `more than ${exclusiveMinimum}`);
+  const below = type === "integer" ? exclusiveMaximum - 1 : `less than ${exclusiveMaximum}`;
+  const to = maximum ?? maxLength ?? (exclusiveMaximum === undefined ? "" : below);
+  if (from === "" && to === "") return "";
+  return ` ${from} … ${to}${minLength ?? maxLength ? " characters" : ""}`;
+}
+
+/** What a schema allows, in a few words. */
+function allowed(schema = {}) {
+  if (schema.$ref) return [link(nameOf(schema), nameOf(schema))];
+  if (schema.anyOf) return schema.anyOf.flatMap((one, i) => [i ? " or " : "", ...allowed(one)]);
+  if (schema.enum) return [schema.enum.join(", ")];
+  if (schema.type === "array") return ["list of ", ...allowed(schema.items)];
+  return [`${schema.type ?? "anything"}${span(schema)}`];
+}
+
+function table(heads, rows) {
+  const head = make("tr", {}, ...heads.map((text) => make("th", { scope: "col" }, text)));
+  const body = rows.map((row) => make("tr", {}, ...row.map((cell) => make("td", {}, ...[cell].flat()))));
+  return make("div", { className: "scroll", tabIndex: 0 }, make("table", {}, head, ...body));
+}
+
+const fields = (properties) => table(["field", "allowed", "if not given", ""], Object.entries(properties).map(
+  ([name, field]) => [name, allowed(field), field.default == null ? "" : `${field.default}`, words(field.description)]));
+
+const parameters = (given) => table(["parameter", "in", "allowed", ""], given.map(
+  ({ name, in: place, schema }) => [name, place, allowed(schema), words(schema.description)]));
+
+const answers = (responses) => table(["answer", "", "as"], Object.entries(responses).map(
+  ([status, { description, content = {} }]) => [status, words(description), Object.keys(content).join(", ")]));
+
+function operation(id, title, { summary, description, parameters: given, requestBody, responses }) {
+  const parts = [make("h2", {}, title), prose(description ?? summary)];
+  if (given?.length) parts.push(parameters(given));
+  for (const [media, { schema }] of Object.entries(requestBody?.content ?? {})) {
+    parts.push(make("p", {}, "Body: ", ...allowed(schema), ", as ", code(media)));
+  }
+  return make("section", { id }, ...parts, answers(responses));
+}
+
+function show({ info, paths, components: { schemas } }) {
+  const contents = [make("h2", {}, "Routes")], sections = [];
+  for (const [path, operations] of Object.entries(paths)) {
+    for (const [method, said] of Object.entries(operations)) {
+      const title = `${method.toUpperCase()} ${path}`, id = title.replace(/\W+/g, "-");
+      contents.push(link(title, id));
+      sections.push(operation(id, title, said));
+    }
+  }
+  contents.push(make("h2", {}, "Bodies"));
+  for (const [name, { description, properties }] of Object.entries(schemas)) {
+    contents.push(link(name, name));
+    sections.push(make("section", { id: name }, make("h2", {}, name), prose(description), fields(properties)));
+  }
+  document.getElementById("contents").replaceChildren(...contents);
+  document.getElementById("reference").replaceChildren(...sections);
+  document.getElementById("about").textContent = `${info.version}. ${info.description}`;
+  if (location.hash) document.querySelector(`[id="${CSS.escape(location.hash.slice(1))}"]`)?.scrollIntoView();
+}
+
+try {
+  const answer = await fetch("openapi.json");
+  if (!answer.ok) throw new Error(`The server answered ${answer.status}.`);
+  show(await answer.json());
+} catch (error) {
+  document.getElementById("about").textContent = `This cannot be shown: ${error.message}`;
+}
