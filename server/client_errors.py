@@ -32,6 +32,10 @@ class _Problem(ClientError):
         self.request_id = str(document.get("request_id", ""))
         super().__init__(self.detail)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As pickle and copy have it: made of words, and then of all its members. A pool of processes needs that."""
+        return type(self), ({"detail": self.detail},), self.__dict__
+
 
 class Refused(_Problem):
     """The server answered with a problem."""

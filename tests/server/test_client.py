@@ -1,17 +1,21 @@
 """The Python client against real connections: pictures, and whatever can go wrong on the way to them."""
 
 import asyncio
+import copy
 import os
+import pickle
 import signal
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
 
+from server import client_errors
 from server.app import create_app
 from server.auth import make_key
 from server.client import (
@@ -35,6 +39,7 @@ from server.client import (
     Started,
     Unreachable,
 )
+from server.client_errors import Answer, LineBroken
 from server.client_values import NUMBERED
 from server.errors import SampleLost
 from server.schemas import GenerateRequest
@@ -42,6 +47,14 @@ from server.settings import Settings
 from tests.server.conftest import Server
 from tests.server.fakes import FakeBackend, read_texts
 from tests.server.lines import Threaded, line, threaded
+
+PROBLEM = {"status": 429, "code": "queue-full", "detail": "later", "errors": [{"pointer": "/n"}], "request_id": "7"}
+RAISED: list[Exception] = [
+    *(kind(PROBLEM) for kind in (Refused, Invalid, NotFound, Denied, Failed)),
+    Busy(PROBLEM, 2.5),
+    *(kind("words") for kind in (client_errors.ClientError, Cancelled, client_errors.TimedOut, Unreachable)),
+    LineBroken("words", Answer(503, {"retry-after": "1"}, b"{}"), code=1011, silent=True),
+]
 
 
 @pytest.fixture
@@ -67,6 +80,17 @@ def grey(weights: Path, tmp_path: Path, backend: FakeBackend) -> Iterator[Thread
 
 def test_a_request_has_the_fields_that_the_server_knows() -> None:
     assert list(Request.__annotations__) == list(GenerateRequest.model_fields)
+
+
+def test_every_error_is_here() -> None:
+    kinds = {kind for name, kind in vars(client_errors).items() if isinstance(kind, type) and name[0] != "_"}
+    assert {kind for kind in kinds if issubclass(kind, Exception)} == {type(error) for error in RAISED}
+
+
+@pytest.mark.parametrize("error", RAISED, ids=lambda error: type(error).__name__)
+def test_an_error_can_be_sent_to_another_process_and_copied(error: Exception) -> None:
+    for again in (pickle.loads(pickle.dumps(error)), copy.copy(error), copy.deepcopy(error)):
+        assert (type(again), str(again), vars(again)) == (type(error), str(error), vars(error))
 
 
 def test_a_picture_has_the_bytes_that_anybody_else_gets(server: Server, client: Client) -> None:
