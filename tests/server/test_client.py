@@ -229,6 +229,7 @@ def test_watching_cancels_nothing(grey: Threaded, backend: FakeBackend) -> None:
             next(iter(events))
         assert job.refresh().status == "queued"
         assert job.cancel().status == "cancelled"
+        assert "<progress" not in job._repr_html_()
         with pytest.raises(Cancelled):
             job.wait()
 
@@ -248,6 +249,31 @@ def test_a_job_is_found_again_and_shows_itself(grey: Threaded, backend: FakeBack
         assert [frame.step for frame in made.frames] == [0, 2, 4]
         assert again.trajectory("gif").startswith(b"GIF89a")
         assert [job.id for job in client.jobs(status="succeeded", limit=5)] == [job.id]
+
+
+def test_a_job_whose_server_is_gone_shows_what_was_last_heard(grey: Threaded, backend: FakeBackend) -> None:
+    grey.do(backend.gate.clear)
+    with line(grey.port) as short, Client(short.url, timeout_s=30) as far:
+        jobs = [far.submit(seed=1)]
+        grey.do(backend.gate.set)
+        jobs[0].wait()
+        jobs.append(far.job(jobs[0].id))
+        grey.do(backend.gate.clear)
+        jobs.append(far.submit(seed=2))
+        short.close()
+        began = time.monotonic()
+        shown = [job._repr_html_() for job in jobs]
+
+    assert [(html.count("<img"), html.count("<progress")) for html in shown] == [(1, 0), (0, 0), (0, 1)]
+    assert time.monotonic() - began < 20
+
+
+def test_a_model_that_is_broken_for_good_is_not_waited_for(grey: Threaded, backend: FakeBackend) -> None:
+    backend.served["tiny"] = replace(backend.served["tiny"], trouble="its weights are cut off")
+    with Client(grey.url, timeout_s=5) as client, pytest.raises(Refused, match="cut off") as refused:
+        client.generate(seed=1)
+
+    assert (type(refused.value), refused.value.code) == (Refused, "model-broken")
 
 
 def test_what_fails_is_told_in_the_words_of_the_server(grey: Threaded, backend: FakeBackend) -> None:
