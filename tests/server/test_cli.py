@@ -127,8 +127,10 @@ def test_a_seed_that_was_drawn_is_told(url: str, tmp_path: Path, capsys: pytest.
         (["--frames", "out.mp4"], 2, ".gif"),
         (["--frames-count", "3"], 2, "need --frames"),
         (["-o", "nowhere/out.png"], 2, "nowhere is not a folder"),
+        (["-o", "-", "--n", "2"], 2, "one picture"),
         (["--key-file", "nothing"], 2, "--key-file could not be read"),
-        (["--url", "ftp://x"], 2, "http"),
+        (["--key-file", __file__], 2, "a key consists of"),
+        (["--url", "http://[::1"], 2, "http://127.0.0.1:8000"),
         (["--url", "http://127.0.0.1:9", "--timeout", "0.2"], 1, "cannot be reached"),
     ],
 )

@@ -296,7 +296,7 @@ def test_a_key_opens_both_doors(weights: Path, tmp_path: Path, backend: FakeBack
     key, words = make_key("alice")
     (tmp_path / "keys").write_text(words)
     settings = Settings(weights=weights, data_dir=tmp_path / "data", api_keys=str(tmp_path / "keys"))
-    with threaded(create_app(settings, backend)) as locked, Client(locked.url, key) as alice:
+    with threaded(create_app(settings, backend)) as locked, Client(locked.url, f"{key}\n") as alice:
         job = alice.submit(seed=1)
         assert job.wait().seed == 1
         with Client(locked.url) as nobody:
@@ -312,8 +312,23 @@ def test_nobody_there_is_said_before_long() -> None:
         assert not client.ready()
         with pytest.raises(Unreachable):
             client.generate(seed=1)
-    with pytest.raises(ValueError, match="http"):
-        Client("127.0.0.1:8000")
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://x", "http://", "http://[::1", "http://x:y", "http://x:65536"])
+def test_an_ill_formed_url_is_refused_at_once_and_not_repeated(url: str) -> None:
+    with pytest.raises(ValueError, match=r"^the URL of a server is like http://127.0.0.1:8000 or https://example.com$"):
+        Client(url)
+
+
+def test_a_url_may_be_written_in_capitals(server: Server) -> None:
+    with Client(f"HTTP://LOCALHOST:{server.port}", timeout_s=20) as client:
+        assert client.generate(seed=1, steps=1).seed == 1
+
+
+@pytest.mark.parametrize("key", ["ключ", "one\ntwo", "one\0"])
+def test_an_ill_formed_key_is_refused_at_once_and_not_repeated(key: str) -> None:
+    with pytest.raises(ValueError, match="^a key consists of visible ASCII characters$"):
+        Client("http://127.0.0.1:9", key)
 
 
 def test_models_are_described(client: Client) -> None:
