@@ -2,7 +2,7 @@
 
 import { Refused, ask, sentence, submit, wait } from "./api.js";
 import * as form from "./form.js";
-import { askForKey, authorized } from "./key.js";
+import { askForKey, authorized, hasKey } from "./key.js";
 import { watchLoad } from "./load.js";
 import * as past from "./past.js";
 import { Stage } from "./stage.js";
@@ -139,7 +139,8 @@ async function lookAround() {
     let needsKey = false;
     try {
       await ask("readyz");
-      if (!was) form.offer((await (await ask("models")).json()).models);
+      if (!was) form.offer(await (await ask("models")).json());
+      $("api").hidden = hasKey(); // a link brings no key
       ready = true;
       $("state").textContent = "ready";
     } catch (refusal) {

@@ -205,5 +205,6 @@ def test_a_server_that_needs_a_key_is_asked_with_it_once_it_was_given(driver: Ch
         assert len(page.pictures()) == 2
         assert "$DDPM_KEY" in str(page.find("curl").get_attribute("textContent"))
         assert "sesame" not in driver.page_source
+        assert not page.find("api").is_displayed()  # a link brings no key
     finally:
         site.stop()
