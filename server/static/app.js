@@ -113,11 +113,12 @@ function again(entry) {
 async function cancel() {
   if (asking) asking.givenUp = true;
   else if (watch && !watch.over) {
+    const mine = watch;
     try {
-      await ask(`jobs/${watch.job.id}`, { method: "DELETE" }); // the stream tells the rest
+      await ask(`jobs/${mine.job.id}`, { method: "DELETE" }); // the stream tells the rest
     } catch (refusal) {
       const unheard = refusal.status !== 404 && refusal.status !== 410;
-      watch.end("cancelled", unheard ? "Not watched any more; the server could not be told to cancel" : "Cancelled");
+      mine.end("cancelled", unheard ? "Not watched any more; the server could not be told to cancel" : "Cancelled");
     }
   }
 }
