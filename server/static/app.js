@@ -95,6 +95,7 @@ async function make(request) {
   } finally {
     asking = null;
   }
+  if (mine.givenUp) say("Cancelled"); // before it was a job that could say so
   if (!job) return settle();
   past.remember(job, job.status);
   show(job);
