@@ -5,7 +5,7 @@ ClientError
 │   ├── Invalid         422: a field is out of bounds, `errors` names it
 │   ├── NotFound        404, 410: there is no such thing, or not any more
 │   ├── Denied          401, 403: no key, or a wrong one
-│   └── Busy            429, 502, 503: later, perhaps; `retry_after_s`
+│   └── Busy            429, 502, 503: later, perhaps; `retry_after_s`. A 503 of the server without one is just Refused
 ├── Failed          the job was taken on, and then failed; the same members as Refused
 ├── Cancelled       the job was given up
 ├── TimedOut        nothing was heard for too long
@@ -31,6 +31,10 @@ class _Problem(ClientError):
         self.errors: list[dict[str, str]] = list(document.get("errors", ()))
         self.request_id = str(document.get("request_id", ""))
         super().__init__(self.detail)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As pickle and copy have it: made of words, and then of all its members. A pool of processes needs that."""
+        return type(self), ({"detail": self.detail},), self.__dict__
 
 
 class Refused(_Problem):
@@ -112,7 +116,9 @@ def refused(document: Mapping[str, Any], retry_after_s: float | None = None) -> 
 def refusal_in(answer: Answer) -> Refused:
     """What an answer refuses. It may come from somebody between us and the server, in other words than ours."""
     document: dict[str, Any] = {"status": answer.status, "detail": f"the answer was {answer.status}"}
+    said = answer.headers.get("retry-after", "")
     if answer.headers.get("content-type", "").startswith("application/problem+json"):
         document |= answer.json()
-    said = answer.headers.get("retry-after", "")
+        if answer.status == 503 and not said:  # so it says that waiting will not help
+            return Refused(document)
     return refused(document, float(said) if said.isascii() and said.isdigit() else None)

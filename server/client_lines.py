@@ -1,6 +1,7 @@
 """How the flows of a client are performed: httpx to ask, websockets to watch, and two ways to wait."""
 
 import asyncio
+import re
 import time
 from typing import Any, TypeVar
 
@@ -17,6 +18,7 @@ URL = "http://127.0.0.1:8000"
 TIMEOUT_S = 60.0  # without hearing anything
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 CONNECT_S = 10.0  # until there is a connection
+VISIBLE = re.compile(r"[ -~]*")  # what may stand in a header
 MOST_BYTES = 1 << 28  # of one message: a picture is much smaller
 
 
@@ -24,14 +26,26 @@ class Address:
     """Where a server is, and by which key it is asked. Raises ValueError."""
 
     def __init__(self, url: str, key: str | None) -> None:
-        if not url.startswith(("http://", "https://")):
-            raise ValueError("the URL of a server begins with http:// or https://")
-        self.url = url.rstrip("/")
+        parsed = _parsed(url)
+        self.url = str(parsed).rstrip("/")
         self.sockets = "ws" + self.url.removeprefix("http")
+        key = (key or "").strip()  # as a file has it, with the end of its line
+        if not VISIBLE.fullmatch(key):
+            raise ValueError("a key consists of visible ASCII characters")
         self.headers = {"Authorization": f"Bearer {key}"} if key else {}
-        host = httpx.URL(url).host
-        self.through_proxies = host not in LOOPBACK  # of the environment; none leads to this machine
+        self.through_proxies = parsed.host not in LOOPBACK  # of the environment; none leads to this machine
         self.limits = httpx.Limits(max_connections=None, max_keepalive_connections=20)
+
+
+def _parsed(url: str) -> httpx.URL:
+    """Raises ValueError that does not repeat it: there may be a password in it."""
+    try:
+        parsed = httpx.URL(url)
+        if parsed.scheme in ("http", "https") and parsed.host and (parsed.port is None or 0 < parsed.port < 1 << 16):
+            return parsed
+    except httpx.InvalidURL:
+        pass
+    raise ValueError("the URL of a server is like http://127.0.0.1:8000 or https://example.com")
 
 
 def _answer(response: httpx.Response) -> Answer:

@@ -8,12 +8,13 @@ from urllib.parse import quote
 import httpx
 
 from server import client_flows as flows
-from server.client_errors import Cancelled, Failed, Unreachable
+from server.client_errors import Cancelled, ClientError, Failed, Unreachable
 from server.client_flows import Flow, Watching
 from server.client_lines import TIMEOUT_S, URL, Address, Line
 from server.client_values import ENDS, Document, Event, Gathering, Picture, Pictures, Request, check, shown
 
 T = TypeVar("T")
+LOOK_S = 2.0  # that a job may take to show itself in a notebook
 
 
 class Stream:
@@ -114,8 +115,14 @@ class Job:
         return f"<Job {self.id}: {self.status}>"
 
     def _repr_html_(self) -> str:
-        self.refresh()
-        return shown(self.document, self.images() if self.status == "succeeded" else ())
+        try:
+            if self.status not in ENDS:
+                self.document = self._client.run(flows.fetch(LOOK_S, "GET", flows.job_path(self.id)))
+            if self.status == "succeeded" and not self._pictures:
+                self._pictures = self._client.run(flows.images(LOOK_S, self.document))
+        except ClientError:  # a notebook shows what was last heard, and does not wait for more
+            pass
+        return shown(self.document, self._pictures)
 
 
 class Client:

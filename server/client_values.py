@@ -285,6 +285,8 @@ def shown(document: Mapping[str, Any], pictures: Sequence[Picture]) -> str:
         body = "".join(f'<img src="data:image/png;base64,{text}" style="min-width:64px;margin:1px">' for text in data)
     elif document["error"]:
         body = html.escape(str(document["error"]["detail"]))
+    elif document["status"] in ENDS:
+        body = ""  # its status says it all
     else:
         body = f'<progress value="{progress["step"]}" max="{progress["steps"]}"></progress>'
         body += f" {progress['step']} of {progress['steps']}, about {progress['eta_s']:.0f} s"

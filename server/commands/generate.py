@@ -68,6 +68,8 @@ def main(arguments: Sequence[str]) -> int:
     for path in (given.out, given.frames):
         if path is not None and not path.absolute().parent.is_dir():
             raise SettingsError(f"{path.parent} is not a folder")
+    if given.out == STDOUT and request.get("n", 1) > 1:
+        raise SettingsError("-o - takes one picture: with -o FILE each goes to a file of its own")
     with Bar() as bar, reach.server(given, bar) as client:
         made = _make(client, request, bar)
         for warning in _differences(before, made):
@@ -84,7 +86,8 @@ def main(arguments: Sequence[str]) -> int:
             print(f"{path}: {words}", file=sys.stderr)
         if given.frames is not None:
             _write(given.frames, client.job(made.job["id"]).trajectory(ANIMATIONS[given.frames.suffix.lower()]))
-            print(f"{given.frames}: {len(made.frames)} frames", file=sys.stderr)
+            points = {frame.step for frame in made.frames}  # one frame holds all pictures, as they were then
+            print(f"{given.frames}: {len(points)} frames", file=sys.stderr)
     return 0
 
 

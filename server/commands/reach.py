@@ -38,12 +38,12 @@ def server(given: Namespace, bar: Bar) -> Iterator[Client]:
             yield client
         return
     try:
-        key = given.key_file.read_text().strip() if given.key_file is not None else None
+        key = given.key_file.read_text("latin-1") if given.key_file is not None else None  # which reads any bytes
         client = Client(given.url, key, given.timeout)
     except OSError as error:
         raise SettingsError(f"--key-file could not be read: {error.strerror}") from None
     except ValueError as error:
-        raise SettingsError(f"--url: {error}") from None
+        raise SettingsError(str(error)) from None
     with client:
         yield client
 

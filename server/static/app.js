@@ -2,7 +2,7 @@
 
 import { Refused, ask, sentence, submit, wait } from "./api.js";
 import * as form from "./form.js";
-import { askForKey, authorized } from "./key.js";
+import { askForKey, authorized, hasKey } from "./key.js";
 import { watchLoad } from "./load.js";
 import * as past from "./past.js";
 import { Stage } from "./stage.js";
@@ -95,6 +95,7 @@ async function make(request) {
   } finally {
     asking = null;
   }
+  if (mine.givenUp) say("Cancelled"); // before it was a job that could say so
   if (!job) return settle();
   past.remember(job, job.status);
   show(job);
@@ -113,11 +114,12 @@ function again(entry) {
 async function cancel() {
   if (asking) asking.givenUp = true;
   else if (watch && !watch.over) {
+    const mine = watch;
     try {
-      await ask(`jobs/${watch.job.id}`, { method: "DELETE" }); // the stream tells the rest
+      await ask(`jobs/${mine.job.id}`, { method: "DELETE" }); // the stream tells the rest
     } catch (refusal) {
       const unheard = refusal.status !== 404 && refusal.status !== 410;
-      watch.end("cancelled", unheard ? "Not watched any more; the server could not be told to cancel" : "Cancelled");
+      mine.end("cancelled", unheard ? "Not watched any more; the server could not be told to cancel" : "Cancelled");
     }
   }
 }
@@ -139,7 +141,8 @@ async function lookAround() {
     let needsKey = false;
     try {
       await ask("readyz");
-      if (!was) form.offer((await (await ask("models")).json()).models);
+      if (!was) form.offer(await (await ask("models")).json());
+      $("api").hidden = hasKey(); // a link brings no key
       ready = true;
       $("state").textContent = "ready";
     } catch (refusal) {

@@ -56,10 +56,12 @@ export async function thumbnail(picture) {
   const canvas = document.createElement("canvas");
   Object.assign(canvas, { width: bitmap.width * scale, height: bitmap.height * scale });
   canvas.getContext("2d").drawImage(bitmap, 0, 0, canvas.width, canvas.height);
+  bitmap.close();
   return canvas.toDataURL();
 }
 
 export function list(element, chosen, choose) {
+  const held = element.contains(document.activeElement) ? document.activeElement.value : null; // by who uses keys
   element.replaceChildren(...entries().map((entry) => {
     const { request: { sampler, steps, seed, n }, status } = entry;
     const button = document.createElement("button");
@@ -72,9 +74,11 @@ export function list(element, chosen, choose) {
     button.append(image, caption, how);
     button.title = button.ariaLabel = `Seed ${seed}, ${n} of them, ${sampler}, ${steps} steps: ${status}`;
     if (entry.id === chosen) button.ariaCurrent = "true";
+    button.value = entry.id;
     button.onclick = () => choose(entry);
     const item = document.createElement("li");
     item.append(button);
     return item;
   }));
+  if (held !== null) element.querySelector(`[value="${CSS.escape(held)}"]`)?.focus();
 }

@@ -112,7 +112,7 @@ export class Stage {
     const context = canvas.getContext("2d");
     if (!picture) return context.clearRect(0, 0, canvas.width, canvas.height);
     const bitmap = picture.bitmap ?? (await createImageBitmap(picture.blob));
-    if (this.left || canvas.picture !== picture) return;
+    if (this.left || canvas.picture !== picture) return bitmap.close();
     const { width, height } = bitmap;
     if (canvas.width !== width || canvas.height !== height) Object.assign(canvas, { width, height });
     context.clearRect(0, 0, width, height);
@@ -120,7 +120,7 @@ export class Stage {
     if (picture.bitmap === null && this.kept + width * height <= KEPT_PIXELS) {
       picture.bitmap = bitmap;
       this.kept += width * height;
-    }
+    } else if (picture.bitmap !== bitmap) bitmap.close(); // or it is held until the browser finds time
     if (this.size[0] !== width || this.size[1] !== height) {
       this.size = [width, height];
       this.fit();

@@ -37,7 +37,7 @@ export function recipes(request) {
 
 export async function copy(button) {
   const source = $(button.dataset.copies);
-  const words = button.textContent;
+  const words = (button.dataset.words ??= button.textContent);
   try {
     await navigator.clipboard.writeText(source.textContent);
   } catch { // browsers give the clipboard to https and localhost only

@@ -85,6 +85,7 @@ export class Watch {
   }
 
   end(status, text, job = this.job) {
+    if (this.over) return; // another job has the stage by now
     this.stop();
     this.listener.ended(status, text, job);
   }
@@ -113,7 +114,7 @@ export class Watch {
     this.story = this.heard ? ", although the server was restarted on the way" : "";
     this.listener.say(this.note);
     try {
-      const job = await submit(this.job.request, (text) => this.listener.say(text), () => this.over, true);
+      const job = await submit(this.job.request, (text) => this.over || this.listener.say(text), () => this.over, true);
       if (!job) return;
       this.job = job;
       this.seq = 0;

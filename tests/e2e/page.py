@@ -19,6 +19,20 @@ fetch(document.querySelectorAll('#tiles a')[index].href)
   .then((answer) => answer.arrayBuffer())
   .then((buffer) => done(btoa(String.fromCharCode(...new Uint8Array(buffer)))));
 """
+HOLD = """
+const [method] = arguments, real = fetch;
+window.fetch = (path, options) =>
+  options?.method === method ? new Promise((done) => { window.answerHeld = done; }) : real(path, options);
+"""
+REFUSE = """
+answerHeld(new Response("{}", { status: 422 }));
+setTimeout(arguments[0], 100);
+"""
+LOSE = """
+const kept = JSON.parse(localStorage.getItem("ddpm.jobs"));
+kept[0].id = "lost";
+localStorage.setItem("ddpm.jobs", JSON.stringify(kept));
+"""
 
 
 class Page:
@@ -144,6 +158,18 @@ class Page:
     def job(self) -> str:
         """The id of the job on the stage."""
         return str(self.run("return sessionStorage.getItem('ddpm.current')"))
+
+    def lose_newest(self) -> None:
+        """From now on the server has never heard of the newest job of the history."""
+        self.run(LOSE)
+
+    def hold_requests(self, method: str) -> None:
+        """Requests of a method are not sent any more, and not answered until `refuse_held`."""
+        self.run(HOLD, method)
+
+    def refuse_held(self) -> None:
+        """The request that is held is refused. Comes back when that has been dealt with."""
+        self.driver.execute_async_script(REFUSE)
 
     def pictures(self) -> list[bytes]:
         """The files behind the links that the page offers."""

@@ -7,11 +7,21 @@ from pathlib import Path
 
 import pytest
 from selenium.webdriver import Chrome
+from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
 from tests.e2e.conftest import ROOT, Site
 from tests.e2e.page import Page
 
+OTHER_MODELS = """
+const real = fetch;
+window.fetch = async (path, options) => {
+  const answer = await real(path, options);
+  if (path !== "models") return answer;
+  const { models: [digits] } = await answer.json();
+  return Response.json({ models: [{ ...digits, name: "first" }, digits], default: "digits", max_n: 4 });
+};
+"""
 SCREENSHOTS = ROOT / "build" / "screenshots"
 
 
@@ -57,6 +67,9 @@ def test_history_survives_a_reload_and_shows_a_job_with_its_frames(page: Page) -
     page.until(lambda: page.last_place == 20)
     finished = page.drawn
     assert page.scrub(0) != finished
+    assert (
+        page.run("return document.activeElement.ariaCurrent") == "true"
+    )  # who has come there with keys is there still
 
     page.find("forget").click()
     assert page.open().history == []
@@ -93,13 +106,51 @@ def test_history_that_the_server_has_lost_is_made_again(page: Page, site: Site) 
     page.build(seed=9, steps=20, n=1)
     page.until_words("Built in")
     before = page.pictures()
-    page.run("""const kept = JSON.parse(localStorage.getItem('ddpm.jobs'));
-        kept[0].id = 'lost'; localStorage.setItem('ddpm.jobs', JSON.stringify(kept))""")
+    page.lose_newest()
     page.open()
 
     page.recall(0)
     page.until_words("Built in")
     assert page.pictures() == before == site.made(seed=9, steps=20)
+
+
+@pytest.mark.parametrize("method", ["DELETE", "POST"])
+def test_a_refusal_that_comes_late_is_not_told_of_another_job(page: Page, site: Site, method: str) -> None:
+    page.build(seed=12, steps=20, n=1)
+    page.until_words("Built in")
+    page.build(seed=13, steps=1000 if method == "DELETE" else 20, n=1)
+    if method == "DELETE":
+        other = page.job
+        page.hold_requests(method)
+        page.find("cancel").click()
+    else:
+        page.until_words("Built in")
+        page.until(lambda: len(page.driver.find_elements(By.CSS_SELECTOR, "#history img")) == 2)  # all is remembered
+        page.lose_newest()
+        page.open()
+        page.hold_requests(method)
+        page.recall(0)
+        page.until_words("The server no longer has this job")
+    page.recall(1)
+    built = page.until_words("Built in")
+    page.refuse_held()
+
+    assert (page.words, page.find("build").get_attribute("aria-disabled")) == (built, "false")
+    if method == "DELETE":
+        site.client.delete(f"/jobs/{other}")
+
+
+def test_the_form_begins_with_the_default_model_and_no_more_pictures_than_may_be(page: Page, driver: Chrome) -> None:
+    assert (page.field("model").get_attribute("value"), page.field("n").get_attribute("max")) == ("digits", "64")
+    script = driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": OTHER_MODELS})
+    try:
+        page.open()
+    finally:
+        driver.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", script)
+
+    assert page.field("model").get_attribute("value") == "digits"
+    assert [page.field("n").get_attribute(name) for name in ("value", "max")] == ["4", "4"]
+    assert page.find("api").is_displayed()
 
 
 def test_an_engine_that_is_killed_is_told_of_and_the_picture_is_the_same(page: Page, site: Site) -> None:
@@ -205,5 +256,6 @@ def test_a_server_that_needs_a_key_is_asked_with_it_once_it_was_given(driver: Ch
         assert len(page.pictures()) == 2
         assert "$DDPM_KEY" in str(page.find("curl").get_attribute("textContent"))
         assert "sesame" not in driver.page_source
+        assert not page.find("api").is_displayed()  # a link brings no key
     finally:
         site.stop()

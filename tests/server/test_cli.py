@@ -53,9 +53,9 @@ def test_the_command_makes_the_same_bytes_with_and_without_a_server(
     files = ["-o", str(tmp_path / "alone.png"), "--frames", str(tmp_path / "alone.gif")]
     knobs = {"DDPM_WEIGHTS": str(weights), "DDPM_THREADS": "1", "DDPM_SLOTS": "4"}
     alone = ddpm("generate", *ASKED, *files, **knobs)
-    assert (alone.returncode, alone.stderr.splitlines()[0]) == (
+    assert (alone.returncode, alone.stderr.splitlines()) == (
         0,
-        f"{tmp_path / 'alone.png'}: tiny, seed 42, 9 steps",
+        [f"{tmp_path / 'alone.png'}: tiny, seed 42, 9 steps", f"{tmp_path / 'alone.gif'}: 10 frames"],
     )
     assert cli.main(["generate", *ASKED, "-o", str(tmp_path / "asked.png"), "--url", url]) == 0
 
@@ -111,6 +111,18 @@ def test_flags_change_what_a_picture_says(url: str, tmp_path: Path) -> None:
     assert cli.main(["generate", *asked, "--sampler", "ddim", "--url", url]) == 0  # which has no variance
 
 
+def test_an_animation_of_several_pictures_has_one_frame_for_each_point(
+    url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, frames = tmp_path / "out.png", tmp_path / "out.gif"
+    asked = ["--seed", "3", "--n", "2", "--steps", "9", "--frames-count", "6", "--frames", str(frames)]
+
+    assert cli.main(["generate", *asked, "-o", str(out), "--url", url]) == 0
+    assert capsys.readouterr().err.splitlines()[-1] == f"{frames}: 6 frames"
+    with Image.open(frames) as animation:
+        assert getattr(animation, "n_frames", 1) == 6
+
+
 def test_a_seed_that_was_drawn_is_told(url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["generate", "--steps", "2", "-o", str(tmp_path / "any.png"), "--url", url]) == 0
 
@@ -127,8 +139,10 @@ def test_a_seed_that_was_drawn_is_told(url: str, tmp_path: Path, capsys: pytest.
         (["--frames", "out.mp4"], 2, ".gif"),
         (["--frames-count", "3"], 2, "need --frames"),
         (["-o", "nowhere/out.png"], 2, "nowhere is not a folder"),
+        (["-o", "-", "--n", "2"], 2, "one picture"),
         (["--key-file", "nothing"], 2, "--key-file could not be read"),
-        (["--url", "ftp://x"], 2, "http"),
+        (["--key-file", __file__], 2, "a key consists of"),
+        (["--url", "http://[::1"], 2, "http://127.0.0.1:8000"),
         (["--url", "http://127.0.0.1:9", "--timeout", "0.2"], 1, "cannot be reached"),
     ],
 )

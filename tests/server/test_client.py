@@ -1,17 +1,21 @@
 """The Python client against real connections: pictures, and whatever can go wrong on the way to them."""
 
 import asyncio
+import copy
 import os
+import pickle
 import signal
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
 
+from server import client_errors
 from server.app import create_app
 from server.auth import make_key
 from server.client import (
@@ -35,6 +39,7 @@ from server.client import (
     Started,
     Unreachable,
 )
+from server.client_errors import Answer, LineBroken
 from server.client_values import NUMBERED
 from server.errors import SampleLost
 from server.schemas import GenerateRequest
@@ -42,6 +47,14 @@ from server.settings import Settings
 from tests.server.conftest import Server
 from tests.server.fakes import FakeBackend, read_texts
 from tests.server.lines import Threaded, line, threaded
+
+PROBLEM = {"status": 429, "code": "queue-full", "detail": "later", "errors": [{"pointer": "/n"}], "request_id": "7"}
+RAISED: list[Exception] = [
+    *(kind(PROBLEM) for kind in (Refused, Invalid, NotFound, Denied, Failed)),
+    Busy(PROBLEM, 2.5),
+    *(kind("words") for kind in (client_errors.ClientError, Cancelled, client_errors.TimedOut, Unreachable)),
+    LineBroken("words", Answer(503, {"retry-after": "1"}, b"{}"), code=1011, silent=True),
+]
 
 
 @pytest.fixture
@@ -67,6 +80,17 @@ def grey(weights: Path, tmp_path: Path, backend: FakeBackend) -> Iterator[Thread
 
 def test_a_request_has_the_fields_that_the_server_knows() -> None:
     assert list(Request.__annotations__) == list(GenerateRequest.model_fields)
+
+
+def test_every_error_is_here() -> None:
+    kinds = {kind for name, kind in vars(client_errors).items() if isinstance(kind, type) and name[0] != "_"}
+    assert {kind for kind in kinds if issubclass(kind, Exception)} == {type(error) for error in RAISED}
+
+
+@pytest.mark.parametrize("error", RAISED, ids=lambda error: type(error).__name__)
+def test_an_error_can_be_sent_to_another_process_and_copied(error: Exception) -> None:
+    for again in (pickle.loads(pickle.dumps(error)), copy.copy(error), copy.deepcopy(error)):
+        assert (type(again), str(again), vars(again)) == (type(error), str(error), vars(error))
 
 
 def test_a_picture_has_the_bytes_that_anybody_else_gets(server: Server, client: Client) -> None:
@@ -205,6 +229,7 @@ def test_watching_cancels_nothing(grey: Threaded, backend: FakeBackend) -> None:
             next(iter(events))
         assert job.refresh().status == "queued"
         assert job.cancel().status == "cancelled"
+        assert "<progress" not in job._repr_html_()
         with pytest.raises(Cancelled):
             job.wait()
 
@@ -224,6 +249,31 @@ def test_a_job_is_found_again_and_shows_itself(grey: Threaded, backend: FakeBack
         assert [frame.step for frame in made.frames] == [0, 2, 4]
         assert again.trajectory("gif").startswith(b"GIF89a")
         assert [job.id for job in client.jobs(status="succeeded", limit=5)] == [job.id]
+
+
+def test_a_job_whose_server_is_gone_shows_what_was_last_heard(grey: Threaded, backend: FakeBackend) -> None:
+    grey.do(backend.gate.clear)
+    with line(grey.port) as short, Client(short.url, timeout_s=30) as far:
+        jobs = [far.submit(seed=1)]
+        grey.do(backend.gate.set)
+        jobs[0].wait()
+        jobs.append(far.job(jobs[0].id))
+        grey.do(backend.gate.clear)
+        jobs.append(far.submit(seed=2))
+        short.close()
+        began = time.monotonic()
+        shown = [job._repr_html_() for job in jobs]
+
+    assert [(html.count("<img"), html.count("<progress")) for html in shown] == [(1, 0), (0, 0), (0, 1)]
+    assert time.monotonic() - began < 20
+
+
+def test_a_model_that_is_broken_for_good_is_not_waited_for(grey: Threaded, backend: FakeBackend) -> None:
+    backend.served["tiny"] = replace(backend.served["tiny"], trouble="its weights are cut off")
+    with Client(grey.url, timeout_s=5) as client, pytest.raises(Refused, match="cut off") as refused:
+        client.generate(seed=1)
+
+    assert (type(refused.value), refused.value.code) == (Refused, "model-broken")
 
 
 def test_what_fails_is_told_in_the_words_of_the_server(grey: Threaded, backend: FakeBackend) -> None:
@@ -246,7 +296,7 @@ def test_a_key_opens_both_doors(weights: Path, tmp_path: Path, backend: FakeBack
     key, words = make_key("alice")
     (tmp_path / "keys").write_text(words)
     settings = Settings(weights=weights, data_dir=tmp_path / "data", api_keys=str(tmp_path / "keys"))
-    with threaded(create_app(settings, backend)) as locked, Client(locked.url, key) as alice:
+    with threaded(create_app(settings, backend)) as locked, Client(locked.url, f"{key}\n") as alice:
         job = alice.submit(seed=1)
         assert job.wait().seed == 1
         with Client(locked.url) as nobody:
@@ -262,8 +312,23 @@ def test_nobody_there_is_said_before_long() -> None:
         assert not client.ready()
         with pytest.raises(Unreachable):
             client.generate(seed=1)
-    with pytest.raises(ValueError, match="http"):
-        Client("127.0.0.1:8000")
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://x", "http://", "http://[::1", "http://x:y", "http://x:65536"])
+def test_an_ill_formed_url_is_refused_at_once_and_not_repeated(url: str) -> None:
+    with pytest.raises(ValueError, match=r"^the URL of a server is like http://127.0.0.1:8000 or https://example.com$"):
+        Client(url)
+
+
+def test_a_url_may_be_written_in_capitals(server: Server) -> None:
+    with Client(f"HTTP://LOCALHOST:{server.port}", timeout_s=20) as client:
+        assert client.generate(seed=1, steps=1).seed == 1
+
+
+@pytest.mark.parametrize("key", ["ключ", "one\ntwo", "one\0"])
+def test_an_ill_formed_key_is_refused_at_once_and_not_repeated(key: str) -> None:
+    with pytest.raises(ValueError, match="^a key consists of visible ASCII characters$"):
+        Client("http://127.0.0.1:9", key)
 
 
 def test_models_are_described(client: Client) -> None:
