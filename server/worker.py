@@ -21,6 +21,7 @@ from server.paces import Paces
 from server.passengers import Passengers, Stream
 
 logger = logging.getLogger(__name__)
+NO_MEMORY = "; memory ran out: a smaller DDPM_SLOTS takes less, and DDPM_MODEL_MEMORY_BYTES fewer models at once"
 LOAD_DEATHS = 3  # of engines while they loaded one model: then it is not loaded any more
 
 
@@ -182,7 +183,8 @@ class LocalBackend:
             self._past, self._stats = replace(self._all_stats, seated=0, waiting=0), Stats()
             if failures > self._restarts:
                 words = "the engine died without a step done, and so it was each time it was replaced"
-                return self._fail(EngineFailed(f"{words} ({self._restarts})", EXIT_ENGINE))
+                why = NO_MEMORY if life.cause == "memory" else ""
+                return self._fail(EngineFailed(f"{words} ({self._restarts}){why}", EXIT_ENGINE))
             self._causes[life.cause] += 1
             self._replayed += loss.again
             self._trouble, self._served = "the engine is being restarted", {}

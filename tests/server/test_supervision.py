@@ -13,7 +13,7 @@ from server import worker
 from server.backend import Spec
 from server.errors import EXIT_ENGINE, EngineFailed, SampleLost
 from server.life import Letter, Life
-from server.messages import Happened, Ready, Start, Submit
+from server.messages import Died, Happened, Ready, Start, Submit
 from server.worker import LocalBackend
 from tests.model.tiny import PROCESS
 from tests.server.fakes import FakeBackend
@@ -39,10 +39,10 @@ class Frail(Life):
 
 
 class Stillborn(Life):
-    """An engine that dies before it is ready."""
+    """An engine that dies before it is ready, of want of memory."""
 
     async def last(self, start: Start, receive: Callable[[object], None], hangs: Callable[[], bool]) -> None:
-        return
+        receive(Died("memory", ""))
 
 
 @asynccontextmanager
@@ -78,7 +78,9 @@ def test_any_number_of_jobs_that_kill_at_their_first_step_fail_one_by_one_and_th
     assert asyncio.run(scene()) == []
 
 
-def test_an_engine_that_dies_with_nobody_on_it_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_that_dies_with_nobody_on_it_is_given_up_and_what_helps_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     async def scene() -> list[EngineFailed]:
         failures: list[EngineFailed] = []
         async with supervised(2, failures) as backend:
@@ -88,4 +90,7 @@ def test_an_engine_that_dies_with_nobody_on_it_is_given_up(monkeypatch: pytest.M
 
     monkeypatch.setattr(worker, "Life", Stillborn)
 
-    assert [failure.exit_code for failure in asyncio.run(scene())] == [EXIT_ENGINE]
+    (failure,) = asyncio.run(scene())
+
+    assert failure.exit_code == EXIT_ENGINE
+    assert "DDPM_SLOTS" in str(failure)
