@@ -119,15 +119,16 @@ def read_card(directory: Path, name: str | None = None) -> ModelCard:
     net_file, schedule_file = config_files(directory)
     config, scheduler = read_json(net_file), read_json(schedule_file)
     arch = lucid_architecture(config) if config.get("_class_name") == LUCID else architecture(config)
-    schedule, weights = noise_schedule(scheduler), _weights(net_file.parent)
-    index_file = directory / "model_index.json"
-    index = Options("model_index.json", read_json(index_file) if index_file.exists() else {})
-    process = _process(Options("scheduler_config.json", scheduler), index, schedule, arch.learned_variance)
+    weights, index_file = _weights(net_file.parent), directory / "model_index.json"
+    process = read_process(scheduler, read_json(index_file) if index_file.exists() else {}, arch.learned_variance)
     shards = _shards(weights) if weights.suffix == ".json" else ()
     return ModelCard(name or directory.name, directory, weights, arch, process, shards)
 
 
-def _process(options: Options, index: Options, schedule: NoiseSchedule, learned: bool) -> Process:
+def read_process(scheduler: Json, index: Json, learned: bool) -> Process:
+    """The process that `scheduler_config.json` and `model_index.json` describe, of a net that has `learned` a variance
+    or not. Raises ModelRefused naming the option."""
+    schedule, options = noise_schedule(scheduler), Options("scheduler_config.json", scheduler)
     options.word("thresholding", (False, None), False)
     known: dict[str | None, Variance] = {
         None: "small",
@@ -147,7 +148,7 @@ def _process(options: Options, index: Options, schedule: NoiseSchedule, learned:
         options.word("timestep_spacing", get_args(Spacing), "leading"),
         options.boolean("clip_sample", True),
         options.number("clip_sample_range", 1e-3, 1e3, 1.0),
-        index.integer("default_steps", 1, schedule.T, schedule.T),
+        Options("model_index.json", index).integer("default_steps", 1, schedule.T, schedule.T),
     )
 
 

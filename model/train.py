@@ -22,9 +22,10 @@ from safetensors.torch import save_file
 from torch import Tensor, distributed
 
 from model.architecture import Architecture, architecture
-from model.card import WEIGHTS, noise_schedule
+from model.card import WEIGHTS, read_process
 from model.data import held_out, load_images
-from model.options import read_json
+from model.lucid_architecture import LUCID
+from model.options import Options, read_json
 from model.schedule import NoiseSchedule
 from model.unet import UNet
 
@@ -152,10 +153,23 @@ class Trainer:
             self.optimizer.state[p] = {k: v if k == "step" else torch.empty_like(p).copy_(v) for k, v in kept.items()}
 
 
+def _trainable(directory: Path) -> Architecture:
+    """The net to train. Raises ModelRefused if what this loop teaches is not what would be asked of it."""
+    config = Options("config.json", read_json(directory / "config.json"))
+    if config.values.get("_class_name") == LUCID:
+        raise config.refuse("_class_name", "UNet2DModel or OpenAIUNet to be trained")
+    arch = architecture(config.values)
+    if arch.learned_variance:
+        raise config.refuse("out_channels", f"in_channels ({arch.in_channels}) to be trained: no variance is learned")
+    scheduler = Options("scheduler_config.json", read_json(directory / "scheduler_config.json"))
+    scheduler.word("prediction_type", ("epsilon",), "epsilon")
+    return arch
+
+
 def train(source: Path, directory: Path, recipe: Recipe, device: str) -> None:
     """Fill `directory` with weights trained on `source`. Resumes; prints and logs progress."""
-    arch = architecture(read_json(directory / "config.json"))
-    schedule = noise_schedule(read_json(directory / "scheduler_config.json"))
+    arch = _trainable(directory)
+    schedule = read_process(read_json(directory / "scheduler_config.json"), {}, arch.learned_variance).schedule
     pictures = torch.from_numpy(load_images(source, arch.shape))
     train_on, test_on = (torch.from_numpy(part) for part in held_out(len(pictures)))
     probe = pictures[test_on[:256]].to(device).float() / 127.5 - 1
