@@ -46,6 +46,13 @@ class Recipe:
     log_every: int = 6_400
     save_every: int = 19_200
 
+    def __post_init__(self) -> None:
+        for name in ("images", "batch", "warm_up", "log_every", "save_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 < self.rate < math.inf:
+            raise ValueError(f"rate must be a positive number, got {self.rate}")
+
     def rate_at(self, seen: int) -> float:
         """Learning rate after `seen` pictures."""
         progress = min(1.0, seen / self.images)
@@ -171,6 +178,8 @@ def train(source: Path, directory: Path, recipe: Recipe, device: str) -> None:
     arch = _trainable(directory)
     schedule = read_process(read_json(directory / "scheduler_config.json"), {}, arch.learned_variance).schedule
     pictures = torch.from_numpy(load_images(source, arch.shape))
+    if len(pictures) < 2:
+        raise ValueError(f"{source.name} must hold at least two pictures: of each ten, one is held out")
     train_on, test_on = (torch.from_numpy(part) for part in held_out(len(pictures)))
     probe = pictures[test_on[:256]].to(device).float() / 127.5 - 1
     trainer, state, log = Trainer(arch, schedule, recipe, device), directory / "training.safetensors", []

@@ -207,6 +207,34 @@ def test_a_model_is_trained_into_a_directory_that_can_be_served(
     assert "--config must name one" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arrays", "flags", "named"),
+    [
+        ({"x": (40, 8, 8)}, [], "pictures.npz"),
+        ({"images": (40,)}, [], "pictures.npz"),
+        ({"images": (1, 8, 8)}, [], "pictures.npz"),
+        ({"images": (40, 8, 8)}, ["--batch", "0"], "batch"),
+        ({"images": (40, 8, 8)}, ["--images", "0"], "images"),
+        ({"images": (40, 8, 8)}, ["--rate", "nan"], "rate"),
+    ],
+)
+def test_a_mistake_in_training_is_told_in_a_line(
+    arrays: dict[str, tuple[int, ...]],
+    flags: list[str],
+    named: str,
+    weights: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    source, out = tmp_path / "pictures.npz", str(tmp_path / "new")
+    np.savez(source, **{name: np.zeros(shape, np.uint8) for name, shape in arrays.items()})
+    words = ["train", str(source), "--out", out, "--config", str(weights / "tiny"), "--device", "cpu", *flags]
+
+    assert cli.main(words) == 2
+    line = capsys.readouterr().err
+    assert line.startswith(f"ddpm: {named} ") and line.count("\n") == 1
+
+
 def test_help_names_every_command_and_enters_none() -> None:
     began = time.perf_counter()
     helped = ddpm("--help")
