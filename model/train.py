@@ -127,7 +127,8 @@ class Trainer:
         for level in PROBE_T:
             eps = torch.randn(pictures.shape, generator=generator).to(self.device)
             t = torch.full((len(pictures),), max(1, level * self.T // 1000), device=self.device)
-            losses[level] = round(self.loss(pictures, t, eps).mean().item(), 5)
+            shares = zip(*(part.split(self.recipe.batch) for part in (pictures, t, eps)), strict=True)
+            losses[level] = round(torch.cat([self.loss(*share) for share in shares]).mean().item(), 5)
         self._assign(kept)
         return losses
 
