@@ -6,7 +6,7 @@ it becomes one, else an `OpenAIUNet` (`model.architecture`).
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from torch import Tensor
@@ -15,6 +15,7 @@ from model.architecture import CHANNELS, OPENAI
 from model.convert.frame import Converted, Options, required, scheduler_config
 from model.errors import ModelRefused
 
+READS = frozenset(field.name for field in fields(Options))  # all there are
 GROUPS = 32
 MOST_LEVELS, MOST_LAYERS = 8, 16
 RESNET = {
