@@ -101,6 +101,14 @@ def test_a_plan_that_cannot_exist_is_refused_by_the_field_that_is_wrong(field: s
     assert refusal.value.field == field
 
 
+def test_a_learned_variance_has_no_noise_of_torch_to_go_with() -> None:
+    learned = Process(linear(), learned_variance=True)
+    for asked in ({}, {"variance": "learned"}):
+        with pytest.raises(PlanError, match="variance must be small or large with noise torch"):
+            resolve(learned, noise="torch", **asked)
+    assert resolve(learned, noise="torch", variance="small").variance == "small"
+
+
 def test_ddpm_without_clipping_is_the_seed_article_s_random_sample() -> None:
     """x_{t-1} = (x_t - beta_t^2 / beta_bar_t eps) / alpha_t + sigma z (eq. 17), for any way to say what eps is."""
     schedule = seed_article()
