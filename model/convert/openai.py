@@ -226,6 +226,12 @@ def convert(state: Mapping[str, Tensor], options: Options) -> Converted:
     # their linear schedule adds the same noise for any T
     scaled = replace(options, beta_start=options.beta_start or 0.1 / T, beta_end=options.beta_end or 20 / T)
     scheduler = scheduler_config(scaled, "learned_range" if learned else "fixed_large")
-    order = "new" if options.new_attention_order else "legacy"
-    origin = f"OpenAI's U-Net ({order} attention order), {config['sample_size']} x {config['sample_size']}, T = {T}"
+    told = (
+        f"{'new' if options.new_attention_order else 'legacy'} attention order",
+        f"heads of {options.head_channels} channels" if options.head_channels else f"{options.heads} heads",
+        scheduler["prediction_type"],
+        f"{scheduler['beta_schedule']} schedule",
+        f"timesteps {'rescaled' if options.rescale_timesteps else 'not rescaled'}",
+    )
+    origin = f"OpenAI's U-Net ({', '.join(told)}), {config['sample_size']} x {config['sample_size']}, T = {T}"
     return Converted(config, scheduler | {"timestep_spacing": "linspace"}, tensors, origin)
