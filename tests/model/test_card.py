@@ -408,7 +408,7 @@ HO = Process(linear(), prediction="epsilon", variance="small", spacing="leading"
             replace(HO, schedule=NoiseSchedule.of([0.1, 0.2]), default_steps=2),
         ),
     ],
-    ids=str,
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
 def test_each_option_of_the_scheduler_is_one_of_the_process(
     tmp_path: Path, option: dict[str, Any], expected: Process

@@ -78,7 +78,7 @@ class Oracle(nn.Module):
 
 def with_oracle(made: Trainer, pictures: Tensor) -> Oracle:
     """Puts an oracle in the place of the net."""
-    made.net = oracle = Oracle(pictures)  # type: ignore[assignment]
+    made.net = oracle = Oracle(pictures)
     return oracle
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -227,7 +228,8 @@ def test_a_mistake_in_training_is_told_in_a_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     source, out = tmp_path / "pictures.npz", str(tmp_path / "new")
-    np.savez(source, **{name: np.zeros(shape, np.uint8) for name, shape in arrays.items()})
+    made: dict[str, Any] = {name: np.zeros(shape, np.uint8) for name, shape in arrays.items()}
+    np.savez(source, **made)
     words = ["train", str(source), "--out", out, "--config", str(weights / "tiny"), "--device", "cpu", *flags]
 
     assert cli.main(words) == 2
