@@ -130,7 +130,8 @@ def _block_types(options: Options, option: str, known: Json, default: tuple[str,
     return tuple(types)
 
 
-def _image_size(options: Options, levels: int) -> tuple[int, int]:
+def image_size(options: Options, levels: int) -> tuple[int, int]:
+    """(height, width) of a picture that can be halved between so many levels. Raises ModelRefused."""
     size = options.values.get("sample_size")
     given = size if isinstance(size, list | tuple) else [size, size]
     step = 2 ** (levels - 1)
@@ -157,7 +158,7 @@ def architecture(config: Json) -> Architecture:
     up = _block_types(options, "up_block_types", UP_BLOCKS, default.up_block_types)
     if not len(down) == len(up) == len(channels):
         raise options.refuse("down_block_types", f"as long as block_out_channels and up_block_types ({len(channels)})")
-    height, width = _image_size(options, len(channels))
+    height, width = image_size(options, len(channels))
     in_channels = options.integer("in_channels", min(CHANNELS), max(CHANNELS), 3)
     if in_channels not in CHANNELS:
         raise options.refuse("in_channels", " or ".join(map(str, CHANNELS)))

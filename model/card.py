@@ -26,20 +26,28 @@ SHARD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}\.safetensors")
 MAX_SHARDS = 256
 MAX_T = 10_000
 MIN_ALPHA_BAR = 1e-30  # of the picture's amplitude must be left at T: float32 holds the inverse
-# Schedulers of diffusers whose nets were trained in another process: their files hold no betas to read.
-OTHER_PROCESSES = ("FlowMatch", "ScoreSde", "KarrasVe", "EDM", "VQDiffusion", "CMStochastic")
+# A file that names none of these is read only if its class has Ho's numbers where nothing is said.
+BETAS = ("beta_schedule", "beta_start", "trained_betas")
+HOS_BY_DEFAULT = ("DDPMScheduler", "DDIMScheduler", "GaussianDDPMScheduler")
 
 
 def noise_schedule(config: Json) -> NoiseSchedule:
     """The schedule that a `scheduler_config.json` describes. Raises ModelRefused naming the option."""
     options = Options("scheduler_config.json", config)
-    if str(config.get("_class_name")).startswith(OTHER_PROCESSES):
-        raise options.refuse("_class_name", "a scheduler of DDPM's process")
+    if all(config.get(option) is None for option in BETAS) and config.get("_class_name") not in HOS_BY_DEFAULT:
+        raise options.refuse("_class_name", f"one of {', '.join(HOS_BY_DEFAULT)} unless {' or '.join(BETAS)} is given")
     options.word("rescale_betas_zero_snr", (False, None), False)
+    options.word("use_flow_sigmas", (False, None), False)
     if config.get("trained_betas") is not None:
         betas = options.items("trained_betas", None, MAX_T)
         if any(isinstance(b, bool) or not isinstance(b, int | float) or not 0 < b < 1 for b in betas):
             raise ModelRefused("scheduler_config.json: trained_betas must be numbers between 0 and 1")
+        if "num_train_timesteps" in config and (T := options.integer("num_train_timesteps", 1, MAX_T, None)) != len(
+            betas
+        ):
+            raise ModelRefused(
+                f"scheduler_config.json: trained_betas must be as many as num_train_timesteps ({T}), got {len(betas)}"
+            )
         return _usable(NoiseSchedule.of(betas), "trained_betas")
     T = options.integer("num_train_timesteps" if "num_train_timesteps" in config else "timesteps", 1, MAX_T, 1000)
     name = options.word("beta_schedule", tuple(BY_NAME), "linear")
@@ -119,16 +127,22 @@ def read_card(directory: Path, name: str | None = None) -> ModelCard:
     net_file, schedule_file = config_files(directory)
     config, scheduler = read_json(net_file), read_json(schedule_file)
     arch = lucid_architecture(config) if config.get("_class_name") == LUCID else architecture(config)
-    schedule, weights = noise_schedule(scheduler), _weights(net_file.parent)
-    index_file = directory / "model_index.json"
-    index = Options("model_index.json", read_json(index_file) if index_file.exists() else {})
-    process = _process(Options("scheduler_config.json", scheduler), index, schedule, arch.learned_variance)
+    weights, index_file = _weights(net_file.parent), directory / "model_index.json"
+    process = read_process(scheduler, read_json(index_file) if index_file.exists() else {}, arch.learned_variance)
     shards = _shards(weights) if weights.suffix == ".json" else ()
     return ModelCard(name or directory.name, directory, weights, arch, process, shards)
 
 
-def _process(options: Options, index: Options, schedule: NoiseSchedule, learned: bool) -> Process:
+def read_process(scheduler: Json, index: Json, learned: bool) -> Process:
+    """The process that `scheduler_config.json` and `model_index.json` describe, of a net that has `learned` a variance
+    or not. Raises ModelRefused naming the option."""
+    schedule, options = noise_schedule(scheduler), Options("scheduler_config.json", scheduler)
     options.word("thresholding", (False, None), False)
+    spacing = options.word("timestep_spacing", get_args(Spacing), "leading")
+    if spacing == "leading":  # the only one that it shifts
+        options.word("steps_offset", (0, None), 0)
+    if str(scheduler.get("_class_name")).startswith("DDIM"):  # of the steps that are taken here only DDIM's asks
+        options.word("set_alpha_to_one", (True, None), True)
     known: dict[str | None, Variance] = {
         None: "small",
         "fixed_small": "small",
@@ -144,10 +158,10 @@ def _process(options: Options, index: Options, schedule: NoiseSchedule, learned:
         options.word("prediction_type", get_args(Prediction), "epsilon"),
         learned,
         variance,
-        options.word("timestep_spacing", get_args(Spacing), "leading"),
+        spacing,
         options.boolean("clip_sample", True),
         options.number("clip_sample_range", 1e-3, 1e3, 1.0),
-        index.integer("default_steps", 1, schedule.T, schedule.T),
+        Options("model_index.json", index).integer("default_steps", 1, schedule.T, schedule.T),
     )
 
 

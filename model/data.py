@@ -7,8 +7,10 @@ import argparse
 import io
 import json
 import tarfile
+import zlib
 from pathlib import Path
 from typing import TypeAlias
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,35 +24,49 @@ def load_images(source: Path, shape: tuple[int, int, int]) -> Uint8Array:
 
     A folder is read recursively, each picture cropped to the centre and resized; an .npz gives its array `images`,
     [N, H, W], [N, H, W, C] or [N, C, H, W] uint8, padded with zeros around if it is smaller than (H, W).
-    Raises ValueError if there is nothing to read or the sizes do not fit.
+    Raises ValueError if there is nothing to read, something is broken or not of 8 bits, or the sizes do not fit.
     """
-    images = _from_folder(source, shape) if source.is_dir() else _from_npz(source)
+    given = images = _from_folder(source, shape) if source.is_dir() else _from_npz(source)
     if images.ndim == 3:
         images = images[:, None]
-    if images.shape[1] != shape[0] and images.shape[-1] == shape[0]:
+    if images.ndim == 4 and images.shape[1] != shape[0] and images.shape[-1] == shape[0]:
         images = images.transpose(0, 3, 1, 2)
-    missing = [want - have for want, have in zip(shape, images.shape[1:], strict=True)]
-    if images.dtype != np.uint8 or len(images) == 0 or missing[0] or min(missing) < 0:
-        raise ValueError(f"{source.name} holds {images.dtype}{list(images.shape)}, which does not fit into {shape}")
+    missing = [want - have for want, have in zip(shape, images.shape[1:], strict=False)]
+    if images.dtype != np.uint8 or images.ndim != 4 or len(images) == 0 or missing[0] or min(missing) < 0:
+        raise ValueError(f"{source.name} holds {given.dtype}{list(given.shape)}, which does not fit into {shape}")
     above, left = missing[1] // 2, missing[2] // 2
     return np.pad(images, ((0, 0), (0, 0), (above, missing[1] - above), (left, missing[2] - left)))
 
 
 def _from_npz(source: Path) -> Uint8Array:
-    with np.load(source, allow_pickle=False) as arrays:
-        images: Uint8Array = arrays["images"]
+    try:
+        with source.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            images: Uint8Array = arrays["images"]
+    except (BadZipFile, EOFError, KeyError, OSError, TypeError, ValueError, zlib.error) as error:
+        raise ValueError(f"{source.name} must be a sound .npz with an array `images`") from error
     return images
 
 
 def _from_folder(source: Path, shape: tuple[int, int, int]) -> Uint8Array:
-    from PIL import Image, ImageOps
-
     files = sorted(p for p in source.rglob("*") if p.suffix.lower() in SUFFIXES)
     if not files:
         raise ValueError(f"{source.name} holds no {', '.join(sorted(SUFFIXES))}")
-    mode, size = {1: "L", 3: "RGB"}[shape[0]], (shape[2], shape[1])
-    pictures = [np.asarray(ImageOps.fit(Image.open(file).convert(mode), size)) for file in files]
+    pictures = [_picture(file, {1: "L", 3: "RGB"}[shape[0]], (shape[2], shape[1])) for file in files]
     return np.stack(pictures).reshape(len(files), *shape[1:], shape[0])
+
+
+def _picture(file: Path, mode: str, size: tuple[int, int]) -> Uint8Array:
+    """A picture as it is meant to be seen, the way up that its camera noted, of 8 bits a channel."""
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(file) as opened:
+            upright = ImageOps.exif_transpose(opened)
+    except (Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"{file.name} is not a sound picture: {type(error).__name__}") from error
+    if upright.mode.startswith(("I", "F")):  # Pillow would cut off at 255 what goes up to 65535, or to who knows what
+        raise ValueError(f"{file.name} must have 8 bits a channel, not be of Pillow's mode {upright.mode}")
+    return np.asarray(ImageOps.fit(upright.convert(mode), size))
 
 
 def digits_of(package: Path) -> tuple[Uint8Array, Uint8Array]:

@@ -87,6 +87,5 @@ def _alive(arch: Architecture) -> int:
         largest = max(largest, (above + channels) * pixels[level])  # joined on the way up
         kinds = (DOWN_BLOCKS[arch.down_block_types[level]], UP_BLOCKS[arch.up_block_types[last - level]])
         if ATTENTION in kinds or (level == last and arch.add_attention):
-            heads = max(1, channels // (arch.attention_head_dim or channels))
-            scores = max(scores, heads * pixels[level] * pixels[level] + 4 * channels * pixels[level])
+            scores = max(scores, arch.heads(channels) * pixels[level] * pixels[level] + 4 * channels * pixels[level])
     return kept + max(AT_WORK * largest, scores + 2 * largest)

@@ -6,7 +6,7 @@ original's constructor, and every one of them must be known here. See docs/nets.
 
 from dataclasses import dataclass, fields
 
-from model.architecture import CHANNELS, MAX_SIDE
+from model.architecture import CHANNELS, image_size
 from model.options import Json, Options, whole
 
 LUCID = "LucidUNet"
@@ -52,16 +52,6 @@ def _whole_numbers(options: Options, option: str, low: int, high: int) -> tuple[
     return tuple(number for number in numbers if number is not None)
 
 
-def _sides(options: Options, levels: int) -> tuple[int, int]:
-    size = options.values.get("sample_size")
-    given = size if isinstance(size, list | tuple) else [size, size]
-    step = 2 ** (levels - 1)
-    sides = [s for s in map(whole, given[:3]) if s is not None and step <= s <= MAX_SIDE and s % step == 0]
-    if not len(given) == len(sides) == 2:
-        raise options.refuse("sample_size", f"a multiple of {step} in {step}..{MAX_SIDE}, or [height, width] of such")
-    return sides[0], sides[1]
-
-
 def lucid_architecture(config: Json) -> LucidArchitecture:
     """The net that such a `config.json` describes. Raises ModelRefused naming the option that is out of bounds."""
     options = Options("config.json", config)
@@ -70,7 +60,7 @@ def lucid_architecture(config: Json) -> LucidArchitecture:
         if option not in known and not option.startswith("_"):
             raise options.refuse(option, f"absent: {LUCID} has no such option")
     multipliers = _whole_numbers(options, "dim_mults", 1, 64)
-    height, width = _sides(options, len(multipliers))
+    height, width = image_size(options, len(multipliers))
     channels = options.integer("in_channels", min(CHANNELS), max(CHANNELS), 3)
     if channels not in CHANNELS:
         raise options.refuse("in_channels", " or ".join(map(str, CHANNELS)))

@@ -36,7 +36,7 @@ def gaussian(seed: Tensor, step: Tensor, shape: tuple[int, ...], domain: int = S
     """Standard normal noise for a batch. seed: [B] int64, step: [B] int64 -> [B, *shape] float32"""
     count = math.prod(shape)
     element = torch.arange((count + 3) // 4, device=seed.device)  # [count / 4]
-    seed, step = seed[:, None], step[:, None] & _MASK
+    seed, step = seed[:, None], step[:, None]
     zero = torch.zeros_like(step)
     words = philox((element, step, zero + domain, zero), (seed & _MASK, (seed >> 32) & _MASK))
     u = [(word.double() + 0.5) * 2.0**-32 for word in words]  # in (0, 1)

@@ -22,9 +22,10 @@ from safetensors.torch import save_file
 from torch import Tensor, distributed
 
 from model.architecture import Architecture, architecture
-from model.card import WEIGHTS, noise_schedule
+from model.card import WEIGHTS, read_process
 from model.data import held_out, load_images
-from model.options import read_json
+from model.lucid_architecture import LUCID
+from model.options import Options, read_json
 from model.schedule import NoiseSchedule
 from model.unet import UNet
 
@@ -44,6 +45,13 @@ class Recipe:
     autocast: bool = True  # bfloat16 in the net; parameters, loss and state stay float32
     log_every: int = 6_400
     save_every: int = 19_200
+
+    def __post_init__(self) -> None:
+        for name in ("images", "batch", "warm_up", "log_every", "save_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 < self.rate < math.inf:
+            raise ValueError(f"rate must be a positive number, got {self.rate}")
 
     def rate_at(self, seen: int) -> float:
         """Learning rate after `seen` pictures."""
@@ -119,7 +127,8 @@ class Trainer:
         for level in PROBE_T:
             eps = torch.randn(pictures.shape, generator=generator).to(self.device)
             t = torch.full((len(pictures),), max(1, level * self.T // 1000), device=self.device)
-            losses[level] = round(self.loss(pictures, t, eps).mean().item(), 5)
+            shares = zip(*(part.split(self.recipe.batch) for part in (pictures, t, eps)), strict=True)
+            losses[level] = round(torch.cat([self.loss(*share) for share in shares]).mean().item(), 5)
         self._assign(kept)
         return losses
 
@@ -152,11 +161,26 @@ class Trainer:
             self.optimizer.state[p] = {k: v if k == "step" else torch.empty_like(p).copy_(v) for k, v in kept.items()}
 
 
+def _trainable(directory: Path) -> Architecture:
+    """The net to train. Raises ModelRefused if what this loop teaches is not what would be asked of it."""
+    config = Options("config.json", read_json(directory / "config.json"))
+    if config.values.get("_class_name") == LUCID:
+        raise config.refuse("_class_name", "UNet2DModel or OpenAIUNet to be trained")
+    arch = architecture(config.values)
+    if arch.learned_variance:
+        raise config.refuse("out_channels", f"in_channels ({arch.in_channels}) to be trained: no variance is learned")
+    scheduler = Options("scheduler_config.json", read_json(directory / "scheduler_config.json"))
+    scheduler.word("prediction_type", ("epsilon",), "epsilon")
+    return arch
+
+
 def train(source: Path, directory: Path, recipe: Recipe, device: str) -> None:
     """Fill `directory` with weights trained on `source`. Resumes; prints and logs progress."""
-    arch = architecture(read_json(directory / "config.json"))
-    schedule = noise_schedule(read_json(directory / "scheduler_config.json"))
+    arch = _trainable(directory)
+    schedule = read_process(read_json(directory / "scheduler_config.json"), {}, arch.learned_variance).schedule
     pictures = torch.from_numpy(load_images(source, arch.shape))
+    if len(pictures) < 2:
+        raise ValueError(f"{source.name} must hold at least two pictures: of each ten, one is held out")
     train_on, test_on = (torch.from_numpy(part) for part in held_out(len(pictures)))
     probe = pictures[test_on[:256]].to(device).float() / 127.5 - 1
     trainer, state, log = Trainer(arch, schedule, recipe, device), directory / "training.safetensors", []

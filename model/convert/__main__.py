@@ -103,6 +103,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         made.error("DIR exists already")
     try:
         if source.is_dir():
+            if given.format or given.part:
+                raise ModelRefused("--format and --part must not be given: SRC is a directory of diffusers")
             converted, file = directories.convert(source, options)
             part = ""
         else:

@@ -10,11 +10,12 @@ from model.architecture import RENAMED, with_todays_names
 from model.card import config_files
 from model.checkpoint import modern
 from model.convert import ports
-from model.convert.frame import Converted, Options, asked, scheduler_config
+from model.convert.frame import OF_THE_SCHEDULER, Converted, Options, asked, refuse_unread, scheduler_config
 from model.convert.sources import read_state
 from model.errors import ModelRefused
 from model.options import read_json, whole
 
+READS = OF_THE_SCHEDULER | {"image_size"}
 NAMES = ("diffusion_pytorch_model", "diffusion_model", "pytorch_model")
 KINDS = (".safetensors", ".bin", ".fp16.safetensors", ".fp16.bin", ".pt")
 MAX_SHARDS = 256
@@ -22,6 +23,7 @@ MAX_SHARDS = 256
 
 def convert(directory: Path, options: Options) -> tuple[Converted, Path]:
     """The model directory, and the file that its weights were read from. Raises ModelRefused."""
+    refuse_unread(options, READS, "a directory of diffusers")
     net_file, schedule_file = config_files(directory)
     config = read_json(net_file)
     weights = _weights_file(net_file.parent)
@@ -69,6 +71,8 @@ def _scheduler(given: dict[str, Any], usual: dict[str, Any], options: Options) -
     kept = {name: value for name, value in given.items() if name not in ("timesteps", "timestep_values")}
     if str(kept.get("_class_name")).startswith("Gaussian"):
         kept["_class_name"] = "DDPMScheduler"
+    if any(value is not None for value in (options.schedule, options.beta_start, options.beta_end)):
+        kept["trained_betas"] = None  # which would go before what was asked for
     return T | kept | asked(options)
 
 

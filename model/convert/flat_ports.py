@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.convert.frame import Converted, Options, scheduler_config
+from model.convert.frame import OF_THE_SCHEDULER, Converted, Options, scheduler_config
 from model.errors import ModelRefused
 
+READS = OF_THE_SCHEDULER | {"image_size"}
 IMAGE_SIZE = 32  # `img_size` where nothing else was said
 TABLE = "time_embedding.timembedding.0.weight"  # [T, C] of the sines and cosines themselves
 FIRST_DENSE = "time_embedding.timembedding.1.weight"

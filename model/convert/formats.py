@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from model.convert import flat_ports, lucidrains, openai, ports
-from model.convert.frame import Converted, Format, Options
+from model.convert.frame import Converted, Format, Options, refuse_unread
 from model.errors import ModelRefused
 
 FORMATS: dict[str, Format] = {
@@ -26,8 +26,10 @@ def convert(state: Mapping[str, Tensor], options: Options, name: str | None = No
             )
         some = ", ".join(map(ascii, sorted(state)[:3]))
         raise ModelRefused(f"no known layout of a DDPM has tensors named {some}; there are {', '.join(FORMATS)}")
+    known = FORMATS[fitting[0]]
+    refuse_unread(options, known.READS, f"the layout {fitting[0]}")
     try:
-        return FORMATS[fitting[0]].convert(state, options)
+        return known.convert(state, options)
     except KeyError as error:
         raise ModelRefused(f"{ascii(error.args[0])} is missing, which such a net has") from error
     except (ArithmeticError, IndexError, RuntimeError, ValueError) as error:

@@ -1,7 +1,7 @@
 """What the formats of foreign checkpoints have in common: what they are told, and what they give."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -40,8 +40,14 @@ class Converted:
     origin: str  # one line: whose layout this was, and what was taken to be so
 
 
+# What `asked` reads, and so every format.
+OF_THE_SCHEDULER = frozenset({"timesteps", "schedule", "beta_start", "beta_end", "prediction", "variance", "clip"})
+
+
 class Format(Protocol):
-    """A layout that checkpoints come in: a module with these two functions."""
+    """A layout that checkpoints come in: a module with this constant and these two functions."""
+
+    READS: frozenset[str]  # the options that it has a use for
 
     def recognises(self, state: Mapping[str, Tensor]) -> bool:
         """Whether these are the tensors of such a checkpoint, by their names."""
@@ -55,6 +61,13 @@ def required(value: Any, flag: str, why: str) -> Any:
     if value is None:
         raise ModelRefused(f"{flag} must be given: {why}")
     return value
+
+
+def refuse_unread(options: Options, read: frozenset[str], what: str) -> None:
+    """Raises ModelRefused, naming the flag, if something is told that `what` would pass over in silence."""
+    for name in (field.name for field in fields(options)):
+        if name not in read and getattr(options, name) is not None:
+            raise ModelRefused(f"--{name.replace('_', '-')} must not be given: {what} has no use for it")
 
 
 def asked(options: Options) -> dict[str, Any]:

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from model.architecture import CHANNELS
-from model.convert.frame import Converted, Options, required, scheduler_config
+from model.convert.frame import OF_THE_SCHEDULER, Converted, Options, required, scheduler_config
 from model.errors import ModelRefused
 from model.lucid_architecture import LUCID
 from model.schedule import Prediction
 
+READS = OF_THE_SCHEDULER | {"image_size"}
 FIRST = "init_conv.weight"
 AVERAGE = "ema_model."
 NEEDED = ("time_mlp.1.weight", "mid_attn.to_qkv.weight", "downs.0.0.block1.proj.weight", "final_conv.weight")
@@ -121,6 +122,8 @@ def _process(state: Mapping[str, Tensor], prefix: str, options: Options, learned
         raise ModelRefused("the file holds its own schedule: --schedule, --timesteps and betas must not be given")
     if missing := {"betas", "alphas_cumprod", "loss_weight"} - tables.keys():
         raise ModelRefused(f"the file lacks {min(missing)}, a table of its diffusion process")
+    if tables["betas"].ndim != 1:
+        raise ModelRefused(f"betas must be one list of numbers, got {tables['betas'].ndim} dimensions")
     betas, prediction = tables["betas"].double().tolist(), options.prediction or _predicted(tables)
     return _scheduler(replace(options, prediction=prediction, timesteps=len(betas)), variance, betas)
 

@@ -6,7 +6,7 @@ it becomes one, else an `OpenAIUNet` (`model.architecture`).
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from torch import Tensor
@@ -15,6 +15,7 @@ from model.architecture import CHANNELS, OPENAI
 from model.convert.frame import Converted, Options, required, scheduler_config
 from model.errors import ModelRefused
 
+READS = frozenset(field.name for field in fields(Options))  # all there are
 GROUPS = 32
 MOST_LEVELS, MOST_LAYERS = 8, 16
 RESNET = {
@@ -225,6 +226,12 @@ def convert(state: Mapping[str, Tensor], options: Options) -> Converted:
     # their linear schedule adds the same noise for any T
     scaled = replace(options, beta_start=options.beta_start or 0.1 / T, beta_end=options.beta_end or 20 / T)
     scheduler = scheduler_config(scaled, "learned_range" if learned else "fixed_large")
-    order = "new" if options.new_attention_order else "legacy"
-    origin = f"OpenAI's U-Net ({order} attention order), {config['sample_size']} x {config['sample_size']}, T = {T}"
+    told = (
+        f"{'new' if options.new_attention_order else 'legacy'} attention order",
+        f"heads of {options.head_channels} channels" if options.head_channels else f"{options.heads} heads",
+        scheduler["prediction_type"],
+        f"{scheduler['beta_schedule']} schedule",
+        f"timesteps {'rescaled' if options.rescale_timesteps else 'not rescaled'}",
+    )
+    origin = f"OpenAI's U-Net ({', '.join(told)}), {config['sample_size']} x {config['sample_size']}, T = {T}"
     return Converted(config, scheduler | {"timestep_spacing": "linspace"}, tensors, origin)

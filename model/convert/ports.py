@@ -10,9 +10,10 @@ from typing import Any
 
 from torch import Tensor
 
-from model.convert.frame import Converted, Options, required, scheduler_config
+from model.convert.frame import OF_THE_SCHEDULER, Converted, Options, required, scheduler_config
 from model.errors import ModelRefused
 
+READS = OF_THE_SCHEDULER | {"image_size"}
 ATTENDED = 16  # pixels of a side, where all of Ho's nets attend
 RESNET = {
     "norm1": "norm1",

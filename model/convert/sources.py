@@ -18,6 +18,8 @@ def read_state(source: Path, part: str | None = None) -> tuple[dict[str, Tensor]
     """(tensors by name, the part of the file that they are, all its parts). Raises ModelRefused."""
     require_file(source)
     if source.suffix == ".safetensors":
+        if part is not None:
+            raise ModelRefused(f"--part must not be given: {source.name} holds one state dict")
         return _stripped(_load(source)), "", [""]
     with tempfile.TemporaryDirectory() as scratch:
         target = Path(scratch) / "part.safetensors"

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 from model.card import WEIGHTS, read_card
 from model.errors import ModelRefused
 from model.options import MAX_CONFIG_BYTES
-from model.schedule import cosine, linear
+from model.schedule import NoiseSchedule, Process, cosine, linear, scaled_linear, sigmoid
 from tests.model.directories import CONFIG, SCHEDULER, write_model
 from tests.model.refusals import refusal
 from tests.model.tiny import ARCHITECTURE, PROCESS, T
@@ -309,10 +310,10 @@ SCHEDULER_ABSURDITIES: list[tuple[str, object]] = [
     ("clip_sample", None),
     ("clip_sample_range", 0),
     ("clip_sample_range", float("inf")),
-    ("_class_name", "FlowMatchEulerDiscreteScheduler"),
-    ("_class_name", "ScoreSdeVeScheduler"),
     ("thresholding", True),
     ("rescale_betas_zero_snr", True),
+    ("use_flow_sigmas", True),
+    ("steps_offset", 1),
 ]
 
 
@@ -322,6 +323,101 @@ def test_an_absurd_schedule_is_refused_by_option(tmp_path: Path, option: str, va
 
     assert message.startswith(f"scheduler_config.json: {option} must ")
     assert len(message) < 300
+
+
+# As diffusers saves them: the classes that have no betas, or have them elsewhere.
+OTHER_PROCESSES: list[dict[str, Any]] = [
+    {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 1.0},
+    {"_class_name": "FlowMapEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 1.0},
+    {"_class_name": "ScoreSdeVeScheduler", "num_train_timesteps": 2000, "snr": 0.15, "sigma_min": 0.01},
+    {"_class_name": "DDPMWuerstchenScheduler", "scaler": 1.0, "s": 0.008},
+    {"_class_name": "IPNDMScheduler", "num_train_timesteps": 1000, "trained_betas": None},
+    {"_class_name": "CosineDPMSolverMultistepScheduler", "sigma_min": 0.3, "prediction_type": "v_prediction"},
+    {"_class_name": "UnCLIPScheduler", "num_train_timesteps": 1000, "variance_type": "fixed_small_log"},
+    {},
+]
+
+
+@pytest.mark.parametrize("scheduler", OTHER_PROCESSES, ids=lambda scheduler: scheduler.get("_class_name", "no class"))
+def test_a_file_that_tells_no_betas_is_not_taken_for_hos(tmp_path: Path, scheduler: dict[str, Any]) -> None:
+    (write_model(tmp_path) / "scheduler_config.json").write_text(json.dumps(scheduler))
+
+    assert why(tmp_path).startswith("scheduler_config.json: _class_name must be one of DDPMScheduler, ")
+
+
+@pytest.mark.parametrize("scheduler", [{"_class_name": "DDIMScheduler"}, {"_class_name": "PNDM", "beta_start": 1e-4}])
+def test_hos_numbers_are_taken_where_they_are_meant(tmp_path: Path, scheduler: dict[str, Any]) -> None:
+    (write_model(tmp_path) / "scheduler_config.json").write_text(json.dumps(scheduler))
+
+    assert np.array_equal(read_card(tmp_path).process.schedule.alpha_bar, linear(1000).alpha_bar)
+
+
+def test_what_changes_no_picture_is_passed_over(tmp_path: Path) -> None:
+    """The offset shifts `leading` alone, and only the step of DDIM asks where the last one ends."""
+    harmless = {"timestep_spacing": "trailing", "steps_offset": 1, "set_alpha_to_one": False}
+
+    assert read_card(write_model(tmp_path, scheduler=harmless)).process.spacing == "trailing"
+    assert why(write_model(tmp_path, scheduler=harmless | {"_class_name": "DDIMScheduler"})) == (
+        "scheduler_config.json: set_alpha_to_one must be one of true, null, got false"
+    )
+
+
+def test_betas_are_as_many_as_there_are_timesteps(tmp_path: Path) -> None:
+    betas = {"trained_betas": [0.01] * 50}
+
+    assert why(write_model(tmp_path, scheduler=betas)) == (
+        f"scheduler_config.json: trained_betas must be as many as num_train_timesteps ({T}), got 50"
+    )
+    assert read_card(write_model(tmp_path, scheduler=betas | {"num_train_timesteps": 50})).process.schedule.T == 50
+
+
+# The scheduler's file as google/ddpm-cifar10-32 and google/ddpm-ema-*-256 have it
+PUBLISHED = {
+    "_class_name": "DDPMScheduler",
+    "_diffusers_version": "0.1.1",
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "beta_start": 0.0001,
+    "clip_sample": True,
+    "num_train_timesteps": 1000,
+    "trained_betas": None,
+}
+HO = Process(linear(), prediction="epsilon", variance="small", spacing="leading", clip=True, clip_range=1.0)
+
+
+@pytest.mark.parametrize(
+    ("option", "expected"),
+    [
+        ({}, HO),
+        ({"variance_type": None}, HO),
+        ({"variance_type": "fixed_small_log"}, HO),
+        ({"variance_type": "fixed_large"}, replace(HO, variance="large")),
+        ({"prediction_type": "v_prediction"}, replace(HO, prediction="v_prediction")),
+        ({"prediction_type": "sample"}, replace(HO, prediction="sample")),
+        ({"timestep_spacing": "linspace"}, replace(HO, spacing="linspace")),
+        ({"timestep_spacing": "trailing"}, replace(HO, spacing="trailing")),
+        ({"clip_sample": False}, replace(HO, clip=False)),
+        ({"clip_sample_range": 2.5}, replace(HO, clip_range=2.5)),
+        ({"num_train_timesteps": 40}, replace(HO, schedule=linear(40), default_steps=40)),
+        ({"beta_start": 0.01}, replace(HO, schedule=linear(beta_start=0.01))),
+        ({"beta_end": 0.01}, replace(HO, schedule=linear(beta_end=0.01))),
+        ({"beta_schedule": "scaled_linear"}, replace(HO, schedule=scaled_linear())),
+        ({"beta_schedule": "sigmoid"}, replace(HO, schedule=sigmoid())),
+        (
+            {"trained_betas": [0.1, 0.2], "num_train_timesteps": 2},
+            replace(HO, schedule=NoiseSchedule.of([0.1, 0.2]), default_steps=2),
+        ),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_each_option_of_the_scheduler_is_one_of_the_process(
+    tmp_path: Path, option: dict[str, Any], expected: Process
+) -> None:
+    (write_model(tmp_path) / "scheduler_config.json").write_text(json.dumps(PUBLISHED | option))
+    process = read_card(tmp_path).process
+
+    assert np.array_equal(process.schedule.alpha_bar, expected.schedule.alpha_bar)
+    assert asdict(process) | {"schedule": None} == asdict(expected) | {"schedule": None}
 
 
 def test_a_schedule_that_leaves_nothing_of_the_picture_is_refused(tmp_path: Path) -> None:

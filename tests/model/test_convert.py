@@ -9,16 +9,18 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from diffusers import DDPMPipeline, UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from model.card import WEIGHTS, read_card
 from model.convert.__main__ import main
-from model.convert.pickles import choose, extract, parts
+from model.convert.pickles import SPARE_BYTES, choose, extract, parts
 from model.errors import ModelRefused
+from model.schedule import cosine
 from tests.model.flat_ports import FlatUNet
 from tests.model.ports import PortedUNet
 from tests.model.test_checkpoint import Bomb
@@ -163,6 +165,27 @@ def test_the_flat_port_says_what_it_said_and_knows_its_T(tmp_path: Path) -> None
     assert (process.schedule.T, process.variance, process.clip) == (50, "large", False)
 
 
+def test_a_flag_is_never_passed_over_in_silence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    port, flat = (
+        written(tmp_path / f"{name}.safetensors", net.state_dict())
+        for name, net in (("port", PortedUNet()), ("flat", FlatUNet(T=10, blocks=1)))
+    )
+    pipeline(shaken(small())).save_pretrained(directory := tmp_path / "directory")
+
+    for source, what in ((port, "the layout ports"), (flat, "the layout flat-ports"), (directory, "a directory of")):
+        for flags in (
+            ["--heads", "4"],
+            ["--head-channels", "8"],
+            ["--new-attention-order"],
+            ["--no-rescale-timesteps"],
+        ):
+            expected = f"{flags[0].replace('--no-', '--')} must not be given: {what}"
+            assert refused(capsys, source, *flags).startswith(expected)
+    assert refused(capsys, port, "--part", "ema") == "--part must not be given: port.safetensors holds one state dict"
+    for flags in (["--format", "openai"], ["--part", "ema"]):
+        assert refused(capsys, directory, *flags).startswith("--format and --part must not be given: ")
+
+
 # Directories of diffusers
 
 
@@ -235,6 +258,14 @@ def test_a_directory_of_2022_says_what_it_said(tmp_path: Path, folders: bool) ->
     )
 
 
+def test_a_schedule_that_is_asked_for_goes_before_the_betas_of_a_directory(tmp_path: Path) -> None:
+    betas = DDPMScheduler(trained_betas=[0.01] * 100, num_train_timesteps=100)
+    pipeline(shaken(small()), betas).save_pretrained(tmp_path / "ddpm")
+    directory = converted(tmp_path / "ddpm", "--schedule", "squaredcos_cap_v2", "--timesteps", "50")
+
+    assert np.array_equal(read_card(directory).process.schedule.alpha_bar, cosine(50).alpha_bar)
+
+
 def test_the_very_first_directories_held_hos_net_as_its_ports_spell_it(tmp_path: Path) -> None:
     net = shake(PortedUNet(attended=8))
     config = {"_class_name": "UNetModel", "ch": 32, "ch_mult": [1, 2], "resolution": 32, "attn_resolutions": [8]}
@@ -297,17 +328,30 @@ def test_what_is_not_a_tensor_is_named_and_not_run(tmp_path: Path, capsys: pytes
 
 
 class Allocation:
-    """What a malicious pickle asks for: a terabyte."""
+    """What a pickle asks for: so many bytes."""
+
+    def __init__(self, size_bytes: int) -> None:
+        self.size_bytes = size_bytes
 
     def __reduce__(self) -> tuple[type[bytearray], tuple[int]]:
-        return bytearray, (1 << 40,)
+        return bytearray, (self.size_bytes,)
 
 
-def test_a_pickle_that_takes_too_much_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("size_bytes", "refusal"),
+    [
+        (SPARE_BYTES + (1 << 30), "net.bin is not a sound checkpoint of torch: MemoryError"),  # any machine has them
+        (1 << 20, "net.bin holds no tensors by name"),
+    ],
+    ids=["too much", "little"],
+)
+def test_a_pickle_that_takes_too_much_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], size_bytes: int, refusal: str
+) -> None:
     source = tmp_path / "net.bin"
-    torch.save({"a": Allocation()}, source)
+    torch.save({"a": Allocation(size_bytes)}, source)
 
-    assert refused(capsys, source) == "net.bin is not a sound checkpoint of torch: MemoryError"
+    assert refused(capsys, source) == refusal
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")

@@ -203,6 +203,11 @@ REFUSED: dict[str, tuple[dict[str, Tensor], Options, str]] = {
     "a net of version 1": (without(STATE, "norm.g"), Options(image_size=SIZE), "a net of version 1"),
     "a picture of unknown size": (STATE, Options(), "--image-size must be given"),
     "two schedules": (STATE, Options(image_size=SIZE, timesteps=10), "the file holds its own schedule"),
+    "betas that are one number": (
+        STATE | {"betas": torch.tensor(0.1)},
+        Options(image_size=SIZE),
+        "betas must be one list of numbers, got 0 dimensions",
+    ),
     "a loss of no known weight": (
         STATE | {"loss_weight": torch.full((T,), 3.0)},
         Options(image_size=SIZE),

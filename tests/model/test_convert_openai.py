@@ -95,6 +95,22 @@ def test_the_wrong_number_of_heads_is_another_net(tmp_path: Path) -> None:
     assert relative_error(computed(model, x, k), theirs(x, k)) > 1e-3
 
 
+def test_a_line_tells_what_was_told_or_taken_to_be_so() -> None:
+    state = shaken(Kind()).state_dict()
+    usual = convert(state, Options(image_size=SIZE, heads=4)).origin
+    told = Options(SIZE, 4000, "squaredcos_cap_v2", heads=4, rescale_timesteps=True, new_attention_order=True)
+
+    size = f"{SIZE} x {SIZE}"
+    assert usual == (
+        f"OpenAI's U-Net (legacy attention order, 4 heads, epsilon, linear schedule, timesteps not rescaled), {size}, "
+        "T = 1000"
+    )
+    assert convert(state, told).origin == (
+        "OpenAI's U-Net (new attention order, 4 heads, epsilon, squaredcos_cap_v2 schedule, timesteps rescaled), "
+        f"{size}, T = 4000"
+    )
+
+
 def betas(name: str, T: int) -> Tensor:
     """Nichol & Dhariwal's step variances, by their formulas. [T] float64"""
     if name == "linear":

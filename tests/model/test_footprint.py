@@ -1,6 +1,7 @@
 """What a model takes is known before it is loaded."""
 
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,14 @@ def test_no_more_is_alive_in_a_step_than_was_thought_and_not_much_less(arch: Arc
         net(x, embedding)
 
     assert counting.most <= 2 * 4 * alive(arch) <= 3 * counting.most
+
+
+def test_heads_take_as_much_however_they_are_told() -> None:
+    """Of 64 channels, four heads are heads of sixteen."""
+    large = replace(WIDE, height=64, width=64)
+    by_number, by_width = replace(large, attention_heads=4), replace(large, attention_head_dim=16)
+
+    assert alive(by_number) == alive(by_width) > alive(replace(large, attention_head_dim=None))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -9,7 +9,17 @@ from diffusers import DDPMScheduler
 
 from model.errors import PlanError
 from model.plan import COLUMNS, SPACINGS, C, E, H, K, M, N, P, Q, S, U, W, resolve, timesteps
-from model.schedule import FloatArray, NoiseSchedule, Prediction, Process, Spacing, cosine, linear, seed_article
+from model.schedule import (
+    FloatArray,
+    NoiseSchedule,
+    Prediction,
+    Process,
+    Spacing,
+    Variance,
+    cosine,
+    linear,
+    seed_article,
+)
 from tests.model.worlds import PREDICTIONS, planned
 
 EVERY_SAMPLER: list[dict[str, Any]] = [
@@ -99,6 +109,15 @@ def test_a_plan_that_cannot_exist_is_refused_by_the_field_that_is_wrong(field: s
     with pytest.raises(PlanError) as refusal:
         resolve(Process(linear()), **choices)
     assert refusal.value.field == field
+
+
+def test_a_learned_variance_has_no_noise_of_torch_to_go_with() -> None:
+    learned = Process(linear(), learned_variance=True)
+    asked: list[Variance | None] = [None, "learned"]
+    for variance in asked:
+        with pytest.raises(PlanError, match="variance must be small or large with noise torch"):
+            resolve(learned, noise="torch", variance=variance)
+    assert resolve(learned, noise="torch", variance="small").variance == "small"
 
 
 def test_ddpm_without_clipping_is_the_seed_article_s_random_sample() -> None:

@@ -230,6 +230,17 @@ def test_no_more_are_unseated_than_there_are_seats() -> None:
     assert sorted(guest.left for guest in scheduler.seated) == [790, 800]
 
 
+def test_who_was_unseated_and_then_withdrew_makes_room_for_another() -> None:
+    long, short, shorter = Guest("long", left=900), Guest("short", left=800), Guest("shorter", left=700)
+    scheduler = party(1, long)
+    scheduler.add(short)
+    settle(scheduler)
+    scheduler.withdraw(long)
+    scheduler.add(shorter)
+
+    assert settle(scheduler) == [shorter]
+
+
 def test_another_owner_finds_a_seat_even_when_as_many_are_unseated() -> None:
     scheduler = party(2, *(Guest("", left=900) for _ in range(2)))
     for left in (800, 790, 780):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -219,6 +220,35 @@ def test_a_model_is_trained_into_a_directory_that_can_be_served(
     assert capsys.readouterr().out.splitlines()[1].startswith("new ")
     assert cli.main(["train", source, "--out", str(tmp_path / "newer"), *knobs]) == 2
     assert "--config must name one" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arrays", "flags", "named"),
+    [
+        ({"x": (40, 8, 8)}, [], "pictures.npz"),
+        ({"images": (40,)}, [], "pictures.npz"),
+        ({"images": (1, 8, 8)}, [], "pictures.npz"),
+        ({"images": (40, 8, 8)}, ["--batch", "0"], "batch"),
+        ({"images": (40, 8, 8)}, ["--images", "0"], "images"),
+        ({"images": (40, 8, 8)}, ["--rate", "nan"], "rate"),
+    ],
+)
+def test_a_mistake_in_training_is_told_in_a_line(
+    arrays: dict[str, tuple[int, ...]],
+    flags: list[str],
+    named: str,
+    weights: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    source, out = tmp_path / "pictures.npz", str(tmp_path / "new")
+    made: dict[str, Any] = {name: np.zeros(shape, np.uint8) for name, shape in arrays.items()}
+    np.savez(source, **made)
+    words = ["train", str(source), "--out", out, "--config", str(weights / "tiny"), "--device", "cpu", *flags]
+
+    assert cli.main(words) == 2
+    line = capsys.readouterr().err
+    assert line.startswith(f"ddpm: {named} ") and line.count("\n") == 1
 
 
 def test_help_names_every_command_and_enters_none() -> None:
