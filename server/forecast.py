@@ -8,7 +8,7 @@ from bisect import bisect
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Generic, TypeVar
+from typing import Generic, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -18,6 +18,7 @@ MEMORY = 0.1  # the weight of the newest step in the mean of its batch size
 MOST = 256  # pictures that are played forward one by one; those behind them are counted as so much work
 
 K = TypeVar("K", bound=Hashable)
+Piece: TypeAlias = tuple[float, int, int, int]  # pictures of a job: (their rank, whose, steps of each, how many)
 
 
 @dataclass(slots=True)
@@ -70,9 +71,7 @@ class _Share:
     """What an owner has before it. Its image-steps are `used + seats * step`, so that a step changes nothing here."""
 
     number: int
-    pieces: list[tuple[float, int, int, int]] = field(
-        default_factory=list
-    )  # (rank, whose, steps, pictures); first last
+    pieces: list[Piece] = field(default_factory=list)  # the first of them last
     used: int = 0
     seats: int = 0
     left: int = 0  # image-steps, once no more is played forward
