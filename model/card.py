@@ -42,12 +42,10 @@ def noise_schedule(config: Json) -> NoiseSchedule:
         betas = options.items("trained_betas", None, MAX_T)
         if any(isinstance(b, bool) or not isinstance(b, int | float) or not 0 < b < 1 for b in betas):
             raise ModelRefused("scheduler_config.json: trained_betas must be numbers between 0 and 1")
-        if "num_train_timesteps" in config and (T := options.integer("num_train_timesteps", 1, MAX_T, None)) != len(
-            betas
-        ):
-            raise ModelRefused(
-                f"scheduler_config.json: trained_betas must be as many as num_train_timesteps ({T}), got {len(betas)}"
-            )
+        T = options.integer("num_train_timesteps", 1, MAX_T, len(betas))
+        if len(betas) != T:
+            wanted = f"trained_betas must be as many as num_train_timesteps ({T}), got {len(betas)}"
+            raise ModelRefused(f"scheduler_config.json: {wanted}")
         return _usable(NoiseSchedule.of(betas), "trained_betas")
     T = options.integer("num_train_timesteps" if "num_train_timesteps" in config else "timesteps", 1, MAX_T, 1000)
     name = options.word("beta_schedule", tuple(BY_NAME), "linear")

@@ -8,8 +8,6 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-from model.errors import NoSuchDevice
-
 ANSWER_S = 30.0
 UNLIMITED = 1 << 20
 QUOTA = Path("/sys/fs/cgroup/cpu.max")  # microseconds in so many: "200000 100000", or "max 100000"
@@ -32,14 +30,19 @@ def quota(path: Path) -> int:
 
 
 def count_gpus() -> int:
-    """How many GPUs torch will see. The driver is asked by a process of its own, which leaves nothing behind."""
+    """How many GPUs torch will see. The driver is asked by a process of its own, which leaves nothing behind.
+
+    Raises NoSuchDevice if the driver does not answer.
+    """
     if version("torch").endswith("+cpu"):
         return 0
     try:
         asked = subprocess.run([sys.executable, "-I", __file__], capture_output=True, text=True, timeout=ANSWER_S)
     except subprocess.TimeoutExpired:
+        from model.errors import NoSuchDevice  # not above: what asks the driver finds none of our packages
+
         raise NoSuchDevice(
-            f"the GPUs' driver has not answered for {ANSWER_S:g} s (DDPM_DEVICE=cpu does without)"
+            f"the driver of the GPUs said nothing for {ANSWER_S:g} s; DDPM_DEVICE=cpu needs none"
         ) from None
     return int(asked.stdout) if asked.returncode == 0 else 0
 

@@ -37,7 +37,12 @@ class Settings(BaseModel):
     model_memory_bytes: int = Field(
         0, ge=0, description="bytes of a device that loaded models may take; 0: all are loaded at the start"
     )
-    threads: int = Field(0, ge=0, le=256, description="threads of all engines on a CPU together; 0: one per core")
+    threads: int = Field(
+        0,
+        ge=0,
+        le=256,
+        description="threads of all engines on a CPU together; 0: one per core, and no more than a container may use",
+    )
     exact: bool = Field(True, description="only batch sizes in which a picture has the same bytes in any company")
     data_dir: Path = Field(Path("data"), description="a folder for the jobs and their pictures; one server has it")
     retention_days: float = Field(7.0, ge=0, le=36500, description="days for which a job that has ended is kept")

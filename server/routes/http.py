@@ -98,7 +98,7 @@ def prefers(request: Request, preference: str) -> bool:
     return preference in [part.partition(";")[0].strip().lower() for part in given]
 
 
-def has(request: Request, tag: str) -> bool:
+def already_has(request: Request, tag: str) -> bool:
     """Whether a caller says that it has what bears this ETag (RFC 9110, 13.1.2)."""
     given = header(request, "if-none-match") or ""
     return given.strip() == "*" or tag.removeprefix("W/") in TAG.findall(given)

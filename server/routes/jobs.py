@@ -10,7 +10,7 @@ from server.errors import Invalid, NotFound
 from server.job import Job
 from server.jobs import Jobs
 from server.routes.generate import ANIMATIONS, PNG, draw
-from server.routes.http import has, header, name_of_owner, negotiate
+from server.routes.http import already_has, header, name_of_owner, negotiate
 from server.schemas import JOBS, MOST_JOBS, STATUSES, After, Index, Limit, Status
 
 router = APIRouter()
@@ -58,7 +58,7 @@ async def job_image(request: Request, id: str, index: Index) -> Response:
     image = job.images[int(index)]
     tag = f'"{await asyncio.to_thread(lambda: image.sha256)}"'
     headers = {"ETag": tag, "Cache-Control": _kept(job)}
-    if has(request, tag):
+    if already_has(request, tag):
         return Response(status_code=304, headers=headers)
     return Response(await asyncio.to_thread(lambda: image.png), media_type=PNG, headers=headers)
 

@@ -13,7 +13,7 @@ from server.backend import Backend
 from server.errors import NotFound
 from server.jobs import Jobs
 from server.orders import usual_model
-from server.routes.http import has
+from server.routes.http import already_has
 from server.settings import Settings
 
 router = APIRouter()
@@ -52,7 +52,7 @@ def _page(request: Request, name: str) -> Response:
     path, policy = STATIC / name, {"Content-Security-Policy": ONLY_OURS}
     page = FileResponse(path, headers=policy, stat_result=path.stat())
     tag = page.headers["etag"]
-    return Response(status_code=304, headers=policy | {"ETag": tag}) if has(request, tag) else page
+    return Response(status_code=304, headers=policy | {"ETag": tag}) if already_has(request, tag) else page
 
 
 @router.get("/models", summary="The models that are served")

@@ -1,10 +1,14 @@
 """Which engines there are, by the setting and by what the machine has."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from server.devices import UNLIMITED, choose_devices, quota
+from model.errors import NoSuchDevice
+from server import devices
+from server.devices import UNLIMITED, choose_devices, count_gpus, quota
 from server.errors import SettingsError
 from server.settings import Settings
 
@@ -53,3 +57,22 @@ def test_a_container_that_may_take_the_time_of_two_processors_has_two(
 
 def test_without_control_groups_there_is_no_quota(tmp_path: Path) -> None:
     assert quota(tmp_path / "cpu.max") == UNLIMITED
+
+
+def test_what_asks_the_driver_needs_none_of_our_packages(tmp_path: Path) -> None:
+    """In an image, and from source, they lie where an isolated Python does not look."""
+    alone = [sys.executable, "-I", "-S", devices.__file__]
+    asked = subprocess.run(alone, cwd=tmp_path, capture_output=True, text=True)
+
+    assert asked.stdout.strip().isdigit() or "OSError: libcuda.so.1" in asked.stderr
+
+
+def test_a_driver_that_does_not_answer_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def hangs(command: list[str], timeout: float, **_: object) -> None:
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr(devices, "version", lambda name: "2.13.0+cu130")
+    monkeypatch.setattr(subprocess, "run", hangs)
+
+    with pytest.raises(NoSuchDevice, match="DDPM_DEVICE=cpu"):
+        count_gpus()
