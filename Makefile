@@ -76,7 +76,7 @@ gpu-compile: .gpu/site
 	$(GPU_PYTHON) -m benchmarks --gpu --compiled --minutes 8
 
 .gpu/site:
-	$(PYTHON) benchmarks/unpack.py .gpu $@
+	$(PYTHON) -m benchmarks.unpack .gpu $@
 
 gpu-wheels: .venv/test.stamp
 	rm -rf .gpu && mkdir .gpu

@@ -1,4 +1,4 @@
-"""Unpacks those of the wheels in a folder that this Python lacks: `python benchmarks/unpack.py FOLDER SITE`.
+"""Unpacks those of the wheels in a folder that this Python lacks: `python -m benchmarks.unpack FOLDER SITE`.
 
 What it has already stays as it is: its packages fit each other, and ours would not all fit them.
 """

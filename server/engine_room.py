@@ -18,7 +18,7 @@ def build(
     on_failed: Callable[[EngineFailed], None],
     on_step: Callable[[int, float], None],
 ) -> Backend:
-    """What runs samples. Raises SettingsError if GPUs are to be shared, NoSuchDevice if their driver does not answer."""
+    """What runs samples. Raises SettingsError if GPUs are to be shared, NoSuchDevice if their driver says nothing."""
     patience = Patience(settings.engine_patience_s / 2, hang_s=settings.engine_patience_s)
     starts = _starts(settings, cards)
     if len(starts) == 1:
