@@ -62,6 +62,7 @@ def a_server(weights: Path, slots: int, device: torch.device, *peer: str, engine
         "LOG_LEVEL": "warning",
     }
     environ = os.environ | {f"DDPM_{name}": value for name, value in knobs.items()}
+    environ.pop("DDPM_COMMIT", None)  # ours; a server refuses what is no setting of its own
     theirs = ["benchmarks.peers", *peer, "--weights", str(weights), "--batch", str(slots), "--device", device.type]
     theirs += ["--workers", str(engines)]
     command = [sys.executable, "-m", *(theirs if peer else ["server", "serve"]), "--port", str(port)]

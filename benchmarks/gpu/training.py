@@ -24,7 +24,7 @@ from model.trainer import Recipe
 
 KEPT_S = 15.0  # of a model's time, for loading, held-out losses and checkpoints
 SHARE = 0.9  # of the pictures that time would allow: the rate must come down to nothing before time is up
-TRIED = 64  # updates from which their pace is taken
+WARMING, TRIED = 8, 150  # updates until their pace is that of all, and updates from which it is taken
 RECIPE = Recipe(batch=256, rate=5e-4, log_every=25_600, save_every=102_400)
 DRY_RECIPE = Recipe(batch=8, rate=1e-3, warm_up=16, log_every=32, save_every=32)
 
@@ -95,9 +95,10 @@ def seen_before(directory: Path) -> int:
 
 def images_per_s(pupil: Pupil, directory: Path, recipe: Recipe, device: str) -> float:
     """The pace of training, from a few updates of a copy that nobody needs."""
-    updates = 4 if recipe is DRY_RECIPE else TRIED
-    few = replace(recipe, images=seen_before(directory) + updates * recipe.batch, log_every=10**9, save_every=10**9)
-    train(pupil.pictures, directory, few, device, pupil.directory / WEIGHTS)
+    seen = seen_before(directory)
+    for updates in (2, 4) if recipe is DRY_RECIPE else (WARMING, WARMING + TRIED):  # the second goes on from the first
+        few = replace(recipe, images=seen + updates * recipe.batch, log_every=10**9, save_every=10**9)
+        train(pupil.pictures, directory, few, device, pupil.directory / WEIGHTS)
     lines = (directory / "training.jsonl").read_text().splitlines()
     shutil.rmtree(directory)
     return float(json.loads(lines[-1])["images_per_s"])
