@@ -142,7 +142,7 @@ class Conv(nn.Conv2d):
         )
 
     def widen(self, channels: int) -> None:
-        """From now on it reads so many channels; those beyond its own are zeros. A GPU reads 32 bytes as fast as six."""
+        """From now on it reads so many channels, zeros beyond its own. A GPU reads 32 bytes as fast as six."""
         self.weight = nn.Parameter(F.pad(self.weight, (0, 0, 0, 0, 0, channels - self.in_channels)), False)
         self.in_channels = channels
 

@@ -73,7 +73,9 @@ def walk(sources: tuple[int, ...], outs: int, pixels: int, size: int, number_byt
 def tile(rows: int, outs: int, splits: int, number_bytes: int) -> Tile:
     """The largest tile that leaves programs enough for a result of so many rows, else the smallest."""
     for shape in HALF if number_bytes == 2 else FULL:
-        shape = Tile(shape.pixels, min(shape.channels, max(16, triton.next_power_of_2(outs))), shape.warps, shape.stages)
+        shape = Tile(
+            shape.pixels, min(shape.channels, max(16, triton.next_power_of_2(outs))), shape.warps, shape.stages
+        )
         if triton.cdiv(rows, shape.pixels) * triton.cdiv(outs, shape.channels) * splits >= PROGRAMS:
             break
     return shape
@@ -162,18 +164,18 @@ def _convolve(
     tl.store(out + begin + offset, total.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["size"])
+@triton.jit(do_not_specialize=["rows"])
 def _add_up(
-    parts, bias, add, out, size, outs, SPLITS: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr
+    parts, bias, add, out, rows, outs, SPLITS: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr
 ):  # fmt: skip
-    """The ranges of a split walk, from the first to the last, and what joins them. parts: [SPLITS, size]"""
-    start = tl.program_id(0).to(tl.int64) * BLOCK
+    """The ranges of a split walk, from the first to the last, and what joins them. parts: [SPLITS, rows, outs]"""
+    start, size = tl.program_id(0).to(tl.int64) * BLOCK, rows.to(tl.int64) * outs
     offset = tl.arange(0, BLOCK)
     inside = offset < size - start
     ready(DEPENDENT)
     total = tl.load(parts + start + offset, mask=inside, other=0.0)
     for split in tl.static_range(1, SPLITS):
-        total += tl.load(parts + size.to(tl.int64) * split + start + offset, mask=inside, other=0.0)
+        total += tl.load(parts + size * split + start + offset, mask=inside, other=0.0)
     if bias is not None:
         channel = ((start % outs).to(tl.int32) + offset) % outs
         total += tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)
@@ -197,7 +199,7 @@ def convolve(
     whole: bool = True,
     pinned: bool = False,
 ) -> Tensor:
-    """The convolution of x, plus bias, plus `add`, plus a projection of some sources. All channels-last, square kernels.
+    """The convolution of x, plus bias, `add` and a projection of some sources. All channels-last, square kernels.
 
     x: [B, C, H, W], read as if each pixel stood there `times` x `times` times, with `padding` zeros around, and `below`
     more below and to the right; weight: [out, C, h, h], bias: [out], add: [B, out, H', W'];
@@ -228,6 +230,6 @@ def convolve(
     if not whole:
         return parts.view(path.splits, B, height, width, outs).permute(0, 1, 4, 2, 3)
     _add_up[(triton.cdiv(out.numel(), BLOCK),)](
-        parts, bias, add, out, out.numel(), outs, SPLITS=path.splits, BLOCK=BLOCK, **dependent(x.device)
+        parts, bias, add, out, rows, outs, SPLITS=path.splits, BLOCK=BLOCK, **dependent(x.device)
     )
     return out

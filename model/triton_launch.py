@@ -1,7 +1,7 @@
 """Programmatic dependent launch: a kernel starts while the one before it still ends, and waits inside for its results.
 
 That hides most of what lies between two kernels, about a microsecond each. A kernel launched so must wait before it
-touches memory, and no kernel is launched so that does not (`ready`): then whoever has waited for the kernel before it has
+touches memory, and no kernel is launched so that does not (`ready`): then whoever has waited for the one before it has
 waited for all before that one, too. It takes Hopper or later, and Triton 3.4.
 Importing this module imports Triton.
 """

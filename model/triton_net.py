@@ -209,9 +209,7 @@ def group_norm(
     moments = torch.empty(B, SPLITS, groups, 2, dtype=torch.float32, device=x.device)
     grid = (triton.cdiv(groups, together), SPLITS, B)
     _moments[grid](x, beside, moments, *sizes, **kind)
-    _norm_by_moments[grid](
-        x, beside, out, weight, bias, moments, *sizes, eps, SILU=silu, **kind
-    )
+    _norm_by_moments[grid](x, beside, out, weight, bias, moments, *sizes, eps, SILU=silu, **kind)
     return out
 
 

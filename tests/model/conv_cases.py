@@ -190,9 +190,7 @@ def test_a_projection_with_a_bias_is_computed_by_itself() -> None:
     conv, x = layer.conv(torch.float32), layer.picture(2, torch.float32)
     add = projections(conv, [8], torch.float32, x)
     add.conv.bias = nn.Parameter(draw(20), requires_grad=False)
-    expected = in_float64(conv, x) + F.conv2d(
-        add.sources[0].double(), add.conv.weight.double(), add.conv.bias.double()
-    )
+    expected = in_float64(conv, x) + F.conv2d(add.sources[0].double(), add.conv.weight.double(), add.conv.bias.double())
 
     assert error(conv(x, add=add), expected) < 1e-5
 
@@ -332,6 +330,27 @@ def test_who_does_not_ask_for_the_promise_gets_the_library_everywhere(library: L
     assert net.invariant == []
 
 
+def test_where_the_size_of_a_tile_costs_bits_all_batches_have_one(
+    library: Library, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    usual = triton_conv.convolve
+
+    def faulty(x: Tensor, *rest: Any, **how: Any) -> Tensor:
+        return usual(x, *rest, **how) * (1 if how["pinned"] else 1 + 2**-14 * (len(x) < 3))
+
+    monkeypatch.setattr(triton_conv, "convolve", faulty)
+    library.differs = {20: {1}}
+    net = Layers()
+    with caplog.at_level(logging.WARNING):
+        runner = started(net)
+
+    assert (net.invariant, net.two.pinned) == (["two"], True)
+    assert runner.chosen == Chosen(cudnn=2, triton=1, free=1, fixed=0, pinned=1)
+    assert runner.exact_buckets == [1, 2, 3, 4]
+    assert [record.getMessage()[:31] for record in caplog.records] == ["no invariant kernel for Conv(20"]
+    assert str(runner.chosen) == "convolutions 2 cudnn 1 triton (1 in tiles of one size), attention 1 free 0 fixed"
+
+
 @pytest.mark.parametrize("fault", ["wrong", "not invariant", "does not run"])
 def test_a_kernel_that_cannot_be_trusted_is_not_used_and_one_line_says_so(
     fault: str, library: Library, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -353,4 +372,5 @@ def test_a_kernel_that_cannot_be_trusted_is_not_used_and_one_line_says_so(
 
     assert runner.exact_buckets == [2, 3, 4]
     assert net.invariant == []
-    assert [record.getMessage()[:31] for record in caplog.records] == ["no invariant kernel for Conv(20"]
+    said = [record.getMessage().partition("(")[0] for record in caplog.records]
+    assert said == ["no invariant kernel for Conv", "no pinned kernel for Conv"]

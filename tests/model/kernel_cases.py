@@ -156,14 +156,20 @@ def test_the_terms_of_a_sum_are_added_before_they_are_normed() -> None:
 
 
 @pytest.mark.parametrize(("dtype", "together"), [(torch.bfloat16, 4), (torch.float32, 2)])
-def test_narrow_groups_are_read_side_by_side(dtype: torch.dtype, together: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_narrow_groups_are_read_side_by_side(
+    dtype: torch.dtype, together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Four channels are 8 or 16 bytes; whoever fetches them alone is given 32."""
     case = a_case((2, 24, 5, 3), 6, dtype)
     grids: list[tuple[int, ...]] = []
-    usual = type(triton_net._norm_in_registers).__getitem__
-    monkeypatch.setattr(
-        type(triton_net._norm_in_registers), "__getitem__", lambda kernel, grid: grids.append(grid) or usual(kernel, grid)
-    )
+    launcher = type(triton_net._norm_in_registers)
+    usual = launcher.__getitem__
+
+    def noted(kernel: Any, grid: tuple[int, ...]) -> Any:
+        grids.append(grid)
+        return usual(kernel, grid)
+
+    monkeypatch.setattr(launcher, "__getitem__", noted)
 
     assert error(normed(**case), in_float64(**case)) < 8 * DTYPES[dtype]
     assert grids == [(-(-6 // together), 2)]

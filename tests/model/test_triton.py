@@ -241,6 +241,7 @@ def test_every_kernel_compiles_and_has_no_atomics(compiled: Counter[str]) -> Non
 
     x = torch.zeros(2, 12, 64, 48, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
     channels, cursor = torch.zeros(24, dtype=torch.bfloat16), torch.zeros(2, dtype=torch.int64)
+    joins: dict[str, Any]
     for groups in (12, 2):
         for time, silu in ((None, False), (channels[None, :12], True), (channels[None], True)):
             affine = (channels[:12], channels[:12], 1e-6)
