@@ -96,13 +96,13 @@ class Conv(nn.Conv2d):
 
     def read(self, x: Tensor) -> Tensor:
         """What is convolved, in full. [B, C, H, W] -> [B, C, H, W], [B, C, 2H, 2W] or [B, C, H + 1, W + 1]"""
-        if x.shape[1] < self.in_channels:
-            x = F.pad(x, (0, 0, 0, 0, 0, self.in_channels - x.shape[1])).contiguous(memory_format=torch.channels_last)
         x = upsample(x) if self.doubled else x
         return F.pad(x, (0, 1, 0, 1)) if self.below else x
 
     def forward(self, x: Tensor, add: "Tensor | Projection | None" = None, *, whole: bool = True) -> Tensor:
         """whole: else it may give terms for the norm behind to add up, if it has no bias -> [S, B, out, H', W']"""
+        if x.shape[1] < self.in_channels:  # it was widened, and who calls brings the colours alone
+            x = F.pad(x, (0, 0, 0, 0, 0, self.in_channels - x.shape[1])).contiguous(memory_format=torch.channels_last)
         if self.invariant and uses_triton(x, self.weight, self.bias, *terms(add)):
             return self._by_triton(x, add, whole or self.bias is not None)
         add = add.compute() if isinstance(add, Projection) else add
