@@ -15,7 +15,7 @@ Importing this module imports Triton. `model.kernels` says in plain torch what i
 # be specialised on: a batch of one would be compiled differently.
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from model.triton_launch import dependent, ready
+from model.triton_launch import dependent, ready, shared_bytes
 
 KNEE = 8  # pictures in the batch that walks are split for, and that a pinned tile is made for
 PROGRAMS = 128  # about as many as a large GPU has multiprocessors: fewer leave some of them idle
@@ -43,8 +43,16 @@ class Tile:
     stages: int
 
 
-# The largest first. A tile of 128 x 128 with more stages would leave a multiprocessor no room for a second program.
-HALF = (Tile(128, 128, 8, 3), Tile(128, 64, 4, 4), Tile(64, 64, 4, 4), Tile(64, 32, 4, 6))
+# The largest first: what a tile reads is as many bytes as its sides are long, and what it computes grows with its area,
+# so that only the largest are not held up by the memory. Of 128 x 128, two programs share a multiprocessor.
+HALF = (
+    Tile(128, 256, 8, 4),
+    Tile(256, 128, 8, 4),
+    Tile(128, 128, 8, 3),
+    Tile(128, 64, 4, 4),
+    Tile(64, 64, 4, 4),
+    Tile(64, 32, 4, 6),
+)
 FULL = (Tile(64, 64, 4, 4), Tile(64, 32, 4, 4))  # float32 is computed without matrix units, so registers are scarce
 
 
@@ -70,15 +78,18 @@ def walk(sources: tuple[int, ...], outs: int, pixels: int, size: int, number_byt
 
 
 @cache
-def tile(rows: int, outs: int, splits: int, number_bytes: int) -> Tile:
-    """The largest tile that leaves programs enough for a result of so many rows, else the smallest."""
-    for shape in HALF if number_bytes == 2 else FULL:
-        shape = Tile(
-            shape.pixels, min(shape.channels, max(16, triton.next_power_of_2(outs))), shape.warps, shape.stages
-        )
-        if triton.cdiv(rows, shape.pixels) * triton.cdiv(outs, shape.channels) * splits >= PROGRAMS:
-            break
-    return shape
+def tile(rows: int, outs: int, path: Walk, number_bytes: int, room: int) -> Tile:
+    """The largest tile that leaves programs enough for a result of so many rows, else the smallest. None is wider than
+    the result, or takes more than `room` bytes of shared memory."""
+    wide = max(16, triton.next_power_of_2(outs))
+    shapes = HALF if number_bytes == 2 else FULL
+    smallest = replace(shapes[-1], channels=min(shapes[-1].channels, wide))
+    for shape in shapes:
+        step = (shape.pixels + shape.channels) * path.depth * number_bytes
+        programs = triton.cdiv(rows, shape.pixels) * triton.cdiv(outs, shape.channels) * path.splits
+        if shape.channels <= wide and step * shape.stages <= room and programs >= PROGRAMS:
+            return shape
+    return smallest
 
 
 @triton.jit
@@ -212,7 +223,8 @@ def convolve(
     height, width = ((times * side + 2 * padding + below - size) // stride + 1 for side in (H, W))
     channels, rows = [source.shape[1] for source in sources] + [0, 0], B * height * width
     path = walk((C, *channels[: len(sources)]), outs, height * width, size, x.element_size())
-    cut = tile(KNEE * height * width if pinned else rows, outs, path.splits, x.element_size())
+    of = KNEE * height * width if pinned else rows
+    cut = tile(of, outs, path, x.element_size(), shared_bytes(x.device))
     shape = (B, outs, height, width)
     out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     matrix = weight.permute(0, 2, 3, 1).contiguous()  # which copies nothing from channels-last

@@ -18,6 +18,7 @@ from model.checkpoint import Model
 from model.exact_kernels import Chosen
 from model.kernels import Conv, Projection, SelfAttention, upsample
 from model.runner import Runner
+from model.triton_conv import Tile
 from model.unet import UNet
 from tests.model.kernel_world import DEVICE, DTYPES, draw, error
 from tests.model.tiny import ARCHITECTURE, T, card
@@ -69,7 +70,7 @@ def in_float64(conv: Conv, x: Tensor) -> Tensor:
     return F.conv2d(x, conv.weight.double(), bias, conv.stride, conv.padding)
 
 
-LARGE, SMALL, NARROW = triton_conv.HALF[0], triton_conv.HALF[2], triton_conv.HALF[3]
+LARGE, SMALL, NARROW = Tile(128, 128, 8, 3), Tile(64, 64, 4, 4), Tile(64, 32, 4, 6)
 CUTS: dict[str, dict[str, Any]] = {
     "large tiles": {"HALF": (LARGE,), "FULL": (LARGE,)},
     "small tiles": {"HALF": (SMALL,), "FULL": (SMALL,), "FEW_PIXELS": 0},
@@ -224,21 +225,28 @@ def test_a_convolution_that_was_widened_reads_zeros_beside_the_colours() -> None
 @pytest.mark.parametrize(
     ("channels", "outs", "side", "programs"),
     [
-        (128, 128, 32, {1: 64, 8: 128, 64: 512}),
-        (256, 256, 16, {1: 32, 8: 128, 64: 256}),
-        (256, 256, 8, {1: 32, 8: 128, 64: 256}),
+        (128, 128, 32, {1: 64, 8: 128, 64: 256}),
+        (128, 3, 32, {1: 16, 8: 128, 64: 1024}),
+        (256, 256, 16, {1: 32, 8: 128, 64: 128}),
+        (256, 256, 8, {1: 32, 8: 128, 64: 128}),
         (256, 256, 4, {1: 32, 8: 64, 64: 128}),
-        (128, 128, 256, {1: 512, 8: 4096, 64: 32768}),
+        (128, 128, 256, {1: 256, 8: 2048, 64: 16384}),
     ],
 )
 def test_a_small_batch_makes_programs_enough(channels: int, outs: int, side: int, programs: dict[int, int]) -> None:
-    splits = triton_conv.walk((channels,), outs, side * side, 3, 2).splits
-    made = {}
+    path, made = triton_conv.walk((channels,), outs, side * side, 3, 2), {}
     for batch in programs:
-        cut = triton_conv.tile(batch * side * side, outs, splits, 2)
-        made[batch] = -(-batch * side * side // cut.pixels) * -(-outs // cut.channels) * splits
+        cut = triton_conv.tile(batch * side * side, outs, path, 2, 227 << 10)
+        made[batch] = -(-batch * side * side // cut.pixels) * -(-outs // cut.channels) * path.splits
 
     assert made == programs
+
+
+def test_a_tile_takes_no_more_shared_memory_than_there_is() -> None:
+    path = triton_conv.walk((256,), 256, 1024, 3, 2)
+    tiles = [triton_conv.tile(10**6, 256, path, 2, room << 10) for room in (227, 192, 99, 64, 0)]
+
+    assert [(each.pixels, each.channels) for each in tiles] == [(128, 256), (128, 256), (128, 128), (64, 64), (64, 32)]
 
 
 # Whom it is given to
