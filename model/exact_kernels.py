@@ -13,6 +13,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
+from model.gpu import raise_if_fatal
 from model.kernels import Conv, SelfAttention
 
 Layer: TypeAlias = Conv | SelfAttention
@@ -105,7 +106,8 @@ def _needs_invariance(kind: Kind, buckets: Sequence[int]) -> bool:
         ours = layer(x)
         sound = _close(ours[:FEW], theirs[:FEW]) and agrees(layer, x, ours, buckets, generator)
         trouble = "" if sound else "its results are wrong or depend on the batch"
-    except Exception as error:  # a compiler, too little shared memory: whatever it is, the library's kernel still works
+    except Exception as error:  # a compiler, too little shared memory: the library's kernel still works
+        raise_if_fatal(error, x.device)
         trouble = f"{type(error).__name__}: {error}"
     if trouble:
         logger.warning("no invariant kernel for %s with %s: %s", layer, list(x.shape[1:]), trouble)

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from model.gpu import raise_if_fatal
+
 SHARED_REDUCTION = 1024  # from so many pixels on, torch's channels-last GroupNorm sums over batch and threads at once
 NARROW_GROUP = 16  # below so many channels to a group, and fewer pixels than that, it is slower than two reorderings
 
@@ -37,6 +39,7 @@ def _triton_works(device: torch.device) -> bool:
 
         triton_step.advance(*torch.zeros(2, 1, dtype=torch.int64, device=device))
     except Exception as error:  # a package, a compiler, a cache or a driver: each lacks in its own way, none is needed
+        raise_if_fatal(error, device)
         reason = f"{type(error).__name__}: {error}"
         logger.warning("no Triton on %s, so steps are slower there (it needs gcc and Python.h): %s", device, reason)
         return False

@@ -63,7 +63,7 @@ FLOORS = [
     ["model.unet", "model.lucid_unet"],
     ["model.kernels"],
     ["model.triton_net", "model.triton_step", "model.triton_conv"],
-    ["model.noise", "model.events"],
+    ["model.noise", "model.events", "model.gpu"],
     ["model.plan", "model.card"],
     ["model.schedule", "model.lucid_architecture"],
     ["model.architecture"],
