@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from model.gpu import raise_if_fatal
 from model.kernels import Conv, SelfAttention
+from model.lucid_unet import LinearAttention
 
 Layer: TypeAlias = Conv | SelfAttention
 DRAWS = 2  # batches of each size that are compared
@@ -44,6 +45,14 @@ def trust_libraries(net: nn.Module) -> None:
     """No layer uses its invariant kernel."""
     for layer in _layers(net):
         layer.invariant = False
+    _group_products(net, False)
+
+
+def _group_products(net: nn.Module, invariant: bool) -> None:
+    """Linear attention needs no trial: its products have the same bits in any batch for a few more kernels."""
+    for module in net.modules():
+        if isinstance(module, LinearAttention):
+            module.invariant = invariant
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -83,6 +92,7 @@ def choose_kernels(
     run: calls the net once, with a batch of any size; between: called after each kind, which may take a second
     """
     trust_libraries(net)
+    _group_products(net, True)
     for kind in kinds(net, run):
         invariant = _needs_invariance(kind, buckets)
         for layer in kind.layers:
