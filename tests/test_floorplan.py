@@ -57,7 +57,7 @@ FLOORS = [
     ["server.bounds"],
     ["server.errors"],
     ["model.engine"],
-    ["model.runner", "model.scheduler", "model.snapshot", "model.footprint"],
+    ["model.runner", "model.scheduler", "model.snapshot", "model.footprint", "model.lead"],
     ["model.checkpoint", "model.slots", "model.exact_kernels"],
     ["model.nets"],
     ["model.unet", "model.lucid_unet"],
