@@ -13,7 +13,9 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from model.gpu import raise_if_fatal
 from model.kernels import Conv, SelfAttention
+from model.lucid_unet import LinearAttention
 
 Layer: TypeAlias = Conv | SelfAttention
 How: TypeAlias = Literal["library", "invariant", "pinned"]  # the last with tiles of one size in every batch
@@ -48,6 +50,14 @@ def trust_libraries(net: nn.Module) -> None:
     """No layer uses its invariant kernel."""
     for layer in _layers(net):
         _use(layer, "library")
+    _group_products(net, False)
+
+
+def _group_products(net: nn.Module, invariant: bool) -> None:
+    """Linear attention needs no trial: its products have the same bits in any batch for a few more kernels."""
+    for module in net.modules():
+        if isinstance(module, LinearAttention):
+            module.invariant = invariant
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -87,6 +97,7 @@ def choose_kernels(
     run: calls the net once, with a batch of any size; between: called after each kind, which may take a second
     """
     trust_libraries(net)
+    _group_products(net, True)
     for kind in kinds(net, run):
         how = _choose(kind, buckets)
         for layer in kind.layers:
@@ -126,7 +137,8 @@ def _choose(kind: Kind, buckets: Sequence[int]) -> How:
             ours = layer(x)
             sound = _close(ours[:FEW], theirs[:FEW]) and agrees(layer, x, ours, buckets, generator)
             trouble = "" if sound else "its results are wrong or depend on the batch"
-        except Exception as error:  # a compiler, too little shared memory: whatever it is, the library's still works
+        except Exception as error:  # a compiler, too little shared memory: the library's kernel still works
+            raise_if_fatal(error, x.device)
             trouble = f"{type(error).__name__}: {error}"
         if not trouble:
             return how

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from model.gpu import raise_if_fatal
+
 SHARED_REDUCTION = 1024  # from so many pixels on, torch's channels-last GroupNorm sums over batch and threads at once
 NARROW_GROUP = 16  # below so many channels to a group, and fewer pixels than that, it is slower than two reorderings
 
@@ -38,6 +40,7 @@ def _triton_works(device: torch.device) -> bool:
 
         triton_net.add_bias(torch.zeros(1, 1, 1, 1, device=device), torch.zeros(1, device=device), None)
     except Exception as error:  # a package, a compiler, a cache or a driver: each lacks in its own way, none is needed
+        raise_if_fatal(error, device)
         reason = f"{type(error).__name__}: {error}"
         logger.warning("no Triton on %s, so steps are slower there (it needs gcc and Python.h): %s", device, reason)
         return False

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from model.checkpoint import Model
 from model.exact_kernels import Chosen, choose_kernels, trust_libraries
+from model.gpu import prepare_gpu
 from model.kernels import uses_triton
 from model.nets import Net
 from model.plan import COLUMNS
@@ -72,8 +73,8 @@ class Runner:
         between: Callable[[], None] = lambda: None,
     ) -> None:
         self.model, self.device = model, model.table.device
-        if model.table.dtype == torch.float32:
-            torch.backends.cudnn.allow_tf32 = False  # float32 is float32: TF32 keeps ten of its 23 bits
+        if self.device.type == "cuda":
+            prepare_gpu(exact, model.table.dtype)
         schedule = model.card.process.schedule
         self.slots = Slots(slots, model.card.architecture.shape, schedule.T, self.device)
         self.buckets = sorted({*buckets, slots}) if buckets else usual_buckets(slots)
