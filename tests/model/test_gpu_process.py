@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import model.kernels
 from model.exact_kernels import choose_kernels
 from model.gpu import NO_MEMORY, prepare_gpu, raise_if_fatal
-from model.kernels import Conv
+from model.kernels import Conv, Projection
 from tests.model.tiny import CPU
 
 GPU = torch.device("cuda")
@@ -82,7 +82,7 @@ class Trial(nn.Module):
     class Layer(Conv):
         error: Exception
 
-        def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
+        def forward(self, x: Tensor, add: Tensor | Projection | None = None, *, whole: bool = True) -> Tensor:
             if self.invariant:
                 raise self.error
             return x * (1 + 2**-10 * len(x))
