@@ -7,10 +7,12 @@ join and leave between two steps. Each submitted sample ends in exactly one of F
 from collections import deque
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
 from model.events import Cancelled, Event, Failed, Finished, Preview, Request, Stats
+from model.lead import Lead, mark
 from model.noise import TorchNoise
 from model.plan import U
 from model.runner import Runner
@@ -18,7 +20,6 @@ from model.scheduler import Scheduler
 from model.slots import Parked
 from model.snapshot import Snapshot, as_bytes
 
-STEPS_AHEAD = 3  # how many steps may be queued on a GPU before the host waits for the oldest
 CHECK_EVERY = 64  # steps after which everybody is looked at, whether the numbers are finite
 
 
@@ -70,7 +71,7 @@ class Engine:
     _events: list[Event] = field(default_factory=list)
     _scheduler: Scheduler[Sample] = field(init=False)
     _copies: "torch.cuda.Stream | None" = field(init=False, default=None)
-    _queued: "deque[torch.cuda.Event]" = field(default_factory=deque)
+    _lead: Lead | None = field(init=False, default=None)  # on a GPU
     _steps: int = 0
     _sample_steps: int = 0
     _padded: int = 0
@@ -80,6 +81,7 @@ class Engine:
         self._scheduler = Scheduler(self.runner.slots.capacity, self.runner.slots.rows.shape[1] - 1)
         if self.runner.device.type == "cuda":
             self._copies = torch.cuda.Stream(self.runner.device)
+            self._lead = Lead(partial(mark, self.runner.device))
 
     @property
     def busy(self) -> bool:
@@ -148,8 +150,7 @@ class Engine:
         seated = self._scheduler.seated
         self._bring_noise(seated)
         bucket = self.runner.bucket_for(len(seated))
-        self.runner.step(bucket)
-        self._wait_for_oldest()
+        self._make_step(bucket)
         self._steps += 1
         self._sample_steps += len(seated)
         self._padded += bucket - len(seated)
@@ -224,13 +225,11 @@ class Engine:
             elif slots.ahead_steps and plan.draws and sample.step % slots.ahead_steps == 0:
                 slots.draw_ahead(sample.slot, request.seed, sample.step)
 
-    def _wait_for_oldest(self) -> None:
-        """Keeps the host a few steps ahead of a GPU, and no further."""
-        if self._copies is not None:
-            event = torch.cuda.current_stream(self.runner.device).record_event()
-            self._queued.append(event)
-            if len(self._queued) > STEPS_AHEAD:
-                self._queued.popleft().synchronize()
+    def _make_step(self, bucket: int) -> None:
+        if self._lead is None:
+            self.runner.step(bucket)
+        else:
+            self._lead.queue(lambda: self.runner.step(bucket))
 
     def _show(self, samples: list[Sample]) -> None:
         """Starts to bring the state of these samples to the host."""

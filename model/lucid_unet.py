@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model.kernels import Conv, SelfAttention
+from model.kernels import READ, Conv, SelfAttention
 from model.lucid_architecture import LucidArchitecture
+
+TOGETHER = 8  # pictures to a product, where a library may not choose its kernel by how many there are
 
 
 def sinusoid(timesteps: Tensor, dim: int, theta: float) -> Tensor:
@@ -86,8 +88,27 @@ class Attention(nn.Module):
         return out
 
 
+def _products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """q (kᵀ v), picture by picture and head by head. q, k, v: [B, heads, L, d] -> [B, heads, L, d]"""
+    context = k.transpose(-1, -2) @ v  # [B, heads, d, d]
+    return q @ context
+
+
+def _products_in_groups(*factors: Tensor) -> Tensor:
+    """The same, always for TOGETHER pictures at a time: the last ones are joined by zeros."""
+    results = []
+    for group in zip(*(factor.split(TOGETHER) for factor in factors), strict=True):
+        count = len(group[0])
+        missing = (0, 0, 0, 0, 0, 0, 0, TOGETHER - count)
+        results.append(_products(*(F.pad(factor, missing) if count < TOGETHER else factor for factor in group))[:count])
+    return torch.cat(results)
+
+
 class LinearAttention(nn.Module):
     """Attention whose cost grows with the pixels, not with their square (Shen et al. 2018), and its connection."""
+
+    # Whether each product is of the same shape in any batch: on a GPU a library chooses its kernel by the whole shape.
+    invariant = False
 
     def __init__(self, channels: int, heads: int, head_dim: int, memories: int) -> None:
         super().__init__()
@@ -103,8 +124,8 @@ class LinearAttention(nn.Module):
         q, k, v = qkv.permute(0, 2, 3, 1).reshape(B, H * W, 3, self.heads, d).permute(2, 0, 3, 1, 4)
         memory_k, memory_v = self.mem_kv.transpose(-1, -2)[:, None].expand(2, B, -1, -1, -1)  # [B, heads, M, d] each
         k, v = torch.cat([memory_k, k], dim=2), torch.cat([memory_v, v], dim=2)  # [B, heads, M + H W, d]
-        context = k.softmax(dim=2).transpose(-1, -2) @ v  # [B, heads, d, d]
-        h = (q.softmax(dim=3) * d**-0.5) @ context  # [B, heads, H W, d]
+        multiply = _products_in_groups if self.invariant else _products
+        h = multiply(q.softmax(dim=3) * d**-0.5, k.softmax(dim=2), v)  # [B, heads, H W, d]
         h = h.transpose(1, 2).reshape(B, H, W, self.heads * d).permute(0, 3, 1, 2)
         out: Tensor = self.to_out(h) + x
         return out
@@ -186,5 +207,12 @@ class LucidUNet(nn.Module):
         out: Tensor = self.final_conv(self.final_res_block(torch.cat([x, first], dim=1), embedding))
         return out
 
+    @property
+    def reads(self) -> int:
+        """Channels that the first convolution reads: those of a picture, and zeros."""
+        return self.init_conv.in_channels
+
     def fuse(self) -> None:
-        """For inference: there is nothing to put together beforehand."""
+        """For inference: the first convolution reads what a GPU reads best."""
+        if self.init_conv.weight.device.type != "cpu":
+            self.init_conv.widen(READ)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from model.checkpoint import Model
 from model.exact_kernels import Chosen, choose_kernels, trust_libraries
+from model.gpu import prepare_gpu
 from model.kernels import uses_triton
 from model.nets import Net
 from model.plan import COLUMNS
@@ -17,7 +18,7 @@ from model.slots import Slots
 
 
 def denoise(net: Net, table: Tensor, slots: Slots, batch: int) -> None:
-    """One denoising step of the first `batch` slots, in place: by the algebra, or by three kernels that compute it."""
+    """One denoising step of the first `batch` slots, in place: by the algebra, or by two kernels that compute it."""
     if uses_triton(slots.x[0]):
         denoise_by_kernels(net, table, slots, batch)
     else:
@@ -25,13 +26,13 @@ def denoise(net: Net, table: Tensor, slots: Slots, batch: int) -> None:
 
 
 def denoise_by_kernels(net: Net, table: Tensor, slots: Slots, batch: int) -> None:
-    """`algebra`, and the noise that belongs to it, with one kernel before the net and two behind it."""
+    """`algebra`, and the noise that belongs to it, with one kernel before the net and one behind it."""
     from model import triton_step
 
     x, cursor = slots.x[:batch], slots.cursor[:batch]  # [b, C, H, W], [b]
-    out = net(*triton_step.enter(x, slots.rows, cursor, table))
-    triton_step.update(out, x, slots.x0, slots.given, slots.rows, cursor, slots.seed)
-    triton_step.advance(cursor, slots.last)
+    picture, embedding, now = triton_step.enter(x, slots.rows, cursor, table, net.reads)
+    state = {"rows": slots.rows, "cursor": cursor, "last": slots.last, "seed": slots.seed}
+    triton_step.update(net(picture, embedding), x, slots.x0, slots.given, now=now, **state)
 
 
 def algebra(net: Net, table: Tensor, slots: Slots, batch: int) -> None:
@@ -72,8 +73,8 @@ class Runner:
         between: Callable[[], None] = lambda: None,
     ) -> None:
         self.model, self.device = model, model.table.device
-        if model.table.dtype == torch.float32:
-            torch.backends.cudnn.allow_tf32 = False  # float32 is float32: TF32 keeps ten of its 23 bits
+        if self.device.type == "cuda":
+            prepare_gpu(exact, model.table.dtype)
         schedule = model.card.process.schedule
         self.slots = Slots(slots, model.card.architecture.shape, schedule.T, self.device)
         self.buckets = sorted({*buckets, slots}) if buckets else usual_buckets(slots)

@@ -25,7 +25,8 @@ class Snapshot:
             for host, tensor in zip(self._tensors, tensors, strict=True):
                 host.copy_(tensor, non_blocking=True)
                 tensor.record_stream(stream)
-            self._arrived = stream.record_event()
+            self._arrived = torch.cuda.Event(blocking=True)  # who waits for it sleeps
+            self._arrived.record(stream)
 
     @property
     def ready(self) -> bool:

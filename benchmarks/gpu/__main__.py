@@ -15,6 +15,8 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
@@ -101,14 +103,24 @@ def folder(usage: Parser) -> Path:
         usage.error(f"{out} cannot be written: {error.strerror}")
 
 
-def unpacked(site: Path) -> list[str]:
-    """Unpacks what the wheels hold and this Python lacks; where packages are to be looked for, besides the usual."""
+@contextmanager
+def environment(dry: bool, commit: str | None) -> Iterator[dict[str, str]]:
+    """That of the stages: with what the wheels bring, for as long as this lasts. Kernels that a GPU has had compiled
+    are kept for the next run, in the system's folder for what is temporary."""
+    environ = os.environ | ({"DDPM_COMMIT": commit} if commit else {}) | (ONE_THREAD if dry else {})
+    environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     if not any(WHEELS.glob("*.whl")):
-        return []
-    from benchmarks.unpack import unpack
+        yield environ
+        return
+    from benchmarks import unpack
 
-    print("unpacked:", *unpack(WHEELS, site), flush=True)
-    return [str(site)]
+    with unpack.environment(WHEELS) as brought:
+        environ |= brought
+        if not dry:
+            kernels = Path(os.environ.get("TRITON_CACHE_DIR") or Path(tempfile.gettempdir()) / "ddpm-kernels")
+            unpack.unpack_kernels(WHEELS / unpack.KERNELS, kernels)
+            environ["TRITON_CACHE_DIR"] = str(kernels)
+        yield environ
 
 
 def main() -> int:
@@ -123,15 +135,9 @@ def main() -> int:
         usage.error("torch is not installed, and nothing here runs without")
     out = folder(usage)
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # by way of what ends the stage
-    with tempfile.TemporaryDirectory(prefix="ddpm-packages-") as site:
-        paths = [*unpacked(Path(site)), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-        environ = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
-        environ |= {"DDPM_COMMIT": args.commit} if args.commit else {}
-        environ |= ONE_THREAD if args.dry else {}
-        if (
-            not args.dry
-            and subprocess.run([sys.executable, "-c", HAS_GPU], env=environ, stderr=subprocess.DEVNULL).returncode
-        ):
+    with environment(args.dry, args.commit) as environ:
+        asked = [sys.executable, "-c", HAS_GPU]
+        if not args.dry and subprocess.run(asked, env=environ, stderr=subprocess.DEVNULL).returncode:
             usage.error("there is no GPU that torch can use (--dry runs the same on the CPU)")
         order = Order(out=out, minutes=minutes, dry=args.dry, train=train, environ=environ)
         return int(not run(stages, order, lambda line: print(line, flush=True)))

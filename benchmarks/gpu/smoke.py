@@ -33,12 +33,12 @@ PATIENCE_S = 60.0  # between two numbers
 
 
 def parts(setting: Setting) -> list[Part]:
-    """The tiny nets first; meanwhile the large one loads."""
+    """The small net first; meanwhile the large one loads."""
     device, batches = device_of(setting), DRY_BATCHES if setting.dry else BATCHES
     how = (small(setting), device, batches)
     begun = Apart(step_times, *how, WAYS[0])
     return [
-        partial(replays, tiny(setting), device),
+        partial(replays, tiny(setting) if setting.dry else DIGITS, device),
         partial(a_picture, DIGITS, device, 2 if setting.dry else 20),
         partial(steps_one_way_or_another, begun, how),
     ]
@@ -62,7 +62,7 @@ def replays(directory: Path, device: torch.device) -> Iterator[Fact]:
             step(bucket)
             results.append(slots.x[:bucket].clone())
         wrong += [] if torch.equal(*results) else [bucket]
-    name = "tiny net: buckets whose replay is the eager step, bit for bit"
+    name = f"{directory.name}: buckets whose replay is the eager step, bit for bit"
     yield Fact(name, len(runner.buckets) - len(wrong), f"of {len(runner.buckets)}", more={"others": wrong}, main=True)
 
 

@@ -113,7 +113,7 @@ OURS = "tiny net, batch 1: ours"
 EXPECTED = {
     "facts": ["commit", "torch", "device", "copies", "bfloat16 matrix products", "convolution, a new shape"],
     "smoke": [
-        "tiny net: buckets whose replay is the eager step, bit for bit",
+        "tiny: buckets whose replay is the eager step, bit for bit",
         "digits, float32, 2 steps: the most that a pixel differs from the CPU's",
         "tiny, not exact, batch 1, by a graph",
     ],

@@ -138,6 +138,7 @@ class FakeCuda:
     """A diary in place of a GPU: (what, batch size, stream, pool) in order."""
 
     diary: list[tuple[str, int, str, str]] = field(default_factory=list)
+    prepared: list[tuple[bool, torch.dtype]] = field(default_factory=list)  # what it was set up for
     stream: str = "usual"
     pool: str = ""
     streams: int = 0
@@ -195,6 +196,7 @@ class FakeCuda:
         }.items():
             monkeypatch.setattr(torch.cuda, name, value)
         monkeypatch.setattr(model.runner, "denoise", record)
+        monkeypatch.setattr(model.runner, "prepare_gpu", lambda *how: cuda.prepared.append(how))
 
 
 @pytest.fixture
@@ -210,6 +212,12 @@ def captured_runner(slots: int, between: Callable[[], None] = lambda: None) -> R
     net = tiny_model().net
     with FakeTensorMode():
         return Runner(Model(card(), net, torch.zeros(T, 1, device="cuda")), slots, exact=False, between=between)
+
+
+def test_a_gpu_is_set_up_for_the_promise_and_the_type_of_the_net(cuda: FakeCuda) -> None:
+    captured_runner(2)
+
+    assert cuda.prepared == [(False, torch.float32)]
 
 
 def test_every_bucket_is_warm_before_the_first_capture(cuda: FakeCuda) -> None:
