@@ -232,7 +232,7 @@ def test_who_does_not_ask_for_the_promise_gets_the_library_everywhere(library: L
 
 
 @pytest.mark.parametrize("fault", ["wrong", "not invariant", "does not run"])
-def test_a_kernel_that_cannot_be_trusted_is_not_used_and_one_line_says_so(
+def test_a_kernel_that_cannot_be_trusted_is_not_used_and_two_lines_say_so(
     fault: str, library: Library, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     usual = triton_conv.convolve
@@ -252,4 +252,7 @@ def test_a_kernel_that_cannot_be_trusted_is_not_used_and_one_line_says_so(
 
     assert runner.exact_buckets == [2, 3, 4]
     assert net.invariant == []
-    assert [record.getMessage()[:31] for record in caplog.records] == ["no invariant kernel for Conv(20"]
+    assert [record.getMessage()[:31] for record in caplog.records] == [
+        "no invariant kernel for Conv(20",
+        "tiny: a picture alone takes a b",
+    ]
