@@ -78,10 +78,17 @@ gpu-compile: .gpu/site
 .gpu/site:
 	$(PYTHON) -m benchmarks.unpack .gpu $@
 
+# HAS=FILE: what that Python has, as `pip list --format=freeze` says there; default: torch, Triton and what they need.
+# KERNELS=PYTHON: a Python 3.12 with torch 2.11 and Triton 3.6, as there, which compiles kernels for that machine.
+KERNELS ?= $(PYTHON)
+
 gpu-wheels: .venv/test.stamp
-	rm -rf .gpu && mkdir .gpu
-	$(BIN)/pip download --quiet --no-deps --only-binary :all: --python-version 3.12 --dest .gpu \
-		--requirement benchmarks/gpu-requirements.txt --constraint constraints.txt
+	rm -rf .gpu build/wheels && mkdir -p .gpu build
+	$(BIN)/python -m benchmarks.closure > build/wheels.txt
+	$(BIN)/pip download --quiet --no-deps --only-binary :all: --python-version 3.12 --dest build/wheels \
+		--requirement build/wheels.txt --constraint constraints.txt
+	$(BIN)/python -m benchmarks.closure --wheels build/wheels --into .gpu $(if $(HAS),--has $(HAS))
+	$(KERNELS) -m benchmarks.unpack build/wheels --run -m benchmarks.warm_cache --out .gpu/kernels.tar.xz || true
 	du -sh .gpu
 
 clean:

@@ -1,33 +1,100 @@
-"""Unpacks those of the wheels in a folder that this Python lacks: `python -m benchmarks.unpack FOLDER SITE`.
+"""Gives this Python what it lacks, from a folder of wheels: for a machine with torch and without a network.
 
-What it has already stays as it is: its packages fit each other, and ours would not all fit them.
+    python -m benchmarks.unpack FOLDER SITE                unpacks the wheels that this Python lacks into SITE
+    python -m benchmarks.unpack FOLDER --run ARGUMENTS     runs this Python with them, as `python ARGUMENTS`
+
+What is there already stays as it is: its packages fit each other, and ours would not all fit them. Whatever is run so
+leaves nothing behind: packages, compiled modules and compiled kernels lie in a folder that is gone at the end.
 """
 
+import json
+import os
+import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError, version
+import tarfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from zipfile import ZipFile
 
+ROOT = Path(__file__).parent.parent
+KERNELS = "kernels.tar.xz"  # in the same folder: kernels that `benchmarks.warm_cache` has compiled
 
-def lacks(distribution: str) -> bool:
-    """Whether no version of this is installed."""
-    try:
-        version(distribution)
-    except PackageNotFoundError:
-        return True
-    return False
+
+def _there() -> dict[str, str]:
+    """The version of each package of this Python. The names are as the packages write them."""
+    found = [(each.metadata["Name"], each.version) for each in metadata.distributions()]
+    return {name: version for name, version in reversed(found) if name}  # of two the first is imported
 
 
 def unpack(folder: Path, site: Path) -> list[str]:
     """-> the distributions that are in `site` now"""
-    wheels = {wheel.name.split("-")[0]: wheel for wheel in folder.glob("*.whl")}
-    missing = sorted(name for name in wheels if lacks(name))
     site.mkdir(parents=True, exist_ok=True)
-    for name in missing:
-        with ZipFile(wheels[name]) as archive:
+    there = _there()
+    if find_spec("packaging") is None:
+        sys.path += map(str, folder.glob("packaging-*.whl"))  # a Python with nothing reads it from there
+    if not any(folder.glob("*.whl")):
+        return []
+    from benchmarks.closure import lacking, named, required_by, wheels
+
+    brought, has = wheels(folder), named(there)
+    names = lacking(brought, lambda name: required_by(brought[name]) if name in brought else (), has)
+    missing = [brought[name] for name in names if name in brought]
+    for wheel in missing:
+        with ZipFile(wheel) as archive:
             archive.extractall(site)
-    return missing
+    return sorted(wheel.name.split("-")[0] for wheel in missing)
+
+
+def unpack_kernels(archive: Path, cache: Path) -> int:
+    """Puts compiled kernels where Triton looks for them, of which it wants to know their full paths. -> how many"""
+    cache.mkdir(parents=True, exist_ok=True)
+    if not archive.exists():
+        return 0
+    with tarfile.open(archive) as packed:
+        packed.extractall(cache, filter="data")
+    described = list(cache.glob("*/*.json"))
+    for path in described:
+        parts = {part.name: str(part) for part in path.parent.glob(f"{path.stem}.*")}
+        (path.parent / f"__grp__{path.name}").write_text(json.dumps({"child_paths": parts}))
+    return len(described)
+
+
+@contextmanager
+def environment(folder: Path) -> Iterator[Mapping[str, str]]:
+    """What to add to the environment of a process, so that it finds packages and kernels of this folder, and this tree.
+
+    Relative paths in `PYTHONPATH` stay, behind ours. Nothing is written to the folder or to the tree.
+    """
+    with TemporaryDirectory(prefix="ddpm-") as scratch:
+        site, cache = Path(scratch) / "site", Path(scratch) / "triton"
+        unpack(folder, site)
+        unpack_kernels(folder / KERNELS, cache)
+        before = [path for path in (os.environ.get("PYTHONPATH"),) if path]
+        yield {
+            "PYTHONPATH": os.pathsep.join([str(site), str(ROOT), *before]),
+            "PYTHONPYCACHEPREFIX": str(Path(scratch) / "compiled"),
+            "TRITON_CACHE_DIR": str(cache),
+        }
+
+
+def main(arguments: list[str]) -> int:
+    """Unpacks, or runs something with what has been unpacked."""
+    match arguments:
+        case [folder, "--run", *words] if words:
+            with environment(Path(folder)) as variables:
+                return subprocess.run(
+                    [sys.executable, *words], env=os.environ | dict(variables), check=False
+                ).returncode
+        case [folder, target] if target != "--run":
+            print("unpacked:", *unpack(Path(folder), Path(target)))
+            return 0
+    print(__doc__, file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":
-    print("unpacked:", *unpack(Path(sys.argv[1]), Path(sys.argv[2])))
+    sys.exit(main(sys.argv[1:]))

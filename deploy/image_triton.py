@@ -20,7 +20,7 @@ BUILT = Path(__file__).parent / "built"
 DRIVER = "libcuda.so.1"
 
 
-class ImageCache(FileCacheManager):
+class ImageCache(FileCacheManager):  # type: ignore[misc]
     """Triton's cache, behind what the image brings. What is compiled later goes to TRITON_CACHE_DIR."""
 
     def get_file(self, filename: str) -> str | None:

@@ -8,7 +8,7 @@ that two starts on one machine choose alike. What follows from it for the whole 
 import logging
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from model.kernels import Conv, SelfAttention
 from model.lucid_unet import LinearAttention
 
 Layer: TypeAlias = Conv | SelfAttention
+How: TypeAlias = Literal["library", "invariant", "pinned"]  # the last with tiles of one size in every batch
 DRAWS = 2  # batches of each size that are compared
 FEW = 8  # pictures by which the invariant kernel is compared with the library's
 CLOSE = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 2e-3}  # |ours - theirs| / |theirs| at most
@@ -26,15 +27,19 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """How many layers keep the library's kernel, and how many have the invariant one."""
+    """How many layers keep the library's kernel, and how many have the invariant one; of the convolutions among those,
+    how many are computed in tiles of one size."""
 
     cudnn: int
     triton: int
     free: int
     fixed: int
+    pinned: int = 0
 
     def __str__(self) -> str:
-        return f"convolutions {self.cudnn} cudnn {self.triton} triton, attention {self.free} free {self.fixed} fixed"
+        tiles = f" ({self.pinned} in tiles of one size)" if self.pinned else ""
+        convolutions = f"convolutions {self.cudnn} cudnn {self.triton} triton{tiles}"
+        return f"{convolutions}, attention {self.free} free {self.fixed} fixed"
 
 
 def _layers(net: nn.Module) -> Iterator[Layer]:
@@ -44,7 +49,7 @@ def _layers(net: nn.Module) -> Iterator[Layer]:
 def trust_libraries(net: nn.Module) -> None:
     """No layer uses its invariant kernel."""
     for layer in _layers(net):
-        layer.invariant = False
+        _use(layer, "library")
     _group_products(net, False)
 
 
@@ -94,34 +99,51 @@ def choose_kernels(
     trust_libraries(net)
     _group_products(net, True)
     for kind in kinds(net, run):
-        invariant = _needs_invariance(kind, buckets)
+        how = _choose(kind, buckets)
         for layer in kind.layers:
-            layer.invariant = invariant
+            _use(layer, how)
         between()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # graphs have memory of their own, and could not use what has been freed here
     counted = [(isinstance(layer, Conv), layer.invariant) for layer in _layers(net)]
-    return Chosen(*(counted.count(each) for each in ((True, False), (True, True), (False, False), (False, True))))
+    return Chosen(
+        cudnn=counted.count((True, False)),
+        triton=counted.count((True, True)),
+        free=counted.count((False, False)),
+        fixed=counted.count((False, True)),
+        pinned=[layer.pinned for layer in _layers(net) if isinstance(layer, Conv)].count(True),
+    )
 
 
-def _needs_invariance(kind: Kind, buckets: Sequence[int]) -> bool:
-    """Whether the library's bits depend on the batch, and the invariant kernel's, which are as good, do not."""
+def _use(layer: Layer, how: How) -> None:
+    """The layer is computed in this way from now on."""
+    layer.invariant = how != "library"
+    if isinstance(layer, Conv):
+        layer.pinned = how == "pinned"
+
+
+def _choose(kind: Kind, buckets: Sequence[int]) -> How:
+    """The library's kernel, if its bits do not depend on the batch; else the invariant one, whose tiles follow the
+    batch if that costs no bit, if it is as good; else the library's all the same."""
     layer, generator = kind.layers[0], torch.Generator(kind.like.device).manual_seed(0)
     x = kind.inputs(max(buckets), generator)
     theirs = layer(x)
     if agrees(layer, x, theirs, buckets, generator):
-        return False
-    layer.invariant = True
-    try:
-        ours = layer(x)
-        sound = _close(ours[:FEW], theirs[:FEW]) and agrees(layer, x, ours, buckets, generator)
-        trouble = "" if sound else "its results are wrong or depend on the batch"
-    except Exception as error:  # a compiler, too little shared memory: the library's kernel still works
-        raise_if_fatal(error, x.device)
-        trouble = f"{type(error).__name__}: {error}"
-    if trouble:
-        logger.warning("no invariant kernel for %s with %s: %s", layer, list(x.shape[1:]), trouble)
-    return not trouble
+        return "library"
+    ways: tuple[How, ...] = ("invariant", "pinned") if isinstance(layer, Conv) else ("invariant",)
+    for how in ways:
+        _use(layer, how)
+        try:
+            ours = layer(x)
+            sound = _close(ours[:FEW], theirs[:FEW]) and agrees(layer, x, ours, buckets, generator)
+            trouble = "" if sound else "its results are wrong or depend on the batch"
+        except Exception as error:  # a compiler, too little shared memory: the library's kernel still works
+            raise_if_fatal(error, x.device)
+            trouble = f"{type(error).__name__}: {error}"
+        if not trouble:
+            return how
+        logger.warning("no %s kernel for %s with %s: %s", how, layer, list(x.shape[1:]), trouble)
+    return "library"
 
 
 def agrees(layer: Layer, x: Tensor, expected: Tensor, buckets: Sequence[int], generator: torch.Generator) -> bool:

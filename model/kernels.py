@@ -8,6 +8,7 @@ cuDNN's bits depend on the batch (`model.exact_kernels`). Where they cannot run,
 """
 
 import logging
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -25,7 +26,7 @@ CAN_PACK = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_
 if CAN_PACK:
     _PACKED = torch.ops.mkldnn._convolution_pointwise.default
     _PACKED_ADD = torch.ops.mkldnn._convolution_pointwise.binary
-
+READ = 16  # channels that a net's first convolution reads on a GPU: of fewer, a matrix product is not made
 TRITON_ON = frozenset({"cuda"})  # the types of device that Triton's kernels are tried on; if empty, torch does it all
 TRITON_STORES = (torch.float32, torch.bfloat16, torch.float16)
 logger = logging.getLogger(__name__)
@@ -35,9 +36,9 @@ logger = logging.getLogger(__name__)
 def _triton_works(device: torch.device) -> bool:
     """Whether Triton's kernels run on this device: found out once, by running the smallest."""
     try:
-        from model import triton_step
+        from model import triton_net
 
-        triton_step.advance(*torch.zeros(2, 1, dtype=torch.int64, device=device))
+        triton_net.add_bias(torch.zeros(1, 1, 1, 1, device=device), torch.zeros(1, device=device), None)
     except Exception as error:  # a package, a compiler, a cache or a driver: each lacks in its own way, none is needed
         raise_if_fatal(error, device)
         reason = f"{type(error).__name__}: {error}"
@@ -80,7 +81,8 @@ class Conv(nn.Conv2d):
 
     doubled = False  # whether it reads the picture twice as large
     below = False  # whether it reads one more pixel of zeros, below and to the right
-    invariant = False  # whether, on a GPU, the kernel is used whose bits do not depend on the batch
+    invariant = False  # whether, on a GPU, the kernel is used whose bits do not depend on the batch,
+    pinned = False  # and whether that computes tiles of one size in every batch
     packed: Tensor | None = None  # the weight in oneDNN's own layout
 
     @classmethod
@@ -100,16 +102,15 @@ class Conv(nn.Conv2d):
         x = upsample(x) if self.doubled else x
         return F.pad(x, (0, 1, 0, 1)) if self.below else x
 
-    def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
-        out: Tensor
-        if self.invariant and uses_triton(x, self.weight, self.bias, add):
-            from model import triton_conv
-
-            edges = {"padding": int(self.padding[0]), "below": int(self.below)}
-            return triton_conv.convolve(
-                x, self.weight, self.bias, add, stride=self.stride[0], times=1 + self.doubled, **edges
-            )
+    def forward(self, x: Tensor, add: "Tensor | Projection | None" = None, *, whole: bool = True) -> Tensor:
+        """whole: else it may give terms for the norm behind to add up, if it has no bias -> [S, B, out, H', W']"""
+        if x.shape[1] < self.in_channels:  # it was widened, and who calls brings the colours alone
+            x = F.pad(x, (0, 0, 0, 0, 0, self.in_channels - x.shape[1])).contiguous(memory_format=torch.channels_last)
+        if self.invariant and uses_triton(x, self.weight, self.bias, *terms(add)):
+            return self._by_triton(x, add, whole or self.bias is not None)
+        add = add.compute() if isinstance(add, Projection) else add
         x = self.read(x)
+        out: Tensor
         if self.packed is None and uses_triton(x, self.bias):  # torch would add the bias in a kernel of its own as well
             out = F.conv2d(x, self.weight, None, self.stride, self.padding)
             return add_bias(out.contiguous(memory_format=torch.channels_last), self.bias, add)
@@ -123,6 +124,31 @@ class Conv(nn.Conv2d):
             out = _PACKED_ADD(x, add, self.packed, *geometry, "add", 1.0, None, [], None)
         return out
 
+    def _by_triton(self, x: Tensor, add: "Tensor | Projection | None", whole: bool) -> Tensor:
+        from model import triton_conv
+
+        if isinstance(add, Projection) and not add.plain:
+            add = add.compute()
+        return triton_conv.convolve(
+            x,
+            self.weight,
+            self.bias,
+            add if isinstance(add, Tensor) else None,
+            stride=self.stride[0],
+            padding=int(self.padding[0]),
+            below=int(self.below),
+            times=1 + self.doubled,
+            projection=add.conv.weight if isinstance(add, Projection) else None,
+            sources=add.sources if isinstance(add, Projection) else (),
+            whole=whole,
+            pinned=self.pinned,
+        )
+
+    def widen(self, channels: int) -> None:
+        """From now on it reads so many channels, zeros beyond its own. A GPU reads 32 bytes as fast as six."""
+        self.weight = nn.Parameter(F.pad(self.weight, (0, 0, 0, 0, 0, channels - self.in_channels)), False)
+        self.in_channels = channels
+
     def take_bias(self, other: "Conv") -> None:
         """From now on this convolution adds the bias of the other, whose result is added to its own."""
         assert self.bias is not None and other.bias is not None
@@ -133,6 +159,32 @@ class Conv(nn.Conv2d):
         self.packed = torch.ops.mkldnn._reorder_convolution_weight(
             self.weight, list(self.padding), list(self.stride), list(self.dilation), self.groups, input_shape
         )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Projection:
+    """A convolution of 1 x 1 that is to be added: whoever adds it may compute it along with its own.
+
+    sources: one or two pictures, whose channels stand one behind the other
+    """
+
+    conv: Conv
+    sources: tuple[Tensor, ...]
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is a matrix product and nothing else."""
+        return self.conv.kernel_size == (1, 1) and self.conv.bias is None
+
+    def compute(self) -> Tensor:
+        """Its result. -> [B, out, H, W]"""
+        out: Tensor = self.conv(self.sources[0] if len(self.sources) == 1 else torch.cat(self.sources, dim=1))
+        return out
+
+
+def terms(add: Tensor | Projection | None) -> tuple[Tensor | None, ...]:
+    """The tensors that somebody reads who adds this."""
+    return (*add.sources, add.conv.weight) if isinstance(add, Projection) else (add,)
 
 
 def _computes_in(dtype: torch.dtype) -> bool:
@@ -176,13 +228,18 @@ class GroupNorm(nn.GroupNorm):
         assert isinstance(conv.bias, nn.Parameter)
         self.before, conv.bias = conv.bias, None
 
-    def forward(self, x: Tensor, time: Tensor | None = None, silu: bool = False) -> Tensor:
-        """x: [B, C, H, W], time: [B, C], which joins x, or [B, 2C], which scales and shifts what is normed"""
-        if uses_triton(x, self.weight, time):
+    def forward(
+        self, x: Tensor, time: Tensor | None = None, silu: bool = False, *, beside: Tensor | None = None
+    ) -> Tensor:
+        """x: [B, C, H, W], or [S, B, C, H, W] to be added up first; beside: [B, D, H, W], whose channels stand behind
+        those of x; time: [B, C], which joins x, or [B, 2C], which scales and shifts what is normed"""
+        if uses_triton(self.weight, time, beside, x if x.ndim == 4 else None):
             from model import triton_net
 
             affine = (self.num_groups, self.weight, self.bias, self.eps)
-            return triton_net.group_norm(x, *affine, before=self.before, time=time, silu=silu)
+            return triton_net.group_norm(x, *affine, beside=beside, before=self.before, time=time, silu=silu)
+        x = x if x.ndim == 4 else x.sum(0).to(self.weight.dtype)
+        x = x if beside is None else torch.cat([x, beside], dim=1)
         x = x if self.before is None else x + self.before[:, None, None]
         if time is None:
             return self._norm(x, silu)

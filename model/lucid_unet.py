@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model.kernels import Conv, SelfAttention
+from model.kernels import READ, Conv, SelfAttention
 from model.lucid_architecture import LucidArchitecture
 
 TOGETHER = 8  # pictures to a product, where a library may not choose its kernel by how many there are
@@ -207,5 +207,12 @@ class LucidUNet(nn.Module):
         out: Tensor = self.final_conv(self.final_res_block(torch.cat([x, first], dim=1), embedding))
         return out
 
+    @property
+    def reads(self) -> int:
+        """Channels that the first convolution reads: those of a picture, and zeros."""
+        return self.init_conv.in_channels
+
     def fuse(self) -> None:
-        """For inference: there is nothing to put together beforehand."""
+        """For inference: the first convolution reads what a GPU reads best."""
+        if self.init_conv.weight.device.type != "cpu":
+            self.init_conv.widen(READ)

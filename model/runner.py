@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 def denoise(net: Net, table: Tensor, slots: Slots, batch: int) -> None:
-    """One denoising step of the first `batch` slots, in place: by the algebra, or by three kernels that compute it."""
+    """One denoising step of the first `batch` slots, in place: by the algebra, or by two kernels that compute it."""
     if uses_triton(slots.x[0]):
         denoise_by_kernels(net, table, slots, batch)
     else:
@@ -31,13 +31,13 @@ def denoise(net: Net, table: Tensor, slots: Slots, batch: int) -> None:
 
 
 def denoise_by_kernels(net: Net, table: Tensor, slots: Slots, batch: int) -> None:
-    """`algebra`, and the noise that belongs to it, with one kernel before the net and two behind it."""
+    """`algebra`, and the noise that belongs to it, with one kernel before the net and one behind it."""
     from model import triton_step
 
     x, cursor = slots.x[:batch], slots.cursor[:batch]  # [b, C, H, W], [b]
-    out = net(*triton_step.enter(x, slots.rows, cursor, table))
-    triton_step.update(out, x, slots.x0, slots.given, slots.rows, cursor, slots.seed)
-    triton_step.advance(cursor, slots.last)
+    picture, embedding, now = triton_step.enter(x, slots.rows, cursor, table, net.reads)
+    state = {"rows": slots.rows, "cursor": cursor, "last": slots.last, "seed": slots.seed}
+    triton_step.update(net(picture, embedding), x, slots.x0, slots.given, now=now, **state)
 
 
 def algebra(net: Net, table: Tensor, slots: Slots, batch: int) -> None:

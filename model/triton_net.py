@@ -14,9 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from model.triton_launch import dependent, ready
+
 IN_REGISTERS = 16_384  # numbers of a group that one program holds: 512 threads with 32 each, in half their registers
 TILE = 8192  # numbers that a program holds at once where it walks over a larger picture
 SPLITS = 64  # ranges of pixels that a larger picture is reduced in; times 4 ranges of channels they fill a GPU
+SECTOR = 32  # bytes that memory gives at least: narrower groups are read side by side, or most of it would be wasted
 LINE = 32  # channels at least that a program walks over side by side: 64 bytes, so no part of a fetch is wasted
 BLOCK = 1024  # numbers to a program where every number stands alone
 
@@ -30,9 +33,23 @@ def _channels(first_group, groups, WIDTH: tl.constexpr, GROUPS: tl.constexpr, WI
 
 
 @triton.jit
-def _read(x, before, time, pixel, channel, known, inside, channels, MODULATES: tl.constexpr):
-    """A tile of a picture, plus what joins it before the norm. -> [PIXELS, GROUPS, WIDE] float32, 0 outside"""
-    value = tl.load(x + pixel * channels + channel, mask=inside, other=0.0).to(tl.float32)
+def _read(
+    x, beside, before, time, pixel, channel, known, inside, channels, own, part,
+    PARTS: tl.constexpr, MODULATES: tl.constexpr,
+):  # fmt: skip
+    """A tile of a picture, plus what joins it before the norm. -> [PIXELS, GROUPS, WIDE] float32, 0 outside
+
+    Its first `own` channels are in x, all others in `beside`. x may be PARTS pictures, each `part` numbers behind the
+    one before it, that are to be added up.
+    """
+    if beside is None:
+        value = tl.load(x + pixel * channels + channel, mask=inside, other=0.0).to(tl.float32)
+        for i in tl.static_range(1, PARTS):
+            value += tl.load(x + i * part.to(tl.int64) + pixel * channels + channel, mask=inside, other=0.0)
+    else:
+        value = tl.load(x + pixel * own + channel, mask=inside & (channel < own), other=0.0).to(tl.float32)
+        there = pixel * (channels - own) + channel - own
+        value += tl.load(beside + there, mask=inside & (channel >= own), other=0.0).to(tl.float32)
     if before is not None:
         value += tl.load(before + channel, mask=known, other=0.0).to(tl.float32)
     if time is not None:
@@ -56,23 +73,27 @@ def _write(
     tl.store(out + pixel * channels + channel, value.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["part"])
 def _norm_in_registers(
-    x, out, weight, bias, before, time, time_stride, pixels, channels, groups, eps,
-    WIDTH: tl.constexpr, MODULATES: tl.constexpr, SILU: tl.constexpr, PIXELS: tl.constexpr, WIDE: tl.constexpr,
+    x, beside, out, weight, bias, before, time, time_stride, pixels, channels, own, groups, part, eps,
+    PARTS: tl.constexpr, WIDTH: tl.constexpr, MODULATES: tl.constexpr, SILU: tl.constexpr,
+    PIXELS: tl.constexpr, GROUPS: tl.constexpr, WIDE: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """One group of one sample: read once, written once."""
+    """Some groups of one sample: read once, written once."""
     sample = tl.program_id(1).to(tl.int64)
-    x += sample * pixels * channels
+    x += sample * pixels * own
+    if beside is not None:
+        beside += sample * pixels * (channels - own)
     out += sample * pixels * channels
     if time is not None:
         time += sample * time_stride
-    channel, known = _channels(tl.program_id(0), groups, WIDTH, 1, WIDE)
+    channel, known = _channels(tl.program_id(0) * GROUPS, groups, WIDTH, GROUPS, WIDE)
     pixel = tl.arange(0, PIXELS)[:, None, None]
-    inside = known & (pixel < pixels)  # [PIXELS, 1, WIDE]
-    value = _read(x, before, time, pixel, channel, known, inside, channels, MODULATES)
+    inside = known & (pixel < pixels)  # [PIXELS, GROUPS, WIDE]
+    ready(DEPENDENT)
+    value = _read(x, beside, before, time, pixel, channel, known, inside, channels, own, part, PARTS, MODULATES)
     count = pixels * WIDTH
-    mean = tl.sum(tl.sum(value, 2), 0) / count  # [1]
+    mean = tl.sum(tl.sum(value, 2), 0) / count  # [GROUPS]
     value = tl.where(inside, value - mean[None, :, None], 0.0)
     variance = tl.sum(tl.sum(value * value, 2), 0) / count
     value *= tl.rsqrt(variance + eps)[None, :, None]
@@ -81,13 +102,15 @@ def _norm_in_registers(
 
 @triton.jit
 def _moments(
-    x, moments, before, time, time_stride, pixels, channels, groups,
+    x, beside, moments, before, time, time_stride, pixels, channels, own, groups,
     WIDTH: tl.constexpr, MODULATES: tl.constexpr, SPLITS: tl.constexpr,
-    PIXELS: tl.constexpr, GROUPS: tl.constexpr, WIDE: tl.constexpr,
+    PIXELS: tl.constexpr, GROUPS: tl.constexpr, WIDE: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Mean, and sum of squares around it, of one range of pixels in some groups: tile by tile, Chan et al. (1979)."""
     split, sample = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    x += sample * pixels * channels
+    x += sample * pixels * own
+    if beside is not None:
+        beside += sample * pixels * (channels - own)
     if time is not None:
         time += sample * time_stride
     channel, known = _channels(tl.program_id(0) * GROUPS, groups, WIDTH, GROUPS, WIDE)
@@ -96,10 +119,11 @@ def _moments(
     stop = tl.minimum(first + length, pixels)
     mean = tl.zeros([GROUPS], tl.float32)
     squares = tl.zeros([GROUPS], tl.float32)
+    ready(DEPENDENT)
     for start in range(first, stop, PIXELS):
         pixel = start + tl.arange(0, PIXELS)[:, None, None]
         inside = known & (pixel < stop)  # [PIXELS, GROUPS, WIDE]
-        value = _read(x, before, time, pixel, channel, known, inside, channels, MODULATES)
+        value = _read(x, beside, before, time, pixel, channel, known, inside, channels, own, 0, 1, MODULATES)
         seen, here = (start - first) * WIDTH, tl.minimum(stop - start, PIXELS) * WIDTH
         mean_here = tl.sum(tl.sum(value, 2), 0) / here  # [GROUPS]
         value = tl.where(inside, value - mean_here[None, :, None], 0.0)
@@ -114,17 +138,20 @@ def _moments(
 
 @triton.jit
 def _norm_by_moments(
-    x, out, weight, bias, moments, before, time, time_stride, pixels, channels, groups, eps,
+    x, beside, out, weight, bias, moments, before, time, time_stride, pixels, channels, own, groups, eps,
     WIDTH: tl.constexpr, MODULATES: tl.constexpr, SILU: tl.constexpr, SPLITS: tl.constexpr,
-    PIXELS: tl.constexpr, GROUPS: tl.constexpr, WIDE: tl.constexpr,
+    PIXELS: tl.constexpr, GROUPS: tl.constexpr, WIDE: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Puts the moments of all ranges together, the same way in every program, and norms one range of pixels."""
     split, sample = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    x += sample * pixels * channels
+    x += sample * pixels * own
+    if beside is not None:
+        beside += sample * pixels * (channels - own)
     out += sample * pixels * channels
     if time is not None:
         time += sample * time_stride
     length = tl.cdiv(pixels, SPLITS)
+    ready(DEPENDENT)
     ranges, group = tl.arange(0, SPLITS)[:, None], tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)[None, :]
     at = moments + ((sample * SPLITS + ranges) * groups + group) * 2
     means = tl.load(at, mask=group < groups, other=0.0)  # [SPLITS, GROUPS]
@@ -140,7 +167,7 @@ def _norm_by_moments(
     for start in range(first, stop, PIXELS):
         pixel = start + tl.arange(0, PIXELS)[:, None, None]
         inside = known & (pixel < stop)
-        value = _read(x, before, time, pixel, channel, known, inside, channels, MODULATES)
+        value = _read(x, beside, before, time, pixel, channel, known, inside, channels, own, 0, 1, MODULATES)
         value = (value - mean[None, :, None]) * scale[None, :, None]
         _write(out, value, weight, bias, time, pixel, channel, known, inside, channels, MODULATES, SILU)
 
@@ -152,28 +179,37 @@ def group_norm(
     bias: Tensor,
     eps: float,
     *,
+    beside: Tensor | None,
     before: Tensor | None,
     time: Tensor | None,
     silu: bool,
 ) -> Tensor:
-    """As `GroupNorm` in `model.kernels`. x: [B, C, H, W], before: [C], time: [B, C] or [B, 2C]"""
-    (B, C, H, W), out = x.shape, torch.empty_like(x)
-    pixels, width, wide = H * W, C // groups, triton.next_power_of_2(C // groups)
+    """As `GroupNorm` in `model.kernels`. x: [B, C, H, W] or [S, B, C, H, W], beside: [B, D, H, W], before: [C + D],
+    time: [B, C + D] or [B, 2 (C + D)] -> [B, C + D, H, W]"""
+    (B, own, H, W), pixels, C = x.shape[-4:], x.shape[-1] * x.shape[-2], len(weight)
+    out = torch.empty((B, C, H, W), dtype=weight.dtype, device=x.device, memory_format=torch.channels_last)
+    width, wide = C // groups, triton.next_power_of_2(C // groups)
     stride, modulates = (0, False) if time is None else (time.stride(0), time.shape[1] == 2 * C)
-    sizes = (before, time, stride, pixels, C, groups)
-    kind = {"WIDTH": width, "WIDE": wide, "MODULATES": modulates, "enable_fp_fusion": False}
+    sizes = (before, time, stride, pixels, C, own, groups)
+    kind = {"WIDTH": width, "WIDE": wide, "MODULATES": modulates, "enable_fp_fusion": False} | dependent(x.device)
     tile = triton.next_power_of_2(pixels) * wide
     if tile <= IN_REGISTERS:  # then one kernel reads the picture once, and the groups are programs enough
-        kind |= {"PIXELS": tile // wide, "num_warps": _warps(tile)}
-        _norm_in_registers[(groups, B)](x, out, weight, bias, *sizes, eps, SILU=silu, **kind)
+        side = triton.next_power_of_2(min(groups, triton.cdiv(SECTOR, width * weight.element_size())))
+        while tile * side > IN_REGISTERS:
+            side //= 2
+        kind |= {"PIXELS": tile // wide, "GROUPS": side, "num_warps": _warps(tile * side)}
+        kind |= {"PARTS": 1 if x.ndim == 4 else len(x), "SILU": silu}
+        part = B * pixels * C
+        _norm_in_registers[(triton.cdiv(groups, side), B)](x, beside, out, weight, bias, *sizes, part, eps, **kind)
         return out
+    x = x if x.ndim == 4 else x.sum(0).to(weight.dtype).contiguous(memory_format=torch.channels_last)
     together = triton.next_power_of_2(min(groups, triton.cdiv(LINE, width)))
     at_once = max(1, min(TILE // (together * wide), triton.next_power_of_2(triton.cdiv(pixels, SPLITS))))
     kind |= {"PIXELS": at_once, "GROUPS": together, "SPLITS": SPLITS, "num_warps": _warps(at_once * together * wide)}
     moments = torch.empty(B, SPLITS, groups, 2, dtype=torch.float32, device=x.device)
     grid = (triton.cdiv(groups, together), SPLITS, B)
-    _moments[grid](x, moments, *sizes, **kind)
-    _norm_by_moments[grid](x, out, weight, bias, moments, *sizes, eps, SILU=silu, **kind)
+    _moments[grid](x, beside, moments, *sizes, **kind)
+    _norm_by_moments[grid](x, beside, out, weight, bias, moments, *sizes, eps, SILU=silu, **kind)
     return out
 
 
@@ -183,10 +219,11 @@ def _warps(tile: int) -> int:
 
 
 @triton.jit
-def _add_bias(x, bias, other, size, channels, BLOCK: tl.constexpr):
+def _add_bias(x, bias, other, size, channels, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr):
     start = tl.program_id(0).to(tl.int64) * BLOCK
     offset = tl.arange(0, BLOCK)
     inside = offset < size - start
+    ready(DEPENDENT)
     value = tl.load(x + start + offset, mask=inside).to(tl.float32)
     if bias is not None:
         channel = ((start % channels).to(tl.int32) + offset) % channels
@@ -199,5 +236,6 @@ def _add_bias(x, bias, other, size, channels, BLOCK: tl.constexpr):
 def add_bias(x: Tensor, bias: Tensor | None, other: Tensor | None) -> Tensor:
     """x + bias + other, written into x. x, other: [B, C, H, W], bias: [C]"""
     size = x.numel()
-    _add_bias[(triton.cdiv(size, BLOCK),)](x, bias, other, size, x.shape[1], BLOCK=BLOCK, enable_fp_fusion=False)
+    grid, kind = (triton.cdiv(size, BLOCK),), {"BLOCK": BLOCK, "enable_fp_fusion": False} | dependent(x.device)
+    _add_bias[grid](x, bias, other, size, x.shape[1], **kind)
     return x

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model.architecture import ATTENTION, DOWN_BLOCKS, RESNET, UP_BLOCKS, Architecture
-from model.kernels import Conv, GroupNorm, SelfAttention, upsample
+from model.kernels import READ, Conv, GroupNorm, Projection, SelfAttention, upsample, uses_triton
 
 
 def sinusoid(timesteps: Tensor, dim: int, flip_sin_to_cos: bool, freq_shift: float) -> Tensor:
@@ -54,15 +54,24 @@ class Resnet(nn.Module):
         self.conv_shortcut = Conv(channels, out, 1) if channels != out else None
         self.share = slice(0)  # this block's columns of the embedding table
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        h = self.norm1(x, silu=True)
+    def forward(self, x: Tensor, embedding: Tensor, beside: Tensor | None = None) -> Tensor:
+        """beside: [B, C', H, W], whose channels stand behind those of x"""
+        if beside is not None and not self._reads_both(x, beside):
+            x, beside = torch.cat([x, beside], dim=1), None
+        h = self.norm1(x, silu=True, beside=beside)
         if self.down:
             h, x = F.avg_pool2d(h, 2), F.avg_pool2d(x, 2)
         elif self.up:
             h, x = upsample(h), upsample(x)
-        h = self.norm2(self.conv1(h), embedding[:, self.share], silu=True)
-        out: Tensor = self.conv2(h, add=x if self.conv_shortcut is None else self.conv_shortcut(x))
+        h = self.norm2(self.conv1(h, whole=False), embedding[:, self.share], silu=True)
+        sources = (x,) if beside is None else (x, beside)
+        out: Tensor = self.conv2(h, add=x if self.conv_shortcut is None else Projection(self.conv_shortcut, sources))
         return out if self.scale == 1 else out / self.scale
+
+    def _reads_both(self, x: Tensor, beside: Tensor) -> bool:
+        """Whether two pictures need not be put into one: each of their readers is a kernel that takes two."""
+        resized = self.down or self.up
+        return self.conv_shortcut is not None and self.conv2.invariant and not resized and uses_triton(x, beside)
 
     def fuse(self) -> None:
         """For inference on a GPU, where a bias costs a kernel: whoever reads a convolution's result adds its bias."""
@@ -153,9 +162,9 @@ class Block(nn.Module):
             self.attentions = nn.ModuleList(attentions)
         self.attends = bool(attentions)
 
-    def layer(self, i: int, x: Tensor, embedding: Tensor) -> Tensor:
+    def layer(self, i: int, x: Tensor, embedding: Tensor, beside: Tensor | None = None) -> Tensor:
         """Residual block i and its attention."""
-        x = self.resnets[i](x, embedding)
+        x = self.resnets[i](x, embedding, beside)
         return self.attentions[i](x) if self.attends and i < len(self.attentions) else x
 
 
@@ -216,7 +225,7 @@ class UpBlock(Block):
 
     def forward(self, x: Tensor, embedding: Tensor, kept: list[Tensor]) -> Tensor:
         for i in range(len(self.resnets)):
-            x = self.layer(i, torch.cat([x, kept.pop()], dim=1), embedding)
+            x = self.layer(i, x, embedding, beside=kept.pop())
         for sampler in self.upsamplers:
             x = sampler(x, embedding)
         return x
@@ -269,7 +278,7 @@ class UNet(nn.Module):
         return torch.cat([resnet.time_emb_proj(embedding) for resnet in self.timed], dim=1)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """x: [B, C, H, W], embedding: [B, P], rows of `embed` -> [B, out_channels, H, W]"""
+        """x: [B, C, H, W], or [B, reads, H, W], embedding: [B, P], rows of `embed` -> [B, out_channels, H, W]"""
         x = self.conv_in(x)
         kept = [x]
         for block in self.down_blocks:
@@ -281,9 +290,16 @@ class UNet(nn.Module):
         out: Tensor = self.conv_out(self.conv_norm_out(x, silu=True))
         return out
 
+    @property
+    def reads(self) -> int:
+        """Channels that the first convolution reads: those of a picture, and zeros."""
+        return self.conv_in.in_channels
+
     def fuse(self) -> None:
         """For inference: keep what the forward pass would put together anew each time."""
         on_cpu = self.conv_in.weight.device.type == "cpu"  # where a convolution adds its bias for nothing
         for module in list(self.modules()):
             if isinstance(module, Attention) or (isinstance(module, Resnet) and not on_cpu):
                 module.fuse()
+        if not on_cpu:
+            self.conv_in.widen(READ)

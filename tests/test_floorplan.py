@@ -63,6 +63,7 @@ FLOORS = [
     ["model.unet", "model.lucid_unet"],
     ["model.kernels"],
     ["model.triton_net", "model.triton_step", "model.triton_conv"],
+    ["model.triton_launch"],
     ["model.noise", "model.events", "model.gpu"],
     ["model.plan", "model.card"],
     ["model.schedule", "model.lucid_architecture"],
@@ -97,7 +98,7 @@ TORCH_FREE = [
 ]
 ROOMS = {
     "torch": ["model.*", "server.engine_process", "server.engines", "server.loader", "server.machine", "server.faults"],
-    "triton": ["model.triton_net", "model.triton_step", "model.triton_conv"],
+    "triton": ["model.triton_net", "model.triton_step", "model.triton_conv", "model.triton_launch"],
     "safetensors": ["model.checkpoint", "model.train", "model.convert", "model.convert.*"],
     "numpy": ["model.*", "server.*"],
     "PIL": ["server.images", "server.client_values", "model.data"],

@@ -4,6 +4,7 @@ name: `test_triton` runs it, under Triton's interpreter on any machine, and on a
 
 import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -15,8 +16,9 @@ from torch.nn import functional as F
 from model import triton_conv
 from model.checkpoint import Model
 from model.exact_kernels import Chosen
-from model.kernels import Conv, SelfAttention, upsample
+from model.kernels import Conv, Projection, SelfAttention, upsample
 from model.runner import Runner
+from model.triton_conv import Tile
 from model.unet import UNet
 from tests.model.kernel_world import DEVICE, DTYPES, draw, error
 from tests.model.tiny import ARCHITECTURE, T, card
@@ -68,21 +70,32 @@ def in_float64(conv: Conv, x: Tensor) -> Tensor:
     return F.conv2d(x, conv.weight.double(), bias, conv.stride, conv.padding)
 
 
+LARGE, SMALL, NARROW = Tile(128, 128, 8, 3), Tile(64, 64, 4, 4), Tile(64, 32, 4, 6)
 CUTS: dict[str, dict[str, Any]] = {
-    "large tiles": {"SHAPES": ((128, 128, 0),)},
-    "small tiles": {"SHAPES": ((64, 64, 0),), "FEW_PIXELS": 0},
-    "split": {"SHAPES": ((64, 64, 0),), "FEW_PIXELS": 10**6, "PROGRAMS": 10**6, "DEEP": 1, "MOST_SPLITS": 4},
+    "large tiles": {"HALF": (LARGE,), "FULL": (LARGE,)},
+    "small tiles": {"HALF": (SMALL,), "FULL": (SMALL,), "FEW_PIXELS": 0},
+    "split": {"HALF": (SMALL,), "FULL": (SMALL,), "FEW_PIXELS": 10**6, "PROGRAMS": 10**6, "DEEP": 1, "MOST_SPLITS": 4},
 }
 
 
-@pytest.fixture
-def cut(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+@contextmanager
+def cut_up(**how: Any) -> Iterator[None]:
     """Layers are cut up in this way, whatever their shape."""
-    for name, value in CUTS[request.param].items():
-        monkeypatch.setattr(triton_conv, name, value)
-    triton_conv.tiling.cache_clear()
-    yield
-    triton_conv.tiling.cache_clear()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in how.items():
+            patch.setattr(triton_conv, name, value)
+        for decided in (triton_conv.walk, triton_conv.tile):
+            decided.cache_clear()
+        yield
+    for decided in (triton_conv.walk, triton_conv.tile):
+        decided.cache_clear()
+
+
+@pytest.fixture
+def cut(request: pytest.FixtureRequest) -> Iterator[None]:
+    """One of CUTS."""
+    with cut_up(**CUTS[request.param]):
+        yield
 
 
 @pytest.mark.usefixtures("cut", "kernels_on")
@@ -131,15 +144,109 @@ def test_a_convolution_sees_neither_company_nor_slot(layer: str, dtype: torch.dt
     assert beside_nan[2].isnan().any()
 
 
+@pytest.mark.usefixtures("kernels_on")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("layer", ["colours in, several tiles", "channels that fill no step", "1 x 1"])
+def test_a_tile_of_any_size_gives_the_same_bits(layer: str, dtype: torch.dtype) -> None:
+    conv, x, results = LAYERS[layer].conv(dtype), LAYERS[layer].picture(3, dtype), []
+    for shape in (LARGE, SMALL, NARROW):
+        with cut_up(HALF=(shape,), FULL=(shape,)):
+            results.append(conv(x))
+
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+def projections(conv: Conv, sources: list[int], dtype: torch.dtype, x: Tensor) -> Projection:
+    """One of pictures of so many channels, to be added to what `conv` gives for x."""
+    shortcut = Layer(sum(sources), conv.out_channels, x.shape[2], x.shape[3], size=1).conv(dtype)
+    shortcut.bias = None
+    return Projection(shortcut, tuple(draw(len(x), each, *x.shape[2:], dtype=dtype) for each in sources))
+
+
+@pytest.mark.usefixtures("cut", "kernels_on")
+@pytest.mark.parametrize(
+    ("cut", "dtype"),
+    [("large tiles", torch.bfloat16), ("small tiles", torch.float32), ("split", torch.bfloat16)],
+    indirect=["cut"],
+)
+@pytest.mark.parametrize("sources", [[40], [64, 24], [19, 70]])
+def test_a_projection_of_one_or_two_pictures_joins_the_walk(sources: list[int], dtype: torch.dtype) -> None:
+    layer = Layer(35, 70, 5, 6)
+    conv, x = layer.conv(dtype), layer.picture(3, dtype)
+    add = projections(conv, sources, dtype, x)
+    expected = in_float64(conv, x) + F.conv2d(torch.cat(add.sources, dim=1).double(), add.conv.weight.double())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Projection, "compute", lambda _: pytest.fail("it was computed by itself"))
+        together = conv(x, add=add)
+
+        assert error(together, expected) < 8 * DTYPES[dtype]
+        for i in range(3):
+            alone = Projection(add.conv, tuple(source[i : i + 1] for source in add.sources))
+            assert torch.equal(conv(x[i : i + 1], add=alone)[0], together[i])
+
+
+@pytest.mark.usefixtures("kernels_on")
+def test_a_projection_with_a_bias_is_computed_by_itself() -> None:
+    layer = Layer(35, 20, 5, 6)
+    conv, x = layer.conv(torch.float32), layer.picture(2, torch.float32)
+    add = projections(conv, [8], torch.float32, x)
+    add.conv.bias = nn.Parameter(draw(20), requires_grad=False)
+    expected = in_float64(conv, x) + F.conv2d(add.sources[0].double(), add.conv.weight.double(), add.conv.bias.double())
+
+    assert error(conv(x, add=add), expected) < 1e-5
+
+
+@pytest.mark.usefixtures("cut", "kernels_on")
+@pytest.mark.parametrize("cut", ["split"], indirect=True)
+def test_whoever_reads_a_split_convolution_may_add_its_ranges_up() -> None:
+    layer = Layer(70, 20, 4, 4)
+    conv, x = layer.conv(torch.bfloat16), layer.picture(2, torch.bfloat16)
+
+    assert conv(x, whole=False).ndim == 4  # since there is a bias to be added
+    conv.bias = None
+    parts = conv(x, whole=False)
+    assert parts.shape == (4, 2, 20, 4, 4) and parts.dtype == torch.float32
+    assert error(parts.sum(0), in_float64(conv, x)) < 1e-5
+
+
+@pytest.mark.usefixtures("kernels_on")
+def test_a_convolution_that_was_widened_reads_zeros_beside_the_colours() -> None:
+    layer = Layer(3, 20, 5, 6)
+    conv, x = layer.conv(torch.float32), layer.picture(2, torch.float32)
+    expected = in_float64(conv, x)
+    conv.widen(16)
+    widened = F.pad(x, (0, 0, 0, 0, 0, 13)).contiguous(memory_format=torch.channels_last)
+
+    for conv.invariant in (True, False):
+        assert error(conv(widened), expected) < 1e-5
+        assert error(conv(x), expected) < 1e-5  # who brings the colours alone is served as well
+
+
 @pytest.mark.parametrize(
     ("channels", "outs", "side", "programs"),
-    [(128, 128, 32, 64), (256, 256, 16, 32), (256, 256, 8, 128), (256, 256, 4, 32), (128, 128, 256, 4096)],
+    [
+        (128, 128, 32, {1: 64, 8: 128, 64: 256}),
+        (128, 3, 32, {1: 16, 8: 128, 64: 1024}),
+        (256, 256, 16, {1: 32, 8: 128, 64: 128}),
+        (256, 256, 8, {1: 32, 8: 128, 64: 128}),
+        (256, 256, 4, {1: 32, 8: 64, 64: 128}),
+        (128, 128, 256, {1: 256, 8: 2048, 64: 16384}),
+    ],
 )
-def test_a_small_batch_makes_programs_enough(channels: int, outs: int, side: int, programs: int) -> None:
-    cut = triton_conv.tiling(channels, outs, side * side, 3, 2)
-    tiles = -(-8 * side * side // cut.pixels) * -(-outs // cut.channels)
+def test_a_small_batch_makes_programs_enough(channels: int, outs: int, side: int, programs: dict[int, int]) -> None:
+    path, made = triton_conv.walk((channels,), outs, side * side, 3, 2), {}
+    for batch in programs:
+        cut = triton_conv.tile(batch * side * side, outs, path, 2, 227 << 10)
+        made[batch] = -(-batch * side * side // cut.pixels) * -(-outs // cut.channels) * path.splits
 
-    assert tiles * cut.splits == programs
+    assert made == programs
+
+
+def test_a_tile_takes_no_more_shared_memory_than_there_is() -> None:
+    path = triton_conv.walk((256,), 256, 1024, 3, 2)
+    tiles = [triton_conv.tile(10**6, 256, path, 2, room << 10) for room in (227, 192, 99, 64, 0)]
+
+    assert [(each.pixels, each.channels) for each in tiles] == [(128, 256), (128, 256), (128, 128), (64, 64), (64, 32)]
 
 
 # Whom it is given to
@@ -150,7 +257,7 @@ class Layers(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.arch = ARCHITECTURE
+        self.arch, self.reads = ARCHITECTURE, 1
         self.one, self.two = Layer(1, 20, 8, 8).conv(torch.float32), Layer(20, 12, 8, 8, size=1).conv(torch.float32)
         self.attend, self.back = SelfAttention(2), Layer(4, 1, 8, 8).conv(torch.float32)
 
@@ -231,8 +338,29 @@ def test_who_does_not_ask_for_the_promise_gets_the_library_everywhere(library: L
     assert net.invariant == []
 
 
+def test_where_the_size_of_a_tile_costs_bits_all_batches_have_one(
+    library: Library, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    usual = triton_conv.convolve
+
+    def faulty(x: Tensor, *rest: Any, **how: Any) -> Tensor:
+        return usual(x, *rest, **how) * (1 if how["pinned"] else 1 + 2**-14 * (len(x) < 3))
+
+    monkeypatch.setattr(triton_conv, "convolve", faulty)
+    library.differs = {20: {1}}
+    net = Layers()
+    with caplog.at_level(logging.WARNING):
+        runner = started(net)
+
+    assert (net.invariant, net.two.pinned) == (["two"], True)
+    assert runner.chosen == Chosen(cudnn=2, triton=1, free=1, fixed=0, pinned=1)
+    assert runner.exact_buckets == [1, 2, 3, 4]
+    assert [record.getMessage()[:31] for record in caplog.records] == ["no invariant kernel for Conv(20"]
+    assert str(runner.chosen) == "convolutions 2 cudnn 1 triton (1 in tiles of one size), attention 1 free 0 fixed"
+
+
 @pytest.mark.parametrize("fault", ["wrong", "not invariant", "does not run"])
-def test_a_kernel_that_cannot_be_trusted_is_not_used_and_two_lines_say_so(
+def test_a_kernel_that_cannot_be_trusted_is_not_used_and_the_log_says_so(
     fault: str, library: Library, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     usual = triton_conv.convolve
@@ -252,7 +380,9 @@ def test_a_kernel_that_cannot_be_trusted_is_not_used_and_two_lines_say_so(
 
     assert runner.exact_buckets == [2, 3, 4]
     assert net.invariant == []
-    assert [record.getMessage()[:31] for record in caplog.records] == [
-        "no invariant kernel for Conv(20",
-        "tiny: a picture alone takes a b",
+    said = [record.getMessage().partition("(")[0] for record in caplog.records]
+    assert said == [
+        "no invariant kernel for Conv",
+        "no pinned kernel for Conv",
+        "tiny: a picture alone takes a batch of 2, since bits are others in batches of 1",
     ]

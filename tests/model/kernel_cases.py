@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import model.kernels
-from model import triton_net
+from model import triton_net, triton_step
 from model.lucid_architecture import LucidArchitecture
 from model.lucid_unet import LucidUNet
 from model.nets import Net
@@ -43,9 +43,18 @@ def in_float64(
     return F.silu(out) if silu else out
 
 
-def normed(x: Tensor, groups: int, time: Tensor | None, before: Tensor | None, affine: Tensor, silu: bool) -> Tensor:
+def normed(
+    x: Tensor,
+    groups: int,
+    time: Tensor | None,
+    before: Tensor | None,
+    affine: Tensor,
+    silu: bool,
+    beside: Tensor | None = None,
+) -> Tensor:
     """What it gives."""
-    return triton_net.group_norm(x, groups, affine[0], affine[1], 1e-5, before=before, time=time, silu=silu)
+    joins: dict[str, Any] = {"beside": beside, "before": before, "time": time}
+    return triton_net.group_norm(x, groups, affine[0], affine[1], 1e-5, **joins, silu=silu)
 
 
 def a_case(
@@ -121,6 +130,49 @@ def test_a_norm_sees_no_company(large: bool, monkeypatch: pytest.MonkeyPatch) ->
     beside_nan = normed(**case)
     assert torch.equal(beside_nan[[0, 1, 3]], together[[0, 1, 3]])
     assert beside_nan[2].isnan().all()
+
+
+@pytest.mark.parametrize("large", [False, True], ids=["in registers", "by moments"])
+@pytest.mark.parametrize("own", [1, 5, 11])
+def test_the_channels_of_two_pictures_are_normed_as_those_of_one(
+    own: int, large: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if large:
+        monkeypatch.setattr(triton_net, "IN_REGISTERS", 0)
+        monkeypatch.setattr(triton_net, "SPLITS", 4)
+    case = a_case((3, 12, 5, 7), 4, torch.bfloat16)  # groups of three channels, so that one belongs to both
+    together = normed(**case)
+    parts = [part.contiguous(memory_format=torch.channels_last) for part in case["x"].split([own, 12 - own], dim=1)]
+
+    assert torch.equal(normed(**case | {"x": parts[0], "beside": parts[1]}), together)
+
+
+def test_the_terms_of_a_sum_are_added_before_they_are_normed() -> None:
+    case = a_case((3, 12, 5, 7), 4, torch.bfloat16)
+    terms = [draw(3, 12, 5, 7) for _ in range(4)]
+    whole = case | {"x": ((terms[0] + terms[1]) + terms[2]) + terms[3]}
+
+    assert error(normed(**case | {"x": torch.stack(terms)}), in_float64(**whole)) < 8 * DTYPES[torch.bfloat16]
+
+
+@pytest.mark.parametrize(("dtype", "together"), [(torch.bfloat16, 4), (torch.float32, 2)])
+def test_narrow_groups_are_read_side_by_side(
+    dtype: torch.dtype, together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four channels are 8 or 16 bytes; whoever fetches them alone is given 32."""
+    case = a_case((2, 24, 5, 3), 6, dtype)
+    grids: list[tuple[int, ...]] = []
+    launcher = type(triton_net._norm_in_registers)
+    usual = launcher.__getitem__
+
+    def noted(kernel: Any, grid: tuple[int, ...]) -> Any:
+        grids.append(grid)
+        return usual(kernel, grid)
+
+    monkeypatch.setattr(launcher, "__getitem__", noted)
+
+    assert error(normed(**case), in_float64(**case)) < 8 * DTYPES[dtype]
+    assert grids == [(-(-6 // together), 2)]
 
 
 # What is added to a convolution
@@ -223,8 +275,18 @@ def test_the_sampler_is_the_algebra(shape: tuple[int, int, int], learned: bool, 
     assert error(slots.x, expected.x.double()) < 1e-5
     assert error(slots.x0, expected.x0.double()) < 1e-5
     assert torch.equal(slots.cursor, expected.cursor)
-    for name in ("x", "x0"):
+    for name in ("x", "x0", "cursor"):
         assert torch.equal(getattr(slots, name)[batch:], getattr(before, name)[batch:])  # nobody else's
+
+
+def test_channels_that_a_picture_lacks_are_zeros() -> None:
+    _, table, slots = a_world((3, 5, 7), dtype=torch.bfloat16)
+    picture, embedding, now = triton_step.enter(slots.x[:4], slots.rows, slots.cursor[:4], table, 16)
+    k = slots.rows[torch.arange(4), slots.cursor[:4], K].long()
+
+    assert torch.equal(picture[:, :3].float(), slots.x[:4]) and not picture[:, 3:].any()
+    assert picture.shape == (4, 16, 5, 7) and picture.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(embedding, table[k]) and torch.equal(now, slots.cursor[:4])
 
 
 def test_the_noise_of_a_step_is_ours() -> None:

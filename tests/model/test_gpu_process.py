@@ -1,6 +1,7 @@
 """What holds for a process on a GPU, shown without one: the libraries' settings, and errors that end a start."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -82,7 +83,7 @@ class Trial(nn.Module):
     class Layer(Conv):
         error: Exception
 
-        def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
+        def forward(self, x: Tensor, *rest: Any, **others: Any) -> Tensor:
             if self.invariant:
                 raise self.error
             return x * (1 + 2**-10 * len(x))

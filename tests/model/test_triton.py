@@ -12,6 +12,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
@@ -38,10 +39,10 @@ ROOT = HERE.parents[1]
 CASES = ["kernel_cases.py", "conv_cases.py"]
 
 
-def run_cases(file: str, **environment: str) -> None:
+def run_cases(file: str, *options: str, **environment: str) -> None:
     """Runs the cases of this file in a process with this environment."""
     plugins = ["-p", "no:cacheprovider", "-p", "tests.model.kernel_world"]
-    command = [sys.executable, "-m", "pytest", *plugins, str(HERE / file)]
+    command = [sys.executable, "-m", "pytest", *plugins, *options, str(HERE / file)]
     result = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
 
     assert result.returncode == 0, result.stdout[-10_000:] + result.stderr[-2000:]
@@ -56,7 +57,7 @@ def test_the_kernels_compute_what_torch_computes(file: str) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and there is none here")
 @pytest.mark.parametrize("file", CASES)
 def test_the_kernels_compute_it_on_a_gpu(file: str) -> None:
-    run_cases(file, TRITON_INTERPRET="0")
+    run_cases(file, "-W", "default", TRITON_INTERPRET="0")  # what CUDA warns of fails nothing
 
 
 # What is launched
@@ -117,7 +118,7 @@ def test_the_step_by_kernels_never_looks_at_the_host(launches: Counter[str]) -> 
     with capturing():
         denoise(net, table, slots, 3)
 
-    assert launches["_enter"] == launches["_update"] == launches["_advance"] == 1
+    assert launches["_enter"] == launches["_update"] == 1
 
 
 def test_a_step_of_the_cifar10_net_is_two_hundred_kernels(
@@ -134,13 +135,12 @@ def test_a_step_of_the_cifar10_net_is_two_hundred_kernels(
         "_norm_in_registers": norms,
         "_add_bias": residuals + rest,
         "_update": 1,
-        "_advance": 1,
     }
     assert operations.counted == {"convolution": 77, "cat": 12, "constant_pad_nd": 3, "upsample_nearest2d": 3}
     assert launches.total() + operations.counted.total() + 6 <= 200  # and six times attention
 
 
-def test_a_step_by_invariant_convolutions_adds_pads_and_doubles_in_them(
+def test_a_step_by_invariant_convolutions_adds_joins_pads_projects_and_doubles_in_them(
     launches: Counter[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(model.kernels, "attention", lambda q, k, v: torch.empty_like(q.transpose(1, 2)).transpose(1, 2))
@@ -151,17 +151,17 @@ def test_a_step_by_invariant_convolutions_adds_pads_and_doubles_in_them(
     with torch.no_grad(), capturing(), Operations() as operations:
         denoise(net, table, slots, 2)
 
-    split = 12 + 15  # on 8 x 8 and 4 x 4 pixels
+    projections, ranges_for_norms = 13, 12
+    split = 12 + 15 - ranges_for_norms  # on 8 x 8 and 4 x 4 pixels
     assert launches == {
         "_enter": 1,
         "_norm_in_registers": 51,
-        "_convolve": 77,
+        "_convolve": 77 - projections,
         "_add_up": split,
         "_update": 1,
-        "_advance": 1,
     }
-    assert operations.counted == {"cat": 12}
-    assert launches.total() + operations.counted.total() + 6 <= 176  # and six times attention
+    assert not operations.counted
+    assert launches.total() + 6 <= 140  # and six times attention
 
 
 def test_the_large_norms_of_a_large_picture_are_two_kernels(launches: Counter[str]) -> None:
@@ -200,8 +200,10 @@ def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tm
     from triton.compiler import ASTSource
     from triton.runtime.jit import JITFunction
 
+    from model import triton_conv, triton_launch
+
     counted: Counter[str] = Counter()
-    names = ("num_warps", "num_stages", "enable_fp_fusion")
+    names = ("num_warps", "num_stages", "enable_fp_fusion", "launch_pdl")
 
     def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **constants: Any) -> None:
         options = {name: constants.pop(name) for name in names if name in constants}
@@ -223,10 +225,15 @@ def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tm
         tensor_cores = kernel.fn.__name__ == "_convolve" and args[0].element_size() == 2
         assert ("wgmma" in result.asm["ptx"]) == (tensor_cores and request.param == 90)
         assert result.metadata.shared <= SHARED[request.param] and stack(result.asm["cubin"]) <= STACK
+        touched, waits, _ = result.asm["ptx"].partition("griddepcontrol.wait")
+        assert result.metadata.launch_pdl == bool(waits) == (request.param == 90)
+        assert not (waits and re.search(r"\b(ld|st|cp)\S*\.global", touched))  # before it waits, it touches no memory
         counted[kernel.fn.__name__] += 1
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(JITFunction, "run", run)
+    monkeypatch.setattr(triton_launch, "_supported", lambda device: request.param >= 90)
+    monkeypatch.setattr(triton_conv, "shared_bytes", lambda device: SHARED[request.param])
     yield counted
 
 
@@ -235,64 +242,87 @@ def test_every_kernel_compiles_and_has_no_atomics(compiled: Counter[str]) -> Non
 
     x = torch.zeros(2, 12, 64, 48, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
     channels, cursor = torch.zeros(24, dtype=torch.bfloat16), torch.zeros(2, dtype=torch.int64)
+    joins: dict[str, Any]
     for groups in (12, 2):
         for time, silu in ((None, False), (channels[None, :12], True), (channels[None], True)):
             affine = (channels[:12], channels[:12], 1e-6)
-            triton_net.group_norm(x, groups, *affine, before=channels[:12], time=time, silu=silu)
+            joins = {"beside": None, "before": channels[:12], "time": time}
+            triton_net.group_norm(x, groups, *affine, **joins, silu=silu)
+        own, beside = (part.contiguous(memory_format=torch.channels_last) for part in x.split([8, 4], dim=1))
+        triton_net.group_norm(own, groups, *affine, beside=beside, before=None, time=None, silu=True)
+    wide = torch.zeros(128, dtype=torch.bfloat16)
+    for terms in (torch.zeros(2, 128, 32, 32, dtype=torch.bfloat16), torch.zeros(4, 2, 128, 8, 8)):
+        last = terms.transpose(-1, -2).transpose(-1, -3).contiguous().movedim(-1, -3)
+        triton_net.group_norm(last, 32, wide, wide, 1e-6, beside=None, before=None, time=None, silu=True)
     triton_net.add_bias(x, channels, x)
     state, rows, table = torch.zeros(2, 3, 8, 8), torch.zeros(2, 5, 11), torch.zeros(9, 40, dtype=torch.bfloat16)
-    triton_step.enter(state, rows, cursor, table)
+    triton_step.enter(state, rows, cursor, table, 16)
+    at: dict[str, Any] = {"rows": rows, "now": cursor, "cursor": cursor, "last": cursor, "seed": cursor}
     for out in (3, 6):
-        triton_step.update(torch.zeros(2, out, 8, 8), state, state, state, rows, cursor, cursor)
-    triton_step.advance(cursor, cursor)
+        triton_step.update(torch.zeros(2, out, 8, 8), state, state, state, **at)
 
     assert compiled == {
-        "_norm_in_registers": 3,
-        "_moments": 3,
-        "_norm_by_moments": 3,
+        "_norm_in_registers": 6,
+        "_moments": 4,
+        "_norm_by_moments": 4,
         "_add_bias": 1,
         "_enter": 1,
         "_update": 2,
-        "_advance": 1,
     }
 
 
-# (from channels, to channels, side of the picture, what else) as in nets for 32 x 32 and 256 x 256: each tiling once
-CONVOLUTIONS: list[tuple[int, int, int, dict[str, int]]] = [
-    (3, 128, 32, {}),
+# (from channels, to channels, side of the picture, what else) as in nets for 32 x 32 and 256 x 256: each walk once
+CONVOLUTIONS: list[tuple[int, int, int, dict[str, Any]]] = [
+    (16, 128, 32, {}),
     (128, 128, 32, {}),
     (128, 3, 32, {}),
     (128, 128, 32, {"stride": 2, "padding": 0, "below": 1}),
     (384, 128, 32, {"size": 1}),
+    (128, 128, 32, {"sources": (128, 256)}),
+    (256, 256, 16, {"sources": (128,)}),
+    (256, 256, 8, {"sources": (256, 256)}),
     (512, 256, 8, {}),
     (256, 256, 8, {"times": 2}),
     (128, 128, 256, {}),
-    (3, 128, 256, {}),
     (512, 512, 8, {}),
     (32, 1, 32, {}),  # Triton makes a constant of a 1
     (40, 24, 1, {"size": 1}),
+    (24, 24, 8, {"sources": (24, 12)}),  # and these fill no step
 ]
+BATCHES = (1, 8, 64)  # of tiles of other sizes
 
 
 @pytest.mark.parametrize(
     ("dtype", "layers"),
-    [(torch.bfloat16, CONVOLUTIONS), (torch.float32, CONVOLUTIONS[:2])],
+    [(torch.bfloat16, CONVOLUTIONS), (torch.float32, CONVOLUTIONS[5:7])],
     ids=["bfloat16", "float32"],
 )
 def test_convolutions_of_real_nets_compile_without_spilling(
-    compiled: Counter[str], dtype: torch.dtype, layers: list[tuple[int, int, int, dict[str, int]]]
+    compiled: Counter[str],
+    dtype: torch.dtype,
+    layers: list[tuple[int, int, int, dict[str, Any]]],
+    request: pytest.FixtureRequest,
 ) -> None:
     from model import triton_conv
 
-    for channels, outs, side, other in layers:
-        shape = {"size": 3, "stride": 1} | other
-        size = shape.pop("size")
-        x = torch.empty(2, channels, side, side, dtype=dtype, device=META).to(memory_format=torch.channels_last)
+    batches = BATCHES if request.node.callspec.params["compiled"] == 90 else BATCHES[1:2]
+    for (channels, outs, side, other), batch in product(layers, batches):
+        shape: dict[str, Any] = {"size": 3, "stride": 1} | other
+        size, sources = shape.pop("size"), shape.pop("sources", ())
+
+        def picture(channels: int, batch: int = batch, side: int = side) -> Tensor:
+            x = torch.empty(batch, channels, side, side, dtype=dtype, device=META)
+            return x.to(memory_format=torch.channels_last)
+
         weight = torch.empty(outs, channels, size, size, dtype=dtype, device=META)
         bias = torch.empty(outs, dtype=dtype, device=META)
-        triton_conv.convolve(x, weight, bias, bias, **({"padding": size // 2} | shape))
+        if sources:
+            projection = torch.empty(outs, sum(sources), 1, 1, dtype=dtype, device=META)
+            shape |= {"projection": projection, "sources": [picture(each) for each in sources]}
+        add = None if sources else picture(outs)
+        triton_conv.convolve(picture(channels), weight, bias, add, **({"padding": size // 2} | shape))
 
-    assert compiled["_convolve"] == len(layers)
+    assert compiled["_convolve"] == len(layers) * len(batches)
 
 
 # Where it is not used

@@ -54,7 +54,7 @@ class FunctionNet(nn.Module):
 
     def __init__(self, function: Callable[[Tensor, Tensor], Tensor], architecture: Architecture) -> None:
         super().__init__()
-        self.function, self.arch = function, architecture
+        self.function, self.arch, self.reads = function, architecture, architecture.in_channels
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         return self.function(x, embedding[:, 0])

@@ -1,0 +1,80 @@
+"""Every Triton kernel that the benchmarks launch on a GPU, compiled by running whole engines on one that is not there.
+
+Nothing here says what there is to compile: kernels, arguments and tiles are those that the engine asks for.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.absent_gpu import launching
+from benchmarks.engine import CIFAR10, LARGE
+from model.architecture import architecture
+from model.card import ModelCard, read_card
+from model.checkpoint import Model
+from model.engine import Engine
+from model.events import Request
+from model.kernels import Conv
+from model.nets import build
+from model.plan import plan, resolve
+from model.runner import Runner
+
+DIGITS = Path(__file__).parent.parent / "weights" / "digits"
+META = torch.device("meta")
+STEPS = 3  # of each picture
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """A net, and the batches that it is run at."""
+
+    card: ModelCard
+    buckets: Sequence[int]
+
+
+def uses() -> list[Use]:
+    """Everything that the benchmarks run on a GPU."""
+    digits = read_card(DIGITS)
+    small, large = (replace(digits, architecture=architecture(dict(config))) for config in (CIFAR10, LARGE))
+    return [Use(digits, (1, 8, 64)), Use(small, (1, 8, 64, 256)), Use(large, (1, 8, 16))]
+
+
+def without_weights(card: ModelCard, device: torch.device) -> Model:
+    """The model as `load_model` gives it on a GPU, but for its numbers."""
+    with META, torch.inference_mode():
+        net = build(card.architecture).eval().requires_grad_(False)
+        table = torch.empty(card.process.schedule.T, net.embedding_width, dtype=torch.bfloat16)
+        net.fuse()
+        net = net.to(torch.bfloat16).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return Model(card, net.to_empty(device=device), torch.zeros_like(table, device=device), 0)
+
+
+def run(use: Use, invariant: bool, device: torch.device) -> None:
+    """Pictures come, are shown, go on in another slot and go, in each bucket; by our convolutions or the library's."""
+    runner = Runner(without_weights(use.card, device), max(use.buckets), exact=False, buckets=use.buckets)
+    for module in runner.model.net.modules():
+        if isinstance(module, Conv):
+            module.invariant = invariant
+    engine, table = Engine(runner), plan(use.card.process, resolve(use.card.process, "ddpm", STEPS))
+    for bucket in runner.buckets:
+        for seed in range(bucket):
+            frames = frozenset({0, 1} if seed == 0 else ())
+            engine.submit(Request(seed, seed, table, frames=frames, wants_floats=seed == 0))
+        engine.step()
+        runner.slots.put_back(0, 0, table, 1, runner.slots.take(0))
+        engine.cancel(0)
+        while engine.busy:
+            engine.step()
+
+
+def compiled(arch: int, used: Iterable[Use], device: torch.device = META) -> list[Any]:
+    """The kernels that these take on a GPU of this kind, each once. device: what stands for it"""
+    kernels: dict[str, Any] = {}
+    with launching(arch, lambda kernel: kernels.setdefault(kernel.hash, kernel), device):
+        for use in used:
+            for invariant in (True, False):
+                run(use, invariant, device)
+    return list(kernels.values())
