@@ -1,13 +1,14 @@
 """How kernels are launched on a device, and what a program of theirs may have there.
 
 Programmatic dependent launch: a kernel starts while the one before it still ends, and waits inside for its results.
-
 That hides most of what lies between two kernels, about a microsecond each. A kernel launched so must wait before it
 touches memory, and no kernel is launched so that does not (`ready`): then whoever has waited for the one before it has
-waited for all before that one, too. It takes Hopper or later, and Triton 3.4.
+waited for all before that one, too. The wait must stand before the first loop: into one, Triton moves loads up past it
+(triton-lang/triton#11905). It takes Hopper, and Triton 3.4; whether a graph can hold such launches is tried.
 Importing this module imports Triton.
 """
 
+import logging
 from functools import cache
 
 import torch
@@ -16,6 +17,8 @@ import triton.language as tl
 
 AVAILABLE = hasattr(tl.extra.cuda, "gdc_wait")
 WANTED = True  # a benchmark may ask what it gains
+CHAIN = 16  # kernels that are tried one behind the other
+logger = logging.getLogger(__name__)
 
 
 @triton.jit
@@ -26,9 +29,39 @@ def ready(DEPENDENT: tl.constexpr):
         tl.extra.cuda.gdc_launch_dependents()
 
 
+@triton.jit
+def _count(numbers, DEPENDENT: tl.constexpr):
+    at = numbers + tl.program_id(0) * 128 + tl.arange(0, 128)
+    ready(DEPENDENT)
+    tl.store(at, tl.load(at) + 1)
+
+
+def _chain_counts(device: torch.device) -> bool:
+    """Whether a graph of kernels launched so gives what the same kernels give one after another."""
+    numbers, graph = torch.zeros(64 * 128, dtype=torch.int32, device=device), torch.cuda.CUDAGraph()
+    _count[(64,)](numbers, DEPENDENT=True, launch_pdl=True)
+    usual = torch.cuda.stream(torch.cuda.current_stream(device))  # to be left as it was, should the capture fail
+    with usual, torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        for _ in range(CHAIN):
+            _count[(64,)](numbers, DEPENDENT=True, launch_pdl=True)
+    graph.replay()
+    return bool((numbers == 1 + CHAIN).all())
+
+
 @cache
 def _supported(device: torch.device) -> bool:
-    return AVAILABLE and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    if not AVAILABLE or device.type != "cuda" or torch.cuda.get_device_capability(device)[0] not in (9, 10):
+        return False
+    try:
+        counts, reason = _chain_counts(device), "they run before what they read is written"
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a driver or a compiler that cannot: kernels start one after another, as anywhere else
+        torch.cuda.synchronize(device)  # raises if nothing works here any more
+        counts, reason = False, f"{type(error).__name__}: {error}"
+    if not counts:
+        logger.warning("no kernel starts before the one in front of it has ended on %s: %s", device, reason)
+    return counts
 
 
 def dependent(device: torch.device) -> dict[str, bool]:

@@ -45,6 +45,24 @@ def test_a_replay_of_every_bucket_is_the_eager_step_bit_for_bit() -> None:
         assert torch.equal(*results), bucket
 
 
+@torch.inference_mode()
+def test_kernels_that_start_early_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    from model import triton_launch
+
+    model, results = cifar10_model(torch.bfloat16), []
+    table = plan(PROCESS, resolve(PROCESS, "ddpm", 5))
+    for wanted in (True, False):
+        monkeypatch.setattr(triton_launch, "WANTED", wanted)
+        runner = Runner(model, 8, buckets=(1, 8))
+        for slot in range(8):
+            runner.slots.seat(slot, 100 + slot, table, runner.slots.draw_initial([100 + slot])[0])
+        for bucket in (8, 1, 8, 1, 8):
+            runner.step(bucket)
+        results.append(runner.slots.x.clone())
+
+    assert torch.equal(*results)
+
+
 def test_noise_is_the_same_as_on_a_cpu_but_for_the_last_bit_of_a_few() -> None:
     seed, step = torch.arange(64) * 2**40 + 7, torch.arange(64)
     ours, theirs = (gaussian(seed.to(d), step.to(d), (3, 32, 32)).cpu() for d in ("cpu", "cuda"))

@@ -1,7 +1,6 @@
 """What holds for a process on a GPU, shown without one: the libraries' settings, and errors that end a start."""
 
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 import model.kernels
 from model.exact_kernels import choose_kernels
 from model.gpu import NO_MEMORY, prepare_gpu, raise_if_fatal
-from model.kernels import Conv
+from model.kernels import Conv, Projection
 from tests.model.tiny import CPU
 
 GPU = torch.device("cuda")
@@ -83,7 +82,7 @@ class Trial(nn.Module):
     class Layer(Conv):
         error: Exception
 
-        def forward(self, x: Tensor, *rest: Any, **others: Any) -> Tensor:
+        def forward(self, x: Tensor, add: Tensor | Projection | None = None, *, whole: bool = True) -> Tensor:
             if self.invariant:
                 raise self.error
             return x * (1 + 2**-10 * len(x))
