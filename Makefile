@@ -5,7 +5,7 @@ PORT   ?= 8000
 BIN    := .venv/bin
 PIP    := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: serve test check format bench bench-compile chaos fuzz soak image gpu gpu-wheels gpu-compile clean
+.PHONY: serve test check format bench bench-compile chaos fuzz soak image gpu gpu-wheels clean
 
 serve: .venv/serve.stamp
 	$(BIN)/ddpm serve --host $(HOST) --port $(PORT)
@@ -65,18 +65,8 @@ image:
 
 # What only a GPU can show, with the Python that is there (torch 2.11 or later) and no network. `make gpu-wheels`,
 # where there is a network, first puts what that Python may lack into .gpu/, to be taken along.
-GPU_PYTHON = PYTHONPATH=.gpu/site:. $(PYTHON)
-GPU_TESTS = $(addprefix tests/model/test_,gpu.py invariance.py triton.py)
-
-gpu: .gpu/site
-	$(GPU_PYTHON) -m pytest -m gpu -p no:cacheprovider -W default $(GPU_TESTS)
-	$(GPU_PYTHON) -m benchmarks --gpu --minutes 5
-
-gpu-compile: .gpu/site
-	$(GPU_PYTHON) -m benchmarks --gpu --compiled --minutes 8
-
-.gpu/site:
-	$(PYTHON) -m benchmarks.unpack .gpu $@
+gpu:
+	$(PYTHON) -m benchmarks.gpu
 
 # HAS=FILE: what that Python has, as `pip list --format=freeze` says there; default: torch, Triton and what they need.
 # KERNELS=PYTHON: a Python 3.12 with torch 2.11 and Triton 3.6, as there, which compiles kernels for that machine.

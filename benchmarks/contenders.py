@@ -1,20 +1,16 @@
-"""Who takes part in `benchmarks.engine`: each in a process of its own, asked through a pipe.
+"""Who takes part in `benchmarks.engine`. `benchmarks.remote` gives each a process of its own.
 
-All take the same model directory. The diffusers ones run `UNet2DModel` and `DDPMScheduler` as `DDPMPipeline` does.
+All take the same model directory. The diffusers ones run `UNet2DModel` and `DDPMScheduler` as `DDPMPipeline` does; ours
+runs where diffusers is not.
 """
 
-import gc
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from diffusers import DDPMScheduler, UNet2DModel
 from torch import Tensor
 
 from model.card import read_card
@@ -24,9 +20,20 @@ from model.events import Request
 from model.plan import COLUMNS, plan, resolve
 from model.runner import Runner
 from server.devices import cores
-from server.machine import choose_dtype, prepare_cpu
+from server.machine import choose_dtype
 
 Net = Callable[[Tensor, Tensor], Tensor]  # (x [B, C, H, W], t [B]) -> [B, C, H, W]
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What a contender is made for."""
+
+    directory: Path
+    device: torch.device
+    most: int  # pictures in a batch
+    buckets: tuple[int, ...] = ()  # batch sizes that ours captures; if there are none, a server's
+    threads: int = 0  # of a CPU; 0: all
 
 
 class Contender(Protocol):
@@ -42,15 +49,15 @@ class Contender(Protocol):
 class Ours:
     """Our engine's loop: requests of 1000 steps, replaced as they end."""
 
-    def __init__(self, directory: Path, device: torch.device, most: int, exact: bool = True) -> None:
-        model = load_model(read_card(directory), device, choose_dtype("auto", device))
-        self.engine, self.live = Engine(Runner(model, most, exact)), list[int]()
+    def __init__(self, setup: Setup, exact: bool = True) -> None:
+        model = load_model(read_card(setup.directory), setup.device, choose_dtype("auto", setup.device))
+        self.engine, self.live = Engine(Runner(model, setup.most, exact, setup.buckets)), list[int]()
         process = model.card.process
         self.table, self.next = plan(process, resolve(process, "ddpm", process.schedule.T)), 0
 
     def run(self, batch: int, steps: int) -> None:
         if len(self.live) != batch:
-            self._clear()
+            self.clear()
         for _ in range(steps):
             while len(self.live) < batch:
                 self.engine.submit(Request(self.next, self.next, self.table))
@@ -59,7 +66,8 @@ class Ours:
             for event in self.engine.step():
                 self.live.remove(event.id)  # type: ignore[arg-type]  # ours are numbers
 
-    def _clear(self) -> None:
+    def clear(self) -> None:
+        """Every slot is free."""
         for id in self.live:
             self.engine.cancel(id)
         self.live = []
@@ -67,7 +75,7 @@ class Ours:
 
     @torch.inference_mode()
     def predict(self, x: Tensor, t: Tensor) -> Tensor:
-        self._clear()
+        self.clear()
         runner, count = self.engine.runner, len(x)
         slots = runner.slots
         row = torch.zeros(count, len(COLUMNS))
@@ -85,11 +93,13 @@ class Ours:
 class Theirs:
     """diffusers' loop around a net, in whatever precision and however compiled."""
 
-    def __init__(self, directory: Path, device: torch.device, net: Net, dtype: torch.dtype) -> None:
-        self.net, self.device, self.dtype = net, device, dtype
-        self.scheduler = DDPMScheduler.from_pretrained(directory)
+    def __init__(self, setup: Setup, net: Net, dtype: torch.dtype) -> None:
+        from diffusers import DDPMScheduler, UNet2DModel
+
+        self.net, self.device, self.dtype = net, setup.device, dtype
+        self.scheduler = DDPMScheduler.from_pretrained(setup.directory)
         self.scheduler.set_timesteps(self.scheduler.config.num_train_timesteps)
-        config = UNet2DModel.load_config(directory)
+        config = UNet2DModel.load_config(setup.directory)
         self.shape = (config["in_channels"], config["sample_size"], config["sample_size"])
 
     @torch.no_grad()
@@ -107,8 +117,8 @@ class Theirs:
 class Graphed(Theirs):
     """diffusers' net and its scheduler's formula in one CUDA graph per batch size, with nothing of ours in it."""
 
-    def __init__(self, directory: Path, device: torch.device, most: int) -> None:
-        super().__init__(directory, device, load(directory, device, torch.bfloat16, True), torch.bfloat16)
+    def __init__(self, setup: Setup) -> None:
+        super().__init__(setup, load(setup, torch.bfloat16, True), torch.bfloat16)
         bar = self.scheduler.alphas_cumprod.double()
         before = torch.cat([torch.ones(1).double(), bar[:-1]])
         alpha, beta = bar / before, 1 - bar / before
@@ -116,7 +126,7 @@ class Graphed(Theirs):
         noise = beta.sqrt()
         noise[0] = 0
         rows = torch.stack([bar.rsqrt(), -(1 / bar - 1).sqrt(), x0, x, noise], 1)  # [T, 5]
-        self.rows = rows.float().to(device)
+        self.rows = rows.float().to(self.device)
         self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor, Tensor]] = {}  # with x, t and out, by batch
 
     @torch.inference_mode()
@@ -158,9 +168,11 @@ class Graphed(Theirs):
         return out.cpu()
 
 
-def load(directory: Path, device: torch.device, dtype: torch.dtype, channels_last: bool) -> Any:
+def load(setup: Setup, dtype: torch.dtype, channels_last: bool) -> Any:
     """diffusers' net as a function of (x, t)."""
-    net = UNet2DModel.from_pretrained(directory, low_cpu_mem_usage=False).eval().to(device, dtype)
+    from diffusers import UNet2DModel
+
+    net = UNet2DModel.from_pretrained(setup.directory, low_cpu_mem_usage=False).eval().to(setup.device, dtype)
     if channels_last:
         net = net.to(memory_format=torch.channels_last)
 
@@ -171,14 +183,12 @@ def load(directory: Path, device: torch.device, dtype: torch.dtype, channels_las
     return run
 
 
-def eager(
-    directory: Path, device: torch.device, most: int, dtype: torch.dtype = torch.float32, channels_last: bool = False
-) -> Theirs:
+def eager(setup: Setup, dtype: torch.dtype = torch.float32, channels_last: bool = False) -> Theirs:
     """diffusers as it comes."""
-    return Theirs(directory, device, load(directory, device, dtype, channels_last), dtype)
+    return Theirs(setup, load(setup, dtype, channels_last), dtype)
 
 
-def compiled(directory: Path, device: torch.device, most: int, dtype: torch.dtype, **options: Any) -> Theirs:
+def compiled(setup: Setup, dtype: torch.dtype, **options: Any) -> Theirs:
     """diffusers' net through torch.compile; `freezing` is inductor's, the others are torch.compile's."""
     import torch._inductor.config as inductor
 
@@ -186,20 +196,21 @@ def compiled(directory: Path, device: torch.device, most: int, dtype: torch.dtyp
     if options.get("mode") == "max-autotune":  # as huggingface/diffusion-fast sets it
         inductor.conv_1x1_as_mm = inductor.coordinate_descent_tuning = True
         inductor.coordinate_descent_check_all_directions, inductor.epilogue_fusion = True, False
-    net: Net = torch.compile(load(directory, device, dtype, True), dynamic=False, **options)
-    return Theirs(directory, device, lambda x, t: net(x, t).clone(), dtype)
+    net: Net = torch.compile(load(setup, dtype, True), dynamic=False, **options)
+    return Theirs(setup, lambda x, t: net(x, t).clone(), dtype)
 
 
-def openvino(directory: Path, device: torch.device, most: int, precision: str) -> Theirs:
+def openvino(setup: Setup, precision: str) -> Theirs:
     """diffusers' net through OpenVINO, compiled anew for each batch size."""
     import openvino as ov
+    from diffusers import UNet2DModel
 
     core, made = ov.Core(), dict[int, Any]()
 
     class Module(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.net = UNet2DModel.from_pretrained(directory, low_cpu_mem_usage=False).eval()
+            self.net = UNet2DModel.from_pretrained(setup.directory, low_cpu_mem_usage=False).eval()
 
         def forward(self, x: Tensor, t: Tensor) -> Tensor:
             out: Tensor = self.net(x, t, return_dict=False)[0]
@@ -212,11 +223,12 @@ def openvino(directory: Path, device: torch.device, most: int, precision: str) -
             made[len(x)] = core.compile_model(graph, "CPU", hints | {"PERFORMANCE_HINT": "LATENCY"})
         return torch.from_numpy(made[len(x)]([x.numpy(), t.numpy()])[0])
 
-    return Theirs(directory, device, run, torch.float32)
+    return Theirs(setup, run, torch.float32)
 
 
 BF16 = torch.bfloat16
-EVERYWHERE: dict[str, Callable[[Path, torch.device, int], Contender]] = {
+Maker = Callable[[Setup], Contender]
+EVERYWHERE: dict[str, Maker] = {
     "ours": Ours,
     "diffusers": eager,
     "diffusers, bfloat16": partial(eager, dtype=BF16, channels_last=True),
@@ -228,119 +240,11 @@ COMPILED_ON_CPU = EVERYWHERE | {
     "OpenVINO, float32": partial(openvino, precision="f32"),
     "OpenVINO, bfloat16": partial(openvino, precision="bf16"),
 }
-COMPILED_ON_GPU: dict[str, Callable[[Path, torch.device, int], Contender]] = {
+COMPILED_ON_GPU: dict[str, Maker] = {
     "ours": Ours,
     "torch.compile, reduce-overhead": partial(compiled, dtype=BF16, mode="reduce-overhead", fullgraph=True),
     "torch.compile, max-autotune": partial(compiled, dtype=BF16, mode="max-autotune", fullgraph=True),
 }
-ALL = ON_GPU | COMPILED_ON_CPU | COMPILED_ON_GPU
-
-
-@dataclass(slots=True)
-class Remote:
-    """A contender in its own process. Every question may raise RuntimeError, with what went wrong over there."""
-
-    name: str
-    pipe: Connection
-    process: Any
-
-    @classmethod
-    def start(cls, name: str, directory: Path, device: torch.device, most: int) -> "Remote":
-        """Begins to load it."""
-        context = get_context("spawn")
-        ours, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(theirs, name, directory, device, most), daemon=True)
-        process.start()
-        theirs.close()
-        return cls(name, ours, process)
-
-    def answer(self) -> Any:
-        """The next answer."""
-        try:
-            kind, value = self.pipe.recv()
-        except EOFError as error:
-            raise RuntimeError(f"{self.name} ended without a word") from error
-        if kind == "failed":
-            raise RuntimeError(f"{self.name}: {value}")
-        return value
-
-    def ask(self, verb: str, *arguments: Any) -> Any:
-        """One question, one answer."""
-        self.pipe.send((verb, *arguments))
-        return self.answer()
-
-    def end(self) -> None:
-        """Its process ends."""
-        self.process.kill()
-        self.process.join()
-        self.pipe.close()
-
-
-def _serve(pipe: Connection, name: str, directory: Path, device: torch.device, most: int) -> None:
-    torch.set_num_threads(cores())
-    if name.startswith("ours") and device.type == "cpu":
-        prepare_cpu(cores())
-    try:
-        began = time.perf_counter()
-        contender = ALL[name](directory, device, most)
-        pipe.send(("ready", time.perf_counter() - began))
-        while True:
-            verb, *arguments = pipe.recv()
-            pipe.send((verb, VERBS[verb](contender, *arguments)))
-    except EOFError:
-        return
-    except Exception as error:  # whatever keeps one of them from taking part is told, and the others go on
-        lines = str(error).splitlines() or [""]
-        pipe.send(("failed", f"{type(error).__name__}: {lines[0]}"))
-
-
-def _run(contender: Contender, batch: int, steps: int) -> float:
-    """Seconds of so many steps."""
-    gc.collect()
-    began = time.perf_counter()
-    contender.run(batch, steps)
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
-
-
-def _memory(contender: Contender) -> int:
-    """The most memory that was held so far, in bytes: of the GPU, else of the process."""
-    if torch.cuda.is_available():
-        most: int = torch.cuda.max_memory_reserved()
-        return most
-    status = Path("/proc/self/status").read_text()
-    return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
-
-
-def _nodes(contender: Contender, batch: int) -> int:
-    """Kernels and copies on the GPU in one step."""
-    contender.run(batch, 3)
-    torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
-        contender.run(batch, 10)
-        torch.cuda.synchronize()
-    on_gpu = [event for event in seen.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    return round(len(on_gpu) / 10)
-
-
-def _replay(contender: Ours, batch: int) -> float:
-    """Milliseconds that the GPU takes for a step when the next one always waits already."""
-    runner, (began, ended) = contender.engine.runner, (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    bucket = runner.bucket_for(batch)
-    runner.step(bucket)
-    began.record()
-    for _ in range(20):
-        runner.step(bucket)
-    ended.record()
-    ended.synchronize()
-    return float(began.elapsed_time(ended)) / 20
-
-
-VERBS: dict[str, Callable[..., Any]] = {
-    "run": _run,
-    "memory": _memory,
-    "nodes": _nodes,
-    "replay": _replay,
-    "predict": lambda contender, x, t: contender.predict(torch.from_numpy(x), torch.from_numpy(t)).numpy(),
-}
+# What takes the place of the compilers where only the way to them is tried.
+NOT_COMPILED: dict[str, Maker] = {"torch.compile, eager": partial(compiled, dtype=torch.float32, backend="eager")}
+ALL = ON_GPU | COMPILED_ON_CPU | COMPILED_ON_GPU | NOT_COMPILED

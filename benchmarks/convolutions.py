@@ -6,19 +6,20 @@ batch, and what either takes, inside a CUDA graph as in a step. Attention, free 
 
 import argparse
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from benchmarks.measure import Measure, machine
+from benchmarks.measure import Measure, machine, seconds_of
 from model.card import read_card
-from model.checkpoint import load_model
+from model.checkpoint import Model, load_model
 from model.exact_kernels import Kind, Layer, agrees, kinds
 from model.kernels import Conv
 from model.runner import denoise, usual_buckets
 from model.slots import Slots
+from server.machine import choose_dtype
 
 BATCHES = (1, 8, 64)
 CALLS, ROUNDS = 20, 9  # calls to a graph, and replays that are timed
@@ -27,6 +28,8 @@ CALLS, ROUNDS = 20, 9  # calls to a graph, and replays that are timed
 def microseconds(layer: Layer, x: Tensor) -> float:
     """One call among many in a graph: the median of all replays. The weights stay in the cache, unlike in a step."""
     layer(x)
+    if x.device.type == "cpu":
+        return 1e6 * seconds_of(lambda: layer(x), x.device, CALLS)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -43,38 +46,60 @@ def microseconds(layer: Layer, x: Tensor) -> float:
     return statistics.median(took[1:])
 
 
-def compare(kind: Kind, buckets: list[int]) -> tuple[bool, dict[bool, list[float]]]:
-    """Whether the library's bits are the same in all buckets, and microseconds in each of BATCHES, by either kernel."""
+def name_of(kind: Kind) -> str:
+    """What a kind of layer is, in words and numbers."""
+    layer, (channels, height, width) = kind.layers[0], kind.like.shape[1:]
+    if not isinstance(layer, Conv):
+        return f"attention of {channels // 3} on {height} x {width}, {layer.extra_repr()}"
+    how = {"stride 2": layer.stride[0] == 2, "doubled": layer.doubled, "below": layer.below}
+    words = "".join(f", {word}" for word, holds in how.items() if holds)
+    kernel = " x ".join(map(str, layer.kernel_size))
+    return f"{kernel} from {channels} to {layer.out_channels} on {height} x {width}{words}"
+
+
+def kinds_of(model: Model) -> list[Kind]:
+    """All kinds of layers of a net for which there is a choice."""
+    slots = Slots(1, model.card.architecture.shape, model.card.process.schedule.T, model.table.device)
+    return kinds(model.net, lambda: denoise(model.net, model.table, slots, 1))
+
+
+def same_bits(kind: Kind, buckets: Sequence[int], invariant: bool = False) -> bool:
+    """Whether a picture's bits are the same in all of these buckets, by the library or by the invariant kernel."""
     layer, generator = kind.layers[0], torch.Generator(kind.like.device).manual_seed(0)
     x = kind.inputs(max(buckets), generator)
-    layer.invariant = False
-    same = agrees(layer, x, layer(x), buckets, generator)
-    took = {}
-    for invariant in (False, True):
-        layer.invariant = invariant
-        took[invariant] = [microseconds(layer, kind.inputs(batch, generator)) for batch in BATCHES]
-    layer.invariant = False
-    return same, took
+    layer.invariant = invariant
+    try:
+        return agrees(layer, x, layer(x), buckets, generator)
+    finally:
+        layer.invariant = False
+
+
+def times(kind: Kind, batches: Sequence[int], invariant: bool) -> list[float]:
+    """Microseconds in each of these batches, by the library or by the invariant kernel."""
+    layer, generator = kind.layers[0], torch.Generator(kind.like.device).manual_seed(0)
+    layer.invariant = invariant
+    try:
+        return [microseconds(layer, kind.inputs(batch, generator)) for batch in batches]
+    finally:
+        layer.invariant = False
 
 
 def measures(directory: Path) -> Iterator[Measure]:
     """Prints a line for every kind of layer; gives what they sum up to in the whole net."""
     device = torch.device("cuda", torch.cuda.current_device())
-    dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    model = load_model(read_card(directory), device, dtype)
-    slots = Slots(1, model.card.architecture.shape, model.card.process.schedule.T, device)
+    model = load_model(read_card(directory), device, choose_dtype("auto", device))
     sums = {name: [0.0] * len(BATCHES) for name in ("library", "invariant", "chosen")}
     print(f"microseconds by library / invariant kernel, in batches of {BATCHES}")
-    for kind in kinds(model.net, lambda: denoise(model.net, model.table, slots, 1)):
-        same, took = compare(kind, usual_buckets(max(BATCHES)))
-        name = f"{'Conv' if isinstance(kind.layers[0], Conv) else 'Attention'}({kind.layers[0].extra_repr()})"
+    for kind in kinds_of(model):
+        same = same_bits(kind, usual_buckets(max(BATCHES)))
+        took = {invariant: times(kind, BATCHES, invariant) for invariant in (False, True)}
         pairs = "  ".join(f"{a:.1f} / {b:.1f}" for a, b in zip(took[False], took[True], strict=True))
         bits = "same" if same else "differ"
-        print(f"{bits:7}{len(kind.layers):3} x  {pairs:48}{list(kind.like.shape[1:])} {name}", flush=True)
-        for which, times in (("library", took[False]), ("invariant", took[True]), ("chosen", took[not same])):
-            sums[which] = [a + len(kind.layers) * b for a, b in zip(sums[which], times, strict=True)]
-    for which, times in sums.items():
-        for batch, time in zip(BATCHES, times, strict=True):
+        print(f"{bits:7}{len(kind.layers):3} x  {pairs:48}{name_of(kind)}", flush=True)
+        for which, each in (("library", took[False]), ("invariant", took[True]), ("chosen", took[not same])):
+            sums[which] = [a + len(kind.layers) * b for a, b in zip(sums[which], each, strict=True)]
+    for which, each in sums.items():
+        for batch, time in zip(BATCHES, each, strict=True):
             yield Measure(f"convolutions and attention of a step, batch {batch}, {which}", time, "us")
 
 

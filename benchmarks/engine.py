@@ -4,7 +4,6 @@ What is said of each: milliseconds per step by batch and how they grow, start-up
 float64, and whether a picture's bits are the same alone and in company.
 """
 
-import json
 import math
 import statistics
 import tempfile
@@ -16,35 +15,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import UNet2DModel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.contenders import COMPILED_ON_CPU, COMPILED_ON_GPU, EVERYWHERE, ON_GPU, Remote, load
+from benchmarks.contenders import COMPILED_ON_CPU, COMPILED_ON_GPU, EVERYWHERE, ON_GPU, Setup, load
 from benchmarks.measure import Measure, interleaved, median_ratio, seconds_of
-from model.card import read_card
-from model.checkpoint import load_model
-from model.engine import Engine
-from model.events import Request
-from model.plan import plan, resolve
-from model.runner import Runner
-from server.machine import choose_dtype
-
-# The configurations of google/ddpm-cifar10-32 and of google/ddpm-celebahq-256 and its sisters.
-BOTH = {"norm_eps": 1e-6, "attention_head_dim": None, "flip_sin_to_cos": False, "freq_shift": 1}
-CIFAR10: dict[str, object] = BOTH | {
-    "sample_size": 32,
-    "block_out_channels": (128, 256, 256, 256),
-    "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-    "layers_per_block": 2,
-    "downsample_padding": 0,
-}
-LARGE = CIFAR10 | {
-    "sample_size": 256,
-    "block_out_channels": (128, 128, 256, 256, 512, 512),
-    "down_block_types": (*["DownBlock2D"] * 4, "AttnDownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "AttnUpBlock2D", *["UpBlock2D"] * 4),
-}
+from benchmarks.models import CIFAR10, LARGE, random_model
+from benchmarks.remote import Remote
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,33 +34,9 @@ class Trial:
     rounds: int = 5
 
 
-def random_model(directory: Path, config: dict[str, object]) -> Path:
-    """A model directory with this configuration and random weights."""
-    torch.manual_seed(0)
-    UNet2DModel(**config).save_pretrained(directory)
-    scheduler = {"_class_name": "DDPMScheduler", "num_train_timesteps": 1000, "variance_type": "fixed_large"}
-    (directory / "scheduler_config.json").write_text(json.dumps(scheduler))
-    return directory
-
-
-def our_engine(directory: Path, device: torch.device, slots: int) -> Engine:
-    """The engine as the server builds it: numbers as the device computes best, exact buckets only."""
-    return Engine(Runner(load_model(read_card(directory), device, choose_dtype("auto", device)), slots))
-
-
-def run_engine(engine: Engine, batch: int, steps: int) -> None:
-    """Makes `batch` pictures of `steps` steps of ddpm."""
-    process = engine.runner.model.card.process
-    table = plan(process, resolve(process, "ddpm", steps))
-    for i in range(batch):
-        engine.submit(Request(i, i, table))
-    while engine.busy:
-        engine.step()
-
-
 def started(trial: Trial, names: Sequence[str], device: torch.device) -> Iterator[tuple[Remote, float]]:
     """The contenders that could be loaded, and the seconds that took; why the others could not is printed."""
-    remotes = [Remote.start(name, trial.directory, device, max(trial.batches)) for name in names]
+    remotes = [Remote.start(name, Setup(trial.directory, device, max(trial.batches))) for name in names]
     for remote in remotes:
         try:
             yield remote, remote.answer()
@@ -112,8 +64,9 @@ def speed(trial: Trial, fields: list[tuple[Remote, dict[int, int]]]) -> Iterator
     curves: dict[str, list[float]] = {remote.name: [] for remote, _ in fields}
     for batch in trial.batches:
         runs = {remote.name: partial(remote.ask, "run", batch, steps[batch]) for remote, steps in fields}
-        seconds = interleaved(runs, trial.rounds)
-        each = {remote.name: [s / steps[batch] for s in seconds[remote.name]] for remote, steps in fields}
+        seconds = interleaved(runs, trial.rounds, excused=RuntimeError)
+        took = {remote.name: steps[batch] for remote, steps in fields}
+        each = {name: [s / took[name] for s in taken] for name, taken in seconds.items()}
         for name, taken in each.items():
             curves[name].append(1000 * statistics.median(taken))
             spread = (1000 * min(taken), 1000 * max(taken))
@@ -121,19 +74,22 @@ def speed(trial: Trial, fields: list[tuple[Remote, dict[int, int]]]) -> Iterator
         for name in [name for name in each if name != "ours" and "ours" in each]:
             ratio, spread = median_ratio(each[name], each["ours"])
             yield Measure(f"{trial.name}, batch {batch}: ours against {name}", ratio, "times faster", spread)
-    for name, curve in curves.items() if len(trial.batches) > 2 else ():
+    whole = {name: curve for name, curve in curves.items() if len(curve) == len(trial.batches) > 2}
+    for name, curve in whole.items():
         slope, start = np.polyfit(trial.batches, curve, 1, w=1 / np.array(curve))
         yield Measure(f"{trial.name}: {name}, a step is {start:.3f} + b x", float(slope), "ms")
 
 
 def answers(trial: Trial, remotes: list[Remote], device: torch.device) -> Iterator[Measure]:
     """How far each net is from float64, and in how many batches a picture's bits are those it has alone."""
+    from diffusers import UNet2DModel
+
     config = UNet2DModel.load_config(trial.directory)
     shape = (max(trial.batches), config["in_channels"], config["sample_size"], config["sample_size"])
     draw = np.random.default_rng(0)
     x, t = draw.standard_normal(shape, dtype=np.float32), draw.integers(0, 1000, shape[0])
     with torch.inference_mode():
-        net = load(trial.directory, device, torch.float64, False)
+        net = load(Setup(trial.directory, device, 2), torch.float64, False)
         exact = net(torch.from_numpy(x[:2]).to(device).double(), torch.from_numpy(t[:2]).to(device)).cpu().numpy()
         del net
     for remote in remotes:
@@ -153,9 +109,12 @@ def answers(trial: Trial, remotes: list[Remote], device: torch.device) -> Iterat
             yield Measure(share, float(sum(same)), f"of {len(same)} batches")
 
 
-def ceilings(device: torch.device) -> tuple[float, float]:
-    """What this device reaches at best: bfloat16 matrix products in FLOP/s, copies in bytes/s (read and written)."""
-    side, size = (8192, 1 << 30) if device.type == "cuda" else (2048, 1 << 26)
+def ceilings(device: torch.device, side: int = 0) -> tuple[float, float]:
+    """What this device reaches at best: bfloat16 matrix products in FLOP/s, copies in bytes/s (read and written).
+
+    side: of the matrices; 0: large enough for the device
+    """
+    side, size = (side or 8192, 1 << 30) if device.type == "cuda" else (side or 2048, 1 << 26)
     a = torch.randn(side, side, device=device, dtype=torch.bfloat16)
     source = torch.empty(size, dtype=torch.uint8, device=device).fill_(1)
     target = torch.empty_like(source)
@@ -165,6 +124,8 @@ def ceilings(device: torch.device) -> tuple[float, float]:
 
 def limits(trial: Trial, ours: Remote, curve: dict[int, float], device: torch.device) -> Iterator[Measure]:
     """How near we are to what the device can do, and on a GPU how many kernels a step is and what lies between two."""
+    from diffusers import UNet2DModel
+
     config = UNet2DModel.load_config(trial.directory)
     with torch.device("meta"), FlopCounterMode(display=False) as counted:
         net = UNet2DModel.from_config(config)

@@ -1,4 +1,5 @@
-"""A thousand pictures in changing company, each against the same picture alone: bytes, nothing less.
+"""Pictures in changing company, a thousand or as many as are asked for, each against the same picture alone: bytes,
+nothing less.
 
 Samplers, step counts and seeds are drawn; pictures arrive, are given up and end at random, so that buckets, slots and
 companions change all the time.
@@ -10,13 +11,13 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.engine import our_engine
 from benchmarks.measure import Measure
+from benchmarks.models import our_engine
 from model.engine import Engine
 from model.events import Finished, Request
 from model.plan import Plan, Sampling, plan, resolve
 
-COMPARISONS, LONGEST = 1000, 6
+LONGEST = 6  # steps
 
 
 def alone(engine: Engine, wanted: Request) -> bytes:
@@ -30,22 +31,29 @@ def alone(engine: Engine, wanted: Request) -> bytes:
 
 def measures(device: torch.device, digits: Path) -> Iterator[Measure]:
     """Everything this file measures."""
-    engine, draw = our_engine(digits, device, 16), random.Random(0)
+    yield compare(our_engine(digits, device, 16), 1000)
+
+
+def compare(engine: Engine, comparisons: int) -> Measure:
+    """How many of so many pictures have the same bytes in company as alone. The engine must be idle."""
+    draw = random.Random(0)
     process, plans = engine.runner.model.card.process, dict[Sampling, Plan]()
     wanted: list[Request] = []
-    for id in range(COMPARISONS):
+    for id in range(comparisons):
         sampler = draw.choice(["ddpm", "ddim", "greedy", "dpmpp_2m"])
         sampling = resolve(process, sampler, draw.randint(1, LONGEST))
         table = plans.setdefault(sampling, plan(process, sampling))
         wanted.append(Request(id, draw.randrange(1 << 40), table, draw.random()))
     made, waiting = dict[int, bytes](), list(wanted)
-    while len(made) < COMPARISONS:
+    while len(made) < comparisons:
         for _ in range(min(draw.choice([0, 1, 1, 2, 3, 20]), len(waiting))):
             engine.submit(waiting.pop())
         if draw.random() < 0.2:  # somebody else comes, and leaves within a few steps
             engine.submit(Request("guest", draw.randrange(1 << 40), plans[draw.choice(list(plans))], -1.0))
         made |= {int(e.id): e.picture.tobytes() for e in engine.step() if isinstance(e, Finished) and e.id != "guest"}  # type: ignore[call-overload]
         engine.cancel("guest")
+    while engine.busy:
+        engine.step()
     same = sum(alone(engine, each) == made[index] for index, each in enumerate(wanted))
-    name = f"digits: pictures in company with the bytes they have alone, of {COMPARISONS}"
-    yield Measure(name, same, f"(buckets {len(engine.runner.admitted)}, exact: {engine.runner.exact})")
+    name = f"{engine.runner.model.card.name}: pictures in company with the bytes they have alone, of {comparisons}"
+    return Measure(name, same, f"(buckets {len(engine.runner.admitted)}, exact: {engine.runner.exact})")

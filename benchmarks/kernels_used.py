@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from benchmarks.absent_gpu import launching
-from benchmarks.engine import CIFAR10, LARGE
+from benchmarks.models import CIFAR10, LARGE
 from model.architecture import architecture
 from model.card import ModelCard, read_card
 from model.checkpoint import Model

@@ -13,16 +13,33 @@ import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
 
 import torch
 
-from benchmarks.engine import our_engine, run_engine
 from benchmarks.measure import Measure, interleaved, median_ratio
+from benchmarks.models import our_engine, run_engine
+from model.engine import Engine
 
-CLIENTS, PICTURES, STEPS = 4, 4, 100
+PATIENCE_S = 120  # until a server is ready
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """How much is asked for at once, and how often."""
+
+    clients: int = 4
+    pictures: int = 4  # of each
+    steps: int = 100
+    rounds: int = 7
+
+    @property
+    def slots(self) -> int:
+        """As many as there are pictures at once."""
+        return self.clients * self.pictures
 
 
 @contextmanager
@@ -45,14 +62,15 @@ def a_server(weights: Path, slots: int, device: torch.device, *peer: str, engine
         "LOG_LEVEL": "warning",
     }
     environ = os.environ | {f"DDPM_{name}": value for name, value in knobs.items()}
+    environ.pop("DDPM_COMMIT", None)  # ours; a server refuses what is no setting of its own
     theirs = ["benchmarks.peers", *peer, "--weights", str(weights), "--batch", str(slots), "--device", device.type]
     theirs += ["--workers", str(engines)]
     command = [sys.executable, "-m", *(theirs if peer else ["server", "serve"]), "--port", str(port)]
     quiet = subprocess.DEVNULL if peer else None
-    process = subprocess.Popen(command, env=environ, stdout=quiet, stderr=quiet, start_new_session=True)
+    process = subprocess.Popen(command, env=environ, stdout=quiet, stderr=quiet, start_new_session=bool(peer))
     url = f"http://127.0.0.1:{port}"
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + PATIENCE_S
         while not (_ready(url) and (peer or _whole(url))):
             if time.monotonic() > deadline or process.poll() is not None:
                 raise RuntimeError("the server did not become ready")
@@ -80,9 +98,9 @@ def _whole(url: str) -> bool:
         return None not in json.load(answer)["models"][0]["engines"]
 
 
-def post(url: str, seed: int) -> None:
+def post(url: str, load: Load, seed: int) -> None:
     """One request for several pictures."""
-    body = json.dumps({"seed": seed, "steps": STEPS, "n": PICTURES}).encode()
+    body = json.dumps({"seed": seed, "steps": load.steps, "n": load.pictures}).encode()
     request = urllib.request.Request(f"{url}/generate", body, {"content-type": "application/json"})
     with urllib.request.urlopen(request) as answer:
         answer.read()
@@ -90,21 +108,31 @@ def post(url: str, seed: int) -> None:
 
 def measures(device: torch.device, digits: Path) -> Iterator[Measure]:
     """Everything this file measures."""
-    slots, seeds = CLIENTS * PICTURES, iter(range(0, 1 << 40, PICTURES))
-    engine = our_engine(digits, device, slots)
-    with a_server(digits, slots, device) as url:
+    load = Load()
+    yield from beside(our_engine(digits, device, load.slots), digits, load)
+
+
+def beside(engine: Engine, digits: Path, load: Load) -> Iterator[Measure]:
+    """A server of the digits beside this engine, which has them too, and as many slots."""
+    seeds = iter(range(0, 1 << 40, load.pictures))
+    with a_server(digits, load.slots, engine.runner.device) as url:
 
         def serve() -> None:
-            with ThreadPoolExecutor(CLIENTS) as clients:
-                list(clients.map(partial(post, url), islice(seeds, CLIENTS)))  # raises what any of them raised
+            with ThreadPoolExecutor(load.clients) as clients:
+                list(
+                    clients.map(partial(post, url, load), islice(seeds, load.clients))
+                )  # raises what any of them raised
 
-        rounds = {"server": serve, "engine": lambda: run_engine(engine, slots, STEPS)}
-        seconds = interleaved(rounds, 7)
-    work = slots * STEPS
+        turns = {"server": serve, "engine": lambda: run_engine(engine, load.slots, load.steps)}
+        seconds = interleaved(turns, load.rounds)
+    work = load.slots * load.steps
     for contender, taken in seconds.items():
         rates = [work / s for s in taken]
         yield Measure(
-            f"digits, {slots} at once: {contender}", statistics.median(rates), "image-steps/s", (min(rates), max(rates))
+            f"digits, {load.slots} at once: {contender}",
+            statistics.median(rates),
+            "image-steps/s",
+            (min(rates), max(rates)),
         )
     ratio, spread = median_ratio(seconds["engine"], seconds["server"])
-    yield Measure(f"digits, {slots} at once: server against engine loop", ratio, "of its throughput", spread)
+    yield Measure(f"digits, {load.slots} at once: server against engine loop", ratio, "of its throughput", spread)

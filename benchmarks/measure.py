@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import platform
+import shutil
 import statistics
 import subprocess
 import time
@@ -13,6 +15,8 @@ from pathlib import Path
 import torch
 
 from server.machine import device_name
+
+ROOT = Path(__file__).parent.parent
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,16 +34,25 @@ class Measure:
         return json.dumps(fields | ({"spread": [round(s, 4) for s in self.spread]} if self.spread else {}))
 
 
+def commit(root: Path = ROOT) -> str:
+    """What is measured: as `DDPM_COMMIT` says, else as git does, where there is one and it knows this folder."""
+    if named := os.environ.get("DDPM_COMMIT"):
+        return named
+    if not (root / ".git").exists() or shutil.which("git") is None:
+        return "unknown"
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+
+
 def machine() -> str:
     """Where and with what this ran, as one JSON line."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    described = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
     facts = {
         "cpu": f"{device_name(torch.device('cpu'))}, {torch.get_num_threads()} threads",
         "gpu": gpu,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "commit": described.stdout.strip() or None,
+        "commit": commit(),
     }
     return json.dumps({"machine": facts})
 
@@ -60,16 +73,26 @@ def report(measures: Iterator[Measure], out: Path, minutes: float = math.inf) ->
                 break
 
 
-def interleaved(contenders: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each contender in each round. They take turns, so that a noisy machine is noisy for all."""
+def interleaved(
+    contenders: Mapping[str, Callable[[], object]], rounds: int, excused: type[Exception] | tuple[()] = ()
+) -> dict[str, list[float]]:
+    """Seconds of each contender in each round. They take turns, so that a noisy machine is noisy for all.
+
+    A contender that returns a float has taken its time itself. One that raises an `excused` exception is left out from
+    then on, and is not in what is returned.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for run in contenders.values():
-        run()
-    for _ in range(rounds):
-        for name, run in contenders.items():
+    for turn in range(rounds + 1):  # the first is for warming up
+        for name in list(seconds):
             began = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - began)
+            try:
+                took = contenders[name]()
+            except excused as reason:
+                print(f"left out: {reason}", flush=True)
+                del seconds[name]
+                continue
+            if turn:
+                seconds[name].append(took if isinstance(took, float) else time.perf_counter() - began)
     return seconds
 
 

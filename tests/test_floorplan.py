@@ -74,6 +74,7 @@ FLOORS = [
 # These stand beside the house: they may look into every room, and nobody in it knows them.
 OFF_THE_PATH = [
     "model.train",
+    "model.trainer",
     "model.data",
     "model.convert",
     "model.convert.*",
@@ -99,7 +100,7 @@ TORCH_FREE = [
 ROOMS = {
     "torch": ["model.*", "server.engine_process", "server.engines", "server.loader", "server.machine", "server.faults"],
     "triton": ["model.triton_net", "model.triton_step", "model.triton_conv", "model.triton_launch"],
-    "safetensors": ["model.checkpoint", "model.train", "model.convert", "model.convert.*"],
+    "safetensors": ["model.checkpoint", "model.train", "model.trainer", "model.convert", "model.convert.*"],
     "numpy": ["model.*", "server.*"],
     "PIL": ["server.images", "server.client_values", "model.data"],
     "fastapi": ["server.app", "server.routes.*", "server.auth"],

@@ -1,19 +1,23 @@
 """Training: it teaches what the directory will be asked for, or refuses to begin."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from model.architecture import OPENAI
 from model.card import WEIGHTS
 from model.errors import ModelRefused
 from model.lucid_architecture import LUCID
-from model.train import Recipe, Trainer, train
+from model.train import train
+from model.trainer import Recipe, Trainer
 from tests.model.directories import write_model
 from tests.model.tiny import ARCHITECTURE, PROCESS, T
 
@@ -137,3 +141,54 @@ def test_training_that_was_stopped_goes_on_and_ends_in_the_same_bits(
         first, second = load_file(whole / name), load_file(stopped / name)
         assert first.keys() == second.keys()
         assert [key for key in first if not torch.equal(first[key], second[key])] == []
+
+
+def held_out_losses(directory: Path) -> list[tuple[int, dict[str, float]]]:
+    """(pictures seen, held-out loss by level), as the log has them."""
+    lines = [json.loads(line) for line in (directory / "training.jsonl").read_text().splitlines()]
+    return [(line["images"], line["held_out"]) for line in lines]
+
+
+def test_training_that_starts_from_weights_begins_as_good_as_they_are(tmp_path: Path) -> None:
+    taught, goes_on = (untrained(tmp_path / name) for name in ("taught", "goes-on"))
+    train(taught / "pictures.npz", taught, RECIPE, "cpu")
+    train(goes_on / "pictures.npz", goes_on, RECIPE, "cpu", taught / WEIGHTS)
+
+    assert held_out_losses(goes_on)[0] == (0, held_out_losses(taught)[-1][1])
+    assert [seen for seen, _ in held_out_losses(goes_on)] == [0, 32, 64, 96]
+
+
+def test_a_checkpoint_goes_before_weights_to_start_from(tmp_path: Path) -> None:
+    directory = untrained(tmp_path)
+    train(directory / "pictures.npz", directory, RECIPE, "cpu")
+    train(directory / "pictures.npz", directory, replace(RECIPE, images=128), "cpu", directory / "not-there")
+
+    assert [seen for seen, _ in held_out_losses(directory)] == [32, 64, 96, 96, 128]
+
+
+def test_weights_of_another_net_are_no_start(tmp_path: Path) -> None:
+    directory = untrained(tmp_path)
+    save_file({"conv_in.weight": torch.zeros(1)}, tmp_path / "other.safetensors")
+
+    with pytest.raises(ModelRefused, match="other.safetensors does not hold the weights of this net"):
+        train(directory / "pictures.npz", directory, RECIPE, "cpu", tmp_path / "other.safetensors")
+
+
+def test_when_its_minutes_are_over_training_stops_at_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory, clock = untrained(tmp_path), iter(range(0, 10**6, 10))
+    monkeypatch.setattr("model.train.time.monotonic", lambda: float(next(clock)))  # ten seconds between two looks
+    train(directory / "pictures.npz", directory, replace(RECIPE, images=10**6, log_every=10**6, minutes=1.0), "cpu")
+
+    with safe_open(directory / "training.safetensors", "pt") as state:
+        seen = int(state.metadata()["seen"])
+    assert seen == 56  # at 60 seconds it is not over yet, at 70 it is
+    assert [seen for seen, _ in held_out_losses(directory)] == [56]
+    assert (directory / WEIGHTS).exists()
+
+
+@pytest.mark.parametrize("minutes", [0.0, -1.0, float("nan")])
+def test_no_time_at_all_is_refused(minutes: float) -> None:
+    with pytest.raises(ValueError, match="minutes must be a positive number"):
+        Recipe(minutes=minutes)

@@ -1,0 +1,156 @@
+"""How benchmarks measure: one that fails costs nothing but itself, and what is said of it can be found."""
+
+import asyncio
+import time
+from collections.abc import Iterator
+from multiprocessing import Pipe
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import streams
+from benchmarks.contenders import Setup
+from benchmarks.full import Crowd
+from benchmarks.gpu import smoke
+from benchmarks.gpu.smoke import steps_one_way_or_another
+from benchmarks.measure import commit, interleaved
+from benchmarks.remote import Remote
+from tests.model.tiny import quick_engine
+
+
+def test_a_contender_that_fails_is_left_out_and_the_others_go_on() -> None:
+    turns = iter(range(100))
+
+    def fails() -> float:
+        if next(turns) == 2:
+            raise RuntimeError("no memory")
+        return 1.0
+
+    assert interleaved({"fails": fails, "well": lambda: 2.0}, 4, excused=RuntimeError) == {"well": [2.0] * 4}
+    with pytest.raises(RuntimeError, match="broken"):
+        interleaved({"fails": lambda: (_ for _ in ()).throw(RuntimeError("broken"))}, 1)
+
+
+def test_a_contender_that_takes_no_time_itself_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(100))
+    monkeypatch.setattr(time, "perf_counter", lambda: float(next(clock)))
+
+    assert interleaved({"one": lambda: None, "two": lambda: 0.5}, 2) == {"one": [1.0, 1.0], "two": [0.5, 0.5]}
+
+
+def test_an_answer_is_not_waited_for_for_ever() -> None:
+    ours, theirs = Pipe()
+    remote = Remote("slow", ours, SimpleNamespace(kill=lambda: None, join=lambda: None), patience_s=0.0)
+
+    with pytest.raises(RuntimeError, match="slow gave no answer in 0 s"):
+        remote.answer()
+    with pytest.raises(RuntimeError, match="slow has ended"):
+        remote.ask("run", 1, 2)
+    theirs.close()
+
+
+def test_the_traceback_of_a_contender_that_cannot_be_loaded_is_told(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    remote = Remote.start("ours", Setup(tmp_path / "nothing", torch.device("cpu"), 1))
+    with pytest.raises(RuntimeError, match="ours: .*ModelRefused"):
+        remote.answer()
+    remote.end()
+
+    assert "Traceback (most recent call last)" in capfd.readouterr().err
+
+
+def test_the_commit_comes_from_outside_where_no_git_can_tell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DDPM_COMMIT", raising=False)
+    assert commit(tmp_path) == "unknown"
+    (tmp_path / ".git").mkdir()
+    assert commit(tmp_path) == "unknown"
+    monkeypatch.setenv("PATH", "")
+    assert commit(tmp_path) == "unknown"
+    monkeypatch.setenv("DDPM_COMMIT", "abc123")
+    assert commit(tmp_path) == "abc123"
+
+
+def test_jobs_of_less_than_a_second_say_nothing_of_an_eta_and_break_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def watch(url: str, request: dict[str, Any]) -> list[tuple[float, float]]:
+        return [(0.0, 0.4), (0.5, 0.0)]
+
+    async def at_once(seconds: float) -> None:
+        return None
+
+    monkeypatch.setattr(streams, "watch", watch)
+    monkeypatch.setattr(asyncio, "sleep", at_once)
+
+    assert [*streams.how_right_an_eta_is("http://nowhere")] == []
+    assert capsys.readouterr().out.splitlines() == [
+        "left out: first ETA of a job, since no job took 1 s",
+        "left out: every ETA, since no job took 1 s",
+    ]
+
+
+def test_a_crowd_fills_every_slot_at_every_step_and_ends_one_by_one() -> None:
+    engine = quick_engine(slots=4)
+    crowd = Crowd(engine)
+    crowd.come(4, 8)  # five steps at once, in which the first two end
+    seated = [(engine.stats.seated, engine.stats.waiting)]
+    for _ in range(20):
+        crowd.walk(1)
+        seated.append((engine.stats.seated, engine.stats.waiting))
+    crowd.leave()
+
+    assert {sum(each) for each in seated} == {4}  # who has come last sits down at the next step
+    assert sum(waiting for _, waiting in seated) == 10  # every second step one ends, and the next comes
+    assert not engine.busy
+
+
+class Scripted:
+    """Passes for `Apart`: what each way gives, the last of it an error or not."""
+
+    scripts: dict[str, list[Any]] = {}
+
+    def __init__(self, work: object, *arguments: Any) -> None:
+        self.script = self.scripts[arguments[-1]]
+
+    def results(self, patience_s: float) -> Iterator[Any]:
+        for each in self.script:
+            if isinstance(each, Exception):
+                raise each
+            yield each
+
+
+NUMBER = ("net, batch 1", 2.0, "ms/step")
+BROKEN = RuntimeError("Traceback\nRuntimeError: it cannot be captured")
+
+
+@pytest.mark.parametrize(
+    ("scripts", "names"),
+    [
+        ({"a graph": [NUMBER, NUMBER]}, ["net, batch 1"] * 2),
+        ({"a graph": [BROKEN], "eager": [NUMBER]}, ["steps by a graph failed", "net, batch 1"]),
+        ({"a graph": [NUMBER, BROKEN]}, ["net, batch 1", "steps by a graph failed"]),
+        (
+            {"a graph": [BROKEN], "eager": [BROKEN], "plain torch": [NUMBER]},
+            ["steps by a graph failed", "steps by eager failed", "net, batch 1"],
+        ),
+    ],
+)
+def test_where_a_step_cannot_be_captured_it_is_run_eagerly_and_then_in_plain_torch(
+    scripts: dict[str, list[Any]], names: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Scripted, "scripts", scripts)
+    monkeypatch.setattr(smoke, "Apart", Scripted)
+
+    assert [fact.name for fact in steps_one_way_or_another(Scripted(None, "a graph"), ())] == names  # type: ignore[arg-type]
+
+
+def test_steps_that_can_be_run_in_no_way_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Scripted, "scripts", dict.fromkeys(smoke.WAYS, [BROKEN]))
+    monkeypatch.setattr(smoke, "Apart", Scripted)
+
+    with pytest.raises(RuntimeError, match="no step could be run"):
+        [*steps_one_way_or_another(Scripted(None, "a graph"), ())]  # type: ignore[arg-type]
