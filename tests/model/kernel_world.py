@@ -11,6 +11,7 @@ import pytest
 import torch
 import triton.language as tl
 from torch import Tensor
+from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 import model.kernels
@@ -60,15 +61,31 @@ def error(given: Tensor, expected: Tensor) -> float:
 
 @pytest.fixture(autouse=True)
 def products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton's interpreter would multiply the bits of bfloat16 as if they were whole numbers."""
-    usual = InterpreterBuilder.create_dot
+    """Triton's interpreter multiplies matrices term by term, in the order of K, as a GPU does.
 
-    def widened(x: Any) -> Any:
-        if x.dtype.scalar != tl.bfloat16:
-            return x
-        return TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+    By itself it uses numpy, which on some processors gives a row other bits at another place in the matrix, and it
+    would multiply the bits of bfloat16 as if they were whole numbers.
+    """
 
-    def create_dot(builder: Any, a: Any, b: Any, *rest: Any) -> Any:
-        return usual(builder, widened(a), widened(b), *rest)
+    def numbers(x: Any) -> Any:
+        return (x.data.astype(np.uint32) << 16).view(np.float32) if x.dtype.scalar == tl.bfloat16 else x.data
+
+    def create_dot(builder: Any, a: Any, b: Any, total: Any, *rest: Any) -> Any:
+        out = total.data.copy()
+        for column, row in zip(numbers(a).astype(out.dtype).T, numbers(b).astype(out.dtype), strict=True):
+            out += column[:, None] * row
+        return TensorHandle(out, total.dtype.scalar)
 
     monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
+
+
+@pytest.fixture(autouse=True)
+def indices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An index is read from an array of one element, which numpy 2.5 refuses to Triton 3.6's interpreter."""
+    usual = interpreter._patch_lang_tensor
+
+    def patch(tensor: Any, scope: Any) -> None:
+        usual(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch)

@@ -38,10 +38,10 @@ ROOT = HERE.parents[1]
 CASES = ["kernel_cases.py", "conv_cases.py"]
 
 
-def run_cases(file: str, **environment: str) -> None:
+def run_cases(file: str, *options: str, **environment: str) -> None:
     """Runs the cases of this file in a process with this environment."""
     plugins = ["-p", "no:cacheprovider", "-p", "tests.model.kernel_world"]
-    command = [sys.executable, "-m", "pytest", *plugins, str(HERE / file)]
+    command = [sys.executable, "-m", "pytest", *plugins, *options, str(HERE / file)]
     result = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
 
     assert result.returncode == 0, result.stdout[-10_000:] + result.stderr[-2000:]
@@ -56,7 +56,7 @@ def test_the_kernels_compute_what_torch_computes(file: str) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and there is none here")
 @pytest.mark.parametrize("file", CASES)
 def test_the_kernels_compute_it_on_a_gpu(file: str) -> None:
-    run_cases(file, TRITON_INTERPRET="0")
+    run_cases(file, "-W", "default", TRITON_INTERPRET="0")  # what CUDA warns of fails nothing
 
 
 # What is launched
