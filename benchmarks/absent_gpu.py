@@ -26,7 +26,9 @@ from triton.runtime.jit import JITFunction
 
 import model.kernels
 from deploy.image_triton import stub
+from model import triton_conv, triton_launch
 
+SHARED_BYTES = {89: 99 << 10, 90: 227 << 10}  # that a program may have: on Ada (and Ampere's smaller ones), on Hopper
 _numbers = count()
 
 
@@ -71,6 +73,8 @@ def launching(arch: int, launched: Callable[[Any], object], device: torch.device
         with (
             patch.object(JITFunction, "run", compile),
             patch.object(model.kernels, "TRITON_ON", frozenset({device.type})),
+            patch.object(triton_launch, "_supported", lambda device: arch >= 90),
+            patch.object(triton_conv, "shared_bytes", lambda device: SHARED_BYTES[arch]),
             torch.inference_mode(),
             AsOnGpu(),
         ):
