@@ -5,15 +5,20 @@ PORT   ?= 8000
 BIN    := .venv/bin
 PIP    := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: serve test check format bench bench-compile chaos fuzz soak image gpu gpu-wheels clean
+.PHONY: serve test test-avx2 check format bench bench-compile chaos fuzz soak image gpu gpu-wheels clean
 
 serve: .venv/serve.stamp
 	$(BIN)/ddpm serve --host $(HOST) --port $(PORT)
 
-# Side by side, and then those that measure.
+# Side by side, and then those that measure, whatever became of the first.
 test: .venv/test.stamp
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not alone"
-	$(BIN)/python -m pytest -m alone
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not alone"; first=$$?; \
+	$(BIN)/python -m pytest -m alone && exit $$first
+
+# The same as on an x86 processor without AVX-512: what each library that computes is told to do without.
+test-avx2:
+	ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 OPENBLAS_CORETYPE=HASWELL \
+		NPY_DISABLE_CPU_FEATURES="X86_V4 AVX512_ICL AVX512_SPR" $(MAKE) test
 
 check: .venv/test.stamp
 	$(BIN)/ruff format --check .

@@ -17,7 +17,6 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import driver as nvidia
@@ -26,7 +25,9 @@ from triton.runtime.jit import JITFunction
 
 import model.kernels
 from deploy.image_triton import stub
+from model import triton_conv, triton_launch
 
+SHARED_BYTES = {89: 99 << 10, 90: 227 << 10}  # that a program may have: on Ada (and Ampere's smaller ones), on Hopper
 _numbers = count()
 
 
@@ -47,14 +48,13 @@ class Driver:
         return 0
 
 
-class AsOnGpu(TorchFunctionMode):
-    """What the meta device does otherwise than a GPU, or cannot do."""
+class Reads(TorchFunctionMode):
+    """What comes to the host from a device without memory: ones."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is Tensor.numpy:  # something comes to the host
+        if func is Tensor.numpy:
             return np.ones(args[0].shape, np.uint8)
-        out = func(*args, **(kwargs or {}))
-        return out.contiguous(memory_format=torch.channels_last) if func is F.conv2d else out
+        return func(*args, **(kwargs or {}))
 
 
 @contextmanager
@@ -71,8 +71,10 @@ def launching(arch: int, launched: Callable[[Any], object], device: torch.device
         with (
             patch.object(JITFunction, "run", compile),
             patch.object(model.kernels, "TRITON_ON", frozenset({device.type})),
+            patch.object(triton_launch, "_supported", lambda device: arch >= 90),
+            patch.object(triton_conv, "shared_bytes", lambda device: SHARED_BYTES[arch]),
             torch.inference_mode(),
-            AsOnGpu(),
+            Reads(),
         ):
             yield
     finally:

@@ -33,28 +33,35 @@ class Use:
 
     card: ModelCard
     buckets: Sequence[int]
+    dtype: torch.dtype = torch.bfloat16
 
 
 def uses() -> list[Use]:
-    """Everything that the benchmarks run on a GPU."""
+    """Everything that the benchmarks run on a GPU. Batches between these are cut up like one of them."""
     digits = read_card(DIGITS)
     small, large = (replace(digits, architecture=architecture(dict(config))) for config in (CIFAR10, LARGE))
-    return [Use(digits, (1, 8, 64)), Use(small, (1, 8, 64, 256)), Use(large, (1, 8, 16))]
+    to_64 = (1, 2, 4, 8, 16, 32, 64)
+    return [
+        Use(digits, to_64),
+        Use(digits, (1, 2), torch.float32),
+        Use(small, (*to_64, 128, 256)),
+        Use(large, to_64[:-1]),
+    ]
 
 
-def without_weights(card: ModelCard, device: torch.device) -> Model:
+def without_weights(card: ModelCard, device: torch.device, dtype: torch.dtype) -> Model:
     """The model as `load_model` gives it on a GPU, but for its numbers."""
     with META, torch.inference_mode():
         net = build(card.architecture).eval().requires_grad_(False)
-        table = torch.empty(card.process.schedule.T, net.embedding_width, dtype=torch.bfloat16)
+        table = torch.empty(card.process.schedule.T, net.embedding_width, dtype=dtype)
         net.fuse()
-        net = net.to(torch.bfloat16).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        net = net.to(dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return Model(card, net.to_empty(device=device), torch.zeros_like(table, device=device), 0)
 
 
 def run(use: Use, invariant: bool, device: torch.device) -> None:
     """Pictures come, are shown, go on in another slot and go, in each bucket; by our convolutions or the library's."""
-    runner = Runner(without_weights(use.card, device), max(use.buckets), exact=False, buckets=use.buckets)
+    runner = Runner(without_weights(use.card, device, use.dtype), max(use.buckets), exact=False, buckets=use.buckets)
     for module in runner.model.net.modules():
         if isinstance(module, Conv):
             module.invariant = invariant

@@ -9,6 +9,7 @@ leaves nothing behind: packages, compiled modules and compiled kernels lie in a 
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tarfile
@@ -81,14 +82,22 @@ def environment(folder: Path) -> Iterator[Mapping[str, str]]:
         }
 
 
+def run(folder: Path, arguments: list[str]) -> int:
+    """Runs this Python with what it lacked, and passes on a request to end. -> the exit code"""
+    with environment(folder) as variables:
+        process = subprocess.Popen([sys.executable, *arguments], env=os.environ | dict(variables))
+        signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal says it to both
+        code = process.wait()
+    return code if code >= 0 else 128 - code
+
+
 def main(arguments: list[str]) -> int:
     """Unpacks, or runs something with what has been unpacked."""
+    sys.dont_write_bytecode = True
     match arguments:
         case [folder, "--run", *words] if words:
-            with environment(Path(folder)) as variables:
-                return subprocess.run(
-                    [sys.executable, *words], env=os.environ | dict(variables), check=False
-                ).returncode
+            return run(Path(folder), words)
         case [folder, target] if target != "--run":
             print("unpacked:", *unpack(Path(folder), Path(target)))
             return 0

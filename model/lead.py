@@ -43,7 +43,7 @@ class Lead:
         """How many steps may be queued, and not done: always one, so that there is something to do."""
         return MOST_STEPS if MOST_STEPS * self._step_ms <= MOST_MS else max(1, int(MOST_MS / self._step_ms))
 
-    def queue(self, step: Callable[[], None]) -> None:
+    def queue(self, step: Callable[[], object]) -> None:
         """One more step. Waits for the oldest ones as long as there are too many."""
         began = self.mark()
         step()

@@ -94,7 +94,7 @@ def _products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return q @ context
 
 
-def _products_in_groups(*factors: Tensor) -> Tensor:
+def products_in_groups(*factors: Tensor) -> Tensor:
     """The same, always for TOGETHER pictures at a time: the last ones are joined by zeros."""
     results = []
     for group in zip(*(factor.split(TOGETHER) for factor in factors), strict=True):
@@ -124,7 +124,7 @@ class LinearAttention(nn.Module):
         q, k, v = qkv.permute(0, 2, 3, 1).reshape(B, H * W, 3, self.heads, d).permute(2, 0, 3, 1, 4)
         memory_k, memory_v = self.mem_kv.transpose(-1, -2)[:, None].expand(2, B, -1, -1, -1)  # [B, heads, M, d] each
         k, v = torch.cat([memory_k, k], dim=2), torch.cat([memory_v, v], dim=2)  # [B, heads, M + H W, d]
-        multiply = _products_in_groups if self.invariant else _products
+        multiply = products_in_groups if self.invariant else _products
         h = multiply(q.softmax(dim=3) * d**-0.5, k.softmax(dim=2), v)  # [B, heads, H W, d]
         h = h.transpose(1, 2).reshape(B, H, W, self.heads * d).permute(0, 3, 1, 2)
         out: Tensor = self.to_out(h) + x

@@ -3,18 +3,23 @@ run eagerly on a CPU. Here too is the check that a picture's bits do not depend 
 """
 
 import bisect
+import hashlib
+import logging
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from model.checkpoint import Model
 from model.exact_kernels import Chosen, choose_kernels, trust_libraries
 from model.gpu import prepare_gpu
 from model.kernels import uses_triton
 from model.nets import Net
+from model.noise import gaussian
 from model.plan import COLUMNS
 from model.slots import Slots
+
+logger = logging.getLogger(__name__)
 
 
 def denoise(net: Net, table: Tensor, slots: Slots, batch: int) -> None:
@@ -58,6 +63,17 @@ def usual_buckets(slots: int) -> list[int]:
     return [b for b in grid if b < slots] + [slots]
 
 
+def ranges(numbers: Sequence[int]) -> str:
+    """1-4,6 for [1, 2, 3, 4, 6], none for []."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][1] + 1:
+            parts[-1][1] = number
+        else:
+            parts.append([number, number])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in parts) or "none"
+
+
 class Runner:
     """A model, its slots, and the batch sizes it runs at.
 
@@ -82,13 +98,19 @@ class Runner:
         self.chosen: Chosen | None = None  # on a GPU that promises something
         with torch.inference_mode():
             trust_libraries(model.net)
+            if self.device.type == "cuda":
+                self._run_in_pieces(between)
             if exact and uses_triton(self.slots.x[0]):
-                self.chosen = choose_kernels(model.net, lambda: self.step(1), self.buckets, between)
+                self.chosen = choose_kernels(model.net, lambda: self.step(self.buckets[0]), self.buckets, between)
             if self.device.type == "cuda":
                 self._capture(between)
-            self.exact_buckets = self._find_exact(between) if exact else []
+            # bits: a hash of what the check came to, where something is promised: 8 hexadecimal digits
+            self.exact_buckets, self.bits = self._find_exact(between) if exact else ([], "")
         # A full batch needs a bucket, even one that promises nothing.
         self.admitted = sorted({*self.exact_buckets, slots}) if exact else self.buckets
+        self.note = self._note() if exact else None  # what the promise costs, or why there is none
+        if self.note is not None:
+            logger.warning("%s: %s", model.card.name, self.note)
 
     @property
     def exact(self) -> bool:
@@ -106,6 +128,29 @@ class Runner:
             self._graphs[bucket].replay()
         else:
             denoise(self.model.net, self.model.table, self.slots, bucket)
+
+    def _note(self) -> str | None:
+        """What is to be said of the check, in a sentence, or None."""
+        if not self.exact:
+            return "nothing is promised: a picture's bits depend on who is in the batch, or on its slot"
+        smallest, others = self.admitted[0], [b for b in self.buckets if b not in self.exact_buckets]
+        if smallest == 1:
+            return None
+        return f"a picture alone takes a batch of {smallest}, since bits are others in batches of {ranges(others)}"
+
+    def _run_in_pieces(self, between: Callable[[], None]) -> None:
+        """One step with a call of `between` before each layer: whatever has to be compiled for it is compiled now."""
+
+        def pause(layer: nn.Module, arguments: object) -> None:
+            between()
+
+        layers = [module for module in self.model.net.modules() if not any(True for _ in module.children())]
+        hooks = [layer.register_forward_pre_hook(pause) for layer in layers]
+        try:
+            self.step(self.buckets[0])
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def _capture(self, between: Callable[[], None]) -> None:
         """One graph per bucket: all warmed up first, since a smaller one may need the larger workspace, then captured
@@ -125,14 +170,16 @@ class Runner:
             self._graphs[bucket] = graph
             between()
 
-    def _find_exact(self, between: Callable[[], None]) -> list[int]:
-        """The buckets in which a sample's bits are those it has in the largest one, in any slot, beside anybody."""
-        slots, T = self.slots, self.model.card.process.schedule.T
+    def _find_exact(self, between: Callable[[], None]) -> tuple[list[int], str]:
+        """The buckets in which a sample's bits are those it has in the largest one, in any slot, beside anybody; and a
+        hash of those bits, which another start has only if it computes alike."""
+        slots, T, everybody = self.slots, self.model.card.process.schedule.T, torch.arange(self.slots.capacity)
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(slots.x.shape, generator=generator).to(self.device)  # [B, C, H, W]
         row = torch.randn(slots.capacity, len(COLUMNS), generator=generator).to(self.device)  # [B, 11]
         row[:, 0] = torch.randint(T, (slots.capacity,), generator=generator).to(self.device)
         row[:, 3] = 1.0
+        ahead = gaussian(everybody, 0 * everybody, slots.shape) if slots.ahead_steps else None  # [B, C, H, W]
 
         def results(chosen: Tensor) -> Tensor:
             """One step of these samples, sitting in slots 0, 1, ... -> [b, C, H, W]"""
@@ -140,12 +187,12 @@ class Runner:
             slots.x[:count], slots.rows[:count, 0], slots.seed[:count] = x[chosen], row[chosen], chosen
             slots.x0[:count] = slots.cursor[:count] = 0
             slots.last[:count] = 1
-            if slots.ahead_steps:
-                slots.ahead[:count] = x.flip(2)[chosen, None]
+            if ahead is not None:
+                slots.ahead[:count] = ahead[chosen, None]
             self.step(count)
             return slots.x[:count].clone()
 
-        expected, exact = results(torch.arange(slots.capacity, device=self.device)), []
+        expected, exact = results(everybody.to(self.device)), []
         for bucket in self.buckets:
             drawn = (torch.randint(slots.capacity, (bucket,), generator=generator) for _ in range(3))
             draws = [chosen.to(self.device) for chosen in drawn]  # with repetition: other company even in a full batch
@@ -158,4 +205,4 @@ class Runner:
         for slot in range(slots.capacity):
             slots.rows[slot].zero_()
             slots.clear(slot)
-        return exact
+        return exact, hashlib.sha256(expected.cpu().numpy().tobytes()).hexdigest()[:8]

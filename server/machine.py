@@ -3,7 +3,6 @@
 import ctypes
 import gc
 import platform
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -12,7 +11,7 @@ from model.card import ModelCard
 from model.checkpoint import Model
 from model.errors import NoSuchDevice
 from model.footprint import Footprint, resident_bytes
-from model.runner import Runner, usual_buckets
+from model.runner import Runner, ranges, usual_buckets
 from server.backend import Served
 from server.devices import cores
 
@@ -75,17 +74,6 @@ def prepare_cpu(threads: int) -> None:
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def ranges(numbers: Sequence[int]) -> str:
-    """1-4,6 for [1, 2, 3, 4, 6], none for []."""
-    parts: list[list[int]] = []
-    for number in numbers:
-        if parts and number == parts[-1][1] + 1:
-            parts[-1][1] = number
-        else:
-            parts.append([number, number])
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in parts) or "none"
-
-
 def describe(runner: Runner, model: Model, load_s: float, grown_bytes: int) -> Served:
     """What the world may know of a loaded model. grown_bytes: by how much more of a GPU is held since it was not."""
     device, dtype = runner.device, str(model.table.dtype).removeprefix("torch.")
@@ -96,6 +84,7 @@ def describe(runner: Runner, model: Model, load_s: float, grown_bytes: int) -> S
         parts += [str(runner.chosen)] if runner.chosen else []
     else:
         parts.insert(2, f"{torch.get_num_threads()} threads")
+    parts += [f"bits {runner.bits}"] if runner.bits else []
     return Served(
         model.card.digest,
         f"{device} ({name})",
@@ -109,6 +98,7 @@ def describe(runner: Runner, model: Model, load_s: float, grown_bytes: int) -> S
         "; ".join(parts),
         load_s,
         memory_bytes=grown_bytes if device.type == "cuda" else resident_bytes(model, runner.slots),
+        note=runner.note,
     )
 
 

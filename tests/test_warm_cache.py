@@ -53,7 +53,7 @@ def test_a_kernel_has_the_key_that_a_launch_with_memory_asks_for(made: Made, mon
     with_memory = {kernel.hash: kernel.name for kernel in compiled(90, made.used, torch.device("cpu"))}
 
     assert on_meta == with_memory
-    assert {"_enter", "_norm_in_registers", "_add_bias", "_convolve", "_update", "_advance"} <= set(on_meta.values())
+    assert {"_enter", "_norm_in_registers", "_add_bias", "_convolve", "_update"} <= set(on_meta.values())
 
 
 @needs_triton

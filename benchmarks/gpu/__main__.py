@@ -30,6 +30,7 @@ STAGES = [
     Stage("speed", 150, "benchmarks.gpu.speed:parts"),
     Stage("server", 100, "benchmarks.gpu.server:parts"),
     Stage("training", 240, "benchmarks.gpu.training:parts"),
+    Stage("tiles", 120, "benchmarks.gpu.tiles:parts"),
     Stage("compiled", math.inf, "benchmarks.gpu.compiled:parts"),
 ]
 MINUTES, DRY_MINUTES = 22.0, 4.0

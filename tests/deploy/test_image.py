@@ -41,6 +41,13 @@ def test_what_is_built_by_default_is_for_gpus() -> None:
     assert list(stages())[-1] == "cuda"
 
 
+def test_compiled_kernels_outlive_a_container() -> None:
+    cache = re.search(r"\bTRITON_CACHE_DIR=(\S+)", stages()["cuda"])
+    volumes = re.findall(r"^VOLUME (\S+)$", stages()["bare"], re.MULTILINE)
+
+    assert cache is not None and [volume for volume in volumes if Path(cache[1]).is_relative_to(volume)]
+
+
 def test_packages_are_held_to_the_constraints() -> None:
     assert "PIP_CONSTRAINT=/build/constraints.txt" in stages()["packages"]
     pins = (ROOT / "constraints.txt").read_text().splitlines()

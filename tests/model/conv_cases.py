@@ -360,7 +360,7 @@ def test_where_the_size_of_a_tile_costs_bits_all_batches_have_one(
 
 
 @pytest.mark.parametrize("fault", ["wrong", "not invariant", "does not run"])
-def test_a_kernel_that_cannot_be_trusted_is_not_used_and_one_line_says_so(
+def test_a_kernel_that_cannot_be_trusted_is_not_used_and_the_log_says_so(
     fault: str, library: Library, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     usual = triton_conv.convolve
@@ -381,4 +381,8 @@ def test_a_kernel_that_cannot_be_trusted_is_not_used_and_one_line_says_so(
     assert runner.exact_buckets == [2, 3, 4]
     assert net.invariant == []
     said = [record.getMessage().partition("(")[0] for record in caplog.records]
-    assert said == ["no invariant kernel for Conv", "no pinned kernel for Conv"]
+    assert said == [
+        "no invariant kernel for Conv",
+        "no pinned kernel for Conv",
+        "tiny: a picture alone takes a batch of 2, since bits are others in batches of 1",
+    ]

@@ -63,8 +63,8 @@ def error(given: Tensor, expected: Tensor) -> float:
 def products(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton's interpreter multiplies matrices term by term, in the order of K, as a GPU does.
 
-    By itself it uses numpy, which on some processors gives a row other bits at another place in the matrix, and it would
-    multiply the bits of bfloat16 as if they were whole numbers.
+    By itself it uses numpy, which on some processors gives a row other bits at another place in the matrix, and it
+    would multiply the bits of bfloat16 as if they were whole numbers.
     """
 
     def numbers(x: Any) -> Any:

@@ -7,11 +7,11 @@ depend on one, gets an exception; and a watch sees every tensor that is made els
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -240,8 +240,9 @@ def test_graphs_are_captured_from_the_largest_down_on_one_stream_in_one_pool(cud
 
 def test_the_warm_up_runs_on_the_stream_of_the_capture_and_is_waited_for(cuda: FakeCuda) -> None:
     captured_runner(2)
-    before_capture = cuda.diary[: [what for what, *_ in cuda.diary].index("capture")]
+    before_capture = cuda.diary[1 : [what for what, *_ in cuda.diary].index("capture")]
 
+    assert cuda.diary[0] == ("run", 1, "usual", "")  # a first step, by which everything is compiled
     assert {stream for what, _, stream, _ in before_capture if what == "run"} == {"stream 1"}
     assert before_capture[0] == ("wait", 0, "stream 1", "")  # for what the slots were made by
     assert before_capture[-1] == ("wait", 0, "usual", "")
@@ -260,5 +261,60 @@ def test_others_go_on_after_each_batch_size_but_never_on_the_stream_of_the_captu
     captured_runner(3, between=lambda: cuda.diary.append(("others", 0, cuda.stream, cuda.pool)))
     doings = [what for what, *_ in cuda.diary if what != "wait"]
 
-    assert doings == ["run", "run", "others"] * 3 + ["capture", "others"] * 3
+    assert doings == ["run"] + ["run", "run", "others"] * 3 + ["capture", "others"] * 3
     assert {(stream, pool) for what, _, stream, pool in cuda.diary if what == "others"} == {("usual", "")}
+
+
+class Layer(nn.Module):
+    """A layer that notes when it is computed."""
+
+    def __init__(self, cuda: FakeCuda) -> None:
+        super().__init__()
+        self.gpu = cuda
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.gpu.diary.append(("layer", len(x), self.gpu.stream, self.gpu.pool))
+        return x
+
+
+@pytest.fixture
+def layers(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> nn.Module:
+    """A net of three layers, two of them in a block, on the GPU that keeps a diary."""
+
+    def denoise(net: nn.Module, table: Tensor, slots: Slots, batch: int) -> None:
+        net(torch.zeros(batch))
+        cuda.diary.append(("capture" if cuda.pool else "run", batch, cuda.stream, cuda.pool))
+
+    monkeypatch.setattr(model.runner, "denoise", denoise)
+    return nn.Sequential(Layer(cuda), nn.Sequential(Layer(cuda), Layer(cuda)))
+
+
+def layered_runner(net: nn.Module, between: Callable[[], None]) -> Runner:
+    with FakeTensorMode():
+        made = Model(card(), cast(UNet, net), torch.zeros(T, 1, device="cuda"))
+        return Runner(made, 2, exact=False, between=between)
+
+
+def test_others_go_on_before_each_layer_of_the_first_step_since_all_of_them_are_compiled_in_it(
+    cuda: FakeCuda, layers: nn.Module
+) -> None:
+    layered_runner(layers, lambda: cuda.diary.append(("others", 0, cuda.stream, cuda.pool)))
+    doings = [what for what, *_ in cuda.diary if what != "wait"]
+    step = ["layer"] * 3
+
+    assert doings == (
+        ["others", "layer"] * 3
+        + ["run"]
+        + [*step, "run", *step, "run", "others"] * 2
+        + [*step, "capture", "others"] * 2
+    )
+    assert {(stream, pool) for what, _, stream, pool in cuda.diary if what == "others"} == {("usual", "")}
+
+
+def test_a_start_that_ends_in_the_first_step_leaves_the_net_as_it_was(cuda: FakeCuda, layers: nn.Module) -> None:
+    def between() -> None:
+        raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        layered_runner(layers, between)
+    assert [len(module._forward_pre_hooks) for module in layers.modules()] == [0] * 5

@@ -13,6 +13,8 @@ from model.checkpoint import Model
 from model.engine import Engine
 from model.events import Finished, Request
 from model.kernels import Conv, SelfAttention
+from model.lead import Lead, mark
+from model.lucid_unet import products_in_groups
 from model.noise import gaussian
 from model.plan import plan, resolve
 from model.runner import Runner, denoise, usual_buckets
@@ -129,6 +131,33 @@ def test_pinned_attention_is_the_same_in_every_batch(channels: int, side: int) -
     assert agree_in_all_buckets(attend, 3 * channels, side, torch.bfloat16)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
+@pytest.mark.parametrize("side", [32, 8])
+@torch.inference_mode()
+def test_the_products_of_linear_attention_in_groups_are_the_same_in_every_batch(side: int, dtype: torch.dtype) -> None:
+    q, k, v = torch.randn(3, 64, 4, side * side + 4, 32, device="cuda").to(dtype)
+    expected = products_in_groups(q, k, v)
+    for bucket in usual_buckets(64):
+        chosen = torch.randint(64, (bucket,), device="cuda")
+        assert torch.equal(products_in_groups(q[chosen], k[chosen], v[chosen]), expected[chosen]), bucket
+
+
+def test_the_host_is_ahead_of_a_gpu_by_no_more_than_it_may_be() -> None:
+    device, matrix = torch.device("cuda", torch.cuda.current_device()), torch.randn(8192, 8192, device="cuda")
+    marks: list[Any] = []
+
+    def noted() -> Any:
+        marks.append(mark(device))
+        return marks[-1]
+
+    lead = Lead(noted)
+    for _ in range(12):  # of some tens of milliseconds each
+        lead.queue(lambda: [matrix @ matrix for _ in range(4)])
+    ended = marks[1::2]
+
+    assert lead.most == 1 and all(event.query() for event in ended[:-1])
+
+
 def cifar10_model(dtype: torch.dtype) -> Model:
     """A net of google/ddpm-cifar10-32's shape with random weights, the same ones every time, as it is loaded."""
     shape = Architecture(
@@ -162,7 +191,8 @@ def test_every_bucket_of_a_real_net_is_exact(dtype: torch.dtype, slots: int) -> 
 
 def test_two_starts_choose_the_same_kernels() -> None:
     models = [cifar10_model(torch.bfloat16) for _ in range(2)]
-    chosen = [Runner(model, 16).chosen for model in models]
+    runners = [Runner(model, 16) for model in models]
 
-    assert chosen[0] is not None and chosen[0] == chosen[1]
+    assert runners[0].chosen is not None and runners[0].chosen == runners[1].chosen
+    assert runners[0].bits == runners[1].bits
     assert invariant_layers(models[0]) == invariant_layers(models[1])

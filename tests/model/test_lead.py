@@ -3,8 +3,13 @@
 from dataclasses import dataclass, field
 
 import pytest
+import torch
 
+import model.engine
+from model.engine import Engine
 from model.lead import MOST_MS, MOST_STEPS, Lead
+from tests.model.tiny import a_request, pictures, quick_engine
+from tests.model.tiny import run as run_engine
 
 
 @dataclass
@@ -102,3 +107,23 @@ def test_a_step_that_fails_leaves_nothing_to_wait_for() -> None:
         with pytest.raises(MemoryError):
             lead.queue(fails)
     assert run(lead, device, 4) == [1, 2, 3, 3]
+
+
+def test_an_engine_on_a_gpu_queues_its_steps_and_makes_the_same_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    device, requests = Device(step_ms=8.0), [a_request(i, 4 + i, seed=i) for i in range(3)]
+    expected = pictures(run_engine(quick_engine(2), *requests))
+    runner = quick_engine(2).runner
+    usual, ahead = runner.step, list[int]()
+
+    def step(bucket: int) -> None:
+        usual(bucket)
+        device.step()
+        ahead.append(device.queued)
+
+    monkeypatch.setattr(runner, "step", step)
+    monkeypatch.setattr(runner, "device", torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)  # so that pictures are copied as on a CPU
+    monkeypatch.setattr(model.engine, "mark", lambda of: device.mark())
+
+    assert pictures(run_engine(Engine(runner), *requests)) == expected
+    assert ahead[:6] == [1, 2, 3, 4, 3, 3] and max(ahead) == 4  # the fourth is waited for once it has been queued

@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+import model.runner
+from model.noise import gaussian
 from model.plan import COLUMNS, C, E, H, K, M, N, P, Q, S, U
-from model.runner import Runner, denoise, usual_buckets
+from model.runner import Runner, denoise, ranges, usual_buckets
 from model.slots import Slots
 from tests.model.tiny import CPU, T, a_plan, a_request, function_model, halve, pictures, quick_engine, run, tiny_model
 
@@ -104,12 +106,78 @@ def test_the_picture_alone_is_that_in_company_when_a_bucket_is_padded_away() -> 
     assert pictures(run(quick_engine(4, different_in(1, 3)), *requests)) == alone
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_real_net_keeps_its_bits_on_one_thread(dtype: torch.dtype) -> None:
-    runner = Runner(tiny_model(dtype), 6)
+NOTES: list[tuple[Function, str | None]] = [
+    (halve, None),
+    (different_in(3), None),
+    (different_in(1, 2, 3), "a picture alone takes a batch of 4, since bits are others in batches of 1-3"),
+    (different_in(1, 4), "a picture alone takes a batch of 2, since bits are others in batches of 1,4"),
+    (nosy, "nothing is promised: a picture's bits depend on who is in the batch, or on its slot"),
+]
 
-    assert runner.exact
-    assert set(runner.exact_buckets) >= {2, 3, 4, 5, 6}
+
+@pytest.mark.parametrize(("net", "note"), NOTES)
+def test_what_the_promise_costs_is_said_and_logged_in_one_line(
+    net: Function, note: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    runner = Runner(function_model(net), 5)
+
+    assert runner.note == note
+    assert [(r.levelname, r.getMessage()) for r in caplog.records] == ([("WARNING", f"tiny: {note}")] if note else [])
+
+
+def test_who_asks_for_no_promise_hears_nothing_of_it() -> None:
+    runner = Runner(function_model(different_in(1)), 5, exact=False)
+
+    assert (runner.note, runner.bits) == (None, "")
+
+
+@pytest.mark.parametrize(("numbers", "words"), [([], "none"), ([3], "3"), ([1, 2, 3, 4, 6, 8, 9], "1-4,6,8-9")])
+def test_batch_sizes_are_told_as_ranges(numbers: list[int], words: str) -> None:
+    assert ranges(numbers) == words
+
+
+# A hash of what the check came to
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_two_starts_that_compute_alike_have_one_hash(dtype: torch.dtype) -> None:
+    first, second = (Runner(tiny_model(dtype), 6).bits for _ in range(2))
+
+    assert first == second
+    assert len(first) == 8 and int(first, 16) >= 0
+
+
+def test_a_start_in_which_a_library_chose_otherwise_has_another_hash() -> None:
+    """Every batch size agrees with all others, so that nothing else tells."""
+    runners = [Runner(function_model(net), 5) for net in (halve, lambda x, k: halve(x, k) * (1 + 2**-20))]
+
+    assert [runner.exact_buckets for runner in runners] == [[1, 2, 3, 4, 5]] * 2
+    assert runners[0].bits != runners[1].bits
+
+
+def test_a_machine_that_draws_other_noise_has_another_hash(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = Runner(function_model(), 3).bits
+    monkeypatch.setattr(model.runner, "gaussian", lambda *how: gaussian(*how) * (1 + 2**-22))
+
+    assert Runner(function_model(), 3).bits != before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.inference_mode()
+def test_a_real_net_is_exact_in_batches_that_keep_the_bits_of_the_full_one(
+    dtype: torch.dtype,
+) -> None:
+    """Which they are is up to the processor and the libraries for it; the full batch is always among them."""
+    model = tiny_model(dtype)
+    x = torch.randn(6, 1, 8, 8, generator=torch.Generator().manual_seed(1)).to(dtype, memory_format=torch.channels_last)
+    full = model.net(x, model.table[:6])
+    same = [
+        b
+        for b in range(1, 7)
+        if all(torch.equal(model.net(x[i : i + b], model.table[i : i + b]), full[i : i + b]) for i in range(7 - b))
+    ]
+
+    assert Runner(model, 6).exact_buckets == same
 
 
 def test_the_check_leaves_no_trace() -> None:
