@@ -62,6 +62,7 @@ FLOORS = [
     ["model.nets"],
     ["model.unet", "model.lucid_unet"],
     ["model.kernels"],
+    ["model.triton_slots"],
     ["model.triton_net", "model.triton_step", "model.triton_conv"],
     ["model.noise", "model.events"],
     ["model.plan", "model.card"],
@@ -97,7 +98,7 @@ TORCH_FREE = [
 ]
 ROOMS = {
     "torch": ["model.*", "server.engine_process", "server.engines", "server.loader", "server.machine", "server.faults"],
-    "triton": ["model.triton_net", "model.triton_step", "model.triton_conv"],
+    "triton": ["model.triton_net", "model.triton_step", "model.triton_conv", "model.triton_slots"],
     "safetensors": ["model.checkpoint", "model.train", "model.convert", "model.convert.*"],
     "numpy": ["model.*", "server.*"],
     "PIL": ["server.images", "server.client_values", "model.data"],
