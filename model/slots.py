@@ -52,11 +52,10 @@ class Tables:
         if self._used + sum(map(len, missing)) > len(self.rows):
             self._starts, self._used, missing = {}, 0, list(dict.fromkeys(plans))
         if missing:
-            first = self._used
-            for plan in missing:
-                self._starts[plan], self._used = self._used, self._used + len(plan)
             rows = np.concatenate([plan.rows for plan in missing], dtype=np.float32, casting="same_kind")
-            upload(self.rows[first : self._used], torch.from_numpy(rows))
+            upload(self.rows[self._used : self._used + len(rows)], torch.from_numpy(rows))
+        for plan in missing:
+            self._starts[plan], self._used = self._used, self._used + len(plan)
         return [self._starts[plan] for plan in plans]
 
 

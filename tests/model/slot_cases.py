@@ -143,6 +143,21 @@ def test_the_tables_hold_what_is_asked_for_whatever_was_forgotten(monkeypatch: p
     assert uploads == [3 * T - 3, 20 + T + 12, T - 2, 12 + 2 * T - 3, 3 * T - 3]  # of 3 T rows; once nothing was needed
 
 
+def test_rows_that_did_not_arrive_are_sent_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    slots, plan = ruin(1, (1, 1, 1)), a_plan(4)
+    with monkeypatch.context() as patch:
+
+        def upload(target: Tensor, source: Tensor) -> None:
+            raise torch.OutOfMemoryError("out of memory")
+
+        patch.setattr(model.slots, "upload", upload)
+        with pytest.raises(torch.OutOfMemoryError):
+            slots.seat_all([Newcomer(0, 1, plan)])
+    slots.seat_all([Newcomer(0, 1, plan)])
+
+    assert torch.equal(slots.rows[0, :4].cpu(), torch.tensor(plan.rows).float())
+
+
 def test_the_tables_never_grow() -> None:
     tables = Tables(2 * T, DEVICE)
     for steps in [*range(1, T + 1)] * 3:

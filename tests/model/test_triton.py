@@ -371,7 +371,7 @@ def test_every_kernel_compiles_and_has_no_atomics(compiled: Counter[str]) -> Non
 def test_kernels_between_two_steps_compile_without_spilling(compiled: Counter[str]) -> None:
     from model import triton_slots
 
-    for shape, rows in (((3, 256, 256), 1001), ((1, 28, 28), 1001), ((3, 5, 7), 31)):
+    for shape, rows in (((3, 256, 256), 1001), ((3, 28, 28), 1001), ((1, 1, 1), 31)):
         pictures = [torch.empty(4, *shape, device=META) for _ in range(3)]
         state = (*pictures, torch.empty(4, rows, 11, device=META))
         numbers = torch.empty(4, dtype=torch.int64, device=META)
