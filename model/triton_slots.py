@@ -12,7 +12,7 @@ from torch import Tensor
 
 from model.noise import INITIAL
 from model.plan import COLUMNS
-from model.triton_step import _gaussian
+from model.triton_noise import gaussian
 
 BLOCK = 1024  # numbers to a program
 ORDER = 6  # slot, seed, steps, where its rows begin, the step it is at, its pictures in those handed in or -1
@@ -38,7 +38,7 @@ def _seat(
         inside, there = at < elements, slot * elements + at  # in [C, H, W]
         nothing = tl.zeros((4 * QUADS,), tl.float32)
         if source < 0:
-            first = _gaussian(key, tl.zeros((), tl.int32), block * QUADS + tl.arange(0, QUADS), DOMAIN)
+            first = gaussian(key, tl.zeros((), tl.int32), block * QUADS + tl.arange(0, QUADS), DOMAIN)
             tl.store(x + there, first, mask=inside)
         else:
             kept = pictures + source * (KEPT * elements) + at

@@ -12,6 +12,7 @@ from torch import Tensor
 from model.noise import STEP
 from model.plan import COLUMNS
 from model.triton_launch import dependent, ready
+from model.triton_noise import gaussian
 
 BLOCK = 1024  # numbers to a program
 
@@ -54,24 +55,6 @@ def enter(x: Tensor, rows: Tensor, cursor: Tensor, table: Tensor, read: int) -> 
 
 
 @triton.jit
-def _box_muller(first, second):
-    """Two words of 32 bits -> two independent normal numbers, each rounded to float32 from float64."""
-    radius = tl.sqrt(-2.0 * tl.log((first.to(tl.float64) + 0.5) * 2.3283064365386963e-10))  # 2^-32
-    angle = 6.283185307179586 * ((second.to(tl.float64) + 0.5) * 2.3283064365386963e-10)  # 2 pi u
-    return (radius * tl.cos(angle)).to(tl.float32), (radius * tl.sin(angle)).to(tl.float32)
-
-
-@triton.jit
-def _gaussian(seed, step, quad, DOMAIN: tl.constexpr):
-    """`model.noise.gaussian` for four elements in a row each. quad: [Q] int32, element / 4 -> [4 Q] float32"""
-    zero = quad * 0
-    w0, w1, w2, w3 = tl.philox(seed, quad, zero + step.to(tl.int32), zero + DOMAIN, zero)
-    z0, z1 = _box_muller(w0, w1)
-    z2, z3 = _box_muller(w2, w3)
-    return tl.interleave(tl.interleave(z0, z2), tl.interleave(z1, z3))
-
-
-@triton.jit
 def _update(
     net_out, x, x0, given, rows, now, cursor, last, seed, rows_stride, elements, pixels, channels,
     LEARNED: tl.constexpr, DOMAIN: tl.constexpr, COLUMNS: tl.constexpr, QUADS: tl.constexpr, DEPENDENT: tl.constexpr,
@@ -80,7 +63,7 @@ def _update(
     ready(DEPENDENT)
     step = tl.load(now + sample)
     row = rows + sample * rows_stride + step * COLUMNS  # k, p, q, c, m, h, n, e, s, w, u
-    z = _gaussian(tl.load(seed + sample), step, tl.program_id(0) * QUADS + tl.arange(0, QUADS), DOMAIN)
+    z = gaussian(tl.load(seed + sample), step, tl.program_id(0) * QUADS + tl.arange(0, QUADS), DOMAIN)
     at = tl.program_id(0) * (4 * QUADS) + tl.arange(0, 4 * QUADS)  # in [C, H, W]
     inside = at < elements
     outs: tl.constexpr = 2 if LEARNED else 1
