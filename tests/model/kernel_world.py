@@ -21,6 +21,12 @@ DTYPES = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3}  # and
 
 
 @pytest.fixture(autouse=True)
+def seed() -> None:
+    """Random numbers are the same ones in every run."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
 def inference(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Where the kernels are used. Convolutions keep all digits."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
