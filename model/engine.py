@@ -17,8 +17,8 @@ from model.noise import TorchNoise
 from model.plan import U
 from model.runner import Runner
 from model.scheduler import Scheduler
-from model.slots import Parked
-from model.snapshot import Snapshot, as_bytes
+from model.slots import Newcomer, Parked, upload
+from model.snapshot import Snapshot, warm_up
 
 CHECK_EVERY = 64  # steps after which everybody is looked at, whether the numbers are finite
 
@@ -36,6 +36,10 @@ class Sample:
     step: int = 0  # updates done; the device's cursor says the same, and is never read
     parked: Parked | None = None  # its state, if it was unseated and waits to go on
     leaving: bool = False  # made, but still on its way off the device
+    stops: frozenset[int] = field(init=False)  # numbers of updates after which it is looked at
+
+    def __post_init__(self) -> None:
+        self.stops = self.request.frames | {len(self.request.plan)}
 
     @property
     def left(self) -> int:
@@ -54,7 +58,7 @@ class Sample:
 
 @dataclass(slots=True, eq=False)
 class _Pending:
-    """A snapshot on its way, and whom it shows: rows of the snapshot, in order."""
+    """A snapshot on its way, and of whom it is: its rows, in order."""
 
     snapshot: Snapshot
     samples: list[Sample]
@@ -82,6 +86,7 @@ class Engine:
         if self.runner.device.type == "cuda":
             self._copies = torch.cuda.Stream(self.runner.device)
             self._lead = Lead(partial(mark, self.runner.device))
+        warm_up(self.runner.slots)
 
     @property
     def busy(self) -> bool:
@@ -107,6 +112,7 @@ class Engine:
         self._samples[request.id] = sample
         self._scheduler.add(sample)
 
+    @torch.inference_mode()
     def cancel(self, id: Hashable) -> None:
         """Gives a sample up. Its slot is free at once; nothing happens if it has ended or was never submitted."""
         sample = self._samples.get(id)
@@ -144,7 +150,7 @@ class Engine:
                 request = sample.request
                 self.runner.slots.put_back(sample.slot, request.seed, request.plan, sample.step, sample.parked)
                 sample.parked = None
-        self._show([sample for sample in new if sample.step == 0 and 0 in sample.request.frames])
+        self._show([sample for sample in new if sample.step == 0 and 0 in sample.request.frames], [])
 
     def _advance(self) -> None:
         seated = self._scheduler.seated
@@ -157,11 +163,13 @@ class Engine:
         self._scheduler.charge()
         for sample in seated:
             sample.step += 1
+        shown = [sample for sample in seated if sample.step in sample.stops]
         check = self._steps % CHECK_EVERY == 0
-        self._show([s for s in seated if check or s.ended or s.step in s.request.frames])
-        for sample in [s for s in seated if s.ended]:
-            sample.leaving = True
-            self._release(sample)
+        self._show(shown, [sample for sample in seated if sample.step not in sample.stops] if check else [])
+        for sample in shown:
+            if sample.ended:
+                sample.leaving = True
+                self._release(sample)
 
     def _within_memory(self, work: Callable[[], None]) -> None:
         """Does this; if memory runs out, the batch is smaller from now on, and whoever is seated begins again: what
@@ -197,33 +205,31 @@ class Engine:
 
     def _seat(self, new: list[Sample]) -> None:
         """Puts x_T and the plans of samples that have just sat down, side by side, into their slots."""
-        if not new:
-            return
-        slots = self.runner.slots
-        x = slots.draw_initial([sample.request.seed for sample in new])
-        for row, sample in enumerate(new):
+        newcomers = []
+        for sample in new:
             assert sample.slot is not None
-            if sample.request.plan.noise == "torch":
-                sample.source = TorchNoise(sample.request.seed, slots.shape)
-            first = x[row] if sample.source is None else sample.source.draw()
-            slots.seat(sample.slot, sample.request.seed, sample.request.plan, first)
+            seed, plan = sample.request.seed, sample.request.plan
+            if plan.noise == "torch":
+                sample.source = TorchNoise(seed, self.runner.slots.shape)
+            newcomers.append(Newcomer(sample.slot, seed, plan, sample.source.draw() if sample.source else None))
+        self.runner.slots.seat_all(newcomers)
 
     def _release(self, sample: Sample) -> None:
-        move = self._scheduler.release(sample)
-        if move is not None:
-            self.runner.slots.move(*move)
-        self.runner.slots.clear(len(self._scheduler.seated))
+        hole, move = sample.slot, self._scheduler.release(sample)
+        assert hole is not None
+        self.runner.slots.vacate(hole, None if move is None else move[0])
 
     def _bring_noise(self, seated: list[Sample]) -> None:
         """Noise that the step does not draw itself: from outside, and, on a CPU, drawn ahead."""
         slots = self.runner.slots
-        for sample in seated:
-            assert sample.slot is not None
-            plan, request = sample.request.plan, sample.request
-            if sample.source is not None and plan.rows[sample.step, U]:
-                slots.upload(slots.given[sample.slot], sample.source.draw())
-            elif slots.ahead_steps and plan.draws and sample.step % slots.ahead_steps == 0:
-                slots.draw_ahead(sample.slot, request.seed, sample.step)
+        for sample in [sample for sample in seated if sample.source is not None]:
+            assert sample.slot is not None and sample.source is not None
+            if sample.request.plan.rows[sample.step, U]:
+                upload(slots.given[sample.slot], sample.source.draw())
+        if (ahead := slots.ahead_steps) > 0:
+            for slot, sample in enumerate(seated):
+                if sample.step % ahead == 0 and sample.request.plan.draws:
+                    slots.draw_ahead(slot, sample.request.seed, sample.step)
 
     def _make_step(self, bucket: int) -> None:
         if self._lead is None:
@@ -231,17 +237,16 @@ class Engine:
         else:
             self._lead.queue(lambda: self.runner.step(bucket))
 
-    def _show(self, samples: list[Sample]) -> None:
-        """Starts to bring the state of these samples to the host."""
+    def _show(self, shown: list[Sample], checked: list[Sample]) -> None:
+        """Starts to bring the state of these samples to the host, and of others only whether it is finite."""
+        samples = [*shown, *checked]
         if not samples:
             return
-        slots = self.runner.slots
-        numbers = [s.slot for s in samples if s.slot is not None]
-        x, x0 = torch.stack([slots.x[i] for i in numbers]), torch.stack([slots.x0[i] for i in numbers])  # [n, C, H, W]
-        tensors = [as_bytes(x), as_bytes(x0), x.isfinite().flatten(1).all(1)]
-        if any(s.ended and s.request.wants_floats for s in samples):
-            tensors.append(x.clamp(-1, 1))
-        self._pending.append(_Pending(Snapshot(tensors, self._copies), samples, [s.step for s in samples]))
+        slots = [sample.slot for sample in samples if sample.slot is not None]
+        floats = any(sample.ended and sample.request.wants_floats for sample in shown)
+        split = len(shown)
+        snapshot = Snapshot(self.runner.slots, slots[:split], slots[split:], floats, self._copies)
+        self._pending.append(_Pending(snapshot, samples, [sample.step for sample in samples]))
 
     def _harvest(self, stand_still: bool) -> None:
         """Turns what has arrived into events, in order."""
@@ -252,19 +257,19 @@ class Engine:
             elif not pending.snapshot.ready:
                 return
             self._pending.popleft()
-            x, x0, finite, *floats = pending.snapshot.arrays()
+            frames = pending.snapshot.frames()
             for row, (sample, step) in enumerate(zip(pending.samples, pending.steps, strict=True)):
                 request = sample.request
                 if self._samples.get(request.id) is not sample:
                     continue  # cancelled since
-                if not finite[row]:
+                if not frames.finite[row]:
                     self._give_up(sample, Failed(request.id, f"the picture was not finite after {step} steps"))
                     continue
                 if step in request.frames:
-                    shown_x = x[row].copy() if request.shows_x else None
-                    shown_x0 = x0[row].copy() if request.shows_x0 and step > 0 else None
+                    shown_x = frames.x[row].copy() if request.shows_x else None
+                    shown_x0 = frames.x0[row].copy() if request.shows_x0 and step > 0 else None
                     self._events.append(Preview(request.id, step, shown_x, shown_x0))
                 if step == len(request.plan):
                     del self._samples[request.id]
-                    kept = floats[0][row].copy() if request.wants_floats else None
-                    self._events.append(Finished(request.id, x[row].copy(), kept))
+                    kept = frames.floats[row].copy() if request.wants_floats and frames.floats is not None else None
+                    self._events.append(Finished(request.id, frames.x[row].copy(), kept))

@@ -45,7 +45,7 @@ def resident_bytes(model: Model, slots: Slots) -> int:
 
 
 def batch_bytes(slots: Slots) -> int:
-    """A batch, and as much again: pictures that were unseated keep their state."""
+    """A batch, and as much again: pictures that were unseated keep their state, and plans their rows on a GPU."""
     return 2 * sum(
         tensor.numel() * tensor.element_size() for tensor in vars(slots).values() if isinstance(tensor, Tensor)
     )

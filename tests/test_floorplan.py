@@ -62,6 +62,7 @@ FLOORS = [
     ["model.nets"],
     ["model.unet", "model.lucid_unet"],
     ["model.kernels"],
+    ["model.triton_slots"],
     ["model.triton_net", "model.triton_step", "model.triton_conv"],
     ["model.triton_launch"],
     ["model.noise", "model.events", "model.gpu"],
@@ -99,7 +100,13 @@ TORCH_FREE = [
 ]
 ROOMS = {
     "torch": ["model.*", "server.engine_process", "server.engines", "server.loader", "server.machine", "server.faults"],
-    "triton": ["model.triton_net", "model.triton_step", "model.triton_conv", "model.triton_launch"],
+    "triton": [
+        "model.triton_net",
+        "model.triton_step",
+        "model.triton_conv",
+        "model.triton_launch",
+        "model.triton_slots",
+    ],
     "safetensors": ["model.checkpoint", "model.train", "model.trainer", "model.convert", "model.convert.*"],
     "numpy": ["model.*", "server.*"],
     "PIL": ["server.images", "server.client_values", "model.data"],

@@ -136,10 +136,9 @@ def main() -> int:
         usage.error("torch is not installed, and nothing here runs without")
     out = folder(usage)
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # by way of what ends the stage
+    if not args.dry and subprocess.run([sys.executable, "-c", HAS_GPU], stderr=subprocess.DEVNULL).returncode:
+        usage.error("there is no GPU that torch can use (--dry runs the same on the CPU)")
     with environment(args.dry, args.commit) as environ:
-        asked = [sys.executable, "-c", HAS_GPU]
-        if not args.dry and subprocess.run(asked, env=environ, stderr=subprocess.DEVNULL).returncode:
-            usage.error("there is no GPU that torch can use (--dry runs the same on the CPU)")
         order = Order(out=out, minutes=minutes, dry=args.dry, train=train, environ=environ)
         return int(not run(stages, order, lambda line: print(line, flush=True)))
 

@@ -22,7 +22,7 @@ import torch
 from benchmarks.convolutions import BATCHES, kinds_of, name_of, same_bits, times
 from benchmarks.gpu.facts import Fact, Setting
 from benchmarks.gpu.run import ROOT
-from benchmarks.gpu.stage import Part
+from benchmarks.gpu.stage import Part, each_by_itself
 from benchmarks.gpu.worlds import device_of, small
 from model.card import read_card
 from model.checkpoint import load_model
@@ -31,7 +31,7 @@ from model.runner import usual_buckets
 from server.machine import choose_dtype
 
 TESTS = [f"tests/model/test_{name}.py" for name in ("gpu", "invariance", "triton")]
-DRY_TESTS = ["tests/test_unpack.py"]
+DRY_TESTS = ["tests/benchmarks/test_facts.py"]
 SIDE_BY_SIDE = 6
 SHARE = 0.6  # of the stage's time is for the tests
 NAMED = 8  # tests that failed are named one by one, up to so many
@@ -93,7 +93,7 @@ class Layers:
 
     setting: Setting
     found: list[Kind] = field(default_factory=list)
-    agree: dict[str, bool] = field(default_factory=dict)  # by name, whether the library's bits do
+    agreed: set[str] = field(default_factory=set)  # names of those whose bits by the library do not depend on the batch
 
     @property
     def batches(self) -> tuple[int, ...]:
@@ -113,19 +113,21 @@ class Layers:
 def bits(layers: Layers, whose: str, invariant: bool) -> Iterator[Fact]:
     """Of each kind, whether bits stay the same over all buckets; by our kernel, alone and among most, whose tiles may
     be others."""
-    kinds, most = layers.kinds(), max(layers.batches)
+    kinds, most, agreed = layers.kinds(), max(layers.batches), list[str]()
     buckets = [1, most] if invariant else usual_buckets(most)
-    agreed = 0
-    for kind in kinds:
-        name, began = name_of(kind), time.perf_counter()
+
+    def of_one(kind: Kind) -> Iterator[Fact]:
+        began = time.perf_counter()
         same = same_bits(kind, buckets, invariant)
-        agreed += same
-        if not invariant:
-            layers.agree[name] = same
+        agreed.extend([name_of(kind)] if same else [])
         more: dict[str, Any] = {"layers": len(kind.layers), "seconds": round(time.perf_counter() - began, 2)}
-        yield Fact(f"{whose} agree: {name}", same, more=more)
+        yield Fact(f"{whose} agree: {name_of(kind)}", same, more=more)
+
+    yield from each_by_itself(kinds, of_one)
+    if not invariant:
+        layers.agreed = set(agreed)
     spoken = f"{whose} agree in batches of {buckets[0]} {'and' if invariant else 'to'} {most}"
-    yield Fact(spoken, agreed, f"of {len(kinds)} kinds of layers", main=True)
+    yield Fact(spoken, len(agreed), f"of {len(kinds)} kinds of layers", main=True)
 
 
 @torch.inference_mode()
@@ -133,15 +135,17 @@ def microseconds(layers: Layers) -> Iterator[Fact]:
     """Of each kind what a call takes by either kernel, and what they sum up to in the net."""
     batches = layers.batches
     sums = {name: [0.0] * len(batches) for name in ("cuDNN", "Triton", "chosen")}
-    for kind in layers.kinds():
-        name = name_of(kind)
+
+    def of_one(kind: Kind) -> Iterator[Fact]:
         took = {"cuDNN": times(kind, batches, False), "Triton": times(kind, batches, True)}
-        took["chosen"] = took["cuDNN" if layers.agree.get(name, False) else "Triton"]
+        took["chosen"] = took["cuDNN" if name_of(kind) in layers.agreed else "Triton"]
         for which, each in took.items():
             sums[which] = [a + len(kind.layers) * b for a, b in zip(sums[which], each, strict=True)]
         more: dict[str, Any] = {"layers": len(kind.layers), "batches": batches}
         more |= {f"{which} us": [round(us, 2) for us in took[which]] for which in ("cuDNN", "Triton")}
-        yield Fact(f"a call: {name}", took["chosen"][0], "us", more=more)
+        yield Fact(f"a call: {name_of(kind)}", took["chosen"][0], "us", more=more)
+
+    yield from each_by_itself(layers.kinds(), of_one)
     for which, each in sums.items():
         for batch, time_us in zip(batches, each, strict=True):
             yield Fact(f"convolutions and attention of a step, batch {batch}, {which}", time_us, "us")

@@ -29,7 +29,7 @@ from server.machine import choose_dtype
 BATCHES, DRY_BATCHES = (1, 8, 64), (1, 2, 4)
 WAYS = ("a graph", "eager", "plain torch")
 STEPS, ROUNDS = 20, 5
-PATIENCE_S = 60.0  # between two numbers
+PATIENCE_S = 45.0  # between two numbers
 
 
 def parts(setting: Setting) -> list[Part]:

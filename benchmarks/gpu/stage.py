@@ -8,15 +8,16 @@ import faulthandler
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib import import_module
 from types import FrameType
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from benchmarks.gpu.facts import Fact, Setting, tell
 
 Part: TypeAlias = Callable[[], Iterator[Fact]]
+Thing = TypeVar("Thing")
 
 
 def name_of(part: Part) -> str:
@@ -41,6 +42,19 @@ def run_parts(setting: Setting, parts: list[Part]) -> bool:
             reason = next(iter(str(error).splitlines()), "")
             tell(setting, Fact(f"{name_of(part)} failed", f"{type(error).__name__}: {reason}"[:300], main=True))
     return well
+
+
+def each_by_itself(things: Sequence[Thing], facts_of: Callable[[Thing], Iterator[Fact]]) -> Iterator[Fact]:
+    """The facts of all things. One that fails costs only its own; at the end it is said how many did."""
+    failed = 0
+    for thing in things:
+        try:
+            yield from facts_of(thing)
+        except Exception:  # as in `run_parts`
+            traceback.print_exc()
+            failed += 1
+    if failed:
+        raise RuntimeError(f"{failed} of {len(things)} failed")
 
 
 def _end(number: int, frame: FrameType | None) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import safe_open
 
 from benchmarks.gpu.facts import Fact, Setting
 from benchmarks.gpu.stage import Part
@@ -37,6 +38,12 @@ class Pupil:
     directory: Path
     pictures: Path
 
+    @property
+    def start(self) -> Path | None:
+        """Its weights, if it has any."""
+        weights = self.directory / WEIGHTS
+        return weights if weights.exists() else None
+
 
 def parts(setting: Setting) -> list[Part]:
     """They share the time equally."""
@@ -58,16 +65,20 @@ def trained_on(setting: Setting, pupil: Pupil, sharers: int) -> Iterator[Fact]:
     until_s = time.monotonic() + setting.left_s / sharers - KEPT_S
     copy = Path(setting.scratch) / "training" / pupil.name
     try:
-        recipe = DRY_RECIPE if setting.dry else RECIPE
-        pace = images_per_s(
-            pupil, copied(pupil, copy.with_name(f"{pupil.name}-tried")), recipe, device_of(setting).type
-        )
+        recipe, device = DRY_RECIPE if setting.dry else RECIPE, device_of(setting).type
+        tried = log_of_a_try(pupil, copied(pupil, copy.with_name(f"{pupil.name}-tried")), recipe, device)
+        yield from held_out(pupil.name, "before", tried[0])
+        pace = float(tried[-1]["images_per_s"])
         copied(pupil, copy)
         left_s = max(1.0, until_s - time.monotonic())
         images = seen_before(copy) + (64 if setting.dry else round(SHARE * pace * left_s))
         recipe = replace(recipe, images=images, minutes=left_s / 60)
-        train(pupil.pictures, copy, recipe, device_of(setting).type, pupil.directory / WEIGHTS)
-        yield from said_by_log(pupil.name, (copy / "training.jsonl").read_text().splitlines())
+        train(pupil.pictures, copy, recipe, device, pupil.start)
+        log = log_in(copy)
+        yield from held_out(pupil.name, "after", log[-1])
+        yield Fact(f"{pupil.name}: loss of the last updates", float(log[-1]["loss"]))
+        yield Fact(f"{pupil.name}: pictures trained on", log[-1]["images"] - seen_before(pupil.directory), main=True)
+        yield Fact(f"{pupil.name}: pace of training", float(log[-1]["images_per_s"]), "images/s", main=True)
     finally:
         for name, suffix in ((WEIGHTS, "safetensors"), (STATE, "training.safetensors")):
             if (copy / STATE).exists():
@@ -87,30 +98,27 @@ def seen_before(directory: Path) -> int:
     """Pictures that its checkpoint has seen, if there is one."""
     if not (directory / STATE).exists():
         return 0
-    from safetensors import safe_open
-
     with safe_open(directory / STATE, "pt") as state:
         return int(state.metadata()["seen"])
 
 
-def images_per_s(pupil: Pupil, directory: Path, recipe: Recipe, device: str) -> float:
-    """The pace of training, from a few updates of a copy that nobody needs."""
+def log_in(directory: Path) -> list[dict[str, Any]]:
+    """What training has told of itself there; if it did not begin with random weights, of those it began with first."""
+    return [json.loads(line) for line in (directory / "training.jsonl").read_text().splitlines()]
+
+
+def log_of_a_try(pupil: Pupil, directory: Path, recipe: Recipe, device: str) -> list[dict[str, Any]]:
+    """The log of a few updates of a copy that nobody needs, which is gone then."""
     seen = seen_before(directory)
     for updates in (2, 4) if recipe is DRY_RECIPE else (WARMING, WARMING + TRIED):  # the second goes on from the first
         few = replace(recipe, images=seen + updates * recipe.batch, log_every=10**9, save_every=10**9)
-        train(pupil.pictures, directory, few, device, pupil.directory / WEIGHTS)
-    lines = (directory / "training.jsonl").read_text().splitlines()
+        train(pupil.pictures, directory, few, device, pupil.start)
+    log = log_in(directory)
     shutil.rmtree(directory)
-    return float(json.loads(lines[-1])["images_per_s"])
+    return log
 
 
-def said_by_log(name: str, log: list[str]) -> Iterator[Fact]:
-    """What a training log tells: of the weights it began with, and of those it ended with."""
-    first: dict[str, Any] = json.loads(log[0])
-    last: dict[str, Any] = json.loads(log[-1])
-    for when, line in (("before", first), ("after", last)):
-        levels = line["held_out"]
-        yield Fact(f"{name}: held-out loss {when}", float(np.mean(list(levels.values()))), more=levels, main=True)
-    yield Fact(f"{name}: loss of the last updates", float(last["loss"]))
-    yield Fact(f"{name}: pictures trained on", last["images"] - first["images"], main=True)
-    yield Fact(f"{name}: pace of training", float(last["images_per_s"]), "images/s", main=True)
+def held_out(name: str, when: str, line: dict[str, Any]) -> Iterator[Fact]:
+    """The mean of held-out losses at all levels of noise, and each."""
+    levels = line["held_out"]
+    yield Fact(f"{name}: held-out loss {when}", float(np.mean(list(levels.values()))), more=levels, main=True)

@@ -15,7 +15,9 @@ from benchmarks import streams
 from benchmarks.contenders import Setup
 from benchmarks.full import Crowd
 from benchmarks.gpu import smoke
+from benchmarks.gpu.facts import Fact
 from benchmarks.gpu.smoke import steps_one_way_or_another
+from benchmarks.gpu.stage import each_by_itself
 from benchmarks.measure import commit, interleaved
 from benchmarks.remote import Remote
 from tests.model.tiny import quick_engine
@@ -106,6 +108,16 @@ def test_a_crowd_fills_every_slot_at_every_step_and_ends_one_by_one() -> None:
     assert {sum(each) for each in seated} == {4}  # who has come last sits down at the next step
     assert sum(waiting for _, waiting in seated) == 10  # every second step one ends, and the next comes
     assert not engine.busy
+
+
+def test_one_of_many_that_fails_costs_only_its_own_facts(capsys: pytest.CaptureFixture[str]) -> None:
+    told = list[Fact]()
+    with pytest.raises(RuntimeError, match="1 of 3 failed"):
+        for fact in each_by_itself([1, 0, 2], lambda number: iter([Fact("half", 1 / number)])):
+            told.append(fact)
+
+    assert told == [Fact("half", 1.0), Fact("half", 0.5)]
+    assert "ZeroDivisionError" in capsys.readouterr().err
 
 
 class Scripted:

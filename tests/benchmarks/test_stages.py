@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from benchmarks.gpu import run as stages
-from benchmarks.gpu.facts import Fact, Reader, Setting, table, tell
 from benchmarks.gpu.run import Order, Stage, run
 
 Facts = dict[str, dict[str, Any]]  # by stage and name
@@ -116,29 +115,3 @@ def test_a_second_run_adds_to_the_facts_of_the_first(tmp_path: Path) -> None:
 
     assert len((tmp_path / "facts.jsonl").read_text().splitlines()) == 6
     assert "3 facts, of which these 3:" in shown[-4]
-
-
-def setting(out: Path) -> Setting:
-    """Of a stage that nobody ends."""
-    return Setting(stage="s", work="", out=str(out), scratch="", dry=True, began_s=0.0, until_s=1e12)
-
-
-def test_the_table_has_forty_lines_and_what_matters_most_comes_first(tmp_path: Path) -> None:
-    reader = Reader(tmp_path / "facts.jsonl")
-    for i in range(60):
-        tell(setting(tmp_path), Fact(f"number {i}", i, main=i > 40))
-    lines = table([*reader.news()])
-
-    assert len(lines) == 40
-    assert [line.split()[2] for line in lines[:20]] == [str(i) for i in [*range(41, 60), 0]]
-
-
-def test_half_a_line_is_not_read(tmp_path: Path) -> None:
-    path = tmp_path / "facts.jsonl"
-    reader = Reader(path)
-    path.write_text('{"name": "whole"}\n{"name": ')
-    first = [*reader.news()]
-    with path.open("a") as file:
-        file.write('"late"}\n')
-
-    assert (first, [*reader.news()]) == ([{"name": "whole"}], [{"name": "late"}])

@@ -1,5 +1,5 @@
-"""Where the kernels are tried, by `kernel_cases` and `conv_cases`: on a GPU, or under Triton's interpreter. A plugin of
-pytest, so that what it sets up holds for both.
+"""Where the kernels are tried, by `kernel_cases`, `conv_cases` and `slot_cases`: on a GPU, or under Triton's
+interpreter. A plugin of pytest, so that what it sets up holds for all.
 """
 
 import os

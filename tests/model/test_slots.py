@@ -1,5 +1,6 @@
 """The batch that lives on the device: what is seated, what is left behind, where the noise comes from."""
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -7,7 +8,8 @@ from torch import Tensor
 from model.noise import INITIAL, TorchNoise, gaussian
 from model.plan import K
 from model.runner import denoise
-from model.slots import Slots
+from model.slots import Newcomer, Slots
+from model.snapshot import as_bytes, pack, unpack
 from tests.model.tiny import CPU, T, a_plan, function_model
 
 SHAPE = (1, 8, 8)
@@ -101,6 +103,61 @@ def test_a_move_carries_everything() -> None:
     slots.move(2, 0)
 
     assert all(torch.equal(a, b) for a, b in zip(before, state(slots, 0), strict=True))
+
+
+def test_newcomers_sit_down_as_they_would_one_by_one() -> None:
+    together, apart = Slots(3, SHAPE, T, CPU), Slots(3, SHAPE, T, CPU)
+    brought, plan = TorchNoise(5, SHAPE).draw(), a_plan(4, noise="torch")
+    together.seat_all([Newcomer(2, 2**63 - 1, a_plan(9)), Newcomer(0, 5, plan, brought), Newcomer(1, 8, a_plan(1))])
+    apart.seat(0, 5, plan, brought)
+    apart.seat(1, 8, a_plan(1), x_T(8))
+    apart.seat(2, 2**63 - 1, a_plan(9), x_T(2**63 - 1))
+
+    for slot in range(3):
+        assert all(torch.equal(a, b) for a, b in zip(state(together, slot), state(apart, slot), strict=True))
+
+
+def test_who_leaves_is_followed_by_another_of_whom_nothing_stays_where_it_was() -> None:
+    slots = Slots(3, SHAPE, T, CPU)
+    for slot in range(3):
+        slots.seat(slot, slot, a_plan(4 + slot), x_T(slot))
+    middle, last = state(slots, 1), state(slots, 2)
+    slots.vacate(0, 2)
+
+    assert all(torch.equal(a, b) for a, b in zip(last, state(slots, 0), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(middle, state(slots, 1), strict=True))
+    assert all(not tensor[2].any() for tensor in floats(slots))
+    assert not slots.rows[2, slots.cursor[2]].any()
+
+    slots.vacate(1, None)
+    assert all(not tensor[1].any() for tensor in floats(slots))
+    assert all(torch.equal(a, b) for a, b in zip(last, state(slots, 0), strict=True))
+
+
+def test_a_parked_picture_goes_on_where_it_was() -> None:
+    slots = Slots(2, SHAPE, T, CPU)
+    slots.seat(0, 3, a_plan(9), x_T(3))
+    slots.draw_ahead(0, 3, 0)
+    slots.x0[0], slots.given[0], slots.cursor[0] = 0.25, 0.5, 4
+    before, parked = state(slots, 0), slots.take(0)
+    slots.clear(0)
+    slots.put_back(1, 3, a_plan(9), 4, parked)
+
+    assert all(torch.equal(a, b) for a, b in zip(before, state(slots, 1), strict=True))
+
+
+def test_of_a_slot_that_is_only_checked_nothing_is_packed_but_whether_it_is_finite() -> None:
+    slots = Slots(4, SHAPE, T, CPU)
+    slots.x.copy_(torch.randn(slots.x.shape))
+    slots.x0.copy_(torch.randn(slots.x.shape))
+    slots.x[1, 0, 3, 5] = torch.inf
+    frames = unpack(pack(slots, [2, 0], [3, 1], True).numpy(), SHAPE, [2, 0], [3, 1], True)
+
+    assert np.array_equal(frames.x, as_bytes(slots.x[[2, 0]]).numpy())
+    assert np.array_equal(frames.x0, as_bytes(slots.x0[[2, 0]]).numpy())
+    assert frames.floats is not None and np.array_equal(frames.floats, slots.x[[2, 0]].clamp(-1, 1).numpy())
+    assert frames.finite.tolist() == [True, True, True, False]
+    assert pack(slots, [], [0, 1, 2, 3], False).tolist() == [1, 0, 1, 1]
 
 
 def test_noise_drawn_ahead_is_the_noise_drawn_step_by_step() -> None:

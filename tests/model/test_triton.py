@@ -10,33 +10,39 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import model.kernels
 import model.unet
 from model.architecture import architecture
+from model.checkpoint import Model
+from model.engine import Engine
 from model.kernels import Conv
-from model.runner import denoise
-from model.slots import Slots
+from model.runner import Runner, denoise
+from model.slots import Newcomer, Parked, Slots
+from model.snapshot import Snapshot, pack, unpack
 from model.unet import Attention, Resnet, UNet
 from tests.model.test_capture import META, capturing
+from tests.model.tiny import ARCHITECTURE, FunctionNet, T, a_plan, a_request, card, halve, run
 from tests.model.worlds import CIFAR10, relative_error, shaken, small, twin
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-CASES = ["kernel_cases.py", "conv_cases.py"]
+CASES = ["kernel_cases.py", "conv_cases.py", "slot_cases.py"]
 
 
 def run_cases(file: str, *options: str, **environment: str) -> None:
@@ -113,6 +119,16 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class OnTheDevice(Operations):
+    """Counts those that are done there; a copy from the host is none, nor is what has no numbers."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.numel()]
+        if tensors and all(tensor.device == META for tensor in tensors):
+            return super().__torch_dispatch__(func, types, args, kwargs)
+        return func(*args, **(kwargs or {}))
+
+
 def test_the_step_by_kernels_never_looks_at_the_host(launches: Counter[str]) -> None:
     net, table, slots = meta_world(small())
     with capturing():
@@ -173,11 +189,106 @@ def test_the_large_norms_of_a_large_picture_are_two_kernels(launches: Counter[st
     assert launches["_moments"] + launches["_norm_in_registers"] == 51
 
 
+def a_newcomer(slot: int, brings: bool = False) -> Newcomer:
+    """Somebody who is to sit here; who brings its x_T has it on the host."""
+    return Newcomer(slot, 2**40 + slot, PLAN, torch.zeros(3, 8, 8) if brings else None)
+
+
+PLAN = a_plan(20)
+PARKED = Parked(torch.zeros(3, 3, 8, 8, device=META), torch.zeros(0, 3, 8, 8, device=META))
+BETWEEN_STEPS: dict[str, tuple[Callable[[Slots], object], dict[str, int]]] = {
+    "x_T and seats of many": (lambda slots: slots.seat_all([a_newcomer(i) for i in range(64)]), {"_seat": 1}),
+    "one who brings its x_T": (lambda slots: slots.seat_all([a_newcomer(1, brings=True)]), {"_seat": 1}),
+    "a move": (lambda slots: slots.move(5, 1), {"_vacate": 1}),
+    "a slot that is cleared": (lambda slots: slots.clear(1), {"_vacate": 1}),
+    "one who leaves, and whose place is taken": (lambda slots: slots.vacate(1, 63), {"_vacate": 1}),
+    "one who is taken out": (lambda slots: slots.take(1), {"stack": 1}),
+    "one who is put back": (lambda slots: slots.put_back(1, 7, PLAN, 3, PARKED), {"_seat": 1}),
+    "frames, floats, and whether all are finite": (lambda slots: pack(slots, [7, 1], [2, 3], True), {"_show": 1}),
+}
+
+
+@pytest.mark.parametrize("doing", BETWEEN_STEPS)
+def test_what_is_done_between_two_steps_is_one_launch(launches: Counter[str], doing: str) -> None:
+    slots, (do, expected) = Slots(64, (3, 8, 8), 1000, META), BETWEEN_STEPS[doing]
+    with torch.inference_mode():
+        slots.seat(0, 1, PLAN, torch.zeros(3, 8, 8))  # so its rows are there
+        launches.clear()
+        with OnTheDevice() as operations:
+            do(slots)
+
+    assert launches + operations.counted == expected
+
+
+@pytest.fixture
+def arriving(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is on the meta device arrives on the host as ones: black pictures, all finite."""
+    monkeypatch.setattr(Snapshot, "frames", lambda self: unpack(np.ones(len(self._host), np.uint8), *self._layout))
+
+
+def meta_engine(slots: int) -> Engine:
+    """An engine around a net of one multiplication, on the meta device."""
+    net: Any = FunctionNet(halve, ARCHITECTURE)
+    return Engine(Runner(Model(card(), net, torch.zeros(T, 1, device=META)), slots, exact=False))
+
+
+@pytest.mark.usefixtures("arriving")
+def test_in_a_step_somebody_comes_and_somebody_leaves_by_three_launches(launches: Counter[str]) -> None:
+    engine = meta_engine(64)
+    for number in range(63):
+        engine.submit(a_request(number, 20, seed=number))
+    engine.submit(a_request("leaves", 1))
+    engine.step()
+    engine.submit(a_request("comes and leaves", 1))
+    launches.clear()
+
+    assert engine.step()
+    assert launches == {"_seat": 1, "_enter": 1, "_update": 1, "_advance": 1, "_show": 1, "_vacate": 1}
+
+
+@pytest.mark.usefixtures("arriving", "launches")
+def test_an_engine_has_compiled_all_that_it_launches_before_anybody_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.runtime.jit import JITFunction
+
+    seen = set[tuple[object, ...]]()
+
+    def note(kernel: Any, *args: Any, grid: Any, warmup: bool, **constants: Any) -> None:
+        """What Triton would compile a kernel of its own for: numbers that are 1, or multiples of 16."""
+        free = [p.do_not_specialize for p in kernel.params]
+        numbers = [(a == 1, a % 16) for a, any_ in zip(args, free, strict=False) if isinstance(a, int) and not any_]
+        seen.add((kernel.fn.__name__, *numbers, *constants.items()))
+
+    monkeypatch.setattr(JITFunction, "run", note)
+    engine = meta_engine(2)
+    warm = set(seen)
+    for number in range(70):
+        plan = a_plan(9 - number % 5, noise="torch" if number % 3 else "philox")
+        frames = frozenset({0, 2} if number % 2 else ())
+        for request in (a_request("long", T), a_request("floats", T - 1, wants_floats=True)):
+            engine.submit(request)
+        engine.step()
+        engine.submit(a_request("other", plan=plan, frames=frames))
+        engine.submit(a_request("short", 1))  # one of them has to make room
+        engine.step()
+        engine.cancel("other")
+        run(engine)
+
+    step = {"_enter", "_update", "_advance"}
+    assert {name for name, *_ in seen} == {"_seat", "_show", "_vacate"} | step
+    assert {kernel for kernel in seen if kernel[0] not in step} == warm
+
+
 # Compiled for a GPU that is not there
 
 SHARED = {89: 99 << 10, 90: 227 << 10}  # bytes that a program may have: on Ada (and Ampere's smaller ones), on Hopper
 STACK = 64  # bytes: the sine of float64 has 48; an accumulator that is spilled would be hundreds
-TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64"}
+TYPES = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int64: "*i64",
+    torch.uint8: "*u8",
+}
 
 
 def stack(cubin: bytes) -> int:
@@ -269,6 +380,25 @@ def test_every_kernel_compiles_and_has_no_atomics(compiled: Counter[str]) -> Non
         "_enter": 1,
         "_update": 2,
     }
+
+
+def test_kernels_between_two_steps_compile_without_spilling(compiled: Counter[str]) -> None:
+    from model import triton_slots
+
+    for shape, rows in (((3, 256, 256), 1001), ((3, 28, 28), 1001), ((1, 1, 1), 31)):
+        pictures = [torch.empty(4, *shape, device=META) for _ in range(3)]
+        state = (*pictures, torch.empty(4, rows, 11, device=META))
+        numbers = torch.empty(4, dtype=torch.int64, device=META)
+        columns, orders = (numbers, numbers, numbers), torch.empty(2, 6, dtype=torch.int64, device=META)
+        for brought in (None, pictures[0][:2, None], torch.empty(1, 3, *shape, device=META)):
+            triton_slots.seat(orders, brought, state[3][0], state, columns)
+        triton_slots.vacate(state, columns, 3, 1, clears=True)
+        triton_slots.vacate(state, columns, 3, 1, clears=False)
+        triton_slots.vacate(state, columns, 1, None, clears=True)
+        for floats in (False, True):
+            triton_slots.show(pictures[0], pictures[1], numbers[:3], 2, floats)
+
+    assert compiled == {"_seat": 9, "_vacate": 9, "_show": 6}
 
 
 # (from channels, to channels, side of the picture, what else) as in nets for 32 x 32 and 256 x 256: each walk once
