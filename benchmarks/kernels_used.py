@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from benchmarks.absent_gpu import launching
-from benchmarks.models import CIFAR10, LARGE
+from benchmarks.models import CIFAR10, LARGE, TINY
 from model.architecture import architecture
 from model.card import ModelCard, read_card
 from model.checkpoint import Model
@@ -39,9 +39,11 @@ class Use:
 def uses() -> list[Use]:
     """Everything that the benchmarks run on a GPU. Batches between these are cut up like one of them."""
     digits = read_card(DIGITS)
-    small, large = (replace(digits, architecture=architecture(dict(config))) for config in (CIFAR10, LARGE))
+    tiny, small, large = (replace(digits, architecture=architecture(dict(c))) for c in (TINY, CIFAR10, LARGE))
     to_64 = (1, 2, 4, 8, 16, 32, 64)
     return [
+        Use(tiny, (1, 2, 4)),
+        Use(tiny, (1,), torch.float32),
         Use(digits, to_64),
         Use(digits, (1, 2), torch.float32),
         Use(small, (*to_64, 128, 256)),

@@ -14,9 +14,8 @@ from benchmarks.closure import THERE, Unresolved, installed, lacking, listed, pa
 
 ROOT = Path(__file__).parent.parent
 TESTS = sorted(f"tests.model.{path.stem}" for path in (ROOT / "tests" / "model").glob("test_*.py"))
-MEASURED = [
-    f"benchmarks.{name}" for name in ("__main__", "contenders", "convolutions", "engine", "exactness", "streams")
-]
+MEASURED = [f"benchmarks.{name}" for name in ("__main__", "contenders", "convolutions", "exactness", "streams")]
+STAGES = sorted(f"benchmarks.gpu.{path.stem}" for path in (ROOT / "benchmarks" / "gpu").glob("[!_]*.py"))
 SERVED = ["server.app", "server.commands.serve", "server.engine_process", "server.hub"]
 IMPORT = """
 import importlib, sys
@@ -47,7 +46,7 @@ def import_with(packages: Iterable[str], modules: Sequence[str]) -> str:
 def test_server_benchmarks_and_tests_import_nothing_but_what_is_given_along_and_torch() -> None:
     packages = lacking([*listed(), *THERE], installed, present(None)) + list(present(None))
 
-    assert import_with(packages, [*SERVED, *MEASURED, *TESTS, "pytest_timeout", "xdist.plugin"]) == ""
+    assert import_with(packages, [*SERVED, *MEASURED, *STAGES, *TESTS, "pytest_timeout", "xdist.plugin"]) == ""
 
 
 def test_a_package_that_only_another_one_imports_is_missed() -> None:

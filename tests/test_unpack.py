@@ -1,6 +1,7 @@
 """What a machine without a network is given along is only what it lacks, and nothing of it is left behind."""
 
 import json
+import os
 import subprocess
 import sys
 from importlib import metadata
@@ -62,7 +63,8 @@ def test_a_python_with_nothing_reads_what_it_needs_for_it_from_the_wheels(tmp_pa
                 archive.write(file.locate(), str(file))
     wheel(tmp_path, "pytest", "packaging >= 20")
     command = [sys.executable, "-S", "-B", "-m", "benchmarks.unpack", str(tmp_path), str(tmp_path / "site")]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    bare = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    result = subprocess.run(command, cwd=ROOT, env=bare, capture_output=True, text=True)
 
     assert (result.returncode, result.stdout) == (0, "unpacked: packaging pytest\n"), result.stderr
 
