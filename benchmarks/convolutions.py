@@ -15,8 +15,8 @@ from torch import Tensor
 from benchmarks.measure import Measure, machine, seconds_of
 from model.card import read_card
 from model.checkpoint import Model, load_model
+from model.convolution import Conv
 from model.exact_kernels import Kind, Layer, agrees, kinds
-from model.kernels import Conv
 from model.runner import denoise, usual_buckets
 from model.slots import Slots
 from server.machine import choose_dtype

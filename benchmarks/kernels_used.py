@@ -15,9 +15,9 @@ from benchmarks.models import CIFAR10, LARGE, TINY
 from model.architecture import architecture
 from model.card import ModelCard, read_card
 from model.checkpoint import Model
+from model.convolution import Conv
 from model.engine import Engine
 from model.events import Request
-from model.kernels import Conv
 from model.nets import build
 from model.plan import plan, resolve
 from model.runner import Runner

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from model.architecture import MAX_PARAMETERS
 from model.card import ModelCard
+from model.convolution import pack_convolutions
 from model.errors import ModelRefused
-from model.kernels import pack_convolutions
 from model.nets import Net, build
 from model.options import unique_keys
 

@@ -13,8 +13,9 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from model.convolution import Conv
 from model.gpu import raise_if_fatal
-from model.kernels import Conv, SelfAttention
+from model.kernels import SelfAttention
 from model.lucid_unet import LinearAttention
 
 Layer: TypeAlias = Conv | SelfAttention

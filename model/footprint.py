@@ -9,7 +9,7 @@ from torch import Tensor
 from model.architecture import ATTENTION, DOWN_BLOCKS, UP_BLOCKS, Architecture
 from model.card import ModelCard
 from model.checkpoint import Model
-from model.kernels import Conv
+from model.convolution import Conv
 from model.lucid_architecture import LucidArchitecture
 from model.nets import build
 from model.slots import Slots

@@ -1,14 +1,12 @@
-"""The operations the U-Net is made of, each beside its meaning in plain torch.
+"""The operations the U-Net is made of besides convolutions, each beside its meaning in plain torch; and where Triton
+computes.
 
-Two things make them differ from `torch.nn` on a CPU, both only in inference: convolutions keep their weights in the
-layout oneDNN computes in, instead of reordering them at every call; and no reduction is shared between the pictures of
-a batch, so that a picture's bits do not depend on its company. On a GPU, in inference, Triton kernels compute the norms
-with what stands around them, what is added to a convolution, and the convolutions that were marked `invariant` because
-cuDNN's bits depend on the batch (`model.exact_kernels`). Where they cannot run, torch computes the same.
+On a CPU, in inference, no reduction is shared between the pictures of a batch, so that a picture's bits do not depend
+on its company. On a GPU, in inference, Triton kernels compute the norms with what stands around them and what is added
+to a convolution. Where they cannot run, torch computes the same.
 """
 
 import logging
-from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -21,12 +19,6 @@ from model.gpu import raise_if_fatal
 SHARED_REDUCTION = 1024  # from so many pixels on, torch's channels-last GroupNorm sums over batch and threads at once
 NARROW_GROUP = 16  # below so many channels to a group, and fewer pixels than that, it is slower than two reorderings
 
-# oneDNN's convolution of a weight kept in its own layout, alone and with a tensor added to the result.
-CAN_PACK = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_convolution_weight")
-if CAN_PACK:
-    _PACKED = torch.ops.mkldnn._convolution_pointwise.default
-    _PACKED_ADD = torch.ops.mkldnn._convolution_pointwise.binary
-READ = 16  # channels that a net's first convolution reads on a GPU: of fewer, a matrix product is not made
 TRITON_ON = frozenset({"cuda"})  # the types of device that Triton's kernels are tried on; if empty, torch does it all
 TRITON_STORES = (torch.float32, torch.bfloat16, torch.float16)
 logger = logging.getLogger(__name__)
@@ -76,144 +68,6 @@ def add_bias(x: Tensor, bias: Tensor | None, other: Tensor | None = None) -> Ten
     return x if other is None else x + other
 
 
-class Conv(nn.Conv2d):
-    """A convolution that can add a tensor to its result. [B, C, H, W] -> [B, out, H', W']"""
-
-    doubled = False  # whether it reads the picture twice as large
-    below = False  # whether it reads one more pixel of zeros, below and to the right
-    invariant = False  # whether, on a GPU, the kernel is used whose bits do not depend on the batch,
-    pinned = False  # and whether that computes tiles of one size in every batch
-    packed: Tensor | None = None  # the weight in oneDNN's own layout
-
-    @classmethod
-    def of(cls, weight: Tensor, bias: Tensor) -> "Conv":
-        """A convolution without stride or padding. weight: [out, C, h, w], bias: [out]"""
-        out, channels, *kernel = weight.shape
-        conv = cls(channels, out, (kernel[0], kernel[1]), device="meta")
-        conv.weight, conv.bias = nn.Parameter(weight, requires_grad=False), nn.Parameter(bias, requires_grad=False)
-        return conv
-
-    def extra_repr(self) -> str:
-        shape: str = super().extra_repr()  # type: ignore[no-untyped-call]
-        return f"{shape}, doubled={self.doubled}, below={self.below}"
-
-    def read(self, x: Tensor) -> Tensor:
-        """What is convolved, in full. [B, C, H, W] -> [B, C, H, W], [B, C, 2H, 2W] or [B, C, H + 1, W + 1]"""
-        x = upsample(x) if self.doubled else x
-        return F.pad(x, (0, 1, 0, 1)) if self.below else x
-
-    def forward(self, x: Tensor, add: "Tensor | Projection | None" = None, *, whole: bool = True) -> Tensor:
-        """whole: else it may give terms for the norm behind to add up, if it has no bias -> [S, B, out, H', W']"""
-        if x.shape[1] < self.in_channels:  # it was widened, and who calls brings the colours alone
-            x = F.pad(x, (0, 0, 0, 0, 0, self.in_channels - x.shape[1])).contiguous(memory_format=torch.channels_last)
-        if self.invariant and uses_triton(x, self.weight, self.bias, *terms(add)):
-            return self._by_triton(x, add, whole or self.bias is not None)
-        add = add.compute() if isinstance(add, Projection) else add
-        x = self.read(x)
-        out: Tensor
-        if self.packed is None and uses_triton(x, self.bias):  # torch would add the bias in a kernel of its own as well
-            out = F.conv2d(x, self.weight, None, self.stride, self.padding)
-            return add_bias(out.contiguous(memory_format=torch.channels_last), self.bias, add)
-        if self.packed is None:
-            out = super().forward(x)
-            return out if add is None else out + add
-        geometry = (self.bias, self.padding, self.stride, self.dilation, self.groups)
-        if add is None:
-            out = _PACKED(x, self.packed, *geometry, "none", [], "")
-        else:
-            out = _PACKED_ADD(x, add, self.packed, *geometry, "add", 1.0, None, [], None)
-        return out
-
-    def _by_triton(self, x: Tensor, add: "Tensor | Projection | None", whole: bool) -> Tensor:
-        from model import triton_conv
-
-        if isinstance(add, Projection) and not add.plain:
-            add = add.compute()
-        return triton_conv.convolve(
-            x,
-            self.weight,
-            self.bias,
-            add if isinstance(add, Tensor) else None,
-            stride=self.stride[0],
-            padding=int(self.padding[0]),
-            below=int(self.below),
-            times=1 + self.doubled,
-            projection=add.conv.weight if isinstance(add, Projection) else None,
-            sources=add.sources if isinstance(add, Projection) else (),
-            whole=whole,
-            pinned=self.pinned,
-        )
-
-    def widen(self, channels: int) -> None:
-        """From now on it reads so many channels, zeros beyond its own. A GPU reads 32 bytes as fast as six."""
-        self.weight = nn.Parameter(F.pad(self.weight, (0, 0, 0, 0, 0, channels - self.in_channels)), False)
-        self.in_channels = channels
-
-    def take_bias(self, other: "Conv") -> None:
-        """From now on this convolution adds the bias of the other, whose result is added to its own."""
-        assert self.bias is not None and other.bias is not None
-        self.bias, other.bias = nn.Parameter(self.bias + other.bias, requires_grad=False), None
-
-    def pack(self, input_shape: list[int]) -> None:
-        """Keeps the weight as oneDNN wants it for inputs of this shape; other shapes stay right, if slower."""
-        self.packed = torch.ops.mkldnn._reorder_convolution_weight(
-            self.weight, list(self.padding), list(self.stride), list(self.dilation), self.groups, input_shape
-        )
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Projection:
-    """A convolution of 1 x 1 that is to be added: whoever adds it may compute it along with its own.
-
-    sources: one or two pictures, whose channels stand one behind the other
-    """
-
-    conv: Conv
-    sources: tuple[Tensor, ...]
-
-    @property
-    def plain(self) -> bool:
-        """Whether it is a matrix product and nothing else."""
-        return self.conv.kernel_size == (1, 1) and self.conv.bias is None
-
-    def compute(self) -> Tensor:
-        """Its result. -> [B, out, H, W]"""
-        out: Tensor = self.conv(self.sources[0] if len(self.sources) == 1 else torch.cat(self.sources, dim=1))
-        return out
-
-
-def terms(add: Tensor | Projection | None) -> tuple[Tensor | None, ...]:
-    """The tensors that somebody reads who adds this."""
-    return (*add.sources, add.conv.weight) if isinstance(add, Projection) else (add,)
-
-
-def _computes_in(dtype: torch.dtype) -> bool:
-    """Whether oneDNN convolves in this half precision on this processor."""
-    half = {
-        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
-        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
-    }
-    return bool(half[dtype]())
-
-
-def pack_convolutions(net: nn.Module, *inputs: Tensor) -> None:
-    """Packs every convolution of a net on the CPU for the shapes that it meets with these inputs."""
-    if not CAN_PACK or (inputs[0].dtype != torch.float32 and not _computes_in(inputs[0].dtype)):
-        return
-    shapes: dict[Conv, list[int]] = {}
-
-    def note(conv: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        assert isinstance(conv, Conv)
-        shapes[conv] = list(conv.read(arguments[0]).shape)
-
-    hooks = [module.register_forward_pre_hook(note) for module in net.modules() if isinstance(module, Conv)]
-    net(*inputs)
-    for hook in hooks:
-        hook.remove()
-    for conv, shape in shapes.items():
-        conv.pack(shape)
-
-
 class GroupNorm(nn.GroupNorm):
     """Group normalisation, with what may stand around it: an addition before, a modulation and SiLU behind."""
 
@@ -223,7 +77,7 @@ class GroupNorm(nn.GroupNorm):
         super().__init__(groups, channels, eps)
         self.register_parameter("before", None)
 
-    def take_bias(self, conv: Conv) -> None:
+    def take_bias(self, conv: nn.Conv2d) -> None:
         """From now on this norm adds the bias of the convolution it follows."""
         assert isinstance(conv.bias, nn.Parameter)
         self.before, conv.bias = conv.bias, None

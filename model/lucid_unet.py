@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model.kernels import READ, Conv, SelfAttention
+from model.convolution import READ, Conv
+from model.kernels import SelfAttention
 from model.lucid_architecture import LucidArchitecture
 
 TOGETHER = 8  # pictures to a product, where a library may not choose its kernel by how many there are

@@ -8,7 +8,7 @@ batch as well (`tile`): small ones share a few pictures among more programs, lar
 read. That tiles of two sizes give the same bits is tried at the start, layer by layer (`model.exact_kernels`); where
 they do not, one size serves every batch. The ranges of a split walk are added up by whoever reads them: a second kernel
 in order, or the norm behind (`model.triton_net`). There are no atomics.
-Importing this module imports Triton. `model.kernels` says in plain torch what it computes.
+Importing this module imports Triton. `model.convolution` says in plain torch what it computes.
 """
 
 # `None` for a tensor and every UPPERCASE argument are constants of the compilation. What grows with the batch must not

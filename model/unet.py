@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model.architecture import ATTENTION, DOWN_BLOCKS, RESNET, UP_BLOCKS, Architecture
-from model.kernels import READ, Conv, GroupNorm, Projection, SelfAttention, upsample, uses_triton
+from model.convolution import READ, Conv, Projection
+from model.kernels import GroupNorm, SelfAttention, upsample, uses_triton
 
 
 def sinusoid(timesteps: Tensor, dim: int, flip_sin_to_cos: bool, freq_shift: float) -> Tensor:

@@ -61,6 +61,7 @@ FLOORS = [
     ["model.checkpoint", "model.slots", "model.exact_kernels"],
     ["model.nets"],
     ["model.unet", "model.lucid_unet"],
+    ["model.convolution"],
     ["model.kernels"],
     ["model.triton_net", "model.triton_step", "model.triton_conv", "model.triton_slots"],
     ["model.triton_launch", "model.triton_noise"],

@@ -18,8 +18,8 @@ from benchmarks.gpu.stage import Part
 from benchmarks.gpu.worlds import device_of, large, small
 from model.card import read_card
 from model.checkpoint import Model, load_model
+from model.convolution import Conv
 from model.exact_kernels import Kind
-from model.kernels import Conv
 from model.runner import Runner
 from server.machine import choose_dtype
 

@@ -15,8 +15,9 @@ from torch.nn import functional as F
 
 from model import triton_conv
 from model.checkpoint import Model
+from model.convolution import Conv, Projection
 from model.exact_kernels import Chosen
-from model.kernels import Conv, Projection, SelfAttention, upsample
+from model.kernels import SelfAttention, upsample
 from model.runner import Runner
 from model.triton_conv import Tile
 from model.unet import UNet

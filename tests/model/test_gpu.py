@@ -10,9 +10,10 @@ from torch.nn import functional as F
 
 from model.architecture import Architecture
 from model.checkpoint import Model
+from model.convolution import Conv
 from model.engine import Engine
 from model.events import Finished, Request
-from model.kernels import Conv, SelfAttention
+from model.kernels import SelfAttention
 from model.lead import Lead, mark
 from model.lucid_unet import products_in_groups
 from model.noise import gaussian

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 import model.kernels
+from model.convolution import Conv, Projection
 from model.exact_kernels import choose_kernels
 from model.gpu import NO_MEMORY, prepare_gpu, raise_if_fatal
-from model.kernels import Conv, Projection
 from tests.model.tiny import CPU
 
 GPU = torch.device("cuda")

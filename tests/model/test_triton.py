@@ -29,8 +29,8 @@ import model.kernels
 import model.unet
 from model.architecture import architecture
 from model.checkpoint import Model
+from model.convolution import Conv
 from model.engine import Engine
-from model.kernels import Conv
 from model.runner import Runner, denoise
 from model.slots import Newcomer, Parked, Slots
 from model.snapshot import Snapshot, pack, unpack
