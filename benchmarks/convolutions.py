@@ -6,17 +6,18 @@ batch, and what either takes, inside a CUDA graph as in a step. Attention, free 
 
 import argparse
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from benchmarks.measure import Measure, machine, seconds_of
 from model.card import read_card
 from model.checkpoint import Model, load_model
 from model.convolution import Conv
-from model.exact_kernels import Kind, Layer, agrees, kinds
+from model.exact_kernels import Kind, agrees, kinds
+from model.kernels import SelfAttention
 from model.runner import denoise, usual_buckets
 from model.slots import Slots
 from server.machine import choose_dtype
@@ -25,16 +26,16 @@ BATCHES = (1, 8, 64)
 CALLS, ROUNDS = 20, 9  # calls to a graph, and replays that are timed
 
 
-def microseconds(layer: Layer, x: Tensor) -> float:
+def microseconds(call: Callable[[], object], device: torch.device) -> float:
     """One call among many in a graph: the median of all replays. The weights stay in the cache, unlike in a step."""
-    layer(x)
-    if x.device.type == "cpu":
-        return 1e6 * seconds_of(lambda: layer(x), x.device, CALLS)
+    call()
+    if device.type == "cpu":
+        return 1e6 * seconds_of(call, device, CALLS)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(CALLS):
-            layer(x)
+            call()
     took: list[float] = []
     for _ in range(ROUNDS + 1):
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -48,38 +49,49 @@ def microseconds(layer: Layer, x: Tensor) -> float:
 
 def name_of(kind: Kind) -> str:
     """What a kind of layer is, in words and numbers."""
-    layer, (channels, height, width) = kind.layers[0], kind.like.shape[1:]
+    layer, given, (channels, height, width) = kind.layers[0], kind.given, kind.given.x.shape[1:]
     if not isinstance(layer, Conv):
         return f"attention of {channels // 3} on {height} x {width}, {layer.extra_repr()}"
     how = {"stride 2": layer.stride[0] == 2, "doubled": layer.doubled, "below": layer.below}
+    how |= {"adds a picture": bool(given.added) and given.shortcut is None, "terms for a norm": not given.whole}
     words = "".join(f", {word}" for word, holds in how.items() if holds)
+    if given.shortcut is not None:
+        words += f", adds a projection of {' and '.join(str(each.shape[1]) for each in given.added)}"
     kernel = " x ".join(map(str, layer.kernel_size))
     return f"{kernel} from {channels} to {layer.out_channels} on {height} x {width}{words}"
 
 
 def kinds_of(model: Model) -> list[Kind]:
-    """All kinds of layers of a net for which there is a choice."""
+    """All kinds of layers of a net, as they are called if all that can be are computed by our kernels."""
     slots = Slots(1, model.card.architecture.shape, model.card.process.schedule.T, model.table.device)
-    return kinds(model.net, lambda: denoise(model.net, model.table, slots, 1))
+    layers = [module for module in model.net.modules() if isinstance(module, Conv | SelfAttention)]
+    for layer in layers:
+        layer.invariant = True
+    try:
+        return kinds(model.net, lambda: denoise(model.net, model.table, slots, 1))
+    finally:
+        for layer in layers:
+            layer.invariant = False
 
 
 def same_bits(kind: Kind, buckets: Sequence[int], invariant: bool = False) -> bool:
     """Whether a picture's bits are the same in all of these buckets, by the library or by the invariant kernel."""
-    layer, generator = kind.layers[0], torch.Generator(kind.like.device).manual_seed(0)
-    x = kind.inputs(max(buckets), generator)
+    layer, generator = kind.layers[0], torch.Generator(kind.given.x.device).manual_seed(0)
+    given = kind.inputs(max(buckets), generator)
     layer.invariant = invariant
     try:
-        return agrees(layer, x, layer(x), buckets, generator)
+        return agrees(kind, given, kind.call(given), buckets, generator)
     finally:
         layer.invariant = False
 
 
 def times(kind: Kind, batches: Sequence[int], invariant: bool) -> list[float]:
     """Microseconds in each of these batches, by the library or by the invariant kernel."""
-    layer, generator = kind.layers[0], torch.Generator(kind.like.device).manual_seed(0)
+    layer, device = kind.layers[0], kind.given.x.device
+    inputs = [kind.inputs(batch, torch.Generator(device).manual_seed(0)) for batch in batches]
     layer.invariant = invariant
     try:
-        return [microseconds(layer, kind.inputs(batch, generator)) for batch in batches]
+        return [microseconds(partial(kind.call, given), device) for given in inputs]
     finally:
         layer.invariant = False
 

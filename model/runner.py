@@ -102,6 +102,7 @@ class Runner:
                 self._run_in_pieces(between)
             if exact and uses_triton(self.slots.x[0]):
                 self.chosen = choose_kernels(model.net, lambda: self.step(self.buckets[0]), self.buckets, between)
+                self._run_in_pieces(between)
             if self.device.type == "cuda":
                 self._capture(between)
             # bits: a hash of what the check came to, where something is promised: 8 hexadecimal digits

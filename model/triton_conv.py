@@ -30,6 +30,7 @@ PROGRAMS = 128  # about as many as a large GPU has multiprocessors: fewer leave 
 FEW_PIXELS = 64  # up to which the walk is split, since there are never tiles enough,
 DEEP = 8  # but no range becomes shorter than this: to add ranges up costs as much as several steps
 MOST_SPLITS = 8
+MOST_BY_PIECES = 32 << 10  # bytes of a step, where they are not fetched 16 at a time
 BLOCK = 1024  # numbers to a program of the kernel that adds ranges up
 
 
@@ -58,10 +59,14 @@ FULL = (Tile(64, 64, 4, 4), Tile(64, 32, 4, 4))  # float32 is computed without m
 
 @dataclass(frozen=True, slots=True)
 class Walk:
-    """The order in which a layer's products are added up. depth: channels in one step; splits: ranges of steps"""
+    """The order in which a layer's products are added up. depth: channels in one step; splits: ranges of steps
+
+    lines: whether each pixel's channels can be fetched 16 bytes at a time; else only small tiles have registers enough
+    """
 
     depth: int
     splits: int
+    lines: bool = True
 
 
 @cache
@@ -74,7 +79,7 @@ def walk(sources: tuple[int, ...], outs: int, pixels: int, size: int, number_byt
     programs, splits = triton.cdiv(KNEE * pixels, 64) * triton.cdiv(outs, 64), 1
     while pixels <= FEW_PIXELS and programs * splits < PROGRAMS and steps >= 2 * splits * DEEP and splits < MOST_SPLITS:
         splits *= 2
-    return Walk(depth, splits)
+    return Walk(depth, splits, lines=all(each * number_bytes % 16 == 0 for each in sources))
 
 
 @cache
@@ -87,7 +92,8 @@ def tile(rows: int, outs: int, path: Walk, number_bytes: int, room: int) -> Tile
     for shape in shapes:
         step = (shape.pixels + shape.channels) * path.depth * number_bytes
         programs = triton.cdiv(rows, shape.pixels) * triton.cdiv(outs, shape.channels) * path.splits
-        if shape.channels <= wide and step * shape.stages <= room and programs >= PROGRAMS:
+        fits = shape.channels <= wide and step * shape.stages <= room and (path.lines or step <= MOST_BY_PIECES)
+        if fits and programs >= PROGRAMS:
             return shape
     return smallest
 

@@ -37,13 +37,21 @@ def _count(numbers, DEPENDENT: tl.constexpr):
 
 
 def _chain_counts(device: torch.device) -> bool:
-    """Whether a graph of kernels launched so gives what the same kernels give one after another."""
-    numbers, graph = torch.zeros(64 * 128, dtype=torch.int32, device=device), torch.cuda.CUDAGraph()
+    """Whether a graph of kernels launched so gives what the same kernels give one after another. Something that is no
+    kernel stands in their midst: a library may put it there."""
+    numbers, other = torch.zeros(2, 64 * 128, dtype=torch.int32, device=device)
+    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
     _count[(64,)](numbers, DEPENDENT=True, launch_pdl=True)
     usual = torch.cuda.stream(torch.cuda.current_stream(device))  # to be left as it was, should the capture fail
-    with usual, torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        for _ in range(CHAIN):
-            _count[(64,)](numbers, DEPENDENT=True, launch_pdl=True)
+    try:
+        with usual, torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            for i in range(CHAIN):
+                _count[(64,)](numbers, DEPENDENT=True, launch_pdl=True)
+                if i % 4 == 0:
+                    other.zero_()
+    except Exception:  # a capture that fails leaves the allocator in it, and no other could begin
+        getattr(torch._C, "_cuda_endAllocateToPool", lambda *_: None)(device.index or 0, pool)
+        raise
     graph.replay()
     return bool((numbers == 1 + CHAIN).all())
 

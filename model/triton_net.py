@@ -218,9 +218,9 @@ def _warps(tile: int) -> int:
     return max(1, min(16, tile // 512))
 
 
-@triton.jit
-def _add_bias(x, bias, other, size, channels, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr):
-    start = tl.program_id(0).to(tl.int64) * BLOCK
+@triton.jit(do_not_specialize=["rows"])
+def _add_bias(x, bias, other, rows, channels, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr):
+    start, size = tl.program_id(0).to(tl.int64) * BLOCK, rows.to(tl.int64) * channels
     offset = tl.arange(0, BLOCK)
     inside = offset < size - start
     ready(DEPENDENT)
@@ -235,7 +235,7 @@ def _add_bias(x, bias, other, size, channels, BLOCK: tl.constexpr, DEPENDENT: tl
 
 def add_bias(x: Tensor, bias: Tensor | None, other: Tensor | None) -> Tensor:
     """x + bias + other, written into x. x, other: [B, C, H, W], bias: [C]"""
-    size = x.numel()
+    size, channels = x.numel(), x.shape[1]
     grid, kind = (triton.cdiv(size, BLOCK),), {"BLOCK": BLOCK, "enable_fp_fusion": False} | dependent(x.device)
-    _add_bias[grid](x, bias, other, size, x.shape[1], **kind)
+    _add_bias[grid](x, bias, other, size // channels, channels, **kind)
     return x

@@ -58,9 +58,15 @@ def _convolutions(model: Model) -> list[tuple[Kind, Conv]]:
     return [(kind, layer) for kind in kinds_of(model) if isinstance(layer := kind.layers[0], Conv)]
 
 
+def _sources(kind: Kind, conv: Conv) -> tuple[int, ...]:
+    """The channels that its walk goes through, source by source."""
+    projected = kind.given.added if kind.given.shortcut is not None else ()
+    return (conv.in_channels, *(each.shape[1] for each in projected))
+
+
 def _pixels(kind: Kind, conv: Conv) -> int:
     """Of the result, for one picture."""
-    height, width = kind.like.shape[2:]
+    height, width = kind.given.x.shape[2:]
     return height * width * (1 + 3 * conv.doubled) // conv.stride[0] ** 2
 
 
@@ -72,7 +78,7 @@ def choices(setting: Setting, net: Callable[[Setting], Path], batches: Sequence[
     model = _model(setting, net)
     for kind, conv in _convolutions(model):
         pixels, number_bytes = _pixels(kind, conv), model.table.element_size()
-        path = triton_conv.walk((conv.in_channels,), conv.out_channels, pixels, conv.kernel_size[0], number_bytes)
+        path = triton_conv.walk(_sources(kind, conv), conv.out_channels, pixels, conv.kernel_size[0], number_bytes)
         for batch in batches:
             rows, room = batch * pixels, shared_bytes(model.table.device)
             cut = triton_conv.tile(rows, conv.out_channels, path, number_bytes, room)
@@ -127,14 +133,15 @@ def each_way(setting: Setting, net: Callable[[Setting], Path], batches: Sequence
             continue
         conv.invariant, pixels = True, _pixels(kind, conv)
         splits = SPLITS if pixels <= SPLIT_PIXELS and conv.kernel_size[0] == 3 else (1,)
-        pictures = [kind.inputs(batch, torch.Generator(kind.like.device).manual_seed(0)) for batch in batches]
+        device = kind.given.x.device
+        given = [kind.inputs(batch, torch.Generator(device).manual_seed(0)) for batch in batches]
         for shape, ranges in product(triton_conv.HALF, splits):
             if shape.channels > max(16, conv.out_channels) or setting.left_s < KEPT_S:
                 continue
             path = triton_conv.Walk(64, ranges)
             with patch.multiple(triton_conv, walk=lambda *_, p=path: p, tile=lambda *_, s=shape: s):
                 began = time.perf_counter()
-                took = [round(microseconds(conv, x), 2) for x in pictures]
+                took = [round(microseconds(partial(kind.call, each), device), 2) for each in given]
             how = f"{shape.pixels} x {shape.channels}, {ranges} ranges"
             more = {"us": took, "batches": list(batches), "s": round(time.perf_counter() - began, 2)}
             yield Fact(f"{name_of(kind)}: {how}", took[0], "us", more=more)

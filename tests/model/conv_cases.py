@@ -5,7 +5,7 @@ name: `test_triton` runs it, under Triton's interpreter on any machine, and on a
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import pytest
@@ -14,15 +14,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model import triton_conv
+from model.architecture import architecture
 from model.checkpoint import Model
 from model.convolution import Conv, Projection
 from model.exact_kernels import Chosen
 from model.kernels import SelfAttention, upsample
 from model.runner import Runner
 from model.triton_conv import Tile
-from model.unet import UNet
+from model.unet import Attention, Resnet, UNet
 from tests.model.kernel_world import DEVICE, DTYPES, draw, error
 from tests.model.tiny import ARCHITECTURE, T, card
+from tests.model.worlds import small
 
 
 @dataclass(frozen=True)
@@ -337,6 +339,99 @@ def test_who_does_not_ask_for_the_promise_gets_the_library_everywhere(library: L
 
     assert started(net, exact=False).chosen is None
     assert net.invariant == []
+
+
+def a_unet() -> UNet:
+    """A small net as it is loaded: with shortcuts, pictures that stand beside others, and residuals."""
+    arch = architecture(small(in_channels=1, out_channels=1, sample_size=4))
+    with torch.inference_mode(False):
+        net: Any = UNet(arch).eval().requires_grad_(False).to(DEVICE)
+        for module in list(net.modules()):
+            if isinstance(module, Resnet | Attention):
+                module.fuse()
+        net.conv_in.widen(16)
+    return net.to(memory_format=torch.channels_last)  # type: ignore[no-any-return]
+
+
+def runner_of(net: UNet) -> Runner:
+    """A runner of this net, that promises something."""
+    table = net.embed(torch.arange(T, device=DEVICE))
+    return Runner(Model(replace(card(), architecture=net.arch), net, table), 2)
+
+
+def chosen_in(net: UNet) -> list[str]:
+    """Names of the convolutions that have the invariant kernel."""
+    return [name for name, layer in net.named_modules() if isinstance(layer, Conv) and layer.invariant]
+
+
+def test_layers_are_tried_as_a_step_calls_them(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    called: dict[str, set[tuple[object, ...]]] = {"trial": set(), "step": set()}
+    now, usual = ["trial"], triton_conv.convolve
+
+    def noted(x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None, **how: Any) -> Tensor:
+        sources = tuple(source.shape[1] for source in how["sources"])
+        kind = (*x.shape[1:], len(weight), bias is None, add is None, how["times"], sources, how["whole"])
+        called[now[0]].add(kind)
+        return usual(x, weight, bias, add, **how)
+
+    monkeypatch.setattr(triton_conv, "convolve", noted)
+    library.differs = {channels: {1} for channels in (8, 16, 24, 32)}
+    net = a_unet()
+    with cut_up(DEEP=1, PROGRAMS=10**6, MOST_SPLITS=2):
+        runner = runner_of(net)
+        now[0] = "step"
+        runner.step(2)
+
+    assert called["step"] <= called["trial"]
+    assert {sources for *_, sources, _ in called["step"]} >= {(), (8,), (16, 8)}
+    assert {whole for *_, whole in called["step"]} == {True, False}
+    assert runner.exact_buckets == [1, 2]
+    shortcuts = [name for name, _ in net.named_modules() if name.endswith("conv_shortcut")]
+    assert not set(shortcuts) & set(chosen_in(net))  # each joins a walk, and does not count
+    convolutions = [layer for layer in net.modules() if isinstance(layer, Conv)]
+    assert runner.chosen is not None and runner.chosen.cudnn == 0
+    assert runner.chosen.triton == len(convolutions) - len(shortcuts)
+
+
+def test_a_shortcut_is_tried_by_itself_where_it_joins_no_walk(
+    library: Library, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    usual = triton_conv.convolve
+
+    def faulty(x: Tensor, *rest: Any, **how: Any) -> Tensor:
+        if how["sources"]:
+            raise RuntimeError("too little shared memory")
+        return usual(x, *rest, **how)
+
+    monkeypatch.setattr(triton_conv, "convolve", faulty)
+    library.differs = {24: {1}}
+    net = a_unet()
+    with caplog.at_level(logging.WARNING):
+        runner = runner_of(net)
+
+    both = ["up_blocks.0.resnets.1", "up_blocks.1.resnets.0"]  # that read 24 channels
+    assert chosen_in(net) == [f"{block}.{name}" for block in both for name in ("conv1", "conv_shortcut")]
+    assert runner.exact_buckets == [1, 2]
+
+
+def test_where_a_step_by_our_kernels_fails_the_one_that_fails_is_found_out(
+    library: Library, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    usual = triton_conv.convolve
+
+    def faulty(x: Tensor, *rest: Any, **how: Any) -> Tensor:
+        if x.shape[1] == 12:
+            raise RuntimeError("too little shared memory")
+        return usual(x, *rest, **how)
+
+    monkeypatch.setattr(triton_conv, "convolve", faulty)
+    library.differs = {20: {1}, 12: {2}, 4: {2}}
+    net = Layers()
+    with caplog.at_level(logging.WARNING):
+        runner = started(net)
+
+    assert runner.chosen is not None
+    assert net.invariant == ["two", "back"]
 
 
 def test_where_the_size_of_a_tile_costs_bits_all_batches_have_one(

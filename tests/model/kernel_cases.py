@@ -21,6 +21,7 @@ from model.noise import STEP, gaussian, philox
 from model.plan import C, K, S, W
 from model.runner import algebra, denoise, denoise_by_kernels
 from model.slots import Slots
+from model.triton_launch import dependent
 from model.unet import Attention, Resnet, UNet
 from tests.model.kernel_world import DEVICE, DTYPES, draw, error
 from tests.model.test_noise import KNOWN_ANSWERS
@@ -161,6 +162,7 @@ def test_narrow_groups_are_read_side_by_side(
 ) -> None:
     """Four channels are 8 or 16 bytes; whoever fetches them alone is given 32."""
     case = a_case((2, 24, 5, 3), 6, dtype)
+    dependent(DEVICE)  # so that whatever is tried for it has been
     grids: list[tuple[int, ...]] = []
     launcher = type(triton_net._norm_in_registers)
     usual = launcher.__getitem__

@@ -1,5 +1,6 @@
 """The hot loop on a CPU: which batch sizes are used, and which are found to keep a picture's bits."""
 
+import logging
 from collections.abc import Callable
 
 import pytest
@@ -119,7 +120,8 @@ NOTES: list[tuple[Function, str | None]] = [
 def test_what_the_promise_costs_is_said_and_logged_in_one_line(
     net: Function, note: str | None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    runner = Runner(function_model(net), 5)
+    with caplog.at_level(logging.WARNING):
+        runner = Runner(function_model(net), 5)
 
     assert runner.note == note
     assert [(r.levelname, r.getMessage()) for r in caplog.records] == ([("WARNING", f"tiny: {note}")] if note else [])
