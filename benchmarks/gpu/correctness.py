@@ -4,8 +4,10 @@ trusted and what either kernel takes.
 The tests run in processes of their own while bits are compared here; nothing is timed before they have ended.
 """
 
+import atexit
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -32,7 +34,7 @@ from server.machine import choose_dtype
 
 TESTS = [f"tests/model/test_{name}.py" for name in ("gpu", "invariance", "triton")]
 DRY_TESTS = ["tests/benchmarks/test_facts.py"]
-SIDE_BY_SIDE = 6
+SIDE_BY_SIDE = 4
 SHARE = 0.6  # of the stage's time is for the tests
 NAMED = 8  # tests that failed are named one by one, up to so many
 
@@ -65,7 +67,16 @@ class Tests:
         command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "benchmarks.gpu.told"]
         command += ["-W", "default", "--tb", "short", *chosen]
         environ = os.environ | {"TOLD": str(self.told)}
-        self.process = subprocess.Popen(command, cwd=ROOT, env=environ, stdin=subprocess.DEVNULL)
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, env=environ, stdin=subprocess.DEVNULL, start_new_session=True
+        )
+        atexit.register(self.end)
+
+    def end(self) -> None:
+        """Ends them, and all that they have started."""
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
 
     def results(self) -> Iterator[Fact]:
         """How many passed, and which did not; of those that were run, should there be no time for all."""
@@ -75,8 +86,7 @@ class Tests:
         except subprocess.TimeoutExpired:
             outcome = "stopped: no time was left"
         finally:
-            self.process.kill()
-            self.process.wait()
+            self.end()
         lines = [json.loads(line) for line in self.told.read_text().splitlines()] if self.told.exists() else []
         counted = Counter(line["outcome"] for line in lines)
         more = {name: counted[name] for name in ("failed", "skipped")}

@@ -46,10 +46,12 @@ CASES = ["kernel_cases.py", "conv_cases.py", "slot_cases.py"]
 
 
 def run_cases(file: str, *options: str, **environment: str) -> None:
-    """Runs the cases of this file in a process with this environment."""
+    """Runs the cases of this file in a process with this environment. Whoever wants to be told is told of each."""
     plugins = ["-p", "no:cacheprovider", "-p", "tests.model.kernel_world"]
+    plugins += ["-p", "benchmarks.gpu.told"] if "TOLD" in os.environ else []
     command = [sys.executable, "-m", "pytest", *plugins, *options, str(HERE / file)]
-    result = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
+    ours = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    result = subprocess.run(command, cwd=ROOT, env=ours | environment, capture_output=True, text=True)
 
     assert result.returncode == 0, result.stdout[-10_000:] + result.stderr[-2000:]
 
@@ -63,7 +65,8 @@ def test_the_kernels_compute_what_torch_computes(file: str) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and there is none here")
 @pytest.mark.parametrize("file", CASES)
 def test_the_kernels_compute_it_on_a_gpu(file: str) -> None:
-    run_cases(file, "-W", "default", TRITON_INTERPRET="0")  # what CUDA warns of fails nothing
+    side_by_side = ["-n", "4"] if find_spec("xdist") is not None else []  # most of the time goes into compiling
+    run_cases(file, "-W", "default", *side_by_side, TRITON_INTERPRET="0")  # what CUDA warns of fails nothing
 
 
 # What is launched
