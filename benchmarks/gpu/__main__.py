@@ -15,12 +15,15 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
 
+from benchmarks.gpu import kernels
+from benchmarks.gpu.facts import Setting
 from benchmarks.gpu.run import ROOT, Order, Stage, run
 
 STAGES = [
@@ -118,10 +121,27 @@ def environment(dry: bool, commit: str | None) -> Iterator[dict[str, str]]:
     with unpack.environment(WHEELS) as brought:
         environ |= brought
         if not dry:
-            kernels = Path(os.environ.get("TRITON_CACHE_DIR") or Path(tempfile.gettempdir()) / "ddpm-kernels")
-            unpack.unpack_kernels(WHEELS / unpack.KERNELS, kernels)
-            environ["TRITON_CACHE_DIR"] = str(kernels)
+            cache = Path(os.environ.get("TRITON_CACHE_DIR") or Path(tempfile.gettempdir()) / "ddpm-kernels")
+            unpack.unpack_kernels(WHEELS / unpack.KERNELS, cache)
+            environ["TRITON_CACHE_DIR"] = str(cache)
         yield environ
+
+
+def begun(order: Order, stages: list[Stage]) -> AbstractContextManager[None]:
+    """Kernels are compiled beside the stages that launch any, for as long as this lasts."""
+    if not kernels.STAGES & {stage.name for stage in stages}:
+        return nullcontext()
+    now = time.time()
+    beside = Setting(
+        stage="facts",
+        work="",
+        out=str(order.out.resolve()),
+        scratch="",
+        dry=order.dry,
+        began_s=now,
+        until_s=now + 60 * order.minutes,
+    )
+    return kernels.compiling(beside, order.environ or os.environ)
 
 
 def main() -> int:
@@ -140,7 +160,8 @@ def main() -> int:
         usage.error("there is no GPU that torch can use (--dry runs the same on the CPU)")
     with environment(args.dry, args.commit) as environ:
         order = Order(out=out, minutes=minutes, dry=args.dry, train=train, environ=environ)
-        return int(not run(stages, order, lambda line: print(line, flush=True)))
+        with begun(order, stages):
+            return int(not run(stages, order, lambda line: print(line, flush=True)))
 
 
 if __name__ == "__main__":

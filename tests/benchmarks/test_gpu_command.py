@@ -111,7 +111,15 @@ def test_a_dry_run_ends_well_in_every_stage(dry: Run) -> None:
 
 OURS = "tiny net, batch 1: ours"
 EXPECTED = {
-    "facts": ["commit", "torch", "device", "copies", "bfloat16 matrix products", "convolution, a new shape"],
+    "facts": [
+        "kernels compiled beforehand",
+        "commit",
+        "torch",
+        "device",
+        "copies",
+        "bfloat16 matrix products",
+        "convolution, a new shape",
+    ],
     "smoke": [
         "tiny: buckets whose replay is the eager step, bit for bit",
         "digits, float32, 2 steps: the most that a pixel differs from the CPU's",
