@@ -27,7 +27,8 @@ import model.kernels
 from deploy.image_triton import stub
 from model import triton_conv, triton_launch
 
-SHARED_BYTES = {89: 99 << 10, 90: 227 << 10}  # that a program may have: on Ada (and Ampere's smaller ones), on Hopper
+SHARED_BYTES = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}  # that a program may have
+LEAST_SHARED_BYTES = 99 << 10  # on all others
 _numbers = count()
 
 
@@ -72,7 +73,7 @@ def launching(arch: int, launched: Callable[[Any], object], device: torch.device
             patch.object(JITFunction, "run", compile),
             patch.object(model.kernels, "TRITON_ON", frozenset({device.type})),
             patch.object(triton_launch, "_supported", lambda device: arch >= 90),
-            patch.object(triton_conv, "shared_bytes", lambda device: SHARED_BYTES[arch]),
+            patch.object(triton_conv, "shared_bytes", lambda device: SHARED_BYTES.get(arch, LEAST_SHARED_BYTES)),
             torch.inference_mode(),
             Reads(),
         ):

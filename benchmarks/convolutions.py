@@ -17,6 +17,7 @@ from model.card import read_card
 from model.checkpoint import Model, load_model
 from model.convolution import Conv
 from model.exact_kernels import Kind, agrees, kinds
+from model.gpu import prepare_gpu
 from model.kernels import SelfAttention
 from model.runner import denoise, usual_buckets
 from model.slots import Slots
@@ -63,7 +64,10 @@ def name_of(kind: Kind) -> str:
 
 def kinds_of(model: Model) -> list[Kind]:
     """All kinds of layers of a net, as they are called if all that can be are computed by our kernels."""
-    slots = Slots(1, model.card.architecture.shape, model.card.process.schedule.T, model.table.device)
+    device = model.table.device
+    if device.type == "cuda":
+        prepare_gpu(True, model.table.dtype)  # or the library would be judged by what a server never does
+    slots = Slots(1, model.card.architecture.shape, model.card.process.schedule.T, device)
     layers = [module for module in model.net.modules() if isinstance(module, Conv | SelfAttention)]
     for layer in layers:
         layer.invariant = True

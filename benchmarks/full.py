@@ -28,6 +28,7 @@ class Crowd:
 
     engine: Engine
     plans: dict[int, Plan] = field(default_factory=dict)  # by their steps
+    batch: int = 0
     length: int = 0
     _next: int = 0
 
@@ -40,24 +41,27 @@ class Crowd:
 
     def come(self, batch: int, length: int) -> None:
         """They take their slots: the first ends soonest, and the others after it at equal distances."""
-        self.length = length
+        self.batch, self.length = batch, length
         for i in range(batch):
             self._submit(max(1, length * (i + 1) // batch))
         self.walk(FIRST_STEPS)
 
-    def walk(self, steps: int) -> float:
-        """So many steps, whoever ends replaced by the next. -> seconds"""
-        device = self.engine.runner.device
+    def walk(self, steps: int) -> tuple[float, int]:
+        """So many steps. Whoever leaves is replaced before the next one, as from a queue: not when it is told, which on
+        a GPU is some steps later. -> seconds, image-steps"""
+        device, before = self.engine.runner.device, self.engine.stats.sample_steps
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         began = time.perf_counter()
         for _ in range(steps):
+            stats = self.engine.stats
+            for _ in range(self.batch - stats.seated - stats.waiting):
+                self._submit(self.length)
             for event in self.engine.step():
                 assert isinstance(event, Finished), event
-                self._submit(self.length)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        return time.perf_counter() - began
+        return time.perf_counter() - began, self.engine.stats.sample_steps - before
 
     def leave(self) -> None:
         """Every slot is free again."""
@@ -74,11 +78,11 @@ def rates(engine: Engine, batch: int, block_s: float) -> dict[int, list[float]]:
     for turn in range(ROUNDS + 1):  # the first is for warming up
         for length in LENGTHS:
             crowd.come(batch, length)
-            steps = steps or max(TRIED_STEPS, math.ceil(block_s / (crowd.walk(TRIED_STEPS) / TRIED_STEPS)))
-            seconds = crowd.walk(steps)
+            steps = steps or max(TRIED_STEPS, math.ceil(block_s / (crowd.walk(TRIED_STEPS)[0] / TRIED_STEPS)))
+            seconds, image_steps = crowd.walk(steps)
             crowd.leave()
             if turn:
-                found[length].append(batch * steps / seconds)
+                found[length].append(image_steps / seconds)
     return found
 
 

@@ -57,7 +57,7 @@ def a_server(weights: Path, slots: int, device: torch.device, *peer: str, engine
         "RESULT_CACHE": "no",
         "WEIGHTS": str(weights),
         "SLOTS": str(slots),
-        "DEVICE": device.type,
+        "DEVICE": str(device),
         "ENGINES": str(engines),
         "LOG_LEVEL": "warning",
     }

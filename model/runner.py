@@ -104,7 +104,7 @@ class Runner:
                 self.chosen = choose_kernels(model.net, lambda: self.step(self.buckets[0]), self.buckets, between)
                 self._run_in_pieces(between)
             if self.device.type == "cuda":
-                self._capture(between)
+                self.capture(between)
             # bits: a hash of what the check came to, where something is promised: 8 hexadecimal digits
             self.exact_buckets, self.bits = self._find_exact(between) if exact else ([], "")
         # A full batch needs a bucket, even one that promises nothing.
@@ -153,9 +153,9 @@ class Runner:
             for hook in hooks:
                 hook.remove()
 
-    def _capture(self, between: Callable[[], None]) -> None:
-        """One graph per bucket: all warmed up first, since a smaller one may need the larger workspace, then captured
-        from the largest down, on one stream and in one pool of memory."""
+    def capture(self, between: Callable[[], None] = lambda: None) -> None:
+        """One graph per bucket, in place of those there are: all are warmed up first, since a smaller one may need the
+        larger workspace, then captured from the largest down, on one stream and in one pool of memory."""
         stream, pool = torch.cuda.Stream(self.device), torch.cuda.graph_pool_handle()
         for bucket in self.buckets:
             stream.wait_stream(torch.cuda.current_stream(self.device))

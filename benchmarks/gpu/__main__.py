@@ -1,7 +1,7 @@
 """`make gpu`: what a GPU can show, in stages, from a machine that has it for minutes and no network.
 
     python -m benchmarks.gpu --only facts smoke correctness speed     the first seven minutes
-    python -m benchmarks.gpu --skip facts smoke correctness speed     and what follows
+    python -m benchmarks.gpu --skip facts smoke correctness speed --minutes 6     and what follows
     python -m benchmarks.gpu --dry                                    the same on a CPU, with tiny nets
 
 Every fact is a line of facts.jsonl in $OUT, else in build/gpu/, the moment it is known; beside it lie stages.log and
@@ -27,16 +27,16 @@ from benchmarks.gpu.facts import Setting
 from benchmarks.gpu.run import ROOT, Order, Stage, run
 
 STAGES = [
-    Stage("facts", 20, "benchmarks.gpu.machine:parts"),
-    Stage("smoke", 90, "benchmarks.gpu.smoke:parts"),
-    Stage("correctness", 150, "benchmarks.gpu.correctness:parts"),
-    Stage("speed", 150, "benchmarks.gpu.speed:parts"),
+    Stage("facts", 30, "benchmarks.gpu.machine:parts"),
+    Stage("smoke", 80, "benchmarks.gpu.smoke:parts"),
+    Stage("correctness", 130, "benchmarks.gpu.correctness:parts"),
+    Stage("speed", 170, "benchmarks.gpu.speed:parts"),
     Stage("server", 100, "benchmarks.gpu.server:parts"),
-    Stage("training", 240, "benchmarks.gpu.training:parts"),
+    Stage("compiled", 600, "benchmarks.gpu.compiled:parts"),
     Stage("tiles", 120, "benchmarks.gpu.tiles:parts"),
-    Stage("compiled", math.inf, "benchmarks.gpu.compiled:parts"),
+    Stage("training", math.inf, "benchmarks.gpu.training:parts"),
 ]
-MINUTES, DRY_MINUTES = 22.0, 4.0
+MINUTES, DRY_MINUTES = 30.0, 4.0
 DRY_LIMIT_S = 75.0  # of every stage: tiny nets, on a machine that may have other work
 MOST_TRAINED = 3  # two files of each come back, beside facts and logs
 WHEELS = ROOT / ".gpu"

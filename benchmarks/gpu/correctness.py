@@ -7,6 +7,7 @@ The tests run in processes of their own while bits are compared here; nothing is
 import atexit
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -34,8 +35,8 @@ from server.machine import choose_dtype
 
 TESTS = [f"tests/model/test_{name}.py" for name in ("gpu", "invariance", "triton")]
 DRY_TESTS = ["tests/benchmarks/test_facts.py"]
-SIDE_BY_SIDE = 4
-SHARE = 0.6  # of the stage's time is for the tests
+SIDE_BY_SIDE = 6
+SHARE = 0.7  # of the stage's time is for the tests
 NAMED = 8  # tests that failed are named one by one, up to so many
 
 
@@ -65,6 +66,8 @@ class Tests:
         if not self.setting.dry and find_spec("xdist") is not None:
             chosen += ["-n", str(SIDE_BY_SIDE)]
         command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "benchmarks.gpu.told"]
+        if (timeout := shutil.which("timeout")) is not None:  # should nobody be left to end them
+            command = [timeout, "--kill-after=5", f"{max(1.0, self.setting.left_s):.0f}", *command]
         command += ["-W", "default", "--tb", "short", *chosen]
         environ = os.environ | {"TOLD": str(self.told)}
         self.process = subprocess.Popen(

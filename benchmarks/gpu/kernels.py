@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu.kernels SETTING
 
-as `benchmarks.gpu` starts it. It takes nothing of the GPU. What has been compiled before is found, and only counted.
+as `benchmarks.gpu` starts it. It gives the GPU nothing to do. What has been compiled before is found, and only counted.
 """
 
 import os
@@ -11,9 +11,10 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from multiprocessing import get_context
@@ -24,7 +25,8 @@ from benchmarks.gpu.run import LOG, ROOT
 from server.devices import cores
 
 STAGES = {"smoke", "correctness", "speed", "server", "tiles", "compiled"}  # which launch kernels
-KEPT_CORES = 2  # for the stages
+KEPT_CORES = 2  # for the stages,
+NICE = 10  # which go first on all others
 DRY_ARCH = 90
 DRY_PATIENCE_S = 60.0
 
@@ -82,7 +84,8 @@ def compiling(setting: Setting, environ: Mapping[str, str]) -> Iterator[None]:
     try:
         yield
         if setting.dry:
-            process.wait(DRY_PATIENCE_S)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(DRY_PATIENCE_S)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
@@ -98,9 +101,12 @@ def main() -> None:
         cache = Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache")
         before, hashes = len(list(cache.glob("*/*.cubin"))), set[str]()
         workers = 1 if setting.dry else max(1, cores() - KEPT_CORES)
-        with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        with ProcessPoolExecutor(workers, get_context("spawn"), os.nice, (NICE,)) as pool:
             for done in as_completed([pool.submit(compile_all_of, job) for job in jobs(setting, _arch(setting))]):
-                hashes.update(done.result())
+                if (error := done.exception()) is None:
+                    hashes.update(done.result())
+                else:  # it must not cost the others
+                    traceback.print_exception(error)
         new = len(list(cache.glob("*/*.cubin"))) - before
     more = {"new": new, "seconds": round(time.monotonic() - began, 1), "processes": workers}
     tell(setting, Fact("kernels compiled beforehand", len(hashes), more=more, main=True))

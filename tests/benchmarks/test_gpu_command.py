@@ -19,7 +19,7 @@ from model.card import WEIGHTS, read_card
 from model.checkpoint import load_model
 from model.train import STATE
 
-STAGES = ["facts", "smoke", "correctness", "speed", "server", "training", "tiles", "compiled"]
+STAGES = ["facts", "smoke", "correctness", "speed", "server", "compiled", "tiles", "training"]
 
 
 def command(

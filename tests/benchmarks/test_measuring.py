@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Iterator
 from multiprocessing import Pipe
 from pathlib import Path
@@ -11,16 +12,19 @@ from typing import Any
 import pytest
 import torch
 
+import model.kernels
 from benchmarks import streams
 from benchmarks.contenders import Setup
 from benchmarks.full import Crowd
-from benchmarks.gpu import smoke
-from benchmarks.gpu.facts import Fact
+from benchmarks.gpu import machine, smoke
+from benchmarks.gpu.facts import Fact, Setting
 from benchmarks.gpu.smoke import steps_one_way_or_another
 from benchmarks.gpu.stage import each_by_itself
 from benchmarks.measure import commit, interleaved
 from benchmarks.remote import Remote
-from tests.model.tiny import quick_engine
+from model.engine import Engine
+from model.events import Event, Finished
+from tests.model.tiny import CPU, quick_engine
 
 
 def test_a_contender_that_fails_is_left_out_and_the_others_go_on() -> None:
@@ -95,19 +99,37 @@ def test_jobs_of_less_than_a_second_say_nothing_of_an_eta_and_break_nothing(
     ]
 
 
-def test_a_crowd_fills_every_slot_at_every_step_and_ends_one_by_one() -> None:
+@pytest.mark.parametrize("late", [0, 3])
+def test_a_crowd_fills_every_slot_at_every_step_however_late_an_end_is_told(
+    late: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine = quick_engine(slots=4)
-    crowd = Crowd(engine)
-    crowd.come(4, 8)  # five steps at once, in which the first two end
-    seated = [(engine.stats.seated, engine.stats.waiting)]
-    for _ in range(20):
-        crowd.walk(1)
-        seated.append((engine.stats.seated, engine.stats.waiting))
-    crowd.leave()
+    crowd, told, usual = Crowd(engine), deque[list[Event]]([[]] * late), engine.step
 
-    assert {sum(each) for each in seated} == {4}  # who has come last sits down at the next step
-    assert sum(waiting for _, waiting in seated) == 10  # every second step one ends, and the next comes
+    def step() -> list[Event]:
+        told.append(usual())
+        return told.popleft()
+
+    monkeypatch.setattr(Engine, "step", lambda _: step())
+    crowd.come(4, 8)  # in whose first five steps two end
+    walked = [crowd.walk(1)[1] for _ in range(20)]
+    ended = sum(isinstance(event, Finished) for events in told for event in events)
+
+    assert walked == [4] * 20
+    assert crowd.walk(100)[1] == 400
+    assert ended == (1 if late else 0)  # every second step one ends, which is told later
+    monkeypatch.undo()
+    crowd.leave()
     assert not engine.busy
+
+
+def test_whether_triton_runs_is_asked_of_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[torch.device] = []
+    monkeypatch.setattr(model.kernels, "TRITON_ON", frozenset({"cpu"}))
+    monkeypatch.setattr(model.kernels, "_triton_works", lambda device: asked.append(device) is None)
+
+    assert [fact.value for fact in machine.triton(CPU)] == [True]
+    assert asked == [CPU]
 
 
 def test_one_of_many_that_fails_costs_only_its_own_facts(capsys: pytest.CaptureFixture[str]) -> None:
@@ -135,6 +157,13 @@ class Scripted:
             yield each
 
 
+def a_setting(scratch: Path) -> Setting:
+    """That of a dry stage with time enough."""
+    ends_s = time.time() + 60
+    where = {"out": str(scratch), "scratch": str(scratch)}
+    return Setting(stage="smoke", work="", dry=True, began_s=0.0, until_s=ends_s, **where)
+
+
 NUMBER = ("net, batch 1", 2.0, "ms/step")
 BROKEN = RuntimeError("Traceback\nRuntimeError: it cannot be captured")
 
@@ -152,17 +181,17 @@ BROKEN = RuntimeError("Traceback\nRuntimeError: it cannot be captured")
     ],
 )
 def test_where_a_step_cannot_be_captured_it_is_run_eagerly_and_then_in_plain_torch(
-    scripts: dict[str, list[Any]], names: list[str], monkeypatch: pytest.MonkeyPatch
+    scripts: dict[str, list[Any]], names: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(Scripted, "scripts", scripts)
     monkeypatch.setattr(smoke, "Apart", Scripted)
 
-    assert [fact.name for fact in steps_one_way_or_another(Scripted(None, "a graph"), ())] == names  # type: ignore[arg-type]
+    assert [fact.name for fact in steps_one_way_or_another(a_setting(tmp_path), CPU, (1,))] == names
 
 
-def test_steps_that_can_be_run_in_no_way_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_that_can_be_run_in_no_way_fail(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(Scripted, "scripts", dict.fromkeys(smoke.WAYS, [BROKEN]))
     monkeypatch.setattr(smoke, "Apart", Scripted)
 
     with pytest.raises(RuntimeError, match="no step could be run"):
-        [*steps_one_way_or_another(Scripted(None, "a graph"), ())]  # type: ignore[arg-type]
+        [*steps_one_way_or_another(a_setting(tmp_path), CPU, (1,))]

@@ -28,6 +28,52 @@ pytestmark = [
 ]
 
 
+# A real net. These take longest, so they come first.
+
+
+def cifar10_model(dtype: torch.dtype) -> Model:
+    """A net of google/ddpm-cifar10-32's shape with random weights, the same ones every time, as it is loaded."""
+    shape = Architecture(
+        height=32,
+        width=32,
+        block_out_channels=(128, 256, 256, 256),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=None,
+        downsample_padding=0,
+    )
+    torch.manual_seed(0)
+    net: Any = UNet(shape).eval().requires_grad_(False).to("cuda")
+    with torch.inference_mode():
+        table = net.embed(torch.arange(T, device="cuda")).to(dtype)
+        net.fuse()
+    return Model(card(shape), net.to(dtype).to(memory_format=torch.channels_last), table)
+
+
+def invariant_layers(model: Model) -> list[str]:
+    return [name for name, layer in model.net.named_modules() if getattr(layer, "invariant", False)]
+
+
+@pytest.mark.parametrize(("dtype", "slots"), [(torch.bfloat16, 64), (torch.float32, 16)], ids=["bfloat16", "float32"])
+def test_every_bucket_of_a_real_net_is_exact(dtype: torch.dtype, slots: int) -> None:
+    model = cifar10_model(dtype)
+    runner = Runner(model, slots)
+
+    assert runner.exact_buckets == runner.buckets, f"{runner.chosen}: {invariant_layers(model)}"
+
+
+def test_two_starts_choose_the_same_kernels() -> None:
+    models = [cifar10_model(torch.bfloat16) for _ in range(2)]
+    runners = [Runner(model, 16) for model in models]
+
+    assert runners[0].chosen is not None and runners[0].chosen == runners[1].chosen
+    assert runners[0].bits == runners[1].bits
+    assert invariant_layers(models[0]) == invariant_layers(models[1])
+
+
+# Kernels and graphs
+
+
 @torch.inference_mode()
 def test_a_replay_of_every_bucket_is_the_eager_step_bit_for_bit() -> None:
     gpu = torch.device("cuda")
@@ -157,43 +203,3 @@ def test_the_host_is_ahead_of_a_gpu_by_no_more_than_it_may_be() -> None:
     ended = marks[1::2]
 
     assert lead.most == 1 and all(event.query() for event in ended[:-1])
-
-
-def cifar10_model(dtype: torch.dtype) -> Model:
-    """A net of google/ddpm-cifar10-32's shape with random weights, the same ones every time, as it is loaded."""
-    shape = Architecture(
-        height=32,
-        width=32,
-        block_out_channels=(128, 256, 256, 256),
-        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=None,
-        downsample_padding=0,
-    )
-    torch.manual_seed(0)
-    net: Any = UNet(shape).eval().requires_grad_(False).to("cuda")
-    with torch.inference_mode():
-        table = net.embed(torch.arange(T, device="cuda")).to(dtype)
-        net.fuse()
-    return Model(card(shape), net.to(dtype).to(memory_format=torch.channels_last), table)
-
-
-def invariant_layers(model: Model) -> list[str]:
-    return [name for name, layer in model.net.named_modules() if getattr(layer, "invariant", False)]
-
-
-@pytest.mark.parametrize(("dtype", "slots"), [(torch.bfloat16, 64), (torch.float32, 16)], ids=["bfloat16", "float32"])
-def test_every_bucket_of_a_real_net_is_exact(dtype: torch.dtype, slots: int) -> None:
-    model = cifar10_model(dtype)
-    runner = Runner(model, slots)
-
-    assert runner.exact_buckets == runner.buckets, f"{runner.chosen}: {invariant_layers(model)}"
-
-
-def test_two_starts_choose_the_same_kernels() -> None:
-    models = [cifar10_model(torch.bfloat16) for _ in range(2)]
-    runners = [Runner(model, 16) for model in models]
-
-    assert runners[0].chosen is not None and runners[0].chosen == runners[1].chosen
-    assert runners[0].bits == runners[1].bits
-    assert invariant_layers(models[0]) == invariant_layers(models[1])
