@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import distributed
 
 from model.architecture import Architecture, architecture
@@ -24,7 +23,7 @@ from model.card import WEIGHTS, read_process
 from model.data import held_out, load_images
 from model.lucid_architecture import LUCID
 from model.options import Options, read_json
-from model.trainer import Recipe, Trainer
+from model.trainer import Recipe, Trainer, write_weights
 
 STATE = "training.safetensors"
 
@@ -54,7 +53,7 @@ def train(source: Path, directory: Path, recipe: Recipe, device: str, start: Pat
     probe = pictures[test_on[:256]].to(device).float() / 127.5 - 1
     trainer, log = Trainer(arch, schedule, recipe, device), list[str]()
     if (directory / STATE).is_file():
-        trainer.resume(directory / STATE)
+        trainer.resume(directory / STATE, directory / WEIGHTS)
     elif start is not None:
         trainer.start_from(start)
     if ((directory / STATE).is_file() or start is not None) and not trainer.rank:
@@ -88,10 +87,7 @@ def train(source: Path, directory: Path, recipe: Recipe, device: str, start: Pat
 def _keep(trainer: Trainer, directory: Path, log: list[str]) -> None:
     """Writes the checkpoint, the weights that it gives so far, and what is new in the log."""
     trainer.save(directory / STATE)
-    part = directory / f"{WEIGHTS}.part"
-    save_file({k: v.contiguous() for k, v in trainer.average.items()}, part, {"format": "pt"})
-    part.chmod(0o644)  # else it is its owner's alone, and a server may be somebody else
-    part.replace(directory / WEIGHTS)
+    write_weights(trainer.average, directory / WEIGHTS)
     with (directory / "training.jsonl").open("a") as file:
         file.writelines(line + "\n" for line in log)
 

@@ -1,6 +1,8 @@
 """A net in training: its moving average, its optimiser, one update after another. `model.train` drives it."""
 
+import hashlib
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from model.errors import ModelRefused
 from model.schedule import NoiseSchedule
 from model.unet import UNet
 
+AVERAGE = "average."  # what the names of its tensors begin with in a state
 PROBE_T = (10, 100, 300, 600, 900)  # the held-out loss is taken at these levels of noise (thousandths of T)
 
 
@@ -147,23 +150,59 @@ class Trainer:
 
     def save(self, path: Path) -> None:
         """Everything needed to go on, in one safetensors file, replaced atomically."""
-        tensors = {f"average.{k}": v.contiguous() for k, v in self.average.items()}
+        tensors = {AVERAGE + name: tensor for name, tensor in self.average.items()}
         for name, p in self.net.named_parameters():
-            tensors[f"net.{name}"] = p.detach().contiguous()
+            tensors[f"net.{name}"] = p.detach()
             for key, value in self.optimizer.state.get(p, {}).items():
-                tensors[f"{key}.{name}"] = value.contiguous()
-        metadata = {"seen": str(self.seen), "step": str(self.step)}
-        save_file(tensors, path.with_suffix(".part"), metadata)
-        path.with_suffix(".part").replace(path)
+                tensors[f"{key}.{name}"] = value
+        write(tensors, path, {"seen": str(self.seen), "step": str(self.step)})
 
     @torch.no_grad()
-    def resume(self, path: Path) -> None:
-        """Go on from what `save` wrote."""
+    def resume(self, path: Path, weights: Path) -> None:
+        """Go on from what `save` wrote, or from what `split` made of it beside its weights.
+
+        Raises ModelRefused if the average is not in the state and the weights are not the ones that go with it.
+        """
         with safe_open(path, "pt", device=self.device) as file:
             metadata, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}
+        if "weights" in metadata:
+            if not weights.is_file() or _digest(weights) != metadata["weights"]:
+                raise ModelRefused(f"{path.name} needs the {weights.name} that it came with beside it")
+            tensors |= {AVERAGE + name: tensor for name, tensor in load_file(weights, self.device).items()}
         self.seen, self.step = int(metadata["seen"]), int(metadata["step"])
         for name, p in self.net.named_parameters():
             p.copy_(tensors[f"net.{name}"])
-            self.average[name].copy_(tensors[f"average.{name}"])
+            self.average[name].copy_(tensors[AVERAGE + name])
             kept = {key: tensors[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
             self.optimizer.state[p] = {k: v if k == "step" else torch.empty_like(p).copy_(v) for k, v in kept.items()}
+
+
+def write(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """A safetensors file that everybody may read, replaced atomically."""
+    part = path.with_suffix(".part")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part, metadata)
+    part.chmod(0o644)  # else it is its owner's alone, and a server may be somebody else
+    part.replace(path)
+
+
+def write_weights(average: Mapping[str, Tensor], path: Path) -> None:
+    """The moving average as what one serves."""
+    write(average, path, {"format": "pt"})
+
+
+def split(state: Path, weights: Path, rest: Path) -> None:
+    """Write a state that `Trainer.save` wrote as two smaller files: its average, as weights, and what is left.
+
+    `Trainer.resume` goes on from the two in the same bits.
+    """
+    with safe_open(state, "pt") as file:
+        metadata, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}
+    average = {key.removeprefix(AVERAGE): tensor for key, tensor in tensors.items() if key.startswith(AVERAGE)}
+    write_weights(average, weights)
+    left = {key: tensor for key, tensor in tensors.items() if not key.startswith(AVERAGE)}
+    write(left, rest, metadata | {"weights": _digest(weights)})
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

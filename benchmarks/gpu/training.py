@@ -1,7 +1,7 @@
 """Stage training: models that ship are trained on for the minutes that are left, and come back as safetensors.
 
-Each is trained on in a copy. `NAME.safetensors` are its weights, `NAME.training.safetensors` is all that is needed to
-go on: as `training.safetensors` in a model directory it is where the next run begins, else the directory's weights are.
+Each is trained on in a copy. `NAME.safetensors` are its weights, `NAME.training.safetensors` is what else is needed to
+go on: as `training.safetensors` beside those weights it is where the next run begins, else a directory's weights are.
 """
 
 import json
@@ -21,7 +21,7 @@ from benchmarks.gpu.stage import Part
 from benchmarks.gpu.worlds import device_of, tiny
 from model.card import WEIGHTS
 from model.train import STATE, train
-from model.trainer import Recipe
+from model.trainer import Recipe, split
 
 KEPT_S = 15.0  # of a model's time, for loading, held-out losses and checkpoints
 SHARE = 0.9  # of the pictures that time would allow: the rate must come down to nothing before time is up
@@ -80,15 +80,15 @@ def trained_on(setting: Setting, pupil: Pupil, sharers: int) -> Iterator[Fact]:
         yield Fact(f"{pupil.name}: pictures trained on", log[-1]["images"] - seen_before(pupil.directory), main=True)
         yield Fact(f"{pupil.name}: pace of training", float(log[-1]["images_per_s"]), "images/s", main=True)
     finally:
-        for name, suffix in ((WEIGHTS, "safetensors"), (STATE, "training.safetensors")):
-            if (copy / STATE).exists():
-                shutil.copyfile(copy / name, Path(setting.out) / f"{pupil.name}.{suffix}")
+        if seen_before(copy) > seen_before(pupil.directory):  # else there is none but that which it began with
+            out = Path(setting.out)
+            split(copy / STATE, out / f"{pupil.name}.safetensors", out / f"{pupil.name}.training.safetensors")
 
 
 def copied(pupil: Pupil, target: Path) -> Path:
     """A directory that can be trained on in its stead."""
     target.mkdir(parents=True)
-    for name in ("config.json", "scheduler_config.json", STATE):
+    for name in ("config.json", "scheduler_config.json", WEIGHTS, STATE):
         if (pupil.directory / name).exists():
             shutil.copyfile(pupil.directory / name, target / name)
     return target

@@ -4,20 +4,21 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from shutil import copyfile
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from benchmarks.gpu.run import ROOT
-from benchmarks.gpu.training import seen_before
+from benchmarks.gpu.training import DRY_RECIPE, seen_before
 from benchmarks.models import TINY, random_model
 from model.card import WEIGHTS, read_card
 from model.checkpoint import load_model
-from model.train import STATE
+from model.train import STATE, train
 
 STAGES = ["facts", "smoke", "correctness", "speed", "server", "compiled", "tiles", "training"]
 
@@ -176,6 +177,9 @@ def test_few_files_come_back_and_what_was_trained_can_be_served_and_trained_on(d
     assert (directory / WEIGHTS).read_bytes() != untrained
     assert load_model(read_card(directory), torch.device("cpu"), torch.float32).parameters > 0
     assert seen_before(directory) == 64
+    np.savez(tmp_path / "pictures.npz", images=np.zeros((40, 8, 8, 3), np.uint8))
+    train(tmp_path / "pictures.npz", directory, replace(DRY_RECIPE, images=96), "cpu")
+    assert seen_before(directory) == 96
 
 
 def test_the_last_lines_printed_are_a_table_of_facts(dry: Run) -> None:

@@ -1,6 +1,7 @@
 """Training: it teaches what the directory will be asked for, or refuses to begin."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from model.architecture import OPENAI
+from model.architecture import OPENAI, architecture
 from model.card import WEIGHTS
 from model.errors import ModelRefused
 from model.lucid_architecture import LUCID
-from model.train import train
-from model.trainer import Recipe, Trainer
+from model.train import STATE, train
+from model.trainer import Recipe, Trainer, split, write_weights
 from tests.model.directories import write_model
 from tests.model.tiny import ARCHITECTURE, PROCESS, T
 
+DIGITS = Path(__file__).parent.parent.parent / "weights" / "digits"
 RECIPE = Recipe(images=96, batch=8, warm_up=16, log_every=32, save_every=32, autocast=False)
 
 
@@ -116,8 +118,16 @@ def test_the_average_follows_the_net_at_the_pace_of_its_step() -> None:
     assert any(not torch.equal(made.average[name], before[name]) for name in before)
 
 
+def moved(directory: Path, target: Path) -> Path:
+    """A directory elsewhere that holds what came back of a training in this one, in two files."""
+    split(directory / STATE, untrained(target) / WEIGHTS, target / STATE)
+    shutil.rmtree(directory)
+    return target
+
+
+@pytest.mark.parametrize("elsewhere", [False, True], ids=["where it was", "elsewhere, from two files"])
 def test_training_that_was_stopped_goes_on_and_ends_in_the_same_bits(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, elsewhere: bool
 ) -> None:
     whole, stopped = (untrained(tmp_path / name) for name in ("whole", "stopped"))
     train(whole / "pictures.npz", whole, RECIPE, "cpu")
@@ -134,6 +144,8 @@ def test_training_that_was_stopped_goes_on_and_ends_in_the_same_bits(
         train(stopped / "pictures.npz", stopped, RECIPE, "cpu")
     began.clear()
     stop_at = -1
+    if elsewhere:
+        stopped = moved(stopped, tmp_path / "elsewhere")
     train(stopped / "pictures.npz", stopped, RECIPE, "cpu")
 
     assert began == list(range(32, 96, 8))
@@ -141,6 +153,31 @@ def test_training_that_was_stopped_goes_on_and_ends_in_the_same_bits(
         first, second = load_file(whole / name), load_file(stopped / name)
         assert first.keys() == second.keys()
         assert [key for key in first if not torch.equal(first[key], second[key])] == []
+
+
+@pytest.mark.parametrize("beside", ["nothing", "others"])
+def test_a_state_without_its_average_goes_on_beside_its_own_weights_only(tmp_path: Path, beside: str) -> None:
+    directory, longer = untrained(tmp_path / "trained"), replace(RECIPE, images=128)
+    train(directory / "pictures.npz", directory, RECIPE, "cpu")
+    directory = moved(directory, tmp_path / "moved")
+    (directory / WEIGHTS).unlink()
+    if beside == "others":
+        write_weights(trainer().average, directory / WEIGHTS)
+
+    with pytest.raises(ModelRefused, match=f"training.safetensors needs the {WEIGHTS} that it came with beside it"):
+        train(directory / "pictures.npz", directory, longer, "cpu")
+
+
+def test_either_file_of_the_digits_state_is_small_enough_to_come_back(tmp_path: Path) -> None:
+    config = json.loads((DIGITS / "config.json").read_text())
+    made = Trainer(architecture(config), PROCESS.schedule, Recipe(batch=1), "cpu")
+    made.update(torch.zeros(1, *made.arch.shape))
+    made.save(tmp_path / STATE)
+    split(tmp_path / STATE, tmp_path / "digits.safetensors", tmp_path / "digits.training.safetensors")
+
+    sizes = {path.name: path.stat().st_size / 2**20 for path in tmp_path.glob("digits.*")}  # MiB
+    assert sizes.keys() == {"digits.safetensors", "digits.training.safetensors"}
+    assert max(sizes.values()) < 16, sizes
 
 
 def held_out_losses(directory: Path) -> list[tuple[int, dict[str, float]]]:
