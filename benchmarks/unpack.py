@@ -4,7 +4,7 @@
     python -m benchmarks.unpack FOLDER --run ARGUMENTS     runs this Python with them, as `python ARGUMENTS`
 
 What is there already stays as it is: its packages fit each other, and ours would not all fit them. Whatever is run so
-leaves nothing behind: packages, compiled modules and compiled kernels lie in a folder that is gone at the end.
+leaves nothing behind: packages, compiled for this Python, and compiled kernels lie in a folder that is gone at the end.
 """
 
 import json
@@ -64,20 +64,30 @@ def unpack_kernels(archive: Path, cache: Path) -> int:
     return len(described)
 
 
+def _compile(site: Path) -> None:
+    """On all cores. A module that this Python cannot compile is one that it cannot import: whoever wants it is told."""
+    command = [sys.executable, "-m", "compileall", "-qq", "-j", "0", str(site)]
+    subprocess.run(command, env=os.environ | {"PYTHONPYCACHEPREFIX": ""}, stdout=subprocess.DEVNULL)
+
+
 @contextmanager
-def environment(folder: Path) -> Iterator[Mapping[str, str]]:
+def environment(folder: Path, kept: Path | None = None) -> Iterator[Mapping[str, str]]:
     """What to add to the environment of a process, so that it finds packages and kernels of this folder, and this tree.
 
-    Relative paths in `PYTHONPATH` stay, behind ours. Nothing is written to the folder or to the tree.
+    Relative paths in `PYTHONPATH` stay, behind ours. Nothing is written to the folder or to the tree. Modules that are
+    compiled already, those that came with this Python, are read as they are.
+    kept: where kernels go that shall be found the next time; if None, they are gone with the packages
     """
     with TemporaryDirectory(prefix="ddpm-") as scratch:
-        site, cache = Path(scratch) / "site", Path(scratch) / "triton"
-        unpack(folder, site)
+        site, cache = Path(scratch) / "site", kept or Path(scratch) / "triton"
+        if unpack(folder, site):
+            _compile(site)
         unpack_kernels(folder / KERNELS, cache)
         before = [path for path in (os.environ.get("PYTHONPATH"),) if path]
         yield {
             "PYTHONPATH": os.pathsep.join([str(site), str(ROOT), *before]),
-            "PYTHONPYCACHEPREFIX": str(Path(scratch) / "compiled"),
+            "PYTHONPYCACHEPREFIX": "",
+            "PYTHONDONTWRITEBYTECODE": "1",
             "TRITON_CACHE_DIR": str(cache),
         }
 

@@ -2,4 +2,6 @@
 
 import os
 
+import benchmarks  # noqa: F401  # keeps from diffusers, wherever tests run, what it does not need
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")

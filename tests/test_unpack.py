@@ -2,9 +2,11 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from importlib import metadata
+from importlib.util import cache_from_source
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -69,18 +71,47 @@ def test_a_python_with_nothing_reads_what_it_needs_for_it_from_the_wheels(tmp_pa
     assert (result.returncode, result.stdout) == (0, "unpacked: packaging pytest\n"), result.stderr
 
 
-def test_what_runs_with_it_finds_it_and_leaves_nothing_behind(tmp_path: Path) -> None:
-    wheel(tmp_path, "surely_not_installed")
-    before = names(tmp_path)
-    code = "import sys, surely_not_installed as s, server.errors as e; print(s.__cached__, e.__cached__); sys.exit(3)"
-    command = [sys.executable, "-m", "benchmarks.unpack", str(tmp_path), "--run", "-c", code]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A tree in which nothing has been compiled, with one module beside those that unpack."""
+    (tmp_path / "tree" / "benchmarks").mkdir(parents=True)
+    for name in ("__init__", "closure", "unpack"):
+        shutil.copy(ROOT / "benchmarks" / f"{name}.py", tmp_path / "tree" / "benchmarks")
+    (tmp_path / "tree" / "of_the_tree.py").touch()
+    return tmp_path / "tree"
 
+
+def run_with(wheels: Path, tree: Path, *arguments: str, **variables: str) -> list[str]:
+    """What this Python prints, run with these wheels from this tree."""
+    command = [sys.executable, "-B", "-m", "benchmarks.unpack", str(wheels), "--run", *arguments]
+    environ = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"} | variables
+    result = subprocess.run(command, cwd=tree, env=environ, capture_output=True, text=True)
     assert result.returncode == 3, result.stderr
-    compiled = [Path(path) for path in result.stdout.split()]
-    assert len(compiled) == 2
-    assert [path for path in compiled if path.exists() or path.is_relative_to(ROOT)] == []
+    return result.stdout.split()
+
+
+def test_what_runs_with_it_finds_it_compiled_and_leaves_nothing_behind(tmp_path: Path, tree: Path) -> None:
+    (tmp_path / "wheels").mkdir()
+    wheel(tmp_path / "wheels", "surely_not_installed")
+    before = names(tmp_path)
+    code = """
+import sys, os, surely_not_installed as ours, of_the_tree
+print(of_the_tree.__file__, ours.__cached__, os.path.exists(ours.__cached__))
+sys.exit(3)
+"""
+    of_the_tree, compiled, was_there = run_with(tmp_path / "wheels", tree, "-c", code)
+
+    assert (of_the_tree, was_there) == (str(tree / "of_the_tree.py"), "True")
+    assert not Path(compiled).exists()
     assert names(tmp_path) == before
+
+
+def test_what_came_compiled_with_this_python_is_not_compiled_again(tmp_path: Path, tree: Path) -> None:
+    code = "import sys, json; print(json.__cached__); sys.exit(3)"
+    (compiled,) = run_with(tmp_path / "none", tree, "-c", code, PYTHONPYCACHEPREFIX=str(tmp_path / "elsewhere"))
+
+    assert compiled == cache_from_source(json.__file__)
+    assert not (tmp_path / "elsewhere").exists()
 
 
 def test_kernels_go_to_a_cache_that_knows_its_own_place(tmp_path: Path) -> None:
@@ -99,6 +130,18 @@ def test_kernels_go_to_a_cache_that_knows_its_own_place(tmp_path: Path) -> None:
         ]
         assert group == {"child_paths": {name: str(here / "KEY" / name) for name in ("_add.cubin", "_add.json")}}
     assert not here.exists()
+
+
+def test_kernels_that_shall_be_found_the_next_time_stay_and_are_unpacked_once(tmp_path: Path) -> None:
+    there = tmp_path / "there" / "KEY"
+    there.mkdir(parents=True)
+    (there / "_add.json").write_text("{}")
+    pack(tmp_path / "there", tmp_path / "kernels.tar.xz")
+    with environment(tmp_path, tmp_path / "kept") as variables:
+        assert Path(variables["TRITON_CACHE_DIR"]) == tmp_path / "kept"
+        assert not list(Path(variables["PYTHONPATH"].split(os.pathsep)[0]).parent.rglob("*.json"))
+
+    assert names(tmp_path / "kept") == ["KEY", "KEY/__grp___add.json", "KEY/_add.json"]
 
 
 def test_without_kernels_there_is_an_empty_cache(tmp_path: Path) -> None:

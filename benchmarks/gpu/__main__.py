@@ -118,13 +118,9 @@ def environment(dry: bool, commit: str | None) -> Iterator[dict[str, str]]:
         return
     from benchmarks import unpack
 
-    with unpack.environment(WHEELS) as brought:
-        environ |= brought
-        if not dry:
-            cache = Path(os.environ.get("TRITON_CACHE_DIR") or Path(tempfile.gettempdir()) / "ddpm-kernels")
-            unpack.unpack_kernels(WHEELS / unpack.KERNELS, cache)
-            environ["TRITON_CACHE_DIR"] = str(cache)
-        yield environ
+    cache = Path(os.environ.get("TRITON_CACHE_DIR") or Path(tempfile.gettempdir()) / "ddpm-kernels")
+    with unpack.environment(WHEELS, None if dry else cache) as brought:
+        yield environ | dict(brought)
 
 
 def begun(order: Order, stages: list[Stage]) -> AbstractContextManager[None]:
