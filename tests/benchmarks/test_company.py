@@ -26,7 +26,8 @@ def broken(tmp_path: Path) -> Path:
 
 def run(code: str, site: Path) -> subprocess.CompletedProcess[str]:
     """This Python with this code, where these packages are installed too."""
-    environ = os.environ | {"PYTHONPATH": os.pathsep.join([str(site), str(ROOT)])}
+    paths = [str(site), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environ = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     return subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=environ, capture_output=True, text=True)
 
 
