@@ -113,7 +113,7 @@ def environment(dry: bool, commit: str | None) -> Iterator[dict[str, str]]:
     are kept for the next run, in the system's folder for what is temporary."""
     environ = os.environ | ({"DDPM_COMMIT": commit} if commit else {}) | (ONE_THREAD if dry else {})
     environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    if not any(WHEELS.glob("*.whl")):
+    if not WHEELS.is_dir():
         yield environ
         return
     from benchmarks import unpack
