@@ -247,3 +247,20 @@ def test_the_api_process_starts_without_torch(module: str) -> None:
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
 
     assert (result.returncode, result.stderr) == (0, "")
+
+
+def functions_of(path: Path) -> list[ast.FunctionDef]:
+    return [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)]
+
+
+def test_who_reads_the_log_says_from_which_level_on() -> None:
+    """Else it hears what a server that ran in the same process has left of it."""
+    heard = [
+        (path.name, each.name, "at_level" in ast.unparse(each))
+        for path in sorted((ROOT / "tests").rglob("*.py"))
+        for each in functions_of(path)
+        if any(argument.arg == "caplog" for argument in each.args.args)
+    ]
+
+    assert heard
+    assert [(file, name) for file, name, from_some_level in heard if not from_some_level] == []
