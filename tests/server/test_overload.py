@@ -58,7 +58,7 @@ def test_a_thousand_at_once_are_all_answered_and_those_for_whom_there_is_room_ar
     try:
         replies = asyncio.run(flood(server.port, 1000, STEPS))
         while (seen := read(server.client.get("/metrics").text))["ddpm_steps_waiting"] or seen["ddpm_jobs_running"]:
-            time.sleep(0.02)  # the last to be answered may not have been counted yet
+            time.sleep(0.02)  # a job whose steps are done runs on until its end is on disk
         text = server.client.get("/metrics").text
     finally:
         server.stop()
