@@ -68,11 +68,11 @@ def kinds_of(model: Model) -> list[Kind]:
     if device.type == "cuda":
         prepare_gpu(True, model.table.dtype)  # or the library would be judged by what a server never does
     slots = Slots(1, model.card.architecture.shape, model.card.process.schedule.T, device)
-    layers = [module for module in model.net.modules() if isinstance(module, Conv | SelfAttention)]
+    layers = [module for module in model.module.modules() if isinstance(module, Conv | SelfAttention)]
     for layer in layers:
         layer.invariant = True
     try:
-        return kinds(model.net, lambda: denoise(model.net, model.table, slots, 1))
+        return kinds(model.module, lambda: denoise(model.net, model.table, slots, 1))
     finally:
         for layer in layers:
             layer.invariant = False

@@ -64,7 +64,7 @@ def without_weights(card: ModelCard, device: torch.device, dtype: torch.dtype) -
 def run(use: Use, invariant: bool, device: torch.device) -> None:
     """Pictures come, are shown, go on in another slot and go, in each bucket; by our convolutions or the library's."""
     runner = Runner(without_weights(use.card, device, use.dtype), max(use.buckets), exact=False, buckets=use.buckets)
-    for module in runner.model.net.modules():
+    for module in runner.model.module.modules():
         if isinstance(module, Conv):
             module.invariant = invariant
     engine, table = Engine(runner), plan(use.card.process, resolve(use.card.process, "ddpm", STEPS))

@@ -26,7 +26,6 @@ from model.noise import INITIAL, gaussian
 from model.plan import plan, resolve
 from model.runner import Runner
 from server.devices import cores
-from server.machine import prepare_cpu
 
 DIGITS = Path(__file__).parent.parent / "weights" / "digits"
 BATCH = 16
@@ -93,7 +92,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1000, help="(default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("build/precision.jsonl"), help="(default: %(default)s)")
     args = parser.parse_args()
-    prepare_cpu(cores())
+    torch.set_num_threads(cores())
     device = torch.device("cuda" if args.gpu else "cpu")
     report(measures(device, DIGITS, range(args.seeds), args.steps), args.out)
 

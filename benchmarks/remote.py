@@ -16,7 +16,6 @@ import torch
 from benchmarks import full
 from benchmarks.contenders import ALL, Contender, Ours, Setup
 from server.devices import cores
-from server.machine import prepare_cpu
 
 PATIENCE_S = 900.0  # the longest anything takes: compilers
 
@@ -72,7 +71,7 @@ class Remote:
 def _serve(pipe: Connection, name: str, setup: Setup) -> None:
     torch.set_num_threads(setup.threads or cores())
     if name.startswith("ours") and setup.device.type == "cpu":
-        prepare_cpu(setup.threads or cores())
+        torch.set_num_threads(setup.threads or cores())
     began = time.perf_counter()
     try:
         contender = ALL[name](setup)

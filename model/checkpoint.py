@@ -17,7 +17,7 @@ from torch import Tensor
 
 from model.architecture import MAX_PARAMETERS
 from model.card import ModelCard
-from model.convolution import pack_convolutions
+from model.cpu_net import CpuNet
 from model.errors import ModelRefused
 from model.nets import Net, build
 from model.options import unique_keys
@@ -35,9 +35,15 @@ class Model:
     """A net ready to run, and the table of its timestep embeddings."""
 
     card: ModelCard
-    net: Net
+    net: Net | CpuNet
     table: Tensor  # [T, P] row k is `net.embed` of the timestep that the net was trained with at t = k + 1
     parameters: int = 0  # number of weights
+
+    @property
+    def module(self) -> Net:
+        """The net as layers of torch: as it is everywhere but on a CPU."""
+        assert not isinstance(self.net, CpuNet)
+        return self.net
 
 
 def modern(key: str) -> str:
@@ -132,20 +138,28 @@ def _find(card: ModelCard, net: Net) -> dict[str, tuple[Path, str]]:
     return places
 
 
+def _own(tensor: Tensor) -> Tensor:
+    """In float32, in memory of its own: safetensors maps the file, which may be written to later."""
+    return tensor.to(torch.float32, copy=True)
+
+
 def _read(places: dict[str, tuple[Path, str]]) -> dict[str, Tensor]:
     """The tensors at these places, in float32. Raises ModelRefused."""
     weights: dict[str, Tensor] = {}
     for path in dict.fromkeys(path for path, _ in places.values()):
         try:
             with safe_open(path, "pt") as file:
-                weights |= {name: file.get_tensor(key).float() for name, (at, key) in places.items() if at == path}
+                weights |= {name: _own(file.get_tensor(key)) for name, (at, key) in places.items() if at == path}
         except (SafetensorError, OSError) as error:
             raise ModelRefused(f"{path.name} could not be read: {type(error).__name__}") from error
     return weights
 
 
-def load_model(card: ModelCard, device: torch.device, dtype: torch.dtype) -> Model:
-    """The net on its device, and its table. Raises ModelRefused in one line, before memory is spent, if it must."""
+def load_model(card: ModelCard, device: torch.device, dtype: torch.dtype, unusable: str = "") -> Model:
+    """The net on its device, and its table. Raises ModelRefused in one line, before memory is spent, if it must.
+
+    unusable: why OpenVINO is not tried on a CPU, if it is not; see `CpuNet`
+    """
     with torch.device("meta"):
         net = build(card.architecture)
     count = sum(p.numel() for p in net.parameters())
@@ -161,10 +175,9 @@ def load_model(card: ModelCard, device: torch.device, dtype: torch.dtype) -> Mod
     net.load_state_dict(weights, assign=True)
     net = net.eval().requires_grad_(False).to(device)
     with torch.inference_mode():
-        table = net.embed(torch.arange(card.process.schedule.T, device=device)).to(dtype)  # [T, P]
+        table = net.embed(torch.arange(card.process.schedule.T, device=device))  # [T, P]
         net.fuse()
-        net = net.to(dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if device.type == "cpu":
-            x = torch.zeros(1, *card.architecture.shape, dtype=dtype).to(memory_format=torch.channels_last)
-            pack_convolutions(net, x, table[:1])
-    return Model(card, net, table, count)
+            return Model(card, CpuNet(net, table, dtype, unusable), table, count)
+        net = net.to(dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return Model(card, net, table.to(dtype), count)

@@ -1,7 +1,6 @@
 """Convolutions, and what may be added to them, beside their meaning in plain torch.
 
-On a CPU, in inference, they keep their weights in the layout oneDNN computes in, instead of reordering them at every
-call. On a GPU, in inference, those that were marked `invariant`, because cuDNN's bits depend on the batch
+On a GPU, in inference, those that were marked `invariant`, because cuDNN's bits depend on the batch
 (`model.exact_kernels`), are computed by Triton kernels. Where these cannot run, torch computes the same.
 """
 
@@ -13,11 +12,6 @@ from torch.nn import functional as F
 
 from model.kernels import add_bias, upsample, uses_triton
 
-# oneDNN's convolution of a weight kept in its own layout, alone and with a tensor added to the result.
-CAN_PACK = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_convolution_weight")
-if CAN_PACK:
-    _PACKED = torch.ops.mkldnn._convolution_pointwise.default
-    _PACKED_ADD = torch.ops.mkldnn._convolution_pointwise.binary
 READ = 16  # channels that a net's first convolution reads on a GPU: of fewer, a matrix product is not made
 
 
@@ -28,7 +22,6 @@ class Conv(nn.Conv2d):
     below = False  # whether it reads one more pixel of zeros, below and to the right
     invariant = False  # whether, on a GPU, the kernel is used whose bits do not depend on the batch,
     pinned = False  # and whether that computes tiles of one size in every batch
-    packed: Tensor | None = None  # the weight in oneDNN's own layout
 
     @classmethod
     def of(cls, weight: Tensor, bias: Tensor) -> "Conv":
@@ -56,18 +49,11 @@ class Conv(nn.Conv2d):
         add = add.compute() if isinstance(add, Projection) else add
         x = self.read(x)
         out: Tensor
-        if self.packed is None and uses_triton(x, self.bias):  # torch would add the bias in a kernel of its own as well
+        if uses_triton(x, self.bias):  # torch would add the bias in a kernel of its own as well
             out = F.conv2d(x, self.weight, None, self.stride, self.padding)
             return add_bias(out.contiguous(memory_format=torch.channels_last), self.bias, add)
-        if self.packed is None:
-            out = super().forward(x)
-            return out if add is None else out + add
-        geometry = (self.bias, self.padding, self.stride, self.dilation, self.groups)
-        if add is None:
-            out = _PACKED(x, self.packed, *geometry, "none", [], "")
-        else:
-            out = _PACKED_ADD(x, add, self.packed, *geometry, "add", 1.0, None, [], None)
-        return out
+        out = super().forward(x)
+        return out if add is None else out + add
 
     def _by_triton(self, x: Tensor, add: "Tensor | Projection | None", whole: bool) -> Tensor:
         from model import triton_conv
@@ -99,12 +85,6 @@ class Conv(nn.Conv2d):
         assert self.bias is not None and other.bias is not None
         self.bias, other.bias = nn.Parameter(self.bias + other.bias, requires_grad=False), None
 
-    def pack(self, input_shape: list[int]) -> None:
-        """Keeps the weight as oneDNN wants it for inputs of this shape; other shapes stay right, if slower."""
-        self.packed = torch.ops.mkldnn._reorder_convolution_weight(
-            self.weight, list(self.padding), list(self.stride), list(self.dilation), self.groups, input_shape
-        )
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Projection:
@@ -130,30 +110,3 @@ class Projection:
 def terms(add: Tensor | Projection | None) -> tuple[Tensor | None, ...]:
     """The tensors that somebody reads who adds this."""
     return (*add.sources, add.conv.weight) if isinstance(add, Projection) else (add,)
-
-
-def _computes_in(dtype: torch.dtype) -> bool:
-    """Whether oneDNN convolves in this half precision on this processor."""
-    half = {
-        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
-        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
-    }
-    return bool(half[dtype]())
-
-
-def pack_convolutions(net: nn.Module, *inputs: Tensor) -> None:
-    """Packs every convolution of a net on the CPU for the shapes that it meets with these inputs."""
-    if not CAN_PACK or (inputs[0].dtype != torch.float32 and not _computes_in(inputs[0].dtype)):
-        return
-    shapes: dict[Conv, list[int]] = {}
-
-    def note(conv: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        assert isinstance(conv, Conv)
-        shapes[conv] = list(conv.read(arguments[0]).shape)
-
-    hooks = [module.register_forward_pre_hook(note) for module in net.modules() if isinstance(module, Conv)]
-    net(*inputs)
-    for hook in hooks:
-        hook.remove()
-    for conv, shape in shapes.items():
-        conv.pack(shape)

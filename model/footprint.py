@@ -9,7 +9,7 @@ from torch import Tensor
 from model.architecture import ATTENTION, DOWN_BLOCKS, UP_BLOCKS, Architecture
 from model.card import ModelCard
 from model.checkpoint import Model
-from model.convolution import Conv
+from model.cpu_net import CpuNet, sizes_up_to
 from model.lucid_architecture import LucidArchitecture
 from model.nets import build
 from model.slots import Slots
@@ -32,16 +32,25 @@ def footprint(card: ModelCard, slots: int, device: torch.device, dtype: torch.dt
     with torch.device("meta"):
         net = build(card.architecture)
     count, T = sum(p.numel() for p in net.parameters()), card.process.schedule.T
+    batch = batch_bytes(Slots(1, card.architecture.shape, T, device))
+    if device.type == "cpu":
+        table = 4 * net.embedding_width * T
+        return Footprint(count, 4 * count + table + slots * batch + cpu_bytes(card.architecture, count, slots, dtype))
     weights = (count + net.embedding_width * T) * (4 + dtype.itemsize)
-    slot = batch_bytes(Slots(1, card.architecture.shape, T, device))
-    return Footprint(count, weights + slots * (slot + picture_bytes(card.architecture, dtype)))
+    return Footprint(count, weights + slots * (batch + picture_bytes(card.architecture, dtype)))
 
 
 def resident_bytes(model: Model, slots: Slots) -> int:
-    """What a loaded model holds of a device that does not tell: its net in every form, its table, its batch."""
-    packed = [module.packed for module in model.net.modules() if isinstance(module, Conv) and module.packed is not None]
-    weights: int = sum(t.numel() * t.element_size() for t in [*model.net.state_dict().values(), *packed, model.table])
-    return weights + batch_bytes(slots) + slots.capacity * picture_bytes(model.card.architecture, model.table.dtype)
+    """What a loaded model holds of a device that does not tell, once its net has grown to a full batch."""
+    table = model.table.numel() * model.table.element_size()
+    dtype = model.net.dtype if isinstance(model.net, CpuNet) else model.table.dtype
+    return table + batch_bytes(slots) + cpu_bytes(model.card.architecture, model.parameters, slots.capacity, dtype)
+
+
+def cpu_bytes(arch: Architecture | LucidArchitecture, parameters: int, slots: int, dtype: torch.dtype) -> int:
+    """A net on a CPU: each size of batch has weights and working memory of its own."""
+    sizes = sizes_up_to(slots, parameters * dtype.itemsize)
+    return len(sizes) * parameters * int(dtype.itemsize) + sum(sizes) * picture_bytes(arch, dtype)
 
 
 def batch_bytes(slots: Slots) -> int:

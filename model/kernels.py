@@ -1,9 +1,8 @@
 """The operations the U-Net is made of besides convolutions, each beside its meaning in plain torch; and where Triton
 computes.
 
-On a CPU, in inference, no reduction is shared between the pictures of a batch, so that a picture's bits do not depend
-on its company. On a GPU, in inference, Triton kernels compute the norms with what stands around them and what is added
-to a convolution. Where they cannot run, torch computes the same.
+On a GPU, in inference, Triton kernels compute the norms with what stands around them and what is added to a
+convolution. Where they cannot run, torch computes the same.
 """
 
 import logging
@@ -15,9 +14,6 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model.gpu import raise_if_fatal
-
-SHARED_REDUCTION = 1024  # from so many pixels on, torch's channels-last GroupNorm sums over batch and threads at once
-NARROW_GROUP = 16  # below so many channels to a group, and fewer pixels than that, it is slower than two reorderings
 
 TRITON_ON = frozenset({"cuda"})  # the types of device that Triton's kernels are tried on; if empty, torch does it all
 TRITON_STORES = (torch.float32, torch.bfloat16, torch.float16)
@@ -105,18 +101,8 @@ class GroupNorm(nn.GroupNorm):
         return F.silu(out) if silu else out
 
     def _norm(self, x: Tensor, silu: bool) -> Tensor:
-        B, C, H, W = x.shape
-        small, plain = H * W < SHARED_REDUCTION, x.device.type != "cpu" or torch.is_grad_enabled()
-        if plain or small or B == 1:
-            narrow = small and not plain and C // self.num_groups < NARROW_GROUP
-            out = torch.group_norm(x.contiguous() if narrow else x, self.num_groups, self.weight, self.bias, self.eps)
-            out = F.silu(out) if silu else out
-            return out.contiguous(memory_format=torch.channels_last) if narrow else out
-        out = torch.empty_like(x)
-        for one, result in zip(x.split(1), out.split(1), strict=True):
-            normed = torch.group_norm(one, self.num_groups, self.weight, self.bias, self.eps)
-            torch.ops.aten.silu.out(normed, out=result) if silu else result.copy_(normed)
-        return out
+        out = F.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+        return F.silu(out) if silu else out
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -35,6 +35,11 @@ class LucidArchitecture:
         return self.out_channels == 2 * self.in_channels
 
     @property
+    def levels(self) -> int:
+        """Sizes of picture that the net works at, each half of the one above."""
+        return len(self.dim_mults)
+
+    @property
     def shape(self) -> tuple[int, int, int]:
         """(C, H, W) of a picture."""
         return self.in_channels, self.height, self.width

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from model.checkpoint import Model
+from model.cpu_net import CpuNet
 from model.exact_kernels import Chosen, choose_kernels, trust_libraries
 from model.gpu import prepare_gpu
 from model.kernels import uses_triton
@@ -22,7 +23,7 @@ from model.slots import Slots
 logger = logging.getLogger(__name__)
 
 
-def denoise(net: Net, table: Tensor, slots: Slots, batch: int) -> None:
+def denoise(net: Net | CpuNet, table: Tensor, slots: Slots, batch: int) -> None:
     """One denoising step of the first `batch` slots, in place: by the algebra, or by two kernels that compute it."""
     if uses_triton(slots.x[0]):
         denoise_by_kernels(net, table, slots, batch)
@@ -30,7 +31,7 @@ def denoise(net: Net, table: Tensor, slots: Slots, batch: int) -> None:
         algebra(net, table, slots, batch)
 
 
-def denoise_by_kernels(net: Net, table: Tensor, slots: Slots, batch: int) -> None:
+def denoise_by_kernels(net: Net | CpuNet, table: Tensor, slots: Slots, batch: int) -> None:
     """`algebra`, and the noise that belongs to it, with one kernel before the net and one behind it."""
     from model import triton_step
 
@@ -40,7 +41,7 @@ def denoise_by_kernels(net: Net, table: Tensor, slots: Slots, batch: int) -> Non
     triton_step.update(net(picture, embedding), x, slots.x0, slots.given, now=now, **state)
 
 
-def algebra(net: Net, table: Tensor, slots: Slots, batch: int) -> None:
+def algebra(net: Net | CpuNet, table: Tensor, slots: Slots, batch: int) -> None:
     """One denoising step in plain torch. See `model.plan` for the letters."""
     x, x0_before, cursor = slots.x[:batch], slots.x0[:batch], slots.cursor[:batch]  # [b, C, H, W] twice, [b]
     row = slots.rows[torch.arange(batch, device=x.device), cursor]  # [b, 11]
@@ -77,7 +78,9 @@ def ranges(numbers: Sequence[int]) -> str:
 class Runner:
     """A model, its slots, and the batch sizes it runs at.
 
-    Made in pieces of about a step each, with a call of `between` after each: other models may go on then.
+    On a CPU the net itself sees to it that a picture's bits are the same in every batch (`model.cpu_net`). Elsewhere
+    that is found out here. Made in pieces of about a step each, with a call of `between` after each: other models may
+    go on then.
     """
 
     def __init__(
@@ -96,22 +99,41 @@ class Runner:
         self.buckets = sorted({*buckets, slots}) if buckets else usual_buckets(slots)
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self.chosen: Chosen | None = None  # on a GPU that promises something
-        with torch.inference_mode():
-            trust_libraries(model.net)
-            if self.device.type == "cuda":
-                self._run_in_pieces(between)
-            if exact and uses_triton(self.slots.x[0]):
-                self.chosen = choose_kernels(model.net, lambda: self.step(self.buckets[0]), self.buckets, between)
-                self._run_in_pieces(between)
-            if self.device.type == "cuda":
-                self.capture(between)
-            # bits: a hash of what the check came to, where something is promised: 8 hexadecimal digits
-            self.exact_buckets, self.bits = self._find_exact(between) if exact else ([], "")
+        if isinstance(model.net, CpuNet):
+            self.buckets = list(range(1, slots + 1))
+            self.exact_buckets, self.bits = (self.buckets, self._bits(model.net)) if exact else ([], "")
+        else:
+            self.exact_buckets, self.bits = self._prepare(model.net, exact, between)
         # A full batch needs a bucket, even one that promises nothing.
         self.admitted = sorted({*self.exact_buckets, slots}) if exact else self.buckets
-        self.note = self._note() if exact else None  # what the promise costs, or why there is none
+        self.note = self._note() if exact or isinstance(model.net, CpuNet) else None  # of the promise, or of the net
         if self.note is not None:
             logger.warning("%s: %s", model.card.name, self.note)
+
+    @torch.inference_mode()
+    def _prepare(self, net: Net, exact: bool, between: Callable[[], None]) -> tuple[list[int], str]:
+        """Chooses kernels, captures graphs. -> the buckets that keep bits, and a hash of what the check of them came
+        to, where something is promised: 8 hexadecimal digits"""
+        trust_libraries(net)
+        if self.device.type == "cuda":
+            self._run_in_pieces(net, between)
+        if exact and uses_triton(self.slots.x[0]):
+            self.chosen = choose_kernels(net, lambda: self.step(self.buckets[0]), self.buckets, between)
+            self._run_in_pieces(net, between)
+        if self.device.type == "cuda":
+            self.capture(between)
+        return self._find_exact(between) if exact else ([], "")
+
+    def _bits(self, net: CpuNet) -> str:
+        """The same hash where the net has been checked by itself: of its bits, and of the noise."""
+        seeds = torch.arange(4)
+        noise = gaussian(seeds, 0 * seeds, self.slots.shape)
+        return hashlib.sha256(net.bits.encode() + noise.numpy().tobytes()).hexdigest()[:8]
+
+    def grow(self) -> bool:
+        """Makes steps of many pictures faster, if it can. -> whether it can once more. Another thread may call it."""
+        net = self.model.net
+        return isinstance(net, CpuNet) and net.grow(self.slots.capacity)
 
     @property
     def exact(self) -> bool:
@@ -132,6 +154,8 @@ class Runner:
 
     def _note(self) -> str | None:
         """What is to be said of the check, in a sentence, or None."""
+        if isinstance(self.model.net, CpuNet):
+            return self.model.net.note
         if not self.exact:
             return "nothing is promised: a picture's bits depend on who is in the batch, or on its slot"
         smallest, others = self.admitted[0], [b for b in self.buckets if b not in self.exact_buckets]
@@ -139,13 +163,13 @@ class Runner:
             return None
         return f"a picture alone takes a batch of {smallest}, since bits are others in batches of {ranges(others)}"
 
-    def _run_in_pieces(self, between: Callable[[], None]) -> None:
+    def _run_in_pieces(self, net: Net, between: Callable[[], None]) -> None:
         """One step with a call of `between` before each layer: whatever has to be compiled for it is compiled now."""
 
         def pause(layer: nn.Module, arguments: object) -> None:
             between()
 
-        layers = [module for module in self.model.net.modules() if not any(True for _ in module.children())]
+        layers = [module for module in net.modules() if not any(True for _ in module.children())]
         hooks = [layer.register_forward_pre_hook(pause) for layer in layers]
         try:
             self.step(self.buckets[0])

@@ -43,6 +43,7 @@ class Life:
     def __init__(self) -> None:
         self.over = asyncio.Event()
         self.refused: Refused | None = None  # why there is no sense in another one
+        self.signal = 0  # the number of the signal that ended it, if one did that we did not send
         self.cause = "died"  # of its end, unless something else is seen
         self.stopped_s = 0.0  # for how long it has been stopped by a signal
         self._outbox: queue.SimpleQueue[Letter | None] = queue.SimpleQueue()
@@ -91,6 +92,8 @@ class Life:
                         self.cause = "hung"
                         process.kill()
         finally:
+            if self.cause == "died" and not process.is_alive():
+                self.signal = max(0, -(process.exitcode or 0))
             process.kill()  # it holds nothing that could be lost
             self._outbox.put(None)
             for thread in threads:

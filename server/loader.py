@@ -1,6 +1,7 @@
 """How a model comes into memory: its net is read and built in a thread, then its engine is made between steps."""
 
 import time
+import weakref
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ import torch
 
 from model.card import ModelCard, read_card
 from model.checkpoint import Model, load_model
+from model.cpu_net import CpuNet
 from model.engine import Engine
 from model.errors import ModelRefused
 from model.footprint import footprint
@@ -45,7 +47,9 @@ class Loader:
     def __init__(self, start: Start, between: Callable[[], None]) -> None:
         device = machine.choose_device(start.device)
         if device.type == "cpu":
-            machine.prepare_cpu(start.threads)
+            torch.set_num_threads(
+                1
+            )  # the net has threads of its own, and those of torch would wait for work at its cost
         else:
             torch.cuda.set_device(device)
         self.device, self._start, self._between = device, start, between
@@ -70,34 +74,52 @@ class Loader:
         card = read_card(card.directory, card.name)
         if card.digest != digest:
             raise ModelRefused(CHANGED)
-        return load_model(card, self.device, self._dtype)
+        return load_model(card, self.device, self._dtype, self._start.unusable)
 
     def finish(self, arrival: Arrival) -> Arrived:
         """Waits for the net, and makes its engine. Raises ModelRefused or torch.OutOfMemoryError.
 
-        The thread ends here. One that stays keeps threads of its own for OpenMP, which then counts more of them than
-        there are processors, and lets those of a step sleep at every barrier: half the speed of an engine on two cores.
+        The thread goes on to make steps of many pictures faster, and ends then.
         """
-        with arrival.thread:
+        try:
             model = arrival.net.result()
-        runner = Runner(model, self._slots, self._start.exact, between=self._between)
+            runner = Runner(model, self._slots, self._start.exact, between=self._between)
+            arrival.thread.submit(_grow, weakref.ref(runner))
+        finally:
+            arrival.thread.shutdown(wait=False)
+        steps = [Step(arrival.name, *taken) for taken in _time_steps(runner, self._between)]
         faults.plant(runner)
-        steps = []
-        for count in (1, runner.slots.capacity):
-            steps.append(Step(arrival.name, runner.bucket_for(count), _time_a_step(runner, count)))
-            self._between()
         load_s = round(time.monotonic() - arrival.began, 3)
         grown_bytes = machine.held_bytes(self.device) - arrival.held_bytes
         return Arrived(Engine(runner), machine.describe(runner, model, load_s, grown_bytes), steps)
 
 
-def _time_a_step(runner: Runner, count: int) -> float:
-    """How long a step takes that has room for so many pictures, with nobody in it: the shorter of two."""
-    took = []
-    for _ in range(2):
+def _grow(runner: "weakref.ref[Runner]") -> None:
+    """In the thread: whatever makes steps faster, as long as the model is here."""
+    while (here := runner()) is not None and here.grow():
+        del here
+
+
+def _time_steps(runner: Runner, between: Callable[[], None]) -> list[tuple[int, float]]:
+    """(a batch size, seconds of a step) for the smallest and the largest batch; of a CPU's net, which may take its
+    time, an estimate that is too long rather than too short."""
+    net, largest = runner.model.net, runner.slots.capacity
+    if isinstance(net, CpuNet):
         began = time.monotonic()
-        runner.step(runner.bucket_for(count))
-        if runner.device.type == "cuda":
-            torch.cuda.synchronize(runner.device)
-        took.append(time.monotonic() - began)
-    return min(took)
+        share = net.rehearse()
+        picture_s = share * (time.monotonic() - began)
+        return [(1, picture_s), (largest, largest * picture_s)]
+    taken = []
+    for bucket in (runner.bucket_for(1), runner.bucket_for(largest)):
+        taken.append((bucket, min(_time_a_step(runner, bucket) for _ in range(2))))
+        between()
+    return taken
+
+
+def _time_a_step(runner: Runner, bucket: int) -> float:
+    """How long a step takes, with nobody in it."""
+    began = time.monotonic()
+    runner.step(bucket)
+    if runner.device.type == "cuda":
+        torch.cuda.synchronize(runner.device)
+    return time.monotonic() - began

@@ -9,13 +9,12 @@ import torch
 
 from model.card import ModelCard
 from model.checkpoint import Model
+from model.cpu_net import CpuNet, supports
 from model.errors import NoSuchDevice
 from model.footprint import Footprint, resident_bytes
 from model.runner import Runner, ranges, usual_buckets
 from server.backend import Served
-from server.devices import cores
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -43,8 +42,7 @@ def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
         return DTYPES[wanted]
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if native else torch.float32
+    return torch.bfloat16 if supports(torch.bfloat16) else torch.float32
 
 
 def usual_slots(device: torch.device) -> int:
@@ -62,28 +60,17 @@ def device_name(device: torch.device) -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def prepare_cpu(threads: int) -> None:
-    """Makes this process an engine on a CPU: its threads, and an allocator that keeps what it has got.
-
-    Left alone, glibc gives a step's large tensors back to the system and gets them again, page by page, in the next.
-    """
-    torch.set_num_threads(threads or cores())
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
-    if mallopt is not None:
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-
-
 def describe(runner: Runner, model: Model, load_s: float, grown_bytes: int) -> Served:
     """What the world may know of a loaded model. grown_bytes: by how much more of a GPU is held since it was not."""
-    device, dtype = runner.device, str(model.table.dtype).removeprefix("torch.")
-    name = device_name(device)
-    parts = [name, f"torch {torch.__version__}", dtype, f"exact {ranges(runner.exact_buckets)}"]
-    if device.type == "cuda":
-        parts.insert(2, f"cudnn {torch.backends.cudnn.version()}")
-        parts += [str(runner.chosen)] if runner.chosen else []
-    else:
-        parts.insert(2, f"{torch.get_num_threads()} threads")
+    device, net, name = runner.device, model.net, device_name(runner.device)
+    computes_in = net.dtype if isinstance(net, CpuNet) else model.table.dtype
+    dtype, exact = str(computes_in).removeprefix("torch."), f"exact {ranges(runner.exact_buckets)}"
+    parts = [name, f"torch {torch.__version__}"]
+    if isinstance(net, CpuNet):
+        parts += [f"{net.threads} threads", net.runtime]
+    elif device.type == "cuda":
+        parts += [f"cudnn {torch.backends.cudnn.version()}"]
+    parts += [dtype, exact, *([str(runner.chosen)] if runner.chosen else [])]
     parts += [f"bits {runner.bits}"] if runner.bits else []
     return Served(
         model.card.digest,

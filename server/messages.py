@@ -21,6 +21,7 @@ class Start:
     exact: bool
     log_level: str
     memory_bytes: int = 0  # that its models may take together; 0: they are all loaded
+    unusable: str = ""  # why OpenVINO is not tried on a CPU, if it is not, in words that go on behind its name
     again: bool = False  # in the place of one that served: what is refused now is left out, and the others go on
 
 

@@ -5,6 +5,7 @@ A sample is a pure function of its spec, so running it again gives the same byte
 
 import asyncio
 import logging
+import signal
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
@@ -176,6 +177,10 @@ class LocalBackend:
             if life.refused is not None:
                 kind = getattr(model_errors, life.refused.error)
                 return self._fail(EngineFailed(life.refused.message, EXIT_CODES[kind]))
+            if life.signal == signal.SIGILL and not self._start.unusable:
+                self._start = replace(
+                    self._start, unusable="ended an engine by an instruction that this processor lacks"
+                )
             loss = self._passengers.perish()
             if loss.explained or self._all_stats.steps > steps_before:
                 failures = 0

@@ -96,7 +96,7 @@ def starting_early(setting: Setting, batches: Sequence[int]) -> Iterator[Fact]:
     for early in (True, False):
         with patch.object(triton_launch, "WANTED", early):
             runner = Runner(model, max(batches), exact=False, buckets=batches)
-            for module in model.net.modules():
+            for module in model.module.modules():
                 if isinstance(module, Conv):
                     module.invariant = True
             runner.capture()

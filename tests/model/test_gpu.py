@@ -51,7 +51,7 @@ def cifar10_model(dtype: torch.dtype) -> Model:
 
 
 def invariant_layers(model: Model) -> list[str]:
-    return [name for name, layer in model.net.named_modules() if getattr(layer, "invariant", False)]
+    return [name for name, layer in model.module.named_modules() if getattr(layer, "invariant", False)]
 
 
 @pytest.mark.parametrize(("dtype", "slots"), [(torch.bfloat16, 64), (torch.float32, 16)], ids=["bfloat16", "float32"])
