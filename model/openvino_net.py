@@ -67,8 +67,9 @@ def compile_net(net: Net, shape: Sequence[int], batch: int, dtype: torch.dtype, 
         ov.Model([op.result(out.node)], [x, embedding], "net"), "CPU", _hints(dtype, threads)
     )
     request = compiled.create_infer_request()
-    inputs = [torch.from_numpy(request.get_input_tensor(i).data) for i in range(2)]
-    result = torch.from_numpy(request.get_output_tensor(0).data)
+    with torch.inference_mode(False):  # else they could not be written to outside of it
+        inputs = [torch.from_numpy(request.get_input_tensor(i).data) for i in range(2)]
+        result = torch.from_numpy(request.get_output_tensor(0).data)
 
     def run(x: Tensor, embedding: Tensor) -> Tensor:
         """x: [batch, C, H, W], embedding: [batch, width], float32 -> [batch, out, H, W], until the next call"""

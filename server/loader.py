@@ -84,10 +84,10 @@ class Loader:
         try:
             model = arrival.net.result()
             runner = Runner(model, self._slots, self._start.exact, between=self._between)
+            steps = [Step(arrival.name, *taken) for taken in _time_steps(runner, self._between)]
             arrival.thread.submit(_grow, weakref.ref(runner))
         finally:
             arrival.thread.shutdown(wait=False)
-        steps = [Step(arrival.name, *taken) for taken in _time_steps(runner, self._between)]
         faults.plant(runner)
         load_s = round(time.monotonic() - arrival.began, 3)
         grown_bytes = machine.held_bytes(self.device) - arrival.held_bytes

@@ -134,6 +134,14 @@ def test_a_batch_of_any_size_is_what_its_pictures_are_alone_before_the_net_grows
         assert torch.equal(net(x[:count], embedding[:count]), alone[:count])
 
 
+def test_a_net_that_was_made_in_inference_may_be_used_outside_of_it() -> None:
+    with torch.inference_mode():
+        net = cpu_net()
+    x, embedding = inputs(net, 1)
+
+    assert net(x, embedding).isfinite().all()
+
+
 @torch.inference_mode()
 def test_what_a_batch_gave_is_not_overwritten_by_the_next() -> None:
     net = cpu_net()
