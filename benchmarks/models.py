@@ -1,6 +1,9 @@
 """What is measured: an engine as the server builds it; nets that people serve, with random weights, and a tiny one."""
 
 import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -40,6 +43,12 @@ LARGE = CIFAR10 | {
     "down_block_types": (*["DownBlock2D"] * 4, "AttnDownBlock2D", "DownBlock2D"),
     "up_block_types": ("UpBlock2D", "AttnUpBlock2D", *["UpBlock2D"] * 4),
 }
+LARGEST = "256 x 256 configuration"
+MODELS: dict[str, dict[str, object] | None] = {  # by the names they are measured under; None: the digits, as they are
+    "digits": None,
+    "CIFAR-10 configuration": CIFAR10,
+    LARGEST: LARGE,
+}
 TINY = CIFAR10 | {
     "sample_size": 8,
     "block_out_channels": (8, 16),
@@ -60,6 +69,17 @@ def random_model(directory: Path, config: dict[str, object]) -> Path:
     net = build(architecture(config))
     save_file(dict(net.state_dict()), directory / WEIGHTS, {"format": "pt"})
     return directory
+
+
+@contextmanager
+def model_directory(name: str, digits: Path) -> Iterator[Path]:
+    """The directory of one of MODELS; one of random weights is gone afterwards."""
+    config = MODELS[name]
+    if config is None:
+        yield digits
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield random_model(Path(folder) / "model", config)
 
 
 def our_engine(directory: Path, device: torch.device, slots: int) -> Engine:
