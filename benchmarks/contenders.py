@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from benchmarks.models import grow_up
 from benchmarks.runtimes import Net, OnnxRuntime, OpenVino, by_torch
 from model.card import read_card
 from model.checkpoint import load_model
@@ -53,6 +54,7 @@ class Ours:
     def __init__(self, setup: Setup, exact: bool = True) -> None:
         model = load_model(read_card(setup.directory), setup.device, choose_dtype("auto", setup.device))
         self.engine, self.live = Engine(Runner(model, setup.most, exact, setup.buckets)), list[int]()
+        grow_up(model, setup.most)
         process = model.card.process
         self.table, self.next = plan(process, resolve(process, "ddpm", process.schedule.T)), 0
 
@@ -96,22 +98,19 @@ class BareNet:
 
     def __init__(self, setup: Setup) -> None:
         self.model = load_model(read_card(setup.directory), setup.device, choose_dtype("auto", setup.device))
+        grow_up(self.model, setup.most)
 
     @torch.inference_mode()
     def run(self, batch: int, steps: int) -> None:
-        x = self._picture(torch.randn(batch, *self.model.card.architecture.shape))
+        x = torch.randn(batch, *self.model.card.architecture.shape).to(self.model.table.dtype)
         rows = self.model.table[torch.arange(batch) % len(self.model.table)]
         for _ in range(steps):
             self.model.net(x, rows)
 
     @torch.inference_mode()
     def predict(self, x: Tensor, t: Tensor) -> Tensor:
-        out: Tensor = self.model.net(self._picture(x), self.model.table[t])
+        out: Tensor = self.model.net(x.to(self.model.table.dtype), self.model.table[t])
         return out.float()
-
-    def _picture(self, x: Tensor) -> Tensor:
-        """As our engine hands it to the net."""
-        return x.to(self.model.table.dtype, memory_format=torch.channels_last)
 
 
 class Theirs:

@@ -12,7 +12,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -87,7 +87,8 @@ def started(
         yield Running(process, f"http://127.0.0.1:{port}")
     finally:
         if peer:
-            os.killpg(process.pid, signal.SIGKILL)  # LitServe's processes outlive a polite word
+            with suppress(ProcessLookupError):  # it has ended by itself
+                os.killpg(process.pid, signal.SIGKILL)  # LitServe's processes outlive a polite word
         process.terminate()
         process.wait(60)
 

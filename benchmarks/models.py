@@ -2,7 +2,7 @@
 
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from model.architecture import architecture
 from model.card import WEIGHTS, read_card
-from model.checkpoint import load_model
+from model.checkpoint import Model, load_model
 from model.engine import Engine
 from model.events import Request
 from model.nets import build
@@ -82,9 +82,19 @@ def model_directory(name: str, digits: Path) -> Iterator[Path]:
         yield random_model(Path(folder) / "model", config)
 
 
+def grow_up(model: Model, slots: int) -> None:
+    """Makes every batch size that a net will have for so many slots, which a server does while it already serves."""
+    grow: Callable[[int], bool] | None = getattr(model.net, "grow", None)
+    while grow is not None and grow(slots):
+        pass
+
+
 def our_engine(directory: Path, device: torch.device, slots: int) -> Engine:
     """The engine as the server builds it: numbers as the device computes best, exact buckets only."""
-    return Engine(Runner(load_model(read_card(directory), device, choose_dtype("auto", device)), slots))
+    model = load_model(read_card(directory), device, choose_dtype("auto", device))
+    engine = Engine(Runner(model, slots))
+    grow_up(model, slots)
+    return engine
 
 
 def run_engine(engine: Engine, batch: int, steps: int) -> None:

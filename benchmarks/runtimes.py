@@ -21,14 +21,14 @@ NEEDED = {"OpenVINO": ["openvino"], "onnxruntime": ["onnxruntime", "onnx"]}  # p
 
 
 def native_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the device multiplies in it, else float32.
+    """bfloat16 where torch has instructions for it on this device, else float32.
 
-    A processor may be limited to older instructions by ONEDNN_MAX_CPU_ISA, which oneDNN alone knows.
+    oneDNN alone knows which of a processor's it may use (ONEDNN_MAX_CPU_ISA), but takes AVX-512 without any for enough.
     """
-    dtype = choose_dtype("auto", device)
-    if device.type == "cpu" and dtype is torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return torch.float32
-    return dtype
+    if device.type != "cpu":
+        return choose_dtype("auto", device)
+    there = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if there and torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
 
 
 def why_not(name: str, device: torch.device) -> str:

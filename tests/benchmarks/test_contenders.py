@@ -89,23 +89,25 @@ def test_a_contender_whose_package_is_missing_is_left_out_and_named(
     ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, BF16])
-def test_bfloat16_takes_part_where_there_are_instructions_for_it(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("avx512", "amx", "allowed", "dtype"),
+    [
+        (True, False, True, BF16),
+        (False, True, True, BF16),
+        (False, False, True, torch.float32),
+        (True, False, False, torch.float32),
+    ],
+)
+def test_bfloat16_takes_part_where_there_are_instructions_for_it_that_may_be_used(
+    avx512: bool, amx: bool, allowed: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runtimes, "choose_dtype", lambda wanted, device: dtype)
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: allowed)
 
     assert native_dtype(CPU) is dtype
     assert (why_not("diffusers, bfloat16", CPU) == "") == (dtype is BF16)
     assert why_not("diffusers", CPU) == ""
-
-
-def test_a_processor_that_is_limited_to_older_instructions_has_no_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runtimes, "choose_dtype", lambda wanted, device: BF16)
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
-
-    assert native_dtype(CPU) is torch.float32
 
 
 @pytest.mark.parametrize("missing", ["litserve", "openvino"])
