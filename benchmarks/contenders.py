@@ -13,6 +13,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from benchmarks.models import grow_up
+from benchmarks.runtimes import Net, OnnxRuntime, OpenVino, by_torch
 from model.card import read_card
 from model.checkpoint import load_model
 from model.engine import Engine
@@ -22,7 +24,7 @@ from model.runner import Runner
 from server.devices import cores
 from server.machine import choose_dtype
 
-Net = Callable[[Tensor, Tensor], Tensor]  # (x [B, C, H, W], t [B]) -> [B, C, H, W]
+BARE = "ours, the bare net"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,7 @@ class Ours:
     def __init__(self, setup: Setup, exact: bool = True) -> None:
         model = load_model(read_card(setup.directory), setup.device, choose_dtype("auto", setup.device))
         self.engine, self.live = Engine(Runner(model, setup.most, exact, setup.buckets)), list[int]()
+        grow_up(model, setup.most)
         process = model.card.process
         self.table, self.next = plan(process, resolve(process, "ddpm", process.schedule.T)), 0
 
@@ -90,6 +93,26 @@ class Ours:
         return out.cpu()
 
 
+class BareNet:
+    """Our net as it is loaded, with nothing around it: no slots, no noise, no arithmetic of a sampler."""
+
+    def __init__(self, setup: Setup) -> None:
+        self.model = load_model(read_card(setup.directory), setup.device, choose_dtype("auto", setup.device))
+        grow_up(self.model, setup.most)
+
+    @torch.inference_mode()
+    def run(self, batch: int, steps: int) -> None:
+        x = torch.randn(batch, *self.model.card.architecture.shape).to(self.model.table.dtype)
+        rows = self.model.table[torch.arange(batch) % len(self.model.table)]
+        for _ in range(steps):
+            self.model.net(x, rows)
+
+    @torch.inference_mode()
+    def predict(self, x: Tensor, t: Tensor) -> Tensor:
+        out: Tensor = self.model.net(x.to(self.model.table.dtype), self.model.table[t])
+        return out.float()
+
+
 class Theirs:
     """diffusers' loop around a net, in whatever precision and however compiled."""
 
@@ -118,7 +141,7 @@ class Graphed(Theirs):
     """diffusers' net and its scheduler's formula in one CUDA graph per batch size, with nothing of ours in it."""
 
     def __init__(self, setup: Setup) -> None:
-        super().__init__(setup, load(setup, torch.bfloat16, True), torch.bfloat16)
+        super().__init__(setup, by_torch(setup.directory, setup.device, torch.bfloat16, True), torch.bfloat16)
         bar = self.scheduler.alphas_cumprod.double()
         before = torch.cat([torch.ones(1).double(), bar[:-1]])
         alpha, beta = bar / before, 1 - bar / before
@@ -168,24 +191,9 @@ class Graphed(Theirs):
         return out.cpu()
 
 
-def load(setup: Setup, dtype: torch.dtype, channels_last: bool) -> Any:
-    """diffusers' net as a function of (x, t)."""
-    from diffusers import UNet2DModel
-
-    net = UNet2DModel.from_pretrained(setup.directory, low_cpu_mem_usage=False).eval().to(setup.device, dtype)
-    if channels_last:
-        net = net.to(memory_format=torch.channels_last)
-
-    def run(x: Tensor, t: Tensor) -> Tensor:
-        out: Tensor = net(x, t, return_dict=False)[0]
-        return out
-
-    return run
-
-
 def eager(setup: Setup, dtype: torch.dtype = torch.float32, channels_last: bool = False) -> Theirs:
     """diffusers as it comes."""
-    return Theirs(setup, load(setup, dtype, channels_last), dtype)
+    return Theirs(setup, by_torch(setup.directory, setup.device, dtype, channels_last), dtype)
 
 
 def compiled(setup: Setup, dtype: torch.dtype, **options: Any) -> Theirs:
@@ -196,34 +204,18 @@ def compiled(setup: Setup, dtype: torch.dtype, **options: Any) -> Theirs:
     if options.get("mode") == "max-autotune":  # as huggingface/diffusion-fast sets it
         inductor.conv_1x1_as_mm = inductor.coordinate_descent_tuning = True
         inductor.coordinate_descent_check_all_directions, inductor.epilogue_fusion = True, False
-    net: Net = torch.compile(load(setup, dtype, True), dynamic=False, **options)
+    net: Net = torch.compile(by_torch(setup.directory, setup.device, dtype, True), dynamic=False, **options)
     return Theirs(setup, lambda x, t: net(x, t).clone(), dtype)
 
 
 def openvino(setup: Setup, precision: str) -> Theirs:
-    """diffusers' net through OpenVINO, compiled anew for each batch size."""
-    import openvino as ov
-    from diffusers import UNet2DModel
+    """diffusers' loop around its net in OpenVINO, one compiled model for each batch size."""
+    return Theirs(setup, OpenVino(setup.directory, precision, setup.threads or cores()), torch.float32)
 
-    core, made = ov.Core(), dict[int, Any]()
 
-    class Module(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = UNet2DModel.from_pretrained(setup.directory, low_cpu_mem_usage=False).eval()
-
-        def forward(self, x: Tensor, t: Tensor) -> Tensor:
-            out: Tensor = self.net(x, t, return_dict=False)[0]
-            return out
-
-    def run(x: Tensor, t: Tensor) -> Tensor:
-        if len(x) not in made:
-            graph = ov.convert_model(Module(), example_input=(x, t), input=[x.shape, t.shape])
-            hints = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": cores()}
-            made[len(x)] = core.compile_model(graph, "CPU", hints | {"PERFORMANCE_HINT": "LATENCY"})
-        return torch.from_numpy(made[len(x)]([x.numpy(), t.numpy()])[0])
-
-    return Theirs(setup, run, torch.float32)
+def onnxruntime(setup: Setup) -> Theirs:
+    """diffusers' loop around its net in onnxruntime, one graph for each batch size."""
+    return Theirs(setup, OnnxRuntime(setup.directory, setup.threads or cores()), torch.float32)
 
 
 BF16 = torch.bfloat16
@@ -234,11 +226,15 @@ EVERYWHERE: dict[str, Maker] = {
     "diffusers, bfloat16": partial(eager, dtype=BF16, channels_last=True),
 }
 ON_GPU = EVERYWHERE | {"ours, EXACT=0": partial(Ours, exact=False), "diffusers, bare CUDA graph": Graphed}
-COMPILED_ON_CPU = EVERYWHERE | {
-    "torch.compile with freezing, float32": partial(compiled, dtype=torch.float32, freezing=True),
-    "torch.compile with freezing, bfloat16": partial(compiled, dtype=BF16, freezing=True),
+ON_CPU = EVERYWHERE | {
+    BARE: BareNet,
     "OpenVINO, float32": partial(openvino, precision="f32"),
     "OpenVINO, bfloat16": partial(openvino, precision="bf16"),
+    "onnxruntime, float32": onnxruntime,
+}
+COMPILED_ON_CPU = ON_CPU | {
+    "torch.compile with freezing, float32": partial(compiled, dtype=torch.float32, freezing=True),
+    "torch.compile with freezing, bfloat16": partial(compiled, dtype=BF16, freezing=True),
 }
 COMPILED_ON_GPU: dict[str, Maker] = {
     "ours": Ours,

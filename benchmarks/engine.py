@@ -6,37 +6,45 @@ float64, and whether a picture's bits are the same alone and in company.
 
 import math
 import statistics
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.contenders import COMPILED_ON_CPU, COMPILED_ON_GPU, EVERYWHERE, ON_GPU, Setup, load
+from benchmarks.contenders import BARE, COMPILED_ON_CPU, ON_CPU, Setup
 from benchmarks.measure import Measure, interleaved, median_ratio, seconds_of
-from benchmarks.models import CIFAR10, LARGE, random_model
+from benchmarks.models import LARGEST, model_directory
 from benchmarks.remote import Remote
+from benchmarks.runtimes import by_torch, native_dtype, why_not
 
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """A model, the batches it is run at, and how long a block of steps takes at least."""
+    """A model, the batches it is run at, and how long a block of steps takes at least.
+
+    growing: batches that are compared with as many steps of one picture
+    """
 
     name: str
     directory: Path
     batches: Sequence[int]
     block_s: float
     rounds: int = 5
+    growing: Sequence[int] = ()
 
 
 def started(trial: Trial, names: Sequence[str], device: torch.device) -> Iterator[tuple[Remote, float]]:
     """The contenders that could be loaded, and the seconds that took; why the others could not is printed."""
-    remotes = [Remote.start(name, Setup(trial.directory, device, max(trial.batches))) for name in names]
+    reasons = {name: why_not(name, device) for name in names}
+    for name, reason in reasons.items():
+        if reason:
+            print(f"left out: {name}: {reason}", flush=True)
+    setup = Setup(trial.directory, device, max(trial.batches))
+    remotes = [Remote.start(name, setup) for name, reason in reasons.items() if not reason]
     for remote in remotes:
         try:
             yield remote, remote.answer()
@@ -51,12 +59,18 @@ def warm(remotes: list[Remote], trial: Trial) -> Iterator[tuple[Remote, dict[int
         try:
             steps = {}
             for batch in trial.batches:
-                remote.ask("run", batch, 2)
-                steps[batch] = max(2, math.ceil(trial.block_s / (remote.ask("run", batch, 4) / 4)))
+                remote.ask("run", batch, 1)
+                steps[batch] = steps_in(trial.block_s, remote, batch)
             yield remote, steps
         except RuntimeError as error:
             print(f"left out: {error}", flush=True)
             remote.end()
+
+
+def steps_in(block_s: float, remote: Remote, batch: int) -> int:
+    """How many steps of a batch fill a block, judged by four of them, or by one if that alone fills it."""
+    took_s = remote.ask("run", batch, 1)
+    return math.ceil(block_s / (remote.ask("run", batch, 4) / 4)) if took_s < block_s else 1
 
 
 def speed(trial: Trial, fields: list[tuple[Remote, dict[int, int]]]) -> Iterator[Measure]:
@@ -71,13 +85,46 @@ def speed(trial: Trial, fields: list[tuple[Remote, dict[int, int]]]) -> Iterator
             curves[name].append(1000 * statistics.median(taken))
             spread = (1000 * min(taken), 1000 * max(taken))
             yield Measure(f"{trial.name}, batch {batch}: {name}", curves[name][-1], "ms/step", spread)
-        for name in [name for name in each if name != "ours" and "ours" in each]:
-            ratio, spread = median_ratio(each[name], each["ours"])
-            yield Measure(f"{trial.name}, batch {batch}: ours against {name}", ratio, "times faster", spread)
+        yield from ratios(f"{trial.name}, batch {batch}", each)
     whole = {name: curve for name, curve in curves.items() if len(curve) == len(trial.batches) > 2}
     for name, curve in whole.items():
         slope, start = np.polyfit(trial.batches, curve, 1, w=1 / np.array(curve))
         yield Measure(f"{trial.name}: {name}, a step is {start:.3f} + b x", float(slope), "ms")
+
+
+def ratios(title: str, took: dict[str, list[float]]) -> Iterator[Measure]:
+    """How many times faster we are than each, and than the best of those that are not ours. took: by rounds"""
+    if "ours" not in took:
+        return
+    for name in [name for name in took if name != "ours"]:
+        ratio, spread = median_ratio(took[name], took["ours"])
+        yield Measure(
+            f"{title}: ours against {name}", ratio, "of its speed" if name == BARE else "times faster", spread
+        )
+    others = {name: each for name, each in took.items() if not name.startswith("ours")}
+    if len(others) > 1:
+        best = min(others, key=lambda name: statistics.median(others[name]))
+        ratio, spread = median_ratio(others[best], took["ours"])
+        yield Measure(f"{title}: ours against the best of the others ({best})", ratio, "times faster", spread)
+
+
+def growth(trial: Trial, ours: Remote) -> Iterator[Measure]:
+    """What a step of a batch takes beside as many steps of one picture, measured in turns."""
+    steps = {}
+    for batch in (1, *trial.growing):
+        ours.ask("run", batch, 1)
+        steps[batch] = steps_in(trial.block_s, ours, batch)
+    runs = {str(batch): partial(ours.ask, "run", batch, count) for batch, count in steps.items()}
+    seconds = {int(batch): taken for batch, taken in interleaved(runs, trial.rounds).items()}
+    each = {batch: [s / steps[batch] for s in taken] for batch, taken in seconds.items()}
+    for batch in trial.growing:
+        ratio, (least, most) = median_ratio(each[batch], each[1])
+        if batch == 2:
+            yield Measure(f"{trial.name}: ours, a step of 2", ratio, "steps of 1", (least, most))
+        spread = least / batch, most / batch
+        yield Measure(
+            f"{trial.name}: ours, a step of {batch} against {batch} of 1", ratio / batch, "of their time", spread
+        )
 
 
 def answers(trial: Trial, remotes: list[Remote], device: torch.device) -> Iterator[Measure]:
@@ -89,7 +136,7 @@ def answers(trial: Trial, remotes: list[Remote], device: torch.device) -> Iterat
     draw = np.random.default_rng(0)
     x, t = draw.standard_normal(shape, dtype=np.float32), draw.integers(0, 1000, shape[0])
     with torch.inference_mode():
-        net = load(Setup(trial.directory, device, 2), torch.float64, False)
+        net = by_torch(trial.directory, device, torch.float64, False)
         exact = net(torch.from_numpy(x[:2]).to(device).double(), torch.from_numpy(t[:2]).to(device)).cpu().numpy()
         del net
     for remote in remotes:
@@ -110,12 +157,14 @@ def answers(trial: Trial, remotes: list[Remote], device: torch.device) -> Iterat
 
 
 def ceilings(device: torch.device, side: int = 0) -> tuple[float, float]:
-    """What this device reaches at best: bfloat16 matrix products in FLOP/s, copies in bytes/s (read and written).
+    """What this device reaches at best: matrix products in FLOP/s, copies in bytes/s (read and written).
+
+    The products are of bfloat16 where the device multiplies in it, else of float32.
 
     side: of the matrices; 0: large enough for the device
     """
     side, size = (side or 8192, 1 << 30) if device.type == "cuda" else (side or 2048, 1 << 26)
-    a = torch.randn(side, side, device=device, dtype=torch.bfloat16)
+    a = torch.randn(side, side, device=device, dtype=native_dtype(device))
     source = torch.empty(size, dtype=torch.uint8, device=device).fill_(1)
     target = torch.empty_like(source)
     product = seconds_of(lambda: torch.mm(a, a), device)
@@ -133,7 +182,8 @@ def limits(trial: Trial, ours: Remote, curve: dict[int, float], device: torch.de
     flops, copied = ceilings(device)
     most = max(trial.batches)
     reached = counted.get_total_flops() * most / (curve[most] / 1000)
-    yield Measure(f"{trial.name}: this device's matrix products", flops / 1e12, "TFLOP/s")
+    numbers = str(native_dtype(device)).removeprefix("torch.")
+    yield Measure(f"{trial.name}: this device's matrix products, {numbers}", flops / 1e12, "TFLOP/s")
     yield Measure(f"{trial.name}: this device's copies", copied / 1e9, "GB/s")
     yield Measure(f"{trial.name}, batch {most}: ours", reached / flops, "of the matrix products")
     if device.type == "cuda":
@@ -154,6 +204,9 @@ def compare(trial: Trial, names: Sequence[str], device: torch.device) -> Iterato
         if measure.name.endswith(": ours"):
             curve[trial.batches[len(curve)]] = measure.value
         yield measure
+    for remote in remotes:
+        if remote.name == "ours" and trial.growing:
+            yield from as_far_as_it_goes(growth(trial, remote))
     yield from as_far_as_it_goes(answers(trial, remotes, device))
     for remote in remotes:
         yield from as_far_as_it_goes(memory(trial, remote))
@@ -176,25 +229,16 @@ def as_far_as_it_goes(measures: Iterator[Measure]) -> Iterator[Measure]:
         print(f"left out: {reason}", flush=True)
 
 
-def measures(device: torch.device, digits: Path, against_compilers: bool) -> Iterator[Measure]:
-    """Everything this file measures."""
-    gpu = device.type == "cuda"
-    names = (COMPILED_ON_GPU if gpu else COMPILED_ON_CPU) if against_compilers else ON_GPU if gpu else EVERYWHERE
-    with tempfile.TemporaryDirectory() as folder:
-        small = random_model(Path(folder) / "small", CIFAR10)
-        large = random_model(Path(folder) / "large", LARGE)
-        if gpu:
-            trials = [
-                Trial("CIFAR-10 configuration", small, (1, 2, 4, 8, 16, 32, 64, 128, 256), 0.1),
-                Trial("256 x 256 configuration", large, (1, 2, 4, 8, 16, 32), 0.2),
-            ]
-            if against_compilers:  # each batch is compiled for a minute
-                batches = ((1, 64), (1, 8))
-                trials = [Trial(t.name, t.directory, b, t.block_s) for t, b in zip(trials, batches, strict=True)]
-        else:
-            trials = [
-                Trial("CIFAR-10 configuration", small, (1, 8), 0.5),
-                Trial("digits", digits, (1, 8, 16), 0.5),
-                Trial("256 x 256 configuration", large, (1,), 0.5, 3),
-            ][: 1 if against_compilers else 3]
-        yield from chain.from_iterable(compare(trial, list(names), device) for trial in trials)
+def trial_of(name: str, directory: Path) -> Trial:
+    """How a model of `benchmarks.models` is measured: the larger, the fewer steps."""
+    if name == LARGEST:
+        return Trial(name, directory, (1, 2), 0.5, rounds=2, growing=(2,))
+    growing = range(2, 17) if name == "digits" else (2, 3, 4, 6, 8, 12, 16)
+    return Trial(name, directory, (1, 2, 8, 16), 0.5, growing=growing)
+
+
+def measures(device: torch.device, digits: Path, name: str, against_compilers: bool) -> Iterator[Measure]:
+    """Everything this file measures of a model of `benchmarks.models`, on a CPU."""
+    names = COMPILED_ON_CPU if against_compilers else ON_CPU
+    with model_directory(name, digits) as directory:
+        yield from compare(trial_of(name, directory), list(names), device)

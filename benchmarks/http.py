@@ -11,7 +11,7 @@ import asyncio
 import random
 import statistics
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -29,27 +29,48 @@ OUTSTANDING, WARM_S, SATURATED_S, LOAD_S, PATIENCE_S = 32, 10.0, 30.0, 75.0, 60.
 DIGITS = Path(__file__).parent.parent / "weights" / "digits"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Contender:
     """A server to be measured."""
 
     name: str
-    peer: tuple[str, ...]  # of benchmarks.peers; none: ours
+    kind: str  # of which only the best is held against us
     slots: int  # of each engine
     engines: int = 1
+    peer: tuple[str, ...] = ()  # arguments of benchmarks.peers; none: ours
 
     def serve(self, weights: Path, device: torch.device) -> AbstractContextManager[str]:
         """It, ready; its address."""
         return a_server(weights, self.slots, device, *self.peer, engines=self.engines)
 
+    def why_not(self, device: torch.device) -> str:
+        """Why it cannot take part; empty if it can. Engines and workers share the cores of a CPU, but no GPU."""
+        if self.engines > 1 and device.type != "cpu":
+            return "one engine has the whole device"
+        if "openvino" in self.peer and device.type != "cpu":
+            return "it runs on CPUs"
+        missing = [package for package in PACKAGES if package in self.peer and find_spec(package) is None]
+        return f"{' and '.join(missing)} cannot be found" if missing else ""
 
-OURS = [Contender("ours", (), 16), Contender("ours, 2 engines", (), 16, 2)]
+
+PACKAGES = ("litserve", "openvino")  # words among the arguments of a peer that are also what it needs
+LITSERVE, WITH_OPENVINO = ("litserve",), ("litserve", "--net", "openvino")
+OURS = [
+    Contender(name="ours", kind="ours", slots=16),
+    Contender(name="ours, 2 engines", kind="ours", slots=16, engines=2),
+]
 OTHERS = [
-    Contender("LitServe's step loop, batch 8", ("litserve",), 8),
-    Contender("LitServe's step loop, batch 32", ("litserve",), 32),
-    Contender("LitServe's step loop, 2 workers of 16", ("litserve",), 16, 2),
-    Contender("micro-batcher, 20 ms and 8", ("batcher",), 8),
-    Contender("DDPMPipeline, one at a time", ("pipeline",), 1),
+    *(
+        contender
+        for kind, peer in (("LitServe's step loop", LITSERVE), ("LitServe's step loop with OpenVINO", WITH_OPENVINO))
+        for contender in (
+            Contender(name=f"{kind}, batch 8", kind=kind, peer=peer, slots=8),
+            Contender(name=f"{kind}, batch 32", kind=kind, peer=peer, slots=32),
+            Contender(name=f"{kind}, 2 workers of 16", kind=kind, peer=peer, slots=16, engines=2),
+        )
+    ),
+    Contender(name="micro-batcher, 20 ms and 8", kind="micro-batcher", peer=("batcher",), slots=8),
+    Contender(name="DDPMPipeline, one at a time", kind="one at a time", peer=("pipeline",), slots=1),
 ]
 
 
@@ -158,36 +179,53 @@ def latencies(name: str, answers: list[Answer]) -> Iterator[Measure]:
 
 def measures(device: torch.device, digits: Path, mixture: Mixture = MIXTURE) -> Iterator[Measure]:
     """Everything this file measures."""
-    several = device.type == "cpu"  # engines, or workers, that share a device: on a CPU they share its cores
-    others = [c for c in OTHERS if (c.peer != ("litserve",) or find_spec("litserve")) and (c.engines == 1 or several)]
-    ours = [c for c in OURS if c.engines == 1 or several]
+    there = []
+    for contender in (*OURS, *OTHERS):
+        if reason := contender.why_not(device):
+            print(f"left out: {contender.name}: {reason}", flush=True)
+        else:
+            there.append(contender)
     capacity: dict[Contender, float] = {}
-    for contender in (*ours, *others):
+    for contender in there:
         with contender.serve(digits, device) as url:
             asyncio.run(warm(url))
             equal = asyncio.run(same_bytes(url))
             capacity[contender] = asyncio.run(saturate(url, mixture))
-            if contender in ours:
+            if not contender.peer:
                 yield Measure(f"{contender.name}: steps computed for nobody", asyncio.run(padded(url)), "of all")
         yield Measure(f"{contender.name}: saturated", capacity[contender], "image-steps/s")
         yield Measure(f"{contender.name}: the same bytes in company", float(equal), "(1: yes)")
+    yield from against_the_best(capacity)
+    yield from under_load(device, digits, mixture, capacity)
+
+
+def against_the_best(capacity: Mapping[Contender, float]) -> Iterator[Measure]:
+    """Our throughput against the best of each kind, under which settings it may be."""
+    ours = [contender for contender in capacity if not contender.peer]
     for mine in ours:
-        for contender in others:
-            ratio = capacity[mine] / capacity[contender]
-            yield Measure(f"{mine.name}, against {contender.name}", ratio, "times the throughput")
-    best, shortest = max(others, key=lambda c: capacity[c]), min(mixture)
+        for kind in dict.fromkeys(contender.kind for contender in capacity if contender.peer):
+            best = max((c for c in capacity if c.kind == kind), key=lambda contender: capacity[contender])
+            ratio = capacity[mine] / capacity[best]
+            yield Measure(f"{mine.name}, against {best.name}", ratio, "times the throughput")
+
+
+def under_load(
+    device: torch.device, digits: Path, mixture: Mixture, capacity: Mapping[Contender, float]
+) -> Iterator[Measure]:
+    """Latencies at the rate that saturates the best of the others, and our 99th percentile against its."""
+    ours, others = ([c for c in capacity if bool(c.peer) == theirs] for theirs in (False, True))
+    best, shortest = max(others, key=lambda contender: capacity[contender]), min(mixture)
     rate = capacity[best] / sum(steps * share for steps, share in mixture.items())
     latest: dict[Contender, float] = {}
-    for contender in (*ours, best, *(c for c in others if c.peer == ("batcher",) and c is not best)):
+    for contender in (best, *ours):
         with contender.serve(digits, device) as url:
             asyncio.run(warm(url))
             answers = asyncio.run(load(url, rate, mixture))
         latest[contender] = late(a.took_s for a in answers if a.steps == shortest)
         yield from latencies(f"{rate:.2f} requests/s, {contender.name}", answers)
     for mine in ours:
-        for contender in latest.keys() - {*ours}:
-            ratio = latest[mine] / latest[contender]
-            yield Measure(f"{shortest}-step requests, p99: {mine.name}, against {contender.name}", ratio, "of its time")
+        name = f"{shortest}-step requests, p99: {mine.name}, against {best.name}"
+        yield Measure(name, latest[mine] / latest[best], "of its time")
 
 
 async def warm(url: str) -> None:

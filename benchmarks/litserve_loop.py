@@ -9,21 +9,22 @@ from litserve import LitAPI, LitServer
 from litserve.loops.continuous_batching_loop import ContinuousBatchingLoop, Output
 from litserve.utils import LitAPIStatus
 
-from benchmarks.peers import Asked, Diffusers, Picture
+from benchmarks.peers import Asked, Diffusers, Picture, make_net
 from server.devices import cores
 
 
 class Steps(LitAPI):  # type: ignore[misc]
     """What LitServe asks of an API that is stepped."""
 
-    def __init__(self, weights: Path, device: torch.device, batch: int, threads: int) -> None:
+    def __init__(self, weights: Path, device: torch.device, net: str, batch: int, threads: int) -> None:
         super().__init__(stream=True, loop=ContinuousBatchingLoop(), api_path="/generate")
-        self.weights, self.where, self.most, self.threads = weights, device, batch, threads
+        self.weights, self.where, self.net, self.most, self.threads = weights, device, net, batch, threads
 
     def setup(self, device: str) -> None:
         """Loads the net, in LitServe's own process."""
         torch.set_num_threads(self.threads)
-        self.core = Diffusers(self.weights, self.where)
+        net = make_net(self.net, self.weights, self.where, self.most, self.threads)
+        self.core = Diffusers(self.weights, self.where, net)
         self.live: dict[str, Picture] = {}
 
     def decode_request(self, request: dict[str, int]) -> dict[str, int]:
@@ -56,11 +57,11 @@ class Steps(LitAPI):  # type: ignore[misc]
         return output
 
 
-def serve(weights: Path, device: torch.device, port: int, batch: int, workers: int) -> None:
+def serve(weights: Path, device: torch.device, net: str, port: int, batch: int, workers: int) -> None:
     """Serves until it is killed, with workers that share the cores."""
     accelerator = "cpu" if device.type == "cpu" else "cuda"
     server = LitServer(
-        Steps(weights, device, batch, max(1, cores() // workers)),
+        Steps(weights, device, net, batch, max(1, cores() // workers)),
         accelerator=accelerator,
         workers_per_device=workers,
         timeout=3600,

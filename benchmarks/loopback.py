@@ -12,7 +12,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -42,18 +42,33 @@ class Load:
         return self.clients * self.pictures
 
 
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A server that has been started, and may not be ready yet."""
+
+    process: subprocess.Popen[bytes]
+    url: str
+
+    def ready(self) -> bool:
+        """Whether it takes work. Raises RuntimeError if it has ended."""
+        if self.process.poll() is not None:
+            raise RuntimeError("the server has ended")
+        return _ready(self.url)
+
+
 @contextmanager
-def a_server(weights: Path, slots: int, device: torch.device, *peer: str, engines: int = 1) -> Iterator[str]:
-    """A server of its own, ready; ours, or one of `benchmarks.peers`. Yields its address.
+def started(
+    weights: Path, slots: int, device: torch.device, *peer: str, engines: int = 1, data: Path
+) -> Iterator[Running]:
+    """A server of its own that begins to load; ours, or one of `benchmarks.peers`. It is ended afterwards.
 
     slots: of each of its engines, or workers, which share the processor's cores.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    data = tempfile.TemporaryDirectory()
     knobs = {
-        "DATA_DIR": data.name,
+        "DATA_DIR": str(data),
         "RESULT_CACHE": "no",
         "WEIGHTS": str(weights),
         "SLOTS": str(slots),
@@ -68,20 +83,29 @@ def a_server(weights: Path, slots: int, device: torch.device, *peer: str, engine
     command = [sys.executable, "-m", *(theirs if peer else ["server", "serve"]), "--port", str(port)]
     quiet = subprocess.DEVNULL if peer else None
     process = subprocess.Popen(command, env=environ, stdout=quiet, stderr=quiet, start_new_session=bool(peer))
-    url = f"http://127.0.0.1:{port}"
     try:
-        deadline = time.monotonic() + PATIENCE_S
-        while not (_ready(url) and (peer or _whole(url))):
-            if time.monotonic() > deadline or process.poll() is not None:
-                raise RuntimeError("the server did not become ready")
-            time.sleep(0.1)
-        yield url
+        yield Running(process, f"http://127.0.0.1:{port}")
     finally:
         if peer:
-            os.killpg(process.pid, signal.SIGKILL)  # LitServe's processes outlive a polite word
+            with suppress(ProcessLookupError):  # it has ended by itself
+                os.killpg(process.pid, signal.SIGKILL)  # LitServe's processes outlive a polite word
         process.terminate()
         process.wait(60)
-        data.cleanup()
+
+
+@contextmanager
+def a_server(weights: Path, slots: int, device: torch.device, *peer: str, engines: int = 1) -> Iterator[str]:
+    """As `started`, with nothing kept from before, and ready. Yields its address."""
+    with (
+        tempfile.TemporaryDirectory() as data,
+        started(weights, slots, device, *peer, engines=engines, data=Path(data)) as server,
+    ):
+        deadline = time.monotonic() + PATIENCE_S
+        while not (server.ready() and (peer or _whole(server.url))):
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"the server was not ready within {PATIENCE_S} s")
+            time.sleep(0.1)
+        yield server.url
 
 
 def _ready(url: str) -> bool:

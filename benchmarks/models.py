@@ -1,6 +1,9 @@
 """What is measured: an engine as the server builds it; nets that people serve, with random weights, and a tiny one."""
 
 import json
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -8,7 +11,7 @@ from safetensors.torch import save_file
 
 from model.architecture import architecture
 from model.card import WEIGHTS, read_card
-from model.checkpoint import load_model
+from model.checkpoint import Model, load_model
 from model.engine import Engine
 from model.events import Request
 from model.nets import build
@@ -40,6 +43,12 @@ LARGE = CIFAR10 | {
     "down_block_types": (*["DownBlock2D"] * 4, "AttnDownBlock2D", "DownBlock2D"),
     "up_block_types": ("UpBlock2D", "AttnUpBlock2D", *["UpBlock2D"] * 4),
 }
+LARGEST = "256 x 256 configuration"
+MODELS: dict[str, dict[str, object] | None] = {  # by the names they are measured under; None: the digits, as they are
+    "digits": None,
+    "CIFAR-10 configuration": CIFAR10,
+    LARGEST: LARGE,
+}
 TINY = CIFAR10 | {
     "sample_size": 8,
     "block_out_channels": (8, 16),
@@ -62,9 +71,30 @@ def random_model(directory: Path, config: dict[str, object]) -> Path:
     return directory
 
 
+@contextmanager
+def model_directory(name: str, digits: Path) -> Iterator[Path]:
+    """The directory of one of MODELS; one of random weights is gone afterwards."""
+    config = MODELS[name]
+    if config is None:
+        yield digits
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield random_model(Path(folder) / "model", config)
+
+
+def grow_up(model: Model, slots: int) -> None:
+    """Makes every batch size that a net will have for so many slots, which a server does while it already serves."""
+    grow: Callable[[int], bool] | None = getattr(model.net, "grow", None)
+    while grow is not None and grow(slots):
+        pass
+
+
 def our_engine(directory: Path, device: torch.device, slots: int) -> Engine:
     """The engine as the server builds it: numbers as the device computes best, exact buckets only."""
-    return Engine(Runner(load_model(read_card(directory), device, choose_dtype("auto", device)), slots))
+    model = load_model(read_card(directory), device, choose_dtype("auto", device))
+    engine = Engine(Runner(model, slots))
+    grow_up(model, slots)
+    return engine
 
 
 def run_engine(engine: Engine, batch: int, steps: int) -> None:

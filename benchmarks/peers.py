@@ -1,12 +1,13 @@
 """What people run today instead of this server, at its best settings, so that both can be measured in one run.
 
     python -m benchmarks.peers {pipeline,batcher,litserve} --weights DIR --port PORT [--device cpu] [--batch 8]
+                               [--net {torch,openvino}] [--workers 1]
 
 `pipeline`: FastAPI around DDPMPipeline, one request at a time, in float32, since it cannot do anything else. `batcher`:
 requests of one step count that arrive within 20 ms share a batch, which runs to its end. `litserve`: LitServe's
 ContinuousBatchingLoop, one step of all requests at a time, one diffusers scheduler per request. These two run
-diffusers' U-Net, channels-last, in bfloat16 where the processor has it, and draw noise per request, so that a seed
-means something.
+diffusers' U-Net in bfloat16 where the processor has it, and draw noise per request, so that a seed means something. The
+net runs in torch, channels-last, or in OpenVINO, with a compiled model for each batch size, so that no step is padded.
 """
 
 import argparse
@@ -29,8 +30,8 @@ from pydantic import BaseModel
 from starlette.responses import Response
 from torch import Tensor
 
+from benchmarks.runtimes import Net, OpenVino, by_torch, native_dtype
 from server.devices import cores
-from server.machine import choose_dtype
 
 WINDOW_S = 0.02
 
@@ -57,30 +58,48 @@ class Picture:
         return self.step == len(self.scheduler.timesteps)
 
 
-class Diffusers:
-    """diffusers' U-Net, stepping any pictures together."""
+def torch_net(weights: Path, device: torch.device) -> Net:
+    """diffusers' U-Net in torch, at its best: numbers as the device multiplies best, channels-last."""
+    dtype = native_dtype(device)
+    net = by_torch(weights, device, dtype, channels_last=True)
+    return lambda x, t: net(x.to(dtype, memory_format=torch.channels_last), t.to(device)).float()
 
-    def __init__(self, weights: Path, device: torch.device) -> None:
-        self.device, self.dtype, self.weights = device, choose_dtype("auto", device), weights
-        net = UNet2DModel.from_pretrained(weights, low_cpu_mem_usage=False).eval()
-        self.net = net.to(device, self.dtype).to(memory_format=torch.channels_last)
+
+def openvino_net(weights: Path, most: int, threads: int) -> Net:
+    """diffusers' U-Net in OpenVINO, at its best: compiled for every batch size up to `most` before it is used."""
+    half = native_dtype(torch.device("cpu")) is torch.bfloat16
+    net = OpenVino(weights, "bf16" if half else "f32", threads)
+    for batch in range(1, most + 1):
+        net.compile(batch)
+    return net
+
+
+def make_net(kind: str, weights: Path, device: torch.device, most: int, threads: int) -> Net:
+    """One of the two."""
+    return openvino_net(weights, most, threads) if kind == "openvino" else torch_net(weights, device)
+
+
+class Diffusers:
+    """diffusers' schedulers around a net, stepping any pictures together."""
+
+    def __init__(self, weights: Path, device: torch.device, net: Net) -> None:
+        self.device, self.net = device, net
+        config = UNet2DModel.load_config(weights)
+        self.shape = (1, config["in_channels"], config["sample_size"], config["sample_size"])
         self.scheduler = DDPMScheduler.from_pretrained(weights)
 
     def begin(self, asked: Asked) -> Picture:
         """x_T of a request."""
-        config = self.net.config
-        shape = (1, config.in_channels, config.sample_size, config.sample_size)
         scheduler = DDPMScheduler.from_config(self.scheduler.config)
         scheduler.set_timesteps(asked.steps)
         generator = torch.Generator(self.device).manual_seed(asked.seed)
-        return Picture(torch.randn(shape, generator=generator, device=self.device), scheduler, generator)
+        return Picture(torch.randn(self.shape, generator=generator, device=self.device), scheduler, generator)
 
     @torch.inference_mode()
     def step(self, pictures: list[Picture]) -> None:
         """One step of all of them."""
-        t = torch.stack([p.scheduler.timesteps[p.step] for p in pictures]).to(self.device)
-        x = torch.cat([p.x for p in pictures]).to(self.dtype, memory_format=torch.channels_last)
-        out = self.net(x, t).sample.float()
+        t = torch.stack([p.scheduler.timesteps[p.step] for p in pictures])
+        out = self.net(torch.cat([p.x for p in pictures]), t)
         for row, p in enumerate(pictures):
             timestep = p.scheduler.timesteps[p.step]
             p.x = p.scheduler.step(out[row : row + 1], timestep, p.x, generator=p.generator).prev_sample
@@ -176,6 +195,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--net", choices=["torch", "openvino"], default="torch", help="not for the pipeline")
     parser.add_argument("--workers", type=int, default=1, help="of LitServe (default: 1)")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -183,19 +203,16 @@ def main() -> None:
     if args.peer == "litserve":
         from benchmarks.litserve_loop import serve
 
-        return serve(args.weights, device, args.port, args.batch, args.workers)
-    kind, most = (Pipeline, 1) if args.peer == "pipeline" else (Diffusers, args.batch)
+        return serve(args.weights, device, args.net, args.port, args.batch, args.workers)
+    most = 1 if args.peer == "pipeline" else args.batch
 
     def load() -> Diffusers | Pipeline:
         torch.set_num_threads(cores())  # a thread has a number of its own
-        return kind(args.weights, device)
+        if args.peer == "pipeline":
+            return Pipeline(args.weights, device)
+        return Diffusers(args.weights, device, make_net(args.net, args.weights, device, most, cores()))
 
-    uvicorn.run(
-        batcher(load, most),
-        host="127.0.0.1",
-        port=args.port,
-        log_level="warning",
-    )
+    uvicorn.run(batcher(load, most), host="127.0.0.1", port=args.port, log_level="warning")
 
 
 if __name__ == "__main__":

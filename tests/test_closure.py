@@ -18,7 +18,7 @@ MEASURED = [f"benchmarks.{name}" for name in ("__main__", "contenders", "convolu
 STAGES = sorted(f"benchmarks.gpu.{path.stem}" for path in (ROOT / "benchmarks" / "gpu").glob("[!_]*.py"))
 SERVED = ["server.app", "server.commands.serve", "server.engine_process", "server.hub"]
 IMPORT = """
-import importlib, sys
+import importlib.util, sys
 from importlib.metadata import packages_distributions
 from packaging.utils import canonicalize_name
 here, modules = (set(words.split()) for words in sys.argv[1:])
@@ -27,6 +27,12 @@ class Finder:
     def find_spec(self, name, path=None, target=None):
         if not owners.get(top := name.partition(".")[0], here) & here:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+def find_spec(name, package=None, find=importlib.util.find_spec):
+    try:
+        return find(name, package)
+    except ModuleNotFoundError:  # of what is not installed it says None
+        return None
+importlib.util.find_spec = find_spec
 for module in {"packaging"} | owners.keys() & sys.modules.keys():
     sys.modules.pop(module)
 sys.meta_path.insert(0, Finder())

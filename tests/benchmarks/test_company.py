@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import NOT_NEEDED
+from benchmarks import NOT_NEEDED, REPORTS
 
 ROOT = Path(__file__).parent.parent.parent
 THEIRS = "from diffusers import DDPMScheduler, UNet2DModel; print(UNet2DModel.__name__, DDPMScheduler.__name__)"
@@ -16,7 +16,7 @@ THEIRS = "from diffusers import DDPMScheduler, UNet2DModel; print(UNet2DModel.__
 @pytest.fixture
 def broken(tmp_path: Path) -> Path:
     """A folder in which everything that diffusers does not need is installed, and fails when it is imported."""
-    for name in NOT_NEEDED:
+    for name in (*NOT_NEEDED, *REPORTS):
         (tmp_path / f"{name}-99.0.dist-info").mkdir()
         (tmp_path / f"{name}-99.0.dist-info" / "METADATA").write_text(f"Name: {name}\nVersion: 99.0\n")
         (tmp_path / name).mkdir()
@@ -38,8 +38,8 @@ def test_diffusers_runs_where_a_package_is_broken_that_it_imports_but_does_not_n
     assert (ours.returncode, ours.stdout) == (0, "UNet2DModel DDPMScheduler\n"), ours.stderr
 
 
-@pytest.mark.parametrize("name", NOT_NEEDED)
-def test_a_package_that_is_not_needed_is_not_found(broken: Path, name: str) -> None:
+@pytest.mark.parametrize("name", [*NOT_NEEDED, *REPORTS])
+def test_a_package_that_is_not_needed_or_reports_to_its_makers_is_not_found(broken: Path, name: str) -> None:
     code = f"from importlib.util import find_spec; print(find_spec('{name}'))"
 
     assert "ModuleSpec" in run(code, broken).stdout
