@@ -2,16 +2,18 @@
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
+from model import cpu_net
 from model.architecture import architecture
 from model.card import WEIGHTS, read_card
 from model.checkpoint import Model, load_model
+from model.cpu_net import CpuNet
 from model.engine import Engine
 from model.events import Request
 from model.nets import build
@@ -84,9 +86,9 @@ def model_directory(name: str, digits: Path) -> Iterator[Path]:
 
 def grow_up(model: Model, slots: int) -> None:
     """Makes every batch size that a net will have for so many slots, which a server does while it already serves."""
-    grow: Callable[[int], bool] | None = getattr(model.net, "grow", None)
-    while grow is not None and grow(slots):
-        pass
+    if isinstance(model.net, CpuNet):
+        cpu_net.grow_up(model.net, slots)
+        torch.set_num_threads(1)  # as in an engine process: the net has threads of its own
 
 
 def our_engine(directory: Path, device: torch.device, slots: int) -> Engine:

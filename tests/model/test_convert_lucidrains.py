@@ -14,7 +14,6 @@ from torch import Tensor
 
 from model.card import noise_schedule, read_card
 from model.checkpoint import Model, load_model
-from model.nets import build
 from model.convert.__main__ import write
 from model.convert.formats import convert
 from model.convert.frame import Options

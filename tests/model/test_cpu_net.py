@@ -76,13 +76,13 @@ def inputs(net: CpuNet | Net, batch: int) -> tuple[Tensor, Tensor]:
     return x, embedding
 
 
-def with_compiled(monkeypatch: pytest.MonkeyPatch, change: Callable[[Run, int, Tensor], Tensor]) -> None:
+def with_compiled(monkeypatch: pytest.MonkeyPatch, change: Callable[[Tensor, int], Tensor]) -> None:
     """From now on OpenVINO gives another result: change(result, size of batch)."""
     usual = openvino_net.compile_net
 
     def compile_net(net: Net, shape: Sequence[int], batch: int, dtype: torch.dtype, threads: int) -> Run:
         run = usual(net, shape, batch, dtype, threads)
-        return lambda x, embedding: change(run(x, embedding), batch)  # type: ignore[arg-type, call-arg]
+        return lambda x, embedding: change(run(x, embedding), batch)
 
     monkeypatch.setattr(openvino_net, "compile_net", compile_net)
 
@@ -178,7 +178,7 @@ def test_there_are_as_many_sizes_as_their_weights_have_room(slots: int, weights_
 def test_a_size_in_which_bits_differ_is_not_used_and_that_is_said(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with_compiled(monkeypatch, lambda out, batch: out * (1 + 2**-20 * (batch == 2)))  # type: ignore[operator]
+    with_compiled(monkeypatch, lambda out, batch: out * (1 + 2**-20 * (batch == 2)))
     net = cpu_net()
     with caplog.at_level("WARNING"):
         grow_up(net, 4)
@@ -191,10 +191,10 @@ def test_a_size_in_which_bits_differ_is_not_used_and_that_is_said(
 
 @torch.inference_mode()
 def test_a_size_in_which_the_place_matters_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    def change(out: Any, batch: int) -> Any:
+    def change(out: Tensor, batch: int) -> Tensor:
         return out * (1 + 2**-20 * (torch.arange(batch) == 3)[:, None, None, None])
 
-    with_compiled(monkeypatch, change)  # type: ignore[arg-type]
+    with_compiled(monkeypatch, change)
     net = cpu_net()
     grow_up(net, 4)
 
@@ -295,14 +295,14 @@ def test_an_openvino_that_cannot_be_imported_is_done_without(error: Exception, m
 
 
 def test_a_net_that_is_converted_wrongly_is_not_run_by_openvino(monkeypatch: pytest.MonkeyPatch) -> None:
-    with_compiled(monkeypatch, lambda out, batch: out * 1.001)  # type: ignore[operator]
+    with_compiled(monkeypatch, lambda out, batch: out * 1.001)
     net = cpu_net()
 
     assert_run_by_torch(net, "makes an error of 1.0e-03 beside torch in float32, where 1e-04 is allowed")
 
 
 def test_a_net_that_comes_to_no_numbers_is_not_run_by_openvino(monkeypatch: pytest.MonkeyPatch) -> None:
-    with_compiled(monkeypatch, lambda out, batch: out * torch.nan)  # type: ignore[operator]
+    with_compiled(monkeypatch, lambda out, batch: out * torch.nan)
 
     assert_run_by_torch(cpu_net(), "makes an error of nan beside torch in float32, where 1e-04 is allowed")
 
