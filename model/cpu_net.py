@@ -26,8 +26,9 @@ CONVERTED = 1e-4  # OpenVINO's error beside torch, both in float32: |difference|
 ROUNDED = 0.1  # the same in half precision: no more than a sign that the numbers are not those of another net
 
 Shape: TypeAlias = tuple[int, int, int]  # C, H, W
-Run: TypeAlias = Callable[[Tensor, Tensor], Tensor]  # a net for one size of batch; its result is good until the next
-Compile: TypeAlias = Callable[[Shape, int, torch.dtype], Run]  # for pictures of this shape, so many in a batch
+Run: TypeAlias = Callable[[Tensor, Tensor], Tensor]  # (x, embedding) -> out, which is good until the next call
+Program: TypeAlias = Callable[[], Run]  # a net for one size of batch; each call gives a Run that one thread may use
+Compile: TypeAlias = Callable[[Shape, int, torch.dtype], Program]  # for pictures of this shape, so many in a batch
 logger = logging.getLogger(__name__)
 
 
@@ -76,15 +77,16 @@ class CpuNet:
             if unusable:
                 raise Unusable(unusable)
             self.runtime, compile_net = _openvino(net, self.threads)
-            trial = self._checked(net, compile_net)
+            checked = self._checked(net, compile_net)
         except Unusable as error:
             self.note = f"run by torch, since OpenVINO {error}"
             self.runtime, compile_net = f"torch {torch.__version__}", partial(_by_torch, net.to(dtype), self.threads)
-            trial = compile_net(shape, 1, dtype)
-        self.bits = _hash(trial(*self._given(1, shape)))
-        self._trial: Run | None = trial
+            checked = compile_net(shape, 1, dtype)
+        self._trial: Run | None = checked()
+        self.bits = _hash(self._trial(*self._given(1, shape)))  # what tells two machines apart that compute otherwise
+        self._first = checked if shape == self.arch.shape else compile_net(self.arch.shape, 1, dtype)
+        self._runs: dict[int, Run] = {1: self._first()}
         self._compile: Compile | None = compile_net  # until no size is left to come
-        self._runs: dict[int, Run] = {1: trial if shape == self.arch.shape else compile_net(self.arch.shape, 1, dtype)}
 
     @property
     def sizes(self) -> list[int]:
@@ -118,9 +120,9 @@ class CpuNet:
             self._compile = None  # and with it torch's weights
         return self._compile is not None
 
-    def _add(self, run: Run) -> None:
-        if self._agrees(run, self._grown):
-            self._runs = self._runs | {self._grown: run}
+    def _add(self, program: Program) -> None:
+        if self._agrees(program(), self._grown):
+            self._runs = self._runs | {self._grown: program()}
         else:
             logger.warning("batches of %d are not used, since a picture's bits are others in them", self._grown)
 
@@ -128,7 +130,7 @@ class CpuNet:
         """Whether two pictures have in each place of a batch, and in changed company, the bits they have alone."""
         x, embedding = self._given(2, self.arch.shape)
         if not self._alone:
-            alone = self._runs[1]
+            alone = self._first()
             self._alone = [alone(x[i : i + 1], embedding[i : i + 1])[0].clone() for i in range(2)]
         first = torch.randint(2, (size,), generator=torch.Generator().manual_seed(size))
         for chosen in (first, 1 - first):
@@ -143,17 +145,17 @@ class CpuNet:
         x = torch.randn(batch, *shape, generator=generator)
         return x, self._table[torch.randint(len(self._table), (batch,), generator=generator)]
 
-    def _checked(self, net: Net, compile_net: Compile) -> Run:
+    def _checked(self, net: Net, compile_net: Compile) -> Program:
         """The net by OpenVINO for one picture of the shape that is checked. Raises Unusable unless torch agrees."""
         given, dtypes = self._given(1, self._shape), dict.fromkeys((torch.float32, self.dtype))
         expected = net(*given)
         for dtype in dtypes:
-            run = compile_net(self._shape, 1, dtype)
-            error, most = _error(run(*given), expected), CONVERTED if dtype == torch.float32 else ROUNDED
+            program = compile_net(self._shape, 1, dtype)
+            error, most = _error(program()(*given), expected), CONVERTED if dtype == torch.float32 else ROUNDED
             if not error <= most:
                 words = f"makes an error of {error:.1e} beside torch in {str(dtype).removeprefix('torch.')}"
                 raise Unusable(f"{words}, where {most:.0e} is allowed")
-        return run
+        return program
 
     def rehearse(self) -> float:
         """Runs the picture that was checked once more, to be timed. -> how many pixels of its own a picture has"""
@@ -178,7 +180,7 @@ def _openvino(net: Net, threads: int) -> tuple[str, Compile]:
     except Exception as error:  # it is missing, lacks a symbol or a library: whatever it is, torch does without
         raise Unusable(f"cannot be imported: {_reason(error)}") from error
 
-    def compile_net(shape: Shape, batch: int, dtype: torch.dtype) -> Run:
+    def compile_net(shape: Shape, batch: int, dtype: torch.dtype) -> Program:
         if not openvino_net.computes_in(dtype):
             raise Unusable(f"does not compute in {str(dtype).removeprefix('torch.')} on this processor")
         try:
@@ -195,7 +197,7 @@ def _reason(error: Exception) -> str:
     return lines[-1] if lines else type(error).__name__
 
 
-def _by_torch(net: Net, threads: int, shape: Shape, batch: int, dtype: torch.dtype) -> Run:
+def _by_torch(net: Net, threads: int, shape: Shape, batch: int, dtype: torch.dtype) -> Program:
     """torch takes batches of any size."""
 
     def run(x: Tensor, embedding: Tensor) -> Tensor:
@@ -207,7 +209,7 @@ def _by_torch(net: Net, threads: int, shape: Shape, batch: int, dtype: torch.dty
         finally:
             torch.set_num_threads(before)
 
-    return run
+    return lambda: run
 
 
 def grow_up(net: CpuNet, slots: int) -> None:

@@ -27,7 +27,7 @@ VERSION = ov.get_version().partition("-")[0]
 PRECISIONS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 CAPABILITIES = {torch.float32: "FP32", torch.bfloat16: "BF16", torch.float16: "FP16"}
 
-Run: TypeAlias = Callable[[Tensor, Tensor], Tensor]  # a net for one batch size: (x, embedding) -> out
+Run: TypeAlias = Callable[[Tensor, Tensor], Tensor]  # (x, embedding) -> out
 
 
 @cache
@@ -54,8 +54,9 @@ def _hints(dtype: torch.dtype, threads: int) -> dict[str, Any]:
     }
 
 
-def compile_net(net: Net, shape: Sequence[int], batch: int, dtype: torch.dtype, threads: int) -> Run:
-    """A net for batches of this size. shape: [C, H, W]; dtype: of the numbers inside
+def compile_net(net: Net, shape: Sequence[int], batch: int, dtype: torch.dtype, threads: int) -> Callable[[], Run]:
+    """A net for batches of this size; each call of what is returned gives a run with memory of its own, for one thread.
+    shape: [C, H, W]; dtype: of the numbers inside
 
     Raises RuntimeError where OpenVINO refuses, and whatever comes of a net that does what no symbol can.
     """
@@ -66,7 +67,10 @@ def compile_net(net: Net, shape: Sequence[int], batch: int, dtype: torch.dtype, 
     compiled = ov.Core().compile_model(
         ov.Model([op.result(out.node)], [x, embedding], "net"), "CPU", _hints(dtype, threads)
     )
-    request = compiled.create_infer_request()
+    return lambda: _run(compiled.create_infer_request())
+
+
+def _run(request: ov.InferRequest) -> Run:
     with torch.inference_mode(False):  # else they could not be written to outside of it
         inputs = [torch.from_numpy(request.get_input_tensor(i).data) for i in range(2)]
         result = torch.from_numpy(request.get_output_tensor(0).data)

@@ -5,6 +5,7 @@ import gc
 import sys
 import weakref
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,12 @@ from model.checkpoint import load_model
 from model.cpu_net import SIZES_BYTES, CpuNet, checked_shape, grow_up, sizes_up_to
 from model.lucid_architecture import LucidArchitecture
 from model.nets import Net, build
-from model.openvino_net import Run
 from tests.model.directories import write_model
 from tests.model.tiny import ARCHITECTURE, CPU
 from tests.model.worlds import relative_error, small
 
 LUCID = LucidArchitecture(16, 24, 3, 3, 16, 16, (1, 2, 4), (False, False, True), (4, 4, 4), (8, 8, 8))
+WIDE = architecture(small(sample_size=[32, 32], block_out_channels=[32, 64]))
 KINDS: dict[str, Architecture | LucidArchitecture] = {
     "tiny": ARCHITECTURE,
     "lucid": LUCID,
@@ -80,9 +81,9 @@ def with_compiled(monkeypatch: pytest.MonkeyPatch, change: Callable[[Tensor, int
     """From now on OpenVINO gives another result: change(result, size of batch)."""
     usual = openvino_net.compile_net
 
-    def compile_net(net: Net, shape: Sequence[int], batch: int, dtype: torch.dtype, threads: int) -> Run:
-        run = usual(net, shape, batch, dtype, threads)
-        return lambda x, embedding: change(run(x, embedding), batch)
+    def compile_net(net: Net, shape: Sequence[int], batch: int, dtype: torch.dtype, threads: int) -> Any:
+        run = usual(net, shape, batch, dtype, threads)()
+        return lambda: lambda x, embedding: change(run(x, embedding), batch)
 
     monkeypatch.setattr(openvino_net, "compile_net", compile_net)
 
@@ -112,7 +113,7 @@ def test_a_convolution_of_a_doubled_picture_reads_it_once() -> None:
             return out
 
     x, net = torch.randn(2, 3, 5, 7), Doubling()
-    run = openvino_net.compile_net(net, (3, 5, 7), 2, torch.float32, 1)  # type: ignore[arg-type]
+    run = openvino_net.compile_net(net, (3, 5, 7), 2, torch.float32, 1)()  # type: ignore[arg-type]
 
     assert torch.allclose(run(x, torch.zeros(2, 1)), net(x, torch.zeros(2, 1)), atol=1e-6)
 
@@ -174,6 +175,21 @@ def test_there_are_as_many_sizes_as_their_weights_have_room(slots: int, weights_
     assert sizes_up_to(slots, weights_bytes) == sizes
 
 
+def test_a_net_grows_in_one_thread_while_another_uses_it() -> None:
+    net = cpu_net(WIDE)
+    x, embedding = inputs(net, 8)
+    with torch.inference_mode():
+        expected = net(x, embedding)
+    with ThreadPoolExecutor(1) as thread:
+        growth, made = thread.submit(grow_up, net, 8), list[Tensor]()
+        while not growth.done():
+            made.append(net(x, embedding))
+        growth.result()
+
+    assert made and net.sizes == [1, 2, 4, 8]
+    assert all(torch.equal(batch, expected) for batch in [*made, net(x, embedding)])
+
+
 @torch.inference_mode()
 def test_a_size_in_which_bits_differ_is_not_used_and_that_is_said(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -206,7 +222,7 @@ def test_a_size_for_which_there_is_no_memory_ends_the_growth(
 ) -> None:
     usual = openvino_net.compile_net
 
-    def compile_net(net: Net, shape: Sequence[int], batch: int, dtype: torch.dtype, threads: int) -> Run:
+    def compile_net(net: Net, shape: Sequence[int], batch: int, dtype: torch.dtype, threads: int) -> Any:
         if batch == 4:
             raise RuntimeError("Exception from somewhere:\n\nstd::bad_alloc\n")
         return usual(net, shape, batch, dtype, threads)
@@ -308,7 +324,7 @@ def test_a_net_that_comes_to_no_numbers_is_not_run_by_openvino(monkeypatch: pyte
 
 
 def test_a_net_that_openvino_refuses_is_run_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    def compile_net(*_: object) -> Run:
+    def compile_net(*_: object) -> Any:
         raise RuntimeError("Exception from src/core.cpp:117:\n\nno such instruction\n\n")
 
     monkeypatch.setattr(openvino_net, "compile_net", compile_net)
