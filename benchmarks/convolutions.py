@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.measure import Measure, machine, seconds_of
 from model.card import read_card
-from model.checkpoint import Model, load_model
+from model.checkpoint import Model, load_layers
 from model.convolution import Conv
 from model.exact_kernels import Kind, agrees, kinds
 from model.gpu import prepare_gpu
@@ -103,7 +103,7 @@ def times(kind: Kind, batches: Sequence[int], invariant: bool) -> list[float]:
 def measures(directory: Path) -> Iterator[Measure]:
     """Prints a line for every kind of layer; gives what they sum up to in the whole net."""
     device = torch.device("cuda", torch.cuda.current_device())
-    model = load_model(read_card(directory), device, choose_dtype("auto", device))
+    model = load_layers(read_card(directory), device, choose_dtype("auto", device))
     sums = {name: [0.0] * len(BATCHES) for name in ("library", "invariant", "chosen")}
     print(f"microseconds by library / invariant kernel, in batches of {BATCHES}")
     for kind in kinds_of(model):

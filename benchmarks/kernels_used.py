@@ -52,7 +52,7 @@ def uses() -> list[Use]:
 
 
 def without_weights(card: ModelCard, device: torch.device, dtype: torch.dtype) -> Model:
-    """The model as `load_model` gives it on a GPU, but for its numbers."""
+    """The model as `load_layers` gives it on a GPU, but for its numbers."""
     with META, torch.inference_mode():
         net = build(card.architecture).eval().requires_grad_(False)
         table = torch.empty(card.process.schedule.T, net.embedding_width, dtype=dtype)

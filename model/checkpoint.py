@@ -155,11 +155,8 @@ def _read(places: dict[str, tuple[Path, str]]) -> dict[str, Tensor]:
     return weights
 
 
-def load_model(card: ModelCard, device: torch.device, dtype: torch.dtype, unusable: str = "") -> Model:
-    """The net on its device, and its table. Raises ModelRefused in one line, before memory is spent, if it must.
-
-    unusable: why OpenVINO is not tried on a CPU, if it is not; see `CpuNet`
-    """
+def _load(card: ModelCard, device: torch.device) -> tuple[Net, Tensor, int]:
+    """The net in float32 on its device, its table, and its number of weights. Raises ModelRefused."""
     with torch.device("meta"):
         net = build(card.architecture)
     count = sum(p.numel() for p in net.parameters())
@@ -177,7 +174,24 @@ def load_model(card: ModelCard, device: torch.device, dtype: torch.dtype, unusab
     with torch.inference_mode():
         table = net.embed(torch.arange(card.process.schedule.T, device=device))  # [T, P]
         net.fuse()
-        if device.type == "cpu":
-            return Model(card, CpuNet(net, table, dtype, unusable), table, count)
+    return net, table, count
+
+
+def load_layers(card: ModelCard, device: torch.device, dtype: torch.dtype) -> Model:
+    """The net as layers of torch, and its table, both in `dtype`: as a GPU runs them. Raises as `load_model`."""
+    net, table, count = _load(card, device)
+    with torch.inference_mode():
         net = net.to(dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return Model(card, net, table.to(dtype), count)
+
+
+def load_model(card: ModelCard, device: torch.device, dtype: torch.dtype, unusable: str = "") -> Model:
+    """The net on its device, and its table. Raises ModelRefused in one line, before memory is spent, if it must.
+
+    unusable: why OpenVINO is not tried on a CPU, if it is not; see `CpuNet`
+    """
+    if device.type != "cpu":
+        return load_layers(card, device, dtype)
+    net, table, count = _load(card, device)
+    with torch.inference_mode():
+        return Model(card, CpuNet(net, table, dtype, unusable), table, count)

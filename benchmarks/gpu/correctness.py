@@ -28,7 +28,7 @@ from benchmarks.gpu.run import ROOT
 from benchmarks.gpu.stage import Part, each_by_itself
 from benchmarks.gpu.worlds import device_of, small
 from model.card import read_card
-from model.checkpoint import load_model
+from model.checkpoint import load_layers
 from model.exact_kernels import Kind
 from model.runner import usual_buckets
 from server.machine import choose_dtype
@@ -118,7 +118,7 @@ class Layers:
         if not self.found:
             device = device_of(self.setting)
             dtype = choose_dtype("auto", device)
-            self.found = kinds_of(load_model(read_card(small(self.setting)), device, dtype))
+            self.found = kinds_of(load_layers(read_card(small(self.setting)), device, dtype))
         return self.found
 
 

@@ -18,7 +18,7 @@ from benchmarks.gpu.facts import Fact, Setting
 from benchmarks.gpu.stage import Part
 from benchmarks.gpu.worlds import DIGITS, device_of, small, tiny
 from model.card import read_card
-from model.checkpoint import load_model
+from model.checkpoint import load_layers
 from model.engine import Engine
 from model.events import Finished, Picture, Request
 from model.plan import COLUMNS, plan, resolve
@@ -46,7 +46,7 @@ def parts(setting: Setting) -> list[Part]:
 @torch.inference_mode()
 def replays(directory: Path, device: torch.device) -> Iterator[Fact]:
     """Whether a replay of every bucket of a net is the eager step, bit for bit."""
-    runner = Runner(load_model(read_card(directory), device, choose_dtype("auto", device)), 4)
+    runner = Runner(load_layers(read_card(directory), device, choose_dtype("auto", device)), 4)
     slots, generator, wrong = runner.slots, torch.Generator().manual_seed(0), list[int]()
     x = torch.randn(slots.x.shape, generator=generator).to(device)
     row = torch.rand(slots.capacity, len(COLUMNS), generator=generator).to(device)
@@ -69,7 +69,7 @@ def a_picture(directory: Path, device: torch.device, steps: int) -> Iterator[Fac
     """How far a picture made here in float32 is from that of the CPU."""
 
     def made(where: torch.device) -> Picture:
-        engine = Engine(Runner(load_model(read_card(directory), where, torch.float32), 1))
+        engine = Engine(Runner(load_layers(read_card(directory), where, torch.float32), 1))
         process = engine.runner.model.card.process
         engine.submit(Request("one", 42, plan(process, resolve(process, "ddpm", steps))))
         while True:
@@ -107,7 +107,7 @@ def step_times(
     began = time.perf_counter()
     if way == "plain torch":
         model.kernels.TRITON_ON = frozenset()
-    loaded = load_model(read_card(directory), device, choose_dtype("auto", device))
+    loaded = load_layers(read_card(directory), device, choose_dtype("auto", device))
     slots, step = Slots(max(batches), loaded.card.architecture.shape, loaded.card.process.schedule.T, device), None
     yield f"{directory.name}, by {way}: loaded in", time.perf_counter() - began, "s"
     if way == "a graph":

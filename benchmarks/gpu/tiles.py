@@ -17,7 +17,7 @@ from benchmarks.gpu.facts import Fact, Setting
 from benchmarks.gpu.stage import Part
 from benchmarks.gpu.worlds import device_of, large, small
 from model.card import read_card
-from model.checkpoint import Model, load_model
+from model.checkpoint import Model, load_layers
 from model.convolution import Conv
 from model.exact_kernels import Kind
 from model.runner import Runner
@@ -51,7 +51,7 @@ def without_triton() -> Iterator[Fact]:
 
 def _model(setting: Setting, net: Callable[[Setting], Path]) -> Model:
     device = device_of(setting)
-    return load_model(read_card(net(setting)), device, choose_dtype("auto", device))
+    return load_layers(read_card(net(setting)), device, choose_dtype("auto", device))
 
 
 def _convolutions(model: Model) -> list[tuple[Kind, Conv]]:

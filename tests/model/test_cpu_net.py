@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from model import openvino_net
 from model.architecture import Architecture, architecture
 from model.card import read_card
 from model.checkpoint import load_model
@@ -24,6 +24,8 @@ from model.nets import Net, build
 from tests.model.directories import write_model
 from tests.model.tiny import ARCHITECTURE, CPU
 from tests.model.worlds import relative_error, small
+
+pytestmark = pytest.mark.skipif(find_spec("openvino") is None, reason="openvino is not installed")
 
 LUCID = LucidArchitecture(16, 24, 3, 3, 16, 16, (1, 2, 4), (False, False, True), (4, 4, 4), (8, 8, 8))
 WIDE = architecture(small(sample_size=[32, 32], block_out_channels=[32, 64]))
@@ -77,15 +79,22 @@ def inputs(net: CpuNet | Net, batch: int) -> tuple[Tensor, Tensor]:
     return x, embedding
 
 
+def room() -> Any:
+    """The module that OpenVINO is imported in."""
+    from model import openvino_net
+
+    return openvino_net
+
+
 def with_compiled(monkeypatch: pytest.MonkeyPatch, change: Callable[[Tensor, int], Tensor]) -> None:
     """From now on OpenVINO gives another result: change(result, size of batch)."""
-    usual = openvino_net.compile_net
+    usual = room().compile_net
 
     def compile_net(net: Net, shape: Sequence[int], batch: int, dtype: torch.dtype, threads: int) -> Any:
         run = usual(net, shape, batch, dtype, threads)()
         return lambda: lambda x, embedding: change(run(x, embedding), batch)
 
-    monkeypatch.setattr(openvino_net, "compile_net", compile_net)
+    monkeypatch.setattr(room(), "compile_net", compile_net)
 
 
 # What it computes
@@ -113,7 +122,7 @@ def test_a_convolution_of_a_doubled_picture_reads_it_once() -> None:
             return out
 
     x, net = torch.randn(2, 3, 5, 7), Doubling()
-    run = openvino_net.compile_net(net, (3, 5, 7), 2, torch.float32, 1)()  # type: ignore[arg-type]
+    run = room().compile_net(net, (3, 5, 7), 2, torch.float32, 1)()
 
     assert torch.allclose(run(x, torch.zeros(2, 1)), net(x, torch.zeros(2, 1)), atol=1e-6)
 
@@ -220,14 +229,14 @@ def test_a_size_in_which_the_place_matters_is_not_used(monkeypatch: pytest.Monke
 def test_a_size_for_which_there_is_no_memory_ends_the_growth(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    usual = openvino_net.compile_net
+    usual = room().compile_net
 
     def compile_net(net: Net, shape: Sequence[int], batch: int, dtype: torch.dtype, threads: int) -> Any:
         if batch == 4:
             raise RuntimeError("Exception from somewhere:\n\nstd::bad_alloc\n")
         return usual(net, shape, batch, dtype, threads)
 
-    monkeypatch.setattr(openvino_net, "compile_net", compile_net)
+    monkeypatch.setattr(room(), "compile_net", compile_net)
     net = cpu_net()
     with caplog.at_level("WARNING"):
         grow_up(net, 8)
@@ -327,20 +336,20 @@ def test_a_net_that_openvino_refuses_is_run_by_torch(monkeypatch: pytest.MonkeyP
     def compile_net(*_: object) -> Any:
         raise RuntimeError("Exception from src/core.cpp:117:\n\nno such instruction\n\n")
 
-    monkeypatch.setattr(openvino_net, "compile_net", compile_net)
+    monkeypatch.setattr(room(), "compile_net", compile_net)
 
     assert_run_by_torch(cpu_net(), "refuses it: no such instruction")
 
 
 def test_a_net_that_does_what_no_symbol_can_is_run_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(openvino_net.MEANINGS, torch.nn.functional.silu)
+    monkeypatch.delitem(room().MEANINGS, torch.nn.functional.silu)
     net = cpu_net()
 
     assert net.note is not None and "OpenVINO refuses it: no symbol can do <function silu" in net.note
 
 
 def test_numbers_that_the_processor_does_not_compute_in_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(openvino_net, "computes_in", lambda dtype: dtype == torch.float32)
+    monkeypatch.setattr(room(), "computes_in", lambda dtype: dtype == torch.float32)
     net = cpu_net(dtype=torch.bfloat16)
 
     assert net.note == "run by torch, since OpenVINO does not compute in bfloat16 on this processor"
