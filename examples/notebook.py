@@ -9,7 +9,7 @@ import sys
 from server.client import Client, Frame
 
 client = Client((sys.argv[1:] or ["http://127.0.0.1:8000"])[0])
-job = client.submit(seed=42, steps=30, n=4)
+job = client.submit(seed=207, steps=30, n=4)
 job  # noqa: B018
 
 # %% The noisy picture every few steps

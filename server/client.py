@@ -2,7 +2,7 @@
 
     from server.client import Client
 
-    made = Client("http://127.0.0.1:8000").generate(seed=42, steps=100)
+    made = Client("http://127.0.0.1:8000").generate(seed=207, steps=100)
     made.image.show()
 
 What is decided (when to try again, from which message to go on) is in `client_flows`, once for both; how it is done in

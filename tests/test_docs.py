@@ -168,7 +168,7 @@ def test_the_quick_start_works_line_by_line(server: Server, tmp_path: Path) -> N
         statuses.append(int(said.stdout.splitlines()[-1]))
         if statuses[-1] == 422:
             assert json.loads(said.stdout.splitlines()[0])["detail"] == "steps must lie in 1..1000, got 5000"
-    watch = [sys.executable, str(ROOT / "examples" / "watch.py"), "42", "frames", f"ws://127.0.0.1:{server.port}"]
+    watch = [sys.executable, str(ROOT / "examples" / "watch.py"), "207", "frames", f"ws://127.0.0.1:{server.port}"]
     subprocess.run(watch, cwd=tmp_path, capture_output=True, check=True, timeout=60)
 
     assert statuses == [200, 200, 200, 202, 200, 422]
