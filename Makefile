@@ -5,6 +5,10 @@ PORT   ?= 8000
 BIN    := .venv/bin
 PIP    := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
+# TORCH=cpu or TORCH=cuda says which build of PyTorch is installed. Left out, it is the one without CUDA (0.2 GB instead
+# of 2.7) where there is no NVIDIA driver, if CPU_WHEELS can be reached and pip was not told where else to look.
+CPU_WHEELS ?= https://download.pytorch.org/whl/cpu
+
 .PHONY: serve test test-avx2 check format bench bench-compile chaos fuzz soak image gpu gpu-wheels clean
 
 serve: .venv/serve.stamp
@@ -57,6 +61,7 @@ image:
 .venv/serve.stamp: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed, as PYTHON=...")'
 	$(PYTHON) -m venv .venv
+	@$(BIN)/python deploy/torch_build.py --index $(CPU_WHEELS) $(if $(TORCH),--build $(TORCH))
 	$(PIP) --editable .
 	touch $@
 
