@@ -22,13 +22,17 @@ RUN ["python", "-c", "import tomllib; project = tomllib.load(open('pyproject.tom
     print(*[line for line in project['dependencies'] if line.startswith('torch==')], file=open('torch.txt', 'w'))"]
 
 
-# torch comes first and alone, so that only torch comes from an index of its own.
+# torch comes first and alone, so that only torch comes from an index of its own. Of OpenVINO stays what runs a net on a
+# CPU: not what drives other devices or reads files of other frameworks, nor what tells its makers that it is used.
 FROM packages AS packages-cpu
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 ARG PIP_FIND_LINKS
 ARG PIP_NO_INDEX
 RUN python -m pip --python /venv install --no-deps --index-url "$TORCH_INDEX" --requirement torch.txt \
-    && python -m pip --python /venv install --requirement requirements.txt
+    && python -m pip --python /venv install --requirement requirements.txt \
+    && python -m pip --python /venv uninstall --yes openvino-telemetry \
+    && find /venv -path '*/openvino/libs/*' '(' -name '*_[gn]pu_plugin.so' -o -name cache.json \
+        -o -name '*_frontend.so.*' ! -name '*_ir_frontend.so.*' ')' -print -delete
 
 
 # Triton compiles its kernels by itself, but for its way to the driver it wants a C compiler, once. Here is one.

@@ -79,6 +79,9 @@ def make_base(buildah: Buildah, folder: Path, name: str) -> None:
     shutil.rmtree(root, ignore_errors=True)
     packages = "python3,python3-venv,python3-pip,ca-certificates"
     run("debootstrap", "--variant=minbase", f"--include={packages}", SUITE, root, MIRROR)
+    for leftover in [*root.glob("var/cache/apt/*.bin"), *root.glob("var/cache/apt/archives/*.deb")]:
+        leftover.unlink()
+    shutil.rmtree(root / "var/lib/apt/lists")  # Python's images have none of it either
     (root / "usr/local/bin/python").symlink_to("/usr/bin/python3")
     container = buildah("from", "scratch")
     buildah("add", "--quiet", container, root, "/")
@@ -248,6 +251,8 @@ def check_service(container: Container, health: list[str]) -> str:
     again = container.ask("/generate", order, **{"Cache-Control": "no-cache"})
     saw("it makes a picture", status == 200 and picture.startswith(PNG), bytes=len(picture))
     saw("and the same one again", again == (status, picture))
+    maps = "".join(Path(f"/proc/{pid}/maps").read_text() for pid in container.pids)
+    saw("its net is run by OpenVINO", "libopenvino_intel_cpu_plugin" in maps)
     status, job = container.ask("/generate", {"seed": 7, "steps": 1000, "n": 64}, Prefer="respond-async")
     saw("it takes a job", status == 202)
     return str(json.loads(job)["id"])

@@ -1,7 +1,9 @@
 """The Dockerfile, and what makes Triton run without a compiler. `make image` builds and runs all of it."""
 
 import os
+import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -21,6 +23,17 @@ import ctypes, sys
 ctypes.CDLL(sys.argv[1], ctypes.RTLD_GLOBAL)
 from triton.backends.nvidia import driver
 driver.CudaUtils().launch
+"""
+
+INFER = """
+import sys
+sys.modules["openvino_telemetry"] = None
+import numpy as np, openvino as ov
+from openvino import opset13 as op
+core, x = ov.Core(), op.parameter([1, 2, 4, 4], np.float32)
+weights = op.constant(np.ones((3, 2, 1, 1), np.float32))
+net = ov.Model([op.result(op.convolution(x, weights, [1, 1], [0, 0], [0, 0], [1, 1]))], [x], "net")
+print(ov.__file__, core.available_devices, core.compile_model(net, "CPU")(np.ones((1, 2, 4, 4), np.float32))[0].sum())
 """
 
 
@@ -114,3 +127,18 @@ def test_triton_reaches_the_driver_without_a_compiler(tmp_path: Path) -> None:
     assert subprocess.run(use, env=image, cwd=os.sep).returncode == 0
     failed = subprocess.run(use, env=bare, cwd=os.sep, capture_output=True, text=True)
     assert "Failed to find C compiler" in failed.stderr
+
+
+@pytest.mark.skipif(find_spec("openvino") is None, reason="OpenVINO is not installed")
+def test_what_the_image_lacks_of_openvino_is_not_needed_on_a_cpu(tmp_path: Path) -> None:
+    found = find_spec("openvino")
+    assert found is not None and found.origin is not None
+    shutil.copytree(Path(found.origin).parent, tmp_path / "openvino", ignore=shutil.ignore_patterns("__pycache__"))
+    (find,) = re.findall(r"find /venv (.*?)\n\n", stages()["packages-cpu"].replace("\\\n", ""), re.DOTALL)
+    without = shlex.split(f"find {tmp_path} {find}")
+    gone = subprocess.run(without, capture_output=True, text=True, check=True).stdout.splitlines()
+    there = {"PYTHONPATH": str(tmp_path), "PATH": os.defpath}
+    ran = subprocess.run([sys.executable, "-c", INFER], env=there, capture_output=True, text=True, cwd=os.sep)
+
+    assert len(gone) == 10 or platform.machine() != "x86_64"
+    assert ran.stdout == f"{tmp_path / 'openvino' / '__init__.py'} ['CPU'] 96.0\n", ran.stderr
