@@ -13,7 +13,7 @@ from PIL import Image
 from model import card, checkpoint, engine, plan, runner
 from model.events import Preview, Request
 
-SEEDS, STEPS, ENLARGED = range(40, 46), int((sys.argv[2:] or [1000])[0]), 3
+SEEDS, STEPS, ENLARGED = range(77, 83), int((sys.argv[2:] or [1000])[0]), 3
 
 digits = card.read_card(Path(__file__).parent.parent / "weights" / "digits")
 net = checkpoint.load_model(digits, torch.device("cpu"), torch.float32)

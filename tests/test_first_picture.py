@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import model
 from benchmarks.classifier import FloatArray, judge, load_digits, load_or_train
@@ -123,6 +124,15 @@ def test_the_judge_that_is_kept_tells_real_digits() -> None:
 
     assert (probabilities.argmax(1) == unseen.labels.numpy()).mean() >= 0.99
     assert 0.92 <= (probabilities.max(1) >= 0.9).mean() <= 0.97  # a judge that is sure of everything says little
+
+
+def test_the_picture_in_the_readme_ends_on_digits() -> None:
+    with Image.open(ROOT / "docs" / "denoising.png") as strip:
+        pixels = np.asarray(strip)[::3, ::3]  # as the engine made them, before they were enlarged
+    ends = pixels.reshape(6, 1, 32, -1)[..., -32:]  # [6, 1, 32, 32] the last of each row
+    probabilities = judge(load_or_train(JUDGE, load_digits(ROOT / "benchmarks" / "digits.npz")[0]), ends.copy())
+
+    assert probabilities.max(1).min() >= SURE
 
 
 def test_these_files_ask_for_pictures(asked: dict[str, list[GenerateRequest]]) -> None:

@@ -39,6 +39,7 @@ set -e
 mount --make-rprivate /
 mount --bind "$1" "$1"
 mount -t proc proc "$1/proc"
+mount -t sysfs -o ro,nosuid,nodev,noexec sysfs "$1/sys"
 mount -t tmpfs -o mode=755,nosuid tmpfs "$1/dev"
 for device in null zero full random urandom; do touch "$1/dev/$device"; mount --bind /dev/$device "$1/dev/$device"; done
 mkdir "$1/dev/shm" && mount -t tmpfs -o mode=1777,nosuid,nodev,noexec,size=64m tmpfs "$1/dev/shm"
