@@ -15,12 +15,13 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from model.activations import alive
 from model.architecture import Architecture
 from model.lucid_architecture import LucidArchitecture
 from model.nets import Net
 
 SIZES = (1, 2, 4, 8, 16)
-SIZES_BYTES = 1 << 30  # each size has weights of its own: together no more than this, but for the first
+SIZES_BYTES = 3 << 30  # they take together no more than this, unless the first alone does: see `size_bytes`
 CHECKED_SIDE = 64  # pixels: larger nets are compared with torch on a picture of this size, which takes a moment
 CONVERTED = 1e-4  # OpenVINO's error beside torch, both in float32: |difference| / |largest number|
 ROUNDED = 0.1  # the same in half precision: no more than a sign that the numbers are not those of another net
@@ -45,9 +46,19 @@ def supports(dtype: torch.dtype) -> bool:
     return openvino_net.computes_in(dtype)
 
 
-def sizes_up_to(slots: int, weights_bytes: int) -> list[int]:
-    """The sizes of batch that a net with such weights has, once it has grown to so many pictures."""
-    return [size for size in SIZES if size <= slots][: max(1, SIZES_BYTES // max(1, weights_bytes))]
+def sizes_up_to(slots: int, arch: Architecture | LucidArchitecture, parameters: int, dtype: torch.dtype) -> list[int]:
+    """The sizes of batch that a net has, once it has grown to so many pictures."""
+    sizes, taken = [1], size_bytes(1, arch, parameters, dtype)
+    for size in SIZES[1:]:
+        taken += size_bytes(size, arch, parameters, dtype)
+        if size <= slots and taken <= SIZES_BYTES:
+            sizes.append(size)
+    return sizes
+
+
+def size_bytes(size: int, arch: Architecture | LucidArchitecture, parameters: int, dtype: torch.dtype) -> int:
+    """What a size of batch takes: weights of its own, and what is alive in a step for each picture."""
+    return int(dtype.itemsize) * (parameters + size * alive(arch))
 
 
 def checked_shape(arch: Architecture | LucidArchitecture) -> Shape:
@@ -68,7 +79,7 @@ class CpuNet:
     def __init__(self, net: Net, table: Tensor, dtype: torch.dtype, unusable: str = "") -> None:
         self.arch, self.dtype, self.threads = net.arch, dtype, torch.get_num_threads()
         self.embedding_width, self.reads = net.embedding_width, net.reads
-        self.weights_bytes = dtype.itemsize * sum(p.numel() for p in net.parameters())
+        self.parameters = sum(p.numel() for p in net.parameters())
         self.note: str | None = None  # why OpenVINO does not run it
         self._table, self._alone = table, list[Tensor]()  # what each of the pictures that sizes are checked by is alone
         self._grown = 1  # the last size that was tried
@@ -108,7 +119,8 @@ class CpuNet:
 
         slots: the most pictures there will be. May be called from another thread than the one that uses the net.
         """
-        to_come = [size for size in sizes_up_to(slots, self.weights_bytes) if size > self._grown]
+        sizes = sizes_up_to(slots, self.arch, self.parameters, self.dtype)
+        to_come = [size for size in sizes if size > self._grown]
         if to_come and self._compile is not None:
             self._grown = to_come[0]
             try:

@@ -238,13 +238,15 @@ def _convolve_doubled(x: Symbol, weight: Tensor) -> Any:
     quarters = []
     for down in (0, 1):
         for right in (0, 1):
-            kernel = torch.zeros(*weight.shape[:2], 2, 2)
-            for i in range(3):
-                for j in range(3):  # pixel 2y + down of the large one has 2y + down + i - 1 before it
-                    kernel[:, :, (down + i + 1) // 2 - down, (right + j + 1) // 2 - right] += weight[:, :, i, j]
-            begin, end = [1 - down, 1 - right], [down, right]
+            kernel, begin, end = _halved(_halved(weight, 2, down), 3, right), [1 - down, 1 - right], [down, right]
             quarters.append(op.convolution(x.node, _constant(kernel), [1, 1], begin, end, [1, 1]))
     return op.depth_to_space(op.concat(quarters, 1), "blocks_first", 2)
+
+
+def _halved(weight: Tensor, axis: int, second: int) -> Tensor:
+    """The two weights along an axis that three have become which read each pixel twice, for the first or the second."""
+    a, b, c = weight.unbind(axis)
+    return torch.stack((a + b, c) if second else (a, b + c), axis)
 
 
 def _group_norm(x: Symbol, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Symbol:

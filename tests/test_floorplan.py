@@ -69,6 +69,7 @@ FLOORS = [
     ["model.triton_launch", "model.triton_noise"],
     ["model.noise", "model.events", "model.gpu"],
     ["model.plan", "model.card"],
+    ["model.activations"],
     ["model.schedule", "model.lucid_architecture"],
     ["model.architecture"],
     ["model.options"],

@@ -18,17 +18,23 @@ from torch import Tensor, nn
 from model.architecture import Architecture, architecture
 from model.card import read_card
 from model.checkpoint import load_model
-from model.cpu_net import SIZES_BYTES, CpuNet, checked_shape, grow_up, sizes_up_to
+from model.cpu_net import CpuNet, checked_shape, grow_up, sizes_up_to
 from model.lucid_architecture import LucidArchitecture
 from model.nets import Net, build
 from tests.model.directories import write_model
 from tests.model.tiny import ARCHITECTURE, CPU
-from tests.model.worlds import relative_error, small
+from tests.model.worlds import CIFAR10, relative_error, small
 
 pytestmark = pytest.mark.skipif(find_spec("openvino") is None, reason="openvino is not installed")
 
 LUCID = LucidArchitecture(16, 24, 3, 3, 16, 16, (1, 2, 4), (False, False, True), (4, 4, 4), (8, 8, 8))
 WIDE = architecture(small(sample_size=[32, 32], block_out_channels=[32, 64]))
+LARGE = CIFAR10 | {
+    "sample_size": 256,
+    "block_out_channels": [128, 128, 256, 256, 512, 512],
+    "down_block_types": [*["DownBlock2D"] * 4, "AttnDownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "AttnUpBlock2D", *["UpBlock2D"] * 4],
+}
 KINDS: dict[str, Architecture | LucidArchitecture] = {
     "tiny": ARCHITECTURE,
     "lucid": LUCID,
@@ -170,18 +176,23 @@ def test_sizes_come_one_by_one_the_smallest_first() -> None:
     assert not net.grow(6)
 
 
-@pytest.mark.parametrize(
-    ("slots", "weights_bytes", "sizes"),
-    [
-        (1, 100, [1]),
-        (8, 100, [1, 2, 4, 8]),
-        (64, 100, [1, 2, 4, 8, 16]),
-        (8, SIZES_BYTES // 2, [1, 2]),
-        (8, 1 << 40, [1]),
-    ],
-)
-def test_there_are_as_many_sizes_as_their_weights_have_room(slots: int, weights_bytes: int, sizes: list[int]) -> None:
-    assert sizes_up_to(slots, weights_bytes) == sizes
+CONFIGURATIONS: list[tuple[dict[str, Any], torch.dtype, list[int]]] = [
+    (CIFAR10, torch.float32, [1, 2, 4, 8]),
+    (LARGE, torch.float32, [1, 2]),
+    (LARGE, torch.bfloat16, [1, 2, 4]),
+]
+
+
+@pytest.mark.parametrize(("config", "dtype", "sizes"), CONFIGURATIONS)
+def test_there_are_as_many_sizes_as_there_is_memory_for(
+    config: dict[str, Any], dtype: torch.dtype, sizes: list[int]
+) -> None:
+    arch = architecture(config)
+    with torch.device("meta"):
+        parameters = sum(parameter.numel() for parameter in build(arch).parameters())
+
+    assert sizes_up_to(8, arch, parameters, dtype) == sizes
+    assert sizes_up_to(1, arch, parameters, dtype) == sizes_up_to(8, arch, 1 << 30, dtype) == [1]
 
 
 def test_a_net_grows_in_one_thread_while_another_uses_it() -> None:

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from model.activations import alive
 from model.architecture import Architecture
 from model.card import read_card
 from model.checkpoint import load_model
-from model.footprint import alive, footprint, resident_bytes
+from model.footprint import footprint, resident_bytes
 from model.lucid_architecture import LucidArchitecture
 from model.nets import build
 from model.runner import Runner
