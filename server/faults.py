@@ -11,6 +11,7 @@ not be there, and then is: a fault that the next engine is spared.
 
 import json
 import os
+import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,9 +62,11 @@ def _strike(do: str) -> None:
             time.sleep(1e6)
         case "die":
             os._exit(1)
+        case "illegal":  # as an instruction does that the processor lacks
+            os.kill(os.getpid(), signal.SIGILL)
 
 
-KINDS = ("memory", "cuda", "raise", "hang", "die", "nan")
+KINDS = ("memory", "cuda", "raise", "hang", "die", "illegal", "nan")
 
 
 def plant(runner: Runner) -> None:

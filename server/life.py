@@ -43,7 +43,7 @@ class Life:
     def __init__(self) -> None:
         self.over = asyncio.Event()
         self.refused: Refused | None = None  # why there is no sense in another one
-        self.signal = 0  # the number of the signal that ended it, if one did that we did not send
+        self.signal = 0  # the number of the signal that ended it, if one did; SIGKILL may have been ours
         self.cause = "died"  # of its end, unless something else is seen
         self.stopped_s = 0.0  # for how long it has been stopped by a signal
         self._outbox: queue.SimpleQueue[Letter | None] = queue.SimpleQueue()
@@ -92,11 +92,10 @@ class Life:
                         self.cause = "hung"
                         process.kill()
         finally:
-            if self.cause == "died" and not process.is_alive():
-                self.signal = max(0, -(process.exitcode or 0))
-            process.kill()  # it holds nothing that could be lost
+            process.kill()  # it holds nothing that could be lost; what has killed it already remains the reason
             self._outbox.put(None)
             for thread in threads:
                 await asyncio.to_thread(thread.join)
             ours.close()
             await asyncio.to_thread(process.join)
+            self.signal = max(0, -(process.exitcode or 0))  # not before: the pipe is closed earlier than a process ends

@@ -53,7 +53,8 @@ class Loader:
         else:
             torch.cuda.set_device(device)
         self.device, self._start, self._between = device, start, between
-        self._dtype, self._slots = machine.choose_dtype(start.dtype, device), start.slots or machine.usual_slots(device)
+        self._dtype = machine.choose_dtype(start.dtype, device, start.unusable)
+        self._slots = start.slots or machine.usual_slots(device)
 
     def announce(self, card: ModelCard) -> Served:
         """What is known of a model before it is loaded."""

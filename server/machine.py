@@ -36,13 +36,17 @@ def choose_device(wanted: str) -> torch.device:
     return torch.device("cuda", index)
 
 
-def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
-    """Numbers inside the net: bfloat16 wherever the device computes in it, unless told otherwise."""
+def choose_dtype(wanted: str, device: torch.device, unusable: str = "") -> torch.dtype:
+    """Numbers inside the net: bfloat16 wherever the device computes in it, unless told otherwise.
+
+    unusable: why OpenVINO is not tried on a CPU, if it is not. Then it is not asked either, since the answer takes the
+    same instructions; and float32 needs none that only some processors have.
+    """
     if wanted != "auto":
         return DTYPES[wanted]
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    return torch.bfloat16 if supports(torch.bfloat16) else torch.float32
+    return torch.bfloat16 if not unusable and supports(torch.bfloat16) else torch.float32
 
 
 def usual_slots(device: torch.device) -> int:
