@@ -17,6 +17,7 @@ from model.slots import Slots
 
 WORKSPACE = 1.5  # of what is alive in a step: what libraries take for themselves, and what fragments
 SAMPLER = 8  # float32 numbers that its arithmetic holds for each of a picture, beside the net
+COMPILED_BYTES = 16 << 20  # of OpenVINO's for each size of batch, whatever the net: machine code most of all
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,14 +29,17 @@ class Footprint:
 
 
 def footprint(card: ModelCard, slots: int, device: torch.device, dtype: torch.dtype) -> Footprint:
-    """What the model will take, loaded: while it is read, its weights are there in float32 as well as in `dtype`."""
+    """What the model will take, loaded or while it is being loaded: its weights are there in float32 as well then, and
+    on a CPU three times: torch's, those that OpenVINO converts, and those of the net that is compared with torch."""
     with torch.device("meta"):
         net = build(card.architecture)
     count, T = sum(p.numel() for p in net.parameters()), card.process.schedule.T
     batch = batch_bytes(Slots(1, card.architecture.shape, T, device))
     if device.type == "cpu":
-        table = 4 * net.embedding_width * T
-        return Footprint(count, 4 * count + table + slots * batch + cpu_bytes(card.architecture, count, slots, dtype))
+        table, float32 = 4 * net.embedding_width * T, torch.float32
+        checked = 4 * count + cpu_bytes(card.architecture, count, 1, float32)
+        grown = cpu_bytes(card.architecture, count, slots, dtype)
+        return Footprint(count, table + slots * batch + max(checked, grown))
     weights = (count + net.embedding_width * T) * (4 + dtype.itemsize)
     return Footprint(count, weights + slots * (batch + picture_bytes(card.architecture, dtype)))
 
@@ -48,9 +52,10 @@ def resident_bytes(model: Model, slots: Slots) -> int:
 
 
 def cpu_bytes(arch: Architecture | LucidArchitecture, parameters: int, slots: int, dtype: torch.dtype) -> int:
-    """A net on a CPU, in all its sizes of batch."""
+    """A net on a CPU, grown: OpenVINO keeps the weights it was given, in float32, and each size of batch has weights
+    and working memory of its own."""
     sizes = sizes_up_to(slots, arch, parameters, dtype)
-    return sum(size_bytes(size, arch, parameters, dtype) for size in sizes)
+    return 4 * parameters + sum(COMPILED_BYTES + size_bytes(size, arch, parameters, dtype) for size in sizes)
 
 
 def batch_bytes(slots: Slots) -> int:

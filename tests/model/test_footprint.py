@@ -1,5 +1,7 @@
 """What a model takes is known before it is loaded."""
 
+import subprocess
+import sys
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +16,7 @@ from model.activations import alive
 from model.architecture import Architecture
 from model.card import read_card
 from model.checkpoint import load_model
+from model.cpu_net import supports
 from model.footprint import footprint, resident_bytes
 from model.lucid_architecture import LucidArchitecture
 from model.nets import build
@@ -87,3 +90,50 @@ def test_a_loaded_model_takes_no_more_than_was_thought(tmp_path: Path, dtype: to
 
     assert before.parameters == model.parameters
     assert after <= before.size_bytes <= 2 * after
+
+
+DIGITS = Path(__file__).parents[2] / "weights" / "digits"
+TAKEN = """
+import ctypes, gc, sys, torch
+from pathlib import Path
+from model.card import read_card
+from model.checkpoint import load_model
+from model.cpu_net import grow_up
+from model.footprint import footprint, resident_bytes
+from model.runner import Runner
+
+CPU, dtype, slots = torch.device("cpu"), getattr(torch, sys.argv[1]), 8
+torch.set_num_threads(2)
+
+def load(directory):
+    model = load_model(read_card(Path(directory)), CPU, dtype)
+    runner = Runner(model, slots)
+    model.net.rehearse()
+    grow_up(model.net, slots)
+    for count in range(1, slots + 1):
+        runner.step(count)
+    return model, runner
+
+def held():
+    gc.collect()
+    getattr(ctypes.CDLL(None), "malloc_trim", bool)(0)
+    return 1024 * int(Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0])
+
+first = load(sys.argv[2])  # with it come the libraries, which every model shares
+before = held()
+model, runner = load(sys.argv[3])
+bound = footprint(model.card, slots, CPU, dtype).size_bytes
+print(held() - before, resident_bytes(model, runner.slots), bound)
+"""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_process_grows_by_about_as_much_as_is_told_of_a_model(tmp_path: Path, dtype: torch.dtype) -> None:
+    if not supports(dtype):
+        pytest.skip("this processor does not compute in such numbers")
+    command = [sys.executable, "-c", TAKEN, str(dtype).removeprefix("torch."), str(write_model(tmp_path / "tiny"))]
+    ran = subprocess.run([*command, str(DIGITS)], capture_output=True, text=True, check=True)
+    taken, told, bound = map(int, ran.stdout.split())
+
+    assert taken / 1.5 < told < 1.5 * taken
+    assert told <= bound
