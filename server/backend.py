@@ -41,7 +41,7 @@ class Served:
     loaded: bool = field(default=True, compare=False)  # in memory now; else it is loaded when it is asked for
     memory_bytes: int = field(default=0, compare=False)  # of the device, that it takes when it is loaded
     trouble: str | None = field(default=None, compare=False)  # why it cannot be loaded
-    note: str | None = field(default=None, compare=False)  # what `exact` costs it, or why it is not
+    note: str | None = field(default=None, compare=False)  # what `exact` costs it, why it is not, or why torch runs it
 
 
 @dataclass(frozen=True, slots=True)
