@@ -1,8 +1,8 @@
-"""A net on a CPU: run by OpenVINO, or by torch where OpenVINO cannot be used, for a few sizes of batch.
+"""Runs a net on a CPU: with OpenVINO, or with torch where OpenVINO cannot be used.
 
-A batch of any size is run as batches of these sizes, the largest first. A net can be used as soon as it runs one
-picture at a time; `grow` adds a larger size, from another thread if need be. A size is used only if a picture's bits
-are in it what they are alone, so no picture shows which sizes there are.
+The net is compiled for a few batch sizes, and a batch of any size is split into these, the largest first. A net is
+usable once it is compiled for one picture; `grow` adds the next larger size, and may be called from another thread. A
+size is used only if a picture has the same bits in it as alone, so the result never depends on which sizes exist.
 """
 
 import hashlib
@@ -34,11 +34,11 @@ logger = logging.getLogger(__name__)
 
 
 class Unusable(Exception):
-    """OpenVINO does not run a net. The message says why, behind "OpenVINO"."""
+    """OpenVINO cannot run a net. The message is a predicate that follows the word "OpenVINO"."""
 
 
 def supports(dtype: torch.dtype) -> bool:
-    """Whether this processor computes in such numbers, and does not only imitate them."""
+    """Whether this processor has native instructions for `dtype`."""
     try:
         from model import openvino_net
     except Exception:  # what is wrong with it is told when a net is to be run
@@ -47,7 +47,7 @@ def supports(dtype: torch.dtype) -> bool:
 
 
 def sizes_up_to(slots: int, arch: Architecture | LucidArchitecture, parameters: int, dtype: torch.dtype) -> list[int]:
-    """The sizes of batch that a net has, once it has grown to so many pictures."""
+    """The batch sizes that a net has after it has grown to `slots` pictures."""
     sizes, taken = [1], size_bytes(1, arch, parameters, dtype)
     for size in SIZES[1:]:
         taken += size_bytes(size, arch, parameters, dtype)
@@ -57,12 +57,12 @@ def sizes_up_to(slots: int, arch: Architecture | LucidArchitecture, parameters: 
 
 
 def size_bytes(size: int, arch: Architecture | LucidArchitecture, parameters: int, dtype: torch.dtype) -> int:
-    """What a size of batch takes: weights of its own, and what is alive in a step for each picture."""
+    """Memory of one batch size: its own copy of the weights, and the activations of each picture."""
     return int(dtype.itemsize) * (parameters + size * alive(arch))
 
 
 def checked_shape(arch: Architecture | LucidArchitecture) -> Shape:
-    """What a net is compared with torch on: its own pictures, or smaller ones that can be halved as often."""
+    """The picture on which OpenVINO is compared with torch: the net's own, or a smaller one with as many levels."""
     channels, *sides = arch.shape
     side = max(CHECKED_SIDE, 1 << arch.levels)
     height, width = (side if given > side and given % side == 0 else given for given in sides)
@@ -72,8 +72,8 @@ def checked_shape(arch: Architecture | LucidArchitecture) -> Shape:
 class CpuNet:
     """A net for batches of any size. x: [B, C, H, W], embedding: [B, P], of float32 -> [B, out, H, W] float32
 
-    table: [T, P] float32, rows of embeddings. dtype: of the numbers inside the net. unusable: why OpenVINO is not
-    tried, if it is not, in words that go on behind its name.
+    table: [T, P] float32, rows of embeddings. dtype: of the numbers inside the net. unusable: if not empty, OpenVINO is
+    not tried; the reason, as a predicate.
     """
 
     def __init__(self, net: Net, table: Tensor, dtype: torch.dtype, unusable: str = "") -> None:
@@ -81,7 +81,7 @@ class CpuNet:
         self.embedding_width, self.reads = net.embedding_width, net.reads
         self.parameters = sum(p.numel() for p in net.parameters())
         self.note: str | None = None  # why OpenVINO does not run it
-        self._table, self._alone = table, list[Tensor]()  # what each of the pictures that sizes are checked by is alone
+        self._table, self._alone = table, list[Tensor]()  # the results of the two test pictures, each computed alone
         self._grown = 1  # the last size that was tried
         shape = self._shape = checked_shape(net.arch)
         try:
@@ -89,19 +89,20 @@ class CpuNet:
                 raise Unusable(unusable)
             self.runtime, compile_net = _openvino(net, self.threads)
             checked = self._checked(net, compile_net)
+            first = checked if shape == net.arch.shape else compile_net(net.arch.shape, 1, dtype)
         except Unusable as error:
             self.note = f"run by torch, since OpenVINO {error}"
             self.runtime, compile_net = f"torch {torch.__version__}", partial(_by_torch, net.to(dtype), self.threads)
-            checked = compile_net(shape, 1, dtype)
+            checked = first = compile_net(shape, 1, dtype)
         self._trial: Run | None = checked()
         self.bits = _hash(self._trial(*self._given(1, shape)))  # what tells two machines apart that compute otherwise
-        self._first = checked if shape == self.arch.shape else compile_net(self.arch.shape, 1, dtype)
-        self._runs: dict[int, Run] = {1: self._first()}
+        self._first: Program = first
+        self._runs: dict[int, Run] = {1: first()}
         self._compile: Compile | None = compile_net  # until no size is left to come
 
     @property
     def sizes(self) -> list[int]:
-        """The sizes of batch there are."""
+        """The batch sizes compiled so far."""
         return sorted(self._runs)
 
     def __call__(self, x: Tensor, embedding: Tensor) -> Tensor:
@@ -115,9 +116,8 @@ class CpuNet:
 
     @torch.inference_mode()
     def grow(self, slots: int) -> bool:
-        """Adds the next size of batch, if a picture's bits are in it what they are alone. -> whether more will come
-
-        slots: the most pictures there will be. May be called from another thread than the one that uses the net.
+        """Compiles the next batch size, and uses it if a picture has the same bits in it as alone. Returns whether
+        another size will follow. slots: the largest batch that will be asked for.
         """
         sizes = sizes_up_to(slots, self.arch, self.parameters, self.dtype)
         to_come = [size for size in sizes if size > self._grown]
@@ -129,17 +129,19 @@ class CpuNet:
                 logger.warning("batches of %d are not used, since OpenVINO %s", self._grown, error)
                 self._compile = None
         if len(to_come) <= 1:
-            self._compile = None  # and with it torch's weights
+            self._compile = None  # the net's layers are not needed any more
         return self._compile is not None
 
     def _add(self, program: Program) -> None:
         if self._agrees(program(), self._grown):
             self._runs = self._runs | {self._grown: program()}
         else:
-            logger.warning("batches of %d are not used, since a picture's bits are others in them", self._grown)
+            level = logging.WARNING if self.note is None else logging.INFO  # of torch nothing else is expected
+            logger.log(level, "batches of %d are not used: a picture's bits differ in them", self._grown)
 
     def _agrees(self, run: Run, size: int) -> bool:
-        """Whether two pictures have in each place of a batch, and in changed company, the bits they have alone."""
+        """Whether each of two pictures has, in each place of a batch and beside other neighbours, the bits it has
+        alone."""
         x, embedding = self._given(2, self.arch.shape)
         if not self._alone:
             alone = self._first()
@@ -158,7 +160,7 @@ class CpuNet:
         return x, self._table[torch.randint(len(self._table), (batch,), generator=generator)]
 
     def _checked(self, net: Net, compile_net: Compile) -> Program:
-        """The net by OpenVINO for one picture of the shape that is checked. Raises Unusable unless torch agrees."""
+        """Compiles the net for one picture of the checked shape. Raises Unusable if the result is not that of torch."""
         given, dtypes = self._given(1, self._shape), dict.fromkeys((torch.float32, self.dtype))
         expected = net(*given)
         for dtype in dtypes:
@@ -170,7 +172,8 @@ class CpuNet:
         return program
 
     def rehearse(self) -> float:
-        """Runs the picture that was checked once more, to be timed. -> how many pixels of its own a picture has"""
+        """Runs the test picture once more, for the caller to time; once only. Returns the ratio of pixels in a served
+        picture to those in the test picture."""
         run, self._trial = self._trial, None
         assert run is not None, "it has been rehearsed"
         run(*self._given(1, self._shape))
@@ -186,7 +189,7 @@ def _error(found: Tensor, expected: Tensor) -> float:
 
 
 def _openvino(net: Net, threads: int) -> tuple[str, Compile]:
-    """What a net is run by, and how it is compiled. Raises Unusable, as does what is returned."""
+    """The runtime's name and version, and a function that compiles the net. Both raise Unusable."""
     try:
         from model import openvino_net
     except Exception as error:  # it is missing, lacks a symbol or a library: whatever it is, torch does without
@@ -204,17 +207,17 @@ def _openvino(net: Net, threads: int) -> tuple[str, Compile]:
 
 
 def _reason(error: Exception) -> str:
-    """In one line: the last, before which OpenVINO tells where in its sources that was."""
+    """The last line of OpenVINO's message; those before it name places in its source."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
 
 
 def _by_torch(net: Net, threads: int, shape: Shape, batch: int, dtype: torch.dtype) -> Program:
-    """torch takes batches of any size."""
+    """The net in torch, which takes any batch size; `shape` and `batch` are ignored."""
 
     def run(x: Tensor, embedding: Tensor) -> Tensor:
         before = torch.get_num_threads()
-        torch.set_num_threads(threads)  # each thread has a number of its own
+        torch.set_num_threads(threads)  # a setting of each thread
         try:
             out: Tensor = net(x.contiguous().to(dtype), embedding.to(dtype)).float()
             return out
@@ -225,6 +228,6 @@ def _by_torch(net: Net, threads: int, shape: Shape, batch: int, dtype: torch.dty
 
 
 def grow_up(net: CpuNet, slots: int) -> None:
-    """Adds every size of batch there will be."""
+    """Grows the net to all its batch sizes."""
     while net.grow(slots):
         pass

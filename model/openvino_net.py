@@ -1,9 +1,9 @@
-"""A net through OpenVINO, on a CPU: the only room of `openvino`.
+"""Compiles a net with OpenVINO; the only module that imports `openvino`.
 
-The net's own `forward` is called with symbols in place of tensors; what it does to them becomes a graph of OpenVINO's
-operations (`__torch_function__`, as in torch.fx, but with shapes that are known). So each net is written once, in
-torch, and nothing has to be traced, exported or kept. One graph is for one batch size: with static shapes OpenVINO's
-bits do not depend on the batch, with a dynamic batch they do.
+The net's own `forward` is called with Symbols in place of tensors, and each operation on a Symbol adds one to an
+OpenVINO graph (`__torch_function__`, as torch.fx does it, but with known shapes). So each net is written once, in
+torch, and nothing is traced, exported or stored. A graph serves one batch size: with static shapes a picture's bits do
+not depend on the batch; with a dynamic batch they do.
 """
 
 import sys
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# `import openvino` reports that it is used, unless the package that does so cannot be imported.
+# `import openvino` sends a report of its use unless its telemetry package cannot be imported.
 sys.modules.setdefault("openvino_telemetry", cast(Any, None))
 import openvino as ov  # noqa: E402
 from openvino import opset13 as op  # noqa: E402
@@ -32,11 +32,11 @@ Run: TypeAlias = Callable[[Tensor, Tensor], Tensor]  # (x, embedding) -> out
 
 @cache
 def computes_in(dtype: torch.dtype) -> bool:
-    """Whether the processor computes in these numbers, and does not only imitate them."""
+    """Whether the processor has native instructions for `dtype`."""
     core = ov.Core()
     if CAPABILITIES[dtype] not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         return False
-    x = Symbol(op.parameter([1, 16, 4, 4], np.float32))  # it tells what there is, not what it was told to do without
+    x = Symbol(op.parameter([1, 16, 4, 4], np.float32))  # what is listed may have been switched off
     out = _attention(*(x.reshape(1, 1, 16, 16),) * 3)
     try:
         core.compile_model(ov.Model([op.result(out.node)], [x.node.get_node()], "trial"), "CPU", _hints(dtype, 1))
@@ -55,10 +55,11 @@ def _hints(dtype: torch.dtype, threads: int) -> dict[str, Any]:
 
 
 def compile_net(net: Net, shape: Sequence[int], batch: int, dtype: torch.dtype, threads: int) -> Callable[[], Run]:
-    """A net for batches of this size; each call of what is returned gives a run with memory of its own, for one thread.
-    shape: [C, H, W]; dtype: of the numbers inside
+    """Compiles the net for one batch size. Each call of the returned function gives a Run with its own buffers, for one
+    thread. shape: [C, H, W]; dtype: of the numbers inside
 
-    Raises RuntimeError where OpenVINO refuses, and whatever comes of a net that does what no symbol can.
+    Raises RuntimeError if OpenVINO refuses the net, NotImplementedError or whatever `forward` raises if it does what a
+    Symbol does not support.
     """
     x = op.parameter([batch, *shape], np.float32)
     embedding = op.parameter([batch, net.embedding_width], np.float32)
@@ -71,7 +72,7 @@ def compile_net(net: Net, shape: Sequence[int], batch: int, dtype: torch.dtype, 
 
 
 def _run(request: ov.InferRequest) -> Run:
-    with torch.inference_mode(False):  # else they could not be written to outside of it
+    with torch.inference_mode(False):  # tensors made in it can be written to only in it
         inputs = [torch.from_numpy(request.get_input_tensor(i).data) for i in range(2)]
         result = torch.from_numpy(request.get_output_tensor(0).data)
 
@@ -99,7 +100,7 @@ def _node(value: Any) -> Any:
 
 
 class Symbol:
-    """A float32 tensor that has a shape, and numbers only once the graph is run. It can do what our nets ask of it."""
+    """Stands for a float32 tensor while a graph is built: it has a shape but no values, and does what our nets ask."""
 
     device, dtype, requires_grad = torch.device("cpu"), torch.float32, False
 
@@ -109,22 +110,22 @@ class Symbol:
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> "Symbol":
         if function not in MEANINGS:
-            raise NotImplementedError(f"no symbol can do {function}")
+            raise NotImplementedError(f"Symbol does not support {function}")
         return MEANINGS[function](*args, **(kwargs or {}))
 
     @property
     def node(self) -> Any:
-        """Where it stands in the graph."""
+        """The node of the graph that it stands for."""
         return self._of
 
     @property
     def shape(self) -> torch.Size:
-        """As a tensor's."""
+        """See torch.Tensor."""
         return torch.Size(list(self.node.get_shape()))
 
     @property
     def ndim(self) -> int:
-        """As a tensor's."""
+        """See torch.Tensor."""
         return len(self.shape)
 
     def is_contiguous(self, memory_format: Any = None) -> bool:
@@ -172,34 +173,35 @@ class Symbol:
         return self
 
     def chunk(self, count: int, dim: int) -> list["Symbol"]:
-        """As a tensor's, into equal parts."""
+        """See torch.Tensor; the parts are equal."""
         return [Symbol(part) for part in op.split(self.node, _constant(dim), count).outputs()]
 
     def permute(self, *order: int) -> "Symbol":
-        """As a tensor's."""
+        """See torch.Tensor."""
         return Symbol(op.transpose(self.node, _constant(order)))
 
     def transpose(self, a: int, b: int) -> "Symbol":
-        """As a tensor's."""
+        """See torch.Tensor."""
         order = list(range(self.ndim))
         order[a], order[b] = order[b], order[a]
         return self.permute(*order)
 
     def reshape(self, *shape: int) -> "Symbol":
-        """As a tensor's."""
+        """See torch.Tensor."""
         return Symbol(op.reshape(self.node, _constant(shape), False))
 
     def softmax(self, dim: int) -> "Symbol":
-        """As a tensor's."""
+        """See torch.Tensor."""
         return Symbol(op.softmax(self.node, dim))
 
     def clamp_min(self, least: Any) -> "Symbol":
-        """As a tensor's."""
+        """See torch.Tensor."""
         return Symbol(op.maximum(self.node, _node(least)))
 
 
 class Doubled(Symbol):
-    """Each pixel of a picture four times. A convolution of it need not be given them all: see `_convolve_doubled`."""
+    """A picture whose pixels are repeated to twice its size. A 3 x 3 convolution reads the picture itself instead: see
+    `_convolve_doubled`."""
 
     def __init__(self, half: Symbol) -> None:
         self.half = half
@@ -233,8 +235,8 @@ def _convolve(
 
 
 def _convolve_doubled(x: Symbol, weight: Tensor) -> Any:
-    """3 x 3 pixels of a picture twice as large are 2 x 2 of the picture itself, in each of four ways: 16 products
-    instead of 36. -> [B, out, 2H, 2W]"""
+    """A 3 x 3 convolution of the doubled picture, as four 2 x 2 convolutions of the picture itself, one for each parity
+    of the output's row and column: 16 products for four pixels instead of 36. -> [B, out, 2H, 2W]"""
     quarters = []
     for down in (0, 1):
         for right in (0, 1):
@@ -244,7 +246,8 @@ def _convolve_doubled(x: Symbol, weight: Tensor) -> Any:
 
 
 def _halved(weight: Tensor, axis: int, second: int) -> Tensor:
-    """The two weights along an axis that three have become which read each pixel twice, for the first or the second."""
+    """Three weights along an axis, merged into the two that act on the original pixels, for output pixels of even (0)
+    or odd (1) position."""
     a, b, c = weight.unbind(axis)
     return torch.stack((a + b, c) if second else (a, b + c), axis)
 
@@ -266,7 +269,7 @@ def _length(x: Symbol, dim: int, keepdim: bool, dtype: Any) -> Symbol:
 
 
 def _pad(x: Symbol, widths: Sequence[int], mode: str = "constant", value: Any = None) -> Symbol:
-    pairs = list(zip(widths[::2], widths[1::2], strict=True))[::-1]  # torch tells the last axis first
+    pairs = list(zip(widths[::2], widths[1::2], strict=True))[::-1]  # torch lists the last axis first
     pairs = [(0, 0)] * (x.ndim - len(pairs)) + pairs
     before, after = (_constant(side) for side in zip(*pairs, strict=True))
     return Symbol(op.pad(x.node, before, after, "constant", _node(0.0)))
@@ -277,7 +280,7 @@ def _double(x: Symbol, scale_factor: float, mode: str, **_: Any) -> Symbol:
     return Doubled(x)
 
 
-# What torch's functions are in a graph, as our nets call them.
+# The graph of each torch function that our nets call.
 MEANINGS: dict[Any, Callable[..., Symbol]] = {
     torch.conv2d: _convolve,
     F.group_norm: _group_norm,

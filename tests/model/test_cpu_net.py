@@ -221,7 +221,7 @@ def test_a_size_in_which_bits_differ_is_not_used_and_that_is_said(
 
     assert net.sizes == [1, 4]
     assert [record.getMessage() for record in caplog.records] == [
-        "batches of 2 are not used, since a picture's bits are others in them"
+        "batches of 2 are not used: a picture's bits differ in them"
     ]
 
 
@@ -356,7 +356,7 @@ def test_a_net_that_does_what_no_symbol_can_is_run_by_torch(monkeypatch: pytest.
     monkeypatch.delitem(room().MEANINGS, torch.nn.functional.silu)
     net = cpu_net()
 
-    assert net.note is not None and "OpenVINO refuses it: no symbol can do <function silu" in net.note
+    assert net.note is not None and "OpenVINO refuses it: Symbol does not support <function silu" in net.note
 
 
 def test_numbers_that_the_processor_does_not_compute_in_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
