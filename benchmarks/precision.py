@@ -18,6 +18,7 @@ from diffusers import DDPMScheduler, UNet2DModel
 from numpy.typing import NDArray
 
 from benchmarks.measure import Measure, report
+from benchmarks.models import grow_up
 from model.card import read_card
 from model.checkpoint import load_model
 from model.engine import Engine
@@ -34,7 +35,9 @@ Pictures = NDArray[np.float32]  # [N, C, H, W] in [-1, 1]
 
 def ours(directory: Path, device: torch.device, dtype: torch.dtype, seeds: range, steps: int) -> Pictures:
     """Pictures by our engine."""
-    engine = Engine(Runner(load_model(read_card(directory), device, dtype), BATCH))
+    model = load_model(read_card(directory), device, dtype)
+    grow_up(model, BATCH)
+    engine = Engine(Runner(model, BATCH))
     process = engine.runner.model.card.process
     table, made = plan(process, resolve(process, "ddpm", steps)), dict[int, NDArray[np.floating]]()
     for seed in seeds:

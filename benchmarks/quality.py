@@ -21,6 +21,7 @@ from torch import Tensor
 
 from benchmarks.classifier import SHAPE, FloatArray, judge, load_digits, load_or_train
 from benchmarks.measure import Measure, machine
+from benchmarks.models import grow_up
 from model.card import ModelCard, read_card
 from model.checkpoint import load_model
 from model.data import Uint8Array
@@ -44,7 +45,9 @@ class Batch:
 
 def make(card: ModelCard, choice: Sampling, count: int, dtype: torch.dtype, slots: int) -> Batch:
     """The pictures of seeds 0..count-1, through the engine. Tells its progress on stderr."""
-    engine = Engine(Runner(load_model(card, torch.device("cpu"), dtype), slots))
+    model = load_model(card, torch.device("cpu"), dtype)
+    grow_up(model, slots)
+    engine = Engine(Runner(model, slots))
     table, pictures = plan(card.process, choice), dict[int, Uint8Array]()
     for seed in range(count):
         engine.submit(Request(seed, seed, table))

@@ -194,4 +194,4 @@ def load_model(card: ModelCard, device: torch.device, dtype: torch.dtype, unusab
         return load_layers(card, device, dtype)
     net, table, count = _load(card, device)
     with torch.inference_mode():
-        return Model(card, CpuNet(net, table, dtype, unusable), table, count)
+        return Model(card, CpuNet(net, table, dtype, count, unusable), table, count)

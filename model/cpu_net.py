@@ -2,12 +2,14 @@
 
 The net is compiled for a few batch sizes, and a batch of any size is split into these, the largest first. A net is
 usable once it is compiled for one picture; `grow` adds the next larger size, and may be called from another thread. A
-size is used only if a picture has the same bits in it as alone, so the result never depends on which sizes exist.
+size is used only if a picture has the same bits in it as alone, so the result never depends on which sizes exist. Torch
+takes one picture at a time.
 """
 
 import hashlib
 import logging
 import math
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import TypeAlias
@@ -21,6 +23,7 @@ from model.lucid_architecture import LucidArchitecture
 from model.nets import Net
 
 SIZES = (1, 2, 4, 8, 16)
+PADDED = 8  # from this size on, a batch that lacks one picture is run with anything in its place
 SIZES_BYTES = 3 << 30  # they take together no more than this, unless the first alone does: see `size_bytes`
 CHECKED_SIDE = 64  # pixels: larger nets are compared with torch on a picture of this size, which takes a moment
 CONVERTED = 1e-4  # OpenVINO's error beside torch, both in float32: |difference| / |largest number|
@@ -28,7 +31,7 @@ ROUNDED = 0.1  # the same in half precision: no more than a sign that the number
 
 Shape: TypeAlias = tuple[int, int, int]  # C, H, W
 Run: TypeAlias = Callable[[Tensor, Tensor], Tensor]  # (x, embedding) -> out, which is good until the next call
-Program: TypeAlias = Callable[[], Run]  # a net for one size of batch; each call gives a Run that one thread may use
+Program: TypeAlias = Callable[[], Run]  # a net for one batch size; each call gives a Run that one thread may use
 Compile: TypeAlias = Callable[[Shape, int, torch.dtype], Program]  # for pictures of this shape, so many in a batch
 logger = logging.getLogger(__name__)
 
@@ -41,9 +44,11 @@ def supports(dtype: torch.dtype) -> bool:
     """Whether this processor has native instructions for `dtype`."""
     try:
         from model import openvino_net
-    except Exception:  # what is wrong with it is told when a net is to be run
-        return dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return openvino_net.computes_in(dtype)
+
+        return openvino_net.computes_in(dtype)
+    except Exception:  # what is wrong with OpenVINO is told when a net is to be run
+        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return dtype == torch.bfloat16 and native
 
 
 def sizes_up_to(slots: int, arch: Architecture | LucidArchitecture, parameters: int, dtype: torch.dtype) -> list[int]:
@@ -72,33 +77,30 @@ def checked_shape(arch: Architecture | LucidArchitecture) -> Shape:
 class CpuNet:
     """A net for batches of any size. x: [B, C, H, W], embedding: [B, P], of float32 -> [B, out, H, W] float32
 
-    table: [T, P] float32, rows of embeddings. dtype: of the numbers inside the net. unusable: if not empty, OpenVINO is
-    not tried; the reason, as a predicate.
+    table: [T, P] float32, rows of embeddings. dtype: of the numbers inside the net. parameters: how many the net has.
+    unusable: if not empty, OpenVINO is not tried; the reason, as a predicate.
     """
 
-    def __init__(self, net: Net, table: Tensor, dtype: torch.dtype, unusable: str = "") -> None:
-        self.arch, self.dtype, self.threads = net.arch, dtype, torch.get_num_threads()
+    def __init__(self, net: Net, table: Tensor, dtype: torch.dtype, parameters: int, unusable: str = "") -> None:
+        self.arch, self.dtype, self.parameters, self.threads = net.arch, dtype, parameters, torch.get_num_threads()
         self.embedding_width, self.reads = net.embedding_width, net.reads
-        self.parameters = sum(p.numel() for p in net.parameters())
         self.note: str | None = None  # why OpenVINO does not run it
-        self._table, self._alone = table, list[Tensor]()  # the results of the two test pictures, each computed alone
-        self._grown = 1  # the last size that was tried
-        shape = self._shape = checked_shape(net.arch)
+        self.runtime = f"torch {torch.__version__}"
+        self._table, self._expected = table, list[Tensor]()  # the results of the two test pictures, each computed alone
+        self._last_tried = 1  # batch size
+        self._compile: Compile | None = None  # as long as there are sizes to come
+        self._runs: dict[int, Run] = {}
         try:
             if unusable:
                 raise Unusable(unusable)
-            self.runtime, compile_net = _openvino(net, self.threads)
-            checked = self._checked(net, compile_net)
-            first = checked if shape == net.arch.shape else compile_net(net.arch.shape, 1, dtype)
-        except Unusable as error:
-            self.note = f"run by torch, since OpenVINO {error}"
-            self.runtime, compile_net = f"torch {torch.__version__}", partial(_by_torch, net.to(dtype), self.threads)
-            checked = first = compile_net(shape, 1, dtype)
-        self._trial: Run | None = checked()
-        self.bits = _hash(self._trial(*self._given(1, shape)))  # what tells two machines apart that compute otherwise
-        self._first: Program = first
-        self._runs: dict[int, Run] = {1: first()}
-        self._compile: Compile | None = compile_net  # until no size is left to come
+            self.runtime, self._compile = _openvino(net, self.threads)
+            self._begin(net, self._compile)
+        except torch.OutOfMemoryError:
+            raise
+        except (Unusable, RuntimeError) as error:  # the second from the first run of what was compiled
+            self.note, self._compile = f"run by torch, since OpenVINO {_predicate(error)}", None
+            self.runtime = f"torch {torch.__version__}"
+            self._use(partial(_by_torch, net.to(dtype), self.threads))
 
     @property
     def sizes(self) -> list[int]:
@@ -108,84 +110,94 @@ class CpuNet:
     def __call__(self, x: Tensor, embedding: Tensor) -> Tensor:
         parts, begin, runs = list[Tensor](), 0, self._runs
         for size in sorted(runs, reverse=True):
-            while len(x) - begin >= size:
+            least = size - 1 if size >= PADDED else size
+            while len(x) - begin >= least:
                 end = begin + size
                 parts.append(runs[size](x[begin:end], embedding[begin:end]).clone())
                 begin = end
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
+    def to_come(self, slots: int) -> list[int]:
+        """The batch sizes yet to be compiled. slots: the largest batch that will be asked for"""
+        if self._compile is None:
+            return []
+        return [s for s in sizes_up_to(slots, self.arch, self.parameters, self.dtype) if s > self._last_tried]
+
+    def next_bytes(self, slots: int) -> int:
+        """Memory that the next call of `grow` will take."""
+        return sum(size_bytes(size, self.arch, self.parameters, self.dtype) for size in self.to_come(slots)[:1])
+
     @torch.inference_mode()
     def grow(self, slots: int) -> bool:
         """Compiles the next batch size, and uses it if a picture has the same bits in it as alone. Returns whether
-        another size will follow. slots: the largest batch that will be asked for.
-        """
-        sizes = sizes_up_to(slots, self.arch, self.parameters, self.dtype)
-        to_come = [size for size in sizes if size > self._grown]
-        if to_come and self._compile is not None:
-            self._grown = to_come[0]
+        another size will follow."""
+        for size in self.to_come(slots)[:1]:
+            assert self._compile is not None
+            self._last_tried = size
             try:
-                self._add(self._compile(self.arch.shape, self._grown, self.dtype))
-            except Unusable as error:  # memory may have run out
-                logger.warning("batches of %d are not used, since OpenVINO %s", self._grown, error)
+                program = self._compile(self.arch.shape, size, self.dtype)
+                if self._agrees(program(), size):
+                    self._runs = self._runs | {size: program()}
+                else:
+                    logger.warning("batches of %d are not used: a picture's bits differ in them", size)
+            except (Unusable, RuntimeError, MemoryError) as error:
+                logger.warning("batches of %d or more are not used, since OpenVINO %s", size, _predicate(error))
                 self._compile = None
-        if len(to_come) <= 1:
+        if not self.to_come(slots):
             self._compile = None  # the net's layers are not needed any more
         return self._compile is not None
-
-    def _add(self, program: Program) -> None:
-        if self._agrees(program(), self._grown):
-            self._runs = self._runs | {self._grown: program()}
-        else:
-            level = logging.WARNING if self.note is None else logging.INFO  # of torch nothing else is expected
-            logger.log(level, "batches of %d are not used: a picture's bits differ in them", self._grown)
 
     def _agrees(self, run: Run, size: int) -> bool:
         """Whether each of two pictures has, in each place of a batch and beside other neighbours, the bits it has
         alone."""
-        x, embedding = self._given(2, self.arch.shape)
-        if not self._alone:
+        x, embedding = self._test_inputs(2, self.arch.shape)
+        if not self._expected:
             alone = self._first()
-            self._alone = [alone(x[i : i + 1], embedding[i : i + 1])[0].clone() for i in range(2)]
+            self._expected = [alone(x[i : i + 1], embedding[i : i + 1])[0].clone() for i in range(2)]
         first = torch.randint(2, (size,), generator=torch.Generator().manual_seed(size))
         for chosen in (first, 1 - first):
             out = run(x[chosen], embedding[chosen])
-            if not all(torch.equal(picture, self._alone[i]) for picture, i in zip(out, chosen.tolist(), strict=True)):
+            pairs = zip(out, chosen.tolist(), strict=True)
+            if not all(torch.equal(picture, self._expected[i]) for picture, i in pairs):
                 return False
         return True
 
-    def _given(self, batch: int, shape: Shape) -> tuple[Tensor, Tensor]:
+    def _test_inputs(self, batch: int, shape: Shape) -> tuple[Tensor, Tensor]:
         """Random pictures, and embeddings of random timesteps; the same ones every time."""
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(batch, *shape, generator=generator)
         return x, self._table[torch.randint(len(self._table), (batch,), generator=generator)]
 
-    def _checked(self, net: Net, compile_net: Compile) -> Program:
-        """Compiles the net for one picture of the checked shape. Raises Unusable if the result is not that of torch."""
-        given, dtypes = self._given(1, self._shape), dict.fromkeys((torch.float32, self.dtype))
-        expected = net(*given)
-        for dtype in dtypes:
-            program = compile_net(self._shape, 1, dtype)
-            error, most = _error(program()(*given), expected), CONVERTED if dtype == torch.float32 else ROUNDED
-            if not error <= most:
-                words = f"makes an error of {error:.1e} beside torch in {str(dtype).removeprefix('torch.')}"
-                raise Unusable(f"{words}, where {most:.0e} is allowed")
-        return program
+    def _begin(self, net: Net, compile_net: Compile) -> None:
+        """Compiles the net for one picture. Raises Unusable if the result is not that of torch."""
+        shape = checked_shape(self.arch)
+        given = self._test_inputs(1, shape)
+        expected, half = net(*given), self.dtype != torch.float32
+        if half:
+            _compare(compile_net(shape, 1, torch.float32)()(*given), expected, CONVERTED, torch.float32)
+        self._use(compile_net)
+        _compare(self._test_result, expected, ROUNDED if half else CONVERTED, self.dtype)
 
-    def rehearse(self) -> float:
-        """Runs the test picture once more, for the caller to time; once only. Returns the ratio of pixels in a served
-        picture to those in the test picture."""
-        run, self._trial = self._trial, None
-        assert run is not None, "it has been rehearsed"
-        run(*self._given(1, self._shape))
-        return math.prod(self.arch.shape) / math.prod(self._shape)
+    def _use(self, compile_net: Compile) -> None:
+        """From now on the net runs one picture by this, which is tried on the test picture first."""
+        shape = checked_shape(self.arch)
+        program, given = compile_net(shape, 1, self.dtype), self._test_inputs(1, shape)
+        run = program()
+        self._test_result = run(*given).clone()
+        self.bits = hashlib.sha256(self._test_result.numpy().tobytes()).hexdigest()[:8]  # tells machines apart
+        began = time.perf_counter()
+        run(*given)
+        smaller = math.prod(shape) / math.prod(self.arch.shape)
+        self.picture_s = (time.perf_counter() - began) / smaller  # about what a step of one picture takes
+        self._first = program if smaller == 1 else compile_net(self.arch.shape, 1, self.dtype)
+        self._runs = {1: self._first()}
 
 
-def _hash(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.numpy().tobytes()).hexdigest()[:8]
-
-
-def _error(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+def _compare(found: Tensor, expected: Tensor, most: float, dtype: torch.dtype) -> None:
+    error = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+    if not error <= most:
+        words = f"makes an error of {error:.1e} beside torch in {str(dtype).removeprefix('torch.')}"
+        raise Unusable(f"{words}, where {most:.0e} is allowed")
 
 
 def _openvino(net: Net, threads: int) -> tuple[str, Compile]:
@@ -196,14 +208,22 @@ def _openvino(net: Net, threads: int) -> tuple[str, Compile]:
         raise Unusable(f"cannot be imported: {_reason(error)}") from error
 
     def compile_net(shape: Shape, batch: int, dtype: torch.dtype) -> Program:
-        if not openvino_net.computes_in(dtype):
-            raise Unusable(f"does not compute in {str(dtype).removeprefix('torch.')} on this processor")
         try:
-            return openvino_net.compile_net(net, shape, batch, dtype, threads)
+            if openvino_net.computes_in(dtype):
+                program = openvino_net.compile_net(net, shape, batch, dtype, threads)
+                program()
+                return program
         except Exception as error:  # of its own kinds, and of pybind11's
-            raise Unusable(f"refuses it: {_reason(error)}") from error
+            if isinstance(error, MemoryError) or "bad_alloc" in str(error):
+                raise torch.OutOfMemoryError(f"has no memory for batches of {batch}") from error
+            raise Unusable(_predicate(error)) from error
+        raise Unusable(f"does not compute in {str(dtype).removeprefix('torch.')} on this processor")
 
     return f"openvino {openvino_net.VERSION}", compile_net
+
+
+def _predicate(error: Exception) -> str:
+    return str(error) if isinstance(error, Unusable | torch.OutOfMemoryError) else f"refuses it: {_reason(error)}"
 
 
 def _reason(error: Exception) -> str:
@@ -219,7 +239,7 @@ def _by_torch(net: Net, threads: int, shape: Shape, batch: int, dtype: torch.dty
         before = torch.get_num_threads()
         torch.set_num_threads(threads)  # a setting of each thread
         try:
-            out: Tensor = net(x.contiguous().to(dtype), embedding.to(dtype)).float()
+            out: Tensor = net(x.to(dtype), embedding.to(dtype)).float()
             return out
         finally:
             torch.set_num_threads(before)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 # `import openvino` sends a report of its use unless its telemetry package cannot be imported.
-sys.modules.setdefault("openvino_telemetry", cast(Any, None))
+sys.modules["openvino_telemetry"] = cast(Any, None)
 import openvino as ov  # noqa: E402
 from openvino import opset13 as op  # noqa: E402
 
@@ -77,11 +77,11 @@ def _run(request: ov.InferRequest) -> Run:
         result = torch.from_numpy(request.get_output_tensor(0).data)
 
     def run(x: Tensor, embedding: Tensor) -> Tensor:
-        """x: [batch, C, H, W], embedding: [batch, width], float32 -> [batch, out, H, W], until the next call"""
-        inputs[0].copy_(x)
-        inputs[1].copy_(embedding)
+        """x: [b, C, H, W], embedding: [b, width], float32, b <= batch -> [b, out, H, W], until the next call"""
+        inputs[0][: len(x)].copy_(x)
+        inputs[1][: len(x)].copy_(embedding)
         request.infer(share_inputs=True, share_outputs=True)
-        return result
+        return result[: len(x)]
 
     return run
 
@@ -152,6 +152,7 @@ class Symbol:
             if part is None:
                 x = op.unsqueeze(x, _constant(axis))
             elif part != slice(None):
+                _require(isinstance(part, slice) and part.step is None, "indices that are not plain slices")
                 ends = (_constant([end]) for end in (part.start, part.stop, 1, axis))
                 x = op.slice(x, *ends)
         return Symbol(x)
@@ -214,6 +215,11 @@ class Doubled(Symbol):
         return op.interpolate(self.half.node, size, "nearest", "sizes", axes=axes, **how).output(0)
 
 
+def _require(supported: bool, what: str) -> None:
+    if not supported:
+        raise NotImplementedError(f"Symbol does not support {what}")
+
+
 def _channels(values: Tensor) -> Any:
     """[C] as [1, C, 1, 1]."""
     return _constant(values.detach()[None, :, None, None])
@@ -224,9 +230,16 @@ def _pair(value: Any) -> list[int]:
 
 
 def _convolve(
-    x: Symbol, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0, *rest: Any
+    x: Symbol,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
 ) -> Symbol:
     pads, strides = _pair(padding), _pair(stride)
+    _require(_pair(dilation) == [1, 1] and groups == 1, "convolutions with dilation or groups")
     if isinstance(x, Doubled) and weight.shape[2:] == (3, 3) and pads == strides == [1, 1]:
         out = _convolve_doubled(x.half, weight)
     else:
@@ -269,6 +282,7 @@ def _length(x: Symbol, dim: int, keepdim: bool, dtype: Any) -> Symbol:
 
 
 def _pad(x: Symbol, widths: Sequence[int], mode: str = "constant", value: Any = None) -> Symbol:
+    _require(mode == "constant" and not value, "padding with anything but zeros")
     pairs = list(zip(widths[::2], widths[1::2], strict=True))[::-1]  # torch lists the last axis first
     pairs = [(0, 0)] * (x.ndim - len(pairs)) + pairs
     before, after = (_constant(side) for side in zip(*pairs, strict=True))
@@ -276,7 +290,7 @@ def _pad(x: Symbol, widths: Sequence[int], mode: str = "constant", value: Any = 
 
 
 def _double(x: Symbol, scale_factor: float, mode: str, **_: Any) -> Symbol:
-    assert (scale_factor, mode) == (2.0, "nearest")
+    _require((scale_factor, mode) == (2.0, "nearest"), "other ways to resize than to double")
     return Doubled(x)
 
 

@@ -7,6 +7,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -28,7 +29,8 @@ def denoise(net: Net | CpuNet, table: Tensor, slots: Slots, batch: int) -> None:
     if uses_triton(slots.x[0]):
         denoise_by_kernels(net, table, slots, batch)
     else:
-        algebra(net, table, slots, batch)
+        with np.errstate(all="ignore"):  # a picture that is not finite is found out later
+            algebra(net, table, slots, batch)
 
 
 def denoise_by_kernels(net: Net | CpuNet, table: Tensor, slots: Slots, batch: int) -> None:
@@ -42,20 +44,21 @@ def denoise_by_kernels(net: Net | CpuNet, table: Tensor, slots: Slots, batch: in
 
 
 def algebra(net: Net | CpuNet, table: Tensor, slots: Slots, batch: int) -> None:
-    """One denoising step in plain torch. See `model.plan` for the letters."""
-    x, x0_before, cursor = slots.x[:batch], slots.x0[:batch], slots.cursor[:batch]  # [b, C, H, W] twice, [b]
-    row = slots.rows[torch.arange(batch, device=x.device), cursor]  # [b, 11]
-    k, p, q, c, m, h, n, e, s, w, u = row.view(batch, len(COLUMNS), 1, 1, 1).unbind(1)  # [b, 1, 1, 1] each
-    embedding = table[k.view(batch).long()]  # [b, sum of shares]
-    out = net(x.to(table.dtype, memory_format=torch.channels_last), embedding).float()
+    """One denoising step: in numpy on a CPU, in torch on a GPU. See `model.plan` for the letters."""
+    at, library = slots.arrays, slots.library
+    x, x0_before, cursor = at.x[:batch], at.x0[:batch], at.cursor[:batch]  # [b, C, H, W] twice, [b]
+    row = at.rows[at.order[:batch], cursor]  # [b, 11]
+    k, p, q, c, m, h, n, e, s, w, u = row.T[..., None, None, None]  # [b, 1, 1, 1] each
+    embedding = table[torch.as_tensor(k).view(batch).long()]  # [b, sum of shares]
+    out = slots.array(net(slots.read(batch, table.dtype), embedding).float())
     z = slots.noise(batch)
     if net.arch.learned_variance:
-        out, f = out.chunk(2, dim=1)
-        z = torch.exp(w * f) * z
-    x0 = torch.clamp(p * x + q * out, -c, c)
-    x.copy_(m * x0 + h * x0_before + n * x + e * out + s * z + u * slots.given[:batch])
-    x0_before.copy_(x0)
-    cursor.copy_(torch.minimum(cursor + 1, slots.last[:batch]))
+        out, f = out[:, : x.shape[1]], out[:, x.shape[1] :]
+        z = library.exp(w * f) * z
+    x0 = library.clip(p * x + q * out, -c, c)
+    x[...] = m * x0 + h * x0_before + n * x + e * out + s * z + u * at.given[:batch]
+    x0_before[...] = x0
+    cursor[...] = library.minimum(cursor + 1, at.last[:batch])
 
 
 def usual_buckets(slots: int) -> list[int]:
@@ -130,8 +133,15 @@ class Runner:
         noise = gaussian(seeds, 0 * seeds, self.slots.shape)
         return hashlib.sha256(net.bits.encode() + noise.numpy().tobytes()).hexdigest()[:8]
 
+    @property
+    def next_bytes(self) -> int:
+        """Memory that the next call of `grow` will take."""
+        net = self.model.net
+        return net.next_bytes(self.slots.capacity) if isinstance(net, CpuNet) else 0
+
     def grow(self) -> bool:
-        """Makes steps of many pictures faster, if it can. -> whether it can once more. Another thread may call it."""
+        """Compiles the net's next batch size, which makes steps of many pictures faster. Returns whether another will
+        follow. May be called from another thread."""
         net = self.model.net
         return isinstance(net, CpuNet) and net.grow(self.slots.capacity)
 

@@ -7,6 +7,8 @@ is said in plain torch what these do. No slot is written to but on the stream of
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
@@ -87,7 +89,21 @@ class Slots:
         elements = shape[0] * shape[1] * shape[2]
         steps = max(1, min(32, AHEAD_ELEMENTS // elements)) if device.type == "cpu" else 0
         self.ahead  = torch.zeros(capacity, steps, *shape, device=device)                      # [B, A, C, H, W] noise
+        self.order  = torch.arange(capacity, device=device)                                    # [B] 0, 1, ...
         self.tables = Tables(capacity * max_steps, device)
+        # The same memory as arrays, with what computes with them: numpy on a CPU, where a call costs it a third.
+        self.library: Any = np if device.type == "cpu" else torch
+        tensors = {name: each for name, each in vars(self).items() if isinstance(each, Tensor)}
+        self.arrays = SimpleNamespace(**{name: self.array(tensor) for name, tensor in tensors.items()})
+
+    def array(self, tensor: Tensor) -> Any:
+        """A tensor as what `library` computes with, in the same memory."""
+        return tensor.numpy() if self.device.type == "cpu" else tensor
+
+    def read(self, batch: int, dtype: torch.dtype) -> Tensor:
+        """The first `batch` pictures, as a net reads them. -> [b, C, H, W]"""
+        x = self.x[:batch]
+        return x.to(dtype) if self.device.type == "cpu" else x.to(dtype, memory_format=torch.channels_last)
 
     @property
     def ahead_steps(self) -> int:
@@ -203,9 +219,8 @@ class Slots:
         count = self.ahead_steps
         self.ahead[slot].copy_(gaussian(torch.full((count,), seed), torch.arange(step, step + count), self.shape))
 
-    def noise(self, batch: int) -> Tensor:
-        """The noise of the next step for the first `batch` slots. -> [b, C, H, W] float32"""
-        cursor = self.cursor[:batch]
+    def noise(self, batch: int) -> Any:
+        """The noise of the next step for the first `batch` slots. -> [b, C, H, W] float32, as an array"""
         if self.ahead_steps:
-            return self.ahead[torch.arange(batch), cursor % self.ahead_steps]
-        return gaussian(self.seed[:batch], cursor, self.shape)
+            return self.arrays.ahead[self.arrays.order[:batch], self.arrays.cursor[:batch] % self.ahead_steps]
+        return self.array(gaussian(self.seed[:batch], self.cursor[:batch], self.shape))

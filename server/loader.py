@@ -5,6 +5,7 @@ import weakref
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from threading import Lock
 
 import torch
 
@@ -47,14 +48,14 @@ class Loader:
     def __init__(self, start: Start, between: Callable[[], None]) -> None:
         device = machine.choose_device(start.device)
         if device.type == "cpu":
-            torch.set_num_threads(
-                1
-            )  # the net has threads of its own, and those of torch would wait for work at its cost
+            # The net brings its own threads; torch's would only take time from them.
+            torch.set_num_threads(1)
         else:
             torch.cuda.set_device(device)
         self.device, self._start, self._between = device, start, between
         self._dtype = machine.choose_dtype(start.dtype, device, start.unusable)
         self._slots = start.slots or machine.usual_slots(device)
+        self._growing = Lock()  # of several models one grows at a time
 
     def announce(self, card: ModelCard) -> Served:
         """What is known of a model before it is loaded."""
@@ -80,13 +81,13 @@ class Loader:
     def finish(self, arrival: Arrival) -> Arrived:
         """Waits for the net, and makes its engine. Raises ModelRefused or torch.OutOfMemoryError.
 
-        The thread goes on to make steps of many pictures faster, and ends then.
+        The loader's thread then compiles larger batch sizes, and ends.
         """
         try:
             model = arrival.net.result()
             runner = Runner(model, self._slots, self._start.exact, between=self._between)
             steps = [Step(arrival.name, *taken) for taken in _time_steps(runner, self._between)]
-            arrival.thread.submit(_grow, weakref.ref(runner))
+            arrival.thread.submit(self._grow, weakref.ref(runner))
         finally:
             arrival.thread.shutdown(wait=False)
         faults.plant(runner)
@@ -94,22 +95,22 @@ class Loader:
         grown_bytes = machine.held_bytes(self.device) - arrival.held_bytes
         return Arrived(Engine(runner), machine.describe(runner, model, load_s, grown_bytes), steps)
 
-
-def _grow(runner: "weakref.ref[Runner]") -> None:
-    """In the thread: whatever makes steps faster, as long as the model is here."""
-    while (here := runner()) is not None and here.grow():
-        del here
+    def _grow(self, runner: "weakref.ref[Runner]") -> None:
+        """Compiles larger batch sizes in the loader's thread, until all are there, the memory is short, or the model
+        is unloaded."""
+        with self._growing:
+            while (here := runner()) is not None and machine.has_room(here.next_bytes) and here.grow():
+                del here
+        here = None
+        machine.give_back(self.device)
 
 
 def _time_steps(runner: Runner, between: Callable[[], None]) -> list[tuple[int, float]]:
-    """(a batch size, seconds of a step) for the smallest and the largest batch; of a CPU's net, which may take its
-    time, an estimate that is too long rather than too short."""
+    """(batch size, seconds of a step) of the smallest and the largest batch. For a CPU, where a step may take seconds,
+    it is estimated from the picture that the net was tried on; the steps that follow correct it."""
     net, largest = runner.model.net, runner.slots.capacity
     if isinstance(net, CpuNet):
-        began = time.monotonic()
-        share = net.rehearse()
-        picture_s = share * (time.monotonic() - began)
-        return [(1, picture_s), (largest, largest * picture_s)]
+        return [(1, net.picture_s), (largest, largest * net.picture_s)]
     taken = []
     for bucket in (runner.bucket_for(1), runner.bucket_for(largest)):
         taken.append((bucket, min(_time_a_step(runner, bucket) for _ in range(2))))

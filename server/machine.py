@@ -15,6 +15,7 @@ from model.footprint import Footprint, resident_bytes
 from model.runner import Runner, ranges, usual_buckets
 from server.backend import Served
 
+UNLIMITED = 1 << 60
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -105,6 +106,24 @@ def announce(card: ModelCard, device: torch.device, dtype: torch.dtype, slots: i
     return Served(
         card.digest, *words, size.parameters, slots, buckets, [], buckets, False, "", 0.0, False, size.size_bytes
     )
+
+
+def has_room(size_bytes: int) -> bool:
+    """Whether a CPU's memory has room for so much, and as much again for everybody else."""
+    return 2 * size_bytes <= available_bytes(Path("/proc/meminfo"), Path("/sys/fs/cgroup"))
+
+
+def available_bytes(meminfo: Path, group: Path) -> int:
+    """Memory that this process may still take, by what Linux says and by its control group; where neither says
+    anything, more than there is."""
+    known = [UNLIMITED]
+    try:
+        known += [int(line.split()[1]) << 10 for line in meminfo.read_text().splitlines() if "MemAvailable" in line]
+        limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        known += [] if limit == "max" else [int(limit) - int(used)]
+    except (OSError, ValueError):
+        pass
+    return min(known)
 
 
 def give_back(device: torch.device) -> None:

@@ -238,6 +238,7 @@ class LocalBackend:
                 logger.error("engine failed", extra={"traceback": words})
             case Refused():
                 life.refused = message
+                life.over.set()  # it may still be compiling something
 
     def _become_ready(self, served: dict[str, Served], life: Life) -> None:
         self._known = self._known or served
