@@ -46,9 +46,11 @@ def footprint(card: ModelCard, slots: int, device: torch.device, dtype: torch.dt
 
 def resident_bytes(model: Model, slots: Slots) -> int:
     """What a loaded model holds of a device that does not tell, once its net has grown to a full batch."""
-    table = model.table.numel() * model.table.element_size()
-    dtype = model.net.dtype if isinstance(model.net, CpuNet) else model.table.dtype
-    return table + batch_bytes(slots) + cpu_bytes(model.card.architecture, model.parameters, slots.capacity, dtype)
+    arch, table, net = model.card.architecture, model.table.numel() * model.table.element_size(), model.net
+    dtype = net.dtype if isinstance(net, CpuNet) else model.table.dtype
+    if not isinstance(net, CpuNet) or net.note is not None:  # torch has one copy of the weights, for any batch
+        return table + batch_bytes(slots) + size_bytes(1, arch, model.parameters, dtype)
+    return table + batch_bytes(slots) + cpu_bytes(arch, model.parameters, slots.capacity, dtype)
 
 
 def cpu_bytes(arch: Architecture | LucidArchitecture, parameters: int, slots: int, dtype: torch.dtype) -> int:

@@ -288,6 +288,32 @@ def test_a_net_that_is_checked_on_small_pictures_makes_large_ones() -> None:
     assert relative_error(net(*given), torch_net(arch)(*given)) < 2e-6
 
 
+@torch.inference_mode()
+def test_a_batch_that_lacks_one_picture_is_run_with_another_in_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = list[int]()
+
+    def change(out: Tensor, batch: int) -> Tensor:
+        asked.append(batch)
+        return out
+
+    with_compiled(monkeypatch, change)
+    net = cpu_net()
+    grow_up(net, 8)
+    runs = list[list[int]]()
+    for count in (3, 6, 7, 8, 15):
+        asked.clear()
+        assert len(net(*inputs(net, count))) == count
+        runs.append(list(asked))
+
+    assert runs == [[2, 1], [4, 2], [8], [8], [8, 8]]
+
+
+def test_a_net_of_many_levels_is_checked_on_a_picture_that_has_a_pixel_on_each() -> None:
+    deep = replace(ARCHITECTURE, height=512, width=512, block_out_channels=(8,) * 8)
+
+    assert checked_shape(deep) == (1, 256, 256)
+
+
 # Where torch takes its place
 
 
@@ -298,6 +324,7 @@ def assert_run_by_torch(net: CpuNet, why: str) -> None:
     assert net.runtime == f"torch {torch.__version__}"
     x, embedding = inputs(net, 5)
     grow_up(net, 4)
+    assert net.sizes == [1]
     expected = torch_net()(x, embedding)
     assert relative_error(net(x, embedding), expected) < 2e-6
     alone = torch.cat([net(x[i : i + 1], embedding[i : i + 1]) for i in range(5)])

@@ -108,7 +108,6 @@ torch.set_num_threads(2)
 def load(directory):
     model = load_model(read_card(Path(directory)), CPU, dtype)
     runner = Runner(model, slots)
-    model.net.rehearse()
     grow_up(model.net, slots)
     for count in range(1, slots + 1):
         runner.step(count)

@@ -103,7 +103,8 @@ def test_without_openvino_it_is_torch_that_is_asked(has: bool, monkeypatch: pyte
     monkeypatch.delitem(sys.modules, "model.openvino_net")
     monkeypatch.delattr("model.openvino_net")
     monkeypatch.setitem(sys.modules, "openvino", None)
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
 
     assert machine.choose_dtype("auto", CPU) == (torch.bfloat16 if has else torch.float32)
 
@@ -134,3 +135,31 @@ def test_a_processor_without_the_instructions_computes_in_float32() -> None:
     ran = subprocess.run([sys.executable, "-c", asks], env=environ, capture_output=True, text=True, check=True)
 
     assert ran.stdout == "torch.float32\n"
+
+
+GIB = 1 << 30
+
+
+@pytest.mark.parametrize(
+    ("limit", "used", "available"),
+    [
+        ("max", "0", 2 * GIB),
+        (str(3 * GIB), str(GIB // 2), 2 * GIB),
+        (str(GIB), str(GIB // 4), 3 * GIB // 4),
+        (None, None, 2 * GIB),
+    ],
+)
+def test_memory_is_what_linux_says_and_a_container_leaves(
+    tmp_path: Path, limit: str | None, used: str | None, available: int
+) -> None:
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text("MemTotal:  8388608 kB\nMemAvailable:  2097152 kB\n")
+    for name, text in (("memory.max", limit), ("memory.current", used)):
+        if text is not None:
+            (tmp_path / name).write_text(text)
+
+    assert machine.available_bytes(meminfo, tmp_path) == available
+
+
+def test_where_nobody_tells_how_much_memory_there_is_it_is_enough(tmp_path: Path) -> None:
+    assert machine.available_bytes(tmp_path / "none", tmp_path) > 1 << 50
