@@ -49,8 +49,10 @@ def algebra(net: Net | CpuNet, table: Tensor, slots: Slots, batch: int) -> None:
     x, x0_before, cursor = at.x[:batch], at.x0[:batch], at.cursor[:batch]  # [b, C, H, W] twice, [b]
     row = at.rows[at.order[:batch], cursor]  # [b, 11]
     k, p, q, c, m, h, n, e, s, w, u = row.T[..., None, None, None]  # [b, 1, 1, 1] each
-    embedding = table[torch.as_tensor(k).view(batch).long()]  # [b, sum of shares]
-    out = slots.array(net(slots.read(batch, table.dtype), embedding).float())
+    picture = slots.x[:batch]
+    if not isinstance(net, CpuNet):
+        picture = picture.to(table.dtype, memory_format=torch.channels_last)
+    out = slots.array(net(picture, table[slots.index(k)]).float())  # [b, sum of shares] of the table
     z = slots.noise(batch)
     if net.arch.learned_variance:
         out, f = out[:, : x.shape[1]], out[:, x.shape[1] :]

@@ -100,10 +100,9 @@ class Slots:
         """A tensor as what `library` computes with, in the same memory."""
         return tensor.numpy() if self.device.type == "cpu" else tensor
 
-    def read(self, batch: int, dtype: torch.dtype) -> Tensor:
-        """The first `batch` pictures, as a net reads them. -> [b, C, H, W]"""
-        x = self.x[:batch]
-        return x.to(dtype) if self.device.type == "cpu" else x.to(dtype, memory_format=torch.channels_last)
+    def index(self, numbers: Any) -> Tensor:
+        """A whole number for each slot, in an array of float32, as what a tensor is indexed by. -> [b] int64"""
+        return (torch.from_numpy(numbers) if self.device.type == "cpu" else numbers).reshape(-1).long()
 
     @property
     def ahead_steps(self) -> int:

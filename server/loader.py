@@ -83,13 +83,16 @@ class Loader:
 
         The loader's thread then compiles larger batch sizes, and ends.
         """
+        grows = False
         try:
             model = arrival.net.result()
             runner = Runner(model, self._slots, self._start.exact, between=self._between)
             steps = [Step(arrival.name, *taken) for taken in _time_steps(runner, self._between)]
-            arrival.thread.submit(self._grow, weakref.ref(runner))
+            grows = runner.next_bytes > 0
+            if grows:
+                arrival.thread.submit(self._grow, weakref.ref(runner))
         finally:
-            arrival.thread.shutdown(wait=False)
+            arrival.thread.shutdown(wait=not grows)
         faults.plant(runner)
         load_s = round(time.monotonic() - arrival.began, 3)
         grown_bytes = machine.held_bytes(self.device) - arrival.held_bytes
