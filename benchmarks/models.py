@@ -19,6 +19,7 @@ from model.events import Request
 from model.nets import build
 from model.plan import plan, resolve
 from model.runner import Runner
+from server.devices import cores
 from server.machine import choose_dtype
 
 # The configurations of google/ddpm-cifar10-32 and of google/ddpm-celebahq-256 and its sisters.
@@ -93,6 +94,7 @@ def grow_up(model: Model, slots: int) -> None:
 
 def our_engine(directory: Path, device: torch.device, slots: int) -> Engine:
     """The engine as the server builds it: numbers as the device computes best, exact buckets only."""
+    torch.set_num_threads(cores())  # the net takes as many; an engine that was made before may have left fewer
     model = load_model(read_card(directory), device, choose_dtype("auto", device))
     engine = Engine(Runner(model, slots))
     grow_up(model, slots)

@@ -35,6 +35,7 @@ Pictures = NDArray[np.float32]  # [N, C, H, W] in [-1, 1]
 
 def ours(directory: Path, device: torch.device, dtype: torch.dtype, seeds: range, steps: int) -> Pictures:
     """Pictures by our engine."""
+    torch.set_num_threads(cores())  # the net takes as many; `grow_up` leaves fewer
     model = load_model(read_card(directory), device, dtype)
     grow_up(model, BATCH)
     engine = Engine(Runner(model, BATCH))
@@ -52,6 +53,7 @@ def ours(directory: Path, device: torch.device, dtype: torch.dtype, seeds: range
 @torch.inference_mode()
 def theirs(directory: Path, device: torch.device, dtype: torch.dtype, seeds: range, steps: int) -> Pictures:
     """Pictures by diffusers' net and scheduler, handed our noise."""
+    torch.set_num_threads(cores())
     net = UNet2DModel.from_pretrained(directory, low_cpu_mem_usage=False).eval().to(device, dtype)
     net = net.to(memory_format=torch.channels_last)
     scheduler = DDPMScheduler.from_pretrained(directory)
@@ -95,7 +97,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1000, help="(default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("build/precision.jsonl"), help="(default: %(default)s)")
     args = parser.parse_args()
-    torch.set_num_threads(cores())
     device = torch.device("cuda" if args.gpu else "cpu")
     report(measures(device, DIGITS, range(args.seeds), args.steps), args.out)
 

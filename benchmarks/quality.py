@@ -29,6 +29,7 @@ from model.engine import Engine
 from model.events import Finished, Request
 from model.plan import Sampling, plan, resolve
 from model.runner import Runner
+from server.devices import cores
 from server.machine import DTYPES, choose_dtype
 
 CONFIDENT = 0.9  # a picture is readable if the judge is so sure of one digit
@@ -45,6 +46,7 @@ class Batch:
 
 def make(card: ModelCard, choice: Sampling, count: int, dtype: torch.dtype, slots: int) -> Batch:
     """The pictures of seeds 0..count-1, through the engine. Tells its progress on stderr."""
+    torch.set_num_threads(cores())  # the net takes as many; `grow_up` leaves fewer
     model = load_model(card, torch.device("cpu"), dtype)
     grow_up(model, slots)
     engine = Engine(Runner(model, slots))
