@@ -1,5 +1,6 @@
 """How a model comes into memory: its net is read and built in a thread, then its engine is made between steps."""
 
+import logging
 import time
 import weakref
 from collections.abc import Callable
@@ -20,6 +21,8 @@ from server import faults, machine
 from server.backend import Served
 from server.devices import cores
 from server.messages import CHANGED, Start, Step
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +105,13 @@ class Loader:
         """Compiles larger batch sizes in the loader's thread, until all are there, the memory is short, or the model
         is unloaded."""
         with self._growing:
-            while (here := runner()) is not None and machine.has_room(here.next_bytes) and here.grow():
+            while (here := runner()) is not None:
+                if not machine.has_room(here.next_bytes):
+                    words = "%s: larger batch sizes are not compiled: the next takes %d bytes, and memory is short"
+                    logger.warning(words, here.model.card.name, here.next_bytes)
+                    break
+                if not here.grow():
+                    break
                 del here
         here = None
         machine.give_back(self.device)

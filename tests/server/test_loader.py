@@ -13,6 +13,7 @@ from model.card import read_card
 from model.cpu_net import CpuNet
 from model.nets import Net
 from model.openvino_net import Run
+from server import machine
 from server.loader import Arrival, Arrived, Loader
 from server.messages import Start
 from tests.model.directories import write_model
@@ -111,3 +112,20 @@ def test_an_engine_has_no_weights_file_mapped(server: Server, weights: Path) -> 
 
     assert "libtorch" in maps
     assert (str(weights) in maps, ".safetensors" in maps) == (False, False)
+
+
+def test_a_machine_short_of_memory_serves_one_picture_at_a_time_and_says_so(
+    gate: Gate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(machine, "available_bytes", lambda *_: 0)
+    with caplog.at_level("WARNING"):
+        arrival, arrived = load(tmp_path)
+        arrival.thread.shutdown(wait=True)
+    net = arrived.engine.runner.model.net
+    assert isinstance(net, CpuNet)
+
+    assert net.sizes == [1] and gate.compiled == [1]
+    assert [record.getMessage().partition(" the next")[0] for record in caplog.records] == [
+        "tiny: larger batch sizes are not compiled:"
+    ]
+    assert len(pictures(run(arrived.engine, *(request(i, 3, seed=i) for i in range(3))))) == 3
