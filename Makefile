@@ -41,36 +41,36 @@ bench-compile: .venv/bench.stamp
 
 # Two hundred times kill -9 to the server, its engine or both, under sixteen clients: ten to twenty minutes.
 chaos: .venv/test.stamp
-	$(BIN)/python -m tests.server.storm
+	$(BIN)/python -m tests.server.jobs.storm
 
 # What is told to break it, for longer than tests may take: minutes, and half an hour.
 fuzz: .venv/test.stamp
-	$(PIP) --editable '.[test,fuzz]'
+	$(PIP) --editable client --editable '.[test,fuzz]'
 	$(BIN)/python -m tests.fuzz.checkpoint --runs 100000
 	$(BIN)/python -m tests.fuzz.sockets --runs 20000
 	$(BIN)/python -m tests.fuzz.api --cases 5000
 
 soak: .venv/test.stamp
-	ABORTS=10000 $(BIN)/python -m pytest tests/server/test_connections.py -k thousands
+	ABORTS=10000 $(BIN)/python -m pytest tests/server/web/test_protocol.py -k thousands
 	$(BIN)/python -m tests.fuzz.soak --minutes 30
 
 # The Dockerfile, built and run without a Docker engine: as root, with buildah and debootstrap; minutes, and 10 GB.
 image:
 	$(PYTHON) -m tests.deploy.image
 
-.venv/serve.stamp: pyproject.toml constraints.txt
+.venv/serve.stamp: pyproject.toml client/pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed, as PYTHON=...")'
 	$(PYTHON) -m venv .venv
 	@$(BIN)/python deploy/torch_build.py --index $(CPU_WHEELS) $(if $(TORCH),--build $(TORCH))
-	$(PIP) --editable .
+	$(PIP) --editable client --editable .
 	touch $@
 
 .venv/test.stamp: .venv/serve.stamp
-	$(PIP) --editable '.[test]'
+	$(PIP) --editable client --editable '.[test]'
 	touch $@
 
 .venv/bench.stamp: .venv/test.stamp
-	$(PIP) --editable '.[bench]'
+	$(PIP) --editable client --editable '.[bench]'
 	touch $@
 
 # What only a GPU can show, with the Python that is there (torch 2.11 or later) and no network. `make gpu-wheels`,

@@ -12,7 +12,7 @@ import torch
 from benchmarks import busy, engine, exactness, full, http, journal, loopback, start, streams
 from benchmarks.measure import Measure, report
 from benchmarks.models import LARGEST
-from server.devices import cores
+from server.worker.cpus import cores
 
 DIGITS = Path(__file__).parent.parent / "weights" / "digits"
 NETS = {"digits": "digits", "cifar10": "CIFAR-10 configuration", "large": LARGEST}

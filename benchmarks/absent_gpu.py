@@ -23,9 +23,9 @@ from triton.backends.nvidia import driver as nvidia
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-import model.kernels
+import model.nets.layers
 from deploy.image_triton import stub
-from model import triton_conv, triton_launch
+from model.kernels import conv, launch
 
 SHARED_BYTES = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}  # that a program may have
 LEAST_SHARED_BYTES = 99 << 10  # on all others
@@ -67,20 +67,20 @@ def launching(arch: int, launched: Callable[[Any], object], device: torch.device
         launched(run(kernel, *args, grid=grid, warmup=True, **how))
 
     driver.set_active(Driver(arch))
-    model.kernels._triton_works.cache_clear()
+    model.nets.layers._triton_works.cache_clear()
     try:
         with (
             patch.object(JITFunction, "run", compile),
             patch.object(model.kernels, "TRITON_ON", frozenset({device.type})),
-            patch.object(triton_launch, "_supported", lambda device: arch >= 90),
-            patch.object(triton_conv, "shared_bytes", lambda device: SHARED_BYTES.get(arch, LEAST_SHARED_BYTES)),
+            patch.object(launch, "_supported", lambda device: arch >= 90),
+            patch.object(conv, "shared_bytes", lambda device: SHARED_BYTES.get(arch, LEAST_SHARED_BYTES)),
             torch.inference_mode(),
             Reads(),
         ):
             yield
     finally:
         driver.set_active(None)
-        model.kernels._triton_works.cache_clear()
+        model.nets.layers._triton_works.cache_clear()
 
 
 def compile_launchers(kernels: Iterable[Any]) -> None:

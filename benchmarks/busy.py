@@ -17,7 +17,7 @@ import torch
 from benchmarks.engine import Trial, started, warm
 from benchmarks.measure import Measure, interleaved, median_ratio, report
 from benchmarks.remote import Remote
-from server.devices import cores
+from server.worker.cpus import cores
 
 DIGITS = Path(__file__).parent.parent / "weights" / "digits"
 NAMES = ("ours", "diffusers")

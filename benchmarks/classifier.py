@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model.data import Uint8Array, held_out, load_images
+from model.train.data import Uint8Array, held_out, load_images
 
 FloatArray: TypeAlias = NDArray[np.float32]
 SHAPE = (1, 32, 32)  # the padded digits, which is also what the model makes
@@ -67,7 +67,7 @@ class Classifier(nn.Module):
 
 
 def load_digits(source: Path) -> tuple[Digits, Digits]:
-    """The labelled .npz of `model.data`, split as for training the model: (trained on, held out)."""
+    """The labelled .npz of `model.train.data`, split as for training the model: (trained on, held out)."""
     pictures = torch.from_numpy(load_images(source, SHAPE))
     with np.load(source, allow_pickle=False) as arrays:
         labels = torch.from_numpy(arrays["labels"].astype(np.int64))

@@ -15,14 +15,14 @@ from torch import Tensor
 
 from benchmarks.models import grow_up
 from benchmarks.runtimes import Net, OnnxRuntime, OpenVino, by_torch
-from model.card import read_card
-from model.checkpoint import load_model
-from model.engine import Engine
-from model.events import Request
-from model.plan import COLUMNS, plan, resolve
-from model.runner import Runner
-from server.devices import cores
-from server.machine import choose_dtype
+from model.checkpoint.card import read_card
+from model.checkpoint.load import load_model
+from model.engine.engine import Engine
+from model.engine.events import Request
+from model.engine.runner import Runner
+from model.sampling.plan import COLUMNS, plan, resolve
+from server.worker.cpus import cores
+from server.worker.device import choose_dtype
 
 BARE = "ours, the bare net"
 

@@ -13,15 +13,15 @@ from pathlib import Path
 import torch
 
 from benchmarks.measure import Measure, machine, seconds_of
-from model.card import read_card
-from model.checkpoint import Model, load_layers
-from model.convolution import Conv
-from model.exact_kernels import Kind, agrees, kinds
-from model.gpu import prepare_gpu
-from model.kernels import SelfAttention
-from model.runner import denoise, usual_buckets
-from model.slots import Slots
-from server.machine import choose_dtype
+from model.checkpoint.card import read_card
+from model.checkpoint.load import Model, load_layers
+from model.engine.runner import denoise, usual_buckets
+from model.engine.slots import Slots
+from model.nets.convolution import Conv
+from model.nets.exact import Kind, agrees, kinds
+from model.nets.gpu import prepare_gpu
+from model.nets.layers import SelfAttention
+from server.worker.device import choose_dtype
 
 BATCHES = (1, 8, 64)
 CALLS, ROUNDS = 20, 9  # calls to a graph, and replays that are timed

@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.loopback import a_server
 from benchmarks.measure import Measure, median_ratio
-from server.devices import cores
+from server.worker.cpus import cores
 
 JOBS, PICTURES, STEPS, ROUNDS = 4, 32, 50, 3
 

@@ -13,9 +13,9 @@ import torch
 
 from benchmarks.measure import Measure
 from benchmarks.models import our_engine
-from model.engine import Engine
-from model.events import Finished, Request
-from model.plan import Plan, Sampling, plan, resolve
+from model.engine.engine import Engine
+from model.engine.events import Finished, Request
+from model.sampling.plan import Plan, Sampling, plan, resolve
 
 LONGEST = 6  # steps
 

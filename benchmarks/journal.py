@@ -14,8 +14,8 @@ import torch
 
 from benchmarks.loopback import a_server
 from benchmarks.measure import Measure
-from server.store import Store
-from server.store_rows import Record
+from server.store.rows import Record
+from server.store.store import Store
 
 JOBS, AT_ONCE, ROUNDS = 4000, 256, 5
 REQUEST, SERVED = '{"model":"digits","seed":1,"steps":100}' + " " * 200, "{}" + " " * 400  # as long as they are

@@ -12,15 +12,15 @@ import torch
 
 from benchmarks.absent_gpu import launching
 from benchmarks.models import CIFAR10, LARGE, TINY
-from model.architecture import architecture
-from model.card import ModelCard, read_card
-from model.checkpoint import Model
-from model.convolution import Conv
-from model.engine import Engine
-from model.events import Request
-from model.nets import build
-from model.plan import plan, resolve
-from model.runner import Runner
+from model.checkpoint.card import ModelCard, read_card
+from model.checkpoint.load import Model
+from model.engine.engine import Engine
+from model.engine.events import Request
+from model.engine.runner import Runner
+from model.nets.build import build
+from model.nets.config import architecture
+from model.nets.convolution import Conv
+from model.sampling.plan import plan, resolve
 
 DIGITS = Path(__file__).parent.parent / "weights" / "digits"
 META = torch.device("meta")

@@ -10,7 +10,7 @@ from litserve.loops.continuous_batching_loop import ContinuousBatchingLoop, Outp
 from litserve.utils import LitAPIStatus
 
 from benchmarks.peers import Asked, Diffusers, Picture, make_net
-from server.devices import cores
+from server.worker.cpus import cores
 
 
 class Steps(LitAPI):  # type: ignore[misc]

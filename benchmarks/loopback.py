@@ -22,7 +22,7 @@ import torch
 
 from benchmarks.measure import Measure, interleaved, median_ratio
 from benchmarks.models import our_engine, run_engine
-from model.engine import Engine
+from model.engine.engine import Engine
 
 PATIENCE_S = 120  # until a server is ready
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from server.machine import device_name
+from server.worker.device import device_name
 
 ROOT = Path(__file__).parent.parent
 

@@ -9,18 +9,18 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from model import cpu_net
-from model.architecture import architecture
-from model.card import WEIGHTS, read_card
-from model.checkpoint import Model, load_model
-from model.cpu_net import CpuNet
-from model.engine import Engine
-from model.events import Request
-from model.nets import build
-from model.plan import plan, resolve
-from model.runner import Runner
-from server.devices import cores
-from server.machine import choose_dtype
+from model.checkpoint.card import WEIGHTS, read_card
+from model.checkpoint.load import Model, load_model
+from model.engine.engine import Engine
+from model.engine.events import Request
+from model.engine.runner import Runner
+from model.nets import cpu
+from model.nets.build import build
+from model.nets.config import architecture
+from model.nets.cpu import CpuNet
+from model.sampling.plan import plan, resolve
+from server.worker.cpus import cores
+from server.worker.device import choose_dtype
 
 # The configurations of google/ddpm-cifar10-32 and of google/ddpm-celebahq-256 and its sisters.
 BOTH = {
@@ -88,7 +88,7 @@ def model_directory(name: str, digits: Path) -> Iterator[Path]:
 def grow_up(model: Model, slots: int) -> None:
     """Makes every batch size that a net will have for so many slots, which a server does while it already serves."""
     if isinstance(model.net, CpuNet):
-        cpu_net.grow_up(model.net, slots)
+        cpu.grow_up(model.net, slots)
         torch.set_num_threads(1)  # as in an engine process: the net has threads of its own
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from benchmarks.measure import Measure
-from model.scheduler import Scheduler
+from model.engine.scheduler import Scheduler
 
 MIXTURE = {50: 0.4, 100: 0.3, 250: 0.15, 500: 0.1, 1000: 0.05}  # share of requests by steps
 

@@ -31,7 +31,7 @@ from starlette.responses import Response
 from torch import Tensor
 
 from benchmarks.runtimes import Net, OpenVino, by_torch, native_dtype
-from server.devices import cores
+from server.worker.cpus import cores
 
 WINDOW_S = 0.02
 

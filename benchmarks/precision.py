@@ -19,14 +19,14 @@ from numpy.typing import NDArray
 
 from benchmarks.measure import Measure, report
 from benchmarks.models import grow_up
-from model.card import read_card
-from model.checkpoint import load_model
-from model.engine import Engine
-from model.events import Finished, Request
-from model.noise import INITIAL, gaussian
-from model.plan import plan, resolve
-from model.runner import Runner
-from server.devices import cores
+from model.checkpoint.card import read_card
+from model.checkpoint.load import load_model
+from model.engine.engine import Engine
+from model.engine.events import Finished, Request
+from model.engine.runner import Runner
+from model.sampling.noise import INITIAL, gaussian
+from model.sampling.plan import plan, resolve
+from server.worker.cpus import cores
 
 DIGITS = Path(__file__).parent.parent / "weights" / "digits"
 BATCH = 16

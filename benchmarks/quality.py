@@ -22,15 +22,15 @@ from torch import Tensor
 from benchmarks.classifier import SHAPE, FloatArray, judge, load_digits, load_or_train
 from benchmarks.measure import Measure, machine
 from benchmarks.models import grow_up
-from model.card import ModelCard, read_card
-from model.checkpoint import load_model
-from model.data import Uint8Array
-from model.engine import Engine
-from model.events import Finished, Request
-from model.plan import Sampling, plan, resolve
-from model.runner import Runner
-from server.devices import cores
-from server.machine import DTYPES, choose_dtype
+from model.checkpoint.card import ModelCard, read_card
+from model.checkpoint.load import load_model
+from model.engine.engine import Engine
+from model.engine.events import Finished, Request
+from model.engine.runner import Runner
+from model.sampling.plan import Sampling, plan, resolve
+from model.train.data import Uint8Array
+from server.worker.cpus import cores
+from server.worker.device import DTYPES, choose_dtype
 
 CONFIDENT = 0.9  # a picture is readable if the judge is so sure of one digit
 COLOURS = ("#440154", "#3b528b", "#21918c", "#4daf4a", "#d98c00")  # one per level of noise, dark to light
@@ -134,7 +134,7 @@ def curve(log: list[dict[str, Any]]) -> str:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("digits", type=Path, help="the labelled .npz that `python -m model.data` makes")
+    parser.add_argument("digits", type=Path, help="the labelled .npz that `python -m model.train.data` makes")
     parser.add_argument("directory", type=Path, help="the model directory to measure")
     parser.add_argument("--pictures", type=int, default=1000, help="how many to make (%(default)s)")
     parser.add_argument("--steps", type=int, default=100, help="steps for each (%(default)s)")

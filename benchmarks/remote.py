@@ -15,7 +15,7 @@ import torch
 
 from benchmarks import full
 from benchmarks.contenders import ALL, Contender, Ours, Setup
-from server.devices import cores
+from server.worker.cpus import cores
 
 PATIENCE_S = 900.0  # the longest anything takes: compilers
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from server.devices import cores
-from server.machine import choose_dtype
+from server.worker.cpus import cores
+from server.worker.device import choose_dtype
 
 Net = Callable[[Tensor, Tensor], Tensor]  # (x [B, C, H, W], t [B]) -> [B, C, H, W]
 NEEDED = {"OpenVINO": ["openvino"], "onnxruntime": ["onnxruntime", "onnx"]}  # packages, by the first word of a name

@@ -21,7 +21,7 @@ import torch
 from benchmarks.loopback import Running, started
 from benchmarks.measure import Measure, report
 from benchmarks.models import LARGEST, MODELS, model_directory
-from server.machine import usual_slots
+from server.worker.device import usual_slots
 
 DIGITS = Path(__file__).parent.parent / "weights" / "digits"
 READY_S, REST_S = 900.0, 300.0  # the longest that is waited

@@ -13,14 +13,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from model.card import read_card
-from model.checkpoint import load_model
-from model.engine import Engine
-from model.events import Finished, Preview, Request
-from model.noise import INITIAL, gaussian
-from model.plan import plan, resolve
-from model.runner import Runner
-from model.schedule import cosine, linear, seed_article
+from model.checkpoint.card import read_card
+from model.checkpoint.load import load_model
+from model.engine.engine import Engine
+from model.engine.events import Finished, Preview, Request
+from model.engine.runner import Runner
+from model.sampling.noise import INITIAL, gaussian
+from model.sampling.plan import plan, resolve
+from model.sampling.schedule import cosine, linear, seed_article
 
 matplotlib.use("Agg")
 from matplotlib import pyplot

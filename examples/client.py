@@ -6,7 +6,7 @@ python examples/client.py SEED FOLDER [URL]
 import sys
 from pathlib import Path
 
-from server.client import Client
+from ddpm_client import Client
 
 seed, folder, url = int(sys.argv[1]), Path(sys.argv[2]), (sys.argv[3:] or ["http://127.0.0.1:8000"])[0]
 folder.mkdir(exist_ok=True)

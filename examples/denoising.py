@@ -10,13 +10,15 @@ import numpy as np
 import torch
 from PIL import Image
 
-from model import card, checkpoint, engine, plan, runner
-from model.events import Preview, Request
+from model.checkpoint import card, load
+from model.engine import engine, runner
+from model.engine.events import Preview, Request
+from model.sampling import plan
 
 SEEDS, STEPS, ENLARGED = range(77, 83), int((sys.argv[2:] or [1000])[0]), 3
 
 digits = card.read_card(Path(__file__).parent.parent / "weights" / "digits")
-net = checkpoint.load_model(digits, torch.device("cpu"), torch.float32)
+net = load.load_model(digits, torch.device("cpu"), torch.float32)
 machine = engine.Engine(runner.Runner(net, slots=len(SEEDS)))
 table = plan.plan(digits.process, plan.resolve(digits.process, "ddpm", STEPS))
 shown = range(0, STEPS + 1, STEPS // 10)

@@ -7,7 +7,7 @@ import asyncio
 import sys
 from pathlib import Path
 
-from server.client import AsyncClient
+from ddpm_client import AsyncClient
 
 
 async def main(count: int, folder: Path, url: str) -> None:

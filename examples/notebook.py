@@ -6,7 +6,7 @@ python examples/notebook.py [URL]
 # %% A job goes on by itself; the last line of a cell is what is shown
 import sys
 
-from server.client import Client, Frame
+from ddpm_client import Client, Frame
 
 client = Client((sys.argv[1:] or ["http://127.0.0.1:8000"])[0])
 job = client.submit(seed=207, steps=30, n=4)

@@ -17,7 +17,7 @@ from huggingface_hub import HfApi, errors, hf_hub_download, snapshot_download
 from huggingface_hub.hf_api import RepoSibling
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
-from model.card import ModelCard, Source, read_card, shard_names, weights_names
+from model.checkpoint.card import ModelCard, Source, read_card, shard_names, weights_names
 from model.errors import ModelRefused
 from model.options import MAX_CONFIG_BYTES, read_json
 

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from server.commands.generate import FIELDS
+from server.cli.generate import FIELDS
 from server.errors import Invalid, Malformed
-from server.schemas import GenerateRequest, parse_generate, validate
+from server.jobs.schemas import GenerateRequest, parse_generate, validate
 from tests.test_docs import DOCUMENTS, ROOT
 
 EXAMPLES = ROOT / "examples"

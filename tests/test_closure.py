@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 TESTS = sorted(f"tests.model.{path.stem}" for path in (ROOT / "tests" / "model").glob("test_*.py"))
 MEASURED = [f"benchmarks.{name}" for name in ("__main__", "contenders", "convolutions", "exactness", "streams")]
 STAGES = sorted(f"benchmarks.gpu.{path.stem}" for path in (ROOT / "benchmarks" / "gpu").glob("[!_]*.py"))
-SERVED = ["server.app", "server.commands.serve", "server.engine_process", "server.hub"]
+SERVED = ["server.web.app", "server.cli.serve", "server.worker.main", "server.hub"]
 IMPORT = """
 import importlib.util, sys
 from importlib.metadata import packages_distributions

@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from server import cli
-from server.schemas import parse_generate
+from server.cli import main
+from server.jobs.schemas import parse_generate
 from server.settings import PREFIX, Settings
-from tests.model.directories import write_model
+from tests.model.convert.directories import write_model
 from tests.server.conftest import Server
 
 ROOT = Path(__file__).parent.parent
@@ -88,7 +88,7 @@ def _wrong_with_ddpm(words: list[str]) -> str | None:
     told = io.StringIO()
     with contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
         try:
-            cli.main([words[0], "--help"])
+            main.main([words[0], "--help"])
         except SystemExit as end:
             if end.code:
                 return f"no command ddpm {words[0]}"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.model.directories import write_model
+from tests.model.convert.directories import write_model
 from tests.server.conftest import Server
 
 STEPS = [round(i * 30 / 29) for i in range(30)]

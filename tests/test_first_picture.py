@@ -11,15 +11,15 @@ from PIL import Image
 
 import model
 from benchmarks.classifier import FloatArray, judge, load_digits, load_or_train
-from model.card import read_card
-from model.checkpoint import load_model
-from model.engine import Engine
+from model.checkpoint.card import read_card
+from model.checkpoint.load import load_model
+from model.engine.engine import Engine
+from model.engine.events import Finished, Picture, Request
+from model.engine.runner import Runner
 from model.errors import PlanError
-from model.events import Finished, Picture, Request
-from model.plan import Sampling, plan, resolve
-from model.runner import Runner
-from server.machine import choose_dtype
-from server.schemas import GenerateRequest
+from model.sampling.plan import Sampling, plan, resolve
+from server.jobs.schemas import GenerateRequest
+from server.worker.device import choose_dtype
 from tests.asked import PLACES, name_of, requests, seeds_told
 from tests.test_docs import ROOT
 
@@ -75,7 +75,7 @@ def readable(request: pytest.FixtureRequest, asked: dict[str, list[GenerateReque
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "without OpenVINO":
             patch.delattr(model, "openvino_net", raising=False)
-            patch.setitem(sys.modules, "model.openvino_net", None)  # to import it is an ImportError
+            patch.setitem(sys.modules, "model.nets.openvino_graph", None)  # to import it is an ImportError
         pictures = make(wanted, dtype)
     assert JUDGE.is_file()
     shown = np.stack([pictures[made] for made in wanted]).transpose(0, 3, 1, 2)

@@ -14,9 +14,9 @@ import torch
 
 from benchmarks import warm_cache
 from benchmarks.unpack import unpack_kernels
-from model.architecture import architecture
-from model.card import read_card
-from model.slots import Slots
+from model.checkpoint.card import read_card
+from model.engine.slots import Slots
+from model.nets.config import architecture
 from tests.model.worlds import small
 
 ROOT = Path(__file__).parent.parent

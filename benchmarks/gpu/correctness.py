@@ -27,11 +27,11 @@ from benchmarks.gpu.facts import Fact, Setting
 from benchmarks.gpu.run import ROOT
 from benchmarks.gpu.stage import Part, each_by_itself
 from benchmarks.gpu.worlds import device_of, small
-from model.card import read_card
-from model.checkpoint import load_layers
-from model.exact_kernels import Kind
-from model.runner import usual_buckets
-from server.machine import choose_dtype
+from model.checkpoint.card import read_card
+from model.checkpoint.load import load_layers
+from model.engine.runner import usual_buckets
+from model.nets.exact import Kind
+from server.worker.device import choose_dtype
 
 TESTS = [f"tests/model/test_{name}.py" for name in ("gpu", "invariance", "triton")]
 DRY_TESTS = ["tests/benchmarks/test_facts.py"]

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from benchmarks.gpu.facts import Fact, Setting, tell
 from benchmarks.gpu.run import LOG, ROOT
-from server.devices import cores
+from server.worker.cpus import cores
 
 STAGES = {"smoke", "correctness", "speed", "server", "tiles", "compiled"}  # which launch kernels
 KEPT_CORES = 2  # for the stages,

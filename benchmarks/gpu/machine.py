@@ -16,8 +16,8 @@ from benchmarks.gpu.facts import Fact, Setting
 from benchmarks.gpu.stage import Part
 from benchmarks.gpu.worlds import device_of
 from benchmarks.measure import commit
-from model.kernels import uses_triton
-from server.machine import device_name
+from model.nets.layers import uses_triton
+from server.worker.device import device_name
 
 ASKED_S = 10  # how long nvidia-smi may take
 

@@ -11,7 +11,7 @@ from benchmarks.gpu.stage import Part
 from benchmarks.gpu.worlds import DIGITS, device_of, facts_of, small
 from benchmarks.loopback import Load, a_server, beside
 from benchmarks.models import our_engine
-from model.engine import Engine
+from model.engine.engine import Engine
 
 COMPARISONS = 200
 LOAD = Load(clients=16, pictures=4, steps=1000, rounds=3)

@@ -12,19 +12,19 @@ from pathlib import Path
 
 import torch
 
-import model.kernels
+import model.nets.layers
 from benchmarks.gpu.apart import Apart
 from benchmarks.gpu.facts import Fact, Setting
 from benchmarks.gpu.stage import Part
 from benchmarks.gpu.worlds import DIGITS, device_of, small, tiny
-from model.card import read_card
-from model.checkpoint import load_layers
-from model.engine import Engine
-from model.events import Finished, Picture, Request
-from model.plan import COLUMNS, plan, resolve
-from model.runner import Runner, denoise
-from model.slots import Slots
-from server.machine import choose_dtype
+from model.checkpoint.card import read_card
+from model.checkpoint.load import load_layers
+from model.engine.engine import Engine
+from model.engine.events import Finished, Picture, Request
+from model.engine.runner import Runner, denoise
+from model.engine.slots import Slots
+from model.sampling.plan import COLUMNS, plan, resolve
+from server.worker.device import choose_dtype
 
 BATCHES, DRY_BATCHES = (1, 8, 64), (1, 2, 4)
 WAYS = ("a graph", "eager", "plain torch")
@@ -106,7 +106,7 @@ def step_times(
     """(name, value, unit) of what a net with these batches takes to be ready, and for a step."""
     began = time.perf_counter()
     if way == "plain torch":
-        model.kernels.TRITON_ON = frozenset()
+        model.nets.layers.TRITON_ON = frozenset()
     loaded = load_layers(read_card(directory), device, choose_dtype("auto", device))
     slots, step = Slots(max(batches), loaded.card.architecture.shape, loaded.card.process.schedule.T, device), None
     yield f"{directory.name}, by {way}: loaded in", time.perf_counter() - began, "s"

@@ -1,5 +1,5 @@
 """Stage tiles: what tiles of each shape and walks in so many ranges cost, layer by layer, and what is gained by kernels
-that start early: the numbers that `model.triton_conv` should choose by.
+that start early: the numbers that `model.kernels.conv` should choose by.
 """
 
 import time
@@ -16,12 +16,12 @@ from benchmarks.convolutions import kinds_of, microseconds, name_of
 from benchmarks.gpu.facts import Fact, Setting
 from benchmarks.gpu.stage import Part
 from benchmarks.gpu.worlds import device_of, large, small
-from model.card import read_card
-from model.checkpoint import Model, load_layers
-from model.convolution import Conv
-from model.exact_kernels import Kind
-from model.runner import Runner
-from server.machine import choose_dtype
+from model.checkpoint.card import read_card
+from model.checkpoint.load import Model, load_layers
+from model.engine.runner import Runner
+from model.nets.convolution import Conv
+from model.nets.exact import Kind
+from server.worker.device import choose_dtype
 
 MOST_OF = 3  # a kind of convolution is tried if the net has so many of it
 SPLITS = (1, 2, 4, 8)
@@ -72,16 +72,16 @@ def _pixels(kind: Kind, conv: Conv) -> int:
 
 def choices(setting: Setting, net: Callable[[Setting], Path], batches: Sequence[int]) -> Iterator[Fact]:
     """How each kind of convolution is cut up, and in how many programs, by batch."""
-    from model import triton_conv
-    from model.triton_launch import shared_bytes
+    from model.kernels import conv as kernels
+    from model.kernels.launch import shared_bytes
 
     model = _model(setting, net)
     for kind, conv in _convolutions(model):
         pixels, number_bytes = _pixels(kind, conv), model.table.element_size()
-        path = triton_conv.walk(_sources(kind, conv), conv.out_channels, pixels, conv.kernel_size[0], number_bytes)
+        path = kernels.walk(_sources(kind, conv), conv.out_channels, pixels, conv.kernel_size[0], number_bytes)
         for batch in batches:
             rows, room = batch * pixels, shared_bytes(model.table.device)
-            cut = triton_conv.tile(rows, conv.out_channels, path, number_bytes, room)
+            cut = kernels.tile(rows, conv.out_channels, path, number_bytes, room)
             programs = -(-rows // cut.pixels) * -(-conv.out_channels // cut.channels) * path.splits
             more = {"tile": f"{cut.pixels} x {cut.channels}", "splits": path.splits, "depth": path.depth}
             yield Fact(f"{name_of(kind)}, batch {batch}", programs, "programs", more=more)
@@ -90,11 +90,11 @@ def choices(setting: Setting, net: Callable[[Setting], Path], batches: Sequence[
 @torch.inference_mode()
 def starting_early(setting: Setting, batches: Sequence[int]) -> Iterator[Fact]:
     """A step of our convolutions alone, by kernels that start before the one in front has ended, and by others."""
-    from model import triton_launch
+    from model.kernels import launch
 
     model, took = _model(setting, small), dict[tuple[int, bool], float]()
     for early in (True, False):
-        with patch.object(triton_launch, "WANTED", early):
+        with patch.object(launch, "WANTED", early):
             runner = Runner(model, max(batches), exact=False, buckets=batches)
             for module in model.module.modules():
                 if isinstance(module, Conv):
@@ -126,7 +126,7 @@ def _replay_ms(runner: Runner, batch: int) -> float:
 @torch.inference_mode()
 def each_way(setting: Setting, net: Callable[[Setting], Path], batches: Sequence[int]) -> Iterator[Fact]:
     """Microseconds of each kind of convolution in every tile and, of few pixels, in several numbers of ranges."""
-    from model import triton_conv
+    from model.kernels import conv as kernels
 
     for kind, conv in _convolutions(_model(setting, net)):
         if len(kind.layers) < MOST_OF or setting.left_s < KEPT_S:
@@ -135,11 +135,11 @@ def each_way(setting: Setting, net: Callable[[Setting], Path], batches: Sequence
         splits = SPLITS if pixels <= SPLIT_PIXELS and conv.kernel_size[0] == 3 else (1,)
         device = kind.given.x.device
         given = [kind.inputs(batch, torch.Generator(device).manual_seed(0)) for batch in batches]
-        for shape, ranges in product(triton_conv.HALF, splits):
+        for shape, ranges in product(kernels.HALF, splits):
             if shape.channels > max(16, conv.out_channels) or setting.left_s < KEPT_S:
                 continue
-            path = triton_conv.Walk(64, ranges)
-            with patch.multiple(triton_conv, walk=lambda *_, p=path: p, tile=lambda *_, s=shape: s):
+            path = kernels.Walk(64, ranges)
+            with patch.multiple(kernels, walk=lambda *_, p=path: p, tile=lambda *_, s=shape: s):
                 began = time.perf_counter()
                 took = [round(microseconds(partial(kind.call, each), device), 2) for each in given]
             how = f"{shape.pixels} x {shape.channels}, {ranges} ranges"

@@ -19,9 +19,9 @@ from safetensors import safe_open
 from benchmarks.gpu.facts import Fact, Setting
 from benchmarks.gpu.stage import Part
 from benchmarks.gpu.worlds import device_of, tiny
-from model.card import WEIGHTS
-from model.train import STATE, train
-from model.trainer import Recipe, split
+from model.checkpoint.card import WEIGHTS
+from model.train.train import STATE, train
+from model.train.trainer import Recipe, split
 
 KEPT_S = 15.0  # of a model's time, for loading, held-out losses and checkpoints
 SHARE = 0.9  # of the pictures that time would allow: the rate must come down to nothing before time is up

@@ -17,13 +17,13 @@ from typing import get_args
 import torch
 from safetensors.torch import save_file
 
-from model.card import WEIGHTS, read_card
-from model.checkpoint import load_model
+from model.checkpoint.card import WEIGHTS, read_card
+from model.checkpoint.load import load_model
 from model.convert import directories, formats
 from model.convert.frame import Converted, Options
 from model.convert.sources import read_state
 from model.errors import ModelRefused
-from model.schedule import BY_NAME, Prediction
+from model.sampling.schedule import BY_NAME, Prediction
 
 EXIT_FAILED, EXIT_MODEL_REFUSED = 1, 3
 VARIANCES = ("fixed_small", "fixed_large", "learned_range")

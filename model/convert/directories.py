@@ -6,13 +6,13 @@ from typing import Any
 
 from torch import Tensor
 
-from model.architecture import RENAMED, with_todays_names
-from model.card import config_files
-from model.checkpoint import modern
+from model.checkpoint.card import config_files
+from model.checkpoint.load import modern
 from model.convert import ports
 from model.convert.frame import OF_THE_SCHEDULER, Converted, Options, asked, refuse_unread, scheduler_config
 from model.convert.sources import read_state
 from model.errors import ModelRefused
+from model.nets.config import RENAMED, with_todays_names
 from model.options import read_json, whole
 
 READS = OF_THE_SCHEDULER | {"image_size"}

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.architecture import CHANNELS
 from model.convert.frame import OF_THE_SCHEDULER, Converted, Options, required, scheduler_config
 from model.errors import ModelRefused
-from model.lucid_architecture import LUCID
-from model.schedule import Prediction
+from model.nets.config import CHANNELS
+from model.nets.lucidrains_config import LUCID
+from model.sampling.schedule import Prediction
 
 READS = OF_THE_SCHEDULER | {"image_size"}
 FIRST = "init_conv.weight"
@@ -78,7 +78,7 @@ def _config(net: Mapping[str, Tensor], options: Options) -> dict[str, Any]:
 
 
 def _tensors(net: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights by their names in `model.lucid_unet`: those of the original, but for three kinds of layers."""
+    """The weights by their names in `model.nets.lucidrains`: those of the original, but for three kinds of layers."""
     tensors = {}
     for key, tensor in net.items():
         if re.fullmatch(

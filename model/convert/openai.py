@@ -2,7 +2,7 @@
 
 A checkpoint is the state dict of their `UNetModel`. Its skeleton can be read from it; the picture's size, the heads of
 attention, the order of their weights, T and the schedule cannot. Where diffusers' `UNet2DModel` has words for the net,
-it becomes one, else an `OpenAIUNet` (`model.architecture`).
+it becomes one, else an `OpenAIUNet` (`model.nets.config`).
 """
 
 from collections.abc import Iterator, Mapping
@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
-from model.architecture import CHANNELS, OPENAI
 from model.convert.frame import Converted, Options, required, scheduler_config
 from model.errors import ModelRefused
+from model.nets.config import CHANNELS, OPENAI
 
 READS = frozenset(field.name for field in fields(Options))  # all there are
 GROUPS = 32

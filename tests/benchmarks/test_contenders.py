@@ -18,7 +18,7 @@ from benchmarks.models import TINY, random_model
 from benchmarks.peers import Asked, Diffusers, make_net
 from benchmarks.remote import Remote
 from benchmarks.runtimes import Unet, native_dtype, why_not
-from server.machine import choose_dtype
+from server.worker.device import choose_dtype
 from tests.model.tiny import CPU
 
 BF16 = torch.bfloat16

@@ -16,9 +16,9 @@ import torch
 from benchmarks.gpu.run import ROOT
 from benchmarks.gpu.training import DRY_RECIPE, seen_before
 from benchmarks.models import TINY, random_model
-from model.card import WEIGHTS, read_card
-from model.checkpoint import load_model
-from model.train import STATE, train
+from model.checkpoint.card import WEIGHTS, read_card
+from model.checkpoint.load import load_model
+from model.train.train import STATE, train
 
 STAGES = ["facts", "smoke", "correctness", "speed", "server", "compiled", "tiles", "training"]
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-import model.kernels
+import model.nets.layers
 from benchmarks import streams
 from benchmarks.contenders import Setup
 from benchmarks.full import Crowd
@@ -22,8 +22,8 @@ from benchmarks.gpu.smoke import steps_one_way_or_another
 from benchmarks.gpu.stage import each_by_itself
 from benchmarks.measure import commit, interleaved
 from benchmarks.remote import Remote
-from model.engine import Engine
-from model.events import Event, Finished
+from model.engine.engine import Engine
+from model.engine.events import Event, Finished
 from tests.model.tiny import CPU, quick_engine
 
 

@@ -10,8 +10,8 @@ import pytest
 import yaml  # type: ignore[import-untyped]
 
 from server.errors import BadHost
-from server.origins import Rules
 from server.settings import Settings
+from server.web.hosts import Rules
 from tests.deploy.files import DEPLOY, ROOT, manifests
 
 KUBERNETES = DEPLOY / "kubernetes"

@@ -8,7 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.model.directories import write_model
+from tests.model.convert.directories import write_model
 from tests.server.conftest import Server
 
 SETTINGS = Path(__file__).parent / "schemathesis.toml"

@@ -14,18 +14,21 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TypeAlias
 
-from model import architecture, card, checkpoint, options, schedule
-from model.card import WEIGHTS, read_card
-from model.checkpoint import load_model
+from model import options
+from model.checkpoint import card, load
+from model.checkpoint.card import WEIGHTS, read_card
+from model.checkpoint.load import load_model
 from model.errors import ModelRefused
-from tests.model.directories import write_model
+from model.nets import config
+from model.sampling import schedule
+from tests.model.convert.directories import write_model
 from tests.model.tiny import CPU
 
 import torch  # isort: skip
 
 Files: TypeAlias = dict[str, bytes]
 MAX_SECONDS = 2.0  # for one directory
-READERS = {str(module.__file__) for module in (architecture, card, checkpoint, options, schedule)}
+READERS = {str(module.__file__) for module in (config, card, load, options, schedule)}
 VALUES: list[Any] = [
     None,
     True,

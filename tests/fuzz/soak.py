@@ -20,10 +20,10 @@ from pathlib import Path
 import httpx
 
 from tests.fuzz.sockets import converse
-from tests.model.directories import write_model
+from tests.model.convert.directories import write_model
 from tests.server.conftest import Server
-from tests.server.raw import HANDSHAKE, abort, connected, frame, open_files, request, resident_bytes, say, settles
-from tests.server.test_metrics import balance, read
+from tests.server.jobs.test_metrics import balance, read
+from tests.server.web.raw import HANDSHAKE, abort, connected, frame, open_files, request, resident_bytes, say, settles
 
 MIB = 1 << 20
 WARM_UP = 0.25  # of the time

@@ -11,10 +11,10 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tests.model.directories import write_model
-from tests.server import hostile
+from tests.model.convert.directories import write_model
 from tests.server.conftest import Server
-from tests.server.raw import HANDSHAKE, abort, connected, frame, request, say, statuses
+from tests.server.web import hostile
+from tests.server.web.raw import HANDSHAKE, abort, connected, frame, request, say, statuses
 
 TARGETS = ["/", "/generate", "/jobs", "/jobs/x", "/jobs/x/images/0", "/jobs/x/trajectory", "/models", "/models/tiny"]
 TARGETS += ["/v1/images/generations", "/v1/models", "/v1/models/tiny"]

@@ -7,15 +7,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from model.architecture import Architecture
-from model.card import ModelCard
-from model.checkpoint import Model
-from model.engine import Engine
-from model.events import Cancelled, Event, Failed, Finished, Request
-from model.plan import Plan, plan, resolve
-from model.runner import Runner
-from model.schedule import Process, linear
-from model.unet import UNet
+from model.checkpoint.card import ModelCard
+from model.checkpoint.load import Model
+from model.engine.engine import Engine
+from model.engine.events import Cancelled, Event, Failed, Finished, Request
+from model.engine.runner import Runner
+from model.nets.config import Architecture
+from model.nets.unet import UNet
+from model.sampling.plan import Plan, plan, resolve
+from model.sampling.schedule import Process, linear
 
 T = 30
 PROCESS = Process(linear(T, 1e-3, 0.3), default_steps=T)

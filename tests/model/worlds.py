@@ -8,15 +8,15 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from torch import Tensor
 
-from model.architecture import architecture
-from model.card import read_card
-from model.checkpoint import Model, load_model
-from model.engine import Engine
-from model.events import Finished, Request
-from model.plan import Plan, plan, resolve
-from model.runner import Runner
-from model.schedule import Prediction, Process
-from model.unet import UNet
+from model.checkpoint.card import read_card
+from model.checkpoint.load import Model, load_model
+from model.engine.engine import Engine
+from model.engine.events import Finished, Request
+from model.engine.runner import Runner
+from model.nets.config import architecture
+from model.nets.unet import UNet
+from model.sampling.plan import Plan, plan, resolve
+from model.sampling.schedule import Prediction, Process
 
 PREDICTIONS: list[Prediction] = ["epsilon", "v_prediction", "sample"]
 

@@ -13,9 +13,9 @@ import httpx
 import pytest
 from starlette.testclient import TestClient
 
-from server.app import create_app
 from server.settings import Settings
-from tests.model.directories import write_model
+from server.web.app import create_app
+from tests.model.convert.directories import write_model
 from tests.server.fakes import FakeBackend
 
 

@@ -7,9 +7,10 @@ from collections.abc import AsyncGenerator, Sequence
 import numpy as np
 from PIL import Image
 
-from model.events import Finished, Preview, Stats
-from server.backend import SampleEvent, Served, Spec, Vitals
+from model.engine.events import Finished, Preview, Stats
+from server.engines.backend import SampleEvent, Vitals
 from server.errors import NotReady
+from server.worker.messages import Served, Spec
 
 
 def read_texts(data: bytes) -> dict[str, str]:

@@ -10,13 +10,13 @@ import torch
 from PIL import Image
 from torch import nn
 
-from tests.model.flat_ports import FlatUNet
-from tests.model.lucid_nets import diffusion
-from tests.model.lucid_nets import shaken as shaken_lucid
-from tests.model.openai_nets import Kind
-from tests.model.openai_nets import shaken as shaken_openai
-from tests.model.ports import PortedUNet
-from tests.model.test_convert import shake
+from tests.model.convert.flat_ports import FlatUNet
+from tests.model.convert.lucid_nets import diffusion
+from tests.model.convert.lucid_nets import shaken as shaken_lucid
+from tests.model.convert.openai_nets import Kind
+from tests.model.convert.openai_nets import shaken as shaken_openai
+from tests.model.convert.ports import PortedUNet
+from tests.model.convert.test_convert import shake
 from tests.model.worlds import opened, pictures, planned
 from tests.server.conftest import Server
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from huggingface_hub import close_session, constants
 
-from model.card import INDEX, WEIGHTS, Source
+from model.checkpoint.card import INDEX, WEIGHTS, Source
 from model.errors import ModelRefused
-from server.app import find_models
-from tests.model.directories import write_model
+from server.models import find_models
+from tests.model.convert.directories import write_model
 from tests.server.conftest import Server
 from tests.server.hub import Hub, commit, running
 

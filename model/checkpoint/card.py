@@ -1,0 +1,203 @@
+"""What a model directory says of itself, read without torch: shape, T, schedule, prediction, digest.
+
+A model directory is what diffusers saves for a DDPM: `config.json` (the net), `scheduler_config.json` (the schedule),
+`model_index.json` (optional) and `diffusion_pytorch_model.safetensors`, flat or in `unet/` and `scheduler/`. Nothing
+in it is executed, and every number in it is bounded here, before anything is allocated for it.
+"""
+
+import hashlib
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import get_args
+
+from model.errors import ModelRefused
+from model.nets.config import Architecture, architecture
+from model.nets.lucidrains_config import LUCID, LucidArchitecture, lucid_architecture
+from model.options import MAX_CONFIG_BYTES, Json, Options, read_json, require_file
+from model.sampling.schedule import BY_NAME, NoiseSchedule, Prediction, Process, Spacing, Variance
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+# What is looked for, in this order: one file, several with an index, the same in half precision.
+INDEX = f"{WEIGHTS}.index.json"
+VARIANTS = ("fp16", "bf16")
+SHARD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}\.safetensors")
+MAX_SHARDS = 256
+MAX_T = 10_000
+MIN_ALPHA_BAR = 1e-30  # of the picture's amplitude must be left at T: float32 holds the inverse
+# A file that names none of these is read only if its class has Ho's numbers where nothing is said.
+BETAS = ("beta_schedule", "beta_start", "trained_betas")
+HOS_BY_DEFAULT = ("DDPMScheduler", "DDIMScheduler", "GaussianDDPMScheduler")
+
+
+def noise_schedule(config: Json) -> NoiseSchedule:
+    """The schedule that a `scheduler_config.json` describes. Raises ModelRefused naming the option."""
+    options = Options("scheduler_config.json", config)
+    if all(config.get(option) is None for option in BETAS) and config.get("_class_name") not in HOS_BY_DEFAULT:
+        raise options.refuse("_class_name", f"one of {', '.join(HOS_BY_DEFAULT)} unless {' or '.join(BETAS)} is given")
+    options.word("rescale_betas_zero_snr", (False, None), False)
+    options.word("use_flow_sigmas", (False, None), False)
+    if config.get("trained_betas") is not None:
+        betas = options.items("trained_betas", None, MAX_T)
+        if any(isinstance(b, bool) or not isinstance(b, int | float) or not 0 < b < 1 for b in betas):
+            raise ModelRefused("scheduler_config.json: trained_betas must be numbers between 0 and 1")
+        T = options.integer("num_train_timesteps", 1, MAX_T, len(betas))
+        if len(betas) != T:
+            wanted = f"trained_betas must be as many as num_train_timesteps ({T}), got {len(betas)}"
+            raise ModelRefused(f"scheduler_config.json: {wanted}")
+        return _usable(NoiseSchedule.of(betas), "trained_betas")
+    T = options.integer("num_train_timesteps" if "num_train_timesteps" in config else "timesteps", 1, MAX_T, 1000)
+    name = options.word("beta_schedule", tuple(BY_NAME), "linear")
+    low = options.number("beta_start", 1e-12, 0.999, 1e-4)
+    return _usable(BY_NAME[name](T, low, options.number("beta_end", low, 0.999, 0.02)), "beta_end")
+
+
+def _usable(schedule: NoiseSchedule, option: str) -> NoiseSchedule:
+    """The schedule, unless its numbers drown in rounding: plans divide by what is left of the picture."""
+    falling = bool((schedule.alpha_bar[1:] < schedule.alpha_bar[:-1]).all())
+    if not falling or schedule.alpha_bar[-1] < MIN_ALPHA_BAR:
+        raise ModelRefused(
+            f"scheduler_config.json: {option} must add noise in every step and leave a trace of the picture"
+        )
+    return schedule
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where on a hub a model came from."""
+
+    id: str
+    revision: str  # the commit's hash
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """What is known of a model without loading it. Built by `read_card`."""
+
+    name: str
+    directory: Path
+    weights: Path  # the safetensors file, or the index of several
+    architecture: Architecture | LucidArchitecture
+    process: Process
+    shards: tuple[Path, ...] = ()  # the files that an index names, in the order of their names
+    source: Source | None = None  # none: a directory of this machine
+
+    @property
+    def weight_files(self) -> tuple[Path, ...]:
+        """Every file that holds weights."""
+        return self.shards or (self.weights,)
+
+    @cached_property
+    def digest(self) -> str:
+        """Content address of everything that decides a picture: weights and both configurations."""
+        total = hashlib.sha256()
+        for path in (*self.weight_files, *config_files(self.directory)):
+            with path.open("rb") as file:
+                total.update(hashlib.file_digest(file, "sha256").digest())
+        return f"sha256:{total.hexdigest()}"
+
+    @property
+    def readme(self) -> str:
+        """The model's own words, README.md, or nothing."""
+        path = self.directory / "README.md"
+        # in a hub's cache, snapshots/<revision>/ is all links to blobs/ beside it
+        home = self.directory if self.source is None else self.directory.parents[1]
+        if not path.is_file() or not path.resolve().is_relative_to(home.resolve()):
+            return ""  # a link could lead to anything on this machine, and this text is shown
+        with path.open("rb") as file:
+            return file.read(MAX_CONFIG_BYTES).decode(errors="replace")
+
+
+def config_files(directory: Path) -> tuple[Path, Path]:
+    """(config.json, scheduler_config.json), in the folders where this directory keeps them."""
+    net, schedule = directory / "unet", directory / "scheduler"
+    return (
+        (net if net.is_dir() else directory) / "config.json",
+        (schedule if schedule.is_dir() else directory) / "scheduler_config.json",
+    )
+
+
+def read_card(directory: Path, name: str | None = None) -> ModelCard:
+    """What the model directory says of itself. Raises ModelRefused, in one line, if it is not a usable one."""
+    if not directory.is_dir():
+        raise ModelRefused(f"{directory.name} is not a directory")
+    net_file, schedule_file = config_files(directory)
+    config, scheduler = read_json(net_file), read_json(schedule_file)
+    arch = lucid_architecture(config) if config.get("_class_name") == LUCID else architecture(config)
+    weights, index_file = _weights(net_file.parent), directory / "model_index.json"
+    process = read_process(scheduler, read_json(index_file) if index_file.exists() else {}, arch.learned_variance)
+    shards = _shards(weights) if weights.suffix == ".json" else ()
+    return ModelCard(name or directory.name, directory, weights, arch, process, shards)
+
+
+def read_process(scheduler: Json, index: Json, learned: bool) -> Process:
+    """The process that `scheduler_config.json` and `model_index.json` describe, of a net that has `learned` a variance
+    or not. Raises ModelRefused naming the option."""
+    schedule, options = noise_schedule(scheduler), Options("scheduler_config.json", scheduler)
+    options.word("thresholding", (False, None), False)
+    spacing = options.word("timestep_spacing", get_args(Spacing), "leading")
+    if spacing == "leading":  # the only one that it shifts
+        options.word("steps_offset", (0, None), 0)
+    if str(scheduler.get("_class_name")).startswith("DDIM"):  # of the steps that are taken here only DDIM's asks
+        options.word("set_alpha_to_one", (True, None), True)
+    known: dict[str | None, Variance] = {
+        None: "small",
+        "fixed_small": "small",
+        "fixed_small_log": "small",
+        "fixed_large": "large",
+        "learned_range": "learned",
+    }
+    variance = known[options.word("variance_type", tuple(known), "fixed_small")]
+    if learned != (variance == "learned"):
+        raise options.refuse("variance_type", "learned_range if and only if the net has twice as many channels out")
+    return Process(
+        schedule,
+        options.word("prediction_type", get_args(Prediction), "epsilon"),
+        learned,
+        variance,
+        spacing,
+        options.boolean("clip_sample", True),
+        options.number("clip_sample_range", 1e-3, 1e3, 1.0),
+        Options("model_index.json", index).integer("default_steps", 1, schedule.T, schedule.T),
+    )
+
+
+def weights_names() -> list[str]:
+    """The names that weights may have in a folder, the first that is there being taken."""
+    stem, suffix = WEIGHTS.split(".")
+    halves = [[f"{stem}.{variant}.{suffix}", f"{WEIGHTS}.index.{variant}.json"] for variant in VARIANTS]
+    return sum(halves, [WEIGHTS, INDEX])
+
+
+def _weights(folder: Path) -> Path:
+    """The weights in this folder, or the index of them."""
+    paths = [folder / name for name in weights_names()]
+    found = next((path for path in paths if path.exists() or path.is_symlink()), paths[0])
+    require_file(found, _found_instead(folder))
+    return found
+
+
+def shard_names(index: Json, name: str) -> tuple[str, ...]:
+    """The files that an index names. Raises ModelRefused if it could lead anywhere but beside itself."""
+    named = index.get("weight_map")
+    if not isinstance(named, dict) or not named or not all(isinstance(file, str) for file in named.values()):
+        raise ModelRefused(f"{name}: weight_map must say of every tensor in which file it is")
+    files = tuple(sorted(set(named.values())))
+    if len(files) > MAX_SHARDS or not all(map(SHARD.fullmatch, files)):
+        raise ModelRefused(f"{name}: weight_map must name at most {MAX_SHARDS} safetensors files beside it")
+    return files
+
+
+def _shards(index: Path) -> tuple[Path, ...]:
+    files = tuple(index.parent / file for file in shard_names(read_json(index), index.name))
+    for file in files:
+        require_file(file)
+    return files
+
+
+def _found_instead(folder: Path) -> str:
+    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in {".bin", ".pt", ".ckpt", ".pth", ".pkl"})
+    return (
+        f" ({pickles[0]!r} is a pickle, which is never read; `ddpm convert` makes safetensors of it)" if pickles else ""
+    )

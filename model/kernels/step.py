@@ -1,0 +1,112 @@
+"""The Triton kernels around the net on a GPU: what it is called with, the sampler's update, the cursor's step.
+
+`model.engine.runner` says in plain torch what they compute, and `model.sampling.noise` what is drawn. Each program works for
+one sample, and each number stands alone. Importing this module imports Triton.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from model.kernels.launch import dependent, ready
+from model.kernels.noise import gaussian
+from model.sampling.noise import STEP
+from model.sampling.plan import COLUMNS
+
+BLOCK = 1024  # numbers to a program
+
+
+@triton.jit
+def _enter(
+    x, rows, cursor, table, out, embedding, now, rows_stride, pixels, channels, width,
+    READ: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr,
+):  # fmt: skip
+    sample = tl.program_id(1).to(tl.int64)
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    channel, inside = at % READ, at < pixels * READ  # of the picture, channels-last
+    ready(DEPENDENT)
+    where = x + (sample * channels + channel) * pixels + at // READ
+    value = tl.load(where, mask=inside & (channel < channels), other=0.0)
+    tl.store(out + sample * pixels * READ + at, value.to(out.dtype.element_ty), mask=inside)
+    step = tl.load(cursor + sample)
+    if tl.program_id(0) == 0:
+        tl.store(now + sample, step)
+    k = tl.load(rows + sample * rows_stride + step * COLUMNS).to(tl.int64)
+    inside = at < width  # of a row of the table
+    tl.store(embedding + sample * width + at, tl.load(table + k * width + at, mask=inside), mask=inside)
+
+
+def enter(x: Tensor, rows: Tensor, cursor: Tensor, table: Tensor, read: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What the net is called with, and which step this is: the pictures in the net's own dtype, channels-last, with
+    zeros for the channels that it reads beyond theirs; their rows of the table; and the cursor as it stands.
+
+    x: [b, C, H, W], rows: [B, S + 1, 11], cursor: [B], table: [T, P] -> [b, read, H, W], [b, P], [b]
+    """
+    (b, C, H, W), P = x.shape, table.shape[1]
+    out = torch.empty((b, read, H, W), dtype=table.dtype, device=x.device, memory_format=torch.channels_last)
+    embedding, now = torch.empty(b, P, dtype=table.dtype, device=x.device), torch.empty_like(cursor)
+    grid = (triton.cdiv(max(read * H * W, P), BLOCK), b)
+    _enter[grid](
+        x, rows, cursor, table, out, embedding, now, rows.stride(0), H * W, C, P,
+        READ=read, COLUMNS=len(COLUMNS), BLOCK=BLOCK, enable_fp_fusion=False, **dependent(x.device),
+    )  # fmt: skip
+    return out, embedding, now
+
+
+@triton.jit
+def _update(
+    net_out, x, x0, given, rows, now, cursor, last, seed, rows_stride, elements, pixels, channels,
+    LEARNED: tl.constexpr, DOMAIN: tl.constexpr, COLUMNS: tl.constexpr, QUADS: tl.constexpr, DEPENDENT: tl.constexpr,
+):  # fmt: skip
+    sample = tl.program_id(1).to(tl.int64)
+    ready(DEPENDENT)
+    step = tl.load(now + sample)
+    row = rows + sample * rows_stride + step * COLUMNS  # k, p, q, c, m, h, n, e, s, w, u
+    z = gaussian(tl.load(seed + sample), step, tl.program_id(0) * QUADS + tl.arange(0, QUADS), DOMAIN)
+    at = tl.program_id(0) * (4 * QUADS) + tl.arange(0, 4 * QUADS)  # in [C, H, W]
+    inside = at < elements
+    outs: tl.constexpr = 2 if LEARNED else 1
+    net_out += sample * elements * outs + (at % pixels) * (channels * outs) + at // pixels  # of [H, W, C or 2 C]
+    out = tl.load(net_out, mask=inside).to(tl.float32)
+    if LEARNED:
+        f = tl.load(net_out + channels, mask=inside).to(tl.float32)
+        z *= tl.exp(tl.load(row + 9) * f)
+    at += sample * elements
+    old, before = tl.load(x + at, mask=inside), tl.load(x0 + at, mask=inside)
+    limit = tl.load(row + 3)
+    clean = tl.load(row + 1) * old + tl.load(row + 2) * out
+    clean = tl.where(clean > limit, limit, tl.where(clean < -limit, -limit, clean))  # what is NaN stays NaN
+    new = tl.load(row + 4) * clean + tl.load(row + 5) * before + tl.load(row + 6) * old + tl.load(row + 7) * out
+    new += tl.load(row + 8) * z + tl.load(row + 10) * tl.load(given + at, mask=inside)
+    tl.store(x + at, new, mask=inside)
+    tl.store(x0 + at, clean, mask=inside)
+    if tl.program_id(0) == 0:  # nobody reads the cursor here: all go by `now`
+        tl.store(cursor + sample, tl.minimum(step + 1, tl.load(last + sample)))
+
+
+def update(
+    out: Tensor,
+    x: Tensor,
+    x0: Tensor,
+    given: Tensor,
+    *,
+    rows: Tensor,
+    now: Tensor,
+    cursor: Tensor,
+    last: Tensor,
+    seed: Tensor,
+) -> None:
+    """The sampler's step with its noise, written into x and x0; every cursor goes one row on, or stays on the last.
+    `model.engine.runner.algebra` says what it computes.
+
+    out: [b, C or 2C, H, W] as the net gives it, x, x0, given: [b, C, H, W], rows: [B, S + 1, 11],
+    now: [b], as `enter` gave it, cursor, last, seed: [B]
+    """
+    b, C, H, W = x.shape
+    out = out.contiguous(memory_format=torch.channels_last)
+    _update[(triton.cdiv(C * H * W, BLOCK), b)](
+        out, x, x0, given, rows, now, cursor, last, seed, rows.stride(0), C * H * W, H * W, C,
+        LEARNED=out.shape[1] == 2 * C, DOMAIN=STEP, COLUMNS=len(COLUMNS), QUADS=BLOCK // 4, enable_fp_fusion=False,
+        **dependent(x.device),
+    )  # fmt: skip

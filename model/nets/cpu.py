@@ -1,0 +1,253 @@
+"""Runs a net on a CPU: with OpenVINO, or with torch where OpenVINO cannot be used.
+
+The net is compiled for a few batch sizes, and a batch of any size is split into these, the largest first. A net is
+usable once it is compiled for one picture; `grow` adds the next larger size, and may be called from another thread. A
+size is used only if a picture has the same bits in it as alone, so the result never depends on which sizes exist. Torch
+takes one picture at a time.
+"""
+
+import hashlib
+import logging
+import math
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from model.nets.activations import alive
+from model.nets.build import Net
+from model.nets.config import Architecture
+from model.nets.lucidrains_config import LucidArchitecture
+
+SIZES = (1, 2, 4, 8, 16)
+PADDED = 8  # from this size on, a batch that lacks one picture is run with anything in its place
+SIZES_BYTES = 3 << 30  # they take together no more than this, unless the first alone does: see `size_bytes`
+CHECKED_SIDE = 64  # pixels: larger nets are compared with torch on a picture of this size, which takes a moment
+CONVERTED = 1e-4  # OpenVINO's error beside torch, both in float32: |difference| / |largest number|
+ROUNDED = 0.1  # the same in half precision: no more than a sign that the numbers are not those of another net
+
+Shape: TypeAlias = tuple[int, int, int]  # C, H, W
+Run: TypeAlias = Callable[[Tensor, Tensor], Tensor]  # (x, embedding) -> out, which is good until the next call
+Program: TypeAlias = Callable[[], Run]  # a net for one batch size; each call gives a Run that one thread may use
+Compile: TypeAlias = Callable[[Shape, int, torch.dtype], Program]  # for pictures of this shape, so many in a batch
+logger = logging.getLogger(__name__)
+
+
+class Unusable(Exception):
+    """OpenVINO cannot run a net. The message is a predicate that follows the word "OpenVINO"."""
+
+
+def supports(dtype: torch.dtype) -> bool:
+    """Whether this processor has native instructions for `dtype`."""
+    try:
+        from model.nets import openvino_graph
+
+        return openvino_graph.computes_in(dtype)
+    except Exception:  # what is wrong with OpenVINO is told when a net is to be run
+        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return dtype == torch.bfloat16 and native
+
+
+def sizes_up_to(slots: int, arch: Architecture | LucidArchitecture, parameters: int, dtype: torch.dtype) -> list[int]:
+    """The batch sizes that a net has after it has grown to `slots` pictures."""
+    sizes, taken = [1], size_bytes(1, arch, parameters, dtype)
+    for size in SIZES[1:]:
+        taken += size_bytes(size, arch, parameters, dtype)
+        if size <= slots and taken <= SIZES_BYTES:
+            sizes.append(size)
+    return sizes
+
+
+def size_bytes(size: int, arch: Architecture | LucidArchitecture, parameters: int, dtype: torch.dtype) -> int:
+    """Memory of one batch size: its own copy of the weights, and the activations of each picture."""
+    return int(dtype.itemsize) * (parameters + size * alive(arch))
+
+
+def checked_shape(arch: Architecture | LucidArchitecture) -> Shape:
+    """The picture on which OpenVINO is compared with torch: the net's own, or a smaller one with as many levels."""
+    channels, *sides = arch.shape
+    side = max(CHECKED_SIDE, 1 << arch.levels)
+    height, width = (side if given > side and given % side == 0 else given for given in sides)
+    return channels, height, width
+
+
+class CpuNet:
+    """A net for batches of any size. x: [B, C, H, W], embedding: [B, P], of float32 -> [B, out, H, W] float32
+
+    table: [T, P] float32, rows of embeddings. dtype: of the numbers inside the net. parameters: how many the net has.
+    unusable: if not empty, OpenVINO is not tried; the reason, as a predicate.
+    """
+
+    def __init__(self, net: Net, table: Tensor, dtype: torch.dtype, parameters: int, unusable: str = "") -> None:
+        self.arch, self.dtype, self.parameters, self.threads = net.arch, dtype, parameters, torch.get_num_threads()
+        self.embedding_width, self.reads = net.embedding_width, net.reads
+        self.note: str | None = None  # why OpenVINO does not run it
+        self.runtime = f"torch {torch.__version__}"
+        self._table, self._expected = table, list[Tensor]()  # the results of the two test pictures, each computed alone
+        self._last_tried = 1  # batch size
+        self._compile: Compile | None = None  # as long as there are sizes to come
+        self._runs: dict[int, Run] = {}
+        try:
+            if unusable:
+                raise Unusable(unusable)
+            self.runtime, self._compile = _openvino(net, self.threads)
+            self._begin(net, self._compile)
+        except torch.OutOfMemoryError:
+            raise
+        except (Unusable, RuntimeError) as error:  # the second from the first run of what was compiled
+            self.note, self._compile = f"run by torch, since OpenVINO {_predicate(error)}", None
+            self.runtime = f"torch {torch.__version__}"
+            self._use(partial(_by_torch, net.to(dtype), self.threads))
+
+    @property
+    def sizes(self) -> list[int]:
+        """The batch sizes compiled so far."""
+        return sorted(self._runs)
+
+    def __call__(self, x: Tensor, embedding: Tensor) -> Tensor:
+        parts, begin, runs = list[Tensor](), 0, self._runs
+        for size in sorted(runs, reverse=True):
+            least = size - 1 if size >= PADDED else size
+            while len(x) - begin >= least:
+                end = begin + size
+                parts.append(runs[size](x[begin:end], embedding[begin:end]).clone())
+                begin = end
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def to_come(self, slots: int) -> list[int]:
+        """The batch sizes yet to be compiled. slots: the largest batch that will be asked for"""
+        if self._compile is None:
+            return []
+        return [s for s in sizes_up_to(slots, self.arch, self.parameters, self.dtype) if s > self._last_tried]
+
+    def next_bytes(self, slots: int) -> int:
+        """Memory that the next call of `grow` will take."""
+        return sum(size_bytes(size, self.arch, self.parameters, self.dtype) for size in self.to_come(slots)[:1])
+
+    @torch.inference_mode()
+    def grow(self, slots: int) -> bool:
+        """Compiles the next batch size, and uses it if a picture has the same bits in it as alone. Returns whether
+        another size will follow."""
+        for size in self.to_come(slots)[:1]:
+            assert self._compile is not None
+            self._last_tried = size
+            try:
+                program = self._compile(self.arch.shape, size, self.dtype)
+                if self._agrees(program(), size):
+                    self._runs = self._runs | {size: program()}
+                else:
+                    logger.warning("batches of %d are not used: a picture's bits differ in them", size)
+            except (Unusable, RuntimeError, MemoryError) as error:
+                logger.warning("batches of %d or more are not used, since OpenVINO %s", size, _predicate(error))
+                self._compile = None
+        if not self.to_come(slots):
+            self._compile = None  # the net's layers are not needed any more
+        return self._compile is not None
+
+    def _agrees(self, run: Run, size: int) -> bool:
+        """Whether each of two pictures has, in each place of a batch and beside other neighbours, the bits it has
+        alone."""
+        x, embedding = self._test_inputs(2, self.arch.shape)
+        if not self._expected:
+            alone = self._first()
+            self._expected = [alone(x[i : i + 1], embedding[i : i + 1])[0].clone() for i in range(2)]
+        first = torch.randint(2, (size,), generator=torch.Generator().manual_seed(size))
+        for chosen in (first, 1 - first):
+            out = run(x[chosen], embedding[chosen])
+            pairs = zip(out, chosen.tolist(), strict=True)
+            if not all(torch.equal(picture, self._expected[i]) for picture, i in pairs):
+                return False
+        return True
+
+    def _test_inputs(self, batch: int, shape: Shape) -> tuple[Tensor, Tensor]:
+        """Random pictures, and embeddings of random timesteps; the same ones every time."""
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(batch, *shape, generator=generator)
+        return x, self._table[torch.randint(len(self._table), (batch,), generator=generator)]
+
+    def _begin(self, net: Net, compile_net: Compile) -> None:
+        """Compiles the net for one picture. Raises Unusable if the result is not that of torch."""
+        shape = checked_shape(self.arch)
+        given = self._test_inputs(1, shape)
+        expected, half = net(*given), self.dtype != torch.float32
+        if half:
+            _compare(compile_net(shape, 1, torch.float32)()(*given), expected, CONVERTED, torch.float32)
+        self._use(compile_net)
+        _compare(self._test_result, expected, ROUNDED if half else CONVERTED, self.dtype)
+
+    def _use(self, compile_net: Compile) -> None:
+        """From now on the net runs one picture by this, which is tried on the test picture first."""
+        shape = checked_shape(self.arch)
+        program, given = compile_net(shape, 1, self.dtype), self._test_inputs(1, shape)
+        run = program()
+        self._test_result = run(*given).clone()
+        self.bits = hashlib.sha256(self._test_result.numpy().tobytes()).hexdigest()[:8]  # tells machines apart
+        began = time.perf_counter()
+        run(*given)
+        smaller = math.prod(shape) / math.prod(self.arch.shape)
+        self.picture_s = (time.perf_counter() - began) / smaller  # about what a step of one picture takes
+        self._first = program if smaller == 1 else compile_net(self.arch.shape, 1, self.dtype)
+        self._runs = {1: self._first()}
+
+
+def _compare(found: Tensor, expected: Tensor, most: float, dtype: torch.dtype) -> None:
+    error = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+    if not error <= most:
+        words = f"makes an error of {error:.1e} beside torch in {str(dtype).removeprefix('torch.')}"
+        raise Unusable(f"{words}, where {most:.0e} is allowed")
+
+
+def _openvino(net: Net, threads: int) -> tuple[str, Compile]:
+    """The runtime's name and version, and a function that compiles the net. Both raise Unusable."""
+    try:
+        from model.nets import openvino_graph
+    except Exception as error:  # it is missing, lacks a symbol or a library: whatever it is, torch does without
+        raise Unusable(f"cannot be imported: {_reason(error)}") from error
+
+    def compile_net(shape: Shape, batch: int, dtype: torch.dtype) -> Program:
+        try:
+            if openvino_graph.computes_in(dtype):
+                program = openvino_graph.compile_net(net, shape, batch, dtype, threads)
+                program()
+                return program
+        except Exception as error:  # of its own kinds, and of pybind11's
+            if isinstance(error, MemoryError) or "bad_alloc" in str(error):
+                raise torch.OutOfMemoryError(f"has no memory for batches of {batch}") from error
+            raise Unusable(_predicate(error)) from error
+        raise Unusable(f"does not compute in {str(dtype).removeprefix('torch.')} on this processor")
+
+    return f"openvino {openvino_graph.VERSION}", compile_net
+
+
+def _predicate(error: Exception) -> str:
+    return str(error) if isinstance(error, Unusable | torch.OutOfMemoryError) else f"refuses it: {_reason(error)}"
+
+
+def _reason(error: Exception) -> str:
+    """The last line of OpenVINO's message; those before it name places in its source."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
+def _by_torch(net: Net, threads: int, shape: Shape, batch: int, dtype: torch.dtype) -> Program:
+    """The net in torch, which takes any batch size; `shape` and `batch` are ignored."""
+
+    def run(x: Tensor, embedding: Tensor) -> Tensor:
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)  # a setting of each thread
+        try:
+            out: Tensor = net(x.to(dtype), embedding.to(dtype)).float()
+            return out
+        finally:
+            torch.set_num_threads(before)
+
+    return lambda: run
+
+
+def grow_up(net: CpuNet, slots: int) -> None:
+    """Grows the net to all its batch sizes."""
+    while net.grow(slots):
+        pass

@@ -1,0 +1,219 @@
+"""The U-Net of lucidrains' `denoising_diffusion_pytorch` 2: RMS norms, linear attention, memories beside the picture.
+
+It computes what the original does, under the original's names, and is handed a row of the timestep table per sample as
+`model.nets.unet` is. Two layers are written as what they amount to: the four pixels that are stacked before a
+convolution of one pixel are a convolution of 2 x 2 in steps of two, and pixels that are repeated are read twice.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from model.nets.convolution import READ, Conv
+from model.nets.layers import SelfAttention
+from model.nets.lucidrains_config import LucidArchitecture
+
+TOGETHER = 8  # pictures to a product, where a library may not choose its kernel by how many there are
+
+
+def sinusoid(timesteps: Tensor, dim: int, theta: float) -> Tensor:
+    """Sines, then cosines, rounded in the order the original rounds in. timesteps: [N] -> [N, dim] float32"""
+    half = dim // 2
+    rates = torch.exp(torch.arange(half, dtype=torch.float32) * -(math.log(theta) / (half - 1)))
+    angles = timesteps.float()[:, None] * rates.to(timesteps.device)
+    return torch.cat((angles.sin(), angles.cos()), dim=1)
+
+
+class RMSNorm(nn.Module):
+    """Each pixel's channels to the length √C, then scaled; perhaps modulated by the timestep, perhaps SiLU behind."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.g = nn.Parameter(torch.ones(1, channels, 1, 1))
+
+    def forward(self, x: Tensor, time: Tensor | None = None, silu: bool = False) -> Tensor:
+        """x: [B, C, H, W], time: [B, 2C], which scales and shifts what is normed -> [B, C, H, W]"""
+        length = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32)  # [B, 1, H, W]
+        weight = self.g.float() * x.shape[1] ** 0.5  # [1, C, 1, 1]
+        out = x / length.clamp_min(1e-12)  # float32, whatever the storage
+        if time is None:
+            out = out * weight
+        else:
+            scale, shift = time.float()[:, :, None, None].chunk(2, dim=1)  # [B, C, 1, 1] each
+            out = torch.addcmul(shift, out, weight * (1 + scale))
+        return (F.silu(out) if silu else out).to(x.dtype)
+
+
+class Block(nn.Module):
+    """A convolution, a norm, SiLU."""
+
+    def __init__(self, channels: int, out: int) -> None:
+        super().__init__()
+        self.proj, self.norm = Conv(channels, out, 3, padding=1), RMSNorm(out)
+
+    def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
+        out: Tensor = self.norm(self.proj(x), time, silu=True)
+        return out
+
+
+class ResnetBlock(nn.Module):
+    """Two blocks and a residual connection; the timestep modulates the first. [B, C, H, W] -> [B, out, H, W]"""
+
+    def __init__(self, channels: int, out: int, embedding: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.SiLU(), nn.Linear(embedding, 2 * out))
+        self.block1, self.block2 = Block(channels, out), Block(out, out)
+        self.res_conv = Conv(channels, out, 1) if channels != out else None
+        self.share = slice(0)  # this block's columns of the embedding table
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        h: Tensor = self.block2(self.block1(x, embedding[:, self.share]))
+        out: Tensor = h + x if self.res_conv is None else self.res_conv(x, add=h)
+        return out
+
+
+class Attention(nn.Module):
+    """Attention over the pixels of each picture and some memories, with a residual connection."""
+
+    def __init__(self, channels: int, heads: int, head_dim: int, memories: int) -> None:
+        super().__init__()
+        self.norm = RMSNorm(channels)
+        self.to_qkv = Conv(channels, 3 * heads * head_dim, 1, bias=False)
+        self.attend = SelfAttention(heads, torch.zeros(2, heads, memories, head_dim))
+        self.to_out = Conv(heads * head_dim, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.to_out(self.attend(self.to_qkv(self.norm(x))), add=x)
+        return out
+
+
+def _products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """q (kᵀ v), picture by picture and head by head. q, k, v: [B, heads, L, d] -> [B, heads, L, d]"""
+    context = k.transpose(-1, -2) @ v  # [B, heads, d, d]
+    return q @ context
+
+
+def products_in_groups(*factors: Tensor) -> Tensor:
+    """The same, always for TOGETHER pictures at a time: the last ones are joined by zeros."""
+    results = []
+    for group in zip(*(factor.split(TOGETHER) for factor in factors), strict=True):
+        count = len(group[0])
+        missing = (0, 0, 0, 0, 0, 0, 0, TOGETHER - count)
+        results.append(_products(*(F.pad(factor, missing) if count < TOGETHER else factor for factor in group))[:count])
+    return torch.cat(results)
+
+
+class LinearAttention(nn.Module):
+    """Attention whose cost grows with the pixels, not with their square (Shen et al. 2018), and its connection."""
+
+    # Whether each product is of the same shape in any batch: on a GPU a library chooses its kernel by the whole shape.
+    invariant = False
+
+    def __init__(self, channels: int, heads: int, head_dim: int, memories: int) -> None:
+        super().__init__()
+        self.heads, self.norm = heads, RMSNorm(channels)
+        self.mem_kv = nn.Parameter(torch.zeros(2, heads, head_dim, memories))
+        self.to_qkv = Conv(channels, 3 * heads * head_dim, 1, bias=False)
+        self.to_out = nn.Sequential(Conv(heads * head_dim, channels, 1), RMSNorm(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, _, H, W = x.shape
+        qkv: Tensor = self.to_qkv(self.norm(x))  # [B, 3 heads d, H, W]
+        d = qkv.shape[1] // (3 * self.heads)
+        q, k, v = qkv.permute(0, 2, 3, 1).reshape(B, H * W, 3, self.heads, d).permute(2, 0, 3, 1, 4)
+        memory_k, memory_v = self.mem_kv.transpose(-1, -2)[:, None].expand(2, B, -1, -1, -1)  # [B, heads, M, d] each
+        k, v = torch.cat([memory_k, k], dim=2), torch.cat([memory_v, v], dim=2)  # [B, heads, M + H W, d]
+        multiply = products_in_groups if self.invariant else _products
+        h = multiply(q.softmax(dim=3) * d**-0.5, k.softmax(dim=2), v)  # [B, heads, H W, d]
+        h = h.transpose(1, 2).reshape(B, H, W, self.heads * d).permute(0, 3, 1, 2)
+        out: Tensor = self.to_out(h) + x
+        return out
+
+
+def _layers(level: nn.Module) -> list[nn.Module]:
+    """Of one level: two residual blocks, attention, and the convolution that leads to the next."""
+    assert isinstance(level, nn.ModuleList)
+    return list(level)
+
+
+class LucidUNet(nn.Module):
+    """The whole net: x_t and a row of the embedding table in, what the net was trained to predict out."""
+
+    def __init__(self, arch: LucidArchitecture) -> None:
+        super().__init__()
+        self.arch = arch
+        widths, embedding, levels = arch.widths, 4 * arch.dim, range(len(arch.dim_mults))
+
+        def resnet(channels: int, out: int) -> ResnetBlock:
+            return ResnetBlock(channels, out, embedding)
+
+        def attention(channels: int, level: int, full: bool) -> nn.Module:
+            kind = Attention if full else LinearAttention
+            return kind(channels, arch.attn_heads[level], arch.attn_dim_head[level], arch.num_mem_kv)
+
+        def level_of(channels: int, joined: int, level: int, resize: Conv) -> nn.ModuleList:
+            blocks = [resnet(channels + joined, channels) for _ in range(2)]
+            return nn.ModuleList([*blocks, attention(channels, level, arch.full_attn[level]), resize])
+
+        self.init_conv = Conv(arch.in_channels, arch.init_dim, 7, padding=3)
+        self.time_mlp = nn.Sequential(
+            nn.Identity(), nn.Linear(arch.dim, embedding), nn.GELU(), nn.Linear(embedding, embedding)
+        )
+        self.downs, self.ups = nn.ModuleList(), nn.ModuleList()
+        for level in levels:
+            above, below = widths[level], widths[level + 1]
+            last = level == levels[-1]
+            down = Conv(above, below, 3, padding=1) if last else Conv(above, below, 2, stride=2)
+            self.downs.append(level_of(above, 0, level, down))
+        bottom = widths[-1]
+        self.mid_block1, self.mid_block2 = resnet(bottom, bottom), resnet(bottom, bottom)
+        self.mid_attn = attention(bottom, levels[-1], full=True)
+        for level in reversed(levels):
+            above, below = widths[level], widths[level + 1]
+            up = Conv(below, above, 3, padding=1)
+            up.doubled = level > 0
+            self.ups.append(level_of(below, above, level, up))
+        self.final_res_block = resnet(2 * arch.init_dim, arch.init_dim)
+        self.final_conv = Conv(arch.init_dim, arch.out_channels, 1)
+        self.timed = [module for module in self.modules() if isinstance(module, ResnetBlock)]
+        start = 0
+        for block in self.timed:
+            block.share = slice(start, start + 2 * block.block1.proj.out_channels)
+            start = block.share.stop
+        self.embedding_width: int = start  # P, the sum over all residual blocks
+
+    def embed(self, timesteps: Tensor) -> Tensor:
+        """All that the net needs to know of a timestep. timesteps: [N], as it was trained -> [N, P]"""
+        embedding = sinusoid(timesteps, self.arch.dim, self.arch.sinusoidal_pos_emb_theta)
+        embedding = self.time_mlp(embedding.to(self.init_conv.weight.dtype))
+        return torch.cat([block.mlp(embedding) for block in self.timed], dim=1)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """x: [B, C, H, W], embedding: [B, P], rows of `embed` -> [B, out_channels, H, W]"""
+        first = x = self.init_conv(x)
+        kept = []
+        for level in self.downs:
+            block1, block2, attention, resize = _layers(level)
+            kept.append(x := block1(x, embedding))
+            kept.append(x := attention(block2(x, embedding)))
+            x = resize(x)
+        x = self.mid_block2(self.mid_attn(self.mid_block1(x, embedding)), embedding)
+        for level in self.ups:
+            block1, block2, attention, resize = _layers(level)
+            x = block1(torch.cat([x, kept.pop()], dim=1), embedding)
+            x = block2(torch.cat([x, kept.pop()], dim=1), embedding)
+            x = resize(attention(x))
+        out: Tensor = self.final_conv(self.final_res_block(torch.cat([x, first], dim=1), embedding))
+        return out
+
+    @property
+    def reads(self) -> int:
+        """Channels that the first convolution reads: those of a picture, and zeros."""
+        return self.init_conv.in_channels
+
+    def fuse(self) -> None:
+        """For inference: the first convolution reads what a GPU reads best."""
+        if self.init_conv.weight.device.type != "cpu":
+            self.init_conv.widen(READ)

@@ -1,0 +1,95 @@
+"""The shape of lucidrains' U-Net (`denoising_diffusion_pytorch` 2), which diffusers has no class for.
+
+Its model directory is like any other, but `config.json` names the class `LucidUNet`, its options are those of the
+original's constructor, and every one of them must be known here. See docs/nets.md.
+"""
+
+from dataclasses import dataclass, fields
+
+from model.nets.config import CHANNELS, image_size
+from model.options import Json, Options, whole
+
+LUCID = "LucidUNet"
+
+
+@dataclass(frozen=True, slots=True)
+class LucidArchitecture:
+    """The arguments of lucidrains' `Unet`; a tuple has an item for each level, from the picture down."""
+
+    height: int
+    width: int
+    in_channels: int
+    out_channels: int
+    dim: int
+    init_dim: int
+    dim_mults: tuple[int, ...]
+    full_attn: tuple[bool, ...]  # whether a level has full attention, else it is linear
+    attn_heads: tuple[int, ...]
+    attn_dim_head: tuple[int, ...]
+    num_mem_kv: int = 4  # keys and values that every attention has besides those of the picture
+    sinusoidal_pos_emb_theta: float = 10_000.0
+
+    @property
+    def learned_variance(self) -> bool:
+        """Whether the net has a second set of channels that says how much noise to add."""
+        return self.out_channels == 2 * self.in_channels
+
+    @property
+    def levels(self) -> int:
+        """Sizes of picture that the net works at, each half of the one above."""
+        return len(self.dim_mults)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of a picture."""
+        return self.in_channels, self.height, self.width
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels before the first level, and behind each."""
+        return self.init_dim, *(self.dim * multiplier for multiplier in self.dim_mults)
+
+
+def _whole_numbers(options: Options, option: str, low: int, high: int) -> tuple[int, ...]:
+    numbers = [whole(item) for item in options.items(option, None, 8)]
+    if any(number is None or not low <= number <= high for number in numbers):
+        raise options.refuse(option, f"integers in {low}..{high}")
+    return tuple(number for number in numbers if number is not None)
+
+
+def lucid_architecture(config: Json) -> LucidArchitecture:
+    """The net that such a `config.json` describes. Raises ModelRefused naming the option that is out of bounds."""
+    options = Options("config.json", config)
+    known = {field.name for field in fields(LucidArchitecture)} - {"height", "width"} | {"sample_size"}
+    for option in config:
+        if option not in known and not option.startswith("_"):
+            raise options.refuse(option, f"absent: {LUCID} has no such option")
+    multipliers = _whole_numbers(options, "dim_mults", 1, 64)
+    height, width = image_size(options, len(multipliers))
+    channels = options.integer("in_channels", min(CHANNELS), max(CHANNELS), 3)
+    if channels not in CHANNELS:
+        raise options.refuse("in_channels", " or ".join(map(str, CHANNELS)))
+    if (out := options.integer("out_channels", 1, 2 * max(CHANNELS), channels)) not in (channels, 2 * channels):
+        raise options.refuse("out_channels", f"in_channels or twice that ({channels})")
+    full = options.items("full_attn", None, 8)
+    if not all(isinstance(item, bool) for item in full):
+        raise options.refuse("full_attn", "a list of true and false")
+    heads, head_dims = (_whole_numbers(options, name, 1, 1024) for name in ("attn_heads", "attn_dim_head"))
+    for option, items in (("full_attn", full), ("attn_heads", heads), ("attn_dim_head", head_dims)):
+        if len(items) != len(multipliers):
+            raise options.refuse(option, f"as long as dim_mults ({len(multipliers)})")
+    dim = options.integer("dim", 4, 2048, None)
+    return LucidArchitecture(
+        height,
+        width,
+        channels,
+        out,
+        dim,
+        options.integer("init_dim", 1, 8192, dim),
+        multipliers,
+        tuple(full),
+        heads,
+        head_dims,
+        options.integer("num_mem_kv", 1, 1024, 4),
+        options.number("sinusoidal_pos_emb_theta", 1.0, 1e9, 10_000.0),
+    )

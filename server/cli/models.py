@@ -1,0 +1,51 @@
+"""Lists models: those that a server at --url serves, or those in DDPM_WEIGHTS, which one started here would serve."""
+
+import os
+from argparse import ArgumentParser
+from collections.abc import Sequence
+from typing import Any
+
+from server.cli import connect
+from server.cli.progress import Bar
+
+COLUMNS = ("name", "shape", "T", "steps", "prediction", "device", "dtype", "exact", "digest")
+DIGEST = len("sha256:") + 12  # so much of one is shown
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Prints a table. Returns the exit code."""
+    parser = ArgumentParser("ddpm models", description=__doc__)
+    connect.add_arguments(parser)
+    given = parser.parse_args(arguments)
+    if given.url is None:
+        rows = _here()
+    else:
+        with connect.server(given, Bar()) as client:
+            rows = [_row(model) for model in client.models()]
+    table = [COLUMNS, *rows]
+    widths = [max(len(row[i]) for row in table) for i in range(len(COLUMNS))]
+    for row in table:
+        print("  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip())
+    return 0
+
+
+def _row(model: dict[str, Any]) -> tuple[str, ...]:
+    shape, runs = model["shape"], model["runs"] or {}
+    size = f"{shape['channels']}x{shape['height']}x{shape['width']}"
+    known = (str(model["T"]), str(model["default_steps"]), model["prediction"])
+    exact = ("yes" if runs["exact"] else "no") if runs else "-"
+    where = (runs.get("device", "-"), runs.get("dtype", "-"), exact)
+    return (model["name"], size, *known, *where, (model["digest"] or "-")[:DIGEST])
+
+
+def _here() -> list[tuple[str, ...]]:
+    from server.models import find_models
+    from server.settings import Settings
+
+    rows: list[tuple[str, ...]] = []
+    for card in find_models(Settings.read(os.environ).weights).values():
+        channels, height, width = card.architecture.shape
+        process = card.process
+        known = (str(process.schedule.T), str(process.default_steps), process.prediction)
+        rows.append((card.name, f"{channels}x{height}x{width}", *known, "-", "-", "-", card.digest[:DIGEST]))
+    return rows

@@ -1,0 +1,144 @@
+"""`ddpm serve`: model directories over HTTP. Every flag is also an environment variable, DDPM_<FLAG>."""
+
+import asyncio
+import logging
+import os
+import resource
+import signal
+import socket
+import time
+from argparse import SUPPRESS, ArgumentParser
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+
+import uvicorn
+
+from server import logs
+from server.bounds import listed
+from server.errors import EXIT_FAILED, ServerError, SettingsError
+from server.jobs.service import Jobs
+from server.settings import Settings
+from server.web.app import create_app
+from server.web.protocol import Caps, Config
+
+logger = logging.getLogger(__name__)
+LEAVING_S = 1.0  # that viewers have to be told that the server goes away
+STALLED_MS, SEND_BUFFER_BYTES = 10_000, 128 << 10
+OTHER_FILES = 256  # that are open besides connections
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket whose connections give up on a peer that takes nothing for ten seconds, and buffer little for
+    it: asyncio itself never lets go of one. Raises SettingsError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALLED_MS)
+    try:
+        listening.bind((host, port))
+    except OSError as error:
+        listening.close()
+        raise SettingsError(f"DDPM_HOST and DDPM_PORT: nothing can listen on {host}:{port}: {error.strerror}") from None
+    return listening
+
+
+def room_for(connections: int) -> int:
+    """How many connections there can be, of so many, once this process may open as many files as the system lets it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = connections + OTHER_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return connections
+    logger.warning("too few files may be opened for so many connections", extra={"files": soft, "wanted": wanted})
+    return max(1, soft - OTHER_FILES)
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server, for which SIGTERM is an order to end well, not an accident to report by dying of it."""
+
+    def __init__(self, config: uvicorn.Config, jobs: Jobs, drain_s: float) -> None:
+        super().__init__(config)
+        self.jobs, self.drain_s, self.hurried = jobs, drain_s, False
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal drains, the second parks what has not ended at once."""
+        self.hurried, self.should_exit, self.jobs.admission.closing = self.should_exit, True, True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Lets jobs end, for `drain_s` seconds; then tells those who still wait or watch; and then all is over.
+
+        uvicorn itself would begin by closing every websocket.
+        """
+        before = self.jobs.standing()
+        ended_before = sum(before.jobs.values())  # the mapping itself goes on counting
+        unended = {"jobs_running": before.jobs_running, "jobs_waiting": before.jobs_waiting}
+        logger.info("draining", extra={"seconds": 0 if self.hurried else self.drain_s, **unended})
+        await self.jobs.drain(self.drain_s, lambda: self.hurried)
+        until = time.monotonic() + LEAVING_S
+        while self.jobs.audience.viewers and time.monotonic() < until:
+            await asyncio.sleep(0.01)
+        await super().shutdown(sockets)
+        after = self.jobs.standing()
+        ended = sum(after.jobs.values()) - ended_before
+        logger.info("stopped", extra={"jobs_ended": ended, "jobs_parked": after.jobs_running + after.jobs_waiting})
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """While the server runs, SIGINT and SIGTERM are for `handle_exit`."""
+        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser("ddpm serve", description=__doc__)
+    for name, field in Settings.model_fields.items():
+        flag = f"--{name.replace('_', '-')}"
+        allowed = f"; {bounds}" if (bounds := listed(field)) else ""
+        text = f"{field.description} (default: {str(field.default) or 'empty'}{allowed})".replace("%", "%%")
+        parser.add_argument(flag, dest=name, default=SUPPRESS, metavar="VALUE", help=text)
+    return parser
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Serves until a signal comes. Returns the exit code; raises what has failed for good."""
+    flags = vars(_parser().parse_args(arguments))
+    settings = Settings.read(os.environ, flags)
+    logs.configure(settings.log_level)
+    failures: list[ServerError] = []
+
+    def stop(failure: ServerError) -> None:
+        failures.append(failure)
+        server.should_exit = server.hurried = True
+
+    app = create_app(settings, on_failed=stop)
+    caps = Caps(
+        settings.max_connections, settings.max_body_bytes, settings.request_s, app.state.jobs.admission.count_refusal
+    )
+    config = Config(
+        app,
+        caps,
+        host=settings.host,
+        port=settings.port,
+        log_config=None,
+        ws_max_size=settings.max_body_bytes,
+        ws_per_message_deflate=False,  # pictures are compressed already
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=5,
+    )
+    server = _Server(config, app.state.jobs, settings.drain_s)
+    with listen(settings.host, settings.port) as listening:
+        logger.info("listening", extra={"host": settings.host, "port": listening.getsockname()[1]})
+        server.run([listening])
+    if failures:
+        raise failures[0]
+    return 0 if server.started else EXIT_FAILED

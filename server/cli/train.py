@@ -1,0 +1,49 @@
+"""Trains a model directory on pictures: a folder of images, or an .npz with an array `images`. Stopped at any point,
+the same command goes on from the last checkpoint."""
+
+import shutil
+from argparse import ArgumentParser
+from collections.abc import Sequence
+from pathlib import Path
+
+from server.errors import SettingsError
+
+CONFIGURATIONS = ("config.json", "scheduler_config.json")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Trains. Returns the exit code."""
+    from model.train import train
+
+    parser = ArgumentParser("ddpm train", description=__doc__)
+    parser.add_argument("images", type=Path, metavar="IMAGES", help="what to learn from")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the model directory to fill")
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="DIR",
+        help=f"a model directory to take {' and '.join(CONFIGURATIONS)} from, if DIR has none (default: DIR has)",
+    )
+    train.add_arguments(parser)
+    given = parser.parse_args(arguments)
+    if given.config is not None:
+        _configure(given.out, given.config)
+    if not all((given.out / name).is_file() for name in CONFIGURATIONS):
+        raise SettingsError(f"--out must be a folder with {' and '.join(CONFIGURATIONS)}, or --config must name one")
+    if not given.images.exists():
+        raise SettingsError(f"{given.images} is not there")
+    try:
+        train.run(given.images, given.out, given)
+    except ValueError as error:
+        raise SettingsError(str(error)) from None
+    return 0
+
+
+def _configure(directory: Path, source: Path) -> None:
+    """Puts configurations where there are none."""
+    if not all((source / name).is_file() for name in CONFIGURATIONS):
+        raise SettingsError(f"--config must be a folder with {' and '.join(CONFIGURATIONS)}")
+    directory.mkdir(parents=True, exist_ok=True)
+    for name in CONFIGURATIONS:
+        if not (directory / name).exists():
+            shutil.copy(source / name, directory / name)

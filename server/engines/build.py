@@ -1,0 +1,45 @@
+"""From the settings to the engines: one for each device, as many as are wanted on a CPU."""
+
+from collections.abc import Callable, Mapping
+
+from model.checkpoint.card import ModelCard
+from server.engines.backend import Backend
+from server.engines.devices import choose_devices, count_gpus
+from server.engines.router import Fleet
+from server.engines.supervisor import LocalBackend, Patience
+from server.errors import EngineFailed, SettingsError
+from server.settings import Settings
+from server.worker.cpus import cores
+from server.worker.messages import Start
+
+
+def build(
+    settings: Settings,
+    cards: Mapping[str, ModelCard],
+    on_failed: Callable[[EngineFailed], None],
+    on_step: Callable[[int, float], None],
+) -> Backend:
+    """What runs samples. Raises SettingsError if GPUs are to be shared, NoSuchDevice if their driver says nothing."""
+    patience = Patience(settings.engine_patience_s / 2, hang_s=settings.engine_patience_s)
+    starts = _starts(settings, cards)
+    if len(starts) == 1:
+        return LocalBackend(starts[0], settings.engine_restarts, on_failed, on_step, patience)
+    fleet = Fleet(on_failed)
+    for start in starts:
+        fleet.join(LocalBackend(start, settings.engine_restarts, fleet.lose, on_step, patience))
+    return fleet
+
+
+def _starts(settings: Settings, cards: Mapping[str, ModelCard]) -> list[Start]:
+    """What each engine is for."""
+    gpus = count_gpus() if settings.device in ("auto", "cuda") else 0
+    devices, threads = choose_devices(settings.device, gpus), settings.threads
+    if settings.engines > 1:
+        if gpus or settings.device.startswith("cuda"):
+            raise SettingsError("DDPM_ENGINES must be 1 on GPUs, each of which has one engine")
+        devices = devices * settings.engines
+        threads = max(1, (threads or cores()) // settings.engines)
+    budget_bytes = settings.model_memory_bytes // settings.engines  # they share the machine's memory
+    places = tuple((name, card.directory) for name, card in cards.items())
+    knobs = (settings.slots, threads, settings.exact, settings.log_level, budget_bytes)
+    return [Start(places, device, settings.dtype, *knobs) for device in devices]

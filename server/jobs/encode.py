@@ -1,0 +1,87 @@
+"""Pictures as files: PNG with what made them, contact sheets, npy, zip. All pure, all slow: use a thread."""
+
+import io
+import math
+import zipfile
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from model.engine.events import Floats, Picture
+
+FRAME_MS, HOLD_MS = 60, 2000  # of an animation: each frame, and the picture at its end
+
+
+def png(picture: Picture, texts: Mapping[str, str]) -> bytes:
+    """A PNG with text chunks. picture: [H, W, C] uint8, C = 1 or 3"""
+    info = PngInfo()
+    for key, text in texts.items():
+        info.add_text(key, text)
+    out = io.BytesIO()
+    image = Image.fromarray(picture[:, :, 0] if picture.shape[2] == 1 else picture)
+    image.save(out, "PNG", pnginfo=info, compress_level=6)
+    return out.getvalue()
+
+
+def pixels(data: bytes) -> Picture:
+    """What is on a PNG of ours. -> [H, W, C] uint8"""
+    with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
+        found = np.asarray(image)
+    return found[:, :, None] if found.ndim == 2 else found
+
+
+def still(data: bytes, media: str, quality: int) -> bytes:
+    """A PNG of ours in another format, without its texts. media: image/webp, lossless at quality 100, or image/jpeg"""
+    options: dict[str, Any] = {
+        "image/webp": {"format": "WEBP", "lossless": quality == 100, "quality": quality},
+        "image/jpeg": {"format": "JPEG", "quality": quality, "subsampling": 0},
+    }[media]
+    out = io.BytesIO()
+    with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
+        image.save(out, **options)
+    return out.getvalue()
+
+
+def contact_sheet(pictures: Sequence[Picture]) -> Picture:
+    """All pictures in one: ceil(sqrt(n)) columns, row by row, no gaps, black filler. -> [H', W', C]"""
+    columns = math.ceil(math.sqrt(len(pictures)))
+    rows = math.ceil(len(pictures) / columns)
+    height, width, channels = pictures[0].shape
+    sheet = np.zeros((rows * height, columns * width, channels), np.uint8)
+    for i, picture in enumerate(pictures):
+        top, left = i // columns * height, i % columns * width
+        sheet[top : top + height, left : left + width] = picture
+    return sheet
+
+
+def animation(pictures: Sequence[Picture], media: str) -> bytes:
+    """Pictures one after the other, the last one held, again and again. media: image/gif, image/apng or image/webp"""
+    frames = [Image.fromarray(picture[:, :, 0] if picture.shape[2] == 1 else picture) for picture in pictures]
+    times = [FRAME_MS] * (len(frames) - 1) + [HOLD_MS]
+    options: dict[str, Any] = {
+        "image/gif": {"format": "GIF", "optimize": False},
+        "image/apng": {"format": "PNG", "default_image": False},
+        "image/webp": {"format": "WEBP", "lossless": True},
+    }[media]
+    out = io.BytesIO()
+    frames[0].save(out, save_all=True, append_images=frames[1:], duration=times, loop=0, **options)
+    return out.getvalue()
+
+
+def npy(arrays: Sequence[Floats]) -> bytes:
+    """One numpy file. n arrays [C, H, W] -> [n, C, H, W] float32"""
+    out = io.BytesIO()
+    np.save(out, np.stack(arrays).astype("<f4"), allow_pickle=False)
+    return out.getvalue()
+
+
+def archive(files: Mapping[str, bytes]) -> bytes:
+    """A zip of files that are compressed already; the same bytes for the same files."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_STORED) as zipped:
+        for name, data in files.items():
+            zipped.writestr(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), data)
+    return out.getvalue()

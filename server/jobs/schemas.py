@@ -1,0 +1,166 @@
+"""What clients may send. Unknown fields are refused, numbers are strict; bounds that the model sets are in orders."""
+
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema, model_validator
+
+from model.options import unique_keys
+from model.sampling.plan import Noise
+from model.sampling.schedule import Spacing, Variance
+from server.bounds import kind_of, says
+from server.errors import Invalid, Malformed
+
+MAX_SEED = 2**53  # what every JSON reader keeps exactly
+MAX_DEPTH = 32
+Form = TypeVar("Form", bound=BaseModel)
+
+
+STATUSES = ("queued", "running", "succeeded", "failed", "cancelled")
+MOST_JOBS, JOBS = 200, 50  # in one answer: at most, and unless told otherwise
+# What stands in a URL is text, and is read by its route; this is what it may be.
+Status = Annotated[str | None, WithJsonSchema({"type": "string", "enum": list(STATUSES)})]
+Limit = Annotated[
+    str | None,
+    WithJsonSchema({"type": "integer", "minimum": 1, "maximum": MOST_JOBS, "description": f"{JOBS} if none"}),
+]
+After = Annotated[str | None, WithJsonSchema({"type": "string", "description": "a job's id"})]
+Index = Annotated[str, WithJsonSchema({"type": "integer", "minimum": 0, "description": "of a picture of the job"})]
+
+
+def without_nulls(value: Any, form: type[BaseModel], but: str = "") -> Any:
+    """What was sent, without the fields of this form that are null, which is as good as leaving them out."""
+    if not isinstance(value, dict):
+        return value
+    return {
+        name: given
+        for name, given in value.items()
+        if given is not None or name == but or name not in form.model_fields
+    }
+
+
+class Frames(BaseModel):
+    """Which states of a picture are shown on its way."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    every: int | None = Field(None, ge=1, lt=MAX_SEED, description="after so many updates each, and after the last")
+    count: int | None = Field(None, ge=2, lt=MAX_SEED, description="so many, evenly spread from noise to picture")
+    kind: Literal["x_t", "x0", "both"] = Field("x_t", description="the noisy picture, the one predicted from it, both")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _nulls_are_left_out(cls, value: Any) -> Any:
+        return without_nulls(value, cls)
+
+    @model_validator(mode="after")
+    def _one_of(self) -> "Frames":
+        if (self.every is None) == (self.count is None):
+            raise ValueError("must have either every or count")
+        return self
+
+
+class GenerateRequest(BaseModel):
+    """The body of `POST /generate`."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, title="GenerateRequest")
+
+    model: str | None = Field(None, min_length=1, max_length=64, description="name of a model directory")
+    seed: int | None = Field(None, ge=0, lt=MAX_SEED, description="drawn at random if not given, and always told")
+    steps: int | None = Field(None, ge=1, lt=MAX_SEED, description="denoising steps, 1 .. T of the model")
+    n: int = Field(1, ge=1, lt=MAX_SEED, description="pictures; image i is the picture of seed + i")
+    sampler: str = Field("ddpm", max_length=32, description="ddpm, greedy, ddim or dpmpp_2m")
+    eta: float | None = Field(None, ge=0, le=1, description="ddim only: 0 adds no noise, 1 as much as ddpm")
+    variance: Variance | None = Field(None, description="ddpm only; learned: nets that have it")
+    spacing: Spacing | None = Field(None, description="which timesteps are visited")
+    clip: bool | None = Field(None, description="whether x0 is clamped to [-1, 1] in every step")
+    noise: Noise = Field("philox", description="torch: the draws that diffusers makes")
+    frames: Frames | None = Field(None, description="30 for streams, animations and asynchronous jobs, else none")
+    priority: int = Field(0, ge=-10, le=10, description="higher is seated first")
+    deadline_s: float | None = Field(None, gt=0, le=1e6, description="give up after this many seconds")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _nulls_are_left_out(cls, value: Any) -> Any:
+        return without_nulls(value, cls, but="frames")  # of which null says that there are none
+
+
+def _constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _depth(text: str) -> int:
+    """The deepest nesting of brackets; brackets inside strings count too, which only makes this stricter."""
+    deepest = depth = 0
+    for character in text:
+        if character in "[{":
+            depth += 1
+            deepest = max(deepest, depth)
+        elif character in "]}":
+            depth -= 1
+    return deepest
+
+
+def parse_json(body: bytes) -> object:
+    """Strict JSON: UTF-8, no NaN, no duplicate names, not too deep. Raises Malformed."""
+    try:
+        text = body.decode("utf-8")
+        if _depth(text) > MAX_DEPTH:
+            raise ValueError(f"brackets nest deeper than {MAX_DEPTH}")
+        value: object = json.loads(text, parse_constant=_constant, object_pairs_hook=unique_keys)
+        if "\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode()  # of half a character nothing can be said, not even in a log
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno} column {error.colno}"
+        raise Malformed(f"the body is not valid JSON at {where}") from None
+    except UnicodeError:
+        raise Malformed("the body must be JSON in UTF-8, without unpaired surrogates") from None
+    except ValueError as error:
+        detail = "a number has too many digits" if "digits" in str(error) else str(error)
+        raise Malformed(f"the body is not valid JSON: {detail}") from None
+    return value
+
+
+def parse_generate(body: bytes) -> GenerateRequest:
+    """The body of `POST /generate`. Raises Malformed if it is not JSON, Invalid naming each field that is wrong."""
+    return validate(parse_object(body), GenerateRequest)
+
+
+def parse_object(body: bytes) -> dict[str, Any]:
+    """A JSON object. Raises Malformed, Invalid."""
+    value = parse_json(body)
+    if not isinstance(value, dict):
+        raise Invalid(("", "the body must be a JSON object"))
+    return value
+
+
+def validate(value: dict[str, Any], form: type[Form], largest: Mapping[str, int] | None = None) -> Form:
+    """A request of this form. largest: of fields, by name, where less is allowed here and now than the form says.
+    Raises Invalid."""
+    largest, wrong = largest or {}, dict[str, str]()
+    try:
+        made = form.model_validate(value)
+    except ValidationError as error:
+        wrong |= dict(_wrong(form, one, largest) for one in error.errors(include_url=False)[:20])
+    for name, most in largest.items():
+        if type(value.get(name)) is int and value[name] > most:
+            beyond = {"type": "less_than_equal", "input": value[name]}
+            wrong[name] = f"{name} {says(form.model_fields[name], beyond, most)}"
+    if wrong:
+        raise Invalid(*wrong.items())
+    return made
+
+
+def _wrong(form: type[BaseModel], error: Mapping[str, Any], largest: Mapping[str, int]) -> tuple[str, str]:
+    """Where something is wrong, and what. A field that we do not know is not named: nothing sent is echoed."""
+    names: list[str] = []
+    for name in map(str, error["loc"]):
+        if name not in form.model_fields:
+            known = f"unknown field; there are {', '.join(form.model_fields)}"
+            return "/".join(names), ": ".join([*names, known])
+        names.append(name)
+        field = form.model_fields[name]
+        if isinstance(kind := kind_of(field), type) and issubclass(kind, BaseModel):
+            form = kind
+    return "/".join(names), f"{'.'.join(names)} {says(field, error, largest.get(name))}"

@@ -1,0 +1,58 @@
+"""Which models are served: the model directories, folders of them and hub ids that DDPM_WEIGHTS lists."""
+
+import re
+from pathlib import Path
+
+from model.checkpoint.card import ModelCard, read_card
+from model.errors import ModelRefused
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([A-Za-z0-9][\w./-]*))?", re.ASCII)
+LOST_AND_FOUND = "lost+found"  # at the top of every ext2 to ext4 file system, so of a volume that is mounted here
+
+
+def find_models(weights: str | Path) -> dict[str, ModelCard]:
+    """The models of all folders, model directories and hub ids in this list. Raises ModelRefused, naming the one."""
+    text = str(weights)
+    places = [text] if Path(text).is_dir() else [place.strip() for place in text.split(",") if place.strip()]
+    cards: dict[str, ModelCard] = {}
+    for card in (card for place in places for card in _find(place)):
+        if card.name in cards:
+            raise ModelRefused(f"two of the models of DDPM_WEIGHTS are called {card.name}; rename one's directory")
+        cards[card.name] = card
+    if not cards:
+        raise ModelRefused("DDPM_WEIGHTS names no model")
+    return cards
+
+
+def _find(place: str) -> list[ModelCard]:
+    """The model directories in a folder, or the one that it is, or the one that a hub has."""
+    if Path(place).is_dir():
+        return _find_here(Path(place))
+    on_hub = HUB_ID.fullmatch(place)
+    if on_hub is None:
+        raise ModelRefused(f"{place} is not a directory")
+    name = on_hub[1].split("/")[1]
+    if not NAME.fullmatch(name):
+        raise ModelRefused(f"{on_hub[1]} cannot be served under its name, which is not {NAME.pattern}")
+    from server import hub  # brings a client that takes most of a second, and most servers need none of it
+
+    return [hub.fetch(on_hub[1], on_hub[2] or "main", name)]
+
+
+def _find_here(weights: Path) -> list[ModelCard]:
+    alone = (weights / "config.json").is_file() or (weights / "unet").is_dir()
+    inside = (d for d in weights.iterdir() if d.is_dir() and d.name[0] != "." and d.name != LOST_AND_FOUND)
+    directories = [weights] if alone else sorted(inside)
+    if not directories:
+        raise ModelRefused(f"{weights} holds no model directory")
+    cards = []
+    for directory in directories:
+        name = directory.resolve().name
+        if not NAME.fullmatch(name):
+            raise ModelRefused(f"a model is named after its directory, and {name!r} in {weights} is not {NAME.pattern}")
+        try:
+            cards.append(read_card(directory, name))
+        except ModelRefused as error:
+            raise ModelRefused(f"{directory}: {error}") from error
+    return cards

@@ -1,0 +1,108 @@
+"""Who may: API keys, of which only hashes are kept, and whoever they belong to.
+
+A file of keys has a line `name:sha256[:quota]` for each: the owner's name, the SHA-256 of the key in hex, and perhaps
+how many image-steps the owner may ask for in a minute. A name may stand there twice, while its key is being changed.
+"""
+
+import base64
+import binascii
+import hashlib
+import hmac
+import re
+import secrets
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from server.errors import SettingsError, Unauthenticated
+from server.jobs.tenants import Owner, Quota
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+LINE = re.compile(rf"({NAME.pattern}):([0-9a-f]{{64}})(?::([1-9][0-9]{{0,14}}))?")
+MAX_FILE_BYTES = 1 << 20
+MAX_KEY_BYTES = 1024  # of what a client offers
+SUBPROTOCOL = "ddpm.key."  # under which a browser's websocket brings its key
+SAME_FOR_ALL = "a valid key is needed, as Authorization: Bearer KEY"  # whether it was missing, ill-formed or wrong
+
+
+def fingerprint(key: bytes) -> bytes:
+    """What is kept of a key. Keys are drawn at random, so a fast hash is enough."""
+    return hashlib.sha256(key).digest()
+
+
+def make_key(name: str, quota: int | None = None) -> tuple[str, str]:
+    """A new key, and the line for the file of keys."""
+    key = f"ddpm_{secrets.token_urlsafe(32)}"
+    line = f"{name}:{fingerprint(key.encode()).hex()}" + (f":{quota}" if quota is not None else "")
+    if not LINE.fullmatch(line):
+        raise SettingsError(f"a key's name must be {NAME.pattern}, its quota a positive number of image-steps")
+    return key, line
+
+
+class Keyring:
+    """The keys that are accepted."""
+
+    def __init__(self, owners: Iterable[tuple[bytes, Owner]]) -> None:
+        self._owners = tuple(owners)
+
+    def owner(self, key: bytes | None) -> Owner:
+        """Whom a key belongs to. Raises Unauthenticated. Every key is compared with, so that time tells nothing."""
+        given, found = fingerprint((key or b"")[:MAX_KEY_BYTES]), None
+        for digest, owner in self._owners:
+            if hmac.compare_digest(given, digest):
+                found = owner
+        if found is None or key is None:
+            raise Unauthenticated(SAME_FOR_ALL)
+        return found
+
+    @classmethod
+    def read(cls, path: Path) -> "Keyring":
+        """The keys in a file. Raises SettingsError in one line that shows nothing of what is in it."""
+        try:
+            with path.open("rb") as file:
+                text = file.read(MAX_FILE_BYTES + 1)
+        except OSError as error:
+            raise SettingsError(f"DDPM_API_KEYS: the file could not be read: {type(error).__name__}") from None
+        if len(text) > MAX_FILE_BYTES:
+            raise SettingsError(f"DDPM_API_KEYS: the file must have at most {MAX_FILE_BYTES} bytes")
+        owners: dict[str, Owner] = {}
+        keys: dict[bytes, Owner] = {}
+        for number, line in enumerate(text.decode("utf-8", "replace").splitlines(), 1):
+            if not line.strip() or line.startswith("#"):
+                continue
+            if (match := LINE.fullmatch(line.strip())) is None:
+                raise SettingsError(f"DDPM_API_KEYS: line {number} must be name:sha256 or name:sha256:quota")
+            name, digest, quota = match.groups()
+            if bytes.fromhex(digest) == fingerprint(b""):
+                raise SettingsError(f"DDPM_API_KEYS: line {number} has the hash of an empty key")
+            owner = owners.setdefault(name, Owner(name, Quota(int(quota)) if quota else None))
+            if (owner.quota.capacity if owner.quota else None) != (int(quota) if quota else None):
+                raise SettingsError(f"DDPM_API_KEYS: line {number} gives its owner another quota than before")
+            if keys.setdefault(bytes.fromhex(digest), owner) is not owner:
+                raise SettingsError(f"DDPM_API_KEYS: line {number} has the key of another owner")
+        if not keys:
+            raise SettingsError("DDPM_API_KEYS: the file holds no key, so nobody could come in")
+        return cls(keys.items())
+
+    @classmethod
+    def of_one(cls, key: str) -> "Keyring":
+        """A single key."""
+        return cls([(fingerprint(key.encode()), Owner("metrics"))])
+
+
+def offered(headers: Sequence[tuple[bytes, bytes]], subprotocols: Sequence[str] = ()) -> bytes | None:
+    """The key that a request brings, by its Authorization header or as a subprotocol of its websocket."""
+    given = [value for name, value in headers if name == b"authorization"]
+    if given:
+        scheme, _, key = given[0].strip().partition(b" ")
+        return key.strip() if len(given) == 1 and scheme.lower() == b"bearer" else None
+    for word in subprotocols:
+        if word.startswith(SUBPROTOCOL):
+            return _decoded(word.removeprefix(SUBPROTOCOL))
+    return None
+
+
+def _decoded(word: str) -> bytes | None:
+    try:
+        return base64.b64decode(word + "=" * (-len(word) % 4), altchars=b"-_", validate=True)
+    except (binascii.Error, ValueError):
+        return None

@@ -1,0 +1,135 @@
+"""The device that an engine process has: which one, what numbers it computes in, how much memory of it is held."""
+
+import ctypes
+import gc
+import platform
+from pathlib import Path
+
+import torch
+
+from model.checkpoint.card import ModelCard
+from model.checkpoint.load import Model
+from model.engine.footprint import Footprint, resident_bytes
+from model.engine.runner import Runner, ranges, usual_buckets
+from model.errors import NoSuchDevice
+from model.nets.cpu import CpuNet, supports
+from server.worker.messages import Served
+
+UNLIMITED = 1 << 60
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def choose_device(wanted: str) -> torch.device:
+    """The device by its name in the settings. Raises NoSuchDevice."""
+    gpus = torch.cuda.device_count()
+    if wanted == "cpu" or (wanted == "auto" and not gpus):
+        return torch.device("cpu")
+    index = int(wanted.partition(":")[2] or 0)
+    if index >= gpus:
+        raise NoSuchDevice(f"device {wanted} was asked for, this machine has {gpus} GPUs")
+    try:
+        torch.cuda.init()
+    except RuntimeError as error:  # most often a driver that is too old for this torch: it says so
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise NoSuchDevice(
+            f"the {gpus} GPUs of this machine cannot be used (DDPM_DEVICE=cpu does without): {reason}"
+        ) from error
+    return torch.device("cuda", index)
+
+
+def choose_dtype(wanted: str, device: torch.device, unusable: str = "") -> torch.dtype:
+    """Numbers inside the net: bfloat16 wherever the device computes in it, unless told otherwise.
+
+    unusable: why OpenVINO is not tried on a CPU, if it is not. Then it is not asked either, since the answer takes the
+    same instructions; and float32 needs none that only some processors have.
+    """
+    if wanted != "auto":
+        return DTYPES[wanted]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    return torch.bfloat16 if not unusable and supports(torch.bfloat16) else torch.float32
+
+
+def usual_slots(device: torch.device) -> int:
+    """How many pictures share a batch, unless told otherwise."""
+    return 64 if device.type == "cuda" else 8
+
+
+def device_name(device: torch.device) -> str:
+    """What the device calls itself."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def describe(runner: Runner, model: Model, load_s: float, grown_bytes: int) -> Served:
+    """What the world may know of a loaded model. grown_bytes: by how much more of a GPU is held since it was not."""
+    device, net, name = runner.device, model.net, device_name(runner.device)
+    computes_in = net.dtype if isinstance(net, CpuNet) else model.table.dtype
+    dtype, exact = str(computes_in).removeprefix("torch."), f"exact {ranges(runner.exact_buckets)}"
+    parts = [name, f"torch {torch.__version__}"]
+    if isinstance(net, CpuNet):
+        parts += [f"{net.threads} threads", net.runtime]
+    elif device.type == "cuda":
+        parts += [f"cudnn {torch.backends.cudnn.version()}"]
+    parts += [dtype, exact, *([str(runner.chosen)] if runner.chosen else [])]
+    parts += [f"bits {runner.bits}"] if runner.bits else []
+    return Served(
+        model.card.digest,
+        f"{device} ({name})",
+        dtype,
+        model.parameters,
+        runner.slots.capacity,
+        runner.buckets,
+        runner.exact_buckets,
+        runner.admitted,
+        runner.exact,
+        "; ".join(parts),
+        load_s,
+        memory_bytes=grown_bytes if device.type == "cuda" else resident_bytes(model, runner.slots),
+        note=runner.note,
+    )
+
+
+def held_bytes(device: torch.device) -> int:
+    """Memory of a GPU that this process has taken."""
+    return torch.cuda.memory_reserved(device) if device.type == "cuda" else 0
+
+
+def announce(card: ModelCard, device: torch.device, dtype: torch.dtype, slots: int, size: Footprint) -> Served:
+    """What the world may know of a model that is not loaded. Its numerics class shows only when it runs."""
+    words = (f"{device} ({device_name(device)})", str(dtype).removeprefix("torch."))
+    buckets = usual_buckets(slots)
+    return Served(
+        card.digest, *words, size.parameters, slots, buckets, [], buckets, False, "", 0.0, False, size.size_bytes
+    )
+
+
+def has_room(size_bytes: int) -> bool:
+    """Whether a CPU's memory has room for so much, and as much again for everybody else."""
+    return 2 * size_bytes <= available_bytes(Path("/proc/meminfo"), Path("/sys/fs/cgroup"))
+
+
+def available_bytes(meminfo: Path, group: Path) -> int:
+    """Memory that this process may still take, by what Linux says and by its control group; where neither says
+    anything, more than there is."""
+    known = [UNLIMITED]
+    try:
+        known += [int(line.split()[1]) << 10 for line in meminfo.read_text().splitlines() if "MemAvailable" in line]
+        limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        known += [] if limit == "max" else [int(limit) - int(used)]
+    except (OSError, ValueError):
+        pass
+    return min(known)
+
+
+def give_back(device: torch.device) -> None:
+    """What nothing refers to any more goes back to the system."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(0)

@@ -1,0 +1,637 @@
+"""The engine: who joins, who leaves, what is told. Pictures are compared with those of the slow sampler."""
+
+from collections import Counter
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from model.engine.engine import Engine
+from model.engine.events import Cancelled, Event, Failed, Finished, Picture, Preview, Request
+from model.engine.snapshot import Snapshot, as_bytes
+from model.sampling.plan import P, Plan
+from model.sampling.reference import sample_alone
+from tests.model.tiny import (
+    ARCHITECTURE,
+    T,
+    a_plan,
+    a_request,
+    endings,
+    halve,
+    pictures,
+    quick_engine,
+    run,
+)
+
+
+def alone(request: Request) -> list[tuple[Picture, Picture]]:
+    """(x, x0) before the first step and after each, as pictures, by the reference sampler."""
+    states = sample_alone(halve, request.plan, request.seed, ARCHITECTURE.shape)
+    return [(as_bytes(x)[0].numpy(), as_bytes(x0)[0].numpy()) for x, x0 in states]
+
+
+def alone_picture(request: Request) -> bytes:
+    """The picture by the reference sampler."""
+    return alone(request)[-1][0].tobytes()
+
+
+def poisoned(steps: int = 4) -> Plan:
+    """A plan in whose second step 0 times infinity occurs."""
+    healthy = a_plan(steps)
+    rows = healthy.rows.copy()
+    rows[1, P] = np.nan
+    return Plan(rows, healthy.t)
+
+
+MIXED = [
+    a_request("whole chain", T, seed=1),
+    a_request("ddim", plan=a_plan(7, "ddim"), seed=2),
+    a_request("eta", plan=a_plan(5, "ddim", eta=0.5), seed=3),
+    a_request("greedy", plan=a_plan(4, "greedy"), seed=4),
+    a_request("solver", plan=a_plan(6, "dpmpp_2m", clip=False), seed=5),
+    a_request("large", plan=a_plan(9, variance="large"), seed=6),
+    a_request("from torch", plan=a_plan(8, noise="torch"), seed=7),
+    a_request("from torch, ddim", plan=a_plan(3, "ddim", eta=1.0, noise="torch"), seed=8),
+    a_request("one step", plan=a_plan(1, "ddim"), seed=9),
+    a_request("largest seed", 4, seed=2**63 - 1),
+]
+
+
+def test_one_request_gives_one_picture() -> None:
+    request = a_request("a", 5, seed=42)
+    (event,) = run(quick_engine(), request)
+
+    assert isinstance(event, Finished)
+    assert (event.id, event.floats) == ("a", None)
+    assert event.picture.shape == (8, 8, 1) and event.picture.dtype == np.uint8
+    assert event.picture.tobytes() == alone_picture(request)
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3, 16])
+def test_any_mixture_of_samplers_and_step_counts_shares_a_batch(slots: int) -> None:
+    events = run(quick_engine(slots), *MIXED)
+
+    assert pictures(events) == {request.id: alone_picture(request) for request in MIXED}
+
+
+def test_samples_join_at_any_step() -> None:
+    engine, events = quick_engine(4), []
+    for request in MIXED:
+        engine.submit(request)
+        events += engine.step()
+        events += engine.step()
+    events += run(engine)
+
+    assert pictures(events) == {request.id: alone_picture(request) for request in MIXED}
+
+
+def test_a_sample_takes_as_many_steps_as_its_plan_has_rows() -> None:
+    engine = quick_engine(2)
+    engine.submit(a_request("short", 2))
+    engine.submit(a_request("long", 4))
+
+    assert [endings(engine.step()) for _ in range(4)] == [[], [("Finished", "short")], [], [("Finished", "long")]]
+    assert not engine.busy
+
+
+def test_a_freed_slot_is_taken_in_the_very_next_step() -> None:
+    engine = quick_engine(1)
+    engine.submit(a_request("first", 2))
+    engine.submit(a_request("second", 1, order=1.0))
+
+    assert [endings(engine.step()) for _ in range(3)] == [[], [("Finished", "first")], [("Finished", "second")]]
+
+
+def test_a_smaller_order_is_made_first() -> None:
+    requests = [a_request(name, 2, order=order) for name, order in [("slow", 2.0), ("usual", 1.0), ("urgent", -5.0)]]
+    events = run(quick_engine(1), *requests)
+
+    assert [event.id for event in events] == ["urgent", "usual", "slow"]
+
+
+def test_an_id_on_its_way_is_refused_and_may_come_again_later() -> None:
+    engine = quick_engine()
+    engine.submit(a_request("a"))
+    with pytest.raises(ValueError, match="'a' is on its way already"):
+        engine.submit(a_request("a", seed=1))
+
+    assert endings(run(engine)) == [("Finished", "a")]
+    assert endings(run(engine, a_request("a"))) == [("Finished", "a")]
+
+
+def test_an_idle_engine_steps_over_nothing() -> None:
+    engine = quick_engine()
+
+    assert engine.step() == []
+    assert engine.stats.steps == 0
+
+
+def test_floats_are_the_picture_before_it_is_rounded() -> None:
+    request = a_request("a", wants_floats=True)
+    (event, other) = run(quick_engine(), request, a_request("b", seed=1))
+    *_, (x, _) = sample_alone(halve, request.plan, request.seed, ARCHITECTURE.shape)
+
+    assert isinstance(event, Finished) and event.floats is not None
+    assert np.array_equal(event.floats, x[0].clamp(-1, 1).numpy())
+    assert isinstance(other, Finished) and other.floats is None
+
+
+# Previews
+
+
+@pytest.mark.parametrize("frames", [{0}, {2}, {5}, {0, 1, 2, 3, 4, 5}, set()])
+def test_previews_come_at_exactly_the_frames_asked_for(frames: set[int]) -> None:
+    request = a_request("a", 5, seed=3, frames=frozenset(frames))
+    events = run(quick_engine(), a_request("other", 2), request)
+    previews = [event for event in events if isinstance(event, Preview)]
+    states = alone(request)
+
+    assert isinstance(events[-1], Finished)
+    assert [preview.step for preview in previews] == sorted(frames)
+    for preview in previews:
+        assert preview.x is not None and np.array_equal(preview.x, states[preview.step][0])
+
+
+def test_a_preview_holds_what_was_asked_for() -> None:
+    def first_two(x: bool, x0: bool) -> list[tuple[bool, bool]]:
+        request = a_request("a", 3, frames=frozenset({0, 2}), shows_x=x, shows_x0=x0)
+        previews = [event for event in run(quick_engine(), request) if isinstance(event, Preview)]
+        return [(preview.x is not None, preview.x0 is not None) for preview in previews]
+
+    assert first_two(x=True, x0=False) == [(True, False), (True, False)]
+    assert first_two(x=True, x0=True) == [(True, False), (True, True)]  # nothing is predicted before the first step
+    assert first_two(x=False, x0=True) == [(False, False), (False, True)]
+
+
+def test_the_prediction_shown_is_that_of_the_step_before() -> None:
+    request = a_request("a", plan=a_plan(4, "ddim"), frames=frozenset({1, 2, 3, 4}), shows_x0=True)
+    previews = [event for event in run(quick_engine(), request) if isinstance(event, Preview)]
+
+    for preview in previews:
+        assert preview.x0 is not None and np.array_equal(preview.x0, alone(request)[preview.step][1])
+
+
+def test_the_last_preview_precedes_the_picture_and_equals_it() -> None:
+    preview, finished = run(quick_engine(), a_request("a", 2, frames=frozenset({2})))
+
+    assert isinstance(preview, Preview) and isinstance(finished, Finished)
+    assert preview.x is not None and np.array_equal(preview.x, finished.picture)
+
+
+def test_frames_behind_the_end_of_the_plan_are_never_reached() -> None:
+    assert len(run(quick_engine(), a_request("a", 2, frames=frozenset({3, 100})))) == 1
+
+
+def test_a_preview_kept_for_later_does_not_change_under_its_holder() -> None:
+    engine = quick_engine()
+    engine.submit(a_request("a", frames=frozenset({1})))
+    (preview,) = engine.step()
+    assert isinstance(preview, Preview) and preview.x is not None
+    before = preview.x.tobytes()
+    run(engine, a_request("b", seed=1))
+
+    assert preview.x.tobytes() == before
+
+
+# Cancelling
+
+
+def test_a_waiting_sample_is_cancelled_without_ever_sitting_down() -> None:
+    engine = quick_engine(1)
+    engine.submit(a_request("seated", 3))
+    engine.submit(a_request("waiting", 3))
+    engine.step()
+    engine.cancel("waiting")
+
+    assert endings(run(engine)) == [("Cancelled", "waiting"), ("Finished", "seated")]
+    assert engine.stats.sample_steps == 3
+
+
+def test_a_seated_sample_leaves_its_slot_at_once() -> None:
+    engine = quick_engine(1)
+    engine.submit(a_request("a", 9))
+    engine.submit(a_request("b", 2, order=1.0))
+    engine.step()
+    engine.cancel("a")
+
+    assert (engine.stats.seated, engine.stats.waiting) == (0, 1)
+    assert endings(engine.step()) == [("Cancelled", "a")]
+    assert endings(engine.step()) == [("Finished", "b")]
+
+
+@pytest.mark.parametrize("leaver", ["a", "b", "c"])
+@pytest.mark.parametrize("after", [0, 1, 3])
+def test_whoever_leaves_whenever_the_others_do_not_notice(leaver: str, after: int) -> None:
+    requests = {r.id: r for r in (a_request("a", 5, seed=1), a_request("b", 6, seed=2), a_request("c", 7, seed=3))}
+    engine, events = quick_engine(3), []
+    for request in requests.values():
+        engine.submit(request)
+    for _ in range(after):
+        events += engine.step()
+    engine.cancel(leaver)
+    events += run(engine)
+
+    assert pictures(events) == {id: alone_picture(r) for id, r in requests.items() if id != leaver}
+    assert Counter(endings(events))[("Cancelled", leaver)] == 1
+
+
+def test_the_last_sample_moves_into_the_hole_on_the_device_too() -> None:
+    engine = quick_engine(3)
+    for name, seed in [("a", 1), ("b", 2), ("c", 3)]:
+        engine.submit(a_request(name, 6, seed=seed))
+    engine.step()
+    last = engine.runner.slots.x[2].clone()
+    engine.cancel("a")
+
+    assert torch.equal(engine.runner.slots.x[0], last)
+    assert not engine.runner.slots.x[2].any()
+    assert engine.runner.slots.seed.tolist()[:2] == [3, 2]
+
+
+def test_cancelling_twice_is_cancelling_once() -> None:
+    engine = quick_engine()
+    engine.submit(a_request("a"))
+    engine.step()
+    engine.cancel("a")
+    engine.cancel("a")
+
+    assert endings(run(engine)) == [("Cancelled", "a")]
+
+
+def test_cancelling_what_ended_or_never_was_does_nothing() -> None:
+    engine = quick_engine()
+    run(engine, a_request("a"))
+    engine.cancel("a")
+    engine.cancel("nobody")
+
+    assert not engine.busy
+    assert engine.step() == []
+
+
+def test_a_cancelled_id_may_come_again_at_once() -> None:
+    engine, again = quick_engine(), a_request("a", 3, seed=8)
+    engine.submit(a_request("a", 5, seed=1))
+    engine.step()
+    engine.cancel("a")
+    events = run(engine, again)
+
+    assert endings(events) == [("Cancelled", "a"), ("Finished", "a")]
+    assert pictures(events) == {"a": alone_picture(again)}
+
+
+class Flight:
+    """Whether pictures arrive from the device, which on a CPU they do at once."""
+
+    landed = False
+
+    def ground(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """From now on they arrive when `landed` says so, or when somebody stands still for them."""
+        monkeypatch.setattr(Snapshot, "ready", property(lambda snapshot: self.landed))
+
+
+def test_a_finished_picture_on_its_way_cannot_be_cancelled_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    flight, engine = Flight(), quick_engine(2)
+    flight.ground(monkeypatch)
+    engine.submit(a_request("a", 1))
+    engine.submit(a_request("b", 3))
+    assert engine.step() == []
+    engine.cancel("a")
+    flight.landed = True
+
+    assert endings(run(engine)) == [("Finished", "a"), ("Finished", "b")]
+
+
+def test_a_preview_of_a_cancelled_sample_is_not_told_to_its_successor(monkeypatch: pytest.MonkeyPatch) -> None:
+    flight, engine = Flight(), quick_engine(2)
+    flight.ground(monkeypatch)
+    engine.submit(a_request("a", 9, seed=1, frames=frozenset({1})))
+    assert engine.step() == []
+    engine.cancel("a")
+    flight.landed = True
+
+    assert endings(events := run(engine, a_request("a", 2, seed=2))) == [("Cancelled", "a"), ("Finished", "a")]
+    assert not any(isinstance(event, Preview) for event in events)
+
+
+def test_an_id_is_taken_until_its_picture_has_arrived(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = quick_engine(2)
+    Flight().ground(monkeypatch)
+    engine.submit(a_request("a", 1))
+    engine.submit(a_request("b", 9))
+    engine.step()
+    with pytest.raises(ValueError):
+        engine.submit(a_request("a"))
+
+    assert sorted(endings(run(engine))) == [("Finished", "a"), ("Finished", "b")]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    slots=st.integers(1, 4),
+    lively=st.booleans(),
+    moves=st.lists(
+        st.one_of(
+            st.tuples(st.just("submit"), st.integers(1, 6)),
+            st.tuples(st.just("cancel"), st.integers(0, 9)),
+            st.tuples(st.just("step"), st.integers(1, 2)),
+        ),
+        max_size=40,
+    ),
+)
+def test_every_sample_ends_exactly_once_however_it_is_pushed(
+    slots: int, lively: bool, moves: list[tuple[str, int]]
+) -> None:
+    engine, requests, cancelled = quick_engine(slots), dict[Hashable, Request](), set[Hashable]()
+    events: list[Event] = []
+    for move, number in moves:
+        if move == "submit":
+            bad = lively and number == 6
+            plan = poisoned() if bad else a_plan(number, "ddim", eta=1.0)
+            id = len(requests)
+            requests[id] = a_request(id, plan=plan, seed=number, order=-number, frames=frozenset({0, 2}))
+            engine.submit(requests[id])
+        elif move == "cancel":
+            cancelled.add(number)
+            engine.cancel(number)
+        else:
+            for _ in range(number):
+                events += engine.step()
+    events += run(engine)
+
+    count = Counter(id for _, id in endings(events))
+    assert count == Counter(requests.keys())
+    assert {id for kind, id in endings(events) if kind == "Cancelled"} <= cancelled
+    ended: set[Hashable] = set()
+    for event in events:  # nothing is told of a sample behind its end
+        assert event.id not in ended
+        if not isinstance(event, Preview):
+            ended.add(event.id)
+    assert pictures(events) == {id: alone_picture(requests[id]) for kind, id in endings(events) if kind == "Finished"}
+
+
+# Pictures that are not finite
+
+
+def test_a_picture_that_is_not_finite_fails_alone() -> None:
+    before, behind = a_request("before", 5, seed=1), a_request("behind", 6, seed=2)
+    events = run(quick_engine(3), before, a_request("sick", plan=poisoned()), behind)
+    (failed,) = [event for event in events if isinstance(event, Failed)]
+
+    assert failed == Failed("sick", "the picture was not finite after 4 steps")
+    assert pictures(events) == {"before": alone_picture(before), "behind": alone_picture(behind)}
+
+
+@pytest.mark.parametrize("cancelled", [True, False])
+def test_the_next_tenant_of_a_sick_slot_is_healthy(cancelled: bool) -> None:
+    engine, heir = quick_engine(1), a_request("heir", plan=a_plan(5, "dpmpp_2m"), seed=3)
+    engine.submit(a_request("sick", plan=poisoned()))
+    engine.step()
+    engine.step()
+    assert engine.runner.slots.x.isnan().any()
+    if cancelled:
+        engine.cancel("sick")
+
+    assert pictures(run(engine, heir)) == {"heir": alone_picture(heir)}
+
+
+@pytest.mark.parametrize("leaver", ["sick", "healthy"])
+def test_a_sick_sample_may_move_or_leave_a_hole(leaver: str) -> None:
+    engine, other = quick_engine(3), a_request("other", 6, seed=5)
+    names = ["sick", "other", "healthy"] if leaver == "sick" else ["healthy", "other", "sick"]
+    for name in names:
+        engine.submit(other if name == "other" else a_request(name, plan=poisoned() if name == "sick" else None))
+    engine.step()
+    engine.step()
+    engine.cancel(leaver)
+
+    assert pictures(run(engine))["other"] == alone_picture(other)
+
+
+def test_a_net_that_explodes_at_one_level_of_noise_fails_those_who_pass_it() -> None:
+    def explode(x: Tensor, k: Tensor) -> Tensor:
+        return torch.where((k == T - 1)[:, None, None, None], torch.inf, halve(x, k))
+
+    passes, avoids = a_request("passes", plan=a_plan(4, spacing="linspace")), a_request("avoids", 4)
+    events = run(quick_engine(2, explode), passes, avoids)
+
+    assert sorted(endings(events)) == [("Failed", "passes"), ("Finished", "avoids")]
+    assert pictures(events) == {"avoids": alone_picture(avoids)}
+
+
+# Counters
+
+
+def test_the_counters_add_up() -> None:
+    engine = quick_engine(4)
+    engine.runner.admitted = [2, 4]
+    steps = [3, 5, 5, 1, 2]
+    run(engine, *[a_request(i, n, seed=i) for i, n in enumerate(steps)])
+
+    # Seated in each step: 4 (3 4 0 1), 4 (4 0 1 2), 3 (0 1 2), 2 (1 2), 2 (1 2), 1 (2).
+    assert (engine.stats.steps, engine.stats.sample_steps, engine.stats.padded) == (6, sum(steps), 2)
+    assert (engine.stats.seated, engine.stats.waiting) == (0, 0)
+
+    run(engine, a_request("one more", 3))
+    assert (engine.stats.steps, engine.stats.sample_steps, engine.stats.padded) == (9, sum(steps) + 3, 5)
+
+
+def test_the_counters_say_who_sits_and_who_waits() -> None:
+    engine = quick_engine(2)
+    for i in range(5):
+        engine.submit(a_request(i, 4))
+    assert (engine.stats.seated, engine.stats.waiting) == (0, 5)
+    engine.step()
+    assert (engine.stats.seated, engine.stats.waiting) == (2, 3)
+    engine.cancel(0)
+    engine.cancel(4)
+    assert (engine.stats.seated, engine.stats.waiting) == (1, 2)
+
+
+# What the net is asked
+
+
+def watched() -> tuple[Callable[[Tensor, Tensor], Tensor], list[list[int]]]:
+    """A net, and the levels of noise it was asked about in each step."""
+    asked: list[list[int]] = []
+
+    def net(x: Tensor, k: Tensor) -> Tensor:
+        asked.append([int(value) for value in k])
+        return halve(x, k)
+
+    return net, asked
+
+
+def test_every_sample_is_asked_at_its_own_level_of_noise() -> None:
+    net, asked = watched()
+    engine: Engine = quick_engine(2, net)
+    asked.clear()
+    first, second = a_request("first", plan=a_plan(3, "ddim")), a_request("second", plan=a_plan(2, "greedy"))
+    engine.submit(first)
+    engine.step()
+    run(engine, second)
+
+    assert asked == [[20], [10, 15], [0, 0]]
+    assert (first.plan.t.tolist(), second.plan.t.tolist()) == ([21, 11, 1, 0], [16, 1, 0])
+
+
+def test_nothing_is_computed_for_a_cancelled_sample() -> None:
+    net, asked = watched()
+    engine = quick_engine(2, net)
+    asked.clear()
+    engine.submit(a_request("a", 4))
+    engine.submit(a_request("b", 4))
+    engine.step()
+    engine.cancel("a")
+    run(engine)
+
+    assert [len(step) for step in asked] == [2, 1, 1, 1]
+    assert isinstance(engine.step(), list)
+
+
+def test_cancelled_is_told_even_if_nobody_else_is_there() -> None:
+    engine = quick_engine()
+    engine.submit(a_request("a"))
+    engine.cancel("a")
+
+    assert engine.busy
+    assert engine.step() == [Cancelled("a")]
+    assert not engine.busy
+
+
+# Making room, and making do
+
+
+def test_a_sample_goes_on_from_where_it_was_unseated() -> None:
+    engine, long, short = quick_engine(1), a_request("long", 9, seed=1), a_request("short", 2, seed=2)
+    engine.submit(long)
+    for _ in range(4):
+        engine.step()
+    events = run(engine, short)
+
+    assert endings(events) == [("Finished", "short"), ("Finished", "long")]
+    assert pictures(events) == {"long": alone_picture(long), "short": alone_picture(short)}
+    assert engine.stats.sample_steps == 9 + 2  # nothing is done twice
+
+
+def test_an_unseated_sample_can_be_cancelled() -> None:
+    engine, short = quick_engine(1), a_request("short", 2, seed=2)
+    engine.submit(a_request("long", 9))
+    engine.step()
+    engine.submit(short)
+    engine.step()
+    engine.cancel("long")
+
+    assert sorted(endings(run(engine))) == [("Cancelled", "long"), ("Finished", "short")]
+
+
+def test_who_sits_down_is_told_before_the_step_with_the_updates_it_has_had() -> None:
+    engine = quick_engine(1)
+    engine.submit(a_request("long", 9))
+    assert engine.seat() == [("long", 0)]
+    engine.step()
+    engine.submit(a_request("short", 1))
+    assert engine.seat() == [("short", 0)]
+    engine.step()
+    assert engine.seat() == [("long", 1)]
+    assert engine.seat() == []
+
+
+def exhausted_at(engine: Engine, least: int, at: str = "net") -> None:
+    """From now on memory runs out in batches of at least so many: in the net, or when its work is done."""
+    usual = engine.runner.step
+
+    def step(bucket: int) -> None:
+        if at == "end":
+            usual(bucket)
+        if bucket >= least:
+            raise torch.OutOfMemoryError("out of memory")
+        if at == "net":
+            usual(bucket)
+
+    engine.runner.step = step  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("bucket", [2, 3, 6])
+@pytest.mark.parametrize("at", ["net", "end"])
+def test_memory_that_runs_out_makes_the_batch_smaller_and_changes_no_picture(bucket: int, at: str) -> None:
+    engine = quick_engine(6)
+    exhausted_at(engine, bucket, at)
+    events = run(engine, *MIXED)
+
+    assert pictures(events) == {request.id: alone_picture(request) for request in MIXED}
+    times = engine.stats.exhausted
+    run(engine, *MIXED)
+    assert (times, engine.stats.exhausted) == (7 - bucket, times)  # it is remembered
+
+
+def test_a_picture_for_which_memory_never_suffices_fails_alone() -> None:
+    engine = quick_engine(2)
+    exhausted_at(engine, 1)
+
+    assert run(engine, a_request("a"), a_request("b")) == [
+        Failed("a", "memory ran out with this picture alone"),
+        Failed("b", "memory ran out with this picture alone"),
+    ]
+    assert not engine.busy
+
+
+def test_memory_that_runs_out_while_a_sample_is_unseated_costs_it_its_steps_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine, requests = quick_engine(2), [a_request("long", 9, seed=1), a_request("longer", 10, seed=2)]
+    short = a_request("short", 2, seed=3)
+    for request in requests:
+        engine.submit(request)
+    engine.step()
+    with monkeypatch.context() as patch:
+
+        def take(slot: int) -> None:
+            raise torch.OutOfMemoryError("out of memory")
+
+        patch.setattr(engine.runner.slots, "take", take)
+        engine.submit(short)
+        events = engine.step()
+    events += run(engine)
+
+    assert pictures(events) == {request.id: alone_picture(request) for request in [*requests, short]}
+
+
+def test_memory_that_runs_out_while_samples_are_called_back_changes_no_picture(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine, requests = quick_engine(2), [a_request("long", 9, seed=1), a_request("longer", 10, seed=2)]
+    for request in requests:
+        engine.submit(request)
+    for _ in range(4):
+        engine.step()
+    shorts = [a_request("short", 2, seed=3), a_request("shorter", 1, seed=4)]
+    put_back, failures = engine.runner.slots.put_back, iter([torch.OutOfMemoryError("out of memory")])
+
+    def run_out_once(*given: Any) -> None:
+        for failure in failures:
+            raise failure
+        put_back(*given)
+
+    monkeypatch.setattr(engine.runner.slots, "put_back", run_out_once)
+    events = run(engine, *shorts)
+
+    assert engine.stats.exhausted == 1
+    assert pictures(events) == {request.id: alone_picture(request) for request in [*requests, *shorts]}
+
+
+def test_a_long_sample_that_is_not_finite_is_found_out_before_its_end() -> None:
+    def explode(x: Tensor, k: Tensor) -> Tensor:
+        return torch.where((k == T - 1)[:, None, None, None], torch.inf, halve(x, k))
+
+    engine = quick_engine(1, explode)
+    for number in range(5):
+        run(engine, a_request(number, 12))
+    events = run(engine, a_request("sick", T))
+
+    assert events == [Failed("sick", "the picture was not finite after 4 steps")]  # the 64th of this engine
+    assert engine.stats.sample_steps == 64

@@ -1,0 +1,138 @@
+"""What a model takes is known before it is loaded."""
+
+import subprocess
+import sys
+import weakref
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from model.checkpoint.card import read_card
+from model.checkpoint.load import load_model
+from model.engine.footprint import footprint, resident_bytes
+from model.engine.runner import Runner
+from model.nets.activations import alive
+from model.nets.build import build
+from model.nets.config import Architecture
+from model.nets.cpu import supports
+from model.nets.lucidrains_config import LucidArchitecture
+from tests.model.convert.directories import write_model
+from tests.model.tiny import ARCHITECTURE, CPU
+
+WIDE = Architecture(
+    height=16,
+    width=24,
+    block_out_channels=(32, 64, 64),
+    down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
+    up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+    norm_num_groups=8,
+)
+LUCID = LucidArchitecture(16, 24, 3, 3, 16, 16, (1, 2, 4), (False, False, True), (4, 4, 4), (8, 8, 8))
+
+
+class Counting(TorchDispatchMode):
+    """Counts the bytes of tensors that are made and not yet gone."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now, self.most, self.known = 0, 0, set[int]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self.known:
+                self.come(tensor.untyped_storage())
+        return out
+
+    def come(self, storage: torch.UntypedStorage) -> None:
+        """A storage that was not there."""
+        key, size = storage._cdata, storage.nbytes()
+        self.known.add(key)
+        self.now += size
+        self.most = max(self.most, self.now)
+        weakref.finalize(storage, self.go, key, size)
+
+    def go(self, key: int, size: int) -> None:
+        """It is gone."""
+        self.known.discard(key)
+        self.now -= size
+
+
+@pytest.mark.parametrize("arch", [ARCHITECTURE, WIDE, LUCID], ids=["tiny", "wide", "lucid"])
+def test_no_more_is_alive_in_a_step_than_was_thought_and_not_much_less(arch: Architecture | LucidArchitecture) -> None:
+    net, x = build(arch), torch.zeros(2, *arch.shape)
+    embedding = torch.zeros(2, net.embedding_width)
+    with torch.no_grad(), Counting() as counting:
+        net(x, embedding)
+
+    assert counting.most <= 2 * 4 * alive(arch) <= 3 * counting.most
+
+
+def test_heads_take_as_much_however_they_are_told() -> None:
+    """Of 64 channels, four heads are heads of sixteen."""
+    large = replace(WIDE, height=64, width=64)
+    by_number, by_width = replace(large, attention_heads=4), replace(large, attention_head_dim=16)
+
+    assert alive(by_number) == alive(by_width) > alive(replace(large, attention_head_dim=None))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_loaded_model_takes_no_more_than_was_thought(tmp_path: Path, dtype: torch.dtype) -> None:
+    card = read_card(write_model(tmp_path / "tiny"))
+    before = footprint(card, 4, CPU, dtype)
+    model = load_model(card, CPU, dtype)
+    after = resident_bytes(model, Runner(model, 4).slots)
+
+    assert before.parameters == model.parameters
+    assert after <= before.size_bytes <= 2 * after
+
+
+DIGITS = Path(__file__).parents[2] / "weights" / "digits"
+TAKEN = """
+import ctypes, gc, sys, torch
+from pathlib import Path
+from model.checkpoint.card import read_card
+from model.checkpoint.load import load_model
+from model.nets.cpu import grow_up
+from model.engine.footprint import footprint, resident_bytes
+from model.engine.runner import Runner
+
+CPU, dtype, slots = torch.device("cpu"), getattr(torch, sys.argv[1]), 8
+torch.set_num_threads(2)
+
+def load(directory):
+    model = load_model(read_card(Path(directory)), CPU, dtype)
+    runner = Runner(model, slots)
+    grow_up(model.net, slots)
+    for count in range(1, slots + 1):
+        runner.step(count)
+    return model, runner
+
+def held():
+    gc.collect()
+    getattr(ctypes.CDLL(None), "malloc_trim", bool)(0)
+    return 1024 * int(Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0])
+
+first = load(sys.argv[2])  # with it come the libraries, which every model shares
+before = held()
+model, runner = load(sys.argv[3])
+bound = footprint(model.checkpoint.card, slots, CPU, dtype).size_bytes
+print(held() - before, resident_bytes(model, runner.slots), bound)
+"""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_process_grows_by_about_as_much_as_is_told_of_a_model(tmp_path: Path, dtype: torch.dtype) -> None:
+    if not supports(dtype):
+        pytest.skip("this processor does not compute in such numbers")
+    command = [sys.executable, "-c", TAKEN, str(dtype).removeprefix("torch."), str(write_model(tmp_path / "tiny"))]
+    ran = subprocess.run([*command, str(DIGITS)], capture_output=True, text=True, check=True)
+    taken, told, bound = map(int, ran.stdout.split())
+
+    assert taken / 1.5 < told < 1.5 * taken
+    assert told <= bound

@@ -1,0 +1,124 @@
+"""The promise: a picture depends on the request, never on the company.
+
+Two hundred samples of mixed samplers and step counts arrive, are unseated for others and are cancelled at random; each
+that is finished has the bytes that it has alone. The weights come from a model directory, so what is run is what is
+served.
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+
+from model.checkpoint.card import read_card
+from model.checkpoint.load import load_model
+from model.engine.engine import Engine
+from model.engine.events import Event, Request
+from model.engine.runner import Runner
+from model.engine.slots import Parked
+from model.sampling.plan import Plan
+from tests.model.convert.directories import write_model
+from tests.model.tiny import PROCESS, a_plan, endings, pictures, run
+
+SLOTS, SAMPLES = 6, 200
+CHOICES: list[dict[str, Any]] = [
+    {"sampler": "ddpm"},
+    {"sampler": "ddpm", "variance": "large"},
+    {"sampler": "ddpm", "spacing": "trailing", "clip": False},
+    {"sampler": "ddpm", "noise": "torch"},
+    {"sampler": "greedy"},
+    {"sampler": "ddim"},
+    {"sampler": "ddim", "eta": 0.7, "spacing": "linspace"},
+    {"sampler": "dpmpp_2m"},
+]
+MANY_THREADS = pytest.mark.skipif(
+    not (os.environ.get("CI") or os.environ.get("TEST_THREADS")),
+    reason="two threads are tried in CI, or with TEST_THREADS=1: on a busy machine they crawl",
+)
+
+
+@pytest.fixture
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    """So many threads for torch, while the test runs."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def crowd(random: Random) -> list[Request]:
+    """Requests of every kind, 2 to 30 steps long, mostly short."""
+    requests = []
+    for number in range(SAMPLES + 40):
+        steps = 2 + int(29 * random.random() ** 3)
+        plan = a_plan(steps, **random.choice(CHOICES))
+        frames = frozenset(random.sample(range(steps + 1), random.choice([0, 0, 2])))
+        order, owner = random.choice([0.0, 1.0, 2.0]), random.choice(["", "", "another"])
+        requests.append(Request(number, random.randrange(2**63), plan, order, frames, owner=owner))
+    return requests
+
+
+def bustle(engine: Engine, requests: list[Request], random: Random) -> list[Event]:
+    """Submits these in handfuls between steps, and cancels some: waiting ones, seated ones, ended ones."""
+    events: list[Event] = []
+    queue = list(requests)
+    cancels = random.sample([request.id for request in requests], len(requests) - SAMPLES)
+    while queue or engine.busy:
+        for _ in range(random.choice([0, 0, 0, 1, 1, 4])):
+            if queue:
+                engine.submit(queue.pop(0))
+        if cancels and random.random() < 0.2:
+            engine.cancel(cancels.pop())
+        events += engine.step()
+    return events
+
+
+def check_company_does_not_matter(
+    directory: Path, device: torch.device, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Runs the crowd together, then each survivor alone, on a runner of its own."""
+    write_model(directory)
+    model = load_model(read_card(directory), device, dtype)
+    assert model.card.process.schedule.T == PROCESS.schedule.T
+    together, alone, put_back = Runner(model, SLOTS), Runner(model, SLOTS), list[int]()
+    usual = together.slots.put_back
+
+    def count(slot: int, seed: int, plan: Plan, step: int, parked: Parked) -> None:
+        put_back.append(step)
+        usual(slot, seed, plan, step, parked)
+
+    monkeypatch.setattr(together.slots, "put_back", count)
+    assert together.exact and together.exact_buckets == alone.exact_buckets
+
+    random = Random(20)
+    requests = crowd(random)
+    engine = Engine(together)
+    events = bustle(engine, requests, random)
+    made = pictures(events)
+
+    assert len(endings(events)) == len(requests)
+    assert len(made) >= SAMPLES and len(made) < len(requests)
+    assert engine.stats.sample_steps > 2 * engine.stats.steps  # they did share
+    assert len(put_back) > 20 and len(set(put_back)) > 5  # and were unseated, at any step
+    different = [r.id for r in requests if r.id in made and pictures(run(Engine(alone), r))[r.id] != made[r.id]]
+    assert different == []
+    assert len(set(made.values())) == len(made)  # and they are all different pictures
+
+
+@pytest.mark.parametrize("threads", [1, pytest.param(2, marks=(MANY_THREADS, pytest.mark.alone))], indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_company_does_not_matter(
+    dtype: torch.dtype, threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_company_does_not_matter(tmp_path, torch.device("cpu"), dtype, monkeypatch)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU on this machine")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_company_does_not_matter_on_a_gpu(dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_company_does_not_matter(tmp_path, torch.device("cuda"), dtype, monkeypatch)

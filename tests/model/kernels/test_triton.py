@@ -1,0 +1,505 @@
+"""The Triton path without a GPU: the kernels under Triton's interpreter, compiled for a GPU that is not there, and the
+step that a graph will hold. Where there is a GPU, the same kernels run on it.
+
+The interpreter is chosen when Triton is first imported, so its cases (`kernel_cases`) have a process of their own.
+"""
+
+import logging
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from itertools import product
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import model.nets.layers
+import model.nets.unet
+from model.checkpoint.load import Model
+from model.engine.engine import Engine
+from model.engine.runner import Runner, denoise
+from model.engine.slots import Newcomer, Parked, Slots
+from model.engine.snapshot import Snapshot, pack, unpack
+from model.nets.config import architecture
+from model.nets.convolution import Conv
+from model.nets.unet import Attention, Resnet, UNet
+from tests.model.engine.test_capture import META, capturing
+from tests.model.tiny import ARCHITECTURE, FunctionNet, T, a_plan, a_request, card, halve, run
+from tests.model.worlds import CIFAR10, relative_error, shaken, small, twin
+
+pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+CASES = ["kernel_cases.py", "conv_cases.py", "slot_cases.py"]
+
+
+def run_cases(file: str, *options: str, **environment: str) -> None:
+    """Runs the cases of this file in a process with this environment. Whoever wants to be told is told of each."""
+    plugins = ["-p", "no:cacheprovider", "-p", "tests.model.kernels.world"]
+    plugins += ["-p", "benchmarks.gpu.told"] if "TOLD" in os.environ else []
+    command = [sys.executable, "-m", "pytest", *plugins, *options, str(HERE / file)]
+    ours = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    result = subprocess.run(command, cwd=ROOT, env=ours | environment, capture_output=True, text=True)
+
+    assert result.returncode == 0, result.stdout[-10_000:] + result.stderr[-2000:]
+
+
+@pytest.mark.parametrize("file", CASES)
+def test_the_kernels_compute_what_torch_computes(file: str) -> None:
+    run_cases(file, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and there is none here")
+@pytest.mark.parametrize("file", CASES)
+def test_the_kernels_compute_it_on_a_gpu(file: str) -> None:
+    side_by_side = ["-n", "4"] if find_spec("xdist") is not None else []  # most of the time goes into compiling
+    run_cases(file, "-W", "default", *side_by_side, TRITON_INTERPRET="0")  # what CUDA warns of fails nothing
+
+
+# What is launched
+
+
+def meta_world(config: dict[str, Any]) -> tuple[UNet, Tensor, Slots]:
+    """A net as the server would load it, its table and slots, on the meta device."""
+    with META, torch.inference_mode():
+        net: Any = UNet(architecture(config)).eval().requires_grad_(False)
+        net.fuse()
+        table = torch.zeros(1000, net.embedding_width, dtype=torch.bfloat16)
+        return net.to(torch.bfloat16).to(memory_format=torch.channels_last), table, Slots(4, net.arch.shape, 1000, META)
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
+    """What Triton was asked to launch, by name. Nothing is, and the meta device passes for a GPU."""
+    from triton.runtime.jit import JITFunction
+
+    counted: Counter[str] = Counter()
+
+    def run(kernel: Any, *args: Any, grid: tuple[int, ...], warmup: bool, **constants: Any) -> None:
+        assert all(isinstance(size, int) for size in grid)
+        assert {x.device for x in args if isinstance(x, Tensor)} == {META}
+        counted[kernel.fn.__name__] += 1
+
+    def conv2d(*args: Any) -> Tensor:
+        """Channels-last from channels-last, as on a GPU; on the meta device it is not."""
+        return torch.empty_like(usual(*args), memory_format=torch.channels_last)
+
+    usual = F.conv2d
+    monkeypatch.setattr(F, "conv2d", conv2d)
+    monkeypatch.setattr(JITFunction, "run", run)
+    monkeypatch.setattr(model.kernels, "TRITON_ON", frozenset({"meta"}))
+    model.nets.layers._triton_works.cache_clear()
+    assert model.nets.layers._triton_works(META)  # found out before any capture
+    counted.clear()
+    yield counted
+    model.nets.layers._triton_works.cache_clear()
+
+
+class Operations(TorchDispatchMode):
+    """Counts torch's operations that are a kernel on a GPU: all but those that only look at memory in another way."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.counted: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if not func.is_view and not name.startswith("empty") and name != "_unsafe_view":
+            self.counted[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+class OnTheDevice(Operations):
+    """Counts those that are done there; a copy from the host is none, nor is what has no numbers."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.numel()]
+        if tensors and all(tensor.device == META for tensor in tensors):
+            return super().__torch_dispatch__(func, types, args, kwargs)
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_step_by_kernels_never_looks_at_the_host(launches: Counter[str]) -> None:
+    net, table, slots = meta_world(small())
+    with capturing():
+        denoise(net, table, slots, 3)
+
+    assert launches["_enter"] == launches["_update"] == 1
+
+
+def test_a_step_of_the_cifar10_net_is_two_hundred_kernels(
+    launches: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model.kernels, "attention", lambda q, k, v: torch.empty_like(q.transpose(1, 2)).transpose(1, 2))
+    net, table, slots = meta_world(CIFAR10)
+    with torch.no_grad(), Operations() as operations:
+        denoise(net, table, slots, 2)
+
+    norms, residuals, rest = 51, 22, 1 + 3 + 3 + 1 + 2 * 6  # conv_in, down, up, conv_out; to and from attention
+    assert launches == {
+        "_enter": 1,
+        "_norm_in_registers": norms,
+        "_add_bias": residuals + rest,
+        "_update": 1,
+    }
+    assert operations.counted == {"convolution": 77, "cat": 12, "constant_pad_nd": 3, "upsample_nearest2d": 3}
+    assert launches.total() + operations.counted.total() + 6 <= 200  # and six times attention
+
+
+def test_a_step_by_invariant_convolutions_adds_joins_pads_projects_and_doubles_in_them(
+    launches: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model.kernels, "attention", lambda q, k, v: torch.empty_like(q.transpose(1, 2)).transpose(1, 2))
+    net, table, slots = meta_world(CIFAR10)
+    for module in net.modules():
+        if isinstance(module, Conv):
+            module.invariant = True
+    with torch.no_grad(), capturing(), Operations() as operations:
+        denoise(net, table, slots, 2)
+
+    projections, ranges_for_norms = 13, 12
+    split = 12 + 15 - ranges_for_norms  # on 8 x 8 and 4 x 4 pixels
+    assert launches == {
+        "_enter": 1,
+        "_norm_in_registers": 51,
+        "_convolve": 77 - projections,
+        "_add_up": split,
+        "_update": 1,
+    }
+    assert not operations.counted
+    assert launches.total() + 6 <= 140  # and six times attention
+
+
+def test_the_large_norms_of_a_large_picture_are_two_kernels(launches: Counter[str]) -> None:
+    net, table, slots = meta_world(CIFAR10 | {"sample_size": 128})
+    with torch.inference_mode():
+        denoise(net, table, slots, 2)
+
+    assert launches["_moments"] == launches["_norm_by_moments"] > 0
+    assert launches["_moments"] + launches["_norm_in_registers"] == 51
+
+
+def a_newcomer(slot: int, brings: bool = False) -> Newcomer:
+    """Somebody who is to sit here; who brings its x_T has it on the host."""
+    return Newcomer(slot, 2**40 + slot, PLAN, torch.zeros(3, 8, 8) if brings else None)
+
+
+PLAN = a_plan(20)
+PARKED = Parked(torch.zeros(3, 3, 8, 8, device=META), torch.zeros(0, 3, 8, 8, device=META))
+BETWEEN_STEPS: dict[str, tuple[Callable[[Slots], object], dict[str, int]]] = {
+    "x_T and seats of many": (lambda slots: slots.seat_all([a_newcomer(i) for i in range(64)]), {"_seat": 1}),
+    "one who brings its x_T": (lambda slots: slots.seat_all([a_newcomer(1, brings=True)]), {"_seat": 1}),
+    "a move": (lambda slots: slots.move(5, 1), {"_vacate": 1}),
+    "a slot that is cleared": (lambda slots: slots.clear(1), {"_vacate": 1}),
+    "one who leaves, and whose place is taken": (lambda slots: slots.vacate(1, 63), {"_vacate": 1}),
+    "one who is taken out": (lambda slots: slots.take(1), {"stack": 1}),
+    "one who is put back": (lambda slots: slots.put_back(1, 7, PLAN, 3, PARKED), {"_seat": 1}),
+    "frames, floats, and whether all are finite": (lambda slots: pack(slots, [7, 1], [2, 3], True), {"_show": 1}),
+}
+
+
+@pytest.mark.parametrize("doing", BETWEEN_STEPS)
+def test_what_is_done_between_two_steps_is_one_launch(launches: Counter[str], doing: str) -> None:
+    slots, (do, expected) = Slots(64, (3, 8, 8), 1000, META), BETWEEN_STEPS[doing]
+    with torch.inference_mode():
+        slots.seat(0, 1, PLAN, torch.zeros(3, 8, 8))  # so its rows are there
+        launches.clear()
+        with OnTheDevice() as operations:
+            do(slots)
+
+    assert launches + operations.counted == expected
+
+
+@pytest.fixture
+def arriving(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is on the meta device arrives on the host as ones: black pictures, all finite."""
+    monkeypatch.setattr(Snapshot, "frames", lambda self: unpack(np.ones(len(self._host), np.uint8), *self._layout))
+
+
+def meta_engine(slots: int) -> Engine:
+    """An engine around a net of one multiplication, on the meta device."""
+    net: Any = FunctionNet(halve, ARCHITECTURE)
+    return Engine(Runner(Model(card(), net, torch.zeros(T, 1, device=META)), slots, exact=False))
+
+
+@pytest.mark.usefixtures("arriving")
+def test_in_a_step_somebody_comes_and_somebody_leaves_by_three_launches(launches: Counter[str]) -> None:
+    engine = meta_engine(64)
+    for number in range(63):
+        engine.submit(a_request(number, 20, seed=number))
+    engine.submit(a_request("leaves", 1))
+    engine.step()
+    engine.submit(a_request("comes and leaves", 1))
+    launches.clear()
+
+    assert engine.step()
+    assert launches == {"_seat": 1, "_enter": 1, "_update": 1, "_show": 1, "_vacate": 1}
+
+
+@pytest.mark.usefixtures("arriving", "launches")
+def test_an_engine_has_compiled_all_that_it_launches_before_anybody_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.runtime.jit import JITFunction
+
+    seen = set[tuple[object, ...]]()
+
+    def note(kernel: Any, *args: Any, grid: Any, warmup: bool, **constants: Any) -> None:
+        """What Triton would compile a kernel of its own for: numbers that are 1, or multiples of 16."""
+        free = [p.do_not_specialize for p in kernel.params]
+        numbers = [(a == 1, a % 16) for a, any_ in zip(args, free, strict=False) if isinstance(a, int) and not any_]
+        seen.add((kernel.fn.__name__, *numbers, *constants.items()))
+
+    monkeypatch.setattr(JITFunction, "run", note)
+    engine = meta_engine(2)
+    warm = set(seen)
+    for number in range(70):
+        plan = a_plan(9 - number % 5, noise="torch" if number % 3 else "philox")
+        frames = frozenset({0, 2} if number % 2 else ())
+        for request in (a_request("long", T), a_request("floats", T - 1, wants_floats=True)):
+            engine.submit(request)
+        engine.step()
+        engine.submit(a_request("other", plan=plan, frames=frames))
+        engine.submit(a_request("short", 1))  # one of them has to make room
+        engine.step()
+        engine.cancel("other")
+        run(engine)
+
+    step = {"_enter", "_update"}
+    assert {name for name, *_ in seen} == {"_seat", "_show", "_vacate"} | step
+    assert {kernel for kernel in seen if kernel[0] not in step} == warm
+
+
+# Compiled for a GPU that is not there
+
+STACK = 64  # bytes: the sine of float64 has 48; an accumulator that is spilled would be hundreds
+TYPES = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int64: "*i64",
+    torch.uint8: "*u8",
+}
+
+
+def stack(cubin: bytes) -> int:
+    """Bytes of memory that a thread has for what finds no room in its registers."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        result = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+    return sum(int(size) for size in re.findall(r"(?:STACK|LOCAL):(\d+)", result.stdout))
+
+
+@pytest.fixture(params=[89, 90], ids=["ada", "hopper"])
+def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Counter[str]]:
+    """What was compiled for a GPU of this kind, by name, in place of being launched."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from triton.runtime.jit import JITFunction
+
+    from benchmarks.absent_gpu import SHARED_BYTES
+    from model.kernels import conv, launch
+
+    counted: Counter[str] = Counter()
+    names = ("num_warps", "num_stages", "enable_fp_fusion", "launch_pdl")
+
+    def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **constants: Any) -> None:
+        options = {name: constants.pop(name) for name in names if name in constants}
+        given = dict(zip([p.name for p in kernel.params], args, strict=False)) | constants
+        signature, fixed, known = {}, {}, {}
+        for i, p in enumerate(kernel.params):
+            value = given[p.name]
+            number = type(value) is int and not p.do_not_specialize
+            if p.is_constexpr or value is None or (number and value == 1):
+                fixed[i,], signature[p.name] = value, "constexpr"
+            elif isinstance(value, Tensor):
+                known[i,], signature[p.name] = [["tt.divisibility", 16]], TYPES[value.dtype]
+            else:
+                signature[p.name] = "fp32" if isinstance(value, float) else "i32"
+                known |= {(i,): [["tt.divisibility", 16]]} if number and value % 16 == 0 else {}
+        source = ASTSource(kernel, signature, fixed, known)
+        result = triton.compile(source, target=GPUTarget("cuda", request.param, 32), options=options)
+        assert result.asm["cubin"] and not re.search(r"\b(atom|red)\.global", result.asm["ptx"])
+        tensor_cores = kernel.fn.__name__ == "_convolve" and args[0].element_size() == 2
+        assert ("wgmma" in result.asm["ptx"]) == (tensor_cores and request.param == 90)
+        assert result.metadata.shared <= SHARED_BYTES[request.param] and stack(result.asm["cubin"]) <= STACK
+        touched, waits, _ = result.asm["ptx"].partition("griddepcontrol.wait")
+        assert result.metadata.launch_pdl == bool(waits) == constants.get("DEPENDENT", False)
+        assert constants.get("DEPENDENT", request.param == 90) == (request.param == 90)
+        assert not (waits and re.search(r"\b(ld|st|cp)\S*\.global", touched))  # before it waits, it touches no memory
+        counted[kernel.fn.__name__] += 1
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(JITFunction, "run", run)
+    monkeypatch.setattr(launch, "_supported", lambda device: request.param >= 90)
+    monkeypatch.setattr(conv, "shared_bytes", lambda device: SHARED_BYTES[request.param])
+    yield counted
+
+
+def test_every_kernel_compiles_and_has_no_atomics(compiled: Counter[str]) -> None:
+    from model.kernels import norm, step
+
+    x = torch.zeros(2, 12, 64, 48, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+    channels, cursor = torch.zeros(24, dtype=torch.bfloat16), torch.zeros(2, dtype=torch.int64)
+    joins: dict[str, Any]
+    for groups in (12, 2):
+        for time, silu in ((None, False), (channels[None, :12], True), (channels[None], True)):
+            affine = (channels[:12], channels[:12], 1e-6)
+            joins = {"beside": None, "before": channels[:12], "time": time}
+            norm.group_norm(x, groups, *affine, **joins, silu=silu)
+        own, beside = (part.contiguous(memory_format=torch.channels_last) for part in x.split([8, 4], dim=1))
+        norm.group_norm(own, groups, *affine, beside=beside, before=None, time=None, silu=True)
+    wide = torch.zeros(128, dtype=torch.bfloat16)
+    for terms in (torch.zeros(2, 128, 32, 32, dtype=torch.bfloat16), torch.zeros(4, 2, 128, 8, 8)):
+        last = terms.transpose(-1, -2).transpose(-1, -3).contiguous().movedim(-1, -3)
+        norm.group_norm(last, 32, wide, wide, 1e-6, beside=None, before=None, time=None, silu=True)
+    norm.add_bias(x, channels, x)
+    state, rows, table = torch.zeros(2, 3, 8, 8), torch.zeros(2, 5, 11), torch.zeros(9, 40, dtype=torch.bfloat16)
+    step.enter(state, rows, cursor, table, 16)
+    at: dict[str, Any] = {"rows": rows, "now": cursor, "cursor": cursor, "last": cursor, "seed": cursor}
+    for out in (3, 6):
+        step.update(torch.zeros(2, out, 8, 8), state, state, state, **at)
+
+    assert compiled == {
+        "_norm_in_registers": 6,
+        "_moments": 4,
+        "_norm_by_moments": 4,
+        "_add_bias": 1,
+        "_enter": 1,
+        "_update": 2,
+    }
+
+
+def test_kernels_between_two_steps_compile_without_spilling(compiled: Counter[str]) -> None:
+    from model.kernels import slots
+
+    for shape, rows in (((3, 256, 256), 1001), ((3, 28, 28), 1001), ((1, 1, 1), 31)):
+        pictures = [torch.empty(4, *shape, device=META) for _ in range(3)]
+        state = (*pictures, torch.empty(4, rows, 11, device=META))
+        numbers = torch.empty(4, dtype=torch.int64, device=META)
+        columns, orders = (numbers, numbers, numbers), torch.empty(2, 6, dtype=torch.int64, device=META)
+        for brought in (None, pictures[0][:2, None], torch.empty(1, 3, *shape, device=META)):
+            slots.seat(orders, brought, state[3][0], state, columns)
+        slots.vacate(state, columns, 3, 1, clears=True)
+        slots.vacate(state, columns, 3, 1, clears=False)
+        slots.vacate(state, columns, 1, None, clears=True)
+        for floats in (False, True):
+            slots.show(pictures[0], pictures[1], numbers[:3], 2, floats)
+
+    assert compiled == {"_seat": 9, "_vacate": 9, "_show": 6}
+
+
+# (from channels, to channels, side of the picture, what else) as in nets for 32 x 32 and 256 x 256: each walk once
+CONVOLUTIONS: list[tuple[int, int, int, dict[str, Any]]] = [
+    (16, 128, 32, {}),
+    (128, 128, 32, {}),
+    (128, 3, 32, {}),
+    (128, 128, 32, {"stride": 2, "padding": 0, "below": 1}),
+    (384, 128, 32, {"size": 1}),
+    (128, 128, 32, {"sources": (128, 256)}),
+    (256, 256, 16, {"sources": (128,)}),
+    (256, 256, 8, {"sources": (256, 256)}),
+    (512, 256, 8, {}),
+    (256, 256, 8, {"times": 2}),
+    (128, 128, 256, {}),
+    (512, 512, 8, {}),
+    (32, 1, 32, {}),  # Triton makes a constant of a 1
+    (40, 24, 1, {"size": 1}),
+    (24, 24, 8, {"sources": (24, 12)}),  # and these fill no step
+]
+BATCHES = (1, 8, 64)  # of tiles of other sizes
+
+
+@pytest.mark.parametrize(
+    ("dtype", "layers"),
+    [(torch.bfloat16, CONVOLUTIONS), (torch.float32, CONVOLUTIONS[5:7])],
+    ids=["bfloat16", "float32"],
+)
+def test_convolutions_of_real_nets_compile_without_spilling(
+    compiled: Counter[str],
+    dtype: torch.dtype,
+    layers: list[tuple[int, int, int, dict[str, Any]]],
+    request: pytest.FixtureRequest,
+) -> None:
+    from model.kernels import conv
+
+    batches = BATCHES if request.node.callspec.params["compiled"] == 90 else BATCHES[1:2]
+    for (channels, outs, side, other), batch in product(layers, batches):
+        shape: dict[str, Any] = {"size": 3, "stride": 1} | other
+        size, sources = shape.pop("size"), shape.pop("sources", ())
+
+        def picture(channels: int, batch: int = batch, side: int = side) -> Tensor:
+            x = torch.empty(batch, channels, side, side, dtype=dtype, device=META)
+            return x.to(memory_format=torch.channels_last)
+
+        weight = torch.empty(outs, channels, size, size, dtype=dtype, device=META)
+        bias = torch.empty(outs, dtype=dtype, device=META)
+        if sources:
+            projection = torch.empty(outs, sum(sources), 1, 1, dtype=dtype, device=META)
+            shape |= {"projection": projection, "sources": [picture(each) for each in sources]}
+        add = None if sources else picture(outs)
+        conv.convolve(picture(channels), weight, bias, add, **({"padding": size // 2} | shape))
+
+    assert compiled["_convolve"] == len(layers) * len(batches)
+
+
+# Where it is not used
+
+
+@pytest.fixture
+def on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Triton is tried on a CPU, where it does not work."""
+    monkeypatch.setattr(model.kernels, "TRITON_ON", frozenset({"cpu"}))
+    model.nets.layers._triton_works.cache_clear()
+    yield
+    model.nets.layers._triton_works.cache_clear()
+
+
+@pytest.mark.usefixtures("on_cpu")
+@torch.inference_mode()
+def test_where_triton_does_not_work_torch_computes_and_one_line_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    net = twin(shaken(small()))
+    x, embedding = torch.randn(2, 3, 8, 8), net.embed(torch.tensor([1, 2]))
+    with caplog.at_level(logging.WARNING):
+        given = net(x.contiguous(memory_format=torch.channels_last), embedding)
+
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "no Triton on cpu" in caplog.text
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model.kernels, "TRITON_ON", frozenset())
+        assert torch.equal(given, net(x.contiguous(memory_format=torch.channels_last), embedding))
+
+
+def test_on_a_cpu_it_is_not_even_imported() -> None:
+    code = "import sys, model.engine.engine, model.train.train; sys.exit('triton' in sys.modules)"
+
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+@pytest.mark.parametrize("kind", ["default", "scale_shift"])
+@torch.inference_mode()
+def test_biases_that_were_taken_over_change_nothing_but_rounding(kind: str) -> None:
+    net = twin(shaken(small(resnet_time_scale_shift=kind)))
+    x, embedding = torch.randn(2, 3, 8, 8), net.embed(torch.tensor([1, 800]))
+    expected = net(x, embedding)
+    for module in list(net.modules()):
+        if isinstance(module, Resnet | Attention):
+            module.fuse()
+
+    assert relative_error(net(x, embedding), expected) < 2e-6

@@ -1,0 +1,97 @@
+"""Where the kernels are tried, by `kernel_cases`, `conv_cases` and `slot_cases`: on a GPU, or under Triton's
+interpreter. A plugin of pytest, so that what it sets up holds for all.
+"""
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import triton.language as tl
+from torch import Tensor
+from triton.runtime import interpreter
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+import model.nets.layers
+
+DEVICE = torch.device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda")
+DTYPES = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3}  # and how exact they are
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """Random numbers are the same ones in every run."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def inference(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Where the kernels are used. Convolutions keep all digits."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    with torch.inference_mode():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fresh memory is full of NaN, so that what a kernel forgets to write is seen."""
+    for name in ("empty", "empty_like"):
+        usual = getattr(torch, name)
+
+        def poisoned(*args: Any, usual: Any = usual, **how: Any) -> Any:
+            out = usual(*args, **how)
+            return out.fill_(torch.nan) if out.is_floating_point() else out
+
+        monkeypatch.setattr(torch, name, poisoned)
+
+
+@pytest.fixture
+def kernels_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton is used on this device, even if it is a CPU."""
+    monkeypatch.setattr(model.kernels, "TRITON_ON", frozenset({DEVICE.type}))
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.float32, mean: float = 0.5) -> Tensor:
+    """Random numbers with some mean, of which none is 0. A picture, if there are four dimensions, is channels-last."""
+    x = (torch.randn(*shape) + mean).to(DEVICE, dtype)
+    return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
+
+
+def error(given: Tensor, expected: Tensor) -> float:
+    """The largest difference, in standard deviations of what was expected."""
+    assert given.isfinite().all()
+    return float((given.double() - expected).abs().max() / expected.std())
+
+
+@pytest.fixture(autouse=True)
+def products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's interpreter multiplies matrices term by term, in the order of K, as a GPU does.
+
+    By itself it uses numpy, which on some processors gives a row other bits at another place in the matrix, and it
+    would multiply the bits of bfloat16 as if they were whole numbers.
+    """
+
+    def numbers(x: Any) -> Any:
+        return (x.data.astype(np.uint32) << 16).view(np.float32) if x.dtype.scalar == tl.bfloat16 else x.data
+
+    def create_dot(builder: Any, a: Any, b: Any, total: Any, *rest: Any) -> Any:
+        out = total.data.copy()
+        for column, row in zip(numbers(a).astype(out.dtype).T, numbers(b).astype(out.dtype), strict=True):
+            out += column[:, None] * row
+        return TensorHandle(out, total.dtype.scalar)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
+
+
+@pytest.fixture(autouse=True)
+def indices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An index is read from an array of one element, which numpy 2.5 refuses to Triton 3.6's interpreter."""
+    usual = interpreter._patch_lang_tensor
+
+    def patch(tensor: Any, scope: Any) -> None:
+        usual(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch)

@@ -1,0 +1,168 @@
+"""An engine that suffers what it is ordered to suffer: innocent jobs come out right, and only the guilty one fails."""
+
+import asyncio
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.server.conftest import Server
+from tests.server.jobs.test_metrics import balance, read
+from tests.server.jobs.test_stream import understand, watching
+
+POISON = 666
+WATCHED = {"seed": 1000, "steps": 30, "n": 16}
+JOBS = [{"seed": seed, "steps": 12 + seed % 19} for seed in range(100, 120)]
+AWAY_S = 5.0  # until work is taken again, besides the start of an engine
+
+
+@pytest.fixture(scope="module")
+def expected(server: Server) -> list[bytes]:
+    """The pictures of JOBS, each made alone."""
+    return [server.client.post("/generate", json=job).content for job in JOBS]
+
+
+class Outcome:
+    """What became of all jobs; what a viewer of a long one heard; after how long the server said that it takes no work,
+    and until when it did, counted from the blow."""
+
+    def __init__(self) -> None:
+        self.answers: list[httpx.Response] = []
+        self.heard: list[dict[str, Any]] = []
+        self.seen_s = 0.0
+        self.down_s = 0.0
+        self.metrics: dict[str, float] = {}
+
+
+async def suffer(server: Server, jobs: Sequence[dict[str, Any]], blow: int | None = None) -> Outcome:
+    """All jobs at once, and one long one with a viewer; `blow`, a signal for the engine once it works."""
+    outcome, limits = Outcome(), httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(base_url=server.client.base_url, timeout=60, limits=limits) as client:
+
+        async def make(job: dict[str, Any]) -> httpx.Response:
+            return await client.post("/generate", json=job)
+
+        async def view(job: dict[str, Any]) -> None:
+            path = (await client.post("/generate", json=job, headers={"prefer": "respond-async"})).headers["location"]
+            async with watching(server, f"{path}/stream") as socket:
+                outcome.heard = [understand(text) async for text in socket]
+
+        async def probe() -> None:
+            since = time.monotonic()
+            while True:
+                if (await client.get("/readyz")).status_code == 503:
+                    outcome.down_s = time.monotonic() - since
+                    outcome.seen_s = outcome.seen_s or outcome.down_s
+                await asyncio.sleep(0.02)
+
+        viewing = asyncio.create_task(view(WATCHED))
+        making = [asyncio.create_task(make(job)) for job in jobs]
+        if blow is not None:
+            while read((await client.get("/metrics")).text)["ddpm_slots_used"] < 4:
+                await asyncio.sleep(0.01)
+            os.kill(server.engine_pid, blow)
+        probing = asyncio.create_task(probe())
+        outcome.answers = list(await asyncio.gather(*making))
+        await viewing
+        probing.cancel()
+        outcome.metrics = read((await client.get("/metrics")).text)
+    return outcome
+
+
+def faulty(weights: Path, *faults: dict[str, Any], **variables: str) -> Server:
+    """A server whose engine suffers these."""
+    return Server(weights, DDPM_FAULTS=json.dumps(faults), **variables).wait_until_ready()
+
+
+@pytest.fixture
+def once(tmp_path: Path) -> Iterator[str]:
+    """A file by which a fault knows that it has happened."""
+    yield str(tmp_path / "happened")
+
+
+@pytest.mark.parametrize(
+    ("fault", "cause"),
+    [
+        ({"do": "cuda", "seed": 107, "step": 5}, "cuda"),
+        (signal.SIGKILL, "died"),
+        (signal.SIGSTOP, "hung"),
+    ],
+    ids=lambda value: str(value["do"] if isinstance(value, dict) else value),
+)
+def test_an_engine_that_dies_once_costs_nobody_a_picture(
+    fault: "dict[str, Any] | signal.Signals", cause: str, weights: Path, once: str, expected: list[bytes]
+) -> None:
+    if isinstance(fault, dict):
+        server, blow = faulty(weights, fault | {"once": once}), None
+    else:
+        server, blow = faulty(weights), int(fault)
+    try:
+        outcome = asyncio.run(suffer(server, JOBS, blow))
+    finally:
+        code, _ = server.stop()
+
+    assert [answer.content for answer in outcome.answers] == expected
+    restarts = {name: value for name, value in outcome.metrics.items() if "restarts_total" in name}
+    assert restarts == {f"ddpm_engine_restarts_total{{{cause}}}": 1}
+    types = [message["type"] for message in outcome.heard if "type" in message]
+    assert (types.count("restarting"), types[-1]) == (1, "succeeded")
+    assert 0 < outcome.down_s < AWAY_S + server.started_s
+    if blow == signal.SIGKILL:
+        assert outcome.seen_s < 1
+    assert balance(outcome.metrics)[0] == balance(outcome.metrics)[1]
+    assert code == 0
+
+
+def test_memory_that_runs_out_makes_the_batch_smaller_and_nobody_fails(weights: Path, expected: list[bytes]) -> None:
+    server = faulty(weights, {"do": "memory", "bucket": 4})
+    try:
+        outcome = asyncio.run(suffer(server, JOBS))
+        pid = server.engine_pid
+        assert asyncio.run(suffer(server, JOBS)).metrics["ddpm_out_of_memory_total"] == 1  # it has been remembered
+        assert server.engine_pid == pid
+    finally:
+        server.stop()
+
+    assert [answer.content for answer in outcome.answers] == expected
+    assert not any("restarts_total" in name for name in outcome.metrics)
+    assert outcome.metrics["ddpm_out_of_memory_total"] == 1
+
+
+def test_a_picture_that_is_not_finite_fails_and_its_neighbours_do_not_notice(
+    weights: Path, expected: list[bytes]
+) -> None:
+    server = faulty(weights, {"do": "nan", "seed": 107, "step": 7})
+    try:
+        outcome = asyncio.run(suffer(server, JOBS))
+    finally:
+        server.stop()
+
+    sick = outcome.answers[7]
+    assert (sick.status_code, sick.json()["code"]) == (500, "sample-failed")
+    assert "not finite" in sick.json()["detail"]
+    healthy = [answer.content for answer in outcome.answers[:7] + outcome.answers[8:]]
+    assert healthy == expected[:7] + expected[8:]
+
+
+@pytest.mark.parametrize("step", [0, 9])
+def test_of_twenty_innocents_and_a_poison_job_one_fails(step: int, weights: Path, expected: list[bytes]) -> None:
+    server = faulty(weights, {"do": "die", "seed": POISON, "step": step}, DDPM_ENGINE_RESTARTS="2")
+    try:
+        outcome = asyncio.run(suffer(server, [*JOBS, {"seed": POISON, "steps": 30}]))
+        pid = server.wait_until_ready().engine_pid
+        after = asyncio.run(suffer(server, JOBS))
+        assert server.engine_pid == pid
+    finally:
+        server.stop()
+
+    *innocents, poison = outcome.answers
+    assert [answer.content for answer in innocents] == expected
+    assert (poison.status_code, poison.json()["code"]) == (500, "sample-failed")
+    assert outcome.metrics["ddpm_engine_restarts_total{died}"] <= 4
+    assert [answer.content for answer in after.answers] == expected

@@ -1,0 +1,363 @@
+"""Several engines as one backend: over fakes with buttons to press, and over two engines on a CPU."""
+
+import asyncio
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from contextlib import aclosing, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from model.engine.events import Finished
+from model.sampling.plan import resolve
+from server.engines.backend import Progress, Restarting, SampleEvent
+from server.engines.router import Fleet
+from server.errors import EXIT_ENGINE, EXIT_NO_DEVICE, EngineFailed, NotReady, SampleLost
+from server.worker.messages import Spec
+from tests.model.tiny import PROCESS
+from tests.server.conftest import Server
+from tests.server.fakes import FakeBackend
+from tests.server.jobs.test_metrics import read
+
+SAMPLING = resolve(PROCESS, steps=10)
+
+
+class Engine(FakeBackend):
+    """A fake whose streams can be told something before they go on."""
+
+    def __init__(self, numerics: str = "fake") -> None:
+        super().__init__()
+        self.served = {"tiny": replace(self.served["tiny"], numerics=numerics)}
+        self.gate.clear()
+        self.say: list[SampleEvent] = []
+
+    async def run(self, spec: Spec) -> AsyncGenerator[SampleEvent]:
+        """What is to be said, and then all pictures of `spec`."""
+        for event in self.say:
+            yield event
+        async with aclosing(super().run(spec)) as events:
+            async for event in events:
+                yield event
+
+
+def fleet_of(*engines: Engine, on_failed: Callable[[EngineFailed], None] = print) -> Fleet:
+    """These engines as one."""
+    made = Fleet(on_failed)
+    for engine in engines:
+        made.join(engine)
+    return made
+
+
+async def collect(fleet: Fleet, spec: Spec, heard: list[SampleEvent]) -> None:
+    """Hears all of it."""
+    async with aclosing(fleet.run(spec)) as events:
+        async for event in events:
+            heard.append(event)
+
+
+async def settle() -> None:
+    """Lets everybody do what they can."""
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+def play(scene: Coroutine[Any, Any, None]) -> None:
+    """Runs a scene that must come to its end."""
+    asyncio.run(asyncio.wait_for(scene, 10))
+
+
+def seeds(engine: Engine) -> list[int]:
+    """Of all that it was asked for."""
+    return [seed for spec in engine.specs for seed in spec.seeds]
+
+
+def pictures(heard: list[SampleEvent]) -> dict[object, int]:
+    """The grey level of each picture, by index."""
+    return {event.id: int(event.picture[0, 0, 0]) for event in heard if isinstance(event, Finished)}
+
+
+def test_the_pictures_of_a_job_are_shared_out_and_come_back_in_their_places() -> None:
+    async def scene() -> None:
+        a, b, heard = Engine(), Engine(), list[SampleEvent]()
+        running = asyncio.create_task(collect(fleet_of(a, b), Spec("tiny", (5, 6, 7, 8, 9), SAMPLING), heard))
+        await settle()
+        b.gate.set()
+        await settle()
+        a.gate.set()
+        await running
+
+        assert sorted(seeds(a) + seeds(b)) == [5, 6, 7, 8, 9]
+        assert {len(seeds(a)), len(seeds(b))} == {2, 3}
+        assert pictures(heard) == {0: 5, 1: 6, 2: 7, 3: 8, 4: 9}
+
+    play(scene())
+
+
+def test_a_picture_goes_where_the_least_work_waits() -> None:
+    async def scene() -> None:
+        a, b = Engine(), Engine()
+        fleet, heard = fleet_of(a, b), list[SampleEvent]()
+        long, short = (Spec("tiny", (1,), resolve(PROCESS, steps=steps)) for steps in (30, 3))
+        running = [asyncio.create_task(collect(fleet, spec, heard)) for spec in (long, *[short] * 4)]
+        await settle()
+
+        assert (len(a.specs), len(b.specs)) == (1, 4)
+        for engine in (a, b):
+            engine.gate.set()
+        await asyncio.gather(*running)
+
+    play(scene())
+
+
+def test_an_owner_who_waits_for_little_is_not_sent_behind_its_own_work() -> None:
+    """One floods both engines; the other's two pictures have a share of each, though one has more before it."""
+
+    async def scene() -> None:
+        a, b = Engine(), Engine()
+        fleet, heard = fleet_of(a, b), list[SampleEvent]()
+        flood = [Spec("tiny", tuple(range(40)), SAMPLING, owner="many") for _ in range(3)]
+        flood.append(Spec("tiny", (1,), resolve(PROCESS, steps=30), owner="many"))
+        running = [asyncio.create_task(collect(fleet, spec, heard)) for spec in flood]
+        await settle()
+        running.append(asyncio.create_task(collect(fleet, Spec("tiny", (1, 2), SAMPLING, owner="few"), heard)))
+        await settle()
+
+        assert [sum(spec.owner == "few" for spec in engine.specs) for engine in (a, b)] == [1, 1]
+        for engine in (a, b):
+            engine.gate.set()
+        await asyncio.gather(*running)
+
+    play(scene())
+
+
+def test_however_many_wait_for_an_engine_one_looks_for_it() -> None:
+    async def scene() -> None:
+        a, b, heard = Engine(), Engine(), list[SampleEvent]()
+        a.trouble = b.trouble = "loading"
+        fleet = fleet_of(a, b)
+        running = [asyncio.create_task(collect(fleet, Spec("tiny", (i,), SAMPLING), heard)) for i in range(50)]
+        await settle()
+        assert [task.get_name() for task in asyncio.all_tasks()].count("look for an engine") == 1
+        b.trouble = None
+        b.gate.set()
+        await asyncio.gather(*running)
+
+        assert (len(a.specs), len(b.specs)) == (0, 50)
+        await fleet.close()
+
+    play(scene())
+
+
+def test_a_job_stays_within_one_numerics_class() -> None:
+    async def scene() -> None:
+        a, b, heard = Engine("one class"), Engine("another"), list[SampleEvent]()
+        fleet = fleet_of(a, b)
+        running = [asyncio.create_task(collect(fleet, Spec("tiny", (1, 2, 3), SAMPLING), heard)) for _ in range(2)]
+        await settle()
+
+        assert (seeds(a), seeds(b)) == ([1, 2, 3], [1, 2, 3])
+        for engine in (a, b):
+            engine.gate.set()
+        await asyncio.gather(*running)
+
+    play(scene())
+
+
+def test_what_a_lost_engine_had_moves_to_another() -> None:
+    async def scene() -> None:
+        a, b, heard, failures = Engine(), Engine(), list[SampleEvent](), list[EngineFailed]()
+        fleet = fleet_of(a, b, on_failed=failures.append)
+        running = asyncio.create_task(collect(fleet, Spec("tiny", (1, 2, 3, 4), SAMPLING), heard))
+        await settle()
+        a.failure, a.trouble = EngineFailed("gone", EXIT_ENGINE), "gone"
+        fleet.lose(a.failure)
+        a.gate.set()
+        await settle()
+        b.gate.set()
+        await running
+
+        assert pictures(heard) == {0: 1, 1: 2, 2: 3, 3: 4}
+        assert sorted(seeds(b)) == [1, 2, 3, 4]
+        assert (fleet.trouble, failures) == (None, [])
+
+    play(scene())
+
+
+def test_all_is_lost_when_the_last_engine_is() -> None:
+    async def scene() -> None:
+        engines, heard, failures = (Engine(), Engine()), list[SampleEvent](), list[EngineFailed]()
+        fleet = fleet_of(*engines, on_failed=failures.append)
+        running = asyncio.create_task(collect(fleet, Spec("tiny", (1, 2), SAMPLING), heard))
+        await settle()
+        for engine in engines:
+            engine.failure, engine.trouble = EngineFailed("gone", EXIT_ENGINE), "gone"
+            fleet.lose(engine.failure)
+            engine.gate.set()
+
+        with pytest.raises(EngineFailed):
+            await running
+        assert fleet.trouble == "gone"
+        assert [failure.exit_code for failure in failures] == [EXIT_ENGINE]
+
+    play(scene())
+
+
+def test_a_device_that_is_not_there_ends_the_start() -> None:
+    a, b, failures = Engine(), Engine(), list[EngineFailed]()
+    a.served, b.served = {}, {}
+    fleet = fleet_of(a, b, on_failed=failures.append)
+
+    fleet.lose(EngineFailed("no such device", EXIT_NO_DEVICE))
+
+    assert [failure.exit_code for failure in failures] == [EXIT_NO_DEVICE]
+
+
+def test_a_job_that_was_seated_when_an_engine_died_can_kill_no_other() -> None:
+    async def scene() -> None:
+        a, b, heard = Engine(), Engine(), list[SampleEvent]()
+        a.say = [Progress({0: 3}), Restarting(1.0)]
+        running = asyncio.create_task(collect(fleet_of(a, b), Spec("tiny", (1, 2, 3, 4), SAMPLING), heard))
+        await settle()
+
+        assert sorted(seeds(a)) == [1, 2, 3, 4]
+        assert sorted(seed for spec in b.given_up for seed in spec.seeds) == sorted(seeds(b))
+        a.say = []
+        a.gate.set()
+        await running
+        assert pictures(heard) == {0: 1, 1: 2, 2: 3, 3: 4}
+
+    play(scene())
+
+
+@pytest.mark.parametrize(
+    ("again", "pictures_made"),
+    [([], {0: 1, 1: 2, 2: 3, 3: 4}), ([Progress({0: 3})], {})],
+    ids=["only before", "both times"],
+)
+def test_a_job_is_to_blame_for_the_loss_of_an_engine_if_it_sat_there_at_its_last_death_and_one_before(
+    again: list[SampleEvent], pictures_made: dict[object, int]
+) -> None:
+    async def scene() -> None:
+        a, b, heard = Engine(), Engine(), list[SampleEvent]()
+        a.say = [Progress({0: 3}), Restarting(1.0), *again]
+        fleet = fleet_of(a, b)
+        running = asyncio.create_task(collect(fleet, Spec("tiny", (1, 2, 3, 4), SAMPLING), heard))
+        await settle()
+        a.failure, a.trouble = EngineFailed("gone", EXIT_ENGINE), "gone"
+        fleet.lose(a.failure)
+        for engine in (a, b):
+            engine.gate.set()
+
+        with pytest.raises(SampleLost) if again else nullcontext():
+            await running
+        assert pictures(heard) == pictures_made
+        assert (fleet.trouble, fleet.served) == (None, b.served)
+
+    play(scene())
+
+
+def test_a_job_that_only_waited_when_an_engine_died_stays_where_it_is() -> None:
+    async def scene() -> None:
+        a, b, heard = Engine(), Engine(), list[SampleEvent]()
+        a.say = [Restarting(1.0)]
+        running = asyncio.create_task(collect(fleet_of(a, b), Spec("tiny", (1, 2), SAMPLING), heard))
+        await settle()
+
+        assert (len(seeds(a)), len(seeds(b))) == (1, 1)
+        for engine in (a, b):
+            engine.gate.set()
+        await running
+
+    play(scene())
+
+
+def test_who_leaves_gives_up_all_parts_and_their_work_is_not_counted_any_more() -> None:
+    async def scene() -> None:
+        a, b = Engine(), Engine()
+        fleet = fleet_of(a, b)
+        running = asyncio.create_task(collect(fleet, Spec("tiny", (1, 2, 3), SAMPLING), []))
+        await settle()
+        running.cancel()
+        await asyncio.wait([running])
+        heard = list[SampleEvent]()
+        after = asyncio.create_task(collect(fleet, Spec("tiny", (7,), SAMPLING), heard))
+        await settle()
+        a.gate.set()
+        await after
+
+        assert (len(a.given_up), len(b.given_up)) == (1, 1)
+        assert pictures(heard) == {0: 7}  # by the first of two with nothing to do
+
+    play(scene())
+
+
+def test_while_no_engine_takes_work_it_waits_and_is_told_when_none_ever_will() -> None:
+    async def scene() -> None:
+        a, b = Engine(), Engine()
+        a.trouble, b.trouble = "one thing", "another"
+        fleet = fleet_of(a, b)
+
+        assert (fleet.trouble, fleet.served) == ("one thing; another", {})
+        waiting = asyncio.create_task(collect(fleet, Spec("tiny", (1,), SAMPLING), []))
+        await settle()
+        assert not waiting.done()
+        await fleet.close()
+        with pytest.raises(NotReady):
+            await waiting
+
+    play(scene())
+
+
+def test_a_step_of_two_engines_holds_twice_as_many() -> None:
+    assert fleet_of(Engine(), Engine()).step_s("tiny", [1, 2]) == [0.0, 0.1, 0.1, 0.2, 0.2]
+
+
+def test_two_engines_make_what_one_makes_and_one_that_is_killed_is_replaced(server: Server, weights: Path) -> None:
+    job = {"seed": 5, "steps": 30, "n": 32}
+    expected = server.client.post("/generate", json=job).content
+    two = Server(weights, DDPM_DEVICE="cpu", DDPM_ENGINES="2", DDPM_THREADS="2").wait_until_ready()
+    while None in two.client.get("/models").json()["models"][0]["engines"]:
+        time.sleep(0.05)
+    first = two.engine_pids
+    answers: list[httpx.Response] = []
+    caller = threading.Thread(target=lambda: answers.append(two.client.post("/generate", json=job)))
+    caller.start()
+    time.sleep(0.05)
+    os.kill(first[0], signal.SIGKILL)
+    ready = set[int]()
+    while caller.is_alive():
+        ready.add(two.client.get("/readyz").status_code)
+        time.sleep(0.02)
+    caller.join()
+
+    assert [answer.content for answer in answers] == [expected]
+    assert ready == {200}
+    assert first[1] in two.engine_pids
+    assert two.stop()[0] == 0
+
+
+def test_a_job_that_kills_every_engine_fails_alone_and_is_made_by_one(weights: Path) -> None:
+    faults = json.dumps([{"do": "die", "seed": seed, "step": 3} for seed in (1, 2)])
+    knobs = {"DDPM_DEVICE": "cpu", "DDPM_ENGINES": "2", "DDPM_THREADS": "2", "DDPM_FAULTS": faults}
+    two = Server(weights, **knobs).wait_until_ready()
+    while None in two.client.get("/models").json()["models"][0]["engines"]:
+        time.sleep(0.05)
+    later = {"prefer": "respond-async"}
+    poison = two.client.post("/generate", json={"seed": 1, "steps": 30, "n": 2}, headers=later).headers["location"]
+    innocents = [
+        two.client.post("/generate", json={"seed": 100 + i, "steps": 30}, headers=later).headers["location"]
+        for i in range(4)
+    ]
+
+    two.until(lambda: two.client.get(poison).json()["status"] == "failed", 120)
+    two.until(lambda: all(two.client.get(job).json()["status"] == "succeeded" for job in innocents))
+    restarts = read(two.client.get("/metrics").text)
+    assert sum(count for name, count in restarts.items() if name.startswith("ddpm_engine_restarts")) <= 8
+    assert two.stop()[0] == 0

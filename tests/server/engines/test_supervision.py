@@ -1,0 +1,95 @@
+"""Engines that die of what they are given: over lives without a process, to see what is held against whom."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from model.engine.events import Stats
+from model.sampling.plan import resolve
+from server.engines import supervisor
+from server.engines.process import Letter, Life
+from server.engines.supervisor import LocalBackend
+from server.errors import EXIT_ENGINE, EngineFailed, SampleLost
+from server.worker.messages import Died, Happened, Ready, Spec, Start, Submit
+from tests.model.tiny import PROCESS
+from tests.server.fakes import FakeBackend
+
+START = Start((("tiny", Path("tiny")),), "cpu", "auto", 4, 1, True, "info")
+
+
+class Frail(Life):
+    """An engine that dies as soon as somebody is seated, before the first step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.letters: asyncio.Queue[Letter] = asyncio.Queue()
+
+    def send(self, letter: Letter) -> None:
+        self.letters.put_nowait(letter)
+
+    async def last(self, start: Start, receive: Callable[[object], None], hangs: Callable[[], bool]) -> None:
+        receive(Ready(FakeBackend().served, []))
+        while not isinstance(letter := await self.letters.get(), Submit):
+            pass
+        receive(Happened([], Stats(), [(id, 0) for id in letter.ids]))
+
+
+class Stillborn(Life):
+    """An engine that dies before it is ready, of want of memory."""
+
+    async def last(self, start: Start, receive: Callable[[object], None], hangs: Callable[[], bool]) -> None:
+        receive(Died("memory", ""))
+
+
+@asynccontextmanager
+async def supervised(restarts: int, failures: list[EngineFailed]) -> AsyncIterator[LocalBackend]:
+    """A backend whose engines may be replaced so often."""
+    backend = LocalBackend(START, restarts, failures.append)
+    await backend.start()
+    try:
+        yield backend
+    finally:
+        await backend.close()
+
+
+async def run(backend: LocalBackend, seed: int) -> None:
+    """A job of one picture."""
+    async for _ in backend.run(Spec("tiny", (seed,), resolve(PROCESS, steps=5))):
+        pass
+
+
+def test_any_number_of_jobs_that_kill_at_their_first_step_fail_one_by_one_and_the_engine_is_replaced(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def scene() -> list[EngineFailed]:
+        failures: list[EngineFailed] = []
+        async with supervised(2, failures) as backend:
+            for seed in range(3):
+                with pytest.raises(SampleLost):
+                    await asyncio.wait_for(run(backend, seed), 30)
+        return failures
+
+    monkeypatch.setattr(supervisor, "Life", Frail)
+
+    assert asyncio.run(scene()) == []
+
+
+def test_an_engine_that_dies_with_nobody_on_it_is_given_up_and_what_helps_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def scene() -> list[EngineFailed]:
+        failures: list[EngineFailed] = []
+        async with supervised(2, failures) as backend:
+            with pytest.raises(EngineFailed):
+                await asyncio.wait_for(run(backend, 1), 30)
+        return failures
+
+    monkeypatch.setattr(supervisor, "Life", Stillborn)
+
+    (failure,) = asyncio.run(scene())
+
+    assert failure.exit_code == EXIT_ENGINE
+    assert "DDPM_SLOTS" in str(failure)

@@ -1,0 +1,216 @@
+"""The engine process dies, hangs, or cannot start: the server tells the truth, and every picture comes out the same."""
+
+import asyncio
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from contextlib import aclosing
+from pathlib import Path
+
+import httpx
+import pytest
+
+from model.engine.events import Finished
+from model.sampling.plan import resolve
+from server.engines.supervisor import LocalBackend, Patience
+from server.worker.messages import Spec, Start
+from tests.model.convert.directories import write_model
+from tests.model.tiny import PROCESS
+from tests.server.conftest import Server
+
+
+def test_a_killed_engine_is_replaced_and_its_pictures_come_out_the_same(weights: Path) -> None:
+    server = Server(weights).wait_until_ready()
+    request = {"seed": 5, "steps": 30, "n": 64}
+    expected = server.client.post("/generate", json=request).content
+    answers: list[httpx.Response] = []
+    caller = threading.Thread(target=lambda: answers.append(server.client.post("/generate", json=request)))
+    first = server.engine_pid
+
+    caller.start()
+    time.sleep(0.05)
+    os.kill(first, signal.SIGKILL)
+    caller.join()
+
+    assert [answer.content for answer in answers] == [expected]
+    assert server.engine_pid != first
+    assert server.stop()[0] == 0
+
+
+def test_a_stopped_engine_is_seen_within_seconds(weights: Path) -> None:
+    server = Server(weights, DDPM_ENGINE_PATIENCE_S="8").wait_until_ready()
+    engine = server.engine_pid
+    os.kill(engine, signal.SIGSTOP)
+    began = time.monotonic()
+    while server.client.get("/readyz").status_code == 200:
+        assert time.monotonic() - began < 10
+        time.sleep(0.1)
+
+    assert "has been stopped" in server.client.get("/readyz").json()["detail"]
+    assert server.client.get("/healthz").status_code == 200
+
+    os.kill(engine, signal.SIGCONT)
+    server.wait_until_ready()
+    server.stop()
+
+
+def test_a_stopped_engine_never_stops_the_api(weights: Path) -> None:
+    """Three hundred callers come and leave while nobody reads the engine's pipe, which holds less than their jobs."""
+    server = Server(weights, DDPM_ENGINE_PATIENCE_S="60").wait_until_ready()
+    body = json.dumps({"steps": 30, "n": 64}).encode()
+    head = (
+        f"POST /generate HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+    )
+    os.kill(server.engine_pid, signal.SIGSTOP)
+    for _ in range(300):
+        with socket.create_connection(("127.0.0.1", server.port)) as caller:
+            caller.sendall(head.encode() + body)
+    began = time.monotonic()
+
+    assert server.client.get("/healthz").status_code == 200
+    assert time.monotonic() - began < 2
+
+    os.kill(server.engine_pid, signal.SIGCONT)
+    server.wait_until_ready()
+    assert server.client.post("/generate", json={"seed": 1, "steps": 2}).status_code == 200
+    assert server.stop()[0] == 0
+
+
+def test_an_engine_that_hangs_is_killed_and_its_pictures_come_out_the_same(weights: Path) -> None:
+    async def pictures(backend: LocalBackend, hang: bool) -> list[Finished]:
+        await backend.start()
+        while backend.trouble is not None:
+            await asyncio.sleep(0.05)
+        sampling = resolve(PROCESS, steps=30)
+        if hang:
+            (engine,) = multiprocessing.active_children()
+            assert engine.pid is not None
+            os.kill(engine.pid, signal.SIGSTOP)
+        async with aclosing(backend.run(Spec("tiny", (1, 2, 3), sampling))) as events:
+            made = [event async for event in events if isinstance(event, Finished)]
+        await backend.close()
+        return sorted(made, key=lambda event: str(event.id))
+
+    start = Start((("tiny", weights / "tiny"),), "cpu", "auto", 4, 1, True, "info")
+    patience = Patience(silence_s=60, hang_s=1, hang_steps=1)
+    expected, made = (
+        asyncio.run(pictures(LocalBackend(start, 3, print, patience=patience), hang)) for hang in (False, True)
+    )
+
+    assert [event.picture.tolist() for event in made] == [event.picture.tolist() for event in expected]
+    assert len(made) == 3
+
+
+def test_weights_that_change_under_a_server_are_not_served_by_it(tmp_path: Path) -> None:
+    write_model(tmp_path / "tiny")
+    server = Server(tmp_path).wait_until_ready()
+    write_model(tmp_path / "tiny", {"norm_eps": 1e-3})
+    os.kill(server.engine_pid, signal.SIGKILL)
+
+    code, log = server.ended()
+
+    assert code == 3
+    assert log.strip().splitlines()[-1] == "ddpm: the weights were changed while they were served"
+
+
+def test_a_drain_that_runs_out_says_so_to_those_who_wait(weights: Path) -> None:
+    server = Server(weights, DDPM_DRAIN_S="0.5", DDPM_THREADS="1").wait_until_ready()
+    os.kill(server.engine_pid, signal.SIGSTOP)  # so that nothing ends by itself
+    answers: list[httpx.Response] = []
+    caller = threading.Thread(target=lambda: answers.append(server.client.post("/generate", json={"steps": 30})))
+    caller.start()
+    time.sleep(0.3)
+    began = time.monotonic()
+    server.process.terminate()
+    caller.join()
+    code = server.stop()[0]
+
+    assert [(a.status_code, a.json()["code"]) for a in answers] == [(503, "not-ready")]
+    assert code == 0
+    assert time.monotonic() - began < 5
+
+
+def test_an_engine_does_not_outlive_its_server(weights: Path) -> None:
+    server = Server(weights).wait_until_ready()
+    engine = server.engine_pid
+    server.kill()
+    server.ended()
+
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{engine}").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not Path(f"/proc/{engine}").exists()
+
+
+def exit_of(**variables: str) -> tuple[int, str]:
+    """How `ddpm serve` ends with these settings, and the last line it says."""
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("DDPM_")}
+    command = [sys.executable, "-m", "server", "serve"]
+    with tempfile.TemporaryDirectory() as data:
+        environ |= {"DDPM_PORT": "0", "DDPM_DATA_DIR": data, **variables}
+        ended = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60)
+    return ended.returncode, ended.stderr.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("broken", "said"),
+    [
+        ("truncated", "truncated"),
+        ("pickle", "is a pickle, which is never read"),
+        ("shape", "must have shape"),
+        ("config", "block_out_channels"),
+        ("missing", "scheduler_config.json is missing"),
+        ("nan", "not finite"),
+    ],
+)
+def test_a_bad_model_directory_ends_the_start_with_one_line_and_code_3(tmp_path: Path, broken: str, said: str) -> None:
+    import torch
+
+    from tests.model.convert.directories import weights as tensors
+
+    directory = write_model(tmp_path / "bad")
+    file = directory / "diffusion_pytorch_model.safetensors"
+    if broken == "truncated":
+        file.write_bytes(file.read_bytes()[:-100])
+    elif broken == "pickle":
+        file.rename(directory / "diffusion_pytorch_model.bin")
+    elif broken == "missing":
+        (directory / "scheduler_config.json").unlink()
+    elif broken == "config":
+        write_model(directory, {"block_out_channels": [8, 2**31]})
+    else:
+        wrong = tensors()
+        wrong["conv_in.bias"] = torch.zeros(9) if broken == "shape" else torch.full((8,), float("nan"))
+        write_model(directory, tensors=wrong)
+
+    code, line = exit_of(DDPM_WEIGHTS=str(tmp_path))
+
+    assert code == 3
+    assert line.startswith("ddpm: ")
+    assert said in line
+
+
+@pytest.mark.parametrize(
+    ("variables", "code", "said"),
+    [
+        ({"DDPM_SLOT": "4"}, 2, "DDPM_SLOT is not a setting"),
+        ({"DDPM_SLOTS": "many"}, 2, "DDPM_SLOTS"),
+        ({"DDPM_PORT": "70000"}, 2, "DDPM_PORT"),
+        ({"DDPM_DEFAULT_MODEL": "other"}, 2, "DDPM_DEFAULT_MODEL must be one of tiny"),
+        ({"DDPM_DEVICE": "cuda:31"}, 6, "cuda:31"),
+        ({"DDPM_WEIGHTS": "nowhere"}, 3, "nowhere is not a directory"),
+    ],
+)
+def test_a_bad_setting_ends_the_start_with_one_line(
+    weights: Path, variables: dict[str, str], code: int, said: str
+) -> None:
+    ended, line = exit_of(**{"DDPM_WEIGHTS": str(weights), **variables})
+
+    assert (ended, said in line) == (code, True), line

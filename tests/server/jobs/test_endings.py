@@ -1,0 +1,102 @@
+"""How a server process ends: by a signal, with work in hand; and how it does not begin, with a store it cannot have."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from websockets.exceptions import ConnectionClosed
+from websockets.sync.client import connect
+
+from server.store.schema import JOURNAL
+from tests.server.conftest import Server
+from tests.server.engines.test_supervisor import exit_of
+
+LATER = {"prefer": "respond-async"}
+
+
+def jobs(server: Server, count: int) -> list[str]:
+    """So many jobs that nobody waits for."""
+    body = {"steps": 30, "n": 4, "frames": None}
+    return [server.client.post("/generate", json=body, headers=LATER).json()["id"] for _ in range(count)]
+
+
+def test_what_does_not_fit_into_the_grace_is_done_by_the_next_server(weights: Path, tmp_path: Path) -> None:
+    server = Server(weights, DDPM_DRAIN_S="0.1", DDPM_DATA_DIR=str(tmp_path)).wait_until_ready()
+    asked = jobs(server, 15)
+    with connect(f"ws://127.0.0.1:{server.port}/jobs/{asked[-1]}/stream") as socket:
+        server.process.terminate()
+        with pytest.raises(ConnectionClosed) as closed:
+            while True:
+                socket.recv(30)
+    assert server.process.wait(30) == 0
+    server.start()
+    server.wait_until_ready()
+    deadline = time.monotonic() + 60
+    while (documents := [server.client.get(f"/jobs/{id}").json() for id in asked])[-1]["status"] != "succeeded":
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+    assert {document["status"] for document in documents} == {"succeeded"}
+    assert closed.value.rcvd is not None
+    assert closed.value.rcvd.code == 1012
+    assert server.stop()[0] == 0
+
+
+def test_all_that_fits_into_the_grace_is_done_by_this_one(weights: Path, tmp_path: Path) -> None:
+    server = Server(weights, DDPM_DRAIN_S="60", DDPM_DATA_DIR=str(tmp_path)).wait_until_ready()
+    asked = jobs(server, 3)
+    with connect(f"ws://127.0.0.1:{server.port}/jobs/{asked[-1]}/stream") as socket:
+        server.process.terminate()
+        heard = [message for message in socket if isinstance(message, str)]
+    code = server.ended()[0]
+
+    assert code == 0
+    assert '"type": "succeeded"' in heard[-1]
+
+
+def test_a_second_signal_parks_at_once(weights: Path) -> None:
+    server = Server(weights, DDPM_DRAIN_S="600").wait_until_ready()
+    os.kill(server.engine_pid, signal.SIGSTOP)  # so that nothing ends by itself
+    jobs(server, 1)
+    server.process.terminate()
+    while server.client.get("/readyz").json()["detail"] != "the server is shutting down":
+        time.sleep(0.01)
+    began = time.monotonic()
+
+    assert server.stop()[0] == 0
+    assert time.monotonic() - began < 5
+
+
+def test_it_says_what_it_waits_for_and_what_came_of_that(weights: Path, tmp_path: Path) -> None:
+    server = Server(weights, DDPM_DRAIN_S="0.1", DDPM_DATA_DIR=str(tmp_path)).wait_until_ready()
+    server.client.post("/generate", json={"steps": 1})
+    os.kill(server.engine_pid, signal.SIGSTOP)  # so that nothing ends by itself
+    jobs(server, 2)
+    logged = [json.loads(line) for line in server.stop()[1].splitlines()]
+    draining, stopped = (line for line in logged if line["event"] in ("draining", "stopped"))
+
+    assert (draining["event"], draining["seconds"]) == ("draining", 0.1)
+    assert draining["jobs_running"] + draining["jobs_waiting"] == 2
+    assert (stopped["event"], stopped["jobs_ended"], stopped["jobs_parked"]) == ("stopped", 0, 2)
+
+
+def test_a_store_in_use_or_damaged_ends_the_start_with_one_line(weights: Path, tmp_path: Path) -> None:
+    server = Server(weights, DDPM_DATA_DIR=str(tmp_path)).wait_until_ready()
+    in_use, said = exit_of(DDPM_WEIGHTS=str(weights), DDPM_DATA_DIR=str(tmp_path))
+    holder = server.process.pid
+    server.stop()
+    (tmp_path / JOURNAL).write_bytes(b"\0" * 8192)
+    damaged, why = exit_of(DDPM_WEIGHTS=str(weights), DDPM_DATA_DIR=str(tmp_path))
+
+    assert (in_use, said) == (5, f"ddpm: the store {tmp_path} is in use by another server, process {holder}")
+    assert (damaged, "is damaged" in why) == (4, True)
+
+
+def test_a_folder_that_cannot_be_written_is_a_wrong_setting(weights: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    code, said = exit_of(DDPM_WEIGHTS=str(weights), DDPM_DATA_DIR=str(tmp_path / "file" / "data"))
+
+    assert (code, said.startswith("ddpm: DDPM_DATA_DIR")) == (2, True)

@@ -1,0 +1,409 @@
+"""The store: what it has said is kept is kept, once, in order, by one server; and it says so when it cannot."""
+
+import asyncio
+import os
+import resource
+import sqlite3
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+from server.errors import Gone, NotFound, StorageFull, StoreInUse, StoreRefused
+from server.store import rows, writer
+from server.store.rows import Found, Record
+from server.store.schema import JOURNAL, VERSION
+from server.store.store import Store
+from tests.server.jobs.records import a_store, ended, keep, name, record, without_room
+
+
+def files(directory: Path) -> dict[str, bytes]:
+    """Everything in a folder but the lock."""
+    return {p.name: p.read_bytes() for p in directory.rglob("*") if p.is_file() and p.name != "lock"}
+
+
+def test_what_was_kept_is_there_when_it_is_opened_again(tmp_path: Path) -> None:
+    async def story() -> tuple[Record, list[Record], bytes]:
+        async with a_store(tmp_path) as store:
+            await keep(store, "a", b"png", created_at=5.0)
+            await store.insert(record("b", owner="me", request='{"seed":1}'))
+        async with a_store(tmp_path) as store:
+            return await store.find("a", None), await store.recover(), store.pictures.read(name(b"png"))
+
+    found, unfinished, png = asyncio.run(story())
+
+    assert found == replace(ended("a", (b"png",), created_at=5.0), number=1)
+    assert unfinished == [record("b", owner="me", request='{"seed":1}', attempt=2, number=2)]
+    assert png == b"png"
+
+
+def test_a_thousand_callers_at_once_share_a_few_commits(tmp_path: Path) -> None:
+    commits: list[float] = []
+
+    async def story() -> int:
+        async with a_store(tmp_path, commits.append) as store:
+            await asyncio.gather(*(store.insert(record(f"{i:04d}")) for i in range(1000)))
+            return len(await store.recover())
+
+    assert asyncio.run(story()) == 1000
+    assert len(commits) < 20
+
+
+def test_one_request_that_cannot_be_done_spoils_nothing_for_those_it_shares_a_commit_with(tmp_path: Path) -> None:
+    async def story() -> tuple[list[Record | Found | BaseException], list[str]]:
+        async with a_store(tmp_path) as store:
+            ids = ["a", "b", "a", "c"]
+            answers = await asyncio.gather(*(store.insert(record(id)) for id in ids), return_exceptions=True)
+            return answers, [row.id for row in await store.recover()]
+
+    answers, kept = asyncio.run(story())
+
+    assert [type(answer) for answer in answers] == [Record, Record, sqlite3.IntegrityError, Record]
+    assert kept == ["a", "b", "c"]
+
+
+def test_a_result_is_taken_once_and_only_from_the_latest_attempt(tmp_path: Path) -> None:
+    async def story() -> list[Record | None]:
+        async with a_store(tmp_path) as store:
+            await store.insert(record("a"))
+            (again,) = await store.recover()
+            late, taken = ended("a", attempt=1), ended("a", attempt=again.attempt)
+            return [await store.finish(result) for result in (late, taken, taken)]
+
+    late, taken, twice = asyncio.run(story())
+
+    assert (late, twice) == (None, None)
+    assert taken == ended("a", attempt=2)
+
+
+def test_of_two_pictures_that_should_be_the_same_the_first_counts(tmp_path: Path) -> None:
+    async def story() -> Record | None:
+        async with a_store(tmp_path) as store:
+            await keep(store, "a", b"first", identities=("same",))
+            return await keep(store, "b", b"other", identities=("same",))
+
+    second = asyncio.run(story())
+
+    assert second is not None
+    assert [(image.sha256, image.size) for image in second.images] == [(name(b"first"), 5)]
+
+
+def test_a_key_leads_to_the_job_that_came_with_it_for_its_owner_alone(tmp_path: Path) -> None:
+    async def story() -> list[Record | Found | None]:
+        async with a_store(tmp_path) as store:
+            mine, theirs = record("a", key="k", fingerprint="f"), record("b", key="k", fingerprint="g", owner="them")
+            same = record("c", key="k", fingerprint="h")
+            race = await asyncio.gather(*(store.insert(each) for each in (mine, theirs, same)))
+            return [
+                *race,
+                await store.by_key(None, "k"),
+                await store.by_key("them", "k"),
+                await store.by_key(None, "l"),
+            ]
+
+    *race, mine, theirs, nobody = asyncio.run(story())
+
+    assert [type(answer) for answer in race] == [Record, Record, Found]
+    assert (mine, theirs, nobody) == (Found("a", "f"), Found("b", "g"), None)
+
+
+def test_the_oldest_go_first_and_a_picture_stays_as_long_as_one_job_has_it(tmp_path: Path) -> None:
+    async def story() -> tuple[list[str], list[bool], list[object]]:
+        async with a_store(tmp_path) as store:
+            for i, pngs in enumerate([(b"x", b"y"), (b"y",), (b"z",)]):
+                await keep(store, f"{i}", *pngs, ended=10.0 + i)
+            gone = await store.expire(before=11.0, most_bytes=1 << 40)
+            await store.delete(gone.pictures)
+            left = [store.pictures.has(name(png), 1) for png in (b"x", b"y", b"z")]
+            errors = list[object]()
+            for id in ("0", "9"):
+                with pytest.raises((Gone, NotFound)) as error:
+                    await store.find(id, None)
+                errors.append(error.type)
+            return gone.ids, left, errors
+
+    assert asyncio.run(story()) == (["0"], [False, True, True], [Gone, NotFound])
+
+
+def test_bytes_are_kept_within_bounds_by_deleting_the_oldest(tmp_path: Path) -> None:
+    async def story() -> tuple[list[str], int, int]:
+        async with a_store(tmp_path) as store:
+            for i in range(5):
+                await keep(store, f"{i}", os.urandom(100_000))
+            before = store.size_bytes
+            gone = await store.expire(before=0.0, most_bytes=before - 250_000)
+            return gone.ids, before, store.size_bytes
+
+    ids, before, after = asyncio.run(story())
+
+    assert ids == ["0", "1", "2"]
+    assert before > 500_000
+    assert 200_000 <= after <= before - 250_000
+
+
+def test_a_picture_that_is_about_to_be_named_is_not_deleted_with_the_job_that_had_it(tmp_path: Path) -> None:
+    async def story() -> bytes:
+        async with a_store(tmp_path) as store:
+            await keep(store, "a", b"png")
+            await store.insert(record("b"))
+            await store.save({name(b"png"): b"png"})
+            gone = await store.expire(before=99.0, most_bytes=1 << 40)  # between the picture and its row
+            await store.delete(gone.pictures)
+            await store.finish(ended("b", (b"png",)))
+            return store.pictures.read(name(b"png"))
+
+    assert asyncio.run(story()) == b"png"
+
+
+def test_a_picture_that_another_job_has_been_given_is_not_deleted_with_the_job_that_had_it(tmp_path: Path) -> None:
+    async def story() -> bytes:
+        async with a_store(tmp_path) as store:
+            await keep(store, "a", b"png")
+            gone = await store.expire(before=99.0, most_bytes=1 << 40)
+            await keep(store, "b", b"png")  # between the end of its row and the end of its file
+            await store.delete(gone.pictures)
+            return store.pictures.read(name(b"png"))
+
+    assert asyncio.run(story()) == b"png"
+
+
+def test_pictures_of_no_job_are_gone_after_a_restart_and_damaged_ones_are_told(tmp_path: Path) -> None:
+    async def story() -> dict[str, bytes]:
+        async with a_store(tmp_path) as store:
+            await keep(store, "a", b"good")
+            await store.save({name(b"nobody's"): b"nobody's"})
+            (tmp_path / "pictures" / "half.part").write_bytes(b"ha")
+            (tmp_path / "pictures" / name(b"good")).write_bytes(b"evil")
+            with pytest.raises(Gone, match="damaged"):
+                store.pictures.read(name(b"good"))
+        async with a_store(tmp_path) as store:
+            await store.recover()
+            return files(tmp_path / "pictures")
+
+    assert asyncio.run(story()) == {name(b"good"): b"evil"}
+
+
+def fill_up(store: Store) -> None:
+    """From now on the journal finds no room for another page."""
+    store._db.execute("PRAGMA max_page_count = 1")
+
+
+def test_a_full_disk_refuses_jobs_keeps_results_waiting_and_recovers_by_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "RETRY_S", 0.02)
+    big = "x" * 100_000
+
+    async def story() -> tuple[str | None, bool, Record | None, str | None, list[str]]:
+        async with a_store(tmp_path) as store:
+            await store.insert(record("a"))
+            fill_up(store)
+            with pytest.raises(StorageFull):
+                await store.insert(record("b", request=big))
+            said = store.trouble
+            result = asyncio.create_task(store.finish(ended("a", error=big)))
+            await asyncio.sleep(0.1)
+            waited = not result.done()
+            store._db.execute("PRAGMA max_page_count = 1000000")
+            done = await asyncio.wait_for(result, 5)
+            await store.insert(record("c", request=big))
+            return said, waited, done, store.trouble, [row.id for row in await store.recover()]
+
+    said, waited, done, now, unfinished = asyncio.run(story())
+
+    assert (said, waited, now) == ("the disk is full, or cannot be written", True, None)
+    assert done is not None
+    assert unfinished == ["c"]
+
+
+def test_a_job_that_may_have_killed_a_server_does_not_run_before_that_is_on_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "RETRY_S", 0.02)
+
+    async def story() -> tuple[bool, list[Record]]:
+        async with a_store(tmp_path) as store:
+            await store.insert(record("a"))
+            make_room = without_room(store)
+            begins = asyncio.create_task(store.begins("a"))
+            while store.trouble is None and not begins.done():
+                await asyncio.sleep(0.01)
+            waited = not begins.done()
+            make_room()
+            await asyncio.wait_for(begins, 5)
+            return waited, await store.recover()
+
+    waited, (job,) = asyncio.run(story())
+
+    assert (waited, job.deaths) == (True, 1)
+
+
+@pytest.mark.parametrize("why", [sqlite3.DatabaseError("database disk image is malformed"), KeyError("a bug")])
+def test_a_result_that_can_never_be_written_is_not_dropped_but_ends_the_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, why: Exception
+) -> None:
+    failures = list[StoreRefused]()
+
+    async def story() -> str | None:
+        store = Store(tmp_path, on_failed=failures.append)
+        store.start()
+        await store.insert(record("a"))
+        monkeypatch.setattr(rows, "finish", mock.Mock(side_effect=why))
+        asked = [store.finish(ended("a")), store.insert(record("b")), store.find("a", None)]
+        answers = await asyncio.wait_for(asyncio.gather(*asked, return_exceptions=True), 5)
+        assert isinstance(answers[0], StorageFull)
+        with pytest.raises(StorageFull):  # and so it is for whoever comes later
+            await asyncio.wait_for(store.insert(record("c")), 5)
+        store._writer.fails(OSError(28, "No space left on device"))  # hides nothing
+        await store.close()
+        return store.trouble
+
+    assert asyncio.run(story()) == "the store has failed"
+    assert [str(failure) for failure in failures] == [f"the store {tmp_path} has failed: {why}"]
+
+
+def test_a_figure_that_cannot_be_read_after_a_commit_spoils_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def story() -> list[str]:
+        async with a_store(tmp_path) as store:
+            with monkeypatch.context() as patched:
+                patched.setattr(rows, "size_bytes", mock.Mock(side_effect=sqlite3.OperationalError("I/O error")))
+                await asyncio.wait_for(store.insert(record("a")), 5)
+            return [row.id for row in await store.recover()]
+
+    assert asyncio.run(story()) == ["a"]
+
+
+def test_that_there_is_room_again_is_found_out_without_anybody_asking(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "RETRY_S", 0.02)
+
+    async def story() -> None:
+        async with a_store(tmp_path) as store:
+            full, room = OSError(28, "No space left on device"), asyncio.Event()
+
+            def probe(size_bytes: int) -> None:
+                if not room.is_set():
+                    raise full
+
+            monkeypatch.setattr(store.pictures, "probe", probe)
+            store._writer.fails(full)
+            await asyncio.sleep(0.1)
+            assert store.trouble is not None
+            room.set()
+            async with asyncio.timeout(5):
+                while store.trouble is not None:
+                    await asyncio.sleep(0.01)
+
+    asyncio.run(story())
+
+
+def test_a_second_server_on_the_same_store_is_refused_and_told_who_has_it(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with a_store(tmp_path):
+            with pytest.raises(StoreInUse, match=f"process {os.getpid()}"):
+                Store(tmp_path)
+
+    asyncio.run(story())
+
+
+def some_jobs(directory: Path) -> None:
+    """A store of a server that was killed: some of it is in the log that has not been merged yet."""
+    code = f"""
+import asyncio, os, pathlib
+from tests.server.jobs.records import a_store, record
+async def story():
+    async with a_store(pathlib.Path({str(directory)!r})) as store:
+        for i in range(300):
+            await store.insert(record(f"{{i}}", request="x" * 500))
+        os._exit(0)
+asyncio.run(story())
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("wrong", ["garbage", "page", "newer", "other"])
+def test_a_store_that_cannot_be_trusted_is_refused_and_left_as_it_is(tmp_path: Path, wrong: str) -> None:
+    some_jobs(tmp_path)
+    journal = tmp_path / JOURNAL
+    if wrong == "garbage":
+        journal.write_bytes(b"not a database at all" * 1000)
+    else:
+        with sqlite3.connect(journal) as db:
+            db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            if wrong == "newer":
+                db.execute(f"PRAGMA user_version = {VERSION + 1}")
+            if wrong == "other":
+                db.execute("PRAGMA application_id = 7")
+        db.close()
+        if wrong == "page":
+            data = bytearray(journal.read_bytes())
+            data[4096 * 5 : 4096 * 6] = b"\xff" * 4096
+            journal.write_bytes(data)
+    before = files(tmp_path)
+
+    with pytest.raises(StoreRefused) as refusal:
+        Store(tmp_path)
+
+    assert {"newer": "version 2", "other": "something else"}.get(wrong, "damaged") in str(refusal.value)
+    assert files(tmp_path).items() >= before.items()
+
+
+@pytest.mark.parametrize("bytes_", [0, 8192])  # for not even the lock; for no index of the log
+def test_a_sound_store_on_a_full_disk_is_not_called_damaged_and_left_as_it_is(tmp_path: Path, bytes_: int) -> None:
+    some_jobs(tmp_path)
+    before, (soft, hard) = files(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_, hard))
+    try:
+        with pytest.raises(StorageFull, match="the disk may be full") as refusal:
+            Store(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    assert "damaged" not in str(refusal.value)
+    assert files(tmp_path) == before
+    asyncio.run(Store(tmp_path).close())
+
+
+def test_a_store_whose_server_was_killed_opens_with_all_that_was_promised(tmp_path: Path) -> None:
+    some_jobs(tmp_path)
+
+    async def story() -> int:
+        async with a_store(tmp_path) as store:
+            return len(await store.recover())
+
+    assert asyncio.run(story()) == 300
+
+
+def test_a_picture_is_on_disk_before_the_row_that_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+
+    def noting(word: str, call: str) -> None:
+        real = getattr(os, call)
+
+        def noted(*args: object) -> object:
+            done.append(word)
+            return real(*args)
+
+        monkeypatch.setattr(os, call, noted)
+
+    async def story() -> None:
+        async with a_store(tmp_path, lambda seconds: done.append("commit")) as store:
+            await store.insert(record("a"))
+            done.clear()
+            await keep_again(store)
+
+    async def keep_again(store: Store) -> None:
+        await store.save({name(b"png"): b"png"})
+        await store.finish(ended("a", (b"png",)))
+
+    noting("sync", "fsync")
+    noting("rename", "replace")
+    asyncio.run(story())
+
+    assert done == ["sync", "rename", "sync", "commit"]

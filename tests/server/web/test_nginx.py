@@ -1,0 +1,299 @@
+"""deploy/nginx/nginx.conf, as it is but for addresses, in front of servers: what it lets through, and what it ends."""
+
+import io
+import json
+import shutil
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+from websockets.sync.client import connect
+
+from tests.server.conftest import Server
+from tests.server.web.raw import ask, connected, rest, say, statuses
+
+CONFIGURATION = Path(__file__).parents[2] / "deploy" / "nginx" / "nginx.conf"
+ORDER = {"seed": 5, "steps": 30}
+MUCH = {"seed": 5, "steps": 30, "n": 64}  # of four slots: more than a second
+pytestmark = pytest.mark.skipif(shutil.which("nginx") is None, reason="nginx is not installed")
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+        return port
+
+
+@contextmanager
+def before(upstream: int, folder: Path, **others: str) -> Iterator[int]:
+    """nginx in front of a port of this machine; its own port. `others` are words of the configuration, and theirs."""
+    port = free_port()
+    words = {"listen 8080": f"listen 127.0.0.1:{port}", "ddpm:8000": f"127.0.0.1:{upstream}"}
+    words |= {"/tmp/": f"{folder}/", "/dev/stdout": f"{folder}/access.log", "/dev/stderr": f"{folder}/error.log"}
+    text = CONFIGURATION.read_text()
+    for word, other in (words | others).items():
+        assert word in text
+        text = text.replace(word, other)
+    (folder / "nginx.conf").write_text(text)
+    command = ["nginx", "-e", str(folder / "error.log"), "-c", str(folder / "nginx.conf")]
+    subprocess.run([*command, "-t", "-q"], check=True)
+    running = subprocess.Popen([*command, "-g", "daemon off;"])
+    try:
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline:
+            try:
+                socket.create_connection(("127.0.0.1", port), 1).close()
+                break
+            except ConnectionRefusedError:
+                time.sleep(0.01)
+        yield port
+    finally:
+        running.terminate()
+        running.wait(10)
+
+
+@pytest.fixture(scope="module")
+def hasty(weights: Path) -> Iterator[Server]:
+    """A server that gives a request's body a second and a half to arrive."""
+    running = Server(weights, DDPM_REQUEST_S="1.5")
+    try:
+        yield running.wait_until_ready()
+    finally:
+        running.stop()
+
+
+@pytest.fixture(scope="module")
+def front(hasty: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    """The port of nginx in front of it. A head may take one second, not ten."""
+    shorter = {"client_header_timeout 10s": "client_header_timeout 1s"}
+    with before(hasty.port, tmp_path_factory.mktemp("nginx"), **shorter) as port:
+        yield port
+
+
+@pytest.fixture
+def client(front: int) -> Iterator[httpx.Client]:
+    """A client of nginx."""
+    with httpx.Client(base_url=f"http://127.0.0.1:{front}", timeout=30) as made:
+        yield made
+
+
+def code_of(answer: httpx.Response) -> tuple[int, str]:
+    """Status and code of a problem, which has the form that all have."""
+    assert answer.headers["content-type"] == "application/problem+json"
+    problem = answer.json()
+    assert problem["type"] == f"urn:ddpm:problem:{problem['code']}"
+    assert problem.keys() >= {"title", "status", "detail", "request_id"}
+    assert problem["status"] == answer.status_code
+    return answer.status_code, problem["code"]
+
+
+def head(path: str, length: int) -> bytes:
+    """The head of a POST."""
+    return f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {length}\r\n\r\n".encode()
+
+
+@contextmanager
+def deaf() -> Iterator[tuple[int, list[bytes]]]:
+    """A server that reads one piece of each request and hangs up: its port, and what it has read."""
+    heard: list[bytes] = []
+
+    def listen() -> None:
+        while True:
+            try:
+                connection, _ = listening.accept()
+            except OSError:
+                return
+            with connection:
+                heard.append(connection.recv(1 << 16))
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=listen)
+        thread.start()
+        try:
+            yield listening.getsockname()[1], heard
+        finally:
+            listening.shutdown(socket.SHUT_RDWR)
+            thread.join()
+
+
+def test_pictures_pass_as_they_are(hasty: Server, client: httpx.Client) -> None:
+    direct, proxied = (c.post("/generate", json=ORDER) for c in (hasty.client, client))
+
+    assert (proxied.status_code, proxied.content) == (200, direct.content)
+    assert proxied.headers["x-seed"] == "5"
+
+
+def test_refusals_of_the_server_pass_as_they_are(client: httpx.Client) -> None:
+    answer = client.post("/generate", json={"steps": 0}, headers={"x-request-id": "mine"})
+
+    assert code_of(answer) == (422, "invalid-request")
+    assert answer.json()["request_id"] == answer.headers["x-request-id"] == "mine"
+
+
+def test_a_websocket_is_watched_to_its_end(front: int) -> None:
+    with connect(f"ws://127.0.0.1:{front}/generate/stream") as socket:
+        socket.send(json.dumps(ORDER))
+        messages = list(socket)
+
+    assert json.loads([m for m in messages if isinstance(m, str)][-1])["type"] == "succeeded"
+    assert len([m for m in messages if isinstance(m, bytes)]) > 20
+
+
+def test_events_come_as_they_happen(client: httpx.Client, hasty: Server) -> None:
+    with client.stream("POST", "/generate", json=MUCH, headers={"accept": "text/event-stream"}) as answer:
+        next(answer.iter_raw())
+        status = hasty.client.get(f"/jobs/{answer.headers['x-job-id']}").json()["status"]
+
+    assert status in ("queued", "running")
+
+
+def test_who_leaves_gives_up_the_job(client: httpx.Client, hasty: Server) -> None:
+    with client.stream("POST", "/generate", json=MUCH, headers={"accept": "text/event-stream"}) as answer:
+        job = answer.headers["x-job-id"]
+    deadline = time.monotonic() + 5
+    while hasty.client.get(f"/jobs/{job}").json()["status"] in ("queued", "running") and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+    assert hasty.client.get(f"/jobs/{job}").json()["status"] == "cancelled"
+
+
+def test_metrics_are_not_for_everybody(client: httpx.Client) -> None:
+    assert code_of(client.get("/metrics")) == (404, "not-found")
+
+
+@pytest.mark.parametrize("size", [65_537, 2_000_000])
+def test_a_large_body_is_refused(client: httpx.Client, size: int) -> None:
+    answers = [code_of(client.post("/generate", content=b" " * size)) for _ in range(20)]
+
+    assert set(answers) == {(413, "too-large")}
+
+
+def test_a_slow_head_is_cut_off(front: int) -> None:
+    began = time.monotonic()
+    with connected(front) as connection:
+        say(connection, b"GET / HTTP/1.1\r\nHost: localhost\r\nX-Slow: ")
+        received = rest(connection)
+
+    assert statuses(received) in ([], [408])
+    assert time.monotonic() - began < 5
+
+
+def test_a_body_that_drips_is_refused_however_steadily(front: int) -> None:
+    with connected(front) as connection:
+        say(connection, head("/generate", 1000))
+        for _ in range(60):
+            say(connection, b" ")
+            connection.settimeout(0.1)
+            try:
+                received = connection.recv(1 << 16)
+                break
+            except TimeoutError:
+                pass
+        else:
+            pytest.fail("it was listened to for six seconds")
+
+    assert statuses(received) == [408]
+    assert b"request-timeout" in received
+
+
+def test_what_is_not_http_gets_no_further(front: int) -> None:
+    smuggled = b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\nGET "
+
+    assert statuses(ask(front, b"\x16\x03\x01\x00\r\n\r\n")) in ([], [400])
+    assert statuses(ask(front, smuggled)) == [400]
+
+
+def test_a_request_that_failed_is_not_sent_again(tmp_path: Path) -> None:
+    with deaf() as (upstream, heard), before(upstream, tmp_path) as port:
+        answer = httpx.post(f"http://127.0.0.1:{port}/generate", json=ORDER)
+
+    assert code_of(answer) == (503, "not-ready")
+    assert int(answer.headers["retry-after"]) > 0
+    assert len(heard) == 1
+
+
+@contextmanager
+def busy(folder: Path, addresses: Sequence[str], **words: str) -> Iterator[int]:
+    """nginx that allows three connections for an address, and has one for each of these, as a proxy tells them."""
+    with ExitStack() as stack:
+        silent = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        fewer = {"limit_conn address 256": "limit_conn address 3", **words}
+        port = stack.enter_context(before(silent.getsockname()[1], folder, **fewer))
+        for address in addresses:
+            sent = f"GET /healthz HTTP/1.1\r\nHost: localhost\r\nX-Forwarded-For: {address}\r\n\r\n"
+            say(stack.enter_context(connected(port)), sent.encode())
+            silent.settimeout(10)
+            stack.enter_context(silent.accept()[0])  # it was let through
+        yield port
+
+
+def test_one_address_can_not_have_all_connections(tmp_path: Path) -> None:
+    with busy(tmp_path, ["9.9.9.9", "8.8.8.8", "7.7.7.7"]) as port:  # nobody was named who may say so
+        answer = httpx.get(f"http://127.0.0.1:{port}/healthz")
+
+    assert code_of(answer) == (503, "not-ready")
+
+
+def test_everybody_behind_a_private_address_can_have_more(tmp_path: Path) -> None:
+    with busy(tmp_path, ["9.9.9.9"] * 5, **{"172.16.0.0/12 1;": "127.0.0.0/8 1;"}):
+        pass
+
+
+def test_a_proxy_that_is_named_is_believed_whom_it_speaks_for(tmp_path: Path) -> None:
+    believed = {"# set_real_ip_from 172.16.0.0/12;": "set_real_ip_from 127.0.0.0/8;", "# real_ip": "real_ip"}
+    with busy(tmp_path, ["8.8.8.8", "9.9.9.9", "9.9.9.9", "9.9.9.9"], **believed) as port:
+        answer = httpx.get(f"http://127.0.0.1:{port}/healthz", headers={"x-forwarded-for": "9.9.9.9"})
+
+    assert code_of(answer) == (503, "not-ready")
+
+
+@contextmanager
+def names() -> Iterator[tuple[int, set[bytes]]]:
+    """A DNS server: its port, and the names that it knows, which are this machine."""
+    known: set[bytes] = set()
+
+    def answer() -> None:
+        while (asked := server.recvfrom(512))[0]:
+            query, asker = asked
+            name = query[13 : 13 + query[12]]
+            flags, answers = (b"\x81\x80", 1) if name in known else (b"\x81\x83", 0)  # no error, no such name
+            head = query[:2] + flags + b"\0\1" + bytes([0, answers]) + b"\0\0\0\0"
+            address = b"\xc0\x0c\0\1\0\1\0\0\0\0\0\4" + socket.inet_aton("127.0.0.1")
+            server.sendto(head + query[12:] + address * answers, asker)
+
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as server:
+        server.bind(("127.0.0.1", 0))
+        thread = threading.Thread(target=answer)
+        thread.start()
+        try:
+            yield server.getsockname()[1], known
+        finally:
+            server.sendto(b"", server.getsockname())
+            thread.join()
+
+
+def test_it_starts_before_the_server_and_finds_it_once_it_is_there(hasty: Server, tmp_path: Path) -> None:
+    with names() as (dns, known):
+        resolver = {"127.0.0.11 valid=5s": f"127.0.0.1:{dns} valid=1s", "ddpm:8000": f"ddpm:{hasty.port}"}
+        with before(hasty.port, tmp_path, **resolver) as port:
+            alone = httpx.get(f"http://127.0.0.1:{port}/healthz")
+            known.add(b"ddpm")
+            hasty.until(lambda: httpx.get(f"http://127.0.0.1:{port}/healthz").status_code == 200, 10)
+
+    assert code_of(alone) == (503, "not-ready")
+
+
+def test_logs_are_json_and_repeat_no_query(client: httpx.Client, tmp_path: Path) -> None:
+    with deaf() as (upstream, _), before(upstream, tmp_path) as port:
+        httpx.get(f"http://127.0.0.1:{port}/jobs?secret=1", headers={"user-agent": '"\n'.strip()})
+    lines = [json.loads(line) for line in io.StringIO((tmp_path / "access.log").read_text())]
+
+    assert [(line["path"], line["status"]) for line in lines if line["path"] != ""] == [("/jobs", 503)]

@@ -1,0 +1,294 @@
+"""What is refused at the door: every bound of the contract, in an answer that names the field and the limit."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient
+
+from server.errors import SampleLost
+from server.jobs.schemas import GenerateRequest
+from server.settings import Settings
+from server.web.app import create_app
+from tests.model.convert.directories import write_model
+from tests.server.fakes import FakeBackend
+
+INVALID: list[tuple[dict[str, Any], str, str]] = [
+    ({"seed": -1}, "/seed", "seed must lie in 0..9007199254740991, got -1"),
+    ({"seed": 2**53}, "/seed", "seed must lie in 0..9007199254740991, got 9007199254740992"),
+    ({"seed": 2**53 - 1, "n": 2}, "/seed", "seed must lie in 0..9007199254740990, got 9007199254740991"),
+    ({"seed": True}, "/seed", "seed must be an integer in 0..9007199254740991, got true"),
+    ({"seed": "7"}, "/seed", "seed must be an integer in 0..9007199254740991, got a string"),
+    ({"seed": 3.0}, "/seed", "seed must be an integer in 0..9007199254740991, got 3.0"),
+    ({"seed": 10**400}, "/seed", "seed must lie in 0..9007199254740991, got a number of 401 digits"),
+    ({"steps": 0}, "/steps", "steps must lie in 1..30, got 0"),
+    ({"steps": 31}, "/steps", "steps must lie in 1..30, got 31"),
+    ({"steps": 10**9}, "/steps", "steps must lie in 1..30, got 1000000000"),
+    ({"steps": []}, "/steps", "steps must be an integer in 1..30, got a list"),
+    ({"n": 0}, "/n", "n must lie in 1..8, got 0"),
+    ({"n": 9}, "/n", "n must lie in 1..8, got 9"),
+    ({"n": 10**400}, "/n", "n must lie in 1..8, got a number of 401 digits"),
+    ({"frames": {"every": 1, "count": 3}}, "/frames", "frames must have either every or count"),
+    ({"frames": {}}, "/frames", "frames must have either every or count"),
+    ({"frames": {"count": 1}}, "/frames/count", "frames.count must lie in 2..9007199254740991, got 1"),
+    ({"frames": {"count": 2, "kind": "y"}}, "/frames/kind", "frames.kind must be one of x_t, x0, both"),
+    ({"frames": {"count": 2, "often": 1}}, "/frames", "frames: unknown field; there are every, count, kind"),
+    ({"frames": 3}, "/frames", "frames must be an object of every, count, kind, got 3"),
+    ({"sampler": "euler"}, "/sampler", "ddpm, greedy, ddim, dpmpp_2m"),
+    ({"sampler": "e" * 33}, "/sampler", "sampler must be a string of 0 to 32 characters, got 33"),
+    ({"eta": 0.5}, "/eta", "ddim only"),
+    ({"sampler": "ddim", "eta": 1.5}, "/eta", "eta must lie in 0..1, got 1.5"),
+    ({"sampler": "ddim", "variance": "small"}, "/variance", "ddpm only"),
+    ({"variance": "learned"}, "/variance", "small or large"),
+    ({"variance": "huge"}, "/variance", "variance must be one of small, large, learned"),
+    ({"spacing": "quad"}, "/spacing", "spacing must be one of leading, linspace, trailing"),
+    ({"clip": 1}, "/clip", "clip must be true or false, got 1"),
+    ({"noise": "numpy"}, "/noise", "noise must be one of philox, torch"),
+    ({"priority": 11}, "/priority", "priority must lie in -10..10, got 11"),
+    ({"priority": -11}, "/priority", "priority must lie in -10..10, got -11"),
+    ({"deadline_s": 0}, "/deadline_s", "deadline_s must be more than 0, at most 1000000, got 0"),
+    ({"deadline_s": "1"}, "/deadline_s", "deadline_s must be a number more than 0, at most 1000000, got a string"),
+    ({"model": "other"}, "/model", "one of tiny"),
+    ({"model": "../tiny"}, "/model", "one of tiny"),
+    ({"model": ["tiny"]}, "/model", "model must be a string of 1 to 64 characters, got a list"),
+    ({"prompt": "a digit"}, "", "unknown field"),
+    ({"n": 8, "steps": 30}, "/n", "at most 200"),
+]
+
+
+@pytest.mark.parametrize(("body", "pointer", "limit"), INVALID)
+def test_a_field_out_of_bounds_is_named_with_its_limit(
+    client: TestClient, body: dict[str, Any], pointer: str, limit: str
+) -> None:
+    answer = client.post("/generate", json=body)
+
+    assert answer.status_code == 422
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert answer.json()["errors"][0]["pointer"] == pointer
+    assert limit in answer.json()["errors"][0]["message"]
+
+
+def test_everything_that_is_out_of_bounds_is_said_at_once(client: TestClient) -> None:
+    answer = client.post("/generate", json={"steps": 31, "eta": 2, "n": 9, "frames": {"count": 1}, "foo": 1}).json()
+
+    assert {error["pointer"] for error in answer["errors"]} == {"/steps", "/eta", "/n", "/frames/count", ""}
+
+
+@pytest.mark.parametrize(
+    ("limit", "got"), [("201", ", got 201"), ("0", ", got 0"), ("-1", ", got -1"), ("1e9", ""), ("", "")]
+)
+def test_a_number_in_a_url_is_refused_like_one_in_a_body(client: TestClient, limit: str, got: str) -> None:
+    answer = client.get("/jobs", params={"limit": limit})
+
+    assert (answer.status_code, answer.json()["errors"]) == (
+        422,
+        [{"pointer": "/limit", "message": f"limit must be an integer in 1..200{got}"}],
+    )
+
+
+@pytest.mark.parametrize("field", sorted(GenerateRequest.model_fields.keys() - {"frames"}))
+def test_null_is_as_good_as_leaving_a_field_out(client: TestClient, field: str) -> None:
+    request = {"seed": 1, "steps": 2} | {field: None}
+    spelled, left_out = (
+        client.post("/generate", json=body, headers={"accept": "application/json"}).json()["request"]
+        for body in (request, {name: value for name, value in request.items() if value is not None})
+    )
+
+    assert spelled | {"seed": 0} == left_out | {"seed": 0}  # which is drawn if it is not given
+
+
+def test_null_for_frames_is_none_and_inside_of_them_nothing(client: TestClient) -> None:
+    def frames(given: object) -> Any:
+        return client.post("/generate", json={"frames": given}, headers={"prefer": "respond-async"}).json()
+
+    assert frames(None)["request"]["frames"] is None
+    assert frames({"count": 3, "every": None, "kind": None})["request"]["frames"] == {"count": 3, "kind": "x_t"}
+
+
+MALFORMED = [
+    b"{",
+    b"[1",
+    b"nul",
+    b'{"seed": NaN}',
+    b'{"seed": Infinity}',
+    b'{"seed": 1, "seed": 2}',
+    b"\xff\xfe",
+    b"[" * 100 + b"]" * 100,
+    b'{"seed": ' + b"9" * 400 + b"e999999}",
+]
+
+
+@pytest.mark.parametrize("body", MALFORMED)
+def test_what_is_not_strict_json_is_malformed(client: TestClient, body: bytes) -> None:
+    answer = client.post("/generate", content=body, headers={"content-type": "application/json"})
+
+    assert answer.status_code in (400, 422)
+    assert answer.json()["request_id"] == answer.headers["x-request-id"]
+
+
+def test_what_was_sent_is_never_echoed(client: TestClient) -> None:
+    secret = "gx7-unlikely"
+    for body in ({secret: 1}, {"sampler": secret}, {"model": secret}, {"variance": secret}, {"seed": secret}):
+        assert secret not in client.post("/generate", json=body).text
+    assert secret not in client.get(f"/models/{secret}").text
+    assert secret not in client.get(f"/jobs/{secret}").text
+
+
+def test_an_unpaired_surrogate_is_no_word_in_a_value_nor_in_a_name(client: TestClient) -> None:
+    for body in (rb'{"sampler": "\ud800"}', rb'{"\ud800": 1}', rb'{"frames": {"\udfff": 1}}'):
+        answer = client.post("/generate", content=body, headers={"content-type": "application/json"})
+        assert (answer.status_code, answer.json()["code"]) == (400, "malformed")
+    paired = client.post("/generate", content=rb'{"sampler": "\ud83d\ude00"}')
+    assert paired.status_code == 422
+
+
+@pytest.mark.parametrize(
+    ("headers", "body", "status"),
+    [
+        ({"content-type": "text/plain"}, b"{}", 415),
+        ({"content-type": "application/x-www-form-urlencoded"}, b'{"seed": 1}', 415),
+        ({"content-type": "application/json"}, b" " * 513, 413),
+        ({"accept": "text/html"}, b"", 406),
+        ({"accept": "image/png;q=0"}, b"", 406),
+    ],
+)
+def test_bodies_and_answers_have_to_be_of_a_kind_we_know(
+    client: TestClient, headers: dict[str, str], body: bytes, status: int
+) -> None:
+    assert client.post("/generate", content=body, headers=headers).status_code == status
+
+
+@pytest.mark.parametrize(
+    ("names", "chosen", "usual"), [(["a"], "", "a"), (["a", "b"], "", None), (["a", "b"], "b", "b")]
+)
+def test_models_are_listed_with_the_one_that_is_made_with_if_none_is_named(
+    tmp_path: Path, names: list[str], chosen: str, usual: str | None
+) -> None:
+    for name in names:
+        write_model(tmp_path / "weights" / name)
+    settings = Settings(weights=tmp_path / "weights", data_dir=tmp_path / "data", default_model=chosen, max_n=5)
+    with TestClient(create_app(settings, FakeBackend())) as client:
+        listed = client.get("/models").json()
+
+    assert [model["name"] for model in listed["models"]] == names
+    assert (listed["default"], listed["max_n"]) == (usual, 5)
+
+
+def test_unknown_routes_and_methods_are_problems_too(client: TestClient) -> None:
+    missing, wrong = client.get("/nothing"), client.get("/generate")
+
+    assert (missing.status_code, missing.json()["code"]) == (404, "not-found")
+    assert (wrong.status_code, wrong.json()["code"], wrong.headers["allow"]) == (405, "method-not-allowed", "POST")
+
+
+def test_what_is_not_allowed_is_told_with_all_that_is(client: TestClient) -> None:
+    assert client.put("/jobs/x").headers["allow"] == "DELETE, GET, HEAD"
+    assert client.post("/static/app.js").headers["allow"] == "GET, HEAD"
+    assert client.head("/generate").headers["allow"] == "POST"
+
+
+@pytest.mark.parametrize(
+    "path", ["/", "/docs", "/healthz", "/models", "/jobs", "/openapi.json", "/static/app.js", "/x"]
+)
+def test_head_is_answered_like_get_without_the_body(client: TestClient, path: str) -> None:
+    head, get = client.head(path), client.get(path)
+
+    assert (head.status_code, head.content) == (get.status_code, b"")
+    assert {**head.headers, "x-request-id": ""} == {**get.headers, "x-request-id": ""}
+
+
+@pytest.mark.parametrize(
+    ("given", "status"),
+    [
+        (["TAG"], 304),
+        (["W/TAG"], 304),
+        (['"x", TAG'], 304),
+        (['"x"', "TAG"], 304),
+        (["*"], 304),
+        (['"x"'], 200),
+        ([], 200),
+    ],
+)
+def test_what_a_caller_has_is_not_sent_again(client: TestClient, given: list[str], status: int) -> None:
+    job = client.post("/generate").headers["x-job-id"]
+    for path in (f"/jobs/{job}/images/0", "/", "/docs"):
+        tag = client.get(path).headers["etag"]
+        lines = [("if-none-match", line.replace("TAG", tag)) for line in given]
+        answer = client.get(path, headers=lines)
+        assert (answer.status_code, answer.headers["etag"], bool(answer.content)) == (status, tag, status == 200)
+
+
+@pytest.mark.parametrize(
+    ("lines", "status", "media"),
+    [
+        ([("accept", "text/html"), ("accept", "application/zip")], 200, "application/zip"),
+        ([("prefer", "wait=5"), ("prefer", "respond-async")], 202, "application/json"),
+        ([("prefer", "respond-async; wait=5")], 202, "application/json"),
+        ([("prefer", "respond-async-not")], 200, "image/png"),
+        ([("idempotency-key", "a"), ("idempotency-key", "b")], 400, "application/problem+json"),
+    ],
+)
+def test_all_lines_of_a_header_count(client: TestClient, lines: list[tuple[str, str]], status: int, media: str) -> None:
+    answer = client.post("/generate", headers=lines)
+
+    assert (answer.status_code, answer.headers["content-type"]) == (status, media)
+
+
+def test_a_request_id_is_kept_if_it_is_well_formed(client: TestClient) -> None:
+    assert client.get("/healthz", headers={"x-request-id": "my-id_1"}).headers["x-request-id"] == "my-id_1"
+    assert client.get("/healthz", headers={"x-request-id": "a b"}).headers["x-request-id"] != "a b"
+
+
+def backend_of(client: TestClient) -> FakeBackend:
+    backend = client.app.state.jobs.backend  # type: ignore[attr-defined]
+    assert isinstance(backend, FakeBackend)
+    return backend
+
+
+def test_no_work_is_taken_while_the_engine_is_down(client: TestClient) -> None:
+    backend_of(client).trouble = "the engine is loading"
+
+    for answer in (client.post("/generate"), client.get("/readyz")):
+        assert (answer.status_code, answer.json()["detail"]) == (503, "the engine is loading")
+        assert int(answer.headers["retry-after"]) > 0
+    assert client.get("/healthz").status_code == 200
+
+
+def test_a_full_queue_says_when_to_come_back(client: TestClient) -> None:
+    client.app.state.jobs.admission.queue.taken = 190  # type: ignore[attr-defined]
+
+    answer = client.post("/generate", json={"steps": 30, "n": 6})
+
+    # 170 image-steps too many, at ten a second
+    assert (answer.status_code, answer.json()["code"], answer.headers["retry-after"]) == (429, "queue-full", "17")
+    assert client.post("/generate", json={"steps": 10}).status_code == 200
+
+
+def test_a_deadline_that_passes_gives_the_job_up(client: TestClient) -> None:
+    backend = backend_of(client)
+    backend.gate.clear()
+
+    answer = client.post("/generate", json={"deadline_s": 0.05})
+
+    assert (answer.status_code, answer.json()["code"]) == (504, "deadline-passed")
+    assert backend.given_up == backend.specs
+    assert client.app.state.jobs.admission.queue.taken == 0  # type: ignore[attr-defined]
+
+
+def test_a_picture_that_cannot_be_made_is_a_failure_with_its_reason(client: TestClient) -> None:
+    backend_of(client).failure = SampleLost("the picture was not finite after 7 steps")
+
+    answer = client.post("/generate")
+
+    assert (answer.status_code, answer.json()["code"]) == (500, "sample-failed")
+    assert "not finite" in answer.json()["detail"]
+
+
+def test_an_error_nobody_thought_of_shows_nothing_of_itself(client: TestClient) -> None:
+    backend_of(client).failure = RuntimeError("the secret path")
+
+    answer = client.post("/generate")
+
+    assert (answer.status_code, answer.json()["code"]) == (500, "internal")
+    assert "secret" not in answer.text
+    assert answer.headers["x-request-id"] == answer.json()["request_id"]

@@ -1,0 +1,103 @@
+"""Which models are in memory when there is not room for all."""
+
+import pytest
+
+from server.worker.eviction import LOADS, TURN_S, Residents
+
+
+def residents(here: str = "", budget: int = 20, size: int = 10) -> Residents:
+    """Models of one letter; those that are here came at 0, 1, 2, ..."""
+    made = Residents(budget, dict.fromkeys("abcd", size))
+    for now, name in enumerate(here):
+        made.came(name, size, now, 0.1)
+    return made
+
+
+def test_where_no_budget_is_set_there_is_room_for_all() -> None:
+    made = residents("abc", budget=0, size=1 << 60)
+    made.ask("d", 5)
+
+    assert made.fits("d")
+    assert made.leaving(busy=["a"]) == []
+
+
+def test_a_model_goes_that_nobody_has_asked_for_longest() -> None:
+    made = residents("ab")
+    made.ask("a", 5)
+    made.ask("c", 6)
+
+    assert made.leaving(busy=[]) == ["b"]
+
+
+def test_the_model_that_was_asked_for_first_is_loaded_first() -> None:
+    made = residents("ab")
+    made.ask("d", 5)
+    made.ask("c", 6)
+    made.ask("d", 7)
+
+    assert made.next == "d"
+
+
+def test_a_model_at_work_stays_while_idle_ones_make_room() -> None:
+    made = residents("ab")
+    made.ask("b", 5)
+    made.ask("c", 6)
+
+    assert made.leaving(busy=["a"]) == ["b"]
+
+
+def test_of_models_at_work_the_one_goes_that_has_been_here_longest() -> None:
+    made = residents("ba")
+    made.ask("b", 5)  # used last, and here first
+    made.ask("c", 6)
+
+    assert made.leaving(busy=["a", "b"]) == ["b"]
+
+
+def test_a_large_model_drives_out_several() -> None:
+    made = residents("ab")
+    made.sizes["c"] = 15
+    made.ask("c", 6)
+
+    assert made.leaving(busy=["b"]) == ["a", "b"]
+
+
+def test_a_turn_ends_some_time_after_another_was_asked_for() -> None:
+    made = residents("ab")
+    made.ask("c", 100)
+
+    assert not made.turn_is_over("a", 100 + TURN_S - 0.1)
+    assert made.turn_is_over("a", 100 + TURN_S)
+
+
+def test_who_waited_while_a_model_was_loaded_waits_a_turn_of_it() -> None:
+    made = residents("a")
+    made.ask("c", 100)
+    made.came("b", 10, 150, load_s=TURN_S)
+
+    assert not made.turn_is_over("b", 150 + LOADS * TURN_S - 0.1)
+    assert made.turn_is_over("b", 150 + LOADS * TURN_S)
+
+
+def test_whoever_turns_out_larger_than_was_thought_drives_out_others() -> None:
+    made = residents("a")
+    made.came("b", 15, 1, 0.1)
+
+    assert made.leaving(busy=["b"]) == ["a"]
+
+
+def test_no_model_starves_when_two_that_do_not_fit_together_are_always_wanted() -> None:
+    """A clock, one seat, and work that never ends for either."""
+    made, served = residents("a", budget=10), {"a": 0, "b": 0}
+    for now in range(1000):
+        made.ask("a", now)
+        made.ask("b", now)
+        (here,) = made.here
+        served[here] += 1
+        if made.leaving(busy=[here]) == [here] and made.turn_is_over(here, now):
+            made.drop(here)
+            assert made.next is not None
+            made.came(made.next, 10, now, 0.1)
+
+    assert served["a"] == pytest.approx(served["b"], abs=2 * TURN_S)
+    assert min(served.values()) > 400

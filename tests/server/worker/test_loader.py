@@ -1,0 +1,131 @@
+"""A model serves as soon as it can make one picture; larger batches are compiled in the background."""
+
+import gc
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from model.checkpoint.card import read_card
+from model.nets import openvino_graph
+from model.nets.build import Net
+from model.nets.cpu import CpuNet
+from model.nets.openvino_graph import Run
+from server.worker import device
+from server.worker.loader import Arrival, Arrived, Loader
+from server.worker.messages import Start
+from tests.model.convert.directories import write_model
+from tests.model.tiny import a_request as request
+from tests.model.tiny import pictures, run
+from tests.server.conftest import Server
+
+PATIENCE_S = 60.0
+
+
+class Gate:
+    """Holds up whoever compiles a batch of two or more, until it is opened. `compiled`: the batches, in order."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.compiled, self.reached, self.opened = list[int](), threading.Event(), threading.Event()
+        usual = openvino_graph.compile_net
+
+        def compile_net(
+            net: Net, shape: Sequence[int], batch: int, dtype: torch.dtype, threads: int
+        ) -> Callable[[], Run]:
+            self.compiled.append(batch)
+            if batch > 1:
+                self.reached.set()
+                assert self.opened.wait(PATIENCE_S)
+            return usual(net, shape, batch, dtype, threads)
+
+        monkeypatch.setattr(openvino_graph, "compile_net", compile_net)
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
+    """A gate, open at the end at the latest; and torch's threads as they were."""
+    before, made = torch.get_num_threads(), Gate(monkeypatch)
+    yield made
+    made.opened.set()
+    torch.set_num_threads(before)
+
+
+def load(directory: Path) -> tuple[Arrival, Arrived]:
+    """A model with eight slots, as an engine process loads it."""
+    card = read_card(write_model(directory / "tiny"))
+    start = Start((("tiny", card.directory),), "cpu", "float32", 8, 1, True, "warning")
+    loader = Loader(start, lambda: None)
+    arrival = loader.begin(card, card.digest)
+    return arrival, loader.finish(arrival)
+
+
+def net(arrived: Arrived) -> CpuNet:
+    """What computes its steps."""
+    made = arrived.engine.runner.model.net
+    assert isinstance(made, CpuNet)
+    return made
+
+
+def test_a_model_is_served_before_the_larger_batches_are_compiled(tmp_path: Path, gate: Gate) -> None:
+    arrival, arrived = load(tmp_path)
+    assert gate.reached.wait(PATIENCE_S)
+
+    assert net(arrived).sizes == [1]
+    assert (arrived.served.loaded, arrived.served.admitted) == (True, [1, 2, 3, 4, 5, 6, 7, 8])
+    early = run(arrived.engine, *(request(seed, seed=seed) for seed in range(3)))
+    assert net(arrived).sizes == [1]
+
+    gate.opened.set()
+    arrival.thread.shutdown(wait=True)
+    assert net(arrived).sizes == [1, 2, 4, 8]
+    late = run(arrived.engine, *(request(seed, seed=seed) for seed in range(3)))
+    assert pictures(early) == pictures(late)
+
+
+def test_a_model_that_has_been_unloaded_grows_no_further(tmp_path: Path, gate: Gate) -> None:
+    arrival, arrived = load(tmp_path)
+    assert gate.reached.wait(PATIENCE_S)
+    del arrived
+    gc.collect()
+    gate.opened.set()
+    arrival.thread.shutdown(wait=True)
+
+    assert gate.compiled[-1] == 2
+
+
+def test_the_thread_of_a_load_ends_once_all_sizes_are_there(tmp_path: Path, gate: Gate) -> None:
+    _, arrived = load(tmp_path)
+    loading = [thread for thread in threading.enumerate() if thread.name.startswith("loader")]
+    gate.opened.set()
+    for thread in loading:
+        thread.join(PATIENCE_S)
+
+    assert net(arrived).sizes == [1, 2, 4, 8]
+    assert [thread.is_alive() for thread in loading] == [False]
+
+
+def test_an_engine_has_no_weights_file_mapped(server: Server, weights: Path) -> None:
+    """Whoever writes to the file later must not change what is served."""
+    maps = Path(f"/proc/{server.engine_pid}/maps").read_text()
+
+    assert "libtorch" in maps
+    assert (str(weights) in maps, ".safetensors" in maps) == (False, False)
+
+
+def test_a_machine_short_of_memory_serves_one_picture_at_a_time_and_says_so(
+    gate: Gate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(device, "available_bytes", lambda *_: 0)
+    with caplog.at_level("WARNING"):
+        arrival, arrived = load(tmp_path)
+        arrival.thread.shutdown(wait=True)
+    net = arrived.engine.runner.model.net
+    assert isinstance(net, CpuNet)
+
+    assert net.sizes == [1] and gate.compiled == [1]
+    assert [record.getMessage().partition(" the next")[0] for record in caplog.records] == [
+        "tiny: larger batch sizes are not compiled:"
+    ]
+    assert len(pictures(run(arrived.engine, *(request(i, 3, seed=i) for i in range(3))))) == 3
