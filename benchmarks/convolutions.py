@@ -54,7 +54,7 @@ def name_of(kind: Kind) -> str:
     if not isinstance(layer, Conv):
         return f"attention of {channels // 3} on {height} x {width}, {layer.extra_repr()}"
     how = {"stride 2": layer.stride[0] == 2, "doubled": layer.doubled, "below": layer.below}
-    how |= {"adds a picture": bool(given.added) and given.shortcut is None, "terms for a norm": not given.whole}
+    how |= {"adds a picture": bool(given.added) and given.shortcut is None, "context for a norm": not given.whole}
     words = "".join(f", {word}" for word, holds in how.items() if holds)
     if given.shortcut is not None:
         words += f", adds a projection of {' and '.join(str(each.shape[1]) for each in given.added)}"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FLOORS = [
+FLOORS: list[str | tuple[str, ...]] = [
     "server.cli",
     "server.web",
     "server.jobs",

@@ -1,5 +1,5 @@
-"""Our noise in Triton's language, for the kernels that draw it: `model.sampling.noise` says what is drawn. Importing this
-module imports Triton.
+"""Our noise in Triton's language, for the kernels that draw it: `model.sampling.noise` says what is drawn. Importing
+this module imports Triton.
 """
 
 import triton

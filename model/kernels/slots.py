@@ -1,8 +1,8 @@
 """The Triton kernels between two steps on a GPU: who sits down, who leaves, who is shown. One launch each.
 
-`model.engine.slots` and `model.engine.snapshot` say in plain torch what they compute. Numbers that differ from launch to
-launch are either in a table on the device or not specialised, so that no slot and no seed is a kernel of its own. Importing this
-module imports Triton.
+`model.engine.slots` and `model.engine.snapshot` say in plain torch what they compute. Numbers that differ from launch
+to launch are either in a table on the device or not specialised, so that no slot and no seed is a kernel of its own.
+Importing this module imports Triton.
 """
 
 import torch

@@ -1,7 +1,7 @@
 """The Triton kernels around the net on a GPU: what it is called with, the sampler's update, the cursor's step.
 
-`model.engine.runner` says in plain torch what they compute, and `model.sampling.noise` what is drawn. Each program works for
-one sample, and each number stands alone. Importing this module imports Triton.
+`model.engine.runner` says in plain torch what they compute, and `model.sampling.noise` what is drawn. Each program
+works for one sample, and each number stands alone. Importing this module imports Triton.
 """
 
 import torch

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
 from model.engine.events import Cancelled, Failed, Finished, Preview, Stats
-from server.worker.messages import Served, Spec
+from server.worker.messages import ModelStatus, Spec
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,10 +16,10 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True)
-class Aboard:
+class Assigned:
     """These samples are made, from now on, by what serves their model so."""
 
-    served: Served
+    served: ModelStatus
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,7 @@ class Restarting:
 
 
 @dataclass(frozen=True, slots=True)
-class Vitals:
+class EngineHealth:
     """How the engines are, and what they have done since the start."""
 
     stats: Stats
@@ -41,7 +41,7 @@ class Vitals:
 
 
 # `id` is the index of a seed.
-SampleEvent: TypeAlias = Preview | Finished | Cancelled | Failed | Progress | Aboard | Restarting
+SampleEvent: TypeAlias = Preview | Finished | Cancelled | Failed | Progress | Assigned | Restarting
 
 
 class Backend(Protocol):
@@ -54,11 +54,11 @@ class Backend(Protocol):
         """Stop. Streams that are still open end with an error."""
 
     @property
-    def served(self) -> dict[str, Served]:
+    def served(self) -> dict[str, ModelStatus]:
         """The models that can be asked for, by name, loaded or not; empty while nothing runs."""
 
     @property
-    def places(self) -> Sequence[Mapping[str, Served]]:
+    def places(self) -> Sequence[Mapping[str, ModelStatus]]:
         """The same, engine by engine; empty for one that is down."""
 
     @property
@@ -66,7 +66,7 @@ class Backend(Protocol):
         """Why no work can be taken right now, or None."""
 
     @property
-    def vitals(self) -> Vitals:
+    def health(self) -> EngineHealth:
         """How the engines are."""
 
     def step_s(self, model: str, buckets: Sequence[int]) -> Sequence[float]:

@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping
 from model.checkpoint.card import ModelCard
 from server.engines.backend import Backend
 from server.engines.devices import choose_devices, count_gpus
-from server.engines.router import Fleet
-from server.engines.supervisor import LocalBackend, Patience
+from server.engines.router import Router
+from server.engines.supervisor import EngineSupervisor, Patience
 from server.errors import EngineFailed, SettingsError
 from server.settings import Settings
 from server.worker.cpus import cores
@@ -23,10 +23,10 @@ def build(
     patience = Patience(settings.engine_patience_s / 2, hang_s=settings.engine_patience_s)
     starts = _starts(settings, cards)
     if len(starts) == 1:
-        return LocalBackend(starts[0], settings.engine_restarts, on_failed, on_step, patience)
-    fleet = Fleet(on_failed)
+        return EngineSupervisor(starts[0], settings.engine_restarts, on_failed, on_step, patience)
+    fleet = Router(on_failed)
     for start in starts:
-        fleet.join(LocalBackend(start, settings.engine_restarts, fleet.lose, on_step, patience))
+        fleet.join(EngineSupervisor(start, settings.engine_restarts, fleet.lose, on_step, patience))
     return fleet
 
 

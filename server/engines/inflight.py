@@ -8,7 +8,7 @@ from typing import cast
 
 from model.engine.events import ENDS, Event
 from server.engines.backend import Progress, SampleEvent
-from server.engines.quarantine import Suspects
+from server.engines.quarantine import Quarantine
 from server.errors import SampleLost
 from server.worker.messages import Spec
 
@@ -33,10 +33,10 @@ class Loss:
 
 
 @dataclass(slots=True)
-class Passengers:
+class InFlight:
     """Of one engine, and of those that replace it."""
 
-    suspects: Suspects[Stream] = field(default_factory=Suspects)
+    suspects: Quarantine[Stream] = field(default_factory=Quarantine)
     _streams: dict[int, Stream] = field(default_factory=dict)  # by sample id
     _seated: dict[int, int] = field(default_factory=dict)  # updates done, by sample, of those that are, as is known
     _ids: "itertools.count[int]" = field(default_factory=itertools.count)

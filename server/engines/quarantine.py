@@ -23,7 +23,7 @@ class _Record:
 
 
 @dataclass(slots=True)
-class Suspects(Generic[J]):
+class Quarantine(Generic[J]):
     """What is known against the jobs that have not ended."""
 
     _records: dict[J, _Record] = field(default_factory=dict)

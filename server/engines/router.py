@@ -18,9 +18,9 @@ from functools import partial
 from typing import TypeAlias
 
 from model.engine.events import Cancelled, Failed, Finished, Preview, Stats
-from server.engines.backend import Backend, Progress, Restarting, SampleEvent, Vitals
+from server.engines.backend import Backend, EngineHealth, Progress, Restarting, SampleEvent
 from server.errors import EXIT_ENGINE, EngineFailed, ModelBroken, NotReady, SampleLost
-from server.worker.messages import Served, Spec
+from server.worker.messages import ModelStatus, Spec
 
 LOADS = 4.0  # a load counts as so many times its seconds: others wait for it, too
 UNKNOWN_S = 1e-3  # of an image-step, as long as none was seen
@@ -55,7 +55,7 @@ class _Work:
         return min(self.steps.total(), self.steps[owner] * (owners + 1))
 
 
-class Fleet:
+class Router:
     """Engines that are asked for pictures as if they were one."""
 
     def __init__(self, on_failed: Callable[[EngineFailed], None]) -> None:
@@ -93,9 +93,9 @@ class Fleet:
         return [engine for engine in self._engines if engine.trouble is None]
 
     @property
-    def served(self) -> dict[str, Served]:
+    def served(self) -> dict[str, ModelStatus]:
         """Of each model what an engine says that takes work: one that has it loaded, if there is one."""
-        best: dict[str, Served] = {}
+        best: dict[str, ModelStatus] = {}
         for engine in self._up:
             for name, served in engine.served.items():
                 if name not in best or _ability(served) > _ability(best[name]):
@@ -103,7 +103,7 @@ class Fleet:
         return best
 
     @property
-    def places(self) -> list[Mapping[str, Served]]:
+    def places(self) -> list[Mapping[str, ModelStatus]]:
         """What each engine serves."""
         return [place for engine in self._engines for place in engine.places]
 
@@ -113,15 +113,15 @@ class Fleet:
         return None if self._up else "; ".join(dict.fromkeys(str(engine.trouble) for engine in self._engines))
 
     @property
-    def vitals(self) -> Vitals:
+    def health(self) -> EngineHealth:
         """All together; the longest silence."""
-        each = [engine.vitals for engine in self._engines]
+        each = [engine.health for engine in self._engines]
         stats = Stats(*(sum(getattr(v.stats, name) for v in each) for name in Stats.__slots__))
         restarts: Counter[str] = Counter()
-        for vitals in each:
-            restarts.update(vitals.restarts)
+        for health in each:
+            restarts.update(health.restarts)
         silence_s, memory_bytes = max(v.silence_s for v in each), sum(v.memory_bytes for v in each)
-        return Vitals(stats, silence_s, memory_bytes, dict(restarts), sum(v.replayed for v in each))
+        return EngineHealth(stats, silence_s, memory_bytes, dict(restarts), sum(v.replayed for v in each))
 
     def step_s(self, model: str, buckets: Sequence[int]) -> Sequence[float]:
         """Seconds of a step by how many pictures all engines that take work hold, 0 .. as many as they can."""
@@ -302,11 +302,11 @@ def _by_index(part: _Part, event: SampleEvent) -> SampleEvent:
     return event
 
 
-def _numerics(served: Served) -> str:
+def _numerics(served: ModelStatus) -> str:
     """The class of its bytes. A model that has never been loaded is taken to be like others on such a device."""
     return served.numerics or served.device.partition(" ")[2]
 
 
-def _ability(served: Served) -> int:
+def _ability(served: ModelStatus) -> int:
     """How well an engine can make pictures of a model."""
     return (served.trouble is None) + (served.trouble is None and served.loaded)

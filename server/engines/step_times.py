@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from server.worker.messages import Served, Step
+from server.worker.messages import ModelStatus, Step
 
 START_S = 1.0  # of a process, before it begins to load
 FADING = 0.9  # of the longest step lately, from one beat to the next
@@ -39,29 +39,29 @@ class Pace:
 
 
 @dataclass(slots=True)
-class Paces:
+class StepTimes:
     """Learned from what the engine tells."""
 
     start_s: float = 5.0  # what a start takes, with its models
     longest_s: float = 0.0  # the longest that the engine was busy with a step of each model, lately
-    _paces: dict[str, Pace] = field(default_factory=dict)  # by model
+    _times: dict[str, Pace] = field(default_factory=dict)  # by model
     _loads: dict[str, float] = field(default_factory=dict)  # seconds, by model that has been loaded
     _since: float | None = field(default_factory=time.monotonic)  # since when there has been no engine
 
     def learn(self, steps: Sequence[Step], models: int) -> None:
         """These steps were taken, where so many models are loaded."""
         for step in steps:
-            self._paces.setdefault(step.model, Pace()).learn(step.bucket, step.seconds)
+            self._times.setdefault(step.model, Pace()).learn(step.bucket, step.seconds)
         longest_s = max((step.seconds for step in steps), default=0.0)
         self.longest_s = max(longest_s * models, FADING * self.longest_s)
 
-    def started(self, served: Mapping[str, Served]) -> None:
+    def started(self, served: Mapping[str, ModelStatus]) -> None:
         """An engine is there, with these models."""
         loads = {name: model.load_s for name, model in served.items() if model.loaded}
         self._loads |= loads
         self.start_s, self._since = START_S + sum(loads.values()), None
 
-    def loaded(self, name: str, served: Served) -> None:
+    def loaded(self, name: str, served: ModelStatus) -> None:
         """One more model is there."""
         self._loads[name] = served.load_s
 
@@ -71,9 +71,9 @@ class Paces:
 
     def step_s(self, model: str, buckets: Sequence[int]) -> Sequence[float]:
         """Seconds of a step by the number of pictures in it, 0 .. the largest bucket; zeros before there was any."""
-        return self._paces.get(model, Pace()).step_s(buckets)
+        return self._times.get(model, Pace()).step_s(buckets)
 
-    def load_s(self, model: str, served: Served | None) -> float:
+    def load_s(self, model: str, served: ModelStatus | None) -> float:
         """Seconds until steps of this model can be made. A model that has never been loaded takes as long as others."""
         usual_s = max(self._loads.values(), default=START_S)
         own_s = 0.0 if served is not None and served.loaded else self._loads.get(model, usual_s)

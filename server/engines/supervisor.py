@@ -14,10 +14,10 @@ from functools import partial
 
 from model import errors as model_errors
 from model.engine.events import ENDS, Stats
-from server.engines.backend import Aboard, Restarting, SampleEvent, Vitals
-from server.engines.inflight import Passengers, Stream
+from server.engines.backend import Assigned, EngineHealth, Restarting, SampleEvent
+from server.engines.inflight import InFlight, Stream
 from server.engines.process import Letter, Life
-from server.engines.step_times import Paces
+from server.engines.step_times import StepTimes
 from server.errors import EXIT_CODES, EXIT_ENGINE, EngineFailed, ModelBroken, NotReady
 from server.worker.messages import (
     CHANGED,
@@ -27,9 +27,9 @@ from server.worker.messages import (
     Died,
     Happened,
     Loading,
+    ModelStatus,
     Ready,
     Refused,
-    Served,
     Spec,
     Start,
     Submit,
@@ -52,12 +52,12 @@ class Patience:
     settle_s: float = 60.0  # so long a model that is loaded later may hold all others up
 
 
-def _trouble(before: Served, now: Served | None) -> str | None:
+def _trouble(before: ModelStatus, now: ModelStatus | None) -> str | None:
     """Why the engine that replaces another cannot serve a model as it was served before."""
     return now.trouble if now is not None and now.digest == before.digest else CHANGED
 
 
-class LocalBackend:
+class EngineSupervisor:
     """One engine process. All methods are called from the event loop; one thread reads the pipe, one writes it."""
 
     def __init__(
@@ -70,16 +70,16 @@ class LocalBackend:
     ) -> None:
         self._start, self._restarts, self._on_failed, self._patience = start, restarts, on_failed, patience
         self._on_step = on_step
-        self._passengers = Passengers()
-        self._served: dict[str, Served] = {}
+        self._in_flight = InFlight()
+        self._served: dict[str, ModelStatus] = {}
         self._life: Life | None = None
-        self._known: dict[str, Served] = {}  # as they were served at first
+        self._known: dict[str, ModelStatus] = {}  # as they were served at first
         self._supervisor: asyncio.Task[None] | None = None
         self._trouble: str | None = "the engine is loading"
         self._past, self._stats = Stats(), Stats()  # of engines that are gone; of the one that lives
         self._beat_at = time.monotonic()  # of the last sign
         self._memory_bytes = 0
-        self._paces = Paces()
+        self._times = StepTimes()
         self._loading: str | None = None  # the model that an engine is busy to load
         self._load_deaths: Counter[str] = Counter()  # of engines, by the model that they loaded
         self._broken: dict[str, str] = {}  # models that cannot be loaded, and why
@@ -87,12 +87,12 @@ class LocalBackend:
         self._replayed = 0
 
     @property
-    def served(self) -> dict[str, Served]:
+    def served(self) -> dict[str, ModelStatus]:
         """The models that can be asked for, by name; empty while there is no engine."""
         return self._served
 
     @property
-    def places(self) -> list[dict[str, Served]]:
+    def places(self) -> list[dict[str, ModelStatus]]:
         """The same: there is one engine."""
         return [self._served]
 
@@ -102,7 +102,7 @@ class LocalBackend:
         if self._trouble is None and self._life is not None and self._life.stopped_s:
             return "the engine process has been stopped"
         silence_s, patience = time.monotonic() - self._beat_at, self._patience
-        limit_s = max(patience.silence_s, patience.silence_steps * self._paces.longest_s)
+        limit_s = max(patience.silence_s, patience.silence_steps * self._times.longest_s)
         if self._loading is not None:
             limit_s = max(limit_s, patience.settle_s)
         if self._trouble is None and silence_s > limit_s:
@@ -110,10 +110,10 @@ class LocalBackend:
         return self._trouble
 
     @property
-    def vitals(self) -> Vitals:
+    def health(self) -> EngineHealth:
         """How the engine is, and what it and those before it have done."""
         silence_s = time.monotonic() - self._beat_at
-        return Vitals(self._all_stats, silence_s, self._memory_bytes, dict(self._causes), self._replayed)
+        return EngineHealth(self._all_stats, silence_s, self._memory_bytes, dict(self._causes), self._replayed)
 
     @property
     def _all_stats(self) -> Stats:
@@ -123,14 +123,14 @@ class LocalBackend:
 
     def step_s(self, model: str, buckets: Sequence[int]) -> Sequence[float]:
         """Seconds of a step by the number of pictures in it, 0 .. the largest bucket; zeros before there was any."""
-        return self._paces.step_s(model, buckets)
+        return self._times.step_s(model, buckets)
 
     def load_s(self, model: str) -> float:
         """Seconds until steps of this model can be made, if it or the engine has to be loaded."""
         suspects_s = (
-            self._paces.start_s if self._passengers.suspects.all else 0.0
+            self._times.start_s if self._in_flight.suspects.all else 0.0
         )  # they are run alone, and may kill it again
-        return suspects_s + self._paces.load_s(model, self._served.get(model))
+        return suspects_s + self._times.load_s(model, self._served.get(model))
 
     async def start(self) -> None:
         """Begin to load."""
@@ -148,7 +148,7 @@ class LocalBackend:
         if self._supervisor is not None:
             self._supervisor.cancel()
             await asyncio.gather(self._supervisor, return_exceptions=True)
-        self._passengers.tell(self._passengers.all, NotReady(self._trouble))
+        self._in_flight.tell(self._in_flight.all, NotReady(self._trouble))
 
     async def run(self, spec: Spec) -> AsyncGenerator[SampleEvent]:
         """The events of these samples until each has ended; `id` is the index of a seed. Closing cancels the rest."""
@@ -156,7 +156,7 @@ class LocalBackend:
             raise NotReady(self.trouble or "the engine has not been started")
         if spec.model in self._broken:
             raise ModelBroken(self._broken[spec.model])
-        stream = self._passengers.enter(spec)
+        stream = self._in_flight.enter(spec)
         try:
             self._board([stream])
             ended = 0
@@ -167,7 +167,7 @@ class LocalBackend:
                 ended += isinstance(event, ENDS)
                 yield event
         finally:
-            left = self._passengers.leave(stream)
+            left = self._in_flight.leave(stream)
             if left and stream.aboard:
                 self._send(Cancel(left))
             self._ended(stream)
@@ -195,7 +195,7 @@ class LocalBackend:
                 self._start = replace(
                     self._start, unusable="ended an engine by an instruction that this processor lacks"
                 )
-            loss = self._passengers.perish()
+            loss = self._in_flight.perish()
             if loss.explained or self._all_stats.steps > steps_before:
                 failures = 0
             failures += not loss.tried
@@ -207,9 +207,9 @@ class LocalBackend:
             self._causes[life.cause] += 1
             self._replayed += loss.again
             self._trouble, self._served = "the engine is being restarted", {}
-            self._paces.died()
-            logger.error("engine died", extra={"failures": failures, "jobs": len(self._passengers.all)})
-            self._passengers.tell(self._passengers.all, Restarting(self._paces.start_s))
+            self._times.died()
+            logger.error("engine died", extra={"failures": failures, "jobs": len(self._in_flight.all)})
+            self._in_flight.tell(self._in_flight.all, Restarting(self._times.start_s))
             self._accuse_load()
             await asyncio.sleep(min(5.0, 0.1 * 2 ** (failures - 1)))
 
@@ -218,7 +218,7 @@ class LocalBackend:
         patience = self._patience
         if self._life is not None and self._life.stopped_s > patience.silence_s:
             return True
-        limit_s = max(patience.hang_s, patience.hang_steps * self._paces.longest_s)
+        limit_s = max(patience.hang_s, patience.hang_steps * self._times.longest_s)
         if self._loading is not None:
             limit_s = max(limit_s, patience.settle_s)
         if not self._served:
@@ -229,18 +229,18 @@ class LocalBackend:
         match message:
             case Happened(events, stats, begun):
                 self._stats = stats
-                self._passengers.sit(begun, alone=False)
+                self._in_flight.sit(begun, alone=False)
                 for event in events:
-                    if (ended := self._passengers.hear(event)) is not None:
+                    if (ended := self._in_flight.hear(event)) is not None:
                         self._ended(ended)
             case Beat(stats, steps, progress, memory_bytes):
                 self._beat_at, self._stats, self._memory_bytes = time.monotonic(), stats, memory_bytes
-                self._paces.learn(steps, sum(model.loaded for model in self._served.values()))
+                self._times.learn(steps, sum(model.loaded for model in self._served.values()))
                 for step in steps:
                     self._on_step(step.bucket, step.seconds)
-                self._passengers.sit(progress, alone=True)
+                self._in_flight.sit(progress, alone=True)
             case Ready(served, steps):
-                self._paces.learn(steps, len(served))
+                self._times.learn(steps, len(served))
                 self._become_ready(served, life)
             case Loading(model):
                 self._loading = model
@@ -254,7 +254,7 @@ class LocalBackend:
                 life.refused = message
                 life.over.set()  # it may still be compiling something
 
-    def _become_ready(self, served: dict[str, Served], life: Life) -> None:
+    def _become_ready(self, served: dict[str, ModelStatus], life: Life) -> None:
         self._known = self._known or served
         troubles = {name: _trouble(model, served.get(name)) for name, model in self._known.items()}
         reasons = {name: reason for name, reason in troubles.items() if reason is not None}
@@ -266,11 +266,11 @@ class LocalBackend:
             self._give_up(name, reason)
         now = {name: replace(model, loaded=False) for name, model in self._known.items()} | served
         self._served = {name: replace(model, trouble=self._broken.get(name)) for name, model in now.items()}
-        self._paces.started(served)
+        self._times.started(served)
         logger.info("engine ready", extra={name: model.numerics for name, model in served.items()})
-        self._board(self._passengers.all)
+        self._board(self._in_flight.all)
 
-    def _change(self, name: str, served: Served) -> None:
+    def _change(self, name: str, served: ModelStatus) -> None:
         """A model has come, gone, or cannot come."""
         self._loading, self._beat_at = None, time.monotonic()
         self._served = self._served | {name: served}
@@ -278,31 +278,31 @@ class LocalBackend:
             self._give_up(name, served.trouble)
         elif served.loaded:
             self._load_deaths.pop(name, None)
-            self._paces.loaded(name, served)
-            self._passengers.tell(self._passengers.of(name), Aboard(served))
+            self._times.loaded(name, served)
+            self._in_flight.tell(self._in_flight.of(name), Assigned(served))
         logger.info("model changed", extra={"model": name, "loaded": served.loaded, "trouble": served.trouble})
 
     def _give_up(self, name: str, reason: str) -> None:
         """Whoever asked for this model, and whoever will, hears that it cannot be loaded."""
         self._broken[name] = reason
-        self._passengers.tell(self._passengers.of(name), ModelBroken(reason))
+        self._in_flight.tell(self._in_flight.of(name), ModelBroken(reason))
 
     def _board(self, waiting: Iterable[Stream]) -> None:
         """Sends the engine those of these who may go on board."""
-        for stream in self._passengers.next(waiting) if self._served else ():
+        for stream in self._in_flight.next(waiting) if self._served else ():
             if stream.spec.model in self._broken:
                 continue  # it has been told, and is about to leave
             stream.aboard = True
             if (served := self._served[stream.spec.model]).loaded:
-                stream.events.put_nowait(Aboard(served))
+                stream.events.put_nowait(Assigned(served))
             seeds = tuple(stream.spec.seeds[i] for i in stream.index.values())
-            watched = stream in self._passengers.suspects.all
+            watched = stream in self._in_flight.suspects.all
             self._send(Submit(tuple(stream.index), replace(stream.spec, seeds=seeds), watched))
 
     def _ended(self, stream: Stream) -> None:
         """Nothing of it is left to be made. Whoever waited for the end of a suspect may go on board."""
-        if self._passengers.suspects.forget(stream):
-            self._board(self._passengers.all)
+        if self._in_flight.suspects.forget(stream):
+            self._board(self._in_flight.all)
 
     def _accuse_load(self) -> None:
         """If the engine died while it loaded a model, that may be why."""
@@ -316,5 +316,5 @@ class LocalBackend:
     def _fail(self, failure: EngineFailed) -> None:
         self._trouble, self._served, self._memory_bytes = str(failure), {}, 0
         logger.critical("engine failed for good", extra={"reason": str(failure)})
-        self._passengers.tell(self._passengers.all, failure)
+        self._in_flight.tell(self._in_flight.all, failure)
         self._on_failed(failure)

@@ -10,9 +10,9 @@ from model.errors import PlanError
 from server.engines.backend import Backend
 from server.errors import ModelBroken, NotReady, ServerError, StorageFull, problem
 from server.jobs.capacity import Queue
-from server.jobs.job import Job, Order
-from server.jobs.repository import Ledger
-from server.jobs.tenants import Owner
+from server.jobs.job import Job, ResolvedRequest
+from server.jobs.repository import JobRepository
+from server.jobs.tenants import Tenant
 from server.metrics import Metrics
 from server.settings import Settings
 
@@ -20,11 +20,11 @@ from server.settings import Settings
 class Admission:
     """What has been promised, and what may still be."""
 
-    def __init__(self, settings: Settings, backend: Backend, ledger: Ledger, metrics: Metrics) -> None:
+    def __init__(self, settings: Settings, backend: Backend, repository: JobRepository, metrics: Metrics) -> None:
         self.queue = Queue(settings.max_queued_steps, settings.max_queued_jobs, settings.max_live_bytes)
         self.closing = False  # nothing is taken on any more
         self.rejected: Counter[str] = Counter()  # by reason
-        self._backend, self._ledger, self._metrics = backend, ledger, metrics
+        self._backend, self._repository, self._metrics = backend, repository, metrics
 
     @property
     def trouble(self) -> ServerError | None:
@@ -33,7 +33,7 @@ class Admission:
             return NotReady("the server is shutting down")
         if self._backend.trouble is not None:
             return NotReady(self._backend.trouble)
-        store = self._ledger.store
+        store = self._repository.store
         return StorageFull(store.trouble) if store.trouble is not None else None
 
     @contextmanager
@@ -51,7 +51,7 @@ class Admission:
         """Something was refused, for this reason."""
         self.rejected[code] += 1
 
-    def admit(self, order: Order, owner: Owner | None) -> Job:
+    def admit(self, order: ResolvedRequest, owner: Tenant | None) -> Job:
         """A job there is room for. Raises NotReady, StorageFull, ModelBroken, Invalid if it can never fit,
         TooBusy if not now."""
         served = self._backend.served.get(order.model)
@@ -69,15 +69,17 @@ class Admission:
         self.queue.take(order.image_steps, step_s, order.size_bytes, load_s)
         if quota is not None:
             quota.take(order.image_steps)
-        return Job(secrets.token_hex(12), order, served, self._ledger.audience, arrived=self._ledger.clock.now())
+        return Job(
+            secrets.token_hex(12), order, served, self._repository.audience, arrived=self._repository.clock.now()
+        )
 
     def done(self, job: Job) -> None:
         """What is left of its work will not be done, and what it held is free."""
-        self.queue.give_back(job.order.image_steps - sum(job.steps))
-        self.queue.leave(job.order.size_bytes)
+        self.queue.give_back(job.request.image_steps - sum(job.steps))
+        self.queue.leave(job.request.size_bytes)
 
-    def take_back(self, job: Job, owner: Owner | None) -> None:
+    def take_back(self, job: Job, owner: Tenant | None) -> None:
         """A job that was admitted makes no work after all."""
         self.done(job)
         if owner is not None and owner.quota is not None:
-            owner.quota.give_back(job.order.image_steps)
+            owner.quota.give_back(job.request.image_steps)

@@ -8,30 +8,30 @@ from typing import Any
 
 from model.sampling.plan import Sampling
 from server.errors import Problem, Recalled
-from server.jobs.job import Image, Job, Order, StoredImage, Watched, frame_points
+from server.jobs.job import Image, Job, ResolvedRequest, StoredImage, Watched, frame_points
 from server.jobs.schemas import Frames
-from server.jobs.stream import Audience, Shown, Text
+from server.jobs.stream import Shown, Subscribers, Text
 from server.store.blobs import Pictures
 from server.store.rows import Kept, Record
-from server.worker.messages import Served
+from server.worker.messages import ModelStatus
 
 
 def identities(job: Job) -> list[str]:
     """A hash of all that decides each picture of a job, which is what its PNG says of itself; and of its owner, since
     nobody need know what another has asked for."""
-    owner, found = {"owner": job.order.owner}, []
-    for index in range(job.order.n):
+    owner, found = {"owner": job.request.owner}, []
+    for index in range(job.request.n):
         image = job.images.get(index)
-        texts = image.texts if isinstance(image, Image) else job.texts(job.order.seed + index)
+        texts = image.texts if isinstance(image, Image) else job.texts(job.request.seed + index)
         found.append(sha256(json.dumps({**texts, **owner}, sort_keys=True).encode()).hexdigest())
     return found
 
 
-def _order_to_json(order: Order) -> str:
-    return _json(order.request() | {"T": order.T, "shape": order.shape, "floats": order.wants_floats})
+def _order_to_json(order: ResolvedRequest) -> str:
+    return _json(order.fields() | {"T": order.T, "shape": order.shape, "floats": order.wants_floats})
 
 
-def _order_from_json(text: str, owner: str | None) -> Order:
+def _order_from_json(text: str, owner: str | None) -> ResolvedRequest:
     fields = json.loads(text)
     sampling = Sampling(**{name: fields[name] for name in Sampling.__slots__})
     watched = None
@@ -40,19 +40,19 @@ def _order_from_json(text: str, owner: str | None) -> Order:
         watched = Watched(frames, frame_points(frames, sampling.steps, sampling.steps))
     rest = (fields["priority"], fields["deadline_s"], fields["floats"], owner)
     shape = tuple(fields["shape"])
-    return Order(fields["model"], fields["T"], shape, fields["seed"], fields["n"], sampling, watched, *rest)
+    return ResolvedRequest(fields["model"], fields["T"], shape, fields["seed"], fields["n"], sampling, watched, *rest)
 
 
 def to_record(job: Job) -> Record:
     """A job as it is written down when it is accepted."""
     return Record(
         id=job.id,
-        owner=job.order.owner,
+        owner=job.request.owner,
         key=job.key,
         fingerprint=job.fingerprint,
         created_at=job.created_at,
         arrived=job.arrived,
-        request=_order_to_json(job.order),
+        request=_order_to_json(job.request),
         served=_json(asdict(job.served)),
         attached=job.attached,
         attempt=job.attempt,
@@ -71,14 +71,14 @@ def concluded(job: Job, status: str, finished_at: float, ended: float, error: di
         ended=ended,
         steps=_json(job.steps),
         error=_json(error) if error is not None else None,
-        messages=len(job.feed.kept) + 1,
+        messages=len(job.stream.kept) + 1,
         images=tuple(Kept(i, image.seed, image.sha256, len(image.png), image.message) for i, image in made),
     )
 
 
 def had_before(job: Job, now: float, ended: float) -> Record:
     """The same if all of its pictures are here already; their hashes and sizes are for the store to fill in."""
-    order = job.order
+    order = job.request
     return replace(
         to_record(job),
         status="succeeded",
@@ -95,12 +95,12 @@ def _json(value: object) -> str:
     return json.dumps(value, separators=(",", ":"))
 
 
-def to_job(record: Record, pictures: Pictures, audience: Audience) -> Job:
+def to_job(record: Record, pictures: Pictures, audience: Subscribers) -> Job:
     """A job that was written down. If it had ended, all that can be asked of it is as it was, but for frames."""
     job = Job(
         record.id,
         _order_from_json(record.request, record.owner),
-        Served(**json.loads(record.served)),
+        ModelStatus(**json.loads(record.served)),
         audience,
         record.created_at,
         record.arrived,
@@ -124,10 +124,10 @@ def _conclude(job: Job, record: Record, pictures: Pictures) -> None:
         job.failure = Recalled(_problem(job.error))
     for kept in record.images:
         job.images[kept.place] = stored(kept, pictures)
-    feed, first = job.feed, len(job.feed.kept)
+    feed, first = job.stream, len(job.stream.kept)
     feed.skip(record.messages - first)
     if job.started_at is not None:
-        body = {"type": "started", "job": job.id, "seq": first + 1, "steps": job.order.image_steps}
+        body = {"type": "started", "job": job.id, "seq": first + 1, "steps": job.request.image_steps}
         feed.kept[first] = Text(first + 1, body)
     for image in job.images.values():
         header = {"job": job.id, "seq": image.message, **job.header_of(image)}

@@ -12,7 +12,7 @@ FRESH_S = 0.25  # how old an outlook may be
 SHARE = 0.05  # of the time may be spent on looking
 
 
-class Outlooks:
+class EtaEstimator:
     """Made for all jobs at once, at most every now and then, and only when somebody asks."""
 
     def __init__(self, live: Mapping[str, Job], backend: Backend) -> None:
@@ -34,9 +34,9 @@ class Outlooks:
         self._at = time.monotonic()
         queues: dict[str, list[Job]] = {}
         for job in self._live.values():
-            queues.setdefault(job.order.model, []).append(job)
+            queues.setdefault(job.request.model, []).append(job)
         times = {name: self._backend.step_s(name, jobs[0].served.admitted) for name, jobs in queues.items()}
-        longest = {name: jobs[0].order.T for name, jobs in queues.items()}
+        longest = {name: jobs[0].request.T for name, jobs in queues.items()}
         ends = {name: forecast([job.work for job in jobs], times[name], longest[name]) for name, jobs in queues.items()}
         lasts = {name: max(of_model.values(), key=lambda end: end.step) for name, of_model in ends.items()}
         self._all = {}

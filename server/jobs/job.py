@@ -16,8 +16,8 @@ from model.sampling.schedule import Spacing
 from server.jobs import encode
 from server.jobs.forecast import Work
 from server.jobs.schemas import Frames
-from server.jobs.stream import Audience, Feed
-from server.worker.messages import Served
+from server.jobs.stream import Stream, Subscribers
+from server.worker.messages import ModelStatus
 
 Kind = Literal["x_t", "x0"]
 SMALL_BYTES = 4096  # up to this a frame is a PNG within 0.1 ms, less than a thread takes to begin
@@ -50,7 +50,7 @@ class Watched:
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
+class ResolvedRequest:
     """A request with every choice made."""
 
     model: str
@@ -81,7 +81,7 @@ class Order:
         pictures = elements * (2 * (shown + 1) + 8 * self.wants_floats)
         return pictures + BYTES_OF_MESSAGE * self.n * (shown + 1) + BYTES_OF_JOB
 
-    def request(self) -> dict[str, Any]:
+    def fields(self) -> dict[str, Any]:
         """Every field of the request, defaults filled in."""
         fields = {"model": self.model, "seed": self.seed, "n": self.n, **asdict(self.sampling)}
         fields["frames"] = self.watched.frames.model_dump(exclude_none=True) if self.watched else None
@@ -149,9 +149,9 @@ class Job:
     """What a client asked for: n pictures of one kind."""
 
     id: str
-    order: Order
-    served: Served
-    audience: Audience = field(default_factory=Audience)
+    request: ResolvedRequest
+    served: ModelStatus
+    audience: Subscribers = field(default_factory=Subscribers)
     created_at: float = field(default_factory=time.time)  # to be shown
     arrived: float = field(default_factory=time.time)  # to wait in order, by a clock that does not jump
     started_at: float | None = None
@@ -172,18 +172,18 @@ class Job:
     cached: bool = False  # its pictures were here before
     due: float = math.inf  # when it must have ended, on the event loop's clock
     life: "asyncio.Task[None] | None" = None
-    feed: Feed = field(init=False)
+    feed: Stream = field(init=False)
 
     def __post_init__(self) -> None:
-        self.steps, self.feed = [0] * self.order.n, Feed(self.id, self.audience)
-        sampling = self.order.sampling
-        self.levels = _levels(self.order.T, sampling.steps, sampling.spacing)
-        self.feed.skip((self.attempt - 1) * self._messages)  # no number is used twice
+        self.steps, self.stream = [0] * self.request.n, Stream(self.id, self.audience)
+        sampling = self.request.sampling
+        self.levels = _levels(self.request.T, sampling.steps, sampling.spacing)
+        self.stream.skip((self.attempt - 1) * self._messages)  # no number is used twice
 
     def texts(self, seed: int) -> dict[str, str]:
         """All that decides a picture, as text chunks of its PNG."""
-        decides = {"model": self.order.model, "digest": self.served.digest, "seed": seed}
-        decides |= asdict(self.order.sampling) | {"numerics": self.served.numerics}
+        decides = {"model": self.request.model, "digest": self.served.digest, "seed": seed}
+        decides |= asdict(self.request.sampling) | {"numerics": self.served.numerics}
         words = {True: "true", False: "false"}
         return {
             key: words.get(v, str(v)) if isinstance(v, bool) else str(v) for key, v in decides.items() if v is not None
@@ -196,48 +196,48 @@ class Job:
         self.frames[index, step, kind] = picture
         level = self.levels[step if kind == "x_t" else step - 1]
         small = picture.nbytes <= SMALL_BYTES
-        self.feed.show(self._header(index, step, level, kind), True, partial(encode.png, picture, {}), small)
+        self.stream.show(self._header(index, step, level, kind), True, partial(encode.png, picture, {}), small)
 
     def finish(self, image: Image | StoredImage) -> None:
         """A picture is made."""
         self.images[image.index] = image
-        self.feed.show(self.header_of(image), False, lambda: image.png)
+        self.stream.show(self.header_of(image), False, lambda: image.png)
         if isinstance(image, Image):
-            image.message = len(self.feed.kept)
+            image.message = len(self.stream.kept)
 
     def header_of(self, image: Image | StoredImage) -> dict[str, Any]:
         """What is said of a finished picture where it is sent."""
-        return self._header(image.index, self.order.sampling.steps, 0, "image")
+        return self._header(image.index, self.request.sampling.steps, 0, "image")
 
     @property
     def _messages(self) -> int:
         """So many are numbered in a whole stream: `started`, frames, images and the end."""
-        watched = self.order.watched
+        watched = self.request.watched
         shown = len(watched.points) * (1 + (watched.frames.kind == "both")) if watched else 0
-        return 2 + self.order.n * (1 + shown)
+        return 2 + self.request.n * (1 + shown)
 
     def _header(self, index: int, step: int, level: int, kind: str) -> dict[str, Any]:
-        seed, steps = self.order.seed + index, self.order.sampling.steps
+        seed, steps = self.request.seed + index, self.request.sampling.steps
         place = {"index": index, "seed": seed, "step": step, "steps": steps, "t": level}
         return place | {"kind": kind, "image_type": "image/png"}
 
     @property
     def rank(self) -> float:
         """Its place in the queue, smaller first: the minute it came, less its priority."""
-        return self.arrived / 60 - self.order.priority
+        return self.arrived / 60 - self.request.priority
 
     @property
     def work(self) -> "Work[Job]":
         """What is left of it."""
-        steps = self.order.sampling.steps
+        steps = self.request.sampling.steps
         begun = [steps - done for i, done in enumerate(self.steps) if done and i not in self.images]
-        waiting = self.order.n - len(self.images) - len(begun)
-        return Work(self, begun, waiting, steps, self.rank, self.order.owner or "")
+        waiting = self.request.n - len(self.images) - len(begun)
+        return Work(self, begun, waiting, steps, self.rank, self.request.owner or "")
 
     @property
     def progress(self) -> dict[str, Any]:
         """Where it stands: image-steps done, of all, and the noise level of the picture furthest behind."""
-        return {"step": sum(self.steps), "steps": self.order.image_steps, "t": self.levels[min(self.steps)]}
+        return {"step": sum(self.steps), "steps": self.request.image_steps, "t": self.levels[min(self.steps)]}
 
     def encode(self) -> None:
         """Makes the PNGs and their hashes. Slow: call it in a thread."""
@@ -249,7 +249,7 @@ class Job:
         """About what it keeps in memory: pictures, as much again for their PNGs, and the objects around them."""
         pictures = sum(frame.nbytes for frame in self.frames.values())
         pictures += sum(image.size_bytes for image in self.images.values())
-        return 2 * pictures + BYTES_OF_MESSAGE * sum(m is not None for m in self.feed.kept) + BYTES_OF_JOB
+        return 2 * pictures + BYTES_OF_MESSAGE * sum(m is not None for m in self.stream.kept) + BYTES_OF_JOB
 
     def document(self, outlook: Outlook | None = None, pictures: bool = False) -> dict[str, Any]:
         """The job as clients see it; with `pictures`, each image as base64 too. outlook: unless it has ended."""
@@ -260,13 +260,13 @@ class Job:
             if pictures:
                 entry["b64_png"] = base64.b64encode(image.png).decode()
             made.append(entry)
-        progress = {"step": sum(self.steps), "steps": self.order.image_steps} | asdict(outlook or Outlook())
+        progress = {"step": sum(self.steps), "steps": self.request.image_steps} | asdict(outlook or Outlook())
         return {
             "id": self.id,
             "status": self.status,
-            "model": self.order.model,
+            "model": self.request.model,
             "digest": self.served.digest,
-            "request": self.order.request(),
+            "request": self.request.fields(),
             "created_at": self.created_at,
             "started_at": self.started_at,
             "finished_at": self.finished_at,

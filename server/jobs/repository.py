@@ -11,7 +11,7 @@ from server.jobs.clock import Clock
 from server.jobs.codec import concluded, had_before, identities, stored, to_job, to_record
 from server.jobs.job import Job
 from server.jobs.register import Register
-from server.jobs.stream import Audience
+from server.jobs.stream import Subscribers
 from server.logs import report
 from server.settings import Settings
 from server.store.rows import Found
@@ -22,10 +22,10 @@ SWEEP_S = 10.0  # how often it is looked for jobs that need not be kept any long
 DAY_S = 86_400.0
 
 
-class Ledger:
+class JobRepository:
     """Jobs, from their acceptance to the end of their retention."""
 
-    def __init__(self, store: Store, settings: Settings, audience: Audience) -> None:
+    def __init__(self, store: Store, settings: Settings, audience: Subscribers) -> None:
         self.register, self.store, self.clock = Register(), store, Clock()
         self.mismatches = 0  # pictures that came out with other bytes than before
         self._settings, self.audience = settings, audience
@@ -61,7 +61,7 @@ class Ledger:
         """
         over, known = None, list[str]()
         cached = self._settings.result_cache and job.served.exact and not again
-        if cached and job.order.watched is None and not job.order.wants_floats:
+        if cached and job.request.watched is None and not job.request.wants_floats:
             over, known = had_before(job, time.time(), self.clock.now()), identities(job)
         made = await self.store.insert(to_record(job), over, known)
         if isinstance(made, Found):
@@ -101,7 +101,7 @@ class Ledger:
             if record.status is None:  # it is being accepted, and nobody has been told of it yet
                 raise NotFound("there is no such job")
             job = to_job(record, self.store.pictures, self.audience)
-        if job.order.owner != owner:
+        if job.request.owner != owner:
             raise NotFound("there is no such job")
         return job
 
@@ -110,7 +110,7 @@ class Ledger:
         if status in ("queued", "running"):
             before = (await self.find(after, owner)).arrived if after is not None else math.inf
             live = reversed(self.register.live.values())
-            mine = [job for job in live if job.order.owner == owner]
+            mine = [job for job in live if job.request.owner == owner]
             return [job for job in mine if job.status == status and job.arrived < before][:limit]
         records = await self.store.page(owner, status, after, limit)
         jobs = [self.register.find(r.id) or to_job(r, self.store.pictures, self.audience) for r in records]

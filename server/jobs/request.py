@@ -9,16 +9,16 @@ from hashlib import sha256
 from model.checkpoint.card import ModelCard
 from model.sampling.plan import resolve
 from server.errors import Invalid
-from server.jobs.job import Order, Watched, frame_points
+from server.jobs.job import ResolvedRequest, Watched, frame_points
 from server.jobs.schemas import MAX_SEED, Frames, GenerateRequest, parse_json, parse_object, validate
-from server.jobs.tenants import Owner
+from server.jobs.tenants import Tenant
 from server.settings import Settings
 
 USUAL_FRAMES = Frames(count=30)
 
 
 @dataclass(frozen=True, slots=True)
-class Terms:
+class RequestContext:
     """How a request came, beside its body."""
 
     floats: bool = False  # the pictures are wanted unrounded, too
@@ -28,7 +28,7 @@ class Terms:
     attached: bool = False  # its caller waits for the end, and hears of nothing before
     again: bool = False  # pictures that were made before will not do
     key: str | None = None  # Idempotency-Key
-    owner: Owner | None = None  # by whose key it came
+    owner: Tenant | None = None  # by whose key it came
 
     @property
     def owner_name(self) -> str | None:
@@ -36,18 +36,20 @@ class Terms:
         return self.owner.name if self.owner is not None else None
 
 
-def fingerprints(body: bytes, terms: Terms) -> list[str]:
+def fingerprints(body: bytes, context: RequestContext) -> list[str]:
     """Hashes of what is asked for: the body, however it is spelled, and what the way it came adds to it. The first is
     kept with a job that is made for it; a job that was made for one of the others can answer it as well."""
     asked = parse_json(body)
-    adds_frames = (terms.shows or terms.draws) and not (isinstance(asked, dict) and "frames" in asked)
-    floats = [True] if terms.floats else [False, True]  # what a job has more than is needed does no harm
-    frames = [True] if adds_frames and not terms.later else [adds_frames, not adds_frames]
+    adds_frames = (context.shows or context.draws) and not (isinstance(asked, dict) and "frames" in asked)
+    floats = [True] if context.floats else [False, True]  # what a job has more than is needed does no harm
+    frames = [True] if adds_frames and not context.later else [adds_frames, not adds_frames]
     made = [[asked, unrounded, shown] for unrounded in floats for shown in frames]
     return [sha256(json.dumps(one, sort_keys=True).encode()).hexdigest() for one in made]
 
 
-def take_order(body: bytes, cards: Mapping[str, ModelCard], settings: Settings, terms: Terms) -> Order:
+def resolve_request(
+    body: bytes, cards: Mapping[str, ModelCard], settings: Settings, context: RequestContext
+) -> ResolvedRequest:
     """A request with every choice made. Raises BadInput, or PlanError, naming the field that cannot be."""
     value = parse_object(body)
     request = validate(value, GenerateRequest, _largest(value, cards, settings))
@@ -63,14 +65,14 @@ def take_order(body: bytes, cards: Mapping[str, ModelCard], settings: Settings, 
         noise=request.noise,
     )
     seed = secrets.randbelow(MAX_SEED - request.n) if request.seed is None else request.seed
-    shows = terms.shows or terms.draws
+    shows = context.shows or context.draws
     frames = request.frames if "frames" in request.model_fields_set or not shows else USUAL_FRAMES
-    if terms.draws and frames is None:
+    if context.draws and frames is None:
         raise Invalid(("frames", "frames must not be null: an animation is made of them"))
     watched = _watched(frames, request.n, sampling.steps, settings.max_frames)
     kind = (card.name, card.process.schedule.T, card.architecture.shape)
     urgency = (request.priority, request.deadline_s)
-    return Order(*kind, seed, request.n, sampling, watched, *urgency, terms.floats, terms.owner_name)
+    return ResolvedRequest(*kind, seed, request.n, sampling, watched, *urgency, context.floats, context.owner_name)
 
 
 def _largest(value: Mapping[str, object], cards: Mapping[str, ModelCard], settings: Settings) -> dict[str, int]:

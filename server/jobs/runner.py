@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from model.checkpoint.card import ModelCard
 from model.engine.events import Cancelled, Failed, Finished, Preview
-from server.engines.backend import Aboard, Backend, Progress, Restarting, SampleEvent
+from server.engines.backend import Assigned, Backend, Progress, Restarting, SampleEvent
 from server.errors import (
     DeadlinePassed,
     EngineFailed,
@@ -24,25 +24,25 @@ from server.errors import (
 )
 from server.jobs.admission import Admission
 from server.jobs.capacity import check_deadline
-from server.jobs.eta import Outlooks
+from server.jobs.eta import EtaEstimator
 from server.jobs.job import Image, Job
-from server.jobs.repository import Ledger
+from server.jobs.repository import JobRepository
 from server.metrics import Metrics
-from server.worker.messages import Served, Spec
+from server.worker.messages import ModelStatus, Spec
 
 logger = logging.getLogger(__name__)
 DEATHS = 3  # of servers while a job ran: then it is given up
 
 
 @dataclass(slots=True)
-class Courses:
+class JobRunner:
     """Where every job of this server takes its course, each in a task of its own."""
 
     cards: Mapping[str, ModelCard]
     backend: Backend
-    ledger: Ledger
+    repository: JobRepository
     admission: Admission
-    outlooks: Outlooks
+    outlooks: EtaEstimator
     metrics: Metrics
     count: Callable[[Job, str], None]  # hears of every end, once it is on disk
     _suspect: asyncio.Lock = field(default_factory=asyncio.Lock)  # held by a job that may have killed two servers
@@ -63,7 +63,7 @@ class Courses:
         except TimeoutError:
             if not deadline.expired():
                 raise
-            job.failure = DeadlinePassed(f"the deadline of {job.order.deadline_s:g} s was not met")
+            job.failure = DeadlinePassed(f"the deadline of {job.request.deadline_s:g} s was not met")
         except JobCancelled as error:
             outcome, job.failure = "cancelled", error
         except (NotReady, EngineFailed) as error:
@@ -79,17 +79,17 @@ class Courses:
         finally:
             job.ending = True
             if outcome is None:
-                job.feed.park()
+                job.stream.park()
             else:
                 await self.end(job, outcome)
 
     def _time_left_s(self, job: Job) -> float | None:
         """Until the deadline that the client set, counted from the acceptance, even if that was by another server."""
-        if job.order.deadline_s is None:
+        if job.request.deadline_s is None:
             return None
-        return max(0.0, job.order.deadline_s - (self.ledger.clock.now() - job.arrived))
+        return max(0.0, job.request.deadline_s - (self.repository.clock.now() - job.arrived))
 
-    def _note_what_serves(self, job: Job, served: Served) -> None:
+    def _note_what_serves(self, job: Job, served: ModelStatus) -> None:
         """What its pictures are made by, once that is known. Raises ModelChanged."""
         if served.digest != job.served.digest:
             raise ModelChanged("the model was changed after this job had been accepted")
@@ -102,7 +102,7 @@ class Courses:
     async def _collect(self, job: Job) -> None:
         if job.deaths >= DEATHS:
             raise SampleLost(f"the server died {job.deaths} times while it made this job")
-        order, watched = job.order, job.order.watched
+        order, watched = job.request, job.request.watched
         spec = Spec(
             order.model,
             tuple(range(order.seed, order.seed + order.n)),
@@ -122,17 +122,17 @@ class Courses:
         async with aclosing(self.backend.run(spec)) as events:
             async for event in events:
                 if suspected and not isinstance(event, Restarting):  # it has begun: a server that dies while it loads
-                    await self.ledger.store.begins(job.id)  # does so for other reasons
+                    await self.repository.store.begins(job.id)  # does so for other reasons
                     suspected = False
                 self._take(job, event)
 
     def _take(self, job: Job, event: SampleEvent) -> None:
         if job.started_at is None and isinstance(event, Preview | Progress | Finished):
             job.started_at, job.status = time.time(), "running"
-            self.metrics.queue_seconds.observe(self.ledger.clock.now() - job.arrived)
+            self.metrics.queue_seconds.observe(self.repository.clock.now() - job.arrived)
             if not job.deaths:
-                self.ledger.store.begun(job.id)
-            job.feed.say("started", steps=job.order.image_steps)
+                self.repository.store.begun(job.id)
+            job.stream.say("started", steps=job.request.image_steps)
         match event:
             case Preview(int(index), step, x, x0):
                 job.show_frame(index, step, "x_t", x)
@@ -140,15 +140,15 @@ class Courses:
             case Progress(steps):
                 self._advance(job, steps)
                 self._check_deadline(job)
-                job.feed.tell("progress", **job.progress, eta_s=self.outlooks.of(job).eta_s)
+                job.stream.tell("progress", **job.progress, eta_s=self.outlooks.of(job).eta_s)
             case Finished(int(index), picture, floats):
-                self._advance(job, {index: job.order.sampling.steps})
-                job.finish(Image(index, job.order.seed + index, picture, floats, job.texts(job.order.seed + index)))
-            case Aboard(served):
+                self._advance(job, {index: job.request.sampling.steps})
+                job.finish(Image(index, job.request.seed + index, picture, floats, job.texts(job.request.seed + index)))
+            case Assigned(served):
                 self._note_what_serves(job, served)
             case Restarting(retry_after_s):
-                self._advance(job, {i: 0 for i in range(job.order.n) if i not in job.images})
-                job.feed.tell("restarting", urgent=True, retry_after_s=retry_after_s)
+                self._advance(job, {i: 0 for i in range(job.request.n) if i not in job.images})
+                job.stream.tell("restarting", urgent=True, retry_after_s=retry_after_s)
             case Failed(_, reason):
                 raise SampleLost(reason)
             case Cancelled():
@@ -158,8 +158,8 @@ class Courses:
         """Gives up, and leaves the slots to others, as soon as it is certain that the deadline will not be met."""
         if job.due < math.inf:
             left_s = job.due - asyncio.get_running_loop().time()
-            steps = job.order.sampling.steps - min(job.steps)
-            check_deadline(left_s, steps, self.backend.step_s(job.order.model, job.served.admitted)[1])
+            steps = job.request.sampling.steps - min(job.steps)
+            check_deadline(left_s, steps, self.backend.step_s(job.request.model, job.served.admitted)[1])
 
     def _advance(self, job: Job, steps: Mapping[int, int]) -> None:
         for index, step in steps.items():
@@ -172,11 +172,11 @@ class Courses:
         error = problem(job.failure or RuntimeError()).body("") if outcome == "failed" else None
         self.admission.done(job)  # it may take until there is room on the disk, and others need not wait for that
         try:
-            await self.ledger.end(job, outcome, finished_at, error)
+            await self.repository.end(job, outcome, finished_at, error)
         except StorageFull as failure:  # the server ends before there is any: the next one runs it again
             job.failure = failure
-            return job.feed.park()
+            return job.stream.park()
         job.status, job.finished_at, job.error = outcome, finished_at, error
         logger.info("job ended", extra={"job": job.id, "outcome": outcome, "code": error and error["code"]})
-        job.feed.end(outcome, document=job.document())
+        job.stream.end(outcome, document=job.document())
         self.count(job, outcome)  # now that it holds all that it will

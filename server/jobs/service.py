@@ -21,12 +21,12 @@ from server.errors import (
     StillRunning,
 )
 from server.jobs.admission import Admission
-from server.jobs.eta import Outlooks
+from server.jobs.eta import EtaEstimator
 from server.jobs.job import Job
-from server.jobs.repository import Ledger
-from server.jobs.request import Terms, fingerprints, take_order
-from server.jobs.runner import Courses
-from server.jobs.stream import Audience, Viewer
+from server.jobs.repository import JobRepository
+from server.jobs.request import RequestContext, fingerprints, resolve_request
+from server.jobs.runner import JobRunner
+from server.jobs.stream import Subscriber, Subscribers
 from server.logs import report
 from server.metrics import Metrics, Standing
 from server.settings import Settings
@@ -53,27 +53,27 @@ class Jobs:
     ) -> None:
         self.cards, self.backend, self._settings = cards, backend, settings
         self.drawing = asyncio.Semaphore(ANIMATIONS)
-        self.audience = Audience()
-        self.ledger = Ledger(store, settings, self.audience)
-        self.register = self.ledger.register
+        self.audience = Subscribers()
+        self.repository = JobRepository(store, settings, self.audience)
+        self.register = self.repository.register
         self.metrics = metrics or Metrics()
         self.metrics.watch(self.standing)
-        self.admission = Admission(settings, backend, self.ledger, self.metrics)
-        self._outlooks = Outlooks(self.register.live, backend)
+        self.admission = Admission(settings, backend, self.repository, self.metrics)
+        self._outlooks = EtaEstimator(self.register.live, backend)
         self._accepted, self._arriving = 0, 0
         self._outcomes = Counter(dict.fromkeys(OUTCOMES, 0))
         self._cache_hits = 0
         self._ticker: asyncio.Task[None] | None = None
-        self._courses = Courses(
-            cards, backend, self.ledger, self.admission, self._outlooks, self.metrics, count=self._count
+        self._courses = JobRunner(
+            cards, backend, self.repository, self.admission, self._outlooks, self.metrics, count=self._count
         )
 
     async def start(self) -> None:
         """Starts the engines, takes up what the last server had not ended, and tells who waits where they stand."""
         await self.backend.start()
-        for job in await self.ledger.start():
+        for job in await self.repository.start():
             self._accepted += 1
-            self.admission.queue.enter(job.order.image_steps, job.order.size_bytes)
+            self.admission.queue.enter(job.request.image_steps, job.request.size_bytes)
             self._begin(job)
         self._ticker = asyncio.create_task(self._tick(), name="queue positions")
         self._ticker.add_done_callback(report)
@@ -98,60 +98,60 @@ class Jobs:
         if self._ticker is not None:
             self._ticker.cancel()
         await self.backend.close()
-        await self.ledger.close()
+        await self.repository.close()
 
-    async def submit(self, body: bytes, terms: Terms) -> Job:
+    async def submit(self, body: bytes, context: RequestContext) -> Job:
         """Takes a job on: it is on disk now, and ends, one way or another. Or finds the job that came with this key.
 
         Raises BadInput, PlanError, TooBusy, NotReady, StorageFull or StillRunning.
         """
-        order, prints = take_order(body, self.cards, self._settings, terms), list[str]()
-        if terms.key is not None:
-            prints = fingerprints(body, terms)
-            before = await self.ledger.store.by_key(terms.owner_name, terms.key)
+        order, prints = resolve_request(body, self.cards, self._settings, context), list[str]()
+        if context.key is not None:
+            prints = fingerprints(body, context)
+            before = await self.repository.store.by_key(context.owner_name, context.key)
             if before is not None:
-                return await self._found(before, prints, terms)
-        job = self.admission.admit(order, terms.owner)
-        job.key, job.fingerprint = terms.key, next(iter(prints), None)
-        job.attached = terms.attached and terms.key is None
+                return await self._found(before, prints, context)
+        job = self.admission.admit(order, context.owner)
+        job.key, job.fingerprint = context.key, next(iter(prints), None)
+        job.attached = context.attached and context.key is None
         self._arriving += 1
         try:
-            made = await self.ledger.accept(job, terms.again)
+            made = await self.repository.accept(job, context.again)
         except BaseException:
-            self.admission.take_back(job, terms.owner)
+            self.admission.take_back(job, context.owner)
             raise
         finally:
             self._arriving -= 1
         if isinstance(made, Found):  # it came while this one was on its way to the disk
-            self.admission.take_back(job, terms.owner)
-            return await self._found(made, prints, terms)
+            self.admission.take_back(job, context.owner)
+            return await self._found(made, prints, context)
         self._accepted += 1
         if made.cached:
             self._cache_hits += 1
-            self.admission.take_back(job, terms.owner)
+            self.admission.take_back(job, context.owner)
             self._count(made, "succeeded")
         else:
             self._begin(made)
         return made
 
-    async def _found(self, found: Found, prints: list[str], terms: Terms) -> Job:
+    async def _found(self, found: Found, prints: list[str], context: RequestContext) -> Job:
         """The job that came with this key before."""
         if found.fingerprint not in prints:
             raise KeyReused("this Idempotency-Key came with another request before")
-        job = await self.ledger.find(found.id, terms.owner_name)
-        if terms.attached and not job.feed.ended:
+        job = await self.repository.find(found.id, context.owner_name)
+        if context.attached and not job.stream.ended:
             raise StillRunning(job.id, max(1, math.ceil(self._outlooks.of(job).eta_s)))
         return job
 
     def _begin(self, job: Job) -> None:
-        steps = job.order.image_steps
-        logger.info("job accepted", extra={"job": job.id, "model": job.order.model, "image_steps": steps})
+        steps = job.request.image_steps
+        logger.info("job accepted", extra={"job": job.id, "model": job.request.model, "image_steps": steps})
         job.life = asyncio.create_task(self._courses.run(job), name=f"job {job.id}")
         job.life.add_done_callback(report)
 
     async def cancel(self, job: Job) -> Job:
         """Gives a job up, if it has not ended. Returns once it has."""
-        if job.life is None or job.feed.ended or job.feed.parked:
+        if job.life is None or job.stream.ended or job.stream.parked:
             return job
         if not job.ending:
             job.giving_up = True
@@ -179,56 +179,56 @@ class Jobs:
 
     def _count(self, job: Job, outcome: str) -> None:
         self._outcomes[outcome] += 1
-        self.metrics.job_seconds.observe(self.ledger.clock.now() - job.arrived)
+        self.metrics.job_seconds.observe(self.repository.clock.now() - job.arrived)
         self.register.retire(job)
 
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(TICK_S)
             for job in self.register.live.values():
-                if job.started_at is None and job.feed.viewers:
-                    job.feed.tell("queued", **asdict(self._outlooks.of(job)))
+                if job.started_at is None and job.stream.viewers:
+                    job.stream.tell("queued", **asdict(self._outlooks.of(job)))
                 else:
-                    job.feed.remind()
+                    job.stream.remind()
 
-    def watch(self, job: Job, after: int = 0) -> Viewer:
+    def watch(self, job: Job, after: int = 0) -> Subscriber:
         """A new viewer, from message `after` + 1 on. It hears at once where a job stands that has not begun."""
-        if job.started_at is None and not job.feed.ended and not job.feed.viewers:
-            job.feed.tell("queued", **asdict(self._outlooks.of(job)))
-        return Viewer(job.feed, after)
+        if job.started_at is None and not job.stream.ended and not job.stream.viewers:
+            job.stream.tell("queued", **asdict(self._outlooks.of(job)))
+        return Subscriber(job.stream, after)
 
     def document(self, job: Job) -> dict[str, Any]:
         """The job as clients see it."""
-        return job.document(None if job.feed.ended else self._outlooks.of(job))
+        return job.document(None if job.stream.ended else self._outlooks.of(job))
 
     def standing(self) -> Standing:
         """Where the server stands, for its metrics."""
-        live, vitals = self.register.live.values(), self.backend.vitals
+        live, health = self.register.live.values(), self.backend.health
         running = sum(job.started_at is not None for job in live)
         return Standing(
             jobs_running=running,
             jobs_waiting=len(live) - running,
             steps_waiting=self.admission.queue.taken,
             slots=sum(served.slots for place in self.backend.places for served in place.values() if served.loaded),
-            slots_used=vitals.stats.seated,
+            slots_used=health.stats.seated,
             viewers=self.audience.viewers,
             ready=self.admission.trouble is None,
             engine_up=self.backend.trouble is None,
-            engine_heartbeat_age_seconds=vitals.silence_s,
-            gpu_memory_bytes=vitals.memory_bytes,
-            storage_full=self.ledger.store.trouble is not None,
-            store_bytes=self.ledger.store.size_bytes,
+            engine_heartbeat_age_seconds=health.silence_s,
+            gpu_memory_bytes=health.memory_bytes,
+            storage_full=self.repository.store.trouble is not None,
+            store_bytes=self.repository.store.size_bytes,
             jobs_accepted=self._accepted,
             jobs=self._outcomes,
             rejected=self.admission.rejected,
-            sample_steps=vitals.stats.sample_steps,
-            engine_steps=vitals.stats.steps,
-            padded_slots=vitals.stats.padded,
-            out_of_memory=vitals.stats.exhausted,
-            engine_restarts=vitals.restarts,
-            jobs_replayed=vitals.replayed,
+            sample_steps=health.stats.sample_steps,
+            engine_steps=health.stats.steps,
+            padded_slots=health.stats.padded,
+            out_of_memory=health.stats.exhausted,
+            engine_restarts=health.restarts,
+            jobs_replayed=health.replayed,
             frames=self.audience.frames,
             frames_dropped=self.audience.dropped,
-            replay_mismatch=self.ledger.mismatches,
+            replay_mismatch=self.repository.mismatches,
             cache_hits=self._cache_hits,
         )

@@ -67,7 +67,7 @@ Message: TypeAlias = Text | Shown
 
 
 @dataclass(slots=True)
-class Audience:
+class Subscribers:
     """What all feeds of a server count together."""
 
     viewers: int = 0
@@ -80,15 +80,15 @@ class Audience:
 
 
 @dataclass(slots=True)
-class Feed:
+class Stream:
     """The messages of one job."""
 
     job: str
-    audience: Audience = field(default_factory=Audience)
+    audience: Subscribers = field(default_factory=Subscribers)
     kept: list[Message | None] = field(default_factory=list)  # [i] has the number i + 1; None: no longer held
     ended: bool = False
     parked: bool = False  # it goes on when the server has been started anew
-    viewers: "set[Viewer]" = field(default_factory=set)
+    viewers: "set[Subscriber]" = field(default_factory=set)
     moments: int = 0  # how many messages of the moment there were
     _moment: Text | None = None
 
@@ -148,17 +148,17 @@ class Feed:
             viewer.news.set()
 
 
-def told_of(error: Exception, request_id: str, feed: Feed | None = None) -> Text:
+def told_of(error: Exception, request_id: str, feed: Stream | None = None) -> Text:
     """The message of the moment that says why there is no stream; or, with a feed, why no more of it is told here."""
     job, seq = (feed.job, len(feed.kept)) if feed is not None else (None, 0)
     return Text(seq, {"type": "error", "job": job, "seq": seq, "problem": problem(error).body(request_id)})
 
 
-class Viewer:
+class Subscriber:
     """Somebody watching a job: `async for message in viewer.messages()`."""
 
-    def __init__(self, feed: Feed, after: int = 0) -> None:
-        self.feed, self.news = feed, asyncio.Event()
+    def __init__(self, feed: Stream, after: int = 0) -> None:
+        self.stream, self.news = feed, asyncio.Event()
         self.due = 0.0  # when it may hear the next message of the moment
         self._place = min(after, len(feed.kept))  # how many of the kept messages have been passed
         self.heard = 0  # how many messages of the moment there were when it heard one
@@ -166,12 +166,12 @@ class Viewer:
 
     def fell_behind(self) -> None:
         """The last message took long to send: of the frames of a job that goes on, only the newest is worth sending."""
-        if not self.feed.ended:
-            self._skip_to = len(self.feed.kept) - 1
+        if not self.stream.ended:
+            self._skip_to = len(self.stream.kept) - 1
 
     async def messages(self) -> AsyncGenerator[Message]:
         """What happens, from the place of this viewer on, to the end."""
-        feed = self.feed
+        feed = self.stream
         feed.viewers.add(self)
         feed.audience.viewers += 1
         try:
@@ -195,20 +195,20 @@ class Viewer:
 
     def _resync(self) -> Text:
         """Passes the messages that are no longer held; the message that stands in for them."""
-        while self._place < len(self.feed.kept) and self.feed.kept[self._place] is None:
+        while self._place < len(self.stream.kept) and self.stream.kept[self._place] is None:
             self._place += 1
-        return Text(self._place, {"type": "resync", "job": self.feed.job, "seq": self._place})
+        return Text(self._place, {"type": "resync", "job": self.stream.job, "seq": self._place})
 
     def _gap(self) -> Text | None:
         """Passes the frames that are not worth sending; the message that says which."""
         first = self._place
         while self._place < self._skip_to:
-            message = self.feed.kept[self._place]
+            message = self.stream.kept[self._place]
             if not (isinstance(message, Shown) and message.passing):
                 break
             self._place += 1
         if self._place == first:
             return None
-        self.feed.audience.dropped += self._place - first
-        body = {"type": "dropped", "job": self.feed.job, "seq": self._place, "from": first + 1, "to": self._place}
+        self.stream.audience.dropped += self._place - first
+        body = {"type": "dropped", "job": self.stream.job, "seq": self._place, "from": first + 1, "to": self._place}
         return Text(self._place, body)

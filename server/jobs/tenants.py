@@ -48,7 +48,7 @@ class Quota:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Owner:
+class Tenant:
     """Whom requests with one of its keys belong to, and what comes of them."""
 
     name: str

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from server.errors import SettingsError, Unauthenticated
-from server.jobs.tenants import Owner, Quota
+from server.jobs.tenants import Quota, Tenant
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 LINE = re.compile(rf"({NAME.pattern}):([0-9a-f]{{64}})(?::([1-9][0-9]{{0,14}}))?")
@@ -41,10 +41,10 @@ def make_key(name: str, quota: int | None = None) -> tuple[str, str]:
 class Keyring:
     """The keys that are accepted."""
 
-    def __init__(self, owners: Iterable[tuple[bytes, Owner]]) -> None:
+    def __init__(self, owners: Iterable[tuple[bytes, Tenant]]) -> None:
         self._owners = tuple(owners)
 
-    def owner(self, key: bytes | None) -> Owner:
+    def owner(self, key: bytes | None) -> Tenant:
         """Whom a key belongs to. Raises Unauthenticated. Every key is compared with, so that time tells nothing."""
         given, found = fingerprint((key or b"")[:MAX_KEY_BYTES]), None
         for digest, owner in self._owners:
@@ -64,8 +64,8 @@ class Keyring:
             raise SettingsError(f"DDPM_API_KEYS: the file could not be read: {type(error).__name__}") from None
         if len(text) > MAX_FILE_BYTES:
             raise SettingsError(f"DDPM_API_KEYS: the file must have at most {MAX_FILE_BYTES} bytes")
-        owners: dict[str, Owner] = {}
-        keys: dict[bytes, Owner] = {}
+        owners: dict[str, Tenant] = {}
+        keys: dict[bytes, Tenant] = {}
         for number, line in enumerate(text.decode("utf-8", "replace").splitlines(), 1):
             if not line.strip() or line.startswith("#"):
                 continue
@@ -74,7 +74,7 @@ class Keyring:
             name, digest, quota = match.groups()
             if bytes.fromhex(digest) == fingerprint(b""):
                 raise SettingsError(f"DDPM_API_KEYS: line {number} has the hash of an empty key")
-            owner = owners.setdefault(name, Owner(name, Quota(int(quota)) if quota else None))
+            owner = owners.setdefault(name, Tenant(name, Quota(int(quota)) if quota else None))
             if (owner.quota.capacity if owner.quota else None) != (int(quota) if quota else None):
                 raise SettingsError(f"DDPM_API_KEYS: line {number} gives its owner another quota than before")
             if keys.setdefault(bytes.fromhex(digest), owner) is not owner:
@@ -86,7 +86,7 @@ class Keyring:
     @classmethod
     def of_one(cls, key: str) -> "Keyring":
         """A single key."""
-        return cls([(fingerprint(key.encode()), Owner("metrics"))])
+        return cls([(fingerprint(key.encode()), Tenant("metrics"))])
 
 
 def offered(headers: Sequence[tuple[bytes, bytes]], subprotocols: Sequence[str] = ()) -> bytes | None:

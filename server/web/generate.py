@@ -15,9 +15,9 @@ from starlette.types import Receive, Scope, Send
 from server.errors import Gone
 from server.jobs import encode
 from server.jobs.job import Job, Kind
-from server.jobs.request import Terms
+from server.jobs.request import RequestContext
 from server.jobs.service import Jobs
-from server.jobs.stream import Message, Text, Viewer, told_of
+from server.jobs.stream import Message, Subscriber, Text, told_of
 from server.web.http import (
     header,
     idempotency_key,
@@ -54,35 +54,35 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {
 
 def picture(job: Job) -> bytes:
     """The picture, or all of them on a contact sheet."""
-    if job.order.n == 1:
+    if job.request.n == 1:
         return job.images[0].png
-    sheet = encode.contact_sheet([job.images[i].picture for i in range(job.order.n)])
-    return encode.png(sheet, job.texts(job.order.seed) | {"n": str(job.order.n)})
+    sheet = encode.contact_sheet([job.images[i].picture for i in range(job.request.n)])
+    return encode.png(sheet, job.texts(job.request.seed) | {"n": str(job.request.n)})
 
 
 def archive(job: Job) -> bytes:
     """The pictures as PNGs in a zip."""
-    return encode.archive({f"{i:04d}-seed-{job.images[i].seed}.png": job.images[i].png for i in range(job.order.n)})
+    return encode.archive({f"{i:04d}-seed-{job.images[i].seed}.png": job.images[i].png for i in range(job.request.n)})
 
 
 def array(job: Job) -> bytes:
     """The pictures as one array."""
     floats = [image.floats for _, image in sorted(job.images.items()) if image.floats is not None]
-    if len(floats) < job.order.n:
+    if len(floats) < job.request.n:
         raise Gone("the unrounded pictures of this job are no longer held")
     return encode.npy(floats)
 
 
 def animation(job: Job, media: str) -> bytes:
     """The denoising, all pictures side by side, ending on the finished ones."""
-    watched = job.order.watched
+    watched = job.request.watched
     assert watched is not None
     if not job.frames:
         raise Gone("the frames of this job are no longer held; the same request makes them again")
     kind: Kind = "x0" if watched.frames.kind == "x0" else "x_t"
-    points = [step for step in watched.points if (0, step, kind) in job.frames and step < job.order.sampling.steps]
-    sheets = [encode.contact_sheet([job.frames[i, step, kind] for i in range(job.order.n)]) for step in points]
-    last = encode.contact_sheet([job.images[i].picture for i in range(job.order.n)])
+    points = [step for step in watched.points if (0, step, kind) in job.frames and step < job.request.sampling.steps]
+    sheets = [encode.contact_sheet([job.frames[i, step, kind] for i in range(job.request.n)]) for step in points]
+    last = encode.contact_sheet([job.images[i].picture for i in range(job.request.n)])
     return encode.animation([*sheets, last], media)
 
 
@@ -112,7 +112,7 @@ async def generate(request: Request) -> Response:
     with jobs.admission.counting_refusals():
         media = negotiate(header(request, "accept"), ANSWERS)
         body = await read_json_body(request, request.app.state.settings.max_body_bytes)
-        terms = Terms(
+        context = RequestContext(
             floats=media == NPY,
             shows=later or media == EVENTS,
             draws=media in ANIMATIONS and not later,
@@ -122,8 +122,8 @@ async def generate(request: Request) -> Response:
             key=idempotency_key(request),
             owner=owner_of(request),
         )
-        job = await jobs.submit(body or b"{}", terms)
-    headers = {"X-Job-Id": job.id, "X-Seed": str(job.order.seed), "Vary": "Accept, Prefer"}
+        job = await jobs.submit(body or b"{}", context)
+    headers = {"X-Job-Id": job.id, "X-Seed": str(job.request.seed), "Vary": "Accept, Prefer"}
     if job.cached:
         headers["X-Cache"] = "hit"
     if later:
@@ -157,14 +157,14 @@ class ServerSent(StreamingResponse):
             await self._jobs.leave(self._job)
 
 
-async def _events(job: Job, viewer: Viewer, request_id: str) -> AsyncGenerator[bytes]:
+async def _events(job: Job, viewer: Subscriber, request_id: str) -> AsyncGenerator[bytes]:
     """Everything that happens; or, at the end, why no more of it will be told by this server."""
     async with aclosing(viewer.messages()) as messages:
         async for message in messages:
             yield await _event(message)
             await asyncio.sleep(0)  # a long replay must not keep the others waiting
-    if job.feed.parked and job.failure is not None:
-        yield await _event(told_of(job.failure, request_id, job.feed))
+    if job.stream.parked and job.failure is not None:
+        yield await _event(told_of(job.failure, request_id, job.stream))
 
 
 async def _event(message: Message) -> bytes:

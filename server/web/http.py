@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server import logs
 from server.errors import BodyTooLarge, Malformed, NotAcceptable, Problem, UnsupportedMedia
-from server.jobs.tenants import Owner
+from server.jobs.tenants import Tenant
 from server.web.openai_schema import PREFIX, error_object
 
 T = TypeVar("T")
@@ -74,9 +74,9 @@ def refusal(scope: Scope, answer: Problem) -> JSONResponse:
     return JSONResponse(body, answer.status, headers, media_type="application/problem+json")
 
 
-def owner_of(request: HTTPConnection) -> Owner | None:
+def owner_of(request: HTTPConnection) -> Tenant | None:
     """Whose key came with this request; nobody's if none is needed."""
-    owner: Owner | None = getattr(request.state, "owner", None)
+    owner: Tenant | None = getattr(request.state, "owner", None)
     return owner
 
 

@@ -19,7 +19,7 @@ FOR_EVER = "max-age=31536000, immutable"
 
 def _kept(job: Job) -> str:
     """The Cache-Control of a picture. Caches between us and an owner must not show it to others."""
-    return f"{'public' if job.order.owner is None else 'private'}, {FOR_EVER}"
+    return f"{'public' if job.request.owner is None else 'private'}, {FOR_EVER}"
 
 
 @router.get("/jobs", summary="Jobs, newest first")
@@ -29,7 +29,7 @@ async def job_list(request: Request, status: Status = None, limit: Limit = None,
         raise Invalid(("status", f"status must be one of {', '.join(STATUSES)}"))
     most = JOBS if limit is None else whole_number("limit", limit, 1, MOST_JOBS)
     jobs: Jobs = request.app.state.jobs
-    page = await jobs.ledger.page(name_of_owner(request), status, after, most)
+    page = await jobs.repository.page(name_of_owner(request), status, after, most)
     documents = [jobs.document(job) for job in page]
     return await asyncio.to_thread(JSONResponse, {"jobs": documents})
 
@@ -38,23 +38,23 @@ async def job_list(request: Request, status: Status = None, limit: Limit = None,
 async def job_document(request: Request, id: str) -> JSONResponse:
     """The job document."""
     jobs: Jobs = request.app.state.jobs
-    return JSONResponse(jobs.document(await jobs.ledger.find(id, name_of_owner(request))))
+    return JSONResponse(jobs.document(await jobs.repository.find(id, name_of_owner(request))))
 
 
 @router.delete("/jobs/{id}", summary="Cancel a job")
 async def job_cancel(request: Request, id: str) -> JSONResponse:
     """Gives a job up; a job that has ended stays as it is. Answers the document."""
     jobs: Jobs = request.app.state.jobs
-    return JSONResponse(jobs.document(await jobs.cancel(await jobs.ledger.find(id, name_of_owner(request)))))
+    return JSONResponse(jobs.document(await jobs.cancel(await jobs.repository.find(id, name_of_owner(request)))))
 
 
 @router.get("/jobs/{id}/images/{index}", summary="One picture of a job", response_class=Response)
 async def job_image(request: Request, id: str, index: Index) -> Response:
     """The PNG, immutable."""
     jobs: Jobs = request.app.state.jobs
-    job = await jobs.ledger.find(id, name_of_owner(request))
+    job = await jobs.repository.find(id, name_of_owner(request))
     if not (index.isascii() and index.isdigit() and len(index) < 6 and int(index) in job.images):
-        raise NotFound(f"this job has {len(job.images)} of its images 0..{job.order.n - 1}")
+        raise NotFound(f"this job has {len(job.images)} of its images 0..{job.request.n - 1}")
     image = job.images[int(index)]
     tag = f'"{await asyncio.to_thread(lambda: image.sha256)}"'
     headers = {"ETag": tag, "Cache-Control": _kept(job)}
@@ -68,9 +68,9 @@ async def job_trajectory(request: Request, id: str) -> Response:
     """GIF, APNG or WebP as `Accept` asks, from the frames that were kept."""
     media = negotiate(header(request, "accept"), ANIMATIONS)
     jobs: Jobs = request.app.state.jobs
-    job = await jobs.ledger.find(id, name_of_owner(request))
-    if job.order.watched is None or job.status != "succeeded":
-        raise NotFound("this job has no frames" if job.order.watched is None else f"this job is {job.status}")
+    job = await jobs.repository.find(id, name_of_owner(request))
+    if job.request.watched is None or job.status != "succeeded":
+        raise NotFound("this job has no frames" if job.request.watched is None else f"this job is {job.status}")
     return Response(
         await draw(jobs, job, media), media_type=media, headers={"Cache-Control": _kept(job), "Vary": "Accept"}
     )

@@ -15,9 +15,9 @@ from starlette.responses import JSONResponse
 from server.errors import NotFound, Problem, problem
 from server.jobs import encode
 from server.jobs.job import Image, Job, StoredImage
-from server.jobs.request import Terms, take_order
+from server.jobs.request import RequestContext, resolve_request
 from server.jobs.service import Jobs
-from server.jobs.stream import Shown, Text, Viewer
+from server.jobs.stream import Shown, Subscriber, Text
 from server.web.generate import CLIENT_CLOSED_REQUEST, EVENTS, JSON, PROBLEMS, ServerSent
 from server.web.http import idempotency_key, makes_again, owner_of, read_json_body, unless_gone
 from server.web.openai_schema import ImagesRequest, error_object, parse_images
@@ -48,11 +48,11 @@ async def generations(request: Request) -> Response:
     with jobs.admission.counting_refusals():
         asked = parse_images(await read_json_body(request, settings.max_body_bytes) or b"{}")
         body, again, owner = asked.generate(), makes_again(request), owner_of(request)
-        terms = Terms(attached=not asked.stream, again=again, key=idempotency_key(request), owner=owner)
-        _, height, width = take_order(body, jobs.cards, settings, terms).shape
+        context = RequestContext(attached=not asked.stream, again=again, key=idempotency_key(request), owner=owner)
+        _, height, width = resolve_request(body, jobs.cards, settings, context).shape
         asked.check_size(width, height)
-        job = await jobs.submit(body, terms)
-    headers = {"X-Job-Id": job.id, "X-Seed": str(job.order.seed)} | ({"X-Cache": "hit"} if job.cached else {})
+        job = await jobs.submit(body, context)
+    headers = {"X-Job-Id": job.id, "X-Seed": str(job.request.seed)} | ({"X-Cache": "hit"} if job.cached else {})
     if asked.stream:
         return ServerSent(jobs, job, _events(asked, job, jobs.watch(job)), headers)
     try:
@@ -62,7 +62,7 @@ async def generations(request: Request) -> Response:
         await jobs.leave(job)
     urls = None
     if asked.response_format == "url":
-        urls = [str(request.url_for("job_image", id=job.id, index=i)) for i in range(job.order.n)]
+        urls = [str(request.url_for("job_image", id=job.id, index=i)) for i in range(job.request.n)]
     return await asyncio.to_thread(lambda: JSONResponse(_answer(asked, job, urls), headers=headers))
 
 
@@ -75,7 +75,7 @@ def _file(asked: ImagesRequest, png: bytes) -> str:
 
 
 def _size(job: Job) -> str:
-    _, height, width = job.order.shape
+    _, height, width = job.request.shape
     return f"{width}x{height}"
 
 
@@ -102,7 +102,7 @@ def _error(answer: Problem) -> bytes:
     return _event("error", error=error_object(answer))
 
 
-async def _events(asked: ImagesRequest, job: Job, viewer: Viewer) -> AsyncGenerator[bytes]:
+async def _events(asked: ImagesRequest, job: Job, viewer: Subscriber) -> AsyncGenerator[bytes]:
     """Each picture, and before it the partial ones; or what has become of them instead."""
     async with aclosing(viewer.messages()) as messages:
         async for message in messages:
@@ -111,7 +111,7 @@ async def _events(asked: ImagesRequest, job: Job, viewer: Viewer) -> AsyncGenera
             elif not message.passing or message.header["step"] < message.header["steps"]:
                 yield await _shown(asked, job, message)  # after the last step x0 is the picture itself
             await asyncio.sleep(0)
-    if job.feed.parked and job.failure is not None:
+    if job.stream.parked and job.failure is not None:
         yield _error(problem(job.failure))
 
 
@@ -136,8 +136,8 @@ async def _shown(asked: ImagesRequest, job: Job, message: Shown) -> bytes:
     }
     if not message.passing:
         return _event("image_generation.completed", **about, usage=USAGE, revised_prompt=NOTHING)
-    assert job.order.watched is not None
-    place = job.order.watched.points.index(header["step"]) - 1  # the first is pure noise, of which there is no x0
+    assert job.request.watched is not None
+    place = job.request.watched.points.index(header["step"]) - 1  # the first is pure noise, of which there is no x0
     return _event("image_generation.partial_image", **about, partial_image_index=place)
 
 

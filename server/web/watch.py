@@ -13,10 +13,10 @@ from model.errors import PlanError
 from server.bounds import whole_number
 from server.errors import BadInput, EngineFailed, Gone, NotFound, NotReady, StorageFull, TooBusy, problem
 from server.jobs.job import Job
-from server.jobs.request import Terms
+from server.jobs.request import RequestContext
 from server.jobs.schemas import parse_json
 from server.jobs.service import Jobs
-from server.jobs.stream import Text, Viewer, told_of
+from server.jobs.stream import Subscriber, Text, told_of
 from server.web.http import first_of, name_of_owner, owner_of
 
 router = APIRouter()
@@ -67,7 +67,7 @@ async def watch_job(socket: WebSocket, id: str) -> None:
     jobs: Jobs = socket.app.state.jobs
     async with _talk(socket):
         after = whole_number("after", socket.query_params.get("after", "0"), 0, MOST_MESSAGES)
-        await _watch(socket, jobs, await jobs.ledger.find(id, name_of_owner(socket)), after)
+        await _watch(socket, jobs, await jobs.repository.find(id, name_of_owner(socket)), after)
 
 
 @router.websocket("/generate/stream")
@@ -80,7 +80,7 @@ async def watch_new_job(socket: WebSocket) -> None:
         except TimeoutError:
             raise _Closed(POLICY, f"no request within {FIRST_MESSAGE_S:g} s") from None
         with jobs.admission.counting_refusals():
-            job = await jobs.submit(text.encode(), Terms(shows=True, owner=owner_of(socket)))
+            job = await jobs.submit(text.encode(), RequestContext(shows=True, owner=owner_of(socket)))
         try:
             await _watch(socket, jobs, job, 0)
         finally:
@@ -93,12 +93,12 @@ async def _watch(socket: WebSocket, jobs: Jobs, job: Job, after: int) -> NoRetur
     listening = asyncio.create_task(_listen(socket, jobs, job))
     for task in await first_of(sending, listening):
         task.result()
-    if not job.feed.parked:
+    if not job.stream.parked:
         raise _Closed(DONE)
     raise _Closed(ENGINE_FAILED if isinstance(job.failure, EngineFailed) else RESTARTING)
 
 
-async def _send_all(socket: WebSocket, viewer: Viewer) -> None:
+async def _send_all(socket: WebSocket, viewer: Subscriber) -> None:
     async with aclosing(viewer.messages()) as messages:
         async for message in messages:
             data = message.json if isinstance(message, Text) else await message.packed()
@@ -125,7 +125,7 @@ async def _listen(socket: WebSocket, jobs: Jobs, job: Job) -> NoReturn:
         if said == {"type": "cancel"}:
             await jobs.cancel(job)
         elif said == {"type": "ping"}:
-            await _send(socket, json.dumps({"type": "pong", "job": job.id, "seq": len(job.feed.kept)}))
+            await _send(socket, json.dumps({"type": "pong", "job": job.id, "seq": len(job.stream.kept)}))
         else:
             raise _Closed(POLICY, 'only {"type": "cancel"} and {"type": "ping"} are understood')
         await asyncio.sleep(0)

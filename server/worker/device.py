@@ -13,7 +13,7 @@ from model.engine.footprint import Footprint, resident_bytes
 from model.engine.runner import Runner, ranges, usual_buckets
 from model.errors import NoSuchDevice
 from model.nets.cpu import CpuNet, supports
-from server.worker.messages import Served
+from server.worker.messages import ModelStatus
 
 UNLIMITED = 1 << 60
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -65,7 +65,7 @@ def device_name(device: torch.device) -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def describe(runner: Runner, model: Model, load_s: float, grown_bytes: int) -> Served:
+def describe(runner: Runner, model: Model, load_s: float, grown_bytes: int) -> ModelStatus:
     """What the world may know of a loaded model. grown_bytes: by how much more of a GPU is held since it was not."""
     device, net, name = runner.device, model.net, device_name(runner.device)
     computes_in = net.dtype if isinstance(net, CpuNet) else model.table.dtype
@@ -77,7 +77,7 @@ def describe(runner: Runner, model: Model, load_s: float, grown_bytes: int) -> S
         parts += [f"cudnn {torch.backends.cudnn.version()}"]
     parts += [dtype, exact, *([str(runner.chosen)] if runner.chosen else [])]
     parts += [f"bits {runner.bits}"] if runner.bits else []
-    return Served(
+    return ModelStatus(
         model.card.digest,
         f"{device} ({name})",
         dtype,
@@ -99,11 +99,11 @@ def held_bytes(device: torch.device) -> int:
     return torch.cuda.memory_reserved(device) if device.type == "cuda" else 0
 
 
-def announce(card: ModelCard, device: torch.device, dtype: torch.dtype, slots: int, size: Footprint) -> Served:
+def announce(card: ModelCard, device: torch.device, dtype: torch.dtype, slots: int, size: Footprint) -> ModelStatus:
     """What the world may know of a model that is not loaded. Its numerics class shows only when it runs."""
     words = (f"{device} ({device_name(device)})", str(dtype).removeprefix("torch."))
     buckets = usual_buckets(slots)
-    return Served(
+    return ModelStatus(
         card.digest, *words, size.parameters, slots, buckets, [], buckets, False, "", 0.0, False, size.size_bytes
     )
 

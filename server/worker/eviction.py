@@ -24,7 +24,7 @@ class Stay:
 
 
 @dataclass(slots=True)
-class Residents:
+class Eviction:
     """The models of one device."""
 
     budget_bytes: int  # 0: there is room for all

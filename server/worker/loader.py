@@ -29,7 +29,7 @@ from server.worker.device import (
     held_bytes,
     usual_slots,
 )
-from server.worker.messages import CHANGED, Served, Start, Step
+from server.worker.messages import CHANGED, ModelStatus, Start, Step
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ class Arrived:
     """It is there. `steps` were taken to learn how long one takes."""
 
     engine: Engine
-    served: Served
+    served: ModelStatus
     steps: list[Step]
 
 
@@ -69,7 +69,7 @@ class Loader:
         self._slots = start.slots or usual_slots(device)
         self._growing = Lock()  # of several models one grows at a time
 
-    def announce(self, card: ModelCard) -> Served:
+    def announce(self, card: ModelCard) -> ModelStatus:
         """What is known of a model before it is loaded."""
         size = footprint(card, self._slots, self.device, self._dtype)
         return announce(card, self.device, self._dtype, self._slots, size)

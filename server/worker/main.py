@@ -1,6 +1,7 @@
 """The life of an engine process: load models, then step whatever is busy, until the pipe closes.
 
-With `models`, `loader`, `device` and `faults` beside it the only module of the server that imports torch. The process owns one device, and has no sockets and no disk to write to.
+With `models`, `loader`, `device` and `faults` beside it the only module of the server that imports torch. The process
+owns one device, and has no sockets and no disk to write to.
 """
 
 import time

@@ -25,7 +25,7 @@ class Spec:
 
 
 @dataclass(frozen=True, slots=True)
-class Served:
+class ModelStatus:
     """What a backend says of a model that it runs, or can load."""
 
     digest: str  # of the weights and configurations that were loaded
@@ -90,7 +90,7 @@ class Step:
 class Ready:
     """All models are loaded, or as many as there is room for."""
 
-    served: dict[str, Served]
+    served: dict[str, ModelStatus]
     steps: list[Step]  # of the smallest and the largest batch of each model that is loaded
 
 
@@ -106,7 +106,7 @@ class Changed:
     """A model has been loaded, or has gone, or could not be loaded. What was asked of the last kind is forgotten."""
 
     model: str
-    served: Served
+    served: ModelStatus
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,9 +19,9 @@ from model.errors import ModelRefused
 from model.sampling.plan import Plan, Sampling, plan
 from model.sampling.schedule import Process
 from server.worker import device
-from server.worker.eviction import Residents
+from server.worker.eviction import Eviction
 from server.worker.loader import Arrival, Loader
-from server.worker.messages import Cancel, Changed, Loading, Served, Start, Step, Submit
+from server.worker.messages import Cancel, Changed, Loading, ModelStatus, Start, Step, Submit
 
 
 @lru_cache(256)
@@ -36,7 +36,7 @@ class Engines:
         self._loader, self._tell = Loader(start, between), tell
         self.device = self._loader.device
         self.engines: dict[str, Engine] = {}
-        self.served: dict[str, Served] = {}
+        self.served: dict[str, ModelStatus] = {}
         self.taken: list[Step] = []  # since they were last told
         self.watched: set[int] = set()  # samples of which every step is told
         self._cards: dict[str, ModelCard] = {}
@@ -46,7 +46,7 @@ class Engines:
         self._recalled: set[int] = set()  # what an engine was given, and is to give back
         self._past = Stats()  # of engines that are gone
         self._arrival: Arrival | None = None
-        self.residents = Residents(start.memory_bytes, {})
+        self.eviction = Eviction(start.memory_bytes, {})
         for name, directory in start.models:
             try:
                 self._cards[name], self._held[name] = read_card(directory, name), {}
@@ -56,7 +56,7 @@ class Engines:
                     raise
                 self._cards.pop(name, None)  # the others go on; whoever started this one again misses it
         for name in self._cards:
-            if self.residents.fits(name):
+            if self.eviction.fits(name):
                 try:
                     self._settle(self._send_for(name))
                 except ModelRefused as error:
@@ -64,15 +64,15 @@ class Engines:
                         raise
                     self._give_up(name, str(error))
 
-    def _announce(self, name: str) -> Served:
+    def _announce(self, name: str) -> ModelStatus:
         """What is known of a model before it is loaded. Raises ModelRefused if it never can be."""
         served = self._loader.announce(self._cards[name])
         self._require_room(name, served.memory_bytes)
-        self.residents.sizes[name] = served.memory_bytes
+        self.eviction.sizes[name] = served.memory_bytes
         return served
 
     def _require_room(self, name: str, size_bytes: int) -> None:
-        budget_bytes = self.residents.budget_bytes
+        budget_bytes = self.eviction.budget_bytes
         if budget_bytes and size_bytes > budget_bytes:
             raise ModelRefused(f"{name} takes {size_bytes} bytes, models may take {budget_bytes}")
 
@@ -86,25 +86,25 @@ class Engines:
         name, arrived = arrival.name, self._loader.finish(arrival)
         self._require_room(name, arrived.served.memory_bytes)
         self.served[name], self.engines[name] = arrived.served, arrived.engine
-        self.residents.came(name, arrived.served.memory_bytes, time.monotonic(), arrived.served.load_s)
+        self.eviction.came(name, arrived.served.memory_bytes, time.monotonic(), arrived.served.load_s)
         self.taken += arrived.steps
 
     def _unload(self, name: str) -> None:
         """Forgets an engine that has nothing to do. What is held for it is asked for anew."""
         self._past = _sum([self._past, replace(self.engines.pop(name).stats, seated=0, waiting=0)])
-        self.residents.drop(name)
+        self.eviction.drop(name)
         device.give_back(self.device)
         self.served[name] = replace(self.served[name], loaded=False)
         self._tell(Changed(name, self.served[name]))
         if self._held[name]:
-            self.residents.ask(name, time.monotonic())
+            self.eviction.ask(name, time.monotonic())
 
     def _give_up(self, name: str, reason: str) -> None:
         """A model cannot be loaded, and whoever asked for it hears of it."""
         for id in self._held[name]:
             self._forget(id)
         self._held[name].clear()
-        self.residents.drop(name)
+        self.eviction.drop(name)
         device.give_back(self.device)
         self.served[name] = replace(self.served[name], trouble=reason)
 
@@ -116,11 +116,11 @@ class Engines:
                 self._let_in(arrival)
                 self._arrival = None
             return
-        leaving = self.residents.leaving(self._busy)
+        leaving = self.eviction.leaving(self._busy)
         if not self._busy.intersection(leaving):
             for name in leaving:
                 self._unload(name)
-            if (wanted := self.residents.next) is not None:
+            if (wanted := self.eviction.next) is not None:
                 self._tell(Loading(wanted))
                 self._arrival = self._send_for(wanted)
 
@@ -133,19 +133,19 @@ class Engines:
             reason = str(error)
         except torch.OutOfMemoryError:
             reason = "the memory of the device is too small for it"
-            if self.engines and self.residents.budget_bytes:  # it gets one more chance, alone
-                self.residents.sizes[name], reason = self.residents.budget_bytes, None
+            if self.engines and self.eviction.budget_bytes:  # it gets one more chance, alone
+                self.eviction.sizes[name], reason = self.eviction.budget_bytes, None
         if reason is not None:
             self._give_up(name, reason)
         self._tell(Changed(name, self.served[name]))
 
     def distribute(self) -> None:
         """Gives models that are here what is held for them, but for those who must leave; their turn may be over."""
-        leaving = self.residents.leaving(self._busy)
+        leaving = self.eviction.leaving(self._busy)
         for name, engine in self.engines.items():
             if name not in leaving:
                 self._hand_over(name, engine)
-            elif self.residents.turn_is_over(name, time.monotonic()):
+            elif self.eviction.turn_is_over(name, time.monotonic()):
                 self._recall(name, engine)
 
     def _hand_over(self, name: str, engine: Engine) -> None:
@@ -206,7 +206,7 @@ class Engines:
             self._models[id] = spec.model
             self._requests[id] = Request(id, seed, table, spec.order, *shown, spec.owner)
             self._held[spec.model][id] = self._requests[id]
-        self.residents.ask(spec.model, time.monotonic())
+        self.eviction.ask(spec.model, time.monotonic())
 
     def _cancel(self, id: int) -> None:
         model = self._models.get(id)
@@ -217,8 +217,8 @@ class Engines:
             self._forget(id)
         elif model in self.engines:
             self.engines[model].cancel(id)
-        if not self._held[model] and model in self.residents.wanted and not self._is_coming(model):
-            self.residents.drop(model)
+        if not self._held[model] and model in self.eviction.wanted and not self._is_coming(model):
+            self.eviction.drop(model)
 
     def _is_coming(self, model: str) -> bool:
         return self._arrival is not None and self._arrival.name == model

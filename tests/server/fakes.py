@@ -8,9 +8,9 @@ import numpy as np
 from PIL import Image
 
 from model.engine.events import Finished, Preview, Stats
-from server.engines.backend import SampleEvent, Vitals
+from server.engines.backend import EngineHealth, SampleEvent
 from server.errors import NotReady
-from server.worker.messages import Served, Spec
+from server.worker.messages import ModelStatus, Spec
 
 
 def read_texts(data: bytes) -> dict[str, str]:
@@ -23,9 +23,9 @@ class FakeBackend:
     """Makes picture i of grey level seed + i (modulo 256), when `gate` is open."""
 
     def __init__(self) -> None:
-        self.served = {"tiny": Served("sha256:0", "cpu", "float32", 1, 4, [1, 2, 4], [2, 4], [2, 4], True, "fake")}
+        self.served = {"tiny": ModelStatus("sha256:0", "cpu", "float32", 1, 4, [1, 2, 4], [2, 4], [2, 4], True, "fake")}
         self.trouble: str | None = None
-        self.vitals = Vitals(Stats(), 0.0, 0, {}, 0)
+        self.health = EngineHealth(Stats(), 0.0, 0, {}, 0)
         self.gate = asyncio.Event()
         self.gate.set()
         self.specs: list[Spec] = []
@@ -41,7 +41,7 @@ class FakeBackend:
         self.gate.set()
 
     @property
-    def places(self) -> list[dict[str, Served]]:
+    def places(self) -> list[dict[str, ModelStatus]]:
         """One engine."""
         return [self.served]
 

@@ -1,6 +1,6 @@
 """Who is to blame for the death of an engine."""
 
-from server.engines.quarantine import Place, Suspects
+from server.engines.quarantine import Place, Quarantine
 
 
 def at(step: int) -> Place:
@@ -9,14 +9,14 @@ def at(step: int) -> Place:
 
 
 def test_one_death_in_company_changes_nothing() -> None:
-    court: Suspects[str] = Suspects()
+    court: Quarantine[str] = Quarantine()
 
     assert court.died({"a": at(3), "b": at(5)}) == []
     assert court.all == []
 
 
 def test_who_was_there_twice_is_to_be_run_alone() -> None:
-    court: Suspects[str] = Suspects()
+    court: Quarantine[str] = Quarantine()
     court.died({"a": at(3), "b": at(5), "c": at(7)})
     court.died({"a": at(0), "c": at(1), "d": at(2)})
 
@@ -26,7 +26,7 @@ def test_who_was_there_twice_is_to_be_run_alone() -> None:
 
 
 def test_who_dies_alone_at_the_same_step_twice_is_guilty() -> None:
-    court: Suspects[str] = Suspects()
+    court: Quarantine[str] = Quarantine()
     for _ in range(2):
         court.died({"a": at(9), "b": at(9)})
 
@@ -35,7 +35,7 @@ def test_who_dies_alone_at_the_same_step_twice_is_guilty() -> None:
 
 
 def test_who_is_killed_at_another_step_each_time_is_spared_for_long() -> None:
-    court: Suspects[str] = Suspects()
+    court: Quarantine[str] = Quarantine()
     for _ in range(2):
         court.died({"a": at(9)})
 

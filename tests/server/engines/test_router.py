@@ -18,7 +18,7 @@ import pytest
 from model.engine.events import Finished
 from model.sampling.plan import resolve
 from server.engines.backend import Progress, Restarting, SampleEvent
-from server.engines.router import Fleet
+from server.engines.router import Router
 from server.errors import EXIT_ENGINE, EXIT_NO_DEVICE, EngineFailed, NotReady, SampleLost
 from server.worker.messages import Spec
 from tests.model.tiny import PROCESS
@@ -47,15 +47,15 @@ class Engine(FakeBackend):
                 yield event
 
 
-def fleet_of(*engines: Engine, on_failed: Callable[[EngineFailed], None] = print) -> Fleet:
+def fleet_of(*engines: Engine, on_failed: Callable[[EngineFailed], None] = print) -> Router:
     """These engines as one."""
-    made = Fleet(on_failed)
+    made = Router(on_failed)
     for engine in engines:
         made.join(engine)
     return made
 
 
-async def collect(fleet: Fleet, spec: Spec, heard: list[SampleEvent]) -> None:
+async def collect(fleet: Router, spec: Spec, heard: list[SampleEvent]) -> None:
     """Hears all of it."""
     async with aclosing(fleet.run(spec)) as events:
         async for event in events:

@@ -11,7 +11,7 @@ from model.engine.events import Stats
 from model.sampling.plan import resolve
 from server.engines import supervisor
 from server.engines.process import Letter, Life
-from server.engines.supervisor import LocalBackend
+from server.engines.supervisor import EngineSupervisor
 from server.errors import EXIT_ENGINE, EngineFailed, SampleLost
 from server.worker.messages import Died, Happened, Ready, Spec, Start, Submit
 from tests.model.tiny import PROCESS
@@ -45,9 +45,9 @@ class Stillborn(Life):
 
 
 @asynccontextmanager
-async def supervised(restarts: int, failures: list[EngineFailed]) -> AsyncIterator[LocalBackend]:
+async def supervised(restarts: int, failures: list[EngineFailed]) -> AsyncIterator[EngineSupervisor]:
     """A backend whose engines may be replaced so often."""
-    backend = LocalBackend(START, restarts, failures.append)
+    backend = EngineSupervisor(START, restarts, failures.append)
     await backend.start()
     try:
         yield backend
@@ -55,7 +55,7 @@ async def supervised(restarts: int, failures: list[EngineFailed]) -> AsyncIterat
         await backend.close()
 
 
-async def run(backend: LocalBackend, seed: int) -> None:
+async def run(backend: EngineSupervisor, seed: int) -> None:
     """A job of one picture."""
     async for _ in backend.run(Spec("tiny", (seed,), resolve(PROCESS, steps=5))):
         pass

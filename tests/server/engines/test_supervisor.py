@@ -19,7 +19,7 @@ import pytest
 
 from model.engine.events import Finished
 from model.sampling.plan import resolve
-from server.engines.supervisor import LocalBackend, Patience
+from server.engines.supervisor import EngineSupervisor, Patience
 from server.worker.messages import Spec, Start
 from tests.model.convert.directories import write_model
 from tests.model.tiny import PROCESS
@@ -84,7 +84,7 @@ def test_a_stopped_engine_never_stops_the_api(weights: Path) -> None:
 
 
 def test_an_engine_that_hangs_is_killed_and_its_pictures_come_out_the_same(weights: Path) -> None:
-    async def pictures(backend: LocalBackend, hang: bool) -> list[Finished]:
+    async def pictures(backend: EngineSupervisor, hang: bool) -> list[Finished]:
         await backend.start()
         while backend.trouble is not None:
             await asyncio.sleep(0.05)
@@ -101,7 +101,7 @@ def test_an_engine_that_hangs_is_killed_and_its_pictures_come_out_the_same(weigh
     start = Start((("tiny", weights / "tiny"),), "cpu", "auto", 4, 1, True, "info")
     patience = Patience(silence_s=60, hang_s=1, hang_steps=1)
     expected, made = (
-        asyncio.run(pictures(LocalBackend(start, 3, print, patience=patience), hang)) for hang in (False, True)
+        asyncio.run(pictures(EngineSupervisor(start, 3, print, patience=patience), hang)) for hang in (False, True)
     )
 
     assert [event.picture.tolist() for event in made] == [event.picture.tolist() for event in expected]

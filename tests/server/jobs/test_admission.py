@@ -17,7 +17,7 @@ from benchmarks.overload import flood
 from model.engine.events import Finished
 from model.sampling.plan import resolve
 from model.sampling.schedule import Process, linear
-from server.engines.supervisor import LocalBackend
+from server.engines.supervisor import EngineSupervisor
 from server.settings import Settings
 from server.web.app import create_app
 from server.worker.messages import Spec, Start
@@ -97,7 +97,7 @@ def test_a_job_holds_no_more_than_was_reserved_for_it(client: TestClient) -> Non
         time.sleep(0.01)
     job = jobs.register.find(id)
 
-    assert 0.8 * job.order.size_bytes < job.size_bytes <= job.order.size_bytes
+    assert 0.8 * job.request.size_bytes < job.size_bytes <= job.request.size_bytes
     assert jobs.admission.queue.size_bytes == jobs.admission.queue.jobs == jobs.admission.queue.taken == 0
 
 
@@ -128,7 +128,7 @@ def test_a_deadline_passes_for_one_who_waits_too(full: TestClient) -> None:
     assert time.monotonic() - began < 1
 
 
-async def make(backend: LocalBackend, spec: Spec) -> float:
+async def make(backend: EngineSupervisor, spec: Spec) -> float:
     """Seconds until these pictures are made."""
     began = time.monotonic()
     async with aclosing(backend.run(spec)) as events:
@@ -136,7 +136,7 @@ async def make(backend: LocalBackend, spec: Spec) -> float:
     return time.monotonic() - began
 
 
-async def make_beside(backend: LocalBackend, company: Sequence[Spec], spec: Spec, times: int) -> float:
+async def make_beside(backend: EngineSupervisor, company: Sequence[Spec], spec: Spec, times: int) -> float:
     """The same beside that company, which is given up afterwards: the median of so many times."""
     beside = [asyncio.create_task(make(backend, each)) for each in company]
     await asyncio.sleep(0.3)  # the engine is full
@@ -157,7 +157,7 @@ def test_beside_five_thousand_pictures_of_another_owner_one_picture_hardly_waits
     flood = [Spec("long", tuple(range(64)), resolve(process, steps=200), owner="flood") for _ in range(79)]
 
     async def compare(rounds: int) -> list[float]:
-        backend = LocalBackend(start, 3, print)
+        backend = EngineSupervisor(start, 3, print)
         await backend.start()
         while backend.trouble is not None:
             await asyncio.sleep(0.05)

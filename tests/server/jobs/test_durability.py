@@ -20,7 +20,7 @@ from model.engine.events import Finished
 from server.errors import StorageFull
 from server.jobs import repository
 from server.jobs.clock import Clock
-from server.jobs.request import Terms
+from server.jobs.request import RequestContext
 from server.jobs.service import Jobs
 from server.settings import Settings
 from server.store.schema import JOURNAL, LOCK
@@ -191,8 +191,8 @@ def test_a_job_of_another_model_than_is_served_now_fails_with_the_reason(start: 
 
 def interrupted(client: TestClient, headers: dict[str, str]) -> None:
     """A synchronous caller who waits for a picture of seed 1 when the server goes away."""
-    terms = Terms(attached=True, key=headers.get("idempotency-key"))
-    call(client, partial(jobs_of(client).submit, b'{"seed": 1}', terms))
+    context = RequestContext(attached=True, key=headers.get("idempotency-key"))
+    call(client, partial(jobs_of(client).submit, b'{"seed": 1}', context))
 
 
 @pytest.mark.parametrize(("headers", "status"), [({}, "cancelled"), ({"idempotency-key": "k"}, "succeeded")])
@@ -429,7 +429,7 @@ def test_an_orderly_end_on_a_full_disk_is_no_death_either(start: Start) -> None:
         job = later(client, seed=1)
     for _ in range(4):
         with start(open_gate=False) as client:
-            store = jobs_of(client).ledger.store
+            store = jobs_of(client).repository.store
             call(client, partial(store.begun, job["id"]))
             call(client, store.latest)  # so that it is on disk
             without_room(store)
@@ -452,7 +452,7 @@ def test_what_is_no_longer_kept_is_gone_and_not_unknown(start: Start) -> None:
     with start(retention_days=0) as client:
         job = later(client, seed=1)
         ended(client, job["id"])
-        call(client, jobs_of(client).ledger.sweep)
+        call(client, jobs_of(client).repository.sweep)
         answers = [client.get(f"/jobs/{job['id']}{path}") for path in ("", "/images/0", "/trajectory")]
         codes = [answer.status_code for answer in answers]
         closed = watch(client, f"/jobs/{job['id']}/stream")[1]
@@ -464,7 +464,7 @@ def test_a_disk_that_was_full_for_a_while_does_not_end_retention(start: Start, m
     monkeypatch.setattr(repository, "SWEEP_S", 0.01)
     swept: list[float] = []
     with start(retention_days=0) as client:
-        store = jobs_of(client).ledger.store
+        store = jobs_of(client).repository.store
         usual = store.expire
 
         async def expire(before: float, most_bytes: int) -> Expired:
@@ -483,7 +483,7 @@ def test_a_disk_that_was_full_for_a_while_does_not_end_retention(start: Start, m
 
 def test_a_full_disk_is_told_by_every_door_and_passes(start: Start) -> None:
     with start() as client:
-        writer, full = jobs_of(client).ledger.store._writer, OSError(28, "No space left on device")
+        writer, full = jobs_of(client).repository.store._writer, OSError(28, "No space left on device")
         probe, writer._probe = writer._probe, mock.Mock(side_effect=full)
         writer.fails(full)
         refused = [client.post("/generate"), client.get("/readyz")]

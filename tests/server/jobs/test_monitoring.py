@@ -44,7 +44,7 @@ def labels(client: TestClient) -> dict[str, set[str]]:
     """The labels of each name that a scrape shows, once everything has happened that a label tells apart."""
     backend = client.app.state.jobs.backend  # type: ignore[attr-defined]
     assert isinstance(backend, FakeBackend)
-    backend.vitals = dataclasses.replace(backend.vitals, restarts={"died": 1})
+    backend.health = dataclasses.replace(backend.health, restarts={"died": 1})
     client.post("/generate", json={"steps": 0})
     families = text_string_to_metric_families(client.get("/metrics").text)
     return {sample.name: set(sample.labels) for family in families for sample in family.samples}

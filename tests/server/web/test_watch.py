@@ -18,7 +18,7 @@ from starlette.websockets import WebSocketDisconnect
 
 from server.errors import EngineFailed
 from server.jobs import register
-from server.jobs.stream import Feed, Message, Shown, Viewer
+from server.jobs.stream import Message, Shown, Stream, Subscriber
 from server.web import watch as web_watch
 from tests.server.conftest import Server
 from tests.server.fakes import FakeBackend
@@ -283,15 +283,15 @@ def test_a_page_of_jobs_goes_on_where_the_last_one_ended(client: TestClient) -> 
         assert client.get(f"/jobs?{query}").status_code == 422
 
 
-def feed_of(frames: int) -> Feed:
-    feed = Feed("j")
+def feed_of(frames: int) -> Stream:
+    feed = Stream("j")
     feed.say("started")
     for i in range(frames):
         feed.show({"index": i}, True, lambda: b"png")
     return feed
 
 
-def heard_by(viewer: Viewer, before: Any = None) -> list[Message]:
+def heard_by(viewer: Subscriber, before: Any = None) -> list[Message]:
     async def listen() -> list[Message]:
         heard = []
         async with aclosing(viewer.messages()) as messages:
@@ -306,7 +306,7 @@ def heard_by(viewer: Viewer, before: Any = None) -> list[Message]:
 
 def test_who_fell_behind_is_told_what_it_missed_and_gets_the_newest_frame_and_the_end() -> None:
     feed = feed_of(3)
-    viewer = Viewer(feed)
+    viewer = Subscriber(feed)
 
     def late(count: int) -> None:
         if count == 2:  # while the first frame was being sent, all of this happened
@@ -328,7 +328,7 @@ def test_a_picture_is_encoded_once_however_many_ask_and_never_if_nobody_does() -
     asked: list[int] = []
 
     async def many() -> list[bytes]:
-        feed = Feed("j")
+        feed = Stream("j")
         feed.show({}, True, lambda: asked.append(1) or b"png")  # type: ignore[func-returns-value]
         feed.show({}, True, lambda: asked.append(2) or b"png")  # type: ignore[func-returns-value]
         first = feed.kept[0]
@@ -361,7 +361,7 @@ def test_a_viewer_who_takes_nothing_is_let_go_and_a_slow_one_misses_frames(monke
         feed, socket = feed_of(10), Slow(seconds)
         ending = asyncio.get_running_loop().call_later(0.15, feed.end, "succeeded")
         try:
-            await web_watch._send_all(socket, Viewer(feed))  # type: ignore[arg-type]
+            await web_watch._send_all(socket, Subscriber(feed))  # type: ignore[arg-type]
         finally:
             ending.cancel()
         return socket.sent
@@ -436,10 +436,10 @@ def test_an_animation_needs_frames(client: TestClient) -> None:
 
 
 def test_only_the_last_message_of_the_moment_counts() -> None:
-    feed = Feed("j")
+    feed = Stream("j")
     for step in range(10):
         feed.tell("progress", step=step)
-    viewer = Viewer(feed)
+    viewer = Subscriber(feed)
 
     heard = heard_by(viewer, lambda count: feed.end("succeeded") if count == 1 else None)
 

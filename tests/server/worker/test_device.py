@@ -15,13 +15,13 @@ from model.checkpoint.card import read_card
 from model.engine.runner import Runner
 from model.nets import openvino_graph
 from server.worker import device
-from server.worker.messages import Served
+from server.worker.messages import ModelStatus
 from tests.model.convert.directories import write_model
 from tests.model.engine.test_runner import Function, different_in
 from tests.model.tiny import CPU, function_model, halve
 
 
-def described(directory: Path, slots: int, net: Function = halve, exact: bool = True) -> tuple[Runner, Served]:
+def described(directory: Path, slots: int, net: Function = halve, exact: bool = True) -> tuple[Runner, ModelStatus]:
     """A runner of this net, with the card of a directory, and what is told of it."""
     model = replace(function_model(net), card=read_card(write_model(directory / "tiny")))
     runner = Runner(model, slots, exact)

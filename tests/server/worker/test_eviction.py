@@ -2,19 +2,19 @@
 
 import pytest
 
-from server.worker.eviction import LOADS, TURN_S, Residents
+from server.worker.eviction import LOADS, TURN_S, Eviction
 
 
-def residents(here: str = "", budget: int = 20, size: int = 10) -> Residents:
+def eviction(here: str = "", budget: int = 20, size: int = 10) -> Eviction:
     """Models of one letter; those that are here came at 0, 1, 2, ..."""
-    made = Residents(budget, dict.fromkeys("abcd", size))
+    made = Eviction(budget, dict.fromkeys("abcd", size))
     for now, name in enumerate(here):
         made.came(name, size, now, 0.1)
     return made
 
 
 def test_where_no_budget_is_set_there_is_room_for_all() -> None:
-    made = residents("abc", budget=0, size=1 << 60)
+    made = eviction("abc", budget=0, size=1 << 60)
     made.ask("d", 5)
 
     assert made.fits("d")
@@ -22,7 +22,7 @@ def test_where_no_budget_is_set_there_is_room_for_all() -> None:
 
 
 def test_a_model_goes_that_nobody_has_asked_for_longest() -> None:
-    made = residents("ab")
+    made = eviction("ab")
     made.ask("a", 5)
     made.ask("c", 6)
 
@@ -30,7 +30,7 @@ def test_a_model_goes_that_nobody_has_asked_for_longest() -> None:
 
 
 def test_the_model_that_was_asked_for_first_is_loaded_first() -> None:
-    made = residents("ab")
+    made = eviction("ab")
     made.ask("d", 5)
     made.ask("c", 6)
     made.ask("d", 7)
@@ -39,7 +39,7 @@ def test_the_model_that_was_asked_for_first_is_loaded_first() -> None:
 
 
 def test_a_model_at_work_stays_while_idle_ones_make_room() -> None:
-    made = residents("ab")
+    made = eviction("ab")
     made.ask("b", 5)
     made.ask("c", 6)
 
@@ -47,7 +47,7 @@ def test_a_model_at_work_stays_while_idle_ones_make_room() -> None:
 
 
 def test_of_models_at_work_the_one_goes_that_has_been_here_longest() -> None:
-    made = residents("ba")
+    made = eviction("ba")
     made.ask("b", 5)  # used last, and here first
     made.ask("c", 6)
 
@@ -55,7 +55,7 @@ def test_of_models_at_work_the_one_goes_that_has_been_here_longest() -> None:
 
 
 def test_a_large_model_drives_out_several() -> None:
-    made = residents("ab")
+    made = eviction("ab")
     made.sizes["c"] = 15
     made.ask("c", 6)
 
@@ -63,7 +63,7 @@ def test_a_large_model_drives_out_several() -> None:
 
 
 def test_a_turn_ends_some_time_after_another_was_asked_for() -> None:
-    made = residents("ab")
+    made = eviction("ab")
     made.ask("c", 100)
 
     assert not made.turn_is_over("a", 100 + TURN_S - 0.1)
@@ -71,7 +71,7 @@ def test_a_turn_ends_some_time_after_another_was_asked_for() -> None:
 
 
 def test_who_waited_while_a_model_was_loaded_waits_a_turn_of_it() -> None:
-    made = residents("a")
+    made = eviction("a")
     made.ask("c", 100)
     made.came("b", 10, 150, load_s=TURN_S)
 
@@ -80,7 +80,7 @@ def test_who_waited_while_a_model_was_loaded_waits_a_turn_of_it() -> None:
 
 
 def test_whoever_turns_out_larger_than_was_thought_drives_out_others() -> None:
-    made = residents("a")
+    made = eviction("a")
     made.came("b", 15, 1, 0.1)
 
     assert made.leaving(busy=["b"]) == ["a"]
@@ -88,7 +88,7 @@ def test_whoever_turns_out_larger_than_was_thought_drives_out_others() -> None:
 
 def test_no_model_starves_when_two_that_do_not_fit_together_are_always_wanted() -> None:
     """A clock, one seat, and work that never ends for either."""
-    made, served = residents("a", budget=10), {"a": 0, "b": 0}
+    made, served = eviction("a", budget=10), {"a": 0, "b": 0}
     for now in range(1000):
         made.ask("a", now)
         made.ask("b", now)
