@@ -98,7 +98,9 @@ class Loader:
         grows = False
         try:
             model = arrival.net.result()
-            runner = Runner(model, self._slots, self._start.exact, between=self._between)
+            runner = Runner(model, self._slots, self._start.exact)
+            for _ in runner.prepare():
+                self._between()
             steps = [Step(arrival.name, *taken) for taken in _time_steps(runner, self._between)]
             grows = runner.next_bytes > 0
             if grows:
