@@ -54,7 +54,7 @@ class Admission:
     def admit(self, order: ResolvedRequest, owner: Tenant | None) -> Job:
         """A job there is room for. Raises NotReady, StorageFull, ModelBroken, Invalid if it can never fit,
         TooBusy if not now."""
-        served = self._backend.served.get(order.model)
+        served = self._backend.models.get(order.model)
         if self.trouble is not None:
             raise self.trouble
         if served is None:

@@ -104,19 +104,20 @@ class JobRunner:
             raise SampleLost(f"the server died {job.deaths} times while it made this job")
         order, watched = job.request, job.request.watched
         spec = Spec(
-            order.model,
-            tuple(range(order.seed, order.seed + order.n)),
-            order.sampling,
-            job.rank,
-            frozenset(watched.points if watched else ()),
-            watched is not None and watched.frames.kind != "x0",
-            watched is not None and watched.frames.kind != "x_t",
-            order.wants_floats,
-            order.owner or "",
+            model=order.model,
+            seeds=tuple(range(order.seed, order.seed + order.n)),
+            sampling=order.sampling,
+            rank=job.rank,
+            frames=frozenset(watched.points if watched else ()),
+            shows_x=watched is not None and watched.frames.kind != "x0",
+            shows_x0=watched is not None and watched.frames.kind != "x_t",
+            wants_floats=order.wants_floats,
+            owner=order.owner or "",
+            job=job.id,
         )
         if order.model not in self.cards:
             raise ModelChanged("the model that this job was accepted for is not served any more")
-        if (served := self.backend.served.get(order.model)) is not None:  # else the backend waits for it, and tells
+        if (served := self.backend.models.get(order.model)) is not None:  # else the backend waits for it, and tells
             self._note_what_serves(job, served)
         suspected = job.deaths > 0
         async with aclosing(self.backend.run(spec)) as events:

@@ -209,7 +209,7 @@ class Jobs:
             jobs_running=running,
             jobs_waiting=len(live) - running,
             steps_waiting=self.admission.queue.taken,
-            slots=sum(served.slots for place in self.backend.places for served in place.values() if served.loaded),
+            slots=sum(served.slots for place in self.backend.replicas for served in place.values() if served.loaded),
             slots_used=health.stats.seated,
             viewers=self.audience.viewers,
             ready=self.admission.trouble is None,

@@ -25,7 +25,7 @@ STATIC = Path(__file__).parent.parent / "static"
 
 
 def _document(card: ModelCard, backend: Backend) -> dict[str, Any]:
-    served = backend.served.get(card.name)
+    served = backend.models.get(card.name)
     process, (channels, height, width) = card.process, card.architecture.shape
     variances = ["small", "large", "learned"] if process.learned_variance else ["small", "large"]
     return {
@@ -43,7 +43,7 @@ def _document(card: ModelCard, backend: Backend) -> dict[str, Any]:
         "spacings": list(SPACINGS),
         "loaded": served is not None and served.loaded,
         "runs": asdict(served) if served is not None else None,
-        "engines": [asdict(place[card.name]) if card.name in place else None for place in backend.places],
+        "engines": [asdict(place[card.name]) if card.name in place else None for place in backend.replicas],
     }
 
 

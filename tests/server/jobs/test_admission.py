@@ -151,10 +151,19 @@ def test_beside_five_thousand_pictures_of_another_owner_one_picture_hardly_waits
     """Held against what it takes where each owner has half of the image-steps, in rounds, as the machine's speed varies
     from one second to the next."""
     process = Process(linear(1000, 1e-4, 0.02))
-    start = Start((("long", long_weights / "long"),), "cpu", "auto", 4, 1, True, "warning")
-    short = Spec("long", (0,), resolve(process, steps=50), owner="other")
-    three = Spec("long", (1, 2, 3), resolve(process, steps=1000), owner="flood")  # they leave it one seat of four
-    flood = [Spec("long", tuple(range(64)), resolve(process, steps=200), owner="flood") for _ in range(79)]
+    start = Start(
+        models=(("long", long_weights / "long"),),
+        device="cpu",
+        dtype="auto",
+        slots=4,
+        threads=1,
+        exact=True,
+        log_level="warning",
+    )
+    short = Spec(model="long", seeds=(0,), sampling=resolve(process, steps=50), owner="other")
+    slow, many = resolve(process, steps=1000), resolve(process, steps=200)
+    three = Spec(model="long", seeds=(1, 2, 3), sampling=slow, owner="flood")  # they leave it one seat of four
+    flood = [Spec(model="long", seeds=tuple(range(64)), sampling=many, owner="flood") for _ in range(79)]
 
     async def compare(rounds: int) -> list[float]:
         backend = EngineSupervisor(start, 3, print)
