@@ -122,7 +122,7 @@ class Admission:
         if it does not now."""
         if (trouble := self.trouble) is not None:
             raise trouble
-        model = self._backend.served.get(request.model)
+        model = self._backend.models.get(request.model)
         if model is None:
             raise NotReady("the model is not loaded")
         if model.trouble is not None:
@@ -136,7 +136,7 @@ class Admission:
         if quota is not None:
             quota.take(request.image_steps)
         repository = self._repository
-        id, arrived = secrets.token_hex(12), repository.now()
+        id, arrived = secrets.token_hex(12), repository.clock.now()
         return Job(id=id, request=request, model=model, counts=repository.counts, arrived=arrived)
 
     def readmit(self, job: Job) -> None:

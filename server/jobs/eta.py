@@ -22,7 +22,7 @@ BUDGET = 0.05  # of the time may be spent on estimates
 class Work:
     """What is left of a job."""
 
-    rank: float  # within its owner's, smaller first
+    rank: float  # its place among those of its owner, smaller first
     owner: str = ""
     begun: Sequence[int] = ()  # steps left of each picture that has been begun
     waiting: int = 0  # pictures that have not
@@ -39,7 +39,8 @@ class Work:
         steps = job.request.steps
         begun = [steps - done for i, done in enumerate(job.steps) if done and i not in job.images]
         waiting = job.request.n - len(job.images) - len(begun)
-        return cls(rank=job.rank, owner=job.request.owner or "", begun=begun, waiting=waiting, steps=steps)
+        rank = job.rank + steps / (job.request.T + 1)  # as the scheduler has it: of equals, the shortest first
+        return cls(rank=rank, owner=job.request.owner or "", begun=begun, waiting=waiting, steps=steps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,21 +59,23 @@ def estimate(queue: Sequence[Work], step_s: Sequence[float]) -> list[End]:
     wanted = defaultdict[str, float](float)
     for work in queue:
         wanted[work.owner] += work.image_steps
-    shares, steps, begun = Shares(wanted.values()), [0.0] * len(queue), [0.0] * len(queue)
+    is_full = sum(len(work.begun) + work.waiting for work in queue) > slots
+    shares, begun = Shares(wanted.values()), [0.0] * len(queue)
+    ends = list[tuple[float, int, int]]()  # (step of the batch, pictures that end then, whose they are)
     for place in sorted(range(len(queue)), key=lambda place: queue[place].rank):
         work = queue[place]
         begun[place] = shares.done_by(had[work.owner])
         had[work.owner] += work.image_steps
-        steps[place] = max(work.begun, default=0)
+        ends += [(left, 1, place) for left in work.begun]
         if work.waiting:
-            last = (shares.done_by(had[work.owner]) + work.steps * (slots - 1) / 2) / slots
-            steps[place] = max(steps[place], work.steps, last)
-    left = sum(len(work.begun) + work.waiting for work in queue)
-    seconds, clock_s, now = [0.0] * len(queue), 0.0, 0.0
-    for place in sorted(range(len(queue)), key=lambda place: steps[place]):
-        clock_s, now = clock_s + (steps[place] - now) * step_s[min(slots, left)], steps[place]
-        left -= len(queue[place].begun) + queue[place].waiting
-        seconds[place] = clock_s
+            last = (shares.done_by(had[work.owner]) + work.steps * (slots - 1) / 2) / slots if is_full else 0
+            ends.append((max(work.steps, last), work.waiting, place))
+    left, clock_s, now = sum(count for _, count, _ in ends), 0.0, 0.0
+    steps, seconds = [0.0] * len(queue), [0.0] * len(queue)
+    for step, count, place in sorted(ends):
+        clock_s, now = clock_s + (step - now) * step_s[min(slots, left)], step
+        left -= count
+        steps[place], seconds[place] = step, clock_s
     return [End(*end) for end in zip(begun, steps, seconds, strict=True)]
 
 

@@ -1,7 +1,7 @@
 """A job: what was asked for, how far it is, and its one state.
 
-    queued ──> running ──> ending ──> succeeded | failed | cancelled
-       └──────────┴───────────┴────> parked: it is on disk, and the next server runs it
+queued ──> running ──> ending ──> succeeded | failed | cancelled
+   └──────────┴───────────┴────> parked: it is on disk, and the next server runs it
 """
 
 import asyncio

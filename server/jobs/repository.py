@@ -28,23 +28,34 @@ KEPT_BYTES = 256 << 20  # what ended jobs hold in memory, at most
 KEPT_JOBS = 10_000  # and how many of them there are
 
 
+class Clock:
+    """Seconds since 1970 that do not jump, whatever becomes of the wall clock while a server runs: the order in which
+    jobs wait and are kept. It starts at the time of day, or later if the journal has later times."""
+
+    def __init__(self, not_before: float = 0.0) -> None:
+        self._offset_s = max(time.time(), not_before) - time.monotonic()
+
+    def now(self) -> float:
+        """The time."""
+        return time.monotonic() + self._offset_s
+
+
 class JobRepository:
     """The jobs of a server."""
 
     def __init__(self, store: Store, settings: Settings, counts: StreamCounts) -> None:
-        self.store, self.counts = store, counts
+        self.store, self.counts, self.clock = store, counts, Clock()
         self.live: dict[str, Job] = {}  # those that have not ended, in order of arrival
         self.mismatches = 0  # pictures that came out with other bytes than before
         self._ended: OrderedDict[str, Job] = OrderedDict()
         self._ended_bytes = 0
         self._settings = settings
-        self._clock_s = 0.0  # the time of day when the monotonic clock was 0, or later
         self._sweeper: asyncio.Task[None] | None = None
 
     async def start(self) -> list[Job]:
         """Opens the journal. -> the jobs that the last server had not ended, in order of arrival"""
         self.store.start()
-        self._clock_s = max(time.time(), await self.store.latest()) - time.monotonic()
+        self.clock = Clock(not_before=await self.store.latest())
         self._sweeper = asyncio.create_task(self._sweep(), name="retention")
         self._sweeper.add_done_callback(report)
         jobs = [to_job(record, self.store.pictures, self.counts) for record in await self.store.recover()]
@@ -63,13 +74,8 @@ class JobRepository:
         finally:
             await self.store.close()
 
-    def now(self) -> float:
-        """Seconds since 1970 by a clock that does not jump, whatever becomes of the wall clock while a server runs:
-        jobs wait and are kept in its order. It starts no earlier than anything in the journal."""
-        return time.monotonic() + self._clock_s
-
     async def accept(self, job: Job, again: bool) -> Found | Job:
-        """Writes down a new job. -> the job, its pictures from the cache if all of them are there; or what came with its
+        """Writes down a new job. -> the job, with its pictures if all are in the cache; or what came with its
         Idempotency-Key before.
 
         again: cached pictures are not accepted. Raises StorageFull.
@@ -77,7 +83,7 @@ class JobRepository:
         cached, known = None, list[str]()
         may_be_cached = self._settings.result_cache and job.model.exact and not again
         if may_be_cached and job.request.frames is None and not job.request.floats:
-            cached, known = answered_from_cache(job, time.time(), self.now()), identities(job)
+            cached, known = answered_from_cache(job, time.time(), self.clock.now()), identities(job)
         made = await self.store.insert(to_record(job), cached, known)
         if isinstance(made, Found):
             return made
@@ -89,7 +95,7 @@ class JobRepository:
 
     async def end(self, job: Job, status: str, finished_at: float, error: dict[str, Any] | None) -> None:
         """Writes down the end of a job, its pictures first. Waits for room on the disk."""
-        record = concluded(job, status, finished_at, self.now(), error)
+        record = concluded(job, status, finished_at, self.clock.now(), error)
         pngs = {image.sha256: image.png for image in job.images.values()} if record.images else {}
         if pngs:
             await self.store.save(pngs)
@@ -152,7 +158,7 @@ class JobRepository:
 
         Raises StorageFull, and then there may be more to delete.
         """
-        before = self.now() - self._settings.retention_days * DAY_S
+        before = self.clock.now() - self._settings.retention_days * DAY_S
         more = True
         while more:
             expired = await self.store.expire(before, self._settings.retention_bytes)

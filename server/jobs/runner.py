@@ -121,7 +121,7 @@ class JobRunner:
         """Seconds until the deadline, counted from the acceptance, even if that was by another server."""
         if job.request.deadline_s is None:
             return None
-        return max(0.0, job.request.deadline_s - (self.repository.now() - job.arrived))
+        return max(0.0, job.request.deadline_s - (self.repository.clock.now() - job.arrived))
 
     @asynccontextmanager
     async def _turn(self, job: Job) -> AsyncIterator[None]:
@@ -138,7 +138,7 @@ class JobRunner:
         """Takes all events of a job's samples."""
         if job.request.model not in self.cards:
             raise ModelChanged("the model that this job was accepted for is not served any more")
-        if (model := self.backend.models.get(job.request.model)) is not None:  # else the backend waits for it, and tells
+        if (model := self.backend.models.get(job.request.model)) is not None:  # else `Assigned` tells it
             self._note_model(job, model)
         unmarked = job.deaths > 0  # others are marked as running when they start, without waiting for the disk
         async with aclosing(self.backend.run(_spec(job))) as events:
@@ -179,7 +179,7 @@ class JobRunner:
     def _mark_started(self, job: Job) -> None:
         job.move(State.RUNNING)
         job.started_at = time.time()
-        self.metrics.queue_seconds.observe(self.repository.now() - job.arrived)
+        self.metrics.queue_seconds.observe(self.repository.clock.now() - job.arrived)
         if not job.deaths:
             self.repository.store.begun(job.id)
         job.stream.say("started", steps=job.request.image_steps)
@@ -229,7 +229,7 @@ class JobRunner:
 
     def _count(self, job: Job, outcome: State) -> None:
         self.outcomes[outcome] += 1
-        self.metrics.job_seconds.observe(self.repository.now() - job.arrived)
+        self.metrics.job_seconds.observe(self.repository.clock.now() - job.arrived)
         self.repository.retire(job)
 
 

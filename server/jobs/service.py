@@ -93,8 +93,8 @@ class JobService:
         await self.repository.close()
 
     async def submit(self, body: bytes, context: RequestContext) -> Job:
-        """Accepts a job: it is on disk when this returns, and will end in one way or another. Or finds the job that came
-        with the same Idempotency-Key.
+        """Accepts a job: it is on disk when this returns, and will end in one way or another. Or finds the job that
+        came with the same Idempotency-Key.
 
         Raises BadInput, PlanError, TooBusy, NotReady, StorageFull or StillRunning.
         """
@@ -142,7 +142,7 @@ class JobService:
         return job
 
     async def leave(self, job: Job) -> None:
-        """The caller that waited for a job has left: cancels it, unless an Idempotency-Key lets the caller come back."""
+        """Cancels a job whose caller has left, unless an Idempotency-Key lets the caller come back."""
         if job.key is None:
             await self.cancel(job)
 

@@ -1,8 +1,8 @@
-"""Fan-out to subscribers. A job keeps its messages, numbered; a subscriber is a cursor in that list and owns nothing else.
+"""Fan-out to subscribers. A job keeps its messages, numbered; a subscriber is a cursor in that list and no more.
 
 So a subscriber that is slow, idle or gone costs nothing, any number of them see the same numbers, and replay is moving
-the cursor back. Transient messages (queued, progress) are not kept: only the last one counts, and the more subscribers a
-server has, the less often each of them is sent one. Every message is encoded once, however many watch.
+the cursor back. Transient messages (queued, progress) are not kept: only the last one counts, and the more subscribers
+a server has, the less often each of them is sent one. Every message is encoded once, however many watch.
 """
 
 import asyncio
