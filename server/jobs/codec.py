@@ -11,8 +11,8 @@ from server.errors import Problem, Recalled
 from server.jobs.job import Image, Job, ResolvedRequest, StoredImage, Watched, frame_points
 from server.jobs.schemas import Frames
 from server.jobs.stream import Shown, Subscribers, Text
-from server.store.blobs import Pictures
-from server.store.rows import Kept, Record
+from server.store.blobs import Blobs
+from server.store.rows import ImageRow, Record
 from server.worker.messages import ModelStatus
 
 
@@ -72,7 +72,10 @@ def concluded(job: Job, status: str, finished_at: float, ended: float, error: di
         steps=_json(job.steps),
         error=_json(error) if error is not None else None,
         messages=len(job.stream.kept) + 1,
-        images=tuple(Kept(i, image.seed, image.sha256, len(image.png), image.message) for i, image in made),
+        images=tuple(
+            ImageRow(index=i, seed=image.seed, sha256=image.sha256, size=len(image.png), message=image.message)
+            for i, image in made
+        ),
     )
 
 
@@ -87,7 +90,7 @@ def had_before(job: Job, now: float, ended: float) -> Record:
         ended=ended,
         steps=_json([order.sampling.steps] * order.n),
         messages=2 + order.n,
-        images=tuple(Kept(i, order.seed + i, "", 0, 2 + i) for i in range(order.n)),
+        images=tuple(ImageRow(index=i, seed=order.seed + i, sha256="", size=0, message=2 + i) for i in range(order.n)),
     )
 
 
@@ -95,7 +98,7 @@ def _json(value: object) -> str:
     return json.dumps(value, separators=(",", ":"))
 
 
-def to_job(record: Record, pictures: Pictures, audience: Subscribers) -> Job:
+def to_job(record: Record, blobs: Blobs, audience: Subscribers) -> Job:
     """A job that was written down. If it had ended, all that can be asked of it is as it was, but for frames."""
     job = Job(
         record.id,
@@ -111,11 +114,11 @@ def to_job(record: Record, pictures: Pictures, audience: Subscribers) -> Job:
         deaths=record.deaths,
     )
     if record.status is not None:
-        _conclude(job, record, pictures)
+        _conclude(job, record, blobs)
     return job
 
 
-def _conclude(job: Job, record: Record, pictures: Pictures) -> None:
+def _conclude(job: Job, record: Record, blobs: Blobs) -> None:
     """What had come of it, and its stream from `started` to the end."""
     job.status, job.started_at, job.finished_at = record.status or "", record.started_at, record.finished_at
     job.steps = json.loads(record.steps or "[]")
@@ -123,7 +126,7 @@ def _conclude(job: Job, record: Record, pictures: Pictures) -> None:
         job.error = json.loads(record.error)
         job.failure = Recalled(_problem(job.error))
     for kept in record.images:
-        job.images[kept.place] = stored(kept, pictures)
+        job.images[kept.index] = stored(kept, blobs)
     feed, first = job.stream, len(job.stream.kept)
     feed.skip(record.messages - first)
     if job.started_at is not None:
@@ -136,9 +139,9 @@ def _conclude(job: Job, record: Record, pictures: Pictures) -> None:
     feed.kept[-1], feed.ended = Text(record.messages, last), True
 
 
-def stored(kept: Kept, pictures: Pictures) -> StoredImage:
+def stored(kept: ImageRow, blobs: Blobs) -> StoredImage:
     """A picture on disk."""
-    return StoredImage(kept.place, kept.seed, kept.sha256, kept.message, partial(pictures.read, kept.sha256))
+    return StoredImage(kept.index, kept.seed, kept.sha256, kept.message, partial(blobs.read, kept.sha256))
 
 
 def _png(image: Image | StoredImage) -> bytes:

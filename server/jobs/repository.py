@@ -14,7 +14,7 @@ from server.jobs.register import Register
 from server.jobs.stream import Subscribers
 from server.logs import report
 from server.settings import Settings
-from server.store.rows import Found
+from server.store.rows import IdempotentHit
 from server.store.store import Store
 
 logger = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ class JobRepository:
         self.clock = Clock(await self.store.latest())
         self._sweeper = asyncio.create_task(self._sweep(), name="retention")
         self._sweeper.add_done_callback(report)
-        jobs = [to_job(record, self.store.pictures, self.audience) for record in await self.store.recover()]
+        jobs = [to_job(record, self.store.blobs, self.audience) for record in await self.store.recover()]
         for job in jobs:
             self.register.add(job)
         return jobs
@@ -54,7 +54,7 @@ class JobRepository:
         finally:
             await self.store.close()
 
-    async def accept(self, job: Job, again: bool) -> Found | Job:
+    async def accept(self, job: Job, again: bool) -> IdempotentHit | Job:
         """A new job, on disk; what came with its key before; or the job with pictures that were made before.
 
         again: make them again nevertheless. Raises StorageFull.
@@ -64,10 +64,10 @@ class JobRepository:
         if cached and job.request.watched is None and not job.request.wants_floats:
             over, known = had_before(job, time.time(), self.clock.now()), identities(job)
         made = await self.store.insert(to_record(job), over, known)
-        if isinstance(made, Found):
+        if isinstance(made, IdempotentHit):
             return made
         if made.status is not None:
-            job = to_job(made, self.store.pictures, self.audience)
+            job = to_job(made, self.store.blobs, self.audience)
             job.cached = True
         self.register.add(job)
         return job
@@ -77,12 +77,12 @@ class JobRepository:
         record = concluded(job, status, finished_at, self.clock.now(), error)
         pngs = {image.sha256: image.png for image in job.images.values()} if record.images else {}
         if pngs:
-            await self.store.save(pngs)
+            await self.store.blobs.save(pngs)
         try:
             exact = bool(pngs) and job.served.exact
             done = await self.store.finish(record, identities(job) if exact else ())
         finally:
-            self.store.release(pngs)
+            self.store.blobs.unpin(pngs)
         if done is None:
             return logger.error("a result came late and was not taken", extra={"job": job.id})
         for made, kept in zip(record.images, done.images, strict=True):
@@ -91,7 +91,7 @@ class JobRepository:
                 logger.error(
                     "a picture came out with other bytes than before", extra={"job": job.id, "seed": kept.seed}
                 )
-                job.images[kept.place] = stored(kept, self.store.pictures)
+                job.images[kept.index] = stored(kept, self.store.blobs)
 
     async def find(self, id: str, owner: str | None) -> Job:
         """A job by its id, if it is this owner's. Raises NotFound, or Gone if it was kept once."""
@@ -100,7 +100,7 @@ class JobRepository:
             record = await self.store.find(id, owner)
             if record.status is None:  # it is being accepted, and nobody has been told of it yet
                 raise NotFound("there is no such job")
-            job = to_job(record, self.store.pictures, self.audience)
+            job = to_job(record, self.store.blobs, self.audience)
         if job.request.owner != owner:
             raise NotFound("there is no such job")
         return job
@@ -113,7 +113,7 @@ class JobRepository:
             mine = [job for job in live if job.request.owner == owner]
             return [job for job in mine if job.status == status and job.arrived < before][:limit]
         records = await self.store.page(owner, status, after, limit)
-        jobs = [self.register.find(r.id) or to_job(r, self.store.pictures, self.audience) for r in records]
+        jobs = [self.register.find(r.id) or to_job(r, self.store.blobs, self.audience) for r in records]
         return [job for job, record in zip(jobs, records, strict=True) if record.status or job.id in self.register.live]
 
     async def sweep(self) -> None:
@@ -126,7 +126,7 @@ class JobRepository:
         while more:
             expired = await self.store.expire(before, self._settings.retention_bytes)
             self.register.forget(expired.ids)
-            await self.store.delete(expired.pictures)
+            await self.store.delete(expired.blobs)
             more = expired.more
 
     async def _sweep(self) -> None:

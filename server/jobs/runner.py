@@ -122,7 +122,7 @@ class JobRunner:
         async with aclosing(self.backend.run(spec)) as events:
             async for event in events:
                 if suspected and not isinstance(event, Restarting):  # it has begun: a server that dies while it loads
-                    await self.repository.store.begins(job.id)  # does so for other reasons
+                    await self.repository.store.mark_running_durably(job.id)  # does so for other reasons
                     suspected = False
                 self._take(job, event)
 
@@ -131,7 +131,7 @@ class JobRunner:
             job.started_at, job.status = time.time(), "running"
             self.metrics.queue_seconds.observe(self.repository.clock.now() - job.arrived)
             if not job.deaths:
-                self.repository.store.begun(job.id)
+                self.repository.store.mark_running(job.id)
             job.stream.say("started", steps=job.request.image_steps)
         match event:
             case Preview(int(index), step, x, x0):

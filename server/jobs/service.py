@@ -30,7 +30,7 @@ from server.jobs.stream import Subscriber, Subscribers
 from server.logs import report
 from server.metrics import Metrics, Standing
 from server.settings import Settings
-from server.store.rows import Found
+from server.store.rows import IdempotentHit
 from server.store.store import Store
 
 logger = logging.getLogger(__name__)
@@ -122,7 +122,7 @@ class Jobs:
             raise
         finally:
             self._arriving -= 1
-        if isinstance(made, Found):  # it came while this one was on its way to the disk
+        if isinstance(made, IdempotentHit):  # it came while this one was on its way to the disk
             self.admission.take_back(job, context.owner)
             return await self._found(made, prints, context)
         self._accepted += 1
@@ -134,7 +134,7 @@ class Jobs:
             self._begin(made)
         return made
 
-    async def _found(self, found: Found, prints: list[str], context: RequestContext) -> Job:
+    async def _found(self, found: IdempotentHit, prints: list[str], context: RequestContext) -> Job:
         """The job that came with this key before."""
         if found.fingerprint not in prints:
             raise KeyReused("this Idempotency-Key came with another request before")
