@@ -436,7 +436,7 @@ def test_an_orderly_end_on_a_full_disk_is_no_death_either(start: Start) -> None:
     for _ in range(4):
         with start(open_gate=False) as client:
             store = jobs_of(client).repository.store
-            call(client, partial(store.begun, job["id"]))
+            call(client, partial(store.mark_running, job["id"]))
             call(client, store.latest)  # so that it is on disk
             without_room(store)
     with start() as client:
@@ -491,7 +491,7 @@ def test_a_full_disk_is_told_by_every_door_and_passes(start: Start) -> None:
     with start() as client:
         writer, full = jobs_of(client).repository.store._writer, OSError(28, "No space left on device")
         probe, writer._probe = writer._probe, mock.Mock(side_effect=full)
-        writer.fails(full)
+        writer.write_failed(full)
         refused = [client.post("/generate"), client.get("/readyz")]
         scraped = [read(client.get("/metrics").text)]
         assert client.get("/healthz").status_code == 200
