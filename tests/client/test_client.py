@@ -36,7 +36,6 @@ from ddpm_client import (
     Unreachable,
     errors,
 )
-from ddpm_client.errors import Answer, LineBroken
 from ddpm_client.types import NUMBERED
 
 from server.errors import SampleLost
@@ -53,7 +52,6 @@ RAISED: list[Exception] = [
     *(kind(PROBLEM) for kind in (Refused, Invalid, NotFound, Denied, Failed)),
     Busy(PROBLEM, 2.5),
     *(kind("words") for kind in (errors.ClientError, Cancelled, errors.TimedOut, Unreachable)),
-    LineBroken("words", Answer(503, {"retry-after": "1"}, b"{}"), code=1011, silent=True),
 ]
 
 
