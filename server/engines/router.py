@@ -116,7 +116,7 @@ class Router:
     def health(self) -> EngineHealth:
         """All together; the longest silence."""
         each = [engine.health for engine in self._engines]
-        stats = Stats(*(sum(getattr(v.stats, name) for v in each) for name in Stats.__slots__))
+        stats = sum((health.stats for health in each), Stats())
         restarts: Counter[str] = Counter()
         for health in each:
             restarts.update(health.restarts)

@@ -117,9 +117,7 @@ class EngineSupervisor:
 
     @property
     def _all_stats(self) -> Stats:
-        past, now = self._past, self._stats
-        names = [name for name in Stats.__slots__ if name not in ("seated", "waiting")]
-        return Stats(now.seated, now.waiting, *(getattr(past, name) + getattr(now, name) for name in names))
+        return self._past + self._stats
 
     def step_s(self, model: str, buckets: Sequence[int]) -> Sequence[float]:
         """Seconds of a step by the number of pictures in it, 0 .. the largest bucket; zeros before there was any."""

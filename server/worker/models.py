@@ -202,9 +202,18 @@ class Engines:
         self.watched.update(message.ids if message.watched else ())
         table = _plan(self._cards[spec.model].process, spec.sampling)
         for id, seed in zip(message.ids, spec.seeds, strict=True):
-            shown = (spec.frames, spec.shows_x, spec.shows_x0, spec.wants_floats)
             self._models[id] = spec.model
-            self._requests[id] = Request(id, seed, table, spec.rank, *shown, spec.owner)
+            self._requests[id] = Request(
+                id,
+                seed,
+                table,
+                rank=spec.rank,
+                frames=spec.frames,
+                shows_x=spec.shows_x,
+                shows_x0=spec.shows_x0,
+                wants_floats=spec.wants_floats,
+                owner=spec.owner,
+            )
             self._held[spec.model][id] = self._requests[id]
         self.eviction.ask(spec.model, time.monotonic())
 
@@ -268,4 +277,4 @@ class Engines:
 
 
 def _sum(each: list[Stats]) -> Stats:
-    return Stats(*(sum(getattr(stats, name) for stats in each) for name in Stats.__slots__))
+    return sum(each, Stats())

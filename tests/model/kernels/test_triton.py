@@ -30,7 +30,7 @@ import model.nets.unet
 from model.checkpoint.load import Model
 from model.engine.engine import Engine
 from model.engine.runner import prepared
-from model.engine.slots import Newcomer, Parked, Slots
+from model.engine.slots import Parked, Seating, Slots
 from model.engine.snapshot import Snapshot, pack, unpack
 from model.engine.step import denoise
 from model.nets.config import architecture
@@ -197,9 +197,9 @@ def test_the_large_norms_of_a_large_picture_are_two_kernels(launches: Counter[st
     assert launches["_moments"] + launches["_norm_in_registers"] == 51
 
 
-def a_newcomer(slot: int, brings: bool = False) -> Newcomer:
+def a_newcomer(slot: int, brings: bool = False) -> Seating:
     """Somebody who is to sit here; who brings its x_T has it on the host."""
-    return Newcomer(slot, 2**40 + slot, PLAN, torch.zeros(3, 8, 8) if brings else None)
+    return Seating(slot, 2**40 + slot, PLAN, torch.zeros(3, 8, 8) if brings else None)
 
 
 PLAN = a_plan(20)
@@ -210,8 +210,8 @@ BETWEEN_STEPS: dict[str, tuple[Callable[[Slots], object], dict[str, int]]] = {
     "a move": (lambda slots: slots.move(5, 1), {"_vacate": 1}),
     "a slot that is cleared": (lambda slots: slots.clear(1), {"_vacate": 1}),
     "one who leaves, and whose place is taken": (lambda slots: slots.vacate(1, 63), {"_vacate": 1}),
-    "one who is taken out": (lambda slots: slots.take(1), {"stack": 1}),
-    "one who is put back": (lambda slots: slots.put_back(1, 7, PLAN, 3, PARKED), {"_seat": 1}),
+    "one who is taken out": (lambda slots: slots.park(1), {"stack": 1}),
+    "one who is put back": (lambda slots: slots.resume(1, 7, PLAN, 3, PARKED), {"_seat": 1}),
     "frames, floats, and whether all are finite": (lambda slots: pack(slots, [7, 1], [2, 3], True), {"_show": 1}),
 }
 
