@@ -66,7 +66,7 @@ def run(use: Use, invariant: bool, device: torch.device) -> None:
     runner = prepared(without_weights(use.card, device, use.dtype), max(use.buckets), exact=False, buckets=use.buckets)
     for module in runner.model.module.modules():
         if isinstance(module, Conv):
-            module.invariant = invariant
+            module.use("invariant" if invariant else "library")
     engine, table = Engine(runner), plan(use.card.process, resolve(use.card.process, "ddpm", STEPS))
     for bucket in runner.buckets:
         for seed in range(bucket):

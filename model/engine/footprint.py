@@ -9,11 +9,10 @@ from torch import Tensor
 from model.checkpoint.card import ModelCard
 from model.checkpoint.load import Model
 from model.engine.slots import Slots
-from model.nets.activations import alive
+from model.nets.activations import alive, size_bytes, sizes_up_to
 from model.nets.build import build
-from model.nets.config import Architecture
-from model.nets.cpu import CpuNet, size_bytes, sizes_up_to
-from model.nets.lucidrains_config import LucidArchitecture
+from model.nets.cpu import CpuNet
+from model.nets.lucidrains_config import AnyArchitecture
 
 WORKSPACE = 1.5  # times the live tensors of a step: the libraries' own memory, and fragmentation
 SAMPLER = 8  # float32 numbers that the sampler's arithmetic holds for each number of a picture
@@ -56,7 +55,7 @@ def resident_bytes(model: Model, slots: Slots) -> int:
     return table + batch_bytes(slots) + cpu_bytes(arch, model.parameters, slots.capacity, dtype)
 
 
-def cpu_bytes(arch: Architecture | LucidArchitecture, parameters: int, slots: int, dtype: torch.dtype) -> int:
+def cpu_bytes(arch: AnyArchitecture, parameters: int, slots: int, dtype: torch.dtype) -> int:
     """What a net takes on a CPU at all its batch sizes: OpenVINO keeps the float32 weights it was given, and each batch
     size has weights and working memory of its own."""
     sizes = sizes_up_to(slots, arch, parameters, dtype)
@@ -70,7 +69,7 @@ def batch_bytes(slots: Slots) -> int:
     )
 
 
-def picture_bytes(arch: Architecture | LucidArchitecture, dtype: torch.dtype) -> int:
+def picture_bytes(arch: AnyArchitecture, dtype: torch.dtype) -> int:
     """What a step takes at most while it runs, for each picture in it."""
     pixels, itemsize = arch.height * arch.width, int(dtype.itemsize)
     return math.ceil(WORKSPACE * (itemsize * alive(arch) + SAMPLER * 4 * arch.in_channels * pixels))

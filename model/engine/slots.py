@@ -115,7 +115,7 @@ class Slots:
     @property
     def by_kernels(self) -> bool:
         """Whether Triton's kernels seat, move and clear."""
-        return not self.ahead_steps and uses_triton(self.x[0])
+        return not self.ahead_steps and uses_triton(self.x)
 
     @property
     def _state(self) -> tuple[Tensor, ...]:
