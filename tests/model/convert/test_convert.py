@@ -37,7 +37,7 @@ def shake(net: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def noise(size: int = 32, channels: int = 3) -> tuple[Tensor, Tensor]:
-    """Two noisy pictures, and the timesteps that nets are told for them."""
+    """Two noisy pictures, and their timesteps as nets count them."""
     return torch.randn(2, channels, size, size, generator=generator(3)), torch.tensor([3, 700])
 
 
@@ -221,7 +221,7 @@ def old_directory(directory: Path, net: UNet2DModel, folders: bool, **scheduler:
     (schedule_folder / "scheduler_config.json").write_text(json.dumps(schedule))
     if not folders:
         (directory / "unet").rmdir()
-    if folders:  # which somebody has made safetensors of
+    if folders:  # converted to safetensors by hand
         once = {name: tensor for name, tensor in old_names(net.state_dict()).items() if ".op." not in name}
         written(net_folder / WEIGHTS, once)
     else:

@@ -1,4 +1,4 @@
-"""A checkpoint of lucidrains' becomes a model directory whose net computes what theirs does, and which is served."""
+"""A checkpoint of lucidrains' becomes a model directory whose net computes the same as the original."""
 
 import json
 import math

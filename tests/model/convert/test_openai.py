@@ -1,4 +1,4 @@
-"""A checkpoint of OpenAI's becomes a model directory whose net computes what theirs does, and which is served."""
+"""A checkpoint of OpenAI's becomes a model directory whose net computes the same as the original."""
 
 import json
 from functools import partial
@@ -26,7 +26,7 @@ from tests.model.worlds import opened, pictures, planned, relative_error
 SIZE = 16
 HEADS = Options(image_size=SIZE, heads=4)
 THREE: dict[str, Any] = {"multipliers": (1, 2, 3), "layers": 2, "attended": (2, 4)}
-# What is built, what has to be told of it, and whether diffusers has words for it.
+# A net, the options for its conversion, and whether diffusers can describe it.
 KINDS: dict[str, tuple[Kind, Options, bool]] = {
     "improved, as the scripts build it": (Kind(), HEADS, True),
     "a learned variance": (Kind(learn_sigma=True), HEADS, True),
@@ -98,7 +98,7 @@ def test_the_wrong_number_of_heads_is_another_net(tmp_path: Path) -> None:
 def test_the_origin_names_the_options_that_were_given_or_assumed() -> None:
     state = shaken(Kind()).state_dict()
     usual = convert(state, Options(image_size=SIZE, heads=4)).origin
-    told = Options(
+    options = Options(
         image_size=SIZE,
         timesteps=4000,
         schedule="squaredcos_cap_v2",
@@ -112,7 +112,7 @@ def test_the_origin_names_the_options_that_were_given_or_assumed() -> None:
         f"OpenAI's U-Net (legacy attention order, 4 heads, epsilon, linear schedule, timesteps not rescaled), {size}, "
         "T = 1000"
     )
-    assert convert(state, told).origin == (
+    assert convert(state, options).origin == (
         "OpenAI's U-Net (new attention order, 4 heads, epsilon, squaredcos_cap_v2 schedule, timesteps rescaled), "
         f"{size}, T = 4000"
     )
@@ -130,8 +130,8 @@ def betas(name: str, T: int) -> Tensor:
 @pytest.mark.parametrize(("schedule", "T"), [("linear", 1000), ("linear", 4000), ("cosine", 4000)])
 def test_the_schedule_is_theirs_for_any_t(tmp_path: Path, schedule: str, T: int) -> None:
     name = {"linear": "linear", "cosine": "squaredcos_cap_v2"}[schedule]
-    told = Options(image_size=SIZE, heads=4, timesteps=T, schedule=name, rescale_timesteps=True)
-    process = opened(written(tmp_path, shaken(Kind(multipliers=(1,))), told)).card.process
+    options = Options(image_size=SIZE, heads=4, timesteps=T, schedule=name, rescale_timesteps=True)
+    process = opened(written(tmp_path, shaken(Kind(multipliers=(1,))), options)).card.process
 
     np.testing.assert_allclose(
         process.schedule.alpha_bar[1:] ** 2, betas(schedule, T).neg().add(1).cumprod(0), rtol=1e-9
@@ -142,9 +142,9 @@ def test_the_schedule_is_theirs_for_any_t(tmp_path: Path, schedule: str, T: int)
 @pytest.mark.parametrize("steps", [5, 12])
 def test_a_learned_variance_is_sampled_by_their_formula(tmp_path: Path, steps: int) -> None:
     """Respaced as they do: the visited alpha_bar make a process of their own (Nichol & Dhariwal 2021, section 4)."""
-    told = Options(image_size=SIZE, heads=4, schedule="squaredcos_cap_v2", timesteps=40, rescale_timesteps=True)
+    options = Options(image_size=SIZE, heads=4, schedule="squaredcos_cap_v2", timesteps=40, rescale_timesteps=True)
     theirs = shaken(Kind(learn_sigma=True))
-    model = opened(written(tmp_path, theirs, told))
+    model = opened(written(tmp_path, theirs, options))
     (made,) = pictures(model, [(7, planned(model.card.process, steps=steps))])
 
     visited = torch.from_numpy(timesteps(40, steps, "linspace") - 1)  # descending

@@ -1,7 +1,7 @@
-"""The step can be a CUDA graph: shown without a GPU.
+"""The step can be captured as a CUDA graph, shown without a GPU.
 
-The "meta" device stands for the GPU. Its tensors have no values, so whoever reads one on the host, or makes a shape
-depend on one, gets an exception; and a watch sees every tensor that is made elsewhere, which a graph would not replay.
+The "meta" device stands for the GPU. Its tensors have no values, so reading one on the host, or making a shape depend
+on one, raises; and a mode notices every tensor that is made elsewhere, which a graph would not replay.
 """
 
 from collections.abc import Callable, Iterator

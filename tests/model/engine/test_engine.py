@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Callable, Hashable
-from typing import Any
 
 import numpy as np
 import pytest
@@ -12,10 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from model.engine.engine import Engine
-from model.engine.events import Cancelled, Event, Failed, Finished, Picture, Preview, Request
-from model.engine.snapshot import Snapshot, as_bytes
-from model.sampling.plan import P, Plan
+from model.engine.events import Cancelled, Event, Failed, Finished, Preview, Request
+from model.engine.snapshot import Snapshot
 from model.sampling.reference import sample_alone
+from tests.model.engine.alone import MIXED, alone_picture, poisoned
 from tests.model.tiny import (
     ARCHITECTURE,
     T,
@@ -27,39 +26,6 @@ from tests.model.tiny import (
     quick_engine,
     run,
 )
-
-
-def alone(request: Request) -> list[tuple[Picture, Picture]]:
-    """(x, x0) before the first step and after each, as pictures, by the reference sampler."""
-    states = sample_alone(halve, request.plan, request.seed, ARCHITECTURE.shape)
-    return [(as_bytes(x)[0].numpy(), as_bytes(x0)[0].numpy()) for x, x0 in states]
-
-
-def alone_picture(request: Request) -> bytes:
-    """The picture by the reference sampler."""
-    return alone(request)[-1][0].tobytes()
-
-
-def poisoned(steps: int = 4) -> Plan:
-    """A plan in whose second step 0 times infinity occurs."""
-    healthy = a_plan(steps)
-    rows = healthy.rows.copy()
-    rows[1, P] = np.nan
-    return Plan(rows, healthy.t)
-
-
-MIXED = [
-    a_request("whole chain", T, seed=1),
-    a_request("ddim", plan=a_plan(7, "ddim"), seed=2),
-    a_request("eta", plan=a_plan(5, "ddim", eta=0.5), seed=3),
-    a_request("greedy", plan=a_plan(4, "greedy"), seed=4),
-    a_request("solver", plan=a_plan(6, "dpmpp_2m", clip=False), seed=5),
-    a_request("large", plan=a_plan(9, variance="large"), seed=6),
-    a_request("from torch", plan=a_plan(8, noise="torch"), seed=7),
-    a_request("from torch, ddim", plan=a_plan(3, "ddim", eta=1.0, noise="torch"), seed=8),
-    a_request("one step", plan=a_plan(1, "ddim"), seed=9),
-    a_request("largest seed", 4, seed=2**63 - 1),
-]
 
 
 def test_one_request_gives_one_picture() -> None:
@@ -139,63 +105,6 @@ def test_floats_are_the_picture_before_it_is_rounded() -> None:
     assert isinstance(event, Finished) and event.floats is not None
     assert np.array_equal(event.floats, x[0].clamp(-1, 1).numpy())
     assert isinstance(other, Finished) and other.floats is None
-
-
-# Previews
-
-
-@pytest.mark.parametrize("frames", [{0}, {2}, {5}, {0, 1, 2, 3, 4, 5}, set()])
-def test_previews_come_at_exactly_the_frames_asked_for(frames: set[int]) -> None:
-    request = a_request("a", 5, seed=3, frames=frozenset(frames))
-    events = run(quick_engine(), a_request("other", 2), request)
-    previews = [event for event in events if isinstance(event, Preview)]
-    states = alone(request)
-
-    assert isinstance(events[-1], Finished)
-    assert [preview.step for preview in previews] == sorted(frames)
-    for preview in previews:
-        assert preview.x is not None and np.array_equal(preview.x, states[preview.step][0])
-
-
-def test_a_preview_holds_the_requested_pictures() -> None:
-    def first_two(x: bool, x0: bool) -> list[tuple[bool, bool]]:
-        request = a_request("a", 3, frames=frozenset({0, 2}), shows_x=x, shows_x0=x0)
-        previews = [event for event in run(quick_engine(), request) if isinstance(event, Preview)]
-        return [(preview.x is not None, preview.x0 is not None) for preview in previews]
-
-    assert first_two(x=True, x0=False) == [(True, False), (True, False)]
-    assert first_two(x=True, x0=True) == [(True, False), (True, True)]  # nothing is predicted before the first step
-    assert first_two(x=False, x0=True) == [(False, False), (False, True)]
-
-
-def test_the_prediction_shown_is_that_of_the_step_before() -> None:
-    request = a_request("a", plan=a_plan(4, "ddim"), frames=frozenset({1, 2, 3, 4}), shows_x0=True)
-    previews = [event for event in run(quick_engine(), request) if isinstance(event, Preview)]
-
-    for preview in previews:
-        assert preview.x0 is not None and np.array_equal(preview.x0, alone(request)[preview.step][1])
-
-
-def test_the_last_preview_precedes_the_picture_and_equals_it() -> None:
-    preview, finished = run(quick_engine(), a_request("a", 2, frames=frozenset({2})))
-
-    assert isinstance(preview, Preview) and isinstance(finished, Finished)
-    assert preview.x is not None and np.array_equal(preview.x, finished.picture)
-
-
-def test_frames_behind_the_end_of_the_plan_are_never_reached() -> None:
-    assert len(run(quick_engine(), a_request("a", 2, frames=frozenset({3, 100})))) == 1
-
-
-def test_a_preview_kept_for_later_does_not_change_under_its_holder() -> None:
-    engine = quick_engine()
-    engine.submit(a_request("a", frames=frozenset({1})))
-    (preview,) = engine.step()
-    assert isinstance(preview, Preview) and preview.x is not None
-    before = preview.x.tobytes()
-    run(engine, a_request("b", seed=1))
-
-    assert preview.x.tobytes() == before
 
 
 # Cancelling
@@ -503,7 +412,7 @@ def test_a_cancellation_is_reported_even_if_no_other_sample_is_there() -> None:
     assert not engine.busy
 
 
-# Preemption and exhausted memory
+# Preemption
 
 
 def test_a_preempted_sample_goes_on_from_its_step() -> None:
@@ -539,89 +448,6 @@ def test_seat_returns_the_newly_seated_samples_and_their_steps() -> None:
     engine.step()
     assert engine.seat() == [("long", 1)]
     assert engine.seat() == []
-
-
-def exhausted_at(engine: Engine, least: int, at: str = "net") -> None:
-    """From now on memory runs out in batches of at least so many: in the net, or when its work is done."""
-    usual = engine.runner.step
-
-    def step(bucket: int) -> None:
-        if at == "end":
-            usual(bucket)
-        if bucket >= least:
-            raise torch.OutOfMemoryError("out of memory")
-        if at == "net":
-            usual(bucket)
-
-    engine.runner.step = step  # type: ignore[method-assign]
-
-
-@pytest.mark.parametrize("bucket", [2, 3, 6])
-@pytest.mark.parametrize("at", ["net", "end"])
-def test_memory_that_runs_out_makes_the_batch_smaller_and_changes_no_picture(bucket: int, at: str) -> None:
-    engine = quick_engine(6)
-    exhausted_at(engine, bucket, at)
-    events = run(engine, *MIXED)
-
-    assert pictures(events) == {request.id: alone_picture(request) for request in MIXED}
-    times = engine.stats.exhausted
-    run(engine, *MIXED)
-    assert (times, engine.stats.exhausted) == (7 - bucket, times)  # it is remembered
-
-
-def test_a_picture_for_which_memory_never_suffices_fails_alone() -> None:
-    engine = quick_engine(2)
-    exhausted_at(engine, 1)
-
-    assert run(engine, a_request("a"), a_request("b")) == [
-        Failed("a", "memory ran out with this picture alone"),
-        Failed("b", "memory ran out with this picture alone"),
-    ]
-    assert not engine.busy
-
-
-def test_memory_that_runs_out_while_a_sample_is_parked_costs_only_its_steps(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    engine, requests = quick_engine(2), [a_request("long", 9, seed=1), a_request("longer", 10, seed=2)]
-    short = a_request("short", 2, seed=3)
-    for request in requests:
-        engine.submit(request)
-    engine.step()
-    with monkeypatch.context() as patch:
-
-        def park(slot: int) -> None:
-            raise torch.OutOfMemoryError("out of memory")
-
-        patch.setattr(engine.runner.slots, "park", park)
-        engine.submit(short)
-        events = engine.step()
-    events += run(engine)
-
-    assert pictures(events) == {request.id: alone_picture(request) for request in [*requests, short]}
-
-
-def test_memory_that_runs_out_while_samples_are_resumed_changes_no_picture(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    engine, requests = quick_engine(2), [a_request("long", 9, seed=1), a_request("longer", 10, seed=2)]
-    for request in requests:
-        engine.submit(request)
-    for _ in range(4):
-        engine.step()
-    shorts = [a_request("short", 2, seed=3), a_request("shorter", 1, seed=4)]
-    resume, failures = engine.runner.slots.resume, iter([torch.OutOfMemoryError("out of memory")])
-
-    def run_out_once(*given: Any) -> None:
-        for failure in failures:
-            raise failure
-        resume(*given)
-
-    monkeypatch.setattr(engine.runner.slots, "resume", run_out_once)
-    events = run(engine, *shorts)
-
-    assert engine.stats.exhausted == 1
-    assert pictures(events) == {request.id: alone_picture(request) for request in [*requests, *shorts]}
 
 
 def test_a_long_sample_that_is_not_finite_fails_before_its_end() -> None:

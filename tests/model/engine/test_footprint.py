@@ -143,7 +143,7 @@ def test_a_process_grows_by_about_the_footprint_of_a_model(tmp_path: Path, dtype
         pytest.skip("this processor does not compute in such numbers")
     command = [sys.executable, "-c", TAKEN, str(dtype).removeprefix("torch."), str(write_model(tmp_path / "tiny"))]
     ran = subprocess.run([*command, str(DIGITS)], capture_output=True, text=True, check=True)
-    taken, told, bound = map(int, ran.stdout.split())
+    taken, resident, bound = map(int, ran.stdout.split())
 
-    assert taken / 1.5 < told < 1.5 * taken
-    assert told <= bound
+    assert taken / 1.5 < resident < 1.5 * taken
+    assert resident <= bound

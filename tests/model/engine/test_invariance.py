@@ -1,8 +1,7 @@
-"""The promise: a picture depends on the request, never on the company.
+"""The promise: a picture depends on its request, never on the other pictures in the batch.
 
-Two hundred samples of mixed samplers and step counts arrive, are unseated for others and are cancelled at random; each
-that is finished has the bytes that it has alone. The weights come from a model directory, so what is run is what is
-served.
+Two hundred samples of mixed samplers and step counts arrive, are preempted and are cancelled at random; each that
+finishes has the bytes that it has alone. The weights come from a model directory, as in a server.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""How far the host gets ahead of a GPU: with a GPU that is a list of what it has been given, and its own clock."""
+"""How far the host runs ahead of a GPU, shown with a GPU that is a list of its work and a clock of its own."""
 
 from dataclasses import dataclass, field
 
@@ -14,7 +14,7 @@ from tests.model.tiny import run as run_engine
 
 @dataclass
 class Device:
-    """A GPU. It does what it has been given when somebody waits for it, and not before."""
+    """A GPU that does its work when the host waits for it, and not before."""
 
     step_ms: float
     given: list[float] = field(default_factory=list)  # milliseconds of each step

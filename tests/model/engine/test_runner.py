@@ -1,4 +1,4 @@
-"""The hot loop on a CPU: which batch sizes are used, and which are found to keep a picture's bits."""
+"""The runner on a CPU: the batch sizes it uses, and those in which it finds a picture's bits to be the same."""
 
 import logging
 from collections.abc import Callable
@@ -24,7 +24,7 @@ def different_in(*sizes: int) -> Function:
 
 
 def nosy(x: Tensor, k: Tensor) -> Tensor:
-    """A net that looks at the neighbours."""
+    """A net whose last bits depend on the other pictures."""
     return halve(x, k) + 2**-20 * x.mean(dim=0, keepdim=True)
 
 
@@ -139,7 +139,7 @@ def test_batch_sizes_are_written_as_ranges(numbers: list[int], words: str) -> No
     assert ranges(numbers) == words
 
 
-# A hash of what the check came to
+# The fingerprint of the check
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -151,7 +151,7 @@ def test_two_starts_that_compute_alike_have_one_hash(dtype: torch.dtype) -> None
 
 
 def test_a_start_in_which_a_library_chose_another_kernel_has_another_hash() -> None:
-    """Every batch size agrees with all others, so that nothing else tells."""
+    """All batch sizes agree, so that only the hash shows it."""
     runners = [prepared(function_model(net), 5) for net in (halve, lambda x, k: halve(x, k) * (1 + 2**-20))]
 
     assert [runner.exact_buckets for runner in runners] == [[1, 2, 3, 4, 5]] * 2

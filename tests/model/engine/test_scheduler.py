@@ -301,8 +301,8 @@ def test_priority_and_length_count_among_the_pictures_of_one_owner_only() -> Non
 def test_a_new_owner_has_a_seat_at_once_beside_a_flood() -> None:
     scheduler = settled(8, *(Picture("", owner="flood", left=1000) for _ in range(5000)))
     run(scheduler, 500)
-    newcomer = Picture("", owner="other", left=50)
-    scheduler.add(newcomer)
+    new = Picture("", owner="other", left=50)
+    scheduler.add(new)
 
     assert run(scheduler, 50)["other"] == 50
 

@@ -1,4 +1,4 @@
-"""The batch that lives on the device: what is seated, what is left behind, where the noise comes from."""
+"""The batch on the device: seating, moving, parking, clearing, and the noise."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""What Triton's kernels compute, beside float64 and beside the algebra; convolutions are in `conv_cases`. Not collected
+"""Triton's kernels beside float64 and beside the algebra; convolutions are in `conv_cases`. Not collected
 by its name: `test_triton` runs it, under Triton's interpreter on any machine, and on a GPU where there is one.
 """
 
@@ -162,9 +162,9 @@ def test_the_terms_of_a_sum_are_added_before_they_are_normed() -> None:
 def test_narrow_groups_are_read_side_by_side(
     dtype: torch.dtype, together: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Four channels are 8 or 16 bytes; whoever fetches them alone is given 32."""
+    """Four channels are 8 or 16 bytes; a fetch is 32 at least."""
     case = a_case((2, 24, 5, 3), 6, dtype)
-    dependent(DEVICE)  # so that whatever is tried for it has been
+    dependent(DEVICE)  # so that its trial is over
     grids: list[tuple[int, ...]] = []
     launcher = type(norm._norm_in_registers)
     usual = launcher.__getitem__
@@ -280,7 +280,7 @@ def test_the_sampler_is_the_algebra(shape: tuple[int, int, int], learned: bool, 
     assert error(slots.x0, expected.x0.double()) < 1e-5
     assert torch.equal(slots.cursor, expected.cursor)
     for name in ("x", "x0", "cursor"):
-        assert torch.equal(getattr(slots, name)[batch:], getattr(before, name)[batch:])  # nobody else's
+        assert torch.equal(getattr(slots, name)[batch:], getattr(before, name)[batch:])  # of no other slot
 
 
 def test_channels_that_a_picture_lacks_are_zeros() -> None:

@@ -1,4 +1,4 @@
-"""What the invariant convolution computes, beside float64; whom it is given to, and what follows. Not collected by its
+"""The invariant convolution beside float64, and the choice of the layers that use it. Not collected by its
 name: `test_triton` runs it, under Triton's interpreter on any machine, and on a GPU where there is one.
 """
 
@@ -85,7 +85,7 @@ CUTS: dict[str, dict[str, Any]] = {
 
 @contextmanager
 def cut_up(**how: Any) -> Iterator[None]:
-    """Layers are cut up in this way, whatever their shape."""
+    """Layers of any shape are cut up in this way."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in how.items():
             patch.setattr(conv, name, value)
@@ -255,7 +255,7 @@ def test_a_tile_takes_no_more_shared_memory_than_there_is() -> None:
     assert [(each.pixels, each.channels) for each in tiles] == [(128, 256), (128, 256), (128, 128), (64, 64), (64, 32)]
 
 
-# Whom it is given to
+# The choice of layers
 
 
 class Layers(nn.Module):
@@ -298,7 +298,7 @@ class Library:
 
 @pytest.fixture
 def library(monkeypatch: pytest.MonkeyPatch, kernels_on: None) -> Library:
-    """A library that gives the same bits in every batch, until it is told otherwise."""
+    """A library that gives the same bits in every batch, unless `differs` says otherwise."""
     return Library(monkeypatch)
 
 

@@ -1,7 +1,7 @@
-"""What Triton's kernels do between two steps, beside the same in plain torch. Not collected by its name: `test_triton`
+"""Triton's kernels between two steps, beside the same in plain torch. Not collected by its name: `test_triton`
 runs it, under Triton's interpreter on any machine, and on a GPU where there is one.
 
-Every slot is full of NaN before anybody sits there: what a kernel forgets to write, or writes to a neighbour, is seen.
+Each slot is full of NaN before a picture is seated, so that a number that is not written, or written elsewhere, shows.
 """
 
 from collections.abc import Iterator
@@ -70,22 +70,22 @@ def bits(slots: Slots, *, but: str = "") -> dict[str, list[Any]]:
     return {name: (t.view(torch.int32) if t.is_floating_point() else t).tolist() for name, t in tensors.items()}
 
 
-# Who sits down
+# Seating
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 def test_seated_pictures_are_where_torch_would_put_them_and_nothing_else_changes(shape: Shape) -> None:
     ours, theirs = ruin(6, shape), ruin(6, shape)
     outside = a_plan(7, noise="torch")
-    newcomers = [
+    seatings = [
         Seating(4, 2**63 - 1, a_plan(T)),
         Seating(0, 5, outside, TorchNoise(5, shape).draw()),
         Seating(5, 2**32, a_plan(1, "ddim")),
         Seating(2, 6, outside, TorchNoise(6, shape).draw()),
     ]
-    ours.seat_all(newcomers)
+    ours.seat_all(seatings)
     with plain_torch():
-        theirs.seat_all(newcomers)
+        theirs.seat_all(seatings)
 
     assert bits(ours, but="x") == bits(theirs, but="x")
     assert torch.equal(ours.x[[0, 2]], theirs.x[[0, 2]])
@@ -121,7 +121,7 @@ def test_rows_behind_a_short_plan_are_zero_in_the_only_slot() -> None:
         assert not slots.rows[0, len(plan) :].any()
 
 
-# Whose plan is on the device already
+# Plans that are on the device already
 
 
 def test_the_plan_cache_holds_the_plans_asked_for_whatever_was_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,7 +167,7 @@ def test_the_plan_cache_never_grows() -> None:
         assert sum(map(len, cache._starts)) <= len(cache.rows) == 2 * T
 
 
-# Who goes on elsewhere
+# Parking and moving
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
@@ -227,7 +227,7 @@ def test_the_last_picture_moves_to_the_vacated_slot_and_its_own_is_freed(
     assert ours.x.isfinite().all()
 
 
-# Who is shown
+# Showing
 
 
 def seen(slots: Slots, shown: list[int], checked: list[int], floats: bool) -> Frames:
@@ -296,7 +296,7 @@ def test_pictures_arrive_as_they_were_when_they_were_shown() -> None:
     assert snapshot.ready and as_lists(snapshot.frames()) == as_lists(before)
 
 
-# Before anybody comes
+# Warming up
 
 
 @pytest.mark.parametrize("capacity", [1, 3])

@@ -1,4 +1,4 @@
-"""Where the kernels are tried, by `kernel_cases`, `conv_cases` and `slot_cases`: on a GPU, or under Triton's
+"""Where `cases`, `conv_cases` and `slot_cases` run the kernels: on a GPU, or under Triton's
 interpreter. A plugin of pytest, so that what it sets up holds for all.
 """
 

@@ -122,7 +122,7 @@ def with_compiled(monkeypatch: pytest.MonkeyPatch, change: Callable[[Tensor, int
     monkeypatch.setattr(room(), "compile_net", compile_net)
 
 
-# What it computes
+# Results
 
 
 @pytest.mark.parametrize("arch", KINDS.values(), ids=KINDS.keys())
@@ -152,7 +152,7 @@ def test_a_convolution_of_a_doubled_picture_reads_it_once() -> None:
     assert torch.allclose(run(x, torch.zeros(2, 1)), net(x, torch.zeros(2, 1)), atol=1e-6)
 
 
-# Sizes of batch
+# Batch sizes
 
 
 @torch.inference_mode()
@@ -333,7 +333,7 @@ def test_a_net_of_many_levels_is_checked_on_a_picture_that_has_a_pixel_on_each()
     assert checked_shape(deep) == (1, 256, 256)
 
 
-# Where torch takes its place
+# Nets that torch runs instead
 
 
 @torch.inference_mode()
@@ -429,11 +429,11 @@ def test_torch_uses_the_threads_the_net_was_made_with_and_leaves_the_callers_unc
     assert (seen[-1], after) == (2, 1)
 
 
-# What is kept of the file
+# The weights file
 
 
 def test_nothing_of_the_weights_file_stays_mapped(tmp_path: Path) -> None:
-    """Whoever writes to it later must not change the net."""
+    """A later change of the file must not change the net."""
     directory = write_model(tmp_path / "tiny")
     model = load_model(read_card(directory), CPU, torch.float32)
     assert model.parameters > 0

@@ -1,4 +1,4 @@
-"""What holds for a process on a GPU, shown without one: the libraries' settings, and errors that end a start."""
+"""A process on a GPU, shown without one: the libraries' settings, and errors that end a start."""
 
 from collections.abc import Iterator
 
@@ -16,7 +16,7 @@ GPU = torch.device("cuda")
 
 
 def died(device: torch.device) -> None:
-    """What a GPU says that has died, whatever it is asked."""
+    """Raises the error of a dead GPU."""
     raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
 
 

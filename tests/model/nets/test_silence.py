@@ -1,4 +1,4 @@
-"""Nothing of ours sends anything anywhere. OpenVINO, imported, tells its makers so, unless that is prevented."""
+"""The project sends nothing anywhere. OpenVINO reports its import to its makers unless that is prevented."""
 
 import subprocess
 import sys
@@ -18,7 +18,7 @@ import os, sys
 
 def refuse(event, arguments):
     if event.startswith(("socket.connect", "socket.getaddrinfo", "socket.send", "urllib.")) or event in FORKS:
-        os.write(2, f"{MET}{{event}}\\n".encode())  # also from a thread or a child, whose exceptions nobody sees
+        os.write(2, f"{MET}{{event}}\\n".encode())  # also from a thread or a child, whose exceptions are not reported
         raise PermissionError(event)
 
 FORKS = ("os.fork", "os.forkpty", "os.exec", "os.posix_spawn", "os.system", "subprocess.Popen")
@@ -48,7 +48,7 @@ openvino.tools.ovc.telemetry.sender.executor.shutdown()
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The empty home of somebody who has told OpenVINO nothing."""
+    """The empty home directory of a user without settings for OpenVINO."""
     for name in TOLD_TO_BE_SILENT:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))

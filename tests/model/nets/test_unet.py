@@ -1,4 +1,4 @@
-"""Our U-Net computes what diffusers' `UNet2DModel` computes from the same weights, whatever the configuration says."""
+"""Our U-Net computes the same as diffusers' `UNet2DModel` with the same weights, for every configuration."""
 
 from typing import Any
 
