@@ -59,7 +59,7 @@ def _private_server(bar: Bar) -> Iterator[tuple[str, str]]:
     from server.settings import Settings
     from server.web import auth
     from server.web.app import create_app
-    from server.web.protocol import Caps, Config
+    from server.web.protocol import Config, Limits
 
     key, line = auth.make_key("here")
     failures: list[ServerError] = []
@@ -70,8 +70,13 @@ def _private_server(bar: Bar) -> Iterator[tuple[str, str]]:
         settings = Settings.read(os.environ, {**ours, "metrics_key": "", "allowed_hosts": "", "allowed_origins": ""})
         logs.configure(settings.log_level)
         app = create_app(settings, on_failed=failures.append)
-        caps = Caps(64, settings.max_body_bytes, settings.request_s, lambda code: None)
-        config = Config(app, caps, log_config=None, access_log=False, timeout_graceful_shutdown=1)
+        limits = Limits(
+            connections=64,
+            body_bytes=settings.max_body_bytes,
+            request_s=settings.request_s,
+            refused=lambda code: None,
+        )
+        config = Config(app, limits, log_config=None, access_log=False, timeout_graceful_shutdown=1)
         served = uvicorn.Server(config)
         thread = threading.Thread(target=served.run, args=([listening],), name="private server", daemon=True)
         thread.start()

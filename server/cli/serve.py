@@ -20,7 +20,7 @@ from server.errors import EXIT_FAILED, ServerError, SettingsError
 from server.jobs.service import Jobs
 from server.settings import Settings
 from server.web.app import create_app
-from server.web.protocol import Caps, Config
+from server.web.protocol import Config, Limits
 
 logger = logging.getLogger(__name__)
 LEAVING_S = 1.0  # that viewers have to be told that the server goes away
@@ -120,12 +120,15 @@ def main(arguments: Sequence[str]) -> int:
         server.should_exit = server.hurried = True
 
     app = create_app(settings, on_failed=stop)
-    caps = Caps(
-        settings.max_connections, settings.max_body_bytes, settings.request_s, app.state.jobs.admission.count_refusal
+    limits = Limits(
+        connections=settings.max_connections,
+        body_bytes=settings.max_body_bytes,
+        request_s=settings.request_s,
+        refused=app.state.jobs.admission.count_refusal,
     )
     config = Config(
         app,
-        caps,
+        limits,
         host=settings.host,
         port=settings.port,
         log_config=None,

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import asynccontextmanager
 
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
@@ -57,22 +57,16 @@ def _methods(request: Request) -> list[str]:
     return sorted(methods | ({"HEAD"} if "GET" in methods else set()))
 
 
-def _lifespan(
-    service: Jobs, on_failed: Callable[[ServerError], None]
-) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     """Starts the jobs before the first request and closes them after the last one."""
-
-    @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        try:
-            await service.start()
-        except StorageFull as error:
-            on_failed(error)
-            raise
-        yield
-        await service.close()
-
-    return lifespan
+    try:
+        await app.state.jobs.start()
+    except StorageFull as error:
+        app.state.on_failed(error)
+        raise
+    yield
+    await app.state.jobs.close()
 
 
 def create_app(
@@ -94,12 +88,12 @@ def create_app(
         title="ddpm-server",
         version=__version__,
         description="Pictures from pixel-space diffusion models: a seed and a step count in, a picture out.",
-        lifespan=_lifespan(service, on_failed),
+        lifespan=_lifespan,
         docs_url=None,  # FastAPI's page loads scripts from other servers; ours is server/static/docs.html
         redoc_url=None,
         redirect_slashes=False,  # a redirect would repeat the Host header
     )
-    app.state.settings, app.state.jobs = settings, service
+    app.state.settings, app.state.jobs, app.state.on_failed = settings, service, on_failed
     for kind in (ServerError, PlanError):
         app.add_exception_handler(kind, _on_error)
     app.add_exception_handler(Exception, _on_unforeseen)

@@ -18,7 +18,7 @@ from server.jobs.job import Job, Kind
 from server.jobs.request import RequestContext
 from server.jobs.service import Jobs
 from server.jobs.stream import Message, Subscriber, Text, told_of
-from server.web.http import first_of, header, idempotency_key, negotiate, owner_of, read_json_body, words
+from server.web.http import header, idempotency_key, negotiate, read_json_body, tenant_of, words
 
 T = TypeVar("T")
 router = APIRouter()
@@ -111,7 +111,7 @@ async def generate(request: Request) -> Response:
             attached=not later and media != EVENTS,
             again="no-cache" in words(request, "cache-control"),
             key=idempotency_key(request),
-            owner=owner_of(request),
+            owner=tenant_of(request),
         )
         job = await jobs.submit(body or b"{}", context)
     headers = {"X-Job-Id": job.id, "X-Seed": str(job.request.seed), "Vary": "Accept, Prefer"}
@@ -140,9 +140,17 @@ async def unless_gone(request: Request, work: Coroutine[None, None, T]) -> T | N
     async def gone() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
+        task.cancel()
 
     task, leaving = asyncio.create_task(work), asyncio.create_task(gone())
-    return task.result() if task in await first_of(task, leaving) else None
+    try:
+        return await task
+    except asyncio.CancelledError:
+        if not leaving.done():  # the server ends
+            raise
+        return None
+    finally:
+        leaving.cancel()
 
 
 class ServerSent(StreamingResponse):

@@ -1,10 +1,8 @@
 """What HTTP routes share: problems as answers, request headers, small JSON bodies."""
 
-import asyncio
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from starlette.requests import ClientDisconnect, HTTPConnection, Request
 from starlette.responses import JSONResponse
@@ -31,16 +29,10 @@ def refusal(scope: Scope, answer: Problem) -> JSONResponse:
     return JSONResponse(body, answer.status, headers, media_type="application/problem+json")
 
 
-def owner_of(request: HTTPConnection) -> Tenant | None:
+def tenant_of(request: HTTPConnection) -> Tenant | None:
     """The tenant whose key came with this request; None if the server needs no key."""
-    owner: Tenant | None = getattr(request.state, "owner", None)
-    return owner
-
-
-def name_of_owner(request: HTTPConnection) -> str | None:
-    """The name of this tenant."""
-    owner = owner_of(request)
-    return None if owner is None else owner.name
+    tenant: Tenant | None = request.state.tenant
+    return tenant
 
 
 def header(request: HTTPConnection, name: str) -> str | None:
@@ -106,19 +98,3 @@ def negotiate(accept: str | None, offers: Sequence[str]) -> str:
     if weight_of(best) <= 0:
         raise NotAcceptable(f"this can be answered as {', '.join(offers)}")
     return best
-
-
-async def first_of(*tasks: "asyncio.Task[Any]") -> "set[asyncio.Task[Any]]":
-    """The tasks that have ended, as soon as there is one; the others are cancelled and have ended on return."""
-    try:
-        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        return done
-    finally:
-        pending = [task for task in tasks if not task.done()]
-        for task in pending:
-            task.cancel()
-        if pending:
-            await asyncio.wait(pending)
-        for task in tasks:
-            if not task.cancelled():
-                task.exception()  # or asyncio would report that nobody retrieved it

@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server import logs
 from server.errors import NotFound, ServerError, TooManyConnections, Unauthenticated, problem
+from server.jobs.tenants import Tenant
 from server.settings import Settings
 from server.web.auth import SAME_FOR_ALL, Keyring, offered
 from server.web.hosts import Rules
@@ -70,17 +71,17 @@ class Access:
         if scope["type"] == "websocket" or scope["method"] not in SAFE_METHODS:
             self.rules.check_origin(origins, hosts[0] if hosts else b"")
 
-    def check_key(self, scope: Scope) -> None:
-        """Checks the key, and keeps its owner in the request's state. Raises Unauthenticated."""
+    def tenant(self, scope: Scope) -> Tenant | None:
+        """The tenant whose key the request brings; None if it needs none. Raises Unauthenticated."""
         path, subprotocols = scope["path"], scope.get("subprotocols", ())
         if path == METRICS and self.metrics_key is not None:
             self.metrics_key.owner(offered(scope["headers"]))
-        elif self.keys is None or (scope["type"] == "http" and (path in OPEN or path.startswith(STATIC))):
-            return
-        elif path == METRICS:
+            return None
+        if self.keys is None or (scope["type"] == "http" and (path in OPEN or path.startswith(STATIC))):
+            return None
+        if path == METRICS:
             raise Unauthenticated(SAME_FOR_ALL)
-        else:
-            scope["state"]["owner"] = self.keys.owner(offered(scope["headers"], subprotocols))
+        return self.keys.owner(offered(scope["headers"], subprotocols))
 
 
 class Middleware:
@@ -124,7 +125,7 @@ class Middleware:
     async def _authenticate(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The second half, behind CORS: a page of another site may read why it was refused."""
         try:
-            self._access.check_key(scope)
+            scope["state"]["tenant"] = self._access.tenant(scope)
             if scope["type"] == "websocket" and self._websockets >= self._max_websockets:
                 raise TooManyConnections(f"there are {self._max_websockets} websockets, as many as may be")
         except ServerError as error:

@@ -19,7 +19,7 @@ from server.jobs.request import RequestContext, resolve_request
 from server.jobs.service import Jobs
 from server.jobs.stream import Shown, Subscriber, Text
 from server.web.generate import CLIENT_CLOSED_REQUEST, EVENTS, JSON, PROBLEMS, ServerSent, unless_gone
-from server.web.http import idempotency_key, owner_of, read_json_body, words
+from server.web.http import idempotency_key, read_json_body, tenant_of, words
 from server.web.openai_schema import ImagesRequest, error_object, parse_images
 
 router = APIRouter(prefix="/v1")
@@ -52,7 +52,7 @@ async def generations(request: Request) -> Response:
             attached=not asked.stream,
             again="no-cache" in words(request, "cache-control"),
             key=idempotency_key(request),
-            owner=owner_of(request),
+            owner=tenant_of(request),
         )
         _, height, width = resolve_request(body, jobs.cards, settings, context).shape
         asked.check_size(width, height)
