@@ -3,9 +3,9 @@
 import asyncio
 import base64
 import json
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from typing import Any, TypeVar
+from typing import Any
 
 from ddpm_client.wire import unpack
 from fastapi import APIRouter, Request, Response
@@ -20,7 +20,6 @@ from server.jobs.service import Jobs
 from server.jobs.stream import Message, Subscriber, Text, told_of
 from server.web.http import header, idempotency_key, negotiate, read_json_body, tenant_of, words
 
-T = TypeVar("T")
 router = APIRouter()
 PNG, JSON, NPY, ZIP = "image/png", "application/json", "application/x-npy", "application/zip"
 EVENTS = "text/event-stream"
@@ -122,11 +121,8 @@ async def generate(request: Request) -> Response:
         return JSONResponse(jobs.document(job), 202, headers)
     if media == EVENTS:
         return ServerSent(jobs, job, _events(job, jobs.watch(job), request.state.request_id), headers)
-    try:
-        if await unless_gone(request, jobs.result(job)) is None:
-            return Response(status_code=CLIENT_CLOSED_REQUEST)
-    finally:
-        await jobs.leave(job)
+    if not await succeeds(request, jobs, job):
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
     if media == JSON:
         return await asyncio.to_thread(lambda: JSONResponse(job.document(pictures=True), headers=headers))
     if media in ANIMATIONS:
@@ -134,23 +130,26 @@ async def generate(request: Request) -> Response:
     return Response(await asyncio.to_thread(ENCODERS[media], job), media_type=media, headers=headers)
 
 
-async def unless_gone(request: Request, work: Coroutine[None, None, T]) -> T | None:
-    """The result of `work`; or None after the client has disconnected, which cancels `work`."""
+async def succeeds(request: Request, jobs: Jobs, job: Job) -> bool:
+    """Waits until a job has succeeded -> False if the client disconnects before, which leaves the job. Raises what the
+    job failed with."""
 
-    async def gone() -> None:
+    async def watch_client() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
-        task.cancel()
+        result.cancel()
 
-    task, leaving = asyncio.create_task(work), asyncio.create_task(gone())
+    result, client = asyncio.create_task(jobs.result(job)), asyncio.create_task(watch_client())
     try:
-        return await task
+        await result
     except asyncio.CancelledError:
-        if not leaving.done():  # the server ends
+        if not client.done():  # the server ends
             raise
-        return None
+        return False
     finally:
-        leaving.cancel()
+        client.cancel()
+        await jobs.leave(job)
+    return True
 
 
 class ServerSent(StreamingResponse):

@@ -18,7 +18,7 @@ from server.jobs.job import Image, Job, StoredImage
 from server.jobs.request import RequestContext, resolve_request
 from server.jobs.service import Jobs
 from server.jobs.stream import Shown, Subscriber, Text
-from server.web.generate import CLIENT_CLOSED_REQUEST, EVENTS, JSON, PROBLEMS, ServerSent, unless_gone
+from server.web.generate import CLIENT_CLOSED_REQUEST, EVENTS, JSON, PROBLEMS, ServerSent, succeeds
 from server.web.http import idempotency_key, read_json_body, tenant_of, words
 from server.web.openai_schema import ImagesRequest, error_object, parse_images
 
@@ -60,11 +60,8 @@ async def generations(request: Request) -> Response:
     headers = {"X-Job-Id": job.id, "X-Seed": str(job.request.seed)} | ({"X-Cache": "hit"} if job.cached else {})
     if asked.stream:
         return ServerSent(jobs, job, _events(asked, job, jobs.watch(job)), headers)
-    try:
-        if await unless_gone(request, jobs.result(job)) is None:
-            return Response(status_code=CLIENT_CLOSED_REQUEST)
-    finally:
-        await jobs.leave(job)
+    if not await succeeds(request, jobs, job):
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
     urls = None
     if asked.response_format == "url":
         urls = [str(request.url_for("job_image", id=job.id, index=i)) for i in range(job.request.n)]

@@ -56,12 +56,8 @@ def _response(answer: errors.Problem) -> tuple[list[tuple[str, str]], bytes]:
     """The headers and the body of a problem, after which the connection is closed."""
     id = secrets.token_hex(8)
     body = json.dumps(answer.body(id)).encode()
-    headers = {
-        "content-type": "application/problem+json",
-        "content-length": str(len(body)),
-        "cache-control": "no-store",
-    }
-    headers |= {"date": formatdate(usegmt=True), "connection": "close", "x-request-id": id} | answer.headers
+    headers = {"content-type": "application/problem+json", "cache-control": "no-store", "connection": "close"}
+    headers |= {"content-length": str(len(body)), "date": formatdate(usegmt=True), "x-request-id": id} | answer.headers
     return [*headers.items()], body
 
 
