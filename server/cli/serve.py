@@ -20,7 +20,7 @@ from server.errors import EXIT_FAILED, ServerError, SettingsError
 from server.jobs.service import JobService
 from server.settings import Settings
 from server.web.app import create_app
-from server.web.protocol import Caps, Config
+from server.web.protocol import Config, Limits
 
 logger = logging.getLogger(__name__)
 GOODBYE_S = 1.0  # for telling subscribers that the server shuts down
@@ -126,7 +126,7 @@ def main(arguments: Sequence[str]) -> int:
         server.should_exit = server.hurried = True
 
     app = create_app(settings, on_failed=stop)
-    caps = Caps(
+    limits = Limits(
         connections=affordable(settings.max_connections),
         body_bytes=settings.max_body_bytes,
         request_s=settings.request_s,
@@ -134,7 +134,7 @@ def main(arguments: Sequence[str]) -> int:
     )
     config = Config(
         app,
-        caps,
+        limits,
         log_config=None,
         ws_max_size=settings.max_body_bytes,
         ws_per_message_deflate=False,  # PNGs are compressed already

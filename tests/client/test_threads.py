@@ -162,7 +162,7 @@ def test_a_job_whose_server_is_gone_displays_its_last_known_state(grey: Threaded
 
 
 def test_a_broken_model_is_refused_at_once(grey: Threaded, backend: FakeBackend) -> None:
-    backend.models["tiny"] = replace(backend.served["tiny"], trouble="its weights are cut off")
+    backend.models["tiny"] = replace(backend.models["tiny"], trouble="its weights are cut off")
     with Client(grey.url, timeout_s=5) as client, pytest.raises(Refused, match="cut off") as refused:
         client.generate(seed=1)
 

@@ -366,7 +366,7 @@ def test_a_viewer_who_takes_nothing_is_let_go_and_a_slow_one_misses_frames(monke
             ending.cancel()
         return socket.sent
 
-    with pytest.raises(web_watch._Closed) as closed:
+    with pytest.raises(web_watch._Close) as closed:
         asyncio.run(send(0.5))
     assert closed.value.code == 1013
     slow = [json.loads(m) if isinstance(m, str) else unpack(m)[0] for m in asyncio.run(send(0.05))]
