@@ -1,4 +1,4 @@
-"""OpenAI's images API over the same path as `POST /generate`, for tools that speak nothing else: `docs/openai.md`."""
+"""OpenAI's images API over the same path as `POST /generate`, for tools that speak nothing else: `docs/api.md`."""
 
 import asyncio
 import base64
