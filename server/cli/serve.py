@@ -17,7 +17,7 @@ import uvicorn
 from server import logs
 from server.bounds import listed
 from server.errors import EXIT_FAILED, ServerError, SettingsError
-from server.jobs.service import Jobs
+from server.jobs.service import JobService
 from server.settings import Settings
 from server.web.app import create_app
 from server.web.protocol import Caps, Config
@@ -61,7 +61,7 @@ def room_for(connections: int) -> int:
 class _Server(uvicorn.Server):
     """uvicorn's server, for which SIGTERM is an order to end well, not an accident to report by dying of it."""
 
-    def __init__(self, config: uvicorn.Config, jobs: Jobs, drain_s: float) -> None:
+    def __init__(self, config: uvicorn.Config, jobs: JobService, drain_s: float) -> None:
         super().__init__(config)
         self.jobs, self.drain_s, self.hurried = jobs, drain_s, False
 
@@ -80,7 +80,7 @@ class _Server(uvicorn.Server):
         logger.info("draining", extra={"seconds": 0 if self.hurried else self.drain_s, **unended})
         await self.jobs.drain(self.drain_s, lambda: self.hurried)
         until = time.monotonic() + LEAVING_S
-        while self.jobs.audience.viewers and time.monotonic() < until:
+        while self.jobs.counts.subscribers and time.monotonic() < until:
             await asyncio.sleep(0.01)
         await super().shutdown(sockets)
         after = self.jobs.standing()

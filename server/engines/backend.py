@@ -17,9 +17,9 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Assigned:
-    """These samples are made, from now on, by what serves their model so."""
+    """Names the loaded model (device, numerics) that makes these samples."""
 
-    served: ModelStatus
+    status: ModelStatus
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,17 +48,17 @@ class Backend(Protocol):
     """Runs samples. Everything here is called from one event loop."""
 
     async def start(self) -> None:
-        """Begin to load. Returns at once; `served` fills when models are ready."""
+        """Begin to load. Returns at once; `models` fills when they are ready."""
 
     async def close(self) -> None:
         """Stop. Streams that are still open end with an error."""
 
     @property
-    def served(self) -> dict[str, ModelStatus]:
+    def models(self) -> dict[str, ModelStatus]:
         """The models that can be asked for, by name, loaded or not; empty while nothing runs."""
 
     @property
-    def places(self) -> Sequence[Mapping[str, ModelStatus]]:
+    def replicas(self) -> Sequence[Mapping[str, ModelStatus]]:
         """The same, engine by engine; empty for one that is down."""
 
     @property

@@ -40,6 +40,16 @@ def _starts(settings: Settings, cards: Mapping[str, ModelCard]) -> list[Start]:
         devices = devices * settings.engines
         threads = max(1, (threads or cores()) // settings.engines)
     budget_bytes = settings.model_memory_bytes // settings.engines  # they share the machine's memory
-    places = tuple((name, card.directory) for name, card in cards.items())
-    knobs = (settings.slots, threads, settings.exact, settings.log_level, budget_bytes)
-    return [Start(places, device, settings.dtype, *knobs) for device in devices]
+    return [
+        Start(
+            models=tuple((name, card.directory) for name, card in cards.items()),
+            device=device,
+            dtype=settings.dtype,
+            slots=settings.slots,
+            threads=threads,
+            exact=settings.exact,
+            log_level=settings.log_level,
+            memory_bytes=budget_bytes,
+        )
+        for device in devices
+    ]

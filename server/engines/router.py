@@ -73,7 +73,7 @@ class Router:
     def lose(self, failure: EngineFailed) -> None:
         """One of the engines is down for good. So are all if none is left, or if they could not even start."""
         self._failures.append(failure)
-        refused = failure.exit_code != EXIT_ENGINE and not self.served
+        refused = failure.exit_code != EXIT_ENGINE and not self.models
         if refused or len(self._failures) == len(self._engines):
             self._on_failed(failure)
 
@@ -93,19 +93,19 @@ class Router:
         return [engine for engine in self._engines if engine.trouble is None]
 
     @property
-    def served(self) -> dict[str, ModelStatus]:
+    def models(self) -> dict[str, ModelStatus]:
         """Of each model what an engine says that takes work: one that has it loaded, if there is one."""
         best: dict[str, ModelStatus] = {}
         for engine in self._up:
-            for name, served in engine.served.items():
+            for name, served in engine.models.items():
                 if name not in best or _ability(served) > _ability(best[name]):
                     best[name] = served
         return best
 
     @property
-    def places(self) -> list[Mapping[str, ModelStatus]]:
+    def replicas(self) -> list[Mapping[str, ModelStatus]]:
         """What each engine serves."""
-        return [place for engine in self._engines for place in engine.places]
+        return [place for engine in self._engines for place in engine.replicas]
 
     @property
     def trouble(self) -> str | None:
@@ -140,7 +140,7 @@ class Router:
         news: News = asyncio.Queue()
         todo = dict.fromkeys(range(len(spec.seeds)), spec.sampling.steps)
         parts = self._send(self._place(spec, todo), spec, news)
-        kind = _numerics(parts[0].engine.served[spec.model])
+        kind = _numerics(parts[0].engine.models[spec.model])
         try:
             while any(part.left for part in parts):
                 part, event = await news.get()
@@ -192,7 +192,7 @@ class Router:
     def _place(self, spec: Spec, todo: Mapping[int, int], kind: str | None = None) -> list[_Part]:
         """Where each picture is likely to be done first, all within one numerics class, of this `kind` if there is one.
         Raises NotReady, ModelBroken."""
-        able = {engine: engine.served[spec.model] for engine in self._up if spec.model in engine.served}
+        able = {engine: engine.models[spec.model] for engine in self._up if spec.model in engine.models}
         if not able:
             raise NotReady(self.trouble or "the model is not served")
         sound = {engine: served for engine, served in able.items() if served.trouble is None}
@@ -213,7 +213,7 @@ class Router:
 
     def _cost(self, engine: Backend, spec: Spec) -> "_Cost":
         """What an engine has to do before it can make pictures of this kind."""
-        work, times = self._work[engine], engine.step_s(spec.model, engine.served[spec.model].admitted)
+        work, times = self._work[engine], engine.step_s(spec.model, engine.models[spec.model].admitted)
         pace_s = times[-1] / (len(times) - 1) or UNKNOWN_S
         load_s = 0.0 if work.models[spec.model] else LOADS * engine.load_s(spec.model)
         return _Cost(pace_s, work.before(spec.owner), load_s)

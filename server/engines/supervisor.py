@@ -71,7 +71,7 @@ class EngineSupervisor:
         self._start, self._restarts, self._on_failed, self._patience = start, restarts, on_failed, patience
         self._on_step = on_step
         self._in_flight = InFlight()
-        self._served: dict[str, ModelStatus] = {}
+        self._models: dict[str, ModelStatus] = {}
         self._life: Life | None = None
         self._known: dict[str, ModelStatus] = {}  # as they were served at first
         self._supervisor: asyncio.Task[None] | None = None
@@ -87,14 +87,14 @@ class EngineSupervisor:
         self._replayed = 0
 
     @property
-    def served(self) -> dict[str, ModelStatus]:
+    def models(self) -> dict[str, ModelStatus]:
         """The models that can be asked for, by name; empty while there is no engine."""
-        return self._served
+        return self._models
 
     @property
-    def places(self) -> list[dict[str, ModelStatus]]:
+    def replicas(self) -> list[dict[str, ModelStatus]]:
         """The same: there is one engine."""
-        return [self._served]
+        return [self._models]
 
     @property
     def trouble(self) -> str | None:
@@ -130,7 +130,7 @@ class EngineSupervisor:
         suspects_s = (
             self._times.start_s if self._in_flight.suspects.all else 0.0
         )  # they are run alone, and may kill it again
-        return suspects_s + self._times.load_s(model, self._served.get(model))
+        return suspects_s + self._times.load_s(model, self._models.get(model))
 
     async def start(self) -> None:
         """Begin to load."""
@@ -206,7 +206,7 @@ class EngineSupervisor:
                 return self._fail(EngineFailed(f"{words} ({self._restarts}){why}", EXIT_ENGINE))
             self._causes[life.cause] += 1
             self._replayed += loss.again
-            self._trouble, self._served = "the engine is being restarted", {}
+            self._trouble, self._models = "the engine is being restarted", {}
             self._times.died()
             logger.error("engine died", extra={"failures": failures, "jobs": len(self._in_flight.all)})
             self._in_flight.tell(self._in_flight.all, Restarting(self._times.start_s))
@@ -221,7 +221,7 @@ class EngineSupervisor:
         limit_s = max(patience.hang_s, patience.hang_steps * self._times.longest_s)
         if self._loading is not None:
             limit_s = max(limit_s, patience.settle_s)
-        if not self._served:
+        if not self._models:
             limit_s = patience.load_s
         return time.monotonic() - self._beat_at > limit_s
 
@@ -235,7 +235,7 @@ class EngineSupervisor:
                         self._ended(ended)
             case Beat(stats, steps, progress, memory_bytes):
                 self._beat_at, self._stats, self._memory_bytes = time.monotonic(), stats, memory_bytes
-                self._times.learn(steps, sum(model.loaded for model in self._served.values()))
+                self._times.learn(steps, sum(model.loaded for model in self._models.values()))
                 for step in steps:
                     self._on_step(step.bucket, step.seconds)
                 self._in_flight.sit(progress, alone=True)
@@ -265,7 +265,7 @@ class EngineSupervisor:
         for name, reason in reasons.items():  # of one that was changed, other bytes would come than were promised
             self._give_up(name, reason)
         now = {name: replace(model, loaded=False) for name, model in self._known.items()} | served
-        self._served = {name: replace(model, trouble=self._broken.get(name)) for name, model in now.items()}
+        self._models = {name: replace(model, trouble=self._broken.get(name)) for name, model in now.items()}
         self._times.started(served)
         logger.info("engine ready", extra={name: model.numerics for name, model in served.items()})
         self._board(self._in_flight.all)
@@ -273,7 +273,7 @@ class EngineSupervisor:
     def _change(self, name: str, served: ModelStatus) -> None:
         """A model has come, gone, or cannot come."""
         self._loading, self._beat_at = None, time.monotonic()
-        self._served = self._served | {name: served}
+        self._models = self._models | {name: served}
         if served.trouble is not None:
             self._give_up(name, served.trouble)
         elif served.loaded:
@@ -289,11 +289,11 @@ class EngineSupervisor:
 
     def _board(self, waiting: Iterable[Stream]) -> None:
         """Sends the engine those of these who may go on board."""
-        for stream in self._in_flight.next(waiting) if self._served else ():
+        for stream in self._in_flight.next(waiting) if self._models else ():
             if stream.spec.model in self._broken:
                 continue  # it has been told, and is about to leave
             stream.aboard = True
-            if (served := self._served[stream.spec.model]).loaded:
+            if (served := self._models[stream.spec.model]).loaded:
                 stream.events.put_nowait(Assigned(served))
             seeds = tuple(stream.spec.seeds[i] for i in stream.index.values())
             watched = stream in self._in_flight.suspects.all
@@ -314,7 +314,7 @@ class EngineSupervisor:
             self._give_up(name, "the engine died each time it loaded this model")
 
     def _fail(self, failure: EngineFailed) -> None:
-        self._trouble, self._served, self._memory_bytes = str(failure), {}, 0
+        self._trouble, self._models, self._memory_bytes = str(failure), {}, 0
         logger.critical("engine failed for good", extra={"reason": str(failure)})
         self._in_flight.tell(self._in_flight.all, failure)
         self._on_failed(failure)

@@ -78,17 +78,17 @@ def describe(runner: Runner, model: Model, load_s: float, grown_bytes: int) -> M
     parts += [dtype, exact, *([str(runner.chosen)] if runner.chosen else [])]
     parts += [f"bits {runner.bits}"] if runner.bits else []
     return ModelStatus(
-        model.card.digest,
-        f"{device} ({name})",
-        dtype,
-        model.parameters,
-        runner.slots.capacity,
-        runner.buckets,
-        runner.exact_buckets,
-        runner.admitted,
-        runner.exact,
-        "; ".join(parts),
-        load_s,
+        digest=model.card.digest,
+        device=f"{device} ({name})",
+        dtype=dtype,
+        parameters=model.parameters,
+        slots=runner.slots.capacity,
+        buckets=runner.buckets,
+        exact_buckets=runner.exact_buckets,
+        admitted=runner.admitted,
+        exact=runner.exact,
+        numerics="; ".join(parts),
+        load_s=load_s,
         memory_bytes=grown_bytes if device.type == "cuda" else resident_bytes(model, runner.slots),
         note=runner.note,
     )
@@ -101,10 +101,20 @@ def held_bytes(device: torch.device) -> int:
 
 def announce(card: ModelCard, device: torch.device, dtype: torch.dtype, slots: int, size: Footprint) -> ModelStatus:
     """What the world may know of a model that is not loaded. Its numerics class shows only when it runs."""
-    words = (f"{device} ({device_name(device)})", str(dtype).removeprefix("torch."))
     buckets = usual_buckets(slots)
     return ModelStatus(
-        card.digest, *words, size.parameters, slots, buckets, [], buckets, False, "", 0.0, False, size.size_bytes
+        digest=card.digest,
+        device=f"{device} ({device_name(device)})",
+        dtype=str(dtype).removeprefix("torch."),
+        parameters=size.parameters,
+        slots=slots,
+        buckets=buckets,
+        exact_buckets=[],
+        admitted=buckets,
+        exact=False,
+        numerics="",
+        loaded=False,
+        memory_bytes=size.size_bytes,
     )
 
 

@@ -9,22 +9,24 @@ from model.sampling.plan import Sampling
 CHANGED = "the weights were changed while they were served"  # said by whichever of the two finds it out
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Spec:
     """What a backend is asked to make: one picture per seed."""
 
     model: str
     seeds: tuple[int, ...]
     sampling: Sampling
-    order: float = 0.0  # smaller is seated first
+    rank: float = 0.0  # smaller is seated first
     frames: frozenset[int] = frozenset()
     shows_x: bool = True
     shows_x0: bool = False
     wants_floats: bool = False
     owner: str = ""  # owners have equal shares
+    job: str = ""  # the id by which quarantine knows it; without one it is known for this run only
+    alone: bool = False  # it runs by itself on its engine, and every step of it is told
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelStatus:
     """What a backend says of a model that it runs, or can load."""
 
@@ -45,7 +47,7 @@ class ModelStatus:
     note: str | None = field(default=None, compare=False)  # what `exact` costs it, why it is not, or why torch runs it
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Start:
     """What an engine process is for. Its first message is Ready or Refused."""
 

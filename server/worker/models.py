@@ -204,7 +204,7 @@ class Engines:
         for id, seed in zip(message.ids, spec.seeds, strict=True):
             shown = (spec.frames, spec.shows_x, spec.shows_x0, spec.wants_floats)
             self._models[id] = spec.model
-            self._requests[id] = Request(id, seed, table, spec.order, *shown, spec.owner)
+            self._requests[id] = Request(id, seed, table, spec.rank, *shown, spec.owner)
             self._held[spec.model][id] = self._requests[id]
         self.eviction.ask(spec.model, time.monotonic())
 

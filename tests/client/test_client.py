@@ -269,7 +269,7 @@ def test_a_job_whose_server_is_gone_shows_what_was_last_heard(grey: Threaded, ba
 
 
 def test_a_model_that_is_broken_for_good_is_not_waited_for(grey: Threaded, backend: FakeBackend) -> None:
-    backend.served["tiny"] = replace(backend.served["tiny"], trouble="its weights are cut off")
+    backend.models["tiny"] = replace(backend.models["tiny"], trouble="its weights are cut off")
     with Client(grey.url, timeout_s=5) as client, pytest.raises(Refused, match="cut off") as refused:
         client.generate(seed=1)
 

@@ -23,7 +23,19 @@ class FakeBackend:
     """Makes picture i of grey level seed + i (modulo 256), when `gate` is open."""
 
     def __init__(self) -> None:
-        self.served = {"tiny": ModelStatus("sha256:0", "cpu", "float32", 1, 4, [1, 2, 4], [2, 4], [2, 4], True, "fake")}
+        tiny = ModelStatus(
+            digest="sha256:0",
+            device="cpu",
+            dtype="float32",
+            parameters=1,
+            slots=4,
+            buckets=[1, 2, 4],
+            exact_buckets=[2, 4],
+            admitted=[2, 4],
+            exact=True,
+            numerics="fake",
+        )
+        self.models = {"tiny": tiny}
         self.trouble: str | None = None
         self.health = EngineHealth(Stats(), 0.0, 0, {}, 0)
         self.gate = asyncio.Event()
@@ -41,9 +53,9 @@ class FakeBackend:
         self.gate.set()
 
     @property
-    def places(self) -> list[dict[str, ModelStatus]]:
+    def replicas(self) -> list[dict[str, ModelStatus]]:
         """One engine."""
-        return [self.served]
+        return [self.models]
 
     def load_s(self, model: str) -> float:
         """Nothing to load."""

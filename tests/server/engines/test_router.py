@@ -34,7 +34,7 @@ class Engine(FakeBackend):
 
     def __init__(self, numerics: str = "fake") -> None:
         super().__init__()
-        self.served = {"tiny": replace(self.served["tiny"], numerics=numerics)}
+        self.models = {"tiny": replace(self.models["tiny"], numerics=numerics)}
         self.gate.clear()
         self.say: list[SampleEvent] = []
 
@@ -86,7 +86,9 @@ def pictures(heard: list[SampleEvent]) -> dict[object, int]:
 def test_the_pictures_of_a_job_are_shared_out_and_come_back_in_their_places() -> None:
     async def scene() -> None:
         a, b, heard = Engine(), Engine(), list[SampleEvent]()
-        running = asyncio.create_task(collect(fleet_of(a, b), Spec("tiny", (5, 6, 7, 8, 9), SAMPLING), heard))
+        running = asyncio.create_task(
+            collect(fleet_of(a, b), Spec(model="tiny", seeds=(5, 6, 7, 8, 9), sampling=SAMPLING), heard)
+        )
         await settle()
         b.gate.set()
         await settle()
@@ -104,7 +106,7 @@ def test_a_picture_goes_where_the_least_work_waits() -> None:
     async def scene() -> None:
         a, b = Engine(), Engine()
         fleet, heard = fleet_of(a, b), list[SampleEvent]()
-        long, short = (Spec("tiny", (1,), resolve(PROCESS, steps=steps)) for steps in (30, 3))
+        long, short = (Spec(model="tiny", seeds=(1,), sampling=resolve(PROCESS, steps=steps)) for steps in (30, 3))
         running = [asyncio.create_task(collect(fleet, spec, heard)) for spec in (long, *[short] * 4)]
         await settle()
 
@@ -122,11 +124,13 @@ def test_an_owner_who_waits_for_little_is_not_sent_behind_its_own_work() -> None
     async def scene() -> None:
         a, b = Engine(), Engine()
         fleet, heard = fleet_of(a, b), list[SampleEvent]()
-        flood = [Spec("tiny", tuple(range(40)), SAMPLING, owner="many") for _ in range(3)]
-        flood.append(Spec("tiny", (1,), resolve(PROCESS, steps=30), owner="many"))
+        flood = [Spec(model="tiny", seeds=tuple(range(40)), sampling=SAMPLING, owner="many") for _ in range(3)]
+        flood.append(Spec(model="tiny", seeds=(1,), sampling=resolve(PROCESS, steps=30), owner="many"))
         running = [asyncio.create_task(collect(fleet, spec, heard)) for spec in flood]
         await settle()
-        running.append(asyncio.create_task(collect(fleet, Spec("tiny", (1, 2), SAMPLING, owner="few"), heard)))
+        running.append(
+            asyncio.create_task(collect(fleet, Spec(model="tiny", seeds=(1, 2), sampling=SAMPLING, owner="few"), heard))
+        )
         await settle()
 
         assert [sum(spec.owner == "few" for spec in engine.specs) for engine in (a, b)] == [1, 1]
@@ -142,7 +146,10 @@ def test_however_many_wait_for_an_engine_one_looks_for_it() -> None:
         a, b, heard = Engine(), Engine(), list[SampleEvent]()
         a.trouble = b.trouble = "loading"
         fleet = fleet_of(a, b)
-        running = [asyncio.create_task(collect(fleet, Spec("tiny", (i,), SAMPLING), heard)) for i in range(50)]
+        running = [
+            asyncio.create_task(collect(fleet, Spec(model="tiny", seeds=(i,), sampling=SAMPLING), heard))
+            for i in range(50)
+        ]
         await settle()
         assert [task.get_name() for task in asyncio.all_tasks()].count("look for an engine") == 1
         b.trouble = None
@@ -159,7 +166,10 @@ def test_a_job_stays_within_one_numerics_class() -> None:
     async def scene() -> None:
         a, b, heard = Engine("one class"), Engine("another"), list[SampleEvent]()
         fleet = fleet_of(a, b)
-        running = [asyncio.create_task(collect(fleet, Spec("tiny", (1, 2, 3), SAMPLING), heard)) for _ in range(2)]
+        running = [
+            asyncio.create_task(collect(fleet, Spec(model="tiny", seeds=(1, 2, 3), sampling=SAMPLING), heard))
+            for _ in range(2)
+        ]
         await settle()
 
         assert (seeds(a), seeds(b)) == ([1, 2, 3], [1, 2, 3])
@@ -174,7 +184,7 @@ def test_what_a_lost_engine_had_moves_to_another() -> None:
     async def scene() -> None:
         a, b, heard, failures = Engine(), Engine(), list[SampleEvent](), list[EngineFailed]()
         fleet = fleet_of(a, b, on_failed=failures.append)
-        running = asyncio.create_task(collect(fleet, Spec("tiny", (1, 2, 3, 4), SAMPLING), heard))
+        running = asyncio.create_task(collect(fleet, Spec(model="tiny", seeds=(1, 2, 3, 4), sampling=SAMPLING), heard))
         await settle()
         a.failure, a.trouble = EngineFailed("gone", EXIT_ENGINE), "gone"
         fleet.lose(a.failure)
@@ -194,7 +204,7 @@ def test_all_is_lost_when_the_last_engine_is() -> None:
     async def scene() -> None:
         engines, heard, failures = (Engine(), Engine()), list[SampleEvent](), list[EngineFailed]()
         fleet = fleet_of(*engines, on_failed=failures.append)
-        running = asyncio.create_task(collect(fleet, Spec("tiny", (1, 2), SAMPLING), heard))
+        running = asyncio.create_task(collect(fleet, Spec(model="tiny", seeds=(1, 2), sampling=SAMPLING), heard))
         await settle()
         for engine in engines:
             engine.failure, engine.trouble = EngineFailed("gone", EXIT_ENGINE), "gone"
@@ -211,7 +221,7 @@ def test_all_is_lost_when_the_last_engine_is() -> None:
 
 def test_a_device_that_is_not_there_ends_the_start() -> None:
     a, b, failures = Engine(), Engine(), list[EngineFailed]()
-    a.served, b.served = {}, {}
+    a.models, b.models = {}, {}
     fleet = fleet_of(a, b, on_failed=failures.append)
 
     fleet.lose(EngineFailed("no such device", EXIT_NO_DEVICE))
@@ -223,7 +233,9 @@ def test_a_job_that_was_seated_when_an_engine_died_can_kill_no_other() -> None:
     async def scene() -> None:
         a, b, heard = Engine(), Engine(), list[SampleEvent]()
         a.say = [Progress({0: 3}), Restarting(1.0)]
-        running = asyncio.create_task(collect(fleet_of(a, b), Spec("tiny", (1, 2, 3, 4), SAMPLING), heard))
+        running = asyncio.create_task(
+            collect(fleet_of(a, b), Spec(model="tiny", seeds=(1, 2, 3, 4), sampling=SAMPLING), heard)
+        )
         await settle()
 
         assert sorted(seeds(a)) == [1, 2, 3, 4]
@@ -248,7 +260,7 @@ def test_a_job_is_to_blame_for_the_loss_of_an_engine_if_it_sat_there_at_its_last
         a, b, heard = Engine(), Engine(), list[SampleEvent]()
         a.say = [Progress({0: 3}), Restarting(1.0), *again]
         fleet = fleet_of(a, b)
-        running = asyncio.create_task(collect(fleet, Spec("tiny", (1, 2, 3, 4), SAMPLING), heard))
+        running = asyncio.create_task(collect(fleet, Spec(model="tiny", seeds=(1, 2, 3, 4), sampling=SAMPLING), heard))
         await settle()
         a.failure, a.trouble = EngineFailed("gone", EXIT_ENGINE), "gone"
         fleet.lose(a.failure)
@@ -258,7 +270,7 @@ def test_a_job_is_to_blame_for_the_loss_of_an_engine_if_it_sat_there_at_its_last
         with pytest.raises(SampleLost) if again else nullcontext():
             await running
         assert pictures(heard) == pictures_made
-        assert (fleet.trouble, fleet.served) == (None, b.served)
+        assert (fleet.trouble, fleet.models) == (None, b.models)
 
     play(scene())
 
@@ -267,7 +279,9 @@ def test_a_job_that_only_waited_when_an_engine_died_stays_where_it_is() -> None:
     async def scene() -> None:
         a, b, heard = Engine(), Engine(), list[SampleEvent]()
         a.say = [Restarting(1.0)]
-        running = asyncio.create_task(collect(fleet_of(a, b), Spec("tiny", (1, 2), SAMPLING), heard))
+        running = asyncio.create_task(
+            collect(fleet_of(a, b), Spec(model="tiny", seeds=(1, 2), sampling=SAMPLING), heard)
+        )
         await settle()
 
         assert (len(seeds(a)), len(seeds(b))) == (1, 1)
@@ -282,12 +296,12 @@ def test_who_leaves_gives_up_all_parts_and_their_work_is_not_counted_any_more() 
     async def scene() -> None:
         a, b = Engine(), Engine()
         fleet = fleet_of(a, b)
-        running = asyncio.create_task(collect(fleet, Spec("tiny", (1, 2, 3), SAMPLING), []))
+        running = asyncio.create_task(collect(fleet, Spec(model="tiny", seeds=(1, 2, 3), sampling=SAMPLING), []))
         await settle()
         running.cancel()
         await asyncio.wait([running])
         heard = list[SampleEvent]()
-        after = asyncio.create_task(collect(fleet, Spec("tiny", (7,), SAMPLING), heard))
+        after = asyncio.create_task(collect(fleet, Spec(model="tiny", seeds=(7,), sampling=SAMPLING), heard))
         await settle()
         a.gate.set()
         await after
@@ -304,8 +318,8 @@ def test_while_no_engine_takes_work_it_waits_and_is_told_when_none_ever_will() -
         a.trouble, b.trouble = "one thing", "another"
         fleet = fleet_of(a, b)
 
-        assert (fleet.trouble, fleet.served) == ("one thing; another", {})
-        waiting = asyncio.create_task(collect(fleet, Spec("tiny", (1,), SAMPLING), []))
+        assert (fleet.trouble, fleet.models) == ("one thing; another", {})
+        waiting = asyncio.create_task(collect(fleet, Spec(model="tiny", seeds=(1,), sampling=SAMPLING), []))
         await settle()
         assert not waiting.done()
         await fleet.close()

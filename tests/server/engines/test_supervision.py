@@ -17,7 +17,15 @@ from server.worker.messages import Died, Happened, Ready, Spec, Start, Submit
 from tests.model.tiny import PROCESS
 from tests.server.fakes import FakeBackend
 
-START = Start((("tiny", Path("tiny")),), "cpu", "auto", 4, 1, True, "info")
+START = Start(
+    models=(("tiny", Path("tiny")),),
+    device="cpu",
+    dtype="auto",
+    slots=4,
+    threads=1,
+    exact=True,
+    log_level="info",
+)
 
 
 class Frail(Life):
@@ -31,7 +39,7 @@ class Frail(Life):
         self.letters.put_nowait(letter)
 
     async def last(self, start: Start, receive: Callable[[object], None], hangs: Callable[[], bool]) -> None:
-        receive(Ready(FakeBackend().served, []))
+        receive(Ready(FakeBackend().models, []))
         while not isinstance(letter := await self.letters.get(), Submit):
             pass
         receive(Happened([], Stats(), [(id, 0) for id in letter.ids]))
@@ -57,7 +65,7 @@ async def supervised(restarts: int, failures: list[EngineFailed]) -> AsyncIterat
 
 async def run(backend: EngineSupervisor, seed: int) -> None:
     """A job of one picture."""
-    async for _ in backend.run(Spec("tiny", (seed,), resolve(PROCESS, steps=5))):
+    async for _ in backend.run(Spec(model="tiny", seeds=(seed,), sampling=resolve(PROCESS, steps=5))):
         pass
 
 

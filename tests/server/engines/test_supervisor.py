@@ -93,12 +93,20 @@ def test_an_engine_that_hangs_is_killed_and_its_pictures_come_out_the_same(weigh
             (engine,) = multiprocessing.active_children()
             assert engine.pid is not None
             os.kill(engine.pid, signal.SIGSTOP)
-        async with aclosing(backend.run(Spec("tiny", (1, 2, 3), sampling))) as events:
+        async with aclosing(backend.run(Spec(model="tiny", seeds=(1, 2, 3), sampling=sampling))) as events:
             made = [event async for event in events if isinstance(event, Finished)]
         await backend.close()
         return sorted(made, key=lambda event: str(event.id))
 
-    start = Start((("tiny", weights / "tiny"),), "cpu", "auto", 4, 1, True, "info")
+    start = Start(
+        models=(("tiny", weights / "tiny"),),
+        device="cpu",
+        dtype="auto",
+        slots=4,
+        threads=1,
+        exact=True,
+        log_level="info",
+    )
     patience = Patience(silence_s=60, hang_s=1, hang_steps=1)
     expected, made = (
         asyncio.run(pictures(EngineSupervisor(start, 3, print, patience=patience), hang)) for hang in (False, True)

@@ -95,10 +95,11 @@ def test_a_job_holds_no_more_than_was_reserved_for_it(client: TestClient) -> Non
     jobs = client.app.state.jobs  # type: ignore[attr-defined]
     while client.get(f"/jobs/{id}").json()["status"] != "succeeded":
         time.sleep(0.01)
-    job = jobs.register.find(id)
+    job = jobs.repository.in_memory(id)
 
     assert 0.8 * job.request.size_bytes < job.size_bytes <= job.request.size_bytes
-    assert jobs.admission.queue.size_bytes == jobs.admission.queue.jobs == jobs.admission.queue.taken == 0
+    capacity = jobs.admission.capacity
+    assert capacity.size_bytes == capacity.jobs == capacity.steps == 0
 
 
 def test_jobs_are_counted_and_who_is_refused_hears_when_one_of_them_will_have_ended(full: TestClient) -> None:
@@ -151,10 +152,19 @@ def test_beside_five_thousand_pictures_of_another_owner_one_picture_hardly_waits
     """Held against what it takes where each owner has half of the image-steps, in rounds, as the machine's speed varies
     from one second to the next."""
     process = Process(linear(1000, 1e-4, 0.02))
-    start = Start((("long", long_weights / "long"),), "cpu", "auto", 4, 1, True, "warning")
-    short = Spec("long", (0,), resolve(process, steps=50), owner="other")
-    three = Spec("long", (1, 2, 3), resolve(process, steps=1000), owner="flood")  # they leave it one seat of four
-    flood = [Spec("long", tuple(range(64)), resolve(process, steps=200), owner="flood") for _ in range(79)]
+    start = Start(
+        models=(("long", long_weights / "long"),),
+        device="cpu",
+        dtype="auto",
+        slots=4,
+        threads=1,
+        exact=True,
+        log_level="warning",
+    )
+    short = Spec(model="long", seeds=(0,), sampling=resolve(process, steps=50), owner="other")
+    slow, many = resolve(process, steps=1000), resolve(process, steps=200)
+    three = Spec(model="long", seeds=(1, 2, 3), sampling=slow, owner="flood")  # they leave it one seat of four
+    flood = [Spec(model="long", seeds=tuple(range(64)), sampling=many, owner="flood") for _ in range(79)]
 
     async def compare(rounds: int) -> list[float]:
         backend = EngineSupervisor(start, 3, print)

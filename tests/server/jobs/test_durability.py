@@ -19,9 +19,9 @@ from starlette.testclient import TestClient
 from model.engine.events import Finished
 from server.errors import StorageFull
 from server.jobs import repository
-from server.jobs.clock import Clock
+from server.jobs.repository import Clock
 from server.jobs.request import RequestContext
-from server.jobs.service import Jobs
+from server.jobs.service import JobService
 from server.settings import Settings
 from server.store.schema import JOURNAL, LOCK
 from server.store.store import Expired
@@ -47,7 +47,7 @@ def start(weights: Path, tmp_path: Path) -> Start:
         if not open_gate:
             backend.gate.clear()
         if digest != "sha256:0":
-            backend.served = {"tiny": replace(backend.served["tiny"], digest=digest)}
+            backend.models = {"tiny": replace(backend.models["tiny"], digest=digest)}
         knobs = Settings(weights=weights, data_dir=tmp_path, **settings)
         with TestClient(create_app(knobs, backend), raise_server_exceptions=False) as client:
             yield client
@@ -86,9 +86,9 @@ def backend_of(client: TestClient) -> FakeBackend:
     return backend
 
 
-def jobs_of(client: TestClient) -> Jobs:
+def jobs_of(client: TestClient) -> JobService:
     jobs = client.app.state.jobs  # type: ignore[attr-defined]
-    assert isinstance(jobs, Jobs)
+    assert isinstance(jobs, JobService)
     return jobs
 
 
@@ -111,7 +111,7 @@ def test_a_job_that_had_not_ended_goes_on_in_its_old_order(start: Start) -> None
         urgent = later(client, seed=9, steps=3, priority=5)
     with start() as client:
         documents = [ended(client, job["id"]) for job in [*jobs, urgent]]
-        specs = sorted(backend_of(client).specs, key=lambda spec: spec.order)
+        specs = sorted(backend_of(client).specs, key=lambda spec: spec.rank)
 
     assert {document["status"] for document in documents} == {"succeeded"}
     assert [d["request"] for d in documents] == [job["request"] for job in [*jobs, urgent]]
@@ -530,13 +530,13 @@ def test_a_job_that_waits_for_its_engine_has_the_grace_of_a_drain_too(start: Sta
     with start(open_gate=False) as client:
         job = later(client, seed=1)
     loading = FakeBackend()
-    served, loading.served, loading.trouble = loading.served, {}, "the engine is being restarted"
+    served, loading.models, loading.trouble = loading.models, {}, "the engine is being restarted"
     with start(open_gate=False, backend=loading) as client:
         assert client.portal is not None
         drained = client.portal.start_task_soon(jobs_of(client).drain, 10)
         while not jobs_of(client).admission.closing:
             time.sleep(0.01)
-        loading.served, loading.trouble = served, None
+        loading.models, loading.trouble = served, None
         call(client, loading.gate.set)
         drained.result(10)
         assert client.get(f"/jobs/{job['id']}").json()["status"] == "succeeded"

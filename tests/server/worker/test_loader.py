@@ -55,7 +55,15 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
 def load(directory: Path) -> tuple[Arrival, Arrived]:
     """A model with eight slots, as an engine process loads it."""
     card = read_card(write_model(directory / "tiny"))
-    start = Start((("tiny", card.directory),), "cpu", "float32", 8, 1, True, "warning")
+    start = Start(
+        models=(("tiny", card.directory),),
+        device="cpu",
+        dtype="float32",
+        slots=8,
+        threads=1,
+        exact=True,
+        log_level="warning",
+    )
     loader = Loader(start, lambda: None)
     arrival = loader.begin(card, card.digest)
     return arrival, loader.finish(arrival)

@@ -27,7 +27,7 @@ print(statistics.median(faults))
 
 def test_an_engine_on_a_cpu_does_not_fetch_its_memory_anew_at_every_step() -> None:
     """glibc gives large blocks back to the system as soon as they are free: a net has to keep those it works in."""
-    command = [sys.executable, "-c", STEPS, str(Path(__file__).parents[2] / "weights" / "digits")]
+    command = [sys.executable, "-c", STEPS, str(Path(__file__).parents[3] / "weights" / "digits")]
     faults = float(subprocess.run(command, capture_output=True, check=True).stdout)
 
     assert faults < 50  # pages of 4 KiB, of thousands that a step writes to
@@ -41,7 +41,9 @@ from server.worker.loader import Loader
 from server.worker.messages import Start
 
 card = read_card(Path(sys.argv[1]), "tiny")
-loader = Loader(Start((("tiny", card.directory),), "cpu", "float32", 1, 2, True, "warning"), lambda: None)
+models = (("tiny", card.directory),)
+numbers = dict(device="cpu", dtype="float32", slots=1, threads=2, exact=True)
+loader = Loader(Start(models=models, log_level="warning", **numbers), lambda: None)
 loader.finish(loader.begin(card, card.digest))
 print(*(thread.name for thread in threading.enumerate()))
 """
