@@ -129,8 +129,9 @@ def said() -> tuple[str, ...]:
 def _text(node: ast.AST) -> str | None:
     if isinstance(node, ast.JoinedStr):
         return "".join(_text(part) or GAP for part in node.values)
-    is_string = isinstance(node, ast.Constant) and isinstance(node.value, str)
-    return re.sub(r"%[ds]", GAP, node.value) if is_string else None
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return re.sub(r"%[ds]", GAP, node.value)
+    return None
 
 
 def can_be_said(message: str) -> bool:
