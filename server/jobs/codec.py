@@ -11,8 +11,8 @@ from server.jobs.job import Image, Job, State, StoredImage
 from server.jobs.request import FramePoints, ResolvedRequest, fingerprint
 from server.jobs.schemas import Frames
 from server.jobs.stream import Shown, StreamCounts, Text
-from server.store.blobs import Pictures
-from server.store.rows import Kept, Record
+from server.store.blobs import Blobs
+from server.store.rows import ImageRow, Record
 from server.worker.messages import ModelStatus
 
 
@@ -84,7 +84,10 @@ def concluded(job: Job, status: str, finished_at: float, ended: float, error: di
         steps=_json(job.steps),
         error=_json(error) if error is not None else None,
         messages=len(job.stream.kept) + 1,
-        images=tuple(Kept(i, image.seed, image.sha256, len(image.png), image.message) for i, image in made),
+        images=tuple(
+            ImageRow(index=i, seed=image.seed, sha256=image.sha256, size=len(image.png), message=image.message)
+            for i, image in made
+        ),
     )
 
 
@@ -99,11 +102,13 @@ def answered_from_cache(job: Job, now: float, ended: float) -> Record:
         ended=ended,
         steps=_json([request.steps] * request.n),
         messages=2 + request.n,
-        images=tuple(Kept(i, request.seed + i, "", 0, 2 + i) for i in range(request.n)),
+        images=tuple(
+            ImageRow(index=i, seed=request.seed + i, sha256="", size=0, message=2 + i) for i in range(request.n)
+        ),
     )
 
 
-def to_job(record: Record, pictures: Pictures, counts: StreamCounts) -> Job:
+def to_job(record: Record, blobs: Blobs, counts: StreamCounts) -> Job:
     """The job of a row. If it has ended, everything that can be asked of it is as it was, except for frames."""
     job = Job(
         id=record.id,
@@ -122,18 +127,18 @@ def to_job(record: Record, pictures: Pictures, counts: StreamCounts) -> Job:
         finished_at=record.finished_at,
     )
     if record.status is not None:
-        _restore_result(job, record, pictures)
+        _restore_result(job, record, blobs)
     return job
 
 
-def _restore_result(job: Job, record: Record, pictures: Pictures) -> None:
+def _restore_result(job: Job, record: Record, blobs: Blobs) -> None:
     """What a job had come to, and its stream from `started` to the end."""
     job.steps = json.loads(record.steps or "[]")
     if record.error is not None:
         job.error = json.loads(record.error)
         job.failure = Recalled(_problem(job.error))
     for kept in record.images:
-        job.images[kept.place] = stored(kept, pictures)
+        job.images[kept.index] = stored(kept, blobs)
     stream, first = job.stream, len(job.stream.kept)
     stream.skip(record.messages - first)
     if job.started_at is not None:
@@ -146,10 +151,10 @@ def _restore_result(job: Job, record: Record, pictures: Pictures) -> None:
     stream.kept[-1], stream.closed = Text(record.messages, last), True
 
 
-def stored(kept: Kept, pictures: Pictures) -> StoredImage:
+def stored(kept: ImageRow, blobs: Blobs) -> StoredImage:
     """A picture on disk."""
-    read = partial(pictures.read, kept.sha256)
-    return StoredImage(index=kept.place, seed=kept.seed, sha256=kept.sha256, message=kept.message, read=read)
+    read = partial(blobs.read, kept.sha256)
+    return StoredImage(index=kept.index, seed=kept.seed, sha256=kept.sha256, message=kept.message, read=read)
 
 
 def _png(image: Image | StoredImage) -> bytes:

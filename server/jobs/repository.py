@@ -18,7 +18,7 @@ from server.jobs.job import Job
 from server.jobs.stream import StreamCounts
 from server.logs import report
 from server.settings import Settings
-from server.store.rows import Found
+from server.store.rows import IdempotentHit
 from server.store.store import Store
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ class JobRepository:
         self.clock = Clock(not_before=await self.store.latest())
         self._sweeper = asyncio.create_task(self._sweep(), name="retention")
         self._sweeper.add_done_callback(report)
-        jobs = [to_job(record, self.store.pictures, self.counts) for record in await self.store.recover()]
+        jobs = [to_job(record, self.store.blobs, self.counts) for record in await self.store.recover()]
         self.live |= {job.id: job for job in jobs}
         return jobs
 
@@ -74,7 +74,7 @@ class JobRepository:
         finally:
             await self.store.close()
 
-    async def accept(self, job: Job, again: bool) -> Found | Job:
+    async def accept(self, job: Job, again: bool) -> IdempotentHit | Job:
         """Writes down a new job. -> the job, with its pictures if all are in the cache; or what came with its
         Idempotency-Key before.
 
@@ -85,10 +85,10 @@ class JobRepository:
         if may_be_cached and job.request.frames is None and not job.request.floats:
             cached, known = answered_from_cache(job, time.time(), self.clock.now()), identities(job)
         made = await self.store.insert(to_record(job), cached, known)
-        if isinstance(made, Found):
+        if isinstance(made, IdempotentHit):
             return made
         if made.status is not None:
-            job = to_job(made, self.store.pictures, self.counts)
+            job = to_job(made, self.store.blobs, self.counts)
             job.cached = True
         self.live[job.id] = job
         return job
@@ -98,12 +98,12 @@ class JobRepository:
         record = concluded(job, status, finished_at, self.clock.now(), error)
         pngs = {image.sha256: image.png for image in job.images.values()} if record.images else {}
         if pngs:
-            await self.store.save(pngs)
+            await self.store.blobs.save(pngs)
         try:
             exact = bool(pngs) and job.model.exact
             done = await self.store.finish(record, identities(job) if exact else ())
         finally:
-            self.store.release(pngs)
+            self.store.blobs.unpin(pngs)
         if done is None:
             return logger.error("a result came late and was not taken", extra={"job": job.id})
         for made, kept in zip(record.images, done.images, strict=True):
@@ -111,7 +111,7 @@ class JobRepository:
                 self.mismatches += 1
                 extra = {"job": job.id, "seed": kept.seed}
                 logger.error("a picture came out with other bytes than before", extra=extra)
-                job.images[kept.place] = stored(kept, self.store.pictures)
+                job.images[kept.index] = stored(kept, self.store.blobs)
 
     def retire(self, job: Job) -> None:
         """A job has ended, and its last message was sent: what it holds does not change any more."""
@@ -138,7 +138,7 @@ class JobRepository:
             record = await self.store.find(id, owner)
             if record.status is None:  # it is being accepted, and nobody has been told of it yet
                 raise NotFound("there is no such job")
-            job = to_job(record, self.store.pictures, self.counts)
+            job = to_job(record, self.store.blobs, self.counts)
         if job.request.owner != owner:
             raise NotFound("there is no such job")
         return job
@@ -150,7 +150,7 @@ class JobRepository:
             mine = [job for job in reversed(self.live.values()) if job.request.owner == owner]
             return [job for job in mine if job.status == status and job.arrived < before][:limit]
         records = await self.store.page(owner, status, after, limit)
-        jobs = [self.in_memory(r.id) or to_job(r, self.store.pictures, self.counts) for r in records]
+        jobs = [self.in_memory(r.id) or to_job(r, self.store.blobs, self.counts) for r in records]
         return [job for job, record in zip(jobs, records, strict=True) if record.status or job.id in self.live]
 
     async def sweep(self) -> None:
@@ -163,7 +163,7 @@ class JobRepository:
         while more:
             expired = await self.store.expire(before, self._settings.retention_bytes)
             self._forget(expired.ids)
-            await self.store.delete(expired.pictures)
+            await self.store.delete(expired.blobs)
             more = expired.more
 
     async def _sweep(self) -> None:

@@ -144,7 +144,7 @@ class JobRunner:
         async with aclosing(self.backend.run(_spec(job))) as events:
             async for event in events:
                 if unmarked and not isinstance(event, Restarting):
-                    await self.repository.store.begins(job.id)
+                    await self.repository.store.mark_running_durably(job.id)
                     unmarked = False
                 self._take(job, event)
 
@@ -181,7 +181,7 @@ class JobRunner:
         job.started_at = time.time()
         self.metrics.queue_seconds.observe(self.repository.clock.now() - job.arrived)
         if not job.deaths:
-            self.repository.store.begun(job.id)
+            self.repository.store.mark_running(job.id)
         job.stream.say("started", steps=job.request.image_steps)
 
     def tell_progress(self, job: Job) -> None:

@@ -24,7 +24,7 @@ from server.jobs.stream import StreamCounts, Subscriber
 from server.logs import report
 from server.metrics import Metrics, Standing
 from server.settings import Settings
-from server.store.rows import Found
+from server.store.rows import IdempotentHit
 from server.store.store import Store
 
 logger = logging.getLogger(__name__)
@@ -115,7 +115,7 @@ class JobService:
             raise
         finally:
             self._accepting -= 1
-        if isinstance(accepted, Found):  # it came while this one was on its way to the disk
+        if isinstance(accepted, IdempotentHit):  # it came while this one was on its way to the disk
             self.admission.revoke(job, context.tenant)
             return await self._same_key(accepted, prints, context)
         self._accepted += 1
@@ -127,11 +127,11 @@ class JobService:
             self._runner.start(accepted)
         return accepted
 
-    async def _same_key(self, found: Found, prints: list[str], context: RequestContext) -> Job:
+    async def _same_key(self, hit: IdempotentHit, prints: list[str], context: RequestContext) -> Job:
         """The job that came with this Idempotency-Key before. Raises KeyReused, StillRunning."""
-        if found.fingerprint not in prints:
+        if hit.fingerprint not in prints:
             raise KeyReused("this Idempotency-Key came with another request before")
-        job = await self.repository.find(found.id, context.owner)
+        job = await self.repository.find(hit.id, context.owner)
         if context.attached and not job.ended:
             raise StillRunning(job.id, max(1, math.ceil(self._etas.of(job).eta_s)))
         return job
