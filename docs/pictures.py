@@ -1,4 +1,4 @@
-"""Draws the pictures of docs/concepts.md from weights/digits, with the engine alone. Takes minutes; needs the extra `bench`.
+"""Draws the pictures of docs/concepts.md from weights/digits with the engine alone, in minutes. Needs extra `bench`.
 
 python docs/pictures.py docs/pictures
 """
@@ -106,7 +106,7 @@ def sheet(file: Path, rows: Mapping[str, Sequence[Picture | None]], columns: Seq
 
 
 def draw_building(file: Path) -> None:
-    """Draws one picture built up by 1000 steps of ddpm, the x0 predicted on the way, and the picture taken apart again."""
+    """Draws a picture built up by 1000 steps of ddpm, the x0 predicted on the way, and the picture taken apart."""
     seed, T = SEEDS[0], CARD.process.schedule.T
     (picture,), shown = make([(seed, {"steps": T})], frozenset(T - t for t in BUILDING))
     built = [shown[0, T - t] for t in BUILDING]
