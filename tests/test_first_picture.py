@@ -32,7 +32,6 @@ ASKING = {
     "README.md",
     "docs/api.md",
     "docs/client.md",
-    "docs/openai.md",
     "docs/quick-start.md",
     "examples/generate.sh",
     "examples/notebook.py",

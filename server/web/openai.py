@@ -1,4 +1,4 @@
-"""OpenAI's images API on top of `POST /generate`, for tools that speak no other: see `docs/openai.md`."""
+"""OpenAI's images API on top of `POST /generate`, for tools that speak no other: see `docs/api.md`."""
 
 import asyncio
 import base64
