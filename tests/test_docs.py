@@ -38,7 +38,7 @@ SOURCES = sorted(
     path
     for folder in (".ci", "benchmarks", "client", "deploy", "examples", "model", "server", "tests")
     for path in (ROOT / folder).rglob("*")
-    if path.suffix in (".py", ".js", ".html", ".conf", ".yml", ".yaml", "") and path.is_file()
+    if path.suffix in (".py", ".js", ".html", ".conf", ".yml", ".yaml") or path.name == "run"
 )
 FILES = [*SOURCES, *(ROOT / name for name in ("Makefile", "Dockerfile", "docker-compose.yml", "pyproject.toml"))]
 GAP = "…"  # a part of a message that varies
