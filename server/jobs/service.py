@@ -122,7 +122,7 @@ class JobService:
         if accepted.cached:
             self._cache_hits += 1
             self.admission.revoke(job, context.tenant)
-            self._runner.record_success(accepted)
+            self._runner.count(accepted, State.SUCCEEDED)
         else:
             self._runner.start(accepted)
         return accepted
