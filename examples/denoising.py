@@ -1,4 +1,4 @@
-"""The picture in the README: six digits on their way from noise to picture, drawn with the engine alone, no server.
+"""Draws the picture in the README, the denoising of six digits, with the engine alone and no server.
 
 python examples/denoising.py denoising.png [STEPS]
 """
@@ -17,8 +17,7 @@ from model.sampling import plan
 SEEDS, STEPS, ENLARGED = range(77, 83), int((sys.argv[2:] or [1000])[0]), 3
 
 digits = card.read_card(Path(__file__).parent.parent / "weights" / "digits")
-net = load.load_model(digits, torch.device("cpu"), torch.float32)
-machine = engine.Engine(runner.Runner(net, slots=len(SEEDS)))
+machine = engine.Engine(runner.Runner(load.load_model(digits, torch.device("cpu"), torch.float32), slots=len(SEEDS)))
 table = plan.plan(digits.process, plan.resolve(digits.process, "ddpm", STEPS))
 shown = range(0, STEPS + 1, STEPS // 10)
 for seed in SEEDS:

@@ -27,9 +27,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("server")
     group.add_argument("--url", help="a running server (default: start one here, from the DDPM_* settings)")
     group.add_argument("--key-file", type=Path, metavar="FILE", help="file with the API key (default: no key)")
-    group.add_argument(
-        "--timeout", type=float, default=60.0, metavar="S", help="give up after S seconds of silence (60)"
-    )
+    group.add_argument("--timeout", type=float, default=60.0, metavar="S", help="seconds to wait in silence (60)")
 
 
 def progress_bar() -> "tqdm[None]":
