@@ -28,7 +28,7 @@ from server.jobs.request import RequestContext, fingerprints, resolve_request
 from server.jobs.runner import JobRunner
 from server.jobs.stream import Subscriber, Subscribers
 from server.logs import report
-from server.metrics import Metrics, Standing
+from server.metrics import Metrics, MetricValues
 from server.settings import Settings
 from server.store.rows import IdempotentHit
 from server.store.store import Store
@@ -201,11 +201,11 @@ class Jobs:
         """The job as clients see it."""
         return job.document(None if job.stream.ended else self._outlooks.of(job))
 
-    def standing(self) -> Standing:
+    def standing(self) -> MetricValues:
         """Where the server stands, for its metrics."""
         live, health = self.register.live.values(), self.backend.health
         running = sum(job.started_at is not None for job in live)
-        return Standing(
+        return MetricValues(
             jobs_running=running,
             jobs_waiting=len(live) - running,
             steps_waiting=self.admission.queue.taken,
