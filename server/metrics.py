@@ -64,27 +64,6 @@ class MetricValues:
     cache_hits: int = _counter("Jobs answered with stored pictures of an equal job.")
 
 
-def _families(values: MetricValues) -> Iterator[Metric]:
-    for field in dataclasses.fields(values):
-        value, family, help = getattr(values, field.name), field.metadata["family"], field.metadata["help"]
-        if not isinstance(value, Mapping):
-            yield family(f"ddpm_{field.name}", help, value=value)
-            continue
-        labelled = family(f"ddpm_{field.name}", help, labels=[field.metadata["label"]])
-        for word, count in sorted(value.items()):
-            labelled.add_metric([word], count)
-        yield labelled
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Collector:
-    read: Callable[[], MetricValues]
-
-    def collect(self) -> Iterator[Metric]:
-        """The metrics. prometheus_client calls it at every scrape."""
-        return _families(self.read())
-
-
 class Metrics:
     """The histograms of a server, and the values that `watch` was told to read."""
 
@@ -95,13 +74,11 @@ class Metrics:
         build.info({"version": __version__})
         self.step_seconds = self._histogram("step_seconds", "Duration of a denoising step of a batch.", STEP_S)
         self.bucket_size = self._histogram("bucket_size", "Slots computed in a step, padding included.", BATCHES)
-        self.queue_seconds = self._histogram(
-            "queue_seconds", "Time from the acceptance of a job to its first step.", WAIT_S
-        )
+        self.queue_seconds = self._histogram("queue_seconds", "From the acceptance of a job to its first step.", WAIT_S)
         self.refusal_seconds = self._histogram(
-            "refusal_seconds", "Time from the arrival of a request to its refusal.", WAIT_S
+            "refusal_seconds", "From the arrival of a request to its refusal.", WAIT_S
         )
-        self.job_seconds = self._histogram("job_seconds", "Time from the acceptance of a job to its end.", WAIT_S)
+        self.job_seconds = self._histogram("job_seconds", "From the acceptance of a job to its end.", WAIT_S)
         commit = "Duration of a journal transaction with its sync."
         self.journal_commit_seconds = self._histogram("journal_commit_seconds", commit, COMMIT_S)
 
@@ -110,7 +87,21 @@ class Metrics:
 
     def watch(self, read: Callable[[], MetricValues]) -> None:
         """Calls `read` at every scrape."""
-        self._registry.register(_Collector(read))
+        self._read = read
+        self._registry.register(self)
+
+    def collect(self) -> Iterator[Metric]:
+        """The metrics of the values. prometheus_client calls it at every scrape."""
+        values = self._read()
+        for field in dataclasses.fields(values):
+            value, family, help = getattr(values, field.name), field.metadata["family"], field.metadata["help"]
+            if not isinstance(value, Mapping):
+                yield family(f"ddpm_{field.name}", help, value=value)
+                continue
+            labelled = family(f"ddpm_{field.name}", help, labels=[field.metadata["label"]])
+            for label, count in sorted(value.items()):
+                labelled.add_metric([label], count)
+            yield labelled
 
     def observe_step(self, bucket: int, seconds: float) -> None:
         """Counts a step of a batch of `bucket` slots."""
