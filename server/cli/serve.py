@@ -80,7 +80,7 @@ class _Server(uvicorn.Server):
 
         uvicorn's own shutdown would start with closing every websocket.
         """
-        before = self.jobs.standing()
+        before = self.jobs.metric_values()
         ended_before = sum(before.jobs.values())  # now, because the mapping changes
         unended = {"jobs_running": before.jobs_running, "jobs_waiting": before.jobs_waiting}
         logger.info("draining", extra={"seconds": 0 if self.hurried else self.drain_s, **unended})
@@ -89,7 +89,7 @@ class _Server(uvicorn.Server):
         while self.jobs.counts.subscribers and time.monotonic() < until:
             await asyncio.sleep(0.01)
         await super().shutdown(sockets)
-        after = self.jobs.standing()
+        after = self.jobs.metric_values()
         ended = sum(after.jobs.values()) - ended_before
         logger.info("stopped", extra={"jobs_ended": ended, "jobs_parked": after.jobs_running + after.jobs_waiting})
 

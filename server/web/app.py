@@ -81,7 +81,7 @@ def create_app(
         raise SettingsError(f"DDPM_DEFAULT_MODEL must be one of {', '.join(cards)}")
     metrics, access = Metrics(), Access.read(settings)
     if backend is None:
-        backend = build(settings, cards, on_failed, metrics.took)
+        backend = build(settings, cards, on_failed, metrics.observe_step)
     store = Store(settings.data_dir, metrics.journal_commit_seconds.observe, on_failed)
     service = JobService(settings, cards, backend, store, metrics)
     app = FastAPI(
