@@ -104,9 +104,9 @@ def _error(answer: Problem) -> bytes:
     return _event("error", error=error_object(answer))
 
 
-async def _events(asked: ImagesRequest, job: Job, viewer: Subscriber) -> AsyncGenerator[bytes]:
+async def _events(asked: ImagesRequest, job: Job, subscriber: Subscriber) -> AsyncGenerator[bytes]:
     """Partial images and images; or the error that ended the job."""
-    async with aclosing(viewer.messages()) as messages:
+    async with aclosing(subscriber.messages()) as messages:
         async for message in messages:
             if isinstance(message, Text):
                 yield _text_event(message)

@@ -1,4 +1,4 @@
-"""Hub ids as models: fetched once, pinned, served from the cache without a hub, and refused in one line."""
+"""Hub ids as models: fetched once, pinned, served from the cache without a hub, or refused in one line."""
 
 import json
 import socket

@@ -1,4 +1,4 @@
-"""The store: what it has said is kept is kept, once, in order, by one server; and it says so when it cannot."""
+"""The store: durable, in order, for one server alone; and it reports a full or damaged disk."""
 
 import asyncio
 import os

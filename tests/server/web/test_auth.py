@@ -1,4 +1,4 @@
-"""Keys: who comes in, what is seen of others, how much may be asked for."""
+"""API keys: access, separation of tenants, quotas."""
 
 import base64
 import hashlib

@@ -1,4 +1,4 @@
-"""A served process and everything that nobody means well with: it answers as documented, and goes on answering."""
+"""A server process under hostile requests: it answers as documented, and goes on answering."""
 
 import json
 import re

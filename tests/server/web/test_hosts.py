@@ -1,4 +1,4 @@
-"""Host and Origin: other people's pages cannot make a browser use this server, whatever their names lead to."""
+"""Host and Origin: pages of other sites cannot make a browser use the server."""
 
 import itertools
 from collections.abc import Callable, Iterator

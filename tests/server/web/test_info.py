@@ -1,4 +1,4 @@
-"""Several models in one server that has not room for all of them."""
+"""Several models in one server whose memory does not hold all of them."""
 
 import os
 import shutil

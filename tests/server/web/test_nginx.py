@@ -1,4 +1,4 @@
-"""deploy/nginx/nginx.conf, as it is but for addresses, in front of servers: what it lets through, and what it ends."""
+"""deploy/nginx/nginx.conf, with other addresses, in front of servers: what it passes on and what it refuses."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""Connections: slow ones, too many of them, pipelines, and clients who come and go by the thousand."""
+"""Limits of connections: slow ones, too many, pipelines, and thousands that are aborted."""
 
 import os
 import random

@@ -1,4 +1,4 @@
-"""What is refused at the door: every bound of the contract, in an answer that names the field and the limit."""
+"""Refusals: each names the field and its bounds."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Watching a job: what is sent, in which order, to how many, and what becomes of those who are slow or leave."""
+"""Watching a job: which messages are sent, in which order, and what happens to slow subscribers."""
 
 import asyncio
 import base64
