@@ -166,9 +166,9 @@ class ServerSent(StreamingResponse):
             await self._jobs.leave(self._job)
 
 
-async def _events(job: Job, viewer: Subscriber, request_id: str) -> AsyncGenerator[bytes]:
+async def _events(job: Job, subscriber: Subscriber, request_id: str) -> AsyncGenerator[bytes]:
     """Every message of the job; at the end, if the job was parked, the reason."""
-    async with aclosing(viewer.messages()) as messages:
+    async with aclosing(subscriber.messages()) as messages:
         async for message in messages:
             yield await _event(message)
             await asyncio.sleep(0)  # a long replay must not starve other tasks

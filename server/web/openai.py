@@ -4,7 +4,7 @@ import asyncio
 import base64
 import json
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
@@ -12,9 +12,9 @@ from ddpm_client.wire import unpack
 from fastapi import APIRouter, Request, Response
 from starlette.responses import JSONResponse
 
-from server.errors import NotFound, Problem, problem
+from server.errors import NotFound, problem
 from server.jobs import encode
-from server.jobs.job import Image, Job, State, StoredImage
+from server.jobs.job import Image, Job, StoredImage
 from server.jobs.request import RequestContext, resolve_request
 from server.jobs.service import JobService
 from server.jobs.stream import Shown, Subscriber, Text
@@ -100,28 +100,17 @@ def _event(type: str, **body: Any) -> bytes:
     return f"event: {type}\ndata: {json.dumps({'type': type, **body})}\n\n".encode()
 
 
-def _error(answer: Problem) -> bytes:
-    return _event("error", error=error_object(answer))
-
-
-async def _events(asked: ImagesRequest, job: Job, viewer: Subscriber) -> AsyncGenerator[bytes]:
+async def _events(asked: ImagesRequest, job: Job, subscriber: Subscriber) -> AsyncGenerator[bytes]:
     """Partial images and images; or the error that ended the job."""
-    async with aclosing(viewer.messages()) as messages:
+    async with aclosing(subscriber.messages()) as messages:
         async for message in messages:
             if isinstance(message, Text):
-                yield _text_event(message)
+                yield b":\n\n"  # a comment keeps proxies from closing an idle connection
             elif not message.passing or message.header["step"] < message.header["steps"]:
                 yield await _image_event(asked, job, message)  # after the last step x0 is the picture itself
             await asyncio.sleep(0)
-    if job.state is State.PARKED and job.failure is not None:
-        yield _error(problem(job.failure))
-
-
-def _text_event(message: Text) -> bytes:
-    document = message.body.get("document")
-    if document is None or document["status"] == "succeeded":
-        return b":\n\n"  # a comment keeps proxies from closing an idle connection
-    return _error(_failure(document))
+    if job.status != "succeeded":
+        yield _event("error", error=error_object(problem(job.failure or RuntimeError())))
 
 
 async def _image_event(asked: ImagesRequest, job: Job, message: Shown) -> bytes:
@@ -141,14 +130,6 @@ async def _image_event(asked: ImagesRequest, job: Job, message: Shown) -> bytes:
     assert job.request.frames is not None
     index = job.request.frames.points.index(header["step"]) - 1  # the first point is pure noise and has no x0
     return _event("image_generation.partial_image", **about, partial_image_index=index)
-
-
-def _failure(document: Mapping[str, Any]) -> Problem:
-    """The problem of a job that failed or was cancelled."""
-    error = document["error"]
-    if error is None:
-        return Problem(409, "cancelled", "the job was cancelled")
-    return Problem(error["status"], error["code"], error["detail"], error.get("errors", []))
 
 
 def _model(name: str) -> dict[str, Any]:

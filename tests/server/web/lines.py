@@ -1,4 +1,4 @@
-"""What lies between a client and a server: a line that breaks on order, and a server without an engine, in a thread."""
+"""A TCP proxy that breaks connections on demand, and a server without an engine in a thread."""
 
 import asyncio
 import select
