@@ -18,8 +18,9 @@ WORKDIR /build
 RUN ["python", "-m", "venv", "--without-pip", "/venv"]
 COPY pyproject.toml constraints.txt ./
 RUN ["python", "-c", "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
-    print(*project['dependencies'], sep='\\n', file=open('requirements.txt', 'w')); \
-    print(*[line for line in project['dependencies'] if line.startswith('torch==')], file=open('torch.txt', 'w'))"]
+    lines = [line for line in project['dependencies'] if not line.startswith('ddpm-client==')]; \
+    print(*lines, sep='\\n', file=open('requirements.txt', 'w')); \
+    print(*[line for line in lines if line.startswith('torch==')], file=open('torch.txt', 'w'))"]
 
 
 # torch comes first and alone, so that only torch comes from an index of its own. Of OpenVINO stays what runs a net on a
@@ -51,9 +52,10 @@ FROM packages AS source
 ARG PIP_FIND_LINKS
 ARG PIP_NO_INDEX
 COPY README.md LICENSE ./
+COPY client client
 COPY model model
 COPY server server
-RUN ["python", "-m", "pip", "--python", "/venv", "install", "--no-deps", "--target", "/app", "."]
+RUN ["python", "-m", "pip", "--python", "/venv", "install", "--no-deps", "--target", "/app", "./client", "."]
 
 
 # What both images share, before anything large.

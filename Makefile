@@ -30,6 +30,7 @@ check: .venv/test.stamp
 	$(BIN)/mypy
 
 format: .venv/test.stamp
+	$(BIN)/python client/unasync.py
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
@@ -92,4 +93,4 @@ gpu-wheels: .venv/test.stamp
 	du -sh .gpu
 
 clean:
-	rm -rf .venv .gpu build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .gpu build client/build *.egg-info client/*.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -21,6 +21,21 @@ JOBS, AT_ONCE, ROUNDS = 4000, 256, 5
 REQUEST, SERVED = '{"model":"digits","seed":1,"steps":100}' + " " * 200, "{}" + " " * 400  # as long as they are
 
 
+def a_job(id: str) -> Record:
+    """A job as it is written down when it is accepted."""
+    return Record(
+        id=id,
+        owner=None,
+        key=None,
+        fingerprint=None,
+        created_at=0.0,
+        arrived=0.0,
+        request=REQUEST,
+        served=SERVED,
+        attached=False,
+    )
+
+
 def sync_s(folder: Path) -> list[float]:
     """Seconds of a sync of a page that was appended to a file."""
     took = []
@@ -42,7 +57,7 @@ async def _insert(folder: Path, rounds: int) -> list[float]:
 
         async def caller(first: int, number: int = number) -> None:
             for i in range(first, JOBS, AT_ONCE):
-                await store.insert(Record(f"{number}-{i}", None, None, None, 0.0, 0.0, REQUEST, SERVED, False))
+                await store.insert(a_job(f"{number}-{i}"))
 
         began = time.perf_counter()
         await asyncio.gather(*(caller(first) for first in range(AT_ONCE)))

@@ -85,7 +85,7 @@ def environment(folder: Path, kept: Path | None = None) -> Iterator[Mapping[str,
         unpack_kernels(folder / KERNELS, cache)
         before = [path for path in (os.environ.get("PYTHONPATH"),) if path]
         yield {
-            "PYTHONPATH": os.pathsep.join([str(site), str(ROOT), *before]),
+            "PYTHONPATH": os.pathsep.join([str(site), str(ROOT), str(ROOT / "client"), *before]),
             "PYTHONPYCACHEPREFIX": "",
             "PYTHONDONTWRITEBYTECODE": "1",
             "TRITON_CACHE_DIR": str(cache),

@@ -1,4 +1,4 @@
-"""`python -m server` is `ddpm`."""
+"""Runs the `ddpm` command: `python -m server`."""
 
 import sys
 

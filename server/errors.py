@@ -1,38 +1,4 @@
-"""Every refusal is an answer: domain errors, and the one table that turns them into HTTP.
-
-ServerError
-├── BadInput            a request that is malformed, or asks for what cannot be
-│   ├── Malformed           it is not what HTTP or JSON allow
-│   ├── BadHost             it names a host that this server does not answer for
-│   ├── Unauthenticated     it brings no key, or a wrong one
-│   ├── Forbidden           a page of another origin sent it
-│   ├── NotFound            there is no such thing
-│   ├── Gone                there is no such thing any more
-│   ├── NotAcceptable       it cannot be answered in the form that was asked for
-│   ├── TooSlow             it has not arrived in time
-│   ├── BodyTooLarge        its body is too large
-│   ├── TargetTooLong       its path and query are too long
-│   ├── HeadTooLarge        its headers are too large, or too many
-│   ├── UnsupportedMedia    its body is of another kind
-│   ├── KeyReused           its Idempotency-Key came with another body before
-│   └── Invalid             its fields say what cannot be
-├── TooBusy             the queue is full
-│   └── QuotaExceeded       the caller's own share is used up
-├── NotReady            loading, draining, or the engine is down
-├── StorageFull         nothing more can be put on disk
-├── StillRunning        the job that came with the same Idempotency-Key has not ended
-├── TooManyConnections  more connections, or websockets, than there may be
-├── DeadlinePassed      the deadline that the client set was not met
-├── JobCancelled        somebody gave the job up while another waited for it
-├── SampleLost          the engine says that a picture could not be made
-├── ModelChanged        the model that a job was accepted for is not the one that is served
-├── ModelBroken         the model cannot be loaded
-├── Recalled            what a job that ended long ago failed with
-├── StoreRefused        the store is damaged, of another version, or has failed
-├── StoreInUse          another server has the store
-├── SettingsError       a DDPM_* variable or a flag is unknown or ill-formed
-└── EngineFailed        the engine is down for good; `exit_code` says why
-"""
+"""Domain errors, and how each of them is answered over HTTP (RFC 9457)."""
 
 import http
 from dataclasses import dataclass, field
@@ -44,76 +10,81 @@ EXIT_FAILED, EXIT_USAGE, EXIT_MODEL_REFUSED, EXIT_STORE_REFUSED, EXIT_STORE_IN_U
 EXIT_NO_DEVICE, EXIT_STORAGE_FULL, EXIT_ENGINE = 6, 7, 70
 
 
-class ServerError(Exception):
-    """Everything the server raises on purpose. `headers`: what its answer says besides the problem."""
+# The status and the code of each error, which its class declares
+ANSWERS: dict[type[Exception], tuple[int, str]] = {PlanError: (422, "invalid-request")}
+UNFORESEEN = (500, "internal")
 
-    @property
-    def headers(self) -> dict[str, str]:
-        return {}
+
+class ServerError(Exception):
+    """Everything the server raises on purpose. The HTTP answer carries `headers`."""
+
+    headers: dict[str, str] = {}
+
+    def __init_subclass__(cls, status: int = 0, code: str = "") -> None:
+        if status:
+            ANSWERS[cls] = status, code
 
 
 class BadInput(ServerError):
-    """A request that is malformed, or asks for what cannot be."""
+    """The request is malformed or asks for something impossible."""
 
 
-class Malformed(BadInput):
-    """It is not what HTTP or JSON allow."""
+class Malformed(BadInput, status=400, code="malformed"):
+    """The request is not valid HTTP or JSON."""
 
 
-class BadHost(BadInput):
-    """It names a host that this server does not answer for."""
+class BadHost(BadInput, status=400, code="bad-host"):
+    """The server does not answer for the host that the request names."""
 
 
-class Unauthenticated(BadInput):
-    """It brings no key, or a wrong one."""
+class Unauthenticated(BadInput, status=401, code="unauthenticated"):
+    """The key is missing or wrong."""
 
-    @property
-    def headers(self) -> dict[str, str]:
-        return {"WWW-Authenticate": "Bearer"}
+    headers = {"WWW-Authenticate": "Bearer"}
 
 
-class Forbidden(BadInput):
-    """A page of another origin sent it."""
+class Forbidden(BadInput, status=403, code="origin-not-allowed"):
+    """A page of an origin that is not allowed sent the request."""
 
 
-class NotFound(BadInput):
-    """There is no such thing."""
+class NotFound(BadInput, status=404, code="not-found"):
+    """The route, job, image or model does not exist."""
 
 
-class Gone(BadInput):
-    """There is no such thing any more."""
+class Gone(BadInput, status=410, code="gone"):
+    """The job or image existed and was deleted or damaged."""
 
 
-class NotAcceptable(BadInput):
-    """It cannot be answered in the form that was asked for."""
+class NotAcceptable(BadInput, status=406, code="not-acceptable"):
+    """No offered media type satisfies the Accept header."""
 
 
-class TooSlow(BadInput):
-    """It has not arrived in time."""
+class TooSlow(BadInput, status=408, code="request-timeout"):
+    """The request did not arrive in time."""
 
 
-class BodyTooLarge(BadInput):
-    """Its body is too large."""
+class BodyTooLarge(BadInput, status=413, code="too-large"):
+    """The body is too large."""
 
 
-class TargetTooLong(BadInput):
-    """Its path and query are too long."""
+class TargetTooLong(BadInput, status=414, code="target-too-long"):
+    """Path and query are too long."""
 
 
-class HeadTooLarge(BadInput):
-    """Its headers are too large, or too many."""
+class HeadTooLarge(BadInput, status=431, code="head-too-large"):
+    """The headers are too large or too many."""
 
 
-class UnsupportedMedia(BadInput):
-    """Its body is of another kind."""
+class UnsupportedMedia(BadInput, status=415, code="unsupported-media-type"):
+    """The body has an unsupported media type or encoding."""
 
 
-class KeyReused(BadInput):
-    """Its Idempotency-Key came with another body before."""
+class KeyReused(BadInput, status=422, code="key-reused"):
+    """The Idempotency-Key was used before with another request."""
 
 
-class Invalid(BadInput):
-    """Its fields say what cannot be. `fields` are pairs of a field's name (or nothing) and what is wrong with it."""
+class Invalid(BadInput, status=422, code="invalid-request"):
+    """Fields are out of bounds. `fields`: pairs of a field's name (or "") and a message."""
 
     def __init__(self, *fields: tuple[str, str]) -> None:
         super().__init__(fields[0][1])
@@ -121,92 +92,82 @@ class Invalid(BadInput):
 
 
 class _Later(ServerError):
-    """It could be done at another time. `retry_after_s`: when to try again."""
+    """The same request may succeed after `retry_after_s` seconds."""
 
     def __init__(self, message: str, retry_after_s: int = 2) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
-
-    @property
-    def headers(self) -> dict[str, str]:
-        return {"Retry-After": str(self.retry_after_s)}
+        self.headers = {"Retry-After": str(retry_after_s)}
 
 
-class TooBusy(_Later):
+class TooBusy(_Later, status=429, code="queue-full"):
     """The queue is full."""
 
 
-class QuotaExceeded(TooBusy):
-    """The caller's own share is used up. quota: image-steps in a minute. left: of them, now."""
+class QuotaExceeded(TooBusy, status=429, code="quota-exceeded"):
+    """The tenant's quota is used up. quota: image-steps per minute. left: image-steps available now."""
 
     def __init__(self, message: str, retry_after_s: int, quota: int, left: int) -> None:
         super().__init__(message, retry_after_s)
-        self.quota, self.left = quota, left
-
-    @property
-    def headers(self) -> dict[str, str]:
-        policy, rest = f'"image-steps";q={self.quota};w=60', f'"image-steps";r={self.left};t={self.retry_after_s}'
-        return {**super().headers, "RateLimit-Policy": policy, "RateLimit": rest}
+        self.left = left
+        policy, state = f'"image-steps";q={quota};w=60', f'"image-steps";r={left};t={retry_after_s}'
+        self.headers = {**self.headers, "RateLimit-Policy": policy, "RateLimit": state}
 
 
-class NotReady(_Later):
-    """No work is taken right now."""
+class NotReady(_Later, status=503, code="not-ready"):
+    """The server accepts no jobs now: it is loading, draining, or has no engine."""
 
 
-class StorageFull(_Later):
-    """Nothing more can be put on disk."""
+class StorageFull(_Later, status=503, code="storage-full"):
+    """The disk is full or cannot be written."""
 
 
-class StillRunning(_Later):
-    """The job that came with the same Idempotency-Key has not ended. `job`: its id."""
+class StillRunning(_Later, status=409, code="still-running"):
+    """The job with the same Idempotency-Key has not ended. job: its id."""
 
     def __init__(self, job: str, retry_after_s: int) -> None:
         super().__init__("the job that came with this Idempotency-Key has not ended", retry_after_s)
-        self.job = job
-
-    @property
-    def headers(self) -> dict[str, str]:
-        return {**super().headers, "Location": f"/jobs/{self.job}"}
+        self.headers = {**self.headers, "Location": f"/jobs/{job}"}
 
 
-class TooManyConnections(_Later):
-    """There are more connections, or websockets, than there may be."""
+class TooManyConnections(_Later, status=503, code="too-many-connections"):
+    """The limit of connections or websockets is reached."""
 
 
-class DeadlinePassed(ServerError):
-    """The deadline that the client set was not met."""
+class DeadlinePassed(ServerError, status=504, code="deadline-passed"):
+    """The job missed, or cannot meet, the client's deadline."""
 
 
-class JobCancelled(ServerError):
-    """Somebody gave the job up while another waited for it."""
+class JobCancelled(ServerError, status=409, code="cancelled"):
+    """The job was cancelled."""
 
 
-class SampleLost(ServerError):
-    """The engine says that a picture could not be made."""
+class SampleLost(ServerError, status=500, code="sample-failed"):
+    """The engine could not make a picture."""
 
 
-class ModelChanged(ServerError):
-    """The model that a job was accepted for is not the one that is served."""
+class ModelChanged(ServerError, status=409, code="model-changed"):
+    """The model that the job was accepted for is no longer the served one."""
 
 
-class ModelBroken(ServerError):
-    """The model cannot be loaded. The message says why."""
+class ModelBroken(ServerError, status=503, code="model-broken"):
+    """The model cannot be loaded; the message says why."""
 
 
 class StoreRefused(ServerError):
-    """The store is damaged, of another version, or has failed."""
+    """The store is damaged, has an unknown version, or has failed."""
 
 
 class StoreInUse(ServerError):
-    """Another server has the store."""
+    """Another server uses the store."""
 
 
 class SettingsError(ServerError):
     """A DDPM_* variable or a flag is unknown or ill-formed."""
 
 
-class EngineFailed(ServerError):
-    """The engine is down for good."""
+class EngineFailed(ServerError, status=503, code="engine-down"):
+    """The engine has failed for good. The server ends with `exit_code`."""
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
@@ -221,41 +182,11 @@ EXIT_CODES: dict[type[Exception], int] = {
     NoSuchDevice: EXIT_NO_DEVICE,
     StorageFull: EXIT_STORAGE_FULL,
 }
-ANSWERS: dict[type[Exception], tuple[int, str]] = {
-    Malformed: (400, "malformed"),
-    BadHost: (400, "bad-host"),
-    Unauthenticated: (401, "unauthenticated"),
-    Forbidden: (403, "origin-not-allowed"),
-    NotFound: (404, "not-found"),
-    Gone: (410, "gone"),
-    NotAcceptable: (406, "not-acceptable"),
-    TooSlow: (408, "request-timeout"),
-    JobCancelled: (409, "cancelled"),
-    StillRunning: (409, "still-running"),
-    ModelChanged: (409, "model-changed"),
-    BodyTooLarge: (413, "too-large"),
-    TargetTooLong: (414, "target-too-long"),
-    UnsupportedMedia: (415, "unsupported-media-type"),
-    Invalid: (422, "invalid-request"),
-    KeyReused: (422, "key-reused"),
-    PlanError: (422, "invalid-request"),
-    TooBusy: (429, "queue-full"),
-    QuotaExceeded: (429, "quota-exceeded"),
-    HeadTooLarge: (431, "head-too-large"),
-    SampleLost: (500, "sample-failed"),
-    NotReady: (503, "not-ready"),
-    ModelBroken: (503, "model-broken"),
-    StorageFull: (503, "storage-full"),
-    TooManyConnections: (503, "too-many-connections"),
-    EngineFailed: (503, "engine-down"),
-    DeadlinePassed: (504, "deadline-passed"),
-}
-UNFORESEEN = (500, "internal")
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """An error as RFC 9457 has it."""
+    """An error as an RFC 9457 problem document. errors: `pointer` and `message` of each wrong field."""
 
     status: int
     code: str
@@ -264,20 +195,15 @@ class Problem:
     headers: dict[str, str] = field(default_factory=dict)
 
     def body(self, request_id: str) -> dict[str, Any]:
-        """The members of an `application/problem+json` answer."""
-        body: dict[str, Any] = {
-            "type": f"urn:ddpm:problem:{self.code}",
-            "title": http.HTTPStatus(self.status).phrase,
-            "status": self.status,
-            "detail": self.detail,
-            "code": self.code,
-            "request_id": request_id,
-        }
+        """The members of the `application/problem+json` answer."""
+        title = http.HTTPStatus(self.status).phrase
+        body: dict[str, Any] = {"type": f"urn:ddpm:problem:{self.code}", "title": title, "status": self.status}
+        body |= {"detail": self.detail, "code": self.code, "request_id": request_id}
         return body | {"errors": self.errors} if self.errors else body
 
 
 class Recalled(ServerError):
-    """What a job that ended long ago failed with."""
+    """The stored error of a job that failed before this server started."""
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem.detail)
@@ -285,17 +211,14 @@ class Recalled(ServerError):
 
 
 def problem(error: Exception) -> Problem:
-    """What to answer. Nothing of an unforeseen error is shown."""
+    """The answer to an error. An unforeseen error reveals nothing."""
     if isinstance(error, Recalled):
         return error.problem
-    status, code = ANSWERS.get(type(error), UNFORESEEN)
-    if (status, code) == UNFORESEEN:
-        return Problem(status, code, "an error that should not have happened; it has been logged under this request id")
-    wrong: tuple[tuple[str, str], ...] = ()
+    if type(error) not in ANSWERS:
+        return Problem(*UNFORESEEN, "an error that should not have happened; it has been logged under this request id")
+    fields = error.fields if isinstance(error, Invalid) else ()
     if isinstance(error, PlanError):
-        wrong = ((error.field, str(error)),)
-    elif isinstance(error, Invalid):
-        wrong = error.fields
-    errors = [{"pointer": f"/{name}" if name else "", "message": message} for name, message in wrong]
+        fields = ((error.field, str(error)),)
+    errors = [{"pointer": f"/{name}" if name else "", "message": message} for name, message in fields]
     headers = error.headers if isinstance(error, ServerError) else {}
-    return Problem(status, code, str(error), errors, headers)
+    return Problem(*ANSWERS[type(error)], str(error), errors, headers)

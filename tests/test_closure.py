@@ -43,7 +43,15 @@ for module in sorted(modules):
 
 def import_with(packages: Iterable[str], modules: Sequence[str]) -> str:
     """What goes wrong when these modules are imported where no other packages are installed than these."""
-    command = [sys.executable, "-W", "ignore", "-c", IMPORT, " ".join([*packages, "ddpm-server"]), " ".join(modules)]
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-c",
+        IMPORT,
+        " ".join([*packages, "ddpm-client", "ddpm-server"]),
+        " ".join(modules),
+    ]
     environ = os.environ | {"HYPOTHESIS_NO_PLUGINS": "1"}  # those of packages that are hidden
     result = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True)
     return (result.stderr.splitlines() or [""])[-1] if result.returncode else ""

@@ -42,6 +42,8 @@ ROOMS = {
     "huggingface_hub": ("server.hub",),
     "httpx2": ("server.hub",),  # what it speaks to a hub with
     "prometheus_client": ("server.metrics",),
+    "tqdm": ("server.cli",),
+    "typing_extensions": ("ddpm_client",),
 }
 NOT_IN_MODEL = {"asyncio", "threading", "multiprocessing", "subprocess", "concurrent", "socket", "http", "urllib", "os"}
 OFF_THE_PATH = ("model.convert", "model.train")  # entrances of their own, which read and write files

@@ -112,7 +112,8 @@ def environment(dry: bool, commit: str | None) -> Iterator[dict[str, str]]:
     """That of the stages: with what the wheels bring, for as long as this lasts. Kernels that a GPU has had compiled
     are kept for the next run, in the system's folder for what is temporary."""
     environ = os.environ | ({"DDPM_COMMIT": commit} if commit else {}) | (ONE_THREAD if dry else {})
-    environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    paths = [str(ROOT), str(ROOT / "client"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environ["PYTHONPATH"] = os.pathsep.join(paths)
     if not WHEELS.is_dir():
         yield environ
         return

@@ -1,31 +1,22 @@
-"""What a caller of the Python client can be told. Messages are the server's own words, where it said any.
-
-ClientError
-├── Refused         the server answered with a problem: `status`, `code`, `detail`, `errors`
-│   ├── Invalid         422: a field is out of bounds, `errors` names it
-│   ├── NotFound        404, 410: there is no such thing, or not any more
-│   ├── Denied          401, 403: no key, or a wrong one
-│   └── Busy            429, 502, 503: later, perhaps; `retry_after_s`. A 503 of the server without one is just Refused
-├── Failed          the job was taken on, and then failed; the same members as Refused
-├── Cancelled       the job was given up
-├── TimedOut        nothing was heard for too long
-└── Unreachable     there is no server, or the line to it breaks again and again
-"""
+"""What the client raises. An error's message is the server's own text wherever the server sent one."""
 
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+DONE, POLICY, BAD_REQUEST, UNKNOWN_JOB = 1000, 1008, 4400, 4404  # close codes of a websocket
+
 
 class ClientError(Exception):
-    """Everything the client raises on purpose."""
+    """The base of every error that the client raises."""
 
 
 class _Problem(ClientError):
-    """A problem as RFC 9457 has it."""
+    """A problem document (RFC 9457) as an exception."""
 
-    def __init__(self, document: Mapping[str, Any]) -> None:
+    def __init__(self, document: Mapping[str, Any], retry_after_s: float | None = None) -> None:
+        self.retry_after_s = retry_after_s
         self.status, self.code = int(document.get("status", 500)), str(document.get("code", "unknown"))
         self.detail = str(document.get("detail", ""))
         self.errors: list[dict[str, str]] = list(document.get("errors", ()))
@@ -33,92 +24,85 @@ class _Problem(ClientError):
         super().__init__(self.detail)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """As pickle and copy have it: made of words, and then of all its members. A pool of processes needs that."""
+        """Rebuilds it from its text, then restores its members: process pools pickle exceptions."""
         return type(self), ({"detail": self.detail},), self.__dict__
 
 
 class Refused(_Problem):
-    """The server answered with a problem."""
+    """The server answered with a problem: `status`, `code`, `detail`, `errors`, `request_id`."""
 
 
 class Invalid(Refused):
-    """A field is out of bounds; `errors` names it."""
+    """422: a field of the request is invalid; `errors` names it."""
 
 
 class NotFound(Refused):
-    """There is no such thing, or not any more."""
+    """404, 410: there is no such job, model or path, or not any more."""
 
 
 class Denied(Refused):
-    """A key is needed, or another one."""
+    """401, 403: the API key is missing, wrong or not permitted."""
 
 
 class Busy(Refused):
-    """It could be done later. `retry_after_s`: when, if the server said so."""
-
-    def __init__(self, document: Mapping[str, Any], retry_after_s: float | None = None) -> None:
-        super().__init__(document)
-        self.retry_after_s = retry_after_s
+    """429, 502, 503: no capacity now. `retry_after_s`: the server's advice. Its 503 without any is a plain Refused."""
 
 
 class Failed(_Problem):
-    """The job was taken on, and then failed."""
+    """The job was accepted and then failed. It has the members of Refused."""
 
 
 class Cancelled(ClientError):
-    """The job was given up."""
+    """The job was cancelled."""
 
 
 class TimedOut(ClientError, TimeoutError):
-    """Nothing was heard for too long."""
+    """The server was silent for longer than `timeout_s`."""
 
 
 class Unreachable(ClientError, ConnectionError):
-    """There is no server, or the line to it breaks again and again."""
+    """No connection to the server could be made, or it broke again and again."""
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    """What came back over HTTP. Names of headers are in lower case."""
+class Response:
+    """An HTTP response. Header names are in lower case."""
 
     status: int
     headers: Mapping[str, str]
     body: bytes = field(repr=False)
 
-    def json(self) -> Any:
-        """The body, which is JSON. Raises Refused: what answers in another way is not the server."""
+    def json(self) -> dict[str, Any]:
+        """The JSON document in the body. Raises Refused if there is none: then it is not the server that answered."""
         try:
-            return json.loads(self.body)
+            document: dict[str, Any] = json.loads(self.body)
         except ValueError:
             raise Refused({"status": self.status, "detail": f"the answer was {self.status}, and no JSON"}) from None
+        return document
 
 
-class LineBroken(Exception):
-    """A connection could not be made, or ended. `answer`: what refused a websocket; `code`: what closed one."""
-
-    def __init__(
-        self, message: str, answer: Answer | None = None, code: int | None = None, silent: bool = False
-    ) -> None:
-        super().__init__(message)
-        self.answer, self.code, self.silent = answer, code, silent
+BY_STATUS: dict[int, type[Refused]] = {401: Denied, 403: Denied, 404: NotFound, 410: NotFound, 422: Invalid}
+BUSY = (429, 502, 503)
 
 
-KINDS: dict[int, type[Refused]] = {401: Denied, 403: Denied, 404: NotFound, 410: NotFound, 422: Invalid}
-LATER = (429, 502, 503)
-
-
-def refused(document: Mapping[str, Any], retry_after_s: float | None = None) -> Refused:
-    """A problem document as what to raise."""
-    status = int(document["status"])
-    return Busy(document, retry_after_s) if status in LATER else KINDS.get(status, Refused)(document)
-
-
-def refusal_in(answer: Answer) -> Refused:
-    """What an answer refuses. It may come from somebody between us and the server, in other words than ours."""
-    document: dict[str, Any] = {"status": answer.status, "detail": f"the answer was {answer.status}"}
-    said = answer.headers.get("retry-after", "")
-    if answer.headers.get("content-type", "").startswith("application/problem+json"):
-        document |= answer.json()
-        if answer.status == 503 and not said:  # so it says that waiting will not help
+def refusal_in(response: Response) -> Refused:
+    """The exception for a response that is no success. A proxy may have sent it, without a problem document."""
+    document: dict[str, Any] = {"status": response.status, "detail": f"the answer was {response.status}"}
+    retry_after = response.headers.get("retry-after", "")
+    if response.headers.get("content-type", "").startswith("application/problem+json"):
+        document |= response.json()
+        if response.status == 503 and not retry_after:  # the server's way to say that waiting will not help
             return Refused(document)
-    return refused(document, float(said) if said.isascii() and said.isdigit() else None)
+    retry_after_s = float(retry_after) if retry_after.isascii() and retry_after.isdigit() else None
+    status = int(document["status"])
+    return BY_STATUS.get(status, Busy if status in BUSY else Refused)(document, retry_after_s)
+
+
+def close_error(code: int | None, reason: str) -> ClientError:
+    """The exception for a websocket that ended. code: the server's close code; None if the connection was lost"""
+    detail = reason or "the connection to the server was lost"
+    if code == UNKNOWN_JOB:
+        return NotFound({"status": 404, "code": "not-found", "detail": detail})
+    if code in (POLICY, BAD_REQUEST):
+        return Refused({"status": 400, "code": "malformed", "detail": detail})
+    return Unreachable(detail)

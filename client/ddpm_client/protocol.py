@@ -1,264 +1,224 @@
-"""What a client does, step by step, with nothing that does it: no socket, no loop, no clock that waits.
+"""What the client sends and when it retries, without any I/O.
 
-A flow is a generator that yields what it needs (ask this, open that, listen, rest) and is sent what came of it, or has
-LineBroken thrown into it. `ddpm_client` performs flows, once with threads and once with asyncio; whatever is decided
-(when to try again, from which message to go on) is decided here, for both.
+A flow is a generator. It yields effects (send this request, receive the next message, sleep) and gets the reply of
+each, or has a ClientError thrown into it. asyncio.py and threads.py perform the effects and decide nothing.
 """
 
 import random
 import time
 from collections.abc import Generator, Mapping
-from dataclasses import dataclass, field
-from typing import Any, TypeAlias, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, TypeAlias, TypeVar
 from urllib.parse import quote, urlencode
 from uuid import uuid4
 
-from ddpm_client.errors import (
-    Answer,
-    Busy,
-    ClientError,
-    LineBroken,
-    Refused,
-    TimedOut,
-    Unreachable,
-    refusal_in,
-    refused,
-)
-from ddpm_client.types import NUMBERED, Document, Ended, Event, Picture, Request, event
+from ddpm_client import types
+from ddpm_client.errors import Busy, ClientError, Refused, Response, Unreachable, refusal_in
+from ddpm_client.types import ENDS, NUMBERED, Document, Ended, Event, Frame, OnEvent, Picture, Pictures, Request
 
 T = TypeVar("T")
-FIRST_REST_S, MOST_REST_S = 0.1, 2.0  # between tries, if the server does not say when
-LEAVING_S = 5.0  # that giving a job up may take
-POLICY, BAD_REQUEST, UNKNOWN_JOB, DONE = 1008, 4400, 4404, 1000  # close codes
-MEDIA = {"gif": "image/gif", "apng": "image/apng", "webp": "image/webp"}
+Animation: TypeAlias = Literal["gif", "apng", "webp"]
+FIRST_PAUSE_S, MAX_PAUSE_S = 0.1, 2.0  # between tries, if the server gives no Retry-After
+CANCEL_S = 5.0  # for cancelling an abandoned job
+LOOK_S = 2.0  # for each request of a notebook that displays a job
 
 
-@dataclass(frozen=True, slots=True)
-class Ask:
-    """A request over HTTP. Gives an Answer."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Send:
+    """An HTTP request. Its reply is a Response."""
 
-    method: str
     path: str
-    body: Mapping[str, Any] | None = None
+    method: str = "GET"
+    json: Mapping[str, Any] | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
     timeout_s: float = 10.0
 
 
 @dataclass(frozen=True, slots=True)
-class Open:
-    """A websocket."""
+class Receive:
+    """The next message of the websocket at this path, which is opened first if it is not open.
+
+    Its reply is the message, or None if the server closed the websocket because there are no more.
+    """
 
     path: str
     timeout_s: float
 
 
 @dataclass(frozen=True, slots=True)
-class Hear:
-    """The next message of the websocket. Gives str or bytes."""
-
-    timeout_s: float
+class Close:
+    """Closes the websocket if it is open."""
 
 
 @dataclass(frozen=True, slots=True)
-class HangUp:
-    """The end of the websocket."""
-
-
-@dataclass(frozen=True, slots=True)
-class Rest:
-    """A pause."""
+class Sleep:
+    """A pause between two tries."""
 
     seconds: float
 
 
-Wish: TypeAlias = Ask | Open | Hear | HangUp | Rest
-Heard: TypeAlias = Answer | str | bytes | None
-Flow: TypeAlias = Generator[Wish, Heard, T]
+Effect: TypeAlias = Send | Receive | Close | Sleep
+Reply: TypeAlias = Response | str | bytes | None
+Flow: TypeAlias = Generator[Effect, Reply, T]
 
 
-def job_path(id: str) -> str:
-    """Where a job is, whatever somebody takes for its id."""
-    return f"/jobs/{quote(id, safe='')}"
-
-
-class Patience:
-    """How long a call goes on without getting anywhere."""
+class Retry:
+    """The time that a call may take without progress, and the pauses between its tries."""
 
     def __init__(self, timeout_s: float) -> None:
-        self._until, self._tries = time.monotonic() + timeout_s, 0
+        self._deadline, self._tries = time.monotonic() + timeout_s, 0
 
     @property
     def left_s(self) -> float:
-        """What is left of it."""
-        return max(0.001, self._until - time.monotonic())
+        """Seconds until the deadline, always positive."""
+        return max(0.001, self._deadline - time.monotonic())
 
-    def rest(self, why: ClientError, retry_after_s: float | None = None) -> Flow[None]:
-        """A pause before the next try. Raises `why` if it would come too late."""
-        pause_s = retry_after_s
+    def after(self, error: ClientError) -> Flow[None]:
+        """Sleeps before the next try. Raises `error` if it is final, or if the pause would pass the deadline."""
+        if isinstance(error, Refused) and not isinstance(error, Busy):
+            raise error
+        pause_s = error.retry_after_s if isinstance(error, Refused) else None
         if pause_s is None:
-            pause_s = min(MOST_REST_S, FIRST_REST_S * 2**self._tries)
-        pause_s *= random.uniform(1, 1.2)  # or all who were sent away together would come back together
+            pause_s = min(MAX_PAUSE_S, FIRST_PAUSE_S * 2**self._tries)
+        pause_s *= random.uniform(1, 1.2)  # so that clients refused together do not return together
         self._tries += 1
-        if pause_s >= self._until - time.monotonic():
-            raise why
-        yield Rest(pause_s)
+        if pause_s >= self._deadline - time.monotonic():
+            raise error
+        yield Sleep(pause_s)
 
 
-def ask(
-    patience: Patience,
-    method: str,
-    path: str,
-    body: Mapping[str, Any] | None = None,
-    headers: Mapping[str, str] | None = None,
-) -> Flow[Answer]:
-    """An answer, tried for until there is one: whatever is asked here may be asked twice. Raises ClientError."""
+def job_path(id: str) -> str:
+    """The path of a job. An id may be any text, since it may come from a user."""
+    return f"/jobs/{quote(id, safe='')}"
+
+
+def send(retry: Retry, request: Send) -> Flow[Response]:
+    """A successful response. May send the request several times, so it must be idempotent. Raises ClientError."""
     while True:
         try:
-            answer = yield Ask(method, path, body, headers or {}, patience.left_s)
-        except LineBroken as broken:
-            yield from patience.rest(_why(broken))
-            continue
-        assert isinstance(answer, Answer)
-        if 200 <= answer.status < 300:
-            return answer
-        yield from _later(patience, refusal_in(answer))
+            response = yield replace(request, timeout_s=retry.left_s)
+            assert isinstance(response, Response)
+            if 200 <= response.status < 300:
+                return response
+            raise refusal_in(response)
+        except ClientError as error:
+            yield from retry.after(error)
 
 
-def _later(patience: Patience, refusal: Refused) -> Flow[None]:
-    """A pause, if it makes sense to try again. Raises what was refused."""
-    if not isinstance(refusal, Busy):
-        raise refusal
-    yield from patience.rest(refusal, refusal.retry_after_s)
+def fetch(timeout_s: float, path: str, method: str = "GET", **parameters: str | int | None) -> Flow[Document]:
+    """The JSON document at this path."""
+    query = urlencode({name: value for name, value in parameters.items() if value is not None})
+    request = Send(path=f"{path}?{query}" if query else path, method=method)
+    return (yield from send(Retry(timeout_s), request)).json()
 
 
-def _why(broken: LineBroken) -> ClientError:
-    return TimedOut(str(broken)) if broken.silent else Unreachable(str(broken))
-
-
-def fetch(timeout_s: float, method: str, path: str, **parameters: str | int | None) -> Flow[Any]:
-    """A document."""
-    given = urlencode({name: value for name, value in parameters.items() if value is not None})
-    answer = yield from ask(Patience(timeout_s), method, f"{path}?{given}" if given else path)
-    return answer.json()
-
-
-def is_ready() -> Flow[bool]:
-    """Whether work is taken, asked once."""
+def ready() -> Flow[bool]:
+    """Whether the server accepts jobs. Never retries."""
     try:
-        answer = yield Ask("GET", "/readyz")
-    except LineBroken:
+        response = yield Send(path="/readyz")
+    except ClientError:
         return False
-    return isinstance(answer, Answer) and answer.status == 200
+    return isinstance(response, Response) and response.status == 200
 
 
-def submit(patience: Patience, request: Request, key: str) -> Flow[Document]:
-    """A job that is on disk, and is one job however often it is asked for with this key."""
-    headers = {"Prefer": "respond-async", "Idempotency-Key": key}
-    answer = yield from ask(patience, "POST", "/generate", request, headers)
-    document: Document = answer.json()
-    return document
-
-
-def new_key() -> str:
-    """An Idempotency-Key."""
-    return uuid4().hex
+def submit(retry: Retry, request: Request, key: str | None = None) -> Flow[Document]:
+    """The document of a new job; of the same job if the same idempotency key is used again."""
+    headers = {"Prefer": "respond-async", "Idempotency-Key": key or uuid4().hex}
+    return (yield from send(retry, Send(path="/generate", method="POST", json=request, headers=headers))).json()
 
 
 def images(timeout_s: float, document: Document) -> Flow[tuple[Picture, ...]]:
     """The pictures of a job that has succeeded."""
-    made = []
+    pictures = []
     for image in document["images"]:
-        answer = yield from ask(Patience(timeout_s), "GET", image["url"])
-        made.append(Picture(document["id"], 0, image["index"], image["seed"], answer.body))
-    return tuple(made)
+        png = (yield from send(Retry(timeout_s), Send(path=image["url"]))).body
+        pictures.append(Picture(document["id"], 0, index=image["index"], seed=image["seed"], png=png))
+    return tuple(pictures)
 
 
-def trajectory(timeout_s: float, id: str, media: str) -> Flow[bytes]:
-    """The denoising as an animation. media: gif, apng or webp"""
-    if media not in MEDIA:
-        raise ValueError(f"an animation can be {', '.join(MEDIA)}")
-    answer = yield from ask(Patience(timeout_s), "GET", f"{job_path(id)}/trajectory", None, {"Accept": MEDIA[media]})
-    return answer.body
+def trajectory(timeout_s: float, id: str, media: Animation) -> Flow[bytes]:
+    """The denoising as an animation."""
+    request = Send(path=f"{job_path(id)}/trajectory", headers={"Accept": f"image/{media}"})
+    return (yield from send(Retry(timeout_s), request)).body
 
 
-class Watching:
-    """A job that is watched from message `after` + 1 on, over as many connections as it takes.
+def look(document: Document, pictures: tuple[Picture, ...]) -> Flow[tuple[Document, tuple[Picture, ...]]]:
+    """A job as it is now, for display; as it was before if the server does not answer soon."""
+    try:
+        if document["status"] not in ENDS:
+            document = yield from fetch(LOOK_S, job_path(document["id"]))
+        if document["status"] == "succeeded" and not pictures:
+            pictures = yield from images(LOOK_S, document)
+    except ClientError:
+        pass  # a notebook shows the last known state instead of an error
+    return document, pictures
 
-    With a request it is a job of its own, asked for when its first event is, and given up by `leave` if it goes on.
+
+class Subscription:
+    """The events of a job from message `after` + 1 on, over as many connections as needed.
+
+    With a request, the first `next` submits the job, and `leave` cancels it unless it has ended.
     """
 
     def __init__(self, timeout_s: float, job: str | None, request: Request | None = None, after: int = 0) -> None:
         self.job, self.after, self.ended = job, after, False
-        self._timeout_s, self._request, self._key = timeout_s, request, new_key()
-        self._asked, self._connected = False, False
-
-    @property
-    def _path(self) -> str:
-        assert self.job is not None
-        return job_path(self.job)
+        self._timeout_s, self._request, self._key, self._submitted = timeout_s, request, uuid4().hex, False
 
     def next(self) -> Flow[Event | None]:
-        """What happens next; None after the end. Raises ClientError if nothing is heard for too long."""
-        patience = Patience(self._timeout_s)
+        """The next event; None after the end. Raises ClientError if the server is silent for too long."""
+        retry = Retry(self._timeout_s)
         while not self.ended:
-            if self.job is None:
-                yield from self._submit(patience)
+            path = yield from self._path(retry)
             try:
-                if not self._connected:
-                    yield Open(f"{self._path}/stream?after={self.after}", patience.left_s)
-                    self._connected = True
-                message = yield Hear(patience.left_s)
-            except LineBroken as broken:
-                yield from self._hang_up()
-                yield from self._broken(patience, broken)
+                message = yield Receive(f"{path}/stream?after={self.after}", retry.left_s)
+            except ClientError as error:
+                yield Close()
+                yield from retry.after(error)
                 continue
-            assert isinstance(message, str | bytes)
-            if (seen := self._new(event(message))) is not None:
+            assert not isinstance(message, Response)
+            seen = types.event(message) if message is not None else None
+            self.ended = message is None or isinstance(seen, Ended)
+            if seen is not None and not (isinstance(seen, NUMBERED) and seen.seq <= self.after):  # not a repetition
+                self.after = max(self.after, seen.seq)
                 return seen
         return None
 
-    def _submit(self, patience: Patience) -> Flow[None]:
-        assert self._request is not None
-        self._asked = True
-        try:
-            self.job = (yield from submit(patience, self._request, self._key))["id"]
-        except Refused:
-            self._asked = False  # there is nothing to give up
-            raise
-
-    def _new(self, seen: Event | None) -> Event | None:
-        """An event, unless it was seen before."""
-        if seen is None or (isinstance(seen, NUMBERED) and seen.seq <= self.after):
-            return None
-        self.after, self.ended = max(self.after, seen.seq), isinstance(seen, Ended)
-        return seen
-
-    def _broken(self, patience: Patience, broken: LineBroken) -> Flow[None]:
-        """The connection has ended, or there was none. Raises ClientError unless it makes sense to try again."""
-        if broken.answer is not None:
-            return (yield from _later(patience, refusal_in(broken.answer)))
-        if broken.code == DONE:
-            self.ended = True  # there is nothing behind `after`
-        elif broken.code in (POLICY, BAD_REQUEST, UNKNOWN_JOB):
-            status, code = (404, "not-found") if broken.code == UNKNOWN_JOB else (400, "malformed")
-            raise refused({"status": status, "code": code, "detail": str(broken)})
-        else:
-            yield from patience.rest(_why(broken))
-
-    def _hang_up(self) -> Flow[None]:
-        if self._connected:
-            self._connected = False
-            yield HangUp()
+    def result(self, on_event: OnEvent) -> Flow[Pictures]:
+        """The result of the job, once it has ended. Raises Failed, Cancelled, ClientError."""
+        pictures: dict[int, Picture] = {}
+        frames: dict[tuple[int, int, str], Frame] = {}  # a frame that is made twice is the same
+        while (event := (yield from self.next())) is not None:
+            on_event(event)
+            match event:
+                case Picture():
+                    pictures[event.index] = event
+                case Frame():
+                    frames[event.index, event.step, event.kind] = event
+                case Ended():
+                    types.raise_for(event.document)
+                    in_order = tuple(pictures[index] for index in sorted(pictures))
+                    return Pictures(event.document, in_order, tuple(frames.values()))
+        raise Unreachable("the stream ended before the job did")
 
     def leave(self) -> Flow[None]:
-        """Hangs up; a job of its own that goes on is given up. Says nothing if that cannot be said to anybody."""
-        yield from self._hang_up()
-        if not self._asked or self.ended:
-            return
-        self.ended, patience = True, Patience(min(LEAVING_S, self._timeout_s))
+        """Closes the websocket and cancels the job if this subscription submitted it. Raises no ClientError."""
         try:
-            if self.job is None:  # whether it was taken on is not known; the same key finds it
-                yield from self._submit(patience)
-            yield from ask(patience, "DELETE", self._path)
+            yield Close()
+            if self._submitted and not self.ended:
+                self.ended, retry = True, Retry(min(CANCEL_S, self._timeout_s))
+                path = yield from self._path(retry)  # if the id is unknown, the same key finds the job
+                yield from send(retry, Send(path=path, method="DELETE"))
         except ClientError:
-            return
+            pass
+
+    def _path(self, retry: Retry) -> Flow[str]:
+        """The job's path. Submits the job first if it has no id yet."""
+        if self.job is None:
+            assert self._request is not None
+            self._submitted = True
+            try:
+                self.job = (yield from submit(retry, self._request, self._key))["id"]
+            except Refused:
+                self._submitted = False  # there is no job to cancel
+                raise
+        return job_path(str(self.job))

@@ -1,204 +1,204 @@
-"""`Client`: a server, for threads, scripts and notebooks."""
+# Generated from asyncio.py by client/unasync.py. Edit asyncio.py and run `python client/unasync.py`.
+"""`Client`, and what its methods return."""
 
+import time
 from collections.abc import Iterator
-from types import TracebackType
-from typing import Self, TypeVar, Unpack
+from contextlib import AbstractContextManager
+from typing import cast
 from urllib.parse import quote
 
 import httpx
+from typing_extensions import Self, Unpack
+from websockets.sync.client import connect
+from websockets.sync.connection import Connection
 
-from ddpm_client import protocol as flows
-from ddpm_client.errors import Cancelled, ClientError, Failed, Unreachable
-from ddpm_client.protocol import Flow, Watching
-from ddpm_client.transport import TIMEOUT_S, URL, Address, Line
-from ddpm_client.types import ENDS, Document, Event, Gathering, Picture, Pictures, Request, check, shown
-
-T = TypeVar("T")
-LOOK_S = 2.0  # that a job may take to show itself in a notebook
+from ddpm_client import protocol, transport
+from ddpm_client.errors import Cancelled, ClientError, Failed, Response
+from ddpm_client.protocol import Animation, Close, Effect, Flow, Receive, Reply, Retry, Send, Sleep, Subscription, T
+from ddpm_client.transport import TIMEOUT_S, URL, Address
+from ddpm_client.types import ENDS, Document, Event, OnEvent, Picture, Pictures, Request, raise_for, to_html
 
 
-class Stream:
-    """The events of a job: `for event in stream`. A job that was asked for by `stream()` is given up when the loop, or
-    the `with` around it, is left before its end."""
+class Transport:
+    """Performs flows. It has at most one websocket."""
 
-    def __init__(self, line: Line, watching: Watching) -> None:
-        self._line, self._watching = line, watching
+    def __init__(self, address: Address, http: httpx.Client) -> None:
+        self._address, self._http = address, http
+        self._socket: Connection | None = None
+
+    def run(self, flow: Flow[T]) -> T:
+        """The result of a flow."""
+        reply: Reply | ClientError = None
+        while True:
+            try:
+                effect = flow.throw(reply) if isinstance(reply, ClientError) else flow.send(reply)
+            except StopIteration as end:
+                return cast(T, end.value)
+            try:
+                reply = self._perform(effect)
+            except transport.ERRORS as error:
+                reply = transport.reply_for(error)
+
+    def _perform(self, effect: Effect) -> Reply:
+        match effect:
+            case Send():
+                response = self._http.request(**transport.request_options(effect))
+                return Response(response.status_code, dict(response.headers), response.content)
+            case Receive():
+                if self._socket is None:
+                    self._socket = connect(**self._address.websocket_options(effect)).__enter__()
+                return self._socket.recv(effect.timeout_s)
+            case Close() if self._socket is not None:
+                closing, self._socket = self._socket, None
+                closing.close()
+            case Sleep():
+                time.sleep(effect.seconds)
+        return None
+
+
+class Stream(AbstractContextManager["Stream"]):
+    """The events of a job: `for event in stream`. Leave it by `with`: a job that `stream()` submitted is
+    cancelled if it has not ended by then."""
+
+    def __init__(self, transport: Transport, subscription: Subscription) -> None:
+        self._transport, self._subscription = transport, subscription
 
     @property
     def job(self) -> str | None:
-        """The job's id, as soon as it has one."""
-        return self._watching.job
+        """The job's id, once the server has given it one."""
+        return self._subscription.job
 
     def __iter__(self) -> Iterator[Event]:
         try:
-            while (event := self._line.run(self._watching.next())) is not None:
+            while (event := self._transport.run(self._subscription.next())) is not None:
                 yield event
         finally:
             self.close()
 
     def close(self) -> None:
-        """Watches no longer."""
-        self._line.run(self._watching.leave())
+        """Ends the stream, and the job if `stream()` submitted it."""
+        self._transport.run(self._subscription.leave())
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
-    def pictures(self) -> Pictures:
-        """All that comes of it, once it has ended. Raises Failed, Cancelled."""
-        gathering = Gathering()
+    def pictures(self, on_event: OnEvent = lambda event: None) -> Pictures:
+        """The job's result, once it has ended; `on_event` is called with each event. Raises Failed, Cancelled."""
         with self:
-            for event in self:
-                if (made := gathering.take(event)) is not None:
-                    return made
-        raise Unreachable("the stream ended before the job did")
+            return self._transport.run(self._subscription.result(on_event))
 
 
 class Job:
-    """A job on a server: where it stands, what has come of it. In a notebook it shows itself."""
+    """A job on a server. `document` is its last known state, which a notebook displays."""
 
     def __init__(self, client: "Client", document: Document) -> None:
-        self._client, self.document = client, document
+        self._client, self.document, self.id = client, document, str(document["id"])
         self._pictures: tuple[Picture, ...] = ()
 
     @property
-    def id(self) -> str:
-        """Its name on the server."""
-        return str(self.document["id"])
-
-    @property
     def status(self) -> str:
-        """queued, running, succeeded, failed or cancelled, when it was last looked at."""
+        """The last known status: queued, running, succeeded, failed or cancelled."""
         return str(self.document["status"])
 
     def refresh(self) -> Self:
-        """Looks at it again, unless it has ended."""
+        """Fetches the job's state, unless it has ended."""
         if self.status not in ENDS:
-            self.document = self._client.ask(flows.job_path(self.id))
+            self.document = self._client._run(protocol.fetch(self._client.timeout_s, protocol.job_path(self.id)))
         return self
 
     def cancel(self) -> Self:
-        """Gives it up, if it has not ended."""
-        self.document = self._client.ask(flows.job_path(self.id), "DELETE")
+        """Cancels the job, unless it has ended."""
+        self.document = self._client._run(protocol.fetch(self._client.timeout_s, protocol.job_path(self.id), "DELETE"))
         return self
 
     def watch(self, after: int = 0) -> Stream:
-        """Its events, from its first or from message `after` + 1 on. Leaving cancels nothing."""
+        """The job's events from message `after` + 1 on. Leaving the stream does not cancel the job."""
         return self._client.watch(self.id, after)
 
     def wait(self) -> Pictures:
-        """Its pictures and frames, once it has ended. Raises Failed, Cancelled."""
+        """The job's pictures and frames, once it has ended. Raises Failed, Cancelled."""
         try:
-            made = self.watch().pictures()
+            result = self.watch().pictures()
         except (Failed, Cancelled):
             self.refresh()
             raise
-        self.document, self._pictures = made.job, made.pictures
-        return made
+        self.document, self._pictures = result.job, result.pictures
+        return result
 
     def images(self) -> tuple[Picture, ...]:
-        """Its pictures, if it has succeeded; none while it runs. Raises Failed, Cancelled."""
-        check(self.refresh().document)
+        """The job's pictures if it has succeeded; none before it ends. Raises Failed, Cancelled."""
+        raise_for(self.refresh().document)
         if not self._pictures:
-            self._pictures = self._client.run(flows.images(self._client.timeout_s, self.document))
+            self._pictures = self._client._run(protocol.images(self._client.timeout_s, self.document))
         return self._pictures
 
-    def trajectory(self, media: str = "gif") -> bytes:
+    def trajectory(self, media: Animation = "gif") -> bytes:
         """The denoising as an animation: gif, apng or webp."""
-        return self._client.run(flows.trajectory(self._client.timeout_s, self.id, media))
+        return self._client._run(protocol.trajectory(self._client.timeout_s, self.id, media))
 
     def __repr__(self) -> str:
         return f"<Job {self.id}: {self.status}>"
 
     def _repr_html_(self) -> str:
-        try:
-            if self.status not in ENDS:
-                self.document = self._client.run(flows.fetch(LOOK_S, "GET", flows.job_path(self.id)))
-            if self.status == "succeeded" and not self._pictures:
-                self._pictures = self._client.run(flows.images(LOOK_S, self.document))
-        except ClientError:  # a notebook shows what was last heard, and does not wait for more
-            pass
-        return shown(self.document, self._pictures)
+        self.document, self._pictures = self._client._run(protocol.look(self.document, self._pictures))
+        return to_html(self.document, self._pictures)
 
 
-class Client:
-    """A server, from here. Threads may share it.
-
-    timeout_s: for how long a call goes on while nothing is heard: no answer, no event, nothing but "later".
-    """
+class Client(AbstractContextManager["Client"]):
+    """A server. timeout_s: how long a call retries while the server is silent or busy. Close it, or use it in a
+    `with`; tasks and threads may share it."""
 
     def __init__(self, url: str = URL, key: str | None = None, timeout_s: float = TIMEOUT_S) -> None:
         self._address, self.timeout_s = Address(url, key), timeout_s
-        address = self._address
-        self._http = httpx.Client(
-            base_url=address.url,
-            headers=address.headers,
-            limits=address.limits,
-            trust_env=address.through_proxies,
-        )
+        self._http = httpx.Client(**self._address.http_options())
 
     def close(self) -> None:
-        """Lets go of its connections."""
+        """Closes the connections."""
         self._http.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
-    def run(self, flow: Flow[T]) -> T:
-        """What comes of a flow."""
-        return Line(self._address, self._http).run(flow)
-
     def generate(self, **request: Unpack[Request]) -> Pictures:
-        """Pictures; with frames if `frames` says which. Whoever leaves this by an exception gives the job up.
+        """Makes pictures; frames too if `frames` asks for them. Cancels the job if left by an exception.
 
         Raises Refused (Invalid, Busy, ...), Failed, Cancelled, TimedOut, Unreachable.
         """
-        asked: Request = {"frames": None, **request}
-        return self.stream(**asked).pictures()
+        with_default: Request = {"frames": None, **request}
+        return self.stream(**with_default).pictures()
 
     def stream(self, **request: Unpack[Request]) -> Stream:
-        """All that happens while pictures are made. Leaving it before the end gives the job up."""
-        return Stream(Line(self._address, self._http), Watching(self.timeout_s, None, request))
+        """Submits a job and gives its events. Leaving the stream before the end cancels the job."""
+        return Stream(Transport(self._address, self._http), Subscription(self.timeout_s, None, request))
 
     def watch(self, id: str, after: int = 0) -> Stream:
-        """All that happens to a job, from message `after` + 1 on."""
-        return Stream(Line(self._address, self._http), Watching(self.timeout_s, id, after=after))
+        """The events of a job from message `after` + 1 on. Leaving the stream does not cancel the job."""
+        return Stream(Transport(self._address, self._http), Subscription(self.timeout_s, id, after=after))
 
     def submit(self, **request: Unpack[Request]) -> Job:
-        """A job that goes on by itself."""
-        return Job(self, self.run(flows.submit(flows.Patience(self.timeout_s), request, flows.new_key())))
+        """Submits a job that runs whether or not it is watched."""
+        return Job(self, self._run(protocol.submit(Retry(self.timeout_s), request)))
 
     def job(self, id: str) -> Job:
-        """A job that was asked for before. Raises NotFound."""
-        return Job(self, self.ask(flows.job_path(id)))
+        """A job by its id. Raises NotFound."""
+        return Job(self, self._run(protocol.fetch(self.timeout_s, protocol.job_path(id))))
 
     def jobs(self, status: str | None = None, limit: int | None = None, after: str | None = None) -> list[Job]:
-        """Jobs, newest first, older than the one with id `after`."""
-        found = self.run(flows.fetch(self.timeout_s, "GET", "/jobs", status=status, limit=limit, after=after))
+        """Jobs, newest first, from the one that follows the job `after` on."""
+        found = self._run(protocol.fetch(self.timeout_s, "/jobs", status=status, limit=limit, after=after))
         return [Job(self, document) for document in found["jobs"]]
 
     def models(self) -> list[Document]:
-        """The models that are served."""
-        return list(self.ask("/models")["models"])
+        """The models that the server serves."""
+        return list(self._run(protocol.fetch(self.timeout_s, "/models"))["models"])
 
     def model(self, name: str) -> Document:
         """One model and its card. Raises NotFound."""
-        return self.ask(f"/models/{quote(name, safe='')}")
+        return self._run(protocol.fetch(self.timeout_s, f"/models/{quote(name, safe='')}"))
 
     def ready(self) -> bool:
-        """Whether work is taken, asked once."""
-        return self.run(flows.is_ready())
+        """Whether the server accepts jobs. Never retries."""
+        return self._run(protocol.ready())
 
-    def ask(self, path: str, method: str = "GET") -> Document:
-        """The document that is answered at a path."""
-        document: Document = self.run(flows.fetch(self.timeout_s, method, path))
-        return document
+    def _run(self, flow: Flow[T]) -> T:
+        return Transport(self._address, self._http).run(flow)

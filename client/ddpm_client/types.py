@@ -1,11 +1,11 @@
-"""What the Python client takes and gives: requests, events, pictures. They hold bytes; PIL looks at them on demand."""
+"""What the client takes and returns: requests, events and pictures. Pictures hold PNG bytes; PIL decodes on demand."""
 
 import base64
 import html
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypedDict, overload
 
@@ -19,7 +19,7 @@ ENDS = ("succeeded", "failed", "cancelled")
 
 
 class Frames(TypedDict, total=False):
-    """Which states are shown: after `every` so many updates, or `count` of them, evenly spread."""
+    """Which intermediate states to send: one after `every` steps, or `count` of them, evenly spaced."""
 
     every: int
     count: int
@@ -27,7 +27,7 @@ class Frames(TypedDict, total=False):
 
 
 class Request(TypedDict, total=False):
-    """What can be asked for. What is left out is for the server to choose."""
+    """The fields of `POST /generate`. The server chooses what is left out."""
 
     model: str
     seed: int
@@ -45,41 +45,49 @@ class Request(TypedDict, total=False):
 
 
 @dataclass(frozen=True, slots=True)
-class _Shown:
-    """Something to look at: the PNG as it was sent."""
+class _Message:
+    """job: the job's id. seq: the message's number, or for messages without one, the last number before them"""
 
     job: str
     seq: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Image(_Message):
+    """An image of the job. index: which of its n pictures. png: the bytes as the server sent them"""
+
     index: int
     seed: int
     png: bytes = field(repr=False)
 
     @property
     def image(self) -> Image.Image:
-        """For PIL."""
-        return _open(self.png)
+        """The image, decoded by PIL."""
+        image = Image.open(io.BytesIO(self.png), formats=["PNG"])
+        image.load()
+        return image
 
     def save(self, path: str | Path) -> None:
-        """The PNG as a file, byte for byte."""
+        """Writes the PNG to a file, byte for byte."""
         Path(path).write_bytes(self.png)
 
     def _repr_png_(self) -> bytes:
         return self.png
 
 
-@dataclass(frozen=True, slots=True)
-class Picture(_Shown):
-    """A finished picture, with all that decided it in its text chunks."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Picture(_Image):
+    """A finished picture. The text chunks of its PNG hold every parameter that determined it."""
 
     @property
     def texts(self) -> dict[str, str]:
-        """What made it: model, digest, seed, steps, sampler and so on."""
-        return texts(self.png)
+        """The text chunks: model, digest, seed, steps, sampler and so on."""
+        return png_texts(self.png)
 
 
-@dataclass(frozen=True, slots=True)
-class Frame(_Shown):
-    """A picture on its way, after `step` of `steps` updates. t: its level of noise. kind: x_t, or the x0 seen in it."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Frame(_Image):
+    """An intermediate state after `step` of `steps` steps. t: noise level. kind: x_t, or the x0 predicted from it"""
 
     step: int
     steps: int
@@ -88,30 +96,24 @@ class Frame(_Shown):
 
 
 @dataclass(frozen=True, slots=True)
-class Queued:
-    """It waits. position: jobs that will be begun earlier. eta_s: seconds until it is done"""
+class Queued(_Message):
+    """The job waits. position: number of jobs before it. eta_s: seconds until it is done"""
 
-    job: str
-    seq: int
     position: int
     eta_s: float
 
 
 @dataclass(frozen=True, slots=True)
-class Started:
-    """It has been begun. steps: image-steps in all"""
+class Started(_Message):
+    """The job has started. steps: the number of its image-steps"""
 
-    job: str
-    seq: int
     steps: int
 
 
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """So many image-steps are done, of all. t: the noise level of the picture furthest behind"""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress(_Message):
+    """`step` of `steps` image-steps are done. t: noise level of the picture with the most steps left"""
 
-    job: str
-    seq: int
     step: int
     steps: int
     t: int
@@ -119,107 +121,84 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True)
-class Dropped:
-    """The frames of these numbers were left out, because they were taken too slowly."""
+class Dropped(_Message):
+    """The server skipped the frames numbered `first` to `last`, because this client read too slowly."""
 
-    job: str
-    seq: int
     first: int
     last: int
 
 
 @dataclass(frozen=True, slots=True)
-class Restarting:
-    """The engine is being replaced. The pictures are made again, to the same bytes."""
+class Restarting(_Message):
+    """The engine is being replaced. The pictures are computed again, with the same bytes."""
 
-    job: str
-    seq: int
     retry_after_s: float
 
 
 @dataclass(frozen=True, slots=True)
-class Resync:
-    """The server was restarted; messages up to this number are no longer held."""
-
-    job: str
-    seq: int
+class Resync(_Message):
+    """The server has restarted. It no longer holds messages up to number `seq`."""
 
 
 @dataclass(frozen=True, slots=True)
-class Ended:
+class Ended(_Message):
     """The last event. status: succeeded, failed or cancelled"""
 
-    job: str
-    seq: int
     status: str
     document: Document = field(repr=False)
 
 
 Event: TypeAlias = Queued | Started | Progress | Frame | Picture | Dropped | Restarting | Resync | Ended
-NUMBERED = (Started, Frame, Picture, Ended)  # the others repeat the last number
+OnEvent: TypeAlias = Callable[[Event], object]
+NUMBERED = (Started, Frame, Picture, Ended)  # each has a number of its own; the others repeat the last one
+NAMED: tuple[type[Event], ...] = (Queued, Started, Progress, Dropped, Restarting, Resync)
+KINDS = {kind.__name__.lower(): kind for kind in NAMED} | dict.fromkeys(ENDS, Ended)
 
 
 def event(message: str | bytes) -> Event | None:
-    """What a message says; None if it is of a kind that is not known here. Raises ValueError"""
+    """The event that a websocket message describes; None if its kind is unknown. Raises ValueError."""
+    kind: type[Event] | None
     if isinstance(message, bytes):
-        header, png = unpack(message)
-        place = (header["job"], header["seq"], header["index"], header["seed"], png)
-        if header["kind"] == "image":
-            return Picture(*place)
-        return Frame(*place, header["step"], header["steps"], header["t"], header["kind"])
-    said = json.loads(message)
-    where = (said.get("job", ""), said.get("seq", 0))
-    match said["type"]:
-        case "queued":
-            return Queued(*where, said["position"], said["eta_s"])
-        case "started":
-            return Started(*where, said["steps"])
-        case "progress":
-            return Progress(*where, said["step"], said["steps"], said["t"], said["eta_s"])
-        case "dropped":
-            return Dropped(*where, said["from"], said["to"])
-        case "restarting":
-            return Restarting(*where, said["retry_after_s"])
-        case "resync":
-            return Resync(*where)
-        case "succeeded" | "failed" | "cancelled":
-            return Ended(*where, said["type"], said["document"])
-    return None
+        said, png = unpack(message)
+        kind, said["png"] = Picture if said["kind"] == "image" else Frame, png
+    else:
+        said = json.loads(message)
+        kind, said["status"] = KINDS.get(said["type"]), said["type"]
+    if kind is Dropped:
+        said |= {"first": said["from"], "last": said["to"]}
+    return None if kind is None else kind(**{each.name: said[each.name] for each in fields(kind)})
 
 
 @dataclass(frozen=True)
 class Pictures(Sequence[Picture]):
-    """All that has come of a job. `image`, `png` and `seed` are those of its first picture, mostly its only one."""
+    """The result of a job. `image`, `png` and `seed` belong to its first picture, usually its only one."""
 
     job: Document = field(repr=False)
     pictures: tuple[Picture, ...]
-    frames: tuple[Frame, ...] = field(default=(), repr=False)  # in the order in which they were made
+    frames: tuple[Frame, ...] = field(default=(), repr=False)  # in the order in which the engine made them
 
     @property
     def images(self) -> list[Image.Image]:
-        """All pictures, for PIL."""
+        """All pictures, decoded by PIL."""
         return [picture.image for picture in self.pictures]
 
     @property
     def image(self) -> Image.Image:
-        """The first picture, for PIL."""
+        """The first picture, decoded by PIL."""
         return self.pictures[0].image
 
     @property
     def png(self) -> bytes:
-        """The first picture, as it was sent."""
+        """The first picture's bytes, as the server sent them."""
         return self.pictures[0].png
 
     @property
     def seed(self) -> int:
-        """Of the first picture; picture i has this seed + i."""
+        """The first picture's seed; picture i has this seed + i."""
         return self.pictures[0].seed
 
     def __len__(self) -> int:
         return len(self.pictures)
-
-    def __iter__(self) -> Iterator[Picture]:
-        return iter(self.pictures)
 
     @overload
     def __getitem__(self, index: int) -> Picture: ...
@@ -229,46 +208,19 @@ class Pictures(Sequence[Picture]):
         return self.pictures[index]
 
     def _repr_html_(self) -> str:
-        return shown(self.job, self.pictures)
+        return to_html(self.job, self.pictures)
 
 
-class Gathering:
-    """Events of a job as they come, and in the end what has come of it."""
-
-    def __init__(self) -> None:
-        self._pictures: dict[int, Picture] = {}
-        self._frames: dict[tuple[int, int, str], Frame] = {}  # those that are made twice are the same
-
-    def take(self, event: Event) -> Pictures | None:
-        """One more event. The result, if it was the last. Raises Failed, Cancelled."""
-        match event:
-            case Picture():
-                self._pictures[event.index] = event
-            case Frame():
-                self._frames[event.index, event.step, event.kind] = event
-            case Ended():
-                check(event.document)
-                pictures = tuple(self._pictures[i] for i in sorted(self._pictures))
-                return Pictures(event.document, pictures, tuple(self._frames.values()))
-        return None
-
-
-def check(document: Document) -> None:
-    """Raises Failed or Cancelled if that is what has come of a job."""
+def raise_for(document: Document) -> None:
+    """Raises Failed or Cancelled if the job has ended so."""
     if document["status"] == "failed":
         raise Failed(document["error"] or {})
     if document["status"] == "cancelled":
         raise Cancelled("the job was cancelled")
 
 
-def _open(png: bytes) -> Image.Image:
-    image = Image.open(io.BytesIO(png), formats=["PNG"])
-    image.load()
-    return image
-
-
-def texts(png: bytes) -> dict[str, str]:
-    """The text chunks of a PNG. Raises ValueError if it is none."""
+def png_texts(png: bytes) -> dict[str, str]:
+    """The text chunks of a PNG. Raises ValueError if it is no PNG."""
     try:
         with Image.open(io.BytesIO(png), formats=["PNG"]) as image:
             return {str(key): value for key, value in image.info.items() if isinstance(value, str)}
@@ -276,17 +228,15 @@ def texts(png: bytes) -> dict[str, str]:
         raise ValueError("this is not a PNG") from error
 
 
-def shown(document: Mapping[str, Any], pictures: Sequence[Picture]) -> str:
-    """A job as a notebook shows it: its pictures, or how far it is."""
+def to_html(document: Document, pictures: Sequence[Picture]) -> str:
+    """A job for a notebook: its pictures, or its progress."""
     request, progress = document["request"], document["progress"]
     words = f"{document['model']}, seed {request['seed']}, {request['steps']} steps: {document['status']}"
     if pictures:
         data = [base64.b64encode(picture.png).decode() for picture in pictures]
         body = "".join(f'<img src="data:image/png;base64,{text}" style="min-width:64px;margin:1px">' for text in data)
-    elif document["error"]:
-        body = html.escape(str(document["error"]["detail"]))
     elif document["status"] in ENDS:
-        body = ""  # its status says it all
+        body = html.escape(str((document["error"] or {"detail": ""})["detail"]))
     else:
         body = f'<progress value="{progress["step"]}" max="{progress["steps"]}"></progress>'
         body += f" {progress['step']} of {progress['steps']}, about {progress['eta_s']:.0f} s"

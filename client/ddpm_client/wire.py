@@ -1,4 +1,4 @@
-"""The binary frame: a picture on a websocket, in ComfyUI's layout, packed and unpacked in one place.
+"""The binary websocket message that carries a picture, in ComfyUI's layout.
 
 uint32 4 | uint32 length of the JSON | JSON | PNG        both numbers big-endian
 """
@@ -13,13 +13,13 @@ _PREFIX = struct.Struct(">II")
 
 
 def pack(header: Mapping[str, Any], png: bytes) -> bytes:
-    """One binary message."""
+    """The message with this header and PNG."""
     text = json.dumps(header).encode()
     return _PREFIX.pack(PICTURE, len(text)) + text + png
 
 
 def unpack(message: bytes) -> tuple[dict[str, Any], bytes]:
-    """The header and the PNG of a binary message. Raises ValueError if it is none."""
+    """The header and the PNG of a message. Raises ValueError if it does not carry a picture."""
     if len(message) < _PREFIX.size:
         raise ValueError(f"a picture has at least {_PREFIX.size} bytes, got {len(message)}")
     kind, length = _PREFIX.unpack_from(message)

@@ -1,32 +1,30 @@
-"""Measures how fast pictures are made, one at a time and several at once, as a client sees it."""
+"""Measures throughput as a client sees it: image-steps per second for 1, 2, 4, ... pictures at once."""
 
 import time
 from argparse import ArgumentParser
 from collections.abc import Sequence
 
-from ddpm_client import Client, Document
+from ddpm_client import Client
 
 from server.cli import connect
-from server.cli.progress import Bar
 from server.errors import SettingsError
 
 
 def main(arguments: Sequence[str]) -> int:
     """Prints a table. Returns the exit code."""
     parser = ArgumentParser("ddpm bench", description=__doc__)
-    parser.add_argument("--model", metavar="NAME", help="which (default: the first that is served)")
-    parser.add_argument("--steps", type=int, default=50, metavar="N", help="of each picture (50)")
-    parser.add_argument("--times", type=int, default=3, metavar="N", help="how often; the fastest counts (3)")
+    parser.add_argument("--model", metavar="NAME", help="the model (default: the server's first)")
+    parser.add_argument("--steps", type=int, default=50, metavar="N", help="steps of each picture (50)")
+    parser.add_argument("--times", type=int, default=3, metavar="N", help="repetitions; the fastest counts (3)")
     connect.add_arguments(parser)
     given = parser.parse_args(arguments)
     if given.times < 1:
         raise SettingsError("--times must be 1 or more")
-    with Bar() as bar, connect.server(given, bar) as client:
-        model = _model(client, given.model)
+    with connect.progress_bar() as bar, connect.server(given, bar) as client:
+        model = client.model(given.model) if given.model is not None else client.models()[0]
         runs, rows = model["runs"] or {}, []
-        sizes = [size for size in (1, 2, 4, 8, 16, 32, 64) if size <= runs.get("slots", 1)]
-        for size in sizes:
-            bar.say(f"{size} at once")
+        for size in (size for size in (1, 2, 4, 8, 16, 32, 64) if size <= runs.get("slots", 1)):
+            bar.set_description_str(f"{size} at once")
             seconds = min(_time(client, model["name"], given.steps, size) for _ in range(given.times))
             rows.append((size, 1e3 * seconds / given.steps, size * given.steps / seconds))
     print(f"{model['name']}, {given.steps} steps, on {runs.get('device')} in {runs.get('dtype')}")
@@ -36,12 +34,8 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _model(client: Client, name: str | None) -> Document:
-    return client.model(name) if name is not None else client.models()[0]
-
-
 def _time(client: Client, model: str, steps: int, n: int) -> float:
-    """Seconds until so many pictures are here. Their seed is drawn: none of them was made before."""
+    """Seconds to make n pictures. The server draws their seed, so none of them is in its cache."""
     began = time.perf_counter()
     client.generate(model=model, steps=steps, n=n)
     return time.perf_counter() - began

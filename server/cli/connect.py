@@ -1,10 +1,11 @@
-"""Which server a command asks: the one at --url, or one of its own, here, for as long as the command lasts.
+"""The server that a command talks to: the one at --url, or a private one for as long as the command runs.
 
-The private one is the whole server: the same engine, settings and bytes, on a port of the loopback interface, behind a
-key that nobody else has, with a folder for its data that is gone afterwards. So there is one way to make a picture.
+The private one is the whole server, with the same engine, settings and bytes. It listens on the loopback interface,
+accepts one key that only this command has, and stores its data in a temporary folder.
 """
 
 import os
+import sys
 import tempfile
 import threading
 import time
@@ -14,32 +15,37 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ddpm_client import Client
+from tqdm import tqdm
 
-from server.cli.progress import Bar
 from server.errors import EXIT_FAILED, EngineFailed, ServerError, SettingsError
 
-LOADING_S, ENDING_S = 600.0, 30.0  # that an engine may take
+STARTUP_S, SHUTDOWN_S = 600.0, 30.0  # for a private server with its engine
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """Where the server is."""
-    where = parser.add_argument_group("server")
-    where.add_argument("--url", help="of a running server (default: none; one is started here, from DDPM_* settings)")
-    where.add_argument("--key-file", type=Path, metavar="FILE", help="holds the API key for it (default: no key)")
-    where.add_argument(
-        "--timeout", type=float, default=60.0, metavar="S", help="seconds without a word until it is given up (60)"
+    """Adds the flags that choose the server."""
+    group = parser.add_argument_group("server")
+    group.add_argument("--url", help="a running server (default: start one here, from the DDPM_* settings)")
+    group.add_argument("--key-file", type=Path, metavar="FILE", help="file with the API key (default: no key)")
+    group.add_argument(
+        "--timeout", type=float, default=60.0, metavar="S", help="give up after S seconds of silence (60)"
     )
 
 
+def progress_bar() -> "tqdm[None]":
+    """A line on standard error, if that is a terminal, for a description. It disappears when it is closed."""
+    return tqdm(file=sys.stderr, bar_format="{desc}", disable=None, leave=False)
+
+
 @contextmanager
-def server(given: Namespace, bar: Bar) -> Iterator[Client]:
-    """A server that these arguments name. Raises SettingsError, ModelRefused, EngineFailed, ClientError."""
+def server(given: Namespace, bar: "tqdm[None]") -> Iterator[Client]:
+    """A client of the server that the flags name. Raises SettingsError, ModelRefused, EngineFailed, ClientError."""
     if given.url is None:
-        with _private_server(bar) as address, Client(*address, timeout_s=given.timeout) as client:
+        with _private_server(given.timeout, bar) as client:
             yield client
         return
     try:
-        key = given.key_file.read_text("latin-1") if given.key_file is not None else None  # which reads any bytes
+        key = given.key_file.read_text("latin-1") if given.key_file is not None else None  # never a decoding error
         client = Client(given.url, key, given.timeout)
     except OSError as error:
         raise SettingsError(f"--key-file could not be read: {error.strerror}") from None
@@ -50,8 +56,7 @@ def server(given: Namespace, bar: Bar) -> Iterator[Client]:
 
 
 @contextmanager
-def _private_server(bar: Bar) -> Iterator[tuple[str, str]]:
-    """Its URL and its key."""
+def _private_server(timeout_s: float, bar: "tqdm[None]") -> Iterator[Client]:
     import uvicorn
 
     from server import logs
@@ -70,29 +75,29 @@ def _private_server(bar: Bar) -> Iterator[tuple[str, str]]:
         settings = Settings.read(os.environ, {**ours, "metrics_key": "", "allowed_hosts": "", "allowed_origins": ""})
         logs.configure(settings.log_level)
         app = create_app(settings, on_failed=failures.append)
-        caps = Caps(64, settings.max_body_bytes, settings.request_s, lambda code: None)
+        body_bytes, request_s = settings.max_body_bytes, settings.request_s
+        caps = Caps(connections=64, body_bytes=body_bytes, request_s=request_s, refused=lambda code: None)
         config = Config(app, caps, log_config=None, access_log=False, timeout_graceful_shutdown=1)
-        served = uvicorn.Server(config)
-        thread = threading.Thread(target=served.run, args=([listening],), name="private server", daemon=True)
+        private = uvicorn.Server(config)
+        thread = threading.Thread(target=private.run, args=([listening],), name="private server", daemon=True)
         thread.start()
         try:
-            url = f"http://127.0.0.1:{listening.getsockname()[1]}"
-            _await(url, key, thread, failures, bar)
-            yield url, key
+            with Client(f"http://127.0.0.1:{listening.getsockname()[1]}", key, timeout_s) as client:
+                _wait_until_ready(client, thread, failures, bar)
+                yield client
         finally:
-            served.should_exit = True
-            thread.join(ENDING_S)
+            private.should_exit = True
+            thread.join(SHUTDOWN_S)
 
 
-def _await(url: str, key: str, thread: threading.Thread, failures: list[ServerError], bar: Bar) -> None:
-    """Comes back when the server takes work. Raises what has failed."""
+def _wait_until_ready(client: Client, thread: threading.Thread, failures: list[ServerError], bar: "tqdm[None]") -> None:
+    """Returns when the server accepts jobs. Raises the failure of its engine."""
     began = time.monotonic()
-    with Client(url, key) as client:
-        while not client.ready():
-            passed_s = time.monotonic() - began
-            if failures:
-                raise failures[0]
-            if not thread.is_alive() or passed_s > LOADING_S:
-                raise EngineFailed("the engine could not be started", EXIT_FAILED)
-            bar.say(f"loading, {passed_s:.0f} s")
-            time.sleep(0.05)
+    while not client.ready():
+        passed_s = time.monotonic() - began
+        if failures:
+            raise failures[0]
+        if not thread.is_alive() or passed_s > STARTUP_S:
+            raise EngineFailed("the engine could not be started", EXIT_FAILED)
+        bar.set_description_str(f"loading, {passed_s:.0f} s")
+        time.sleep(0.05)

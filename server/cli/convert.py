@@ -1,4 +1,4 @@
-"""Turns a foreign checkpoint into a model directory."""
+"""Converts a checkpoint into a model directory: `ddpm convert` is `python -m model.convert`."""
 
 from collections.abc import Sequence
 from importlib import import_module
@@ -6,12 +6,12 @@ from importlib.util import find_spec
 
 from server.errors import SettingsError
 
-ROOM = "model.convert.__main__"
+CONVERTER = "model.convert.__main__"
 
 
 def main(arguments: Sequence[str]) -> int:
-    """What `python -m model.convert` does. Returns the exit code."""
-    if find_spec("model.convert") is None or find_spec(ROOM) is None:
+    """Runs the converter. Returns the exit code."""
+    if find_spec("model.convert") is None or find_spec(CONVERTER) is None:
         raise SettingsError("this installation cannot convert checkpoints")
-    code: int = import_module(ROOM).main(list(arguments))
+    code: int = import_module(CONVERTER).main(list(arguments))
     return code

@@ -1,34 +1,25 @@
-"""Makes a picture: from a seed and a step count, or once more from a picture that was made before (--like)."""
+"""Makes a picture from a seed and a step count, or repeats an earlier picture from its PNG (--like)."""
 
 import sys
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_type_hints
 
-from ddpm_client import Client, Picture, Pictures, Progress, Queued, Request
-from ddpm_client.types import Frames, Gathering, texts
+from ddpm_client import Event, Frames, Picture, Pictures, Progress, Queued, Request
+from ddpm_client.protocol import Animation
+from ddpm_client.types import png_texts
+from tqdm import tqdm
 
 from server.cli import connect
-from server.cli.progress import Bar
 from server.errors import SettingsError
 from server.jobs.schemas import GenerateRequest
 
-FIELDS: dict[str, type] = {
-    "model": str,
-    "seed": int,
-    "steps": int,
-    "n": int,
-    "sampler": str,
-    "eta": float,
-    "variance": str,
-    "spacing": str,
-    "noise": str,
-    "priority": int,
-    "deadline_s": float,
-}
-ANIMATIONS = {".gif": "gif", ".apng": "apng", ".png": "apng", ".webp": "webp"}
+FIELDS = {name: kind for name, kind in get_type_hints(Request).items() if kind in (str, int, float)}
+ANIMATIONS: dict[str, Animation] = {".gif": "gif", ".apng": "apng", ".png": "apng", ".webp": "webp"}
 STDOUT = Path("-")
+BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}"
 
 
 def _parser() -> ArgumentParser:
@@ -39,10 +30,10 @@ def _parser() -> ArgumentParser:
         type=Path,
         default=Path("out.png"),
         metavar="FILE",
-        help="the picture; of several, each goes to FILE with -SEED before its ending; - is standard output (out.png)",
+        help="file for the picture; several pictures get -SEED before its ending; - is standard output (out.png)",
     )
-    parser.add_argument("--like", type=Path, metavar="PNG", help="a picture to make again; flags change what it says")
-    fields = parser.add_argument_group("request", "What is left out is for the model to choose; a seed is drawn.")
+    parser.add_argument("--like", type=Path, metavar="PNG", help="picture to repeat; other flags override its request")
+    fields = parser.add_argument_group("request", "The model's defaults fill in what is left out; the seed is random.")
     for name, kind in FIELDS.items():
         field = GenerateRequest.model_fields[name]
         text = f"{field.description}" + (f" ({field.default})" if field.default is not None else "")
@@ -51,51 +42,50 @@ def _parser() -> ArgumentParser:
     clip = GenerateRequest.model_fields["clip"].description
     fields.add_argument("--clip", action=BooleanOptionalAction, help=clip)
     frames = parser.add_argument_group("frames")
+    endings = ", ".join(ANIMATIONS)
     frames.add_argument(
-        "--frames", type=Path, metavar="FILE", help=f"an animation of the denoising: {', '.join(ANIMATIONS)}"
+        "--frames", type=Path, metavar="FILE", help=f"file for an animation of the denoising: {endings}"
     )
-    frames.add_argument("--frames-count", type=int, metavar="N", help="so many frames in it (30)")
-    frames.add_argument("--frames-every", type=int, metavar="N", help="instead: one after so many updates each")
-    frames.add_argument("--frames-kind", choices=["x_t", "x0"], help="the noisy picture, or the one seen in it (x_t)")
+    frames.add_argument("--frames-count", type=int, metavar="N", help="number of its frames (30)")
+    frames.add_argument("--frames-every", type=int, metavar="N", help="steps from one frame to the next, instead")
+    frames.add_argument("--frames-kind", choices=["x_t", "x0"], help="the noisy state, or the prediction of x0 (x_t)")
     connect.add_arguments(parser)
     return parser
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Makes pictures and writes them down. Returns the exit code."""
+    """Makes pictures and writes their files. Returns the exit code."""
     given = _parser().parse_args(arguments)
-    before = _texts(given.like) if given.like is not None else {}
+    before = _read_texts(given.like) if given.like is not None else {}
     request = _request(given, before)
     for path in (given.out, given.frames):
         if path is not None and not path.absolute().parent.is_dir():
             raise SettingsError(f"{path.parent} is not a folder")
     if given.out == STDOUT and request.get("n", 1) > 1:
         raise SettingsError("-o - takes one picture: with -o FILE each goes to a file of its own")
-    with Bar() as bar, connect.server(given, bar) as client:
-        made = _make(client, request, bar)
-        for warning in _differences(before, made):
+    with connect.progress_bar() as bar, connect.server(given, bar) as client:
+        made = client.stream(**request).pictures(partial(_show, bar))
+        bar.close()
+        for warning in _differences(before, made[0].texts):
             print(f"ddpm: {warning}", file=sys.stderr)
         for path, picture in _files(given.out, made):
-            if (
-                given.like is not None
-                and path.absolute() == given.like.absolute()
-                and before["digest"] != _digest(made)
-            ):
+            overwrites = given.like is not None and path.absolute() == given.like.absolute()
+            if overwrites and before["digest"] != made[0].texts["digest"]:
                 raise SettingsError(f"{path} is kept, and the other picture is not written: name another file with -o")
             _write(path, picture.png)
             words = f"{made.job['model']}, seed {picture.seed}, {made.job['request']['steps']} steps"
             print(f"{path}: {words}", file=sys.stderr)
         if given.frames is not None:
             _write(given.frames, client.job(made.job["id"]).trajectory(ANIMATIONS[given.frames.suffix.lower()]))
-            points = {frame.step for frame in made.frames}  # one frame holds all pictures, as they were then
+            points = {frame.step for frame in made.frames}  # one frame of the animation shows all pictures
             print(f"{given.frames}: {len(points)} frames", file=sys.stderr)
     return 0
 
 
-def _texts(path: Path) -> dict[str, str]:
-    """What made a picture. Raises SettingsError."""
+def _read_texts(path: Path) -> dict[str, str]:
+    """The text chunks of a picture that ddpm made. Raises SettingsError."""
     try:
-        found = texts(path.read_bytes())
+        found = png_texts(path.read_bytes())
     except OSError as error:
         raise SettingsError(f"--like: {path} could not be read: {error.strerror}") from None
     except ValueError:
@@ -105,8 +95,8 @@ def _texts(path: Path) -> dict[str, str]:
     return found
 
 
-def _request(given: Namespace, before: dict[str, str]) -> Request:
-    """What the flags say, and where they are silent, what made the picture before. Raises SettingsError."""
+def _request(given: Namespace, before: Mapping[str, str]) -> Request:
+    """The request that the flags make, completed by the texts of the picture before. Raises SettingsError."""
     try:
         request: dict[str, Any] = {name: kind(before[name]) for name, kind in FIELDS.items() if name in before}
     except ValueError:
@@ -134,30 +124,25 @@ def _frames(given: Namespace) -> Frames | None:
     return {**frames, "count": 30 if given.frames_count is None else given.frames_count}
 
 
-def _make(client: Client, request: Request, bar: Bar) -> Pictures:
-    """The pictures, with a bar meanwhile."""
-    gathering = Gathering()
-    with client.stream(**request) as events:
-        for event in events:
-            match event:
-                case Queued(position=position):
-                    bar.say(f"waiting, {position} before")
-                case Progress(step=step, steps=steps, eta_s=eta_s):
-                    bar.draw(step, steps, f"about {eta_s:.0f} s")
-            if (made := gathering.take(event)) is not None:
-                return made
-    raise AssertionError("a stream has an end")
+def _show(bar: "tqdm[None]", event: Event) -> None:
+    """Draws an event of the job on the progress bar."""
+    match event:
+        case Queued(position=position):
+            bar.set_description_str(f"waiting, {position} before")
+        case Progress(step=step, steps=steps, eta_s=eta_s):
+            bar.bar_format, bar.total, bar.n = BAR, steps, step
+            bar.set_postfix_str(f"about {eta_s:.0f} s")
 
 
 def _files(out: Path, made: Pictures) -> list[tuple[Path, Picture]]:
-    """Where each picture goes."""
+    """The file of each picture."""
     if len(made) == 1 or out == STDOUT:
         return [(out, picture) for picture in made]
     return [(out.with_stem(f"{out.stem}-{picture.seed}"), picture) for picture in made]
 
 
 def _write(path: Path, data: bytes) -> None:
-    """Raises SettingsError"""
+    """Writes a file or standard output. Raises SettingsError."""
     if path == STDOUT:
         sys.stdout.buffer.write(data)
         return
@@ -167,15 +152,10 @@ def _write(path: Path, data: bytes) -> None:
         raise SettingsError(f"{path} could not be written: {error.strerror}") from None
 
 
-def _digest(made: Pictures) -> str:
-    return made[0].texts["digest"]
-
-
-def _differences(before: dict[str, str], made: Pictures) -> list[str]:
-    """Why a picture that was made again may not be the same."""
-    now = made[0].texts
+def _differences(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """The reasons why a repeated picture may differ from the one before. Both are given by their texts."""
     found = []
-    if before and before["digest"] != _digest(made):
+    if before and before["digest"] != now["digest"]:
         found.append(f"this is another picture: model {now['model']} has other weights than the one that made it")
     if before and before["numerics"] != now["numerics"]:
         found.append(f"pixels may differ: it was made in {before['numerics']}, and now in {now['numerics']}")

@@ -1,15 +1,15 @@
-"""Lists models: those that a server at --url serves, or those in DDPM_WEIGHTS, which one started here would serve."""
+"""Lists models: those of the server at --url, or without it those in DDPM_WEIGHTS, which a server here would serve."""
 
 import os
 from argparse import ArgumentParser
 from collections.abc import Sequence
-from typing import Any
+
+from ddpm_client import Document
 
 from server.cli import connect
-from server.cli.progress import Bar
 
 COLUMNS = ("name", "shape", "T", "steps", "prediction", "device", "dtype", "exact", "digest")
-DIGEST = len("sha256:") + 12  # so much of one is shown
+DIGEST = len("sha256:") + 12  # characters of a digest that are printed
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -18,9 +18,9 @@ def main(arguments: Sequence[str]) -> int:
     connect.add_arguments(parser)
     given = parser.parse_args(arguments)
     if given.url is None:
-        rows = _here()
+        rows = _local_rows()
     else:
-        with connect.server(given, Bar()) as client:
+        with connect.progress_bar() as bar, connect.server(given, bar) as client:
             rows = [_row(model) for model in client.models()]
     table = [COLUMNS, *rows]
     widths = [max(len(row[i]) for row in table) for i in range(len(COLUMNS))]
@@ -29,16 +29,16 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _row(model: dict[str, Any]) -> tuple[str, ...]:
+def _row(model: Document) -> tuple[str, ...]:
     shape, runs = model["shape"], model["runs"] or {}
     size = f"{shape['channels']}x{shape['height']}x{shape['width']}"
     known = (str(model["T"]), str(model["default_steps"]), model["prediction"])
     exact = ("yes" if runs["exact"] else "no") if runs else "-"
-    where = (runs.get("device", "-"), runs.get("dtype", "-"), exact)
-    return (model["name"], size, *known, *where, (model["digest"] or "-")[:DIGEST])
+    loaded = (runs.get("device", "-"), runs.get("dtype", "-"), exact)
+    return (model["name"], size, *known, *loaded, (model["digest"] or "-")[:DIGEST])
 
 
-def _here() -> list[tuple[str, ...]]:
+def _local_rows() -> list[tuple[str, ...]]:
     from server.models import find_models
     from server.settings import Settings
 

@@ -1,4 +1,4 @@
-"""`ddpm serve`: model directories over HTTP. Every flag is also an environment variable, DDPM_<FLAG>."""
+"""Serves model directories over HTTP. Every flag is also an environment variable, DDPM_<FLAG>."""
 
 import asyncio
 import logging
@@ -17,20 +17,23 @@ import uvicorn
 from server import logs
 from server.bounds import listed
 from server.errors import EXIT_FAILED, ServerError, SettingsError
-from server.jobs.service import Jobs
+from server.jobs.service import JobService
 from server.settings import Settings
 from server.web.app import create_app
 from server.web.protocol import Caps, Config
 
 logger = logging.getLogger(__name__)
-LEAVING_S = 1.0  # that viewers have to be told that the server goes away
+GOODBYE_S = 1.0  # for telling subscribers that the server shuts down
 STALLED_MS, SEND_BUFFER_BYTES = 10_000, 128 << 10
-OTHER_FILES = 256  # that are open besides connections
+OTHER_FILES = 256  # descriptors for anything but connections
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket whose connections give up on a peer that takes nothing for ten seconds, and buffer little for
-    it: asyncio itself never lets go of one. Raises SettingsError."""
+    """A listening socket. Raises SettingsError.
+
+    Its connections break when the peer acknowledges nothing for ten seconds, which asyncio would never notice, and
+    buffer little for it.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listening = socket.socket(family, socket.SOCK_STREAM)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -45,8 +48,11 @@ def listen(host: str, port: int) -> socket.socket:
     return listening
 
 
-def room_for(connections: int) -> int:
-    """How many connections there can be, of so many, once this process may open as many files as the system lets it."""
+def affordable(connections: int) -> int:
+    """The number of connections, at most `connections`, that the file descriptors of this process suffice for.
+
+    Raises the soft limit as far as the hard limit permits, and logs a warning if that is not enough.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = connections + OTHER_FILES
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -54,33 +60,33 @@ def room_for(connections: int) -> int:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     if soft == resource.RLIM_INFINITY or soft >= wanted:
         return connections
-    logger.warning("too few files may be opened for so many connections", extra={"files": soft, "wanted": wanted})
+    logger.warning("too few file descriptors for max_connections", extra={"descriptors": soft, "wanted": wanted})
     return max(1, soft - OTHER_FILES)
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's server, for which SIGTERM is an order to end well, not an accident to report by dying of it."""
+    """uvicorn's server, which drains on SIGTERM and then returns; uvicorn's own would raise the signal again."""
 
-    def __init__(self, config: uvicorn.Config, jobs: Jobs, drain_s: float) -> None:
+    def __init__(self, config: uvicorn.Config, jobs: JobService, drain_s: float) -> None:
         super().__init__(config)
         self.jobs, self.drain_s, self.hurried = jobs, drain_s, False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """The first signal drains, the second parks what has not ended at once."""
+        """Drains on the first signal; on the second, parks the jobs that have not ended."""
         self.hurried, self.should_exit, self.jobs.admission.closing = self.should_exit, True, True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Lets jobs end, for `drain_s` seconds; then tells those who still wait or watch; and then all is over.
+        """Waits up to `drain_s` seconds for jobs to end, then for subscribers to be told, then closes connections.
 
-        uvicorn itself would begin by closing every websocket.
+        uvicorn's own shutdown would start with closing every websocket.
         """
         before = self.jobs.standing()
-        ended_before = sum(before.jobs.values())  # the mapping itself goes on counting
+        ended_before = sum(before.jobs.values())  # now, because the mapping changes
         unended = {"jobs_running": before.jobs_running, "jobs_waiting": before.jobs_waiting}
         logger.info("draining", extra={"seconds": 0 if self.hurried else self.drain_s, **unended})
         await self.jobs.drain(self.drain_s, lambda: self.hurried)
-        until = time.monotonic() + LEAVING_S
-        while self.jobs.audience.viewers and time.monotonic() < until:
+        until = time.monotonic() + GOODBYE_S
+        while self.jobs.counts.subscribers and time.monotonic() < until:
             await asyncio.sleep(0.01)
         await super().shutdown(sockets)
         after = self.jobs.standing()
@@ -89,7 +95,7 @@ class _Server(uvicorn.Server):
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """While the server runs, SIGINT and SIGTERM are for `handle_exit`."""
+        """Routes SIGINT and SIGTERM to `handle_exit` while the server runs."""
         before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
@@ -109,7 +115,7 @@ def _parser() -> ArgumentParser:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Serves until a signal comes. Returns the exit code; raises what has failed for good."""
+    """Serves until a signal arrives. Returns the exit code. Raises the ServerError that ended the engine."""
     flags = vars(_parser().parse_args(arguments))
     settings = Settings.read(os.environ, flags)
     logs.configure(settings.log_level)
@@ -121,16 +127,17 @@ def main(arguments: Sequence[str]) -> int:
 
     app = create_app(settings, on_failed=stop)
     caps = Caps(
-        settings.max_connections, settings.max_body_bytes, settings.request_s, app.state.jobs.admission.count_refusal
+        connections=affordable(settings.max_connections),
+        body_bytes=settings.max_body_bytes,
+        request_s=settings.request_s,
+        refused=app.state.jobs.admission.count_refusal,
     )
     config = Config(
         app,
         caps,
-        host=settings.host,
-        port=settings.port,
         log_config=None,
         ws_max_size=settings.max_body_bytes,
-        ws_per_message_deflate=False,  # pictures are compressed already
+        ws_per_message_deflate=False,  # PNGs are compressed already
         access_log=False,
         server_header=False,
         timeout_graceful_shutdown=5,

@@ -1,5 +1,5 @@
-"""Trains a model directory on pictures: a folder of images, or an .npz with an array `images`. Stopped at any point,
-the same command goes on from the last checkpoint."""
+"""Trains a model directory on pictures: a folder of images, or an .npz with an array `images`. After an interruption
+the same command resumes from the last checkpoint."""
 
 import shutil
 from argparse import ArgumentParser
@@ -16,13 +16,13 @@ def main(arguments: Sequence[str]) -> int:
     from model.train import train
 
     parser = ArgumentParser("ddpm train", description=__doc__)
-    parser.add_argument("images", type=Path, metavar="IMAGES", help="what to learn from")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the model directory to fill")
+    parser.add_argument("images", type=Path, metavar="IMAGES", help="the pictures")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the model directory to write")
     parser.add_argument(
         "--config",
         type=Path,
         metavar="DIR",
-        help=f"a model directory to take {' and '.join(CONFIGURATIONS)} from, if DIR has none (default: DIR has)",
+        help=f"model directory to copy {' and '.join(CONFIGURATIONS)} from if --out lacks them (default: it has them)",
     )
     train.add_arguments(parser)
     given = parser.parse_args(arguments)
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _configure(directory: Path, source: Path) -> None:
-    """Puts configurations where there are none."""
+    """Copies the configurations that the directory lacks."""
     if not all((source / name).is_file() for name in CONFIGURATIONS):
         raise SettingsError(f"--config must be a folder with {' and '.join(CONFIGURATIONS)}")
     directory.mkdir(parents=True, exist_ok=True)

@@ -1,44 +1,110 @@
-"""Whether a job is taken on: is anybody there to do it, and is there room? What is refused is counted here."""
+"""Whether a job is accepted: are the engines up, and is there room? Work is counted in image-steps and in bytes, and
+refused before any of it is done."""
 
+import math
 import secrets
 import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from model.errors import PlanError
 from server.engines.backend import Backend
-from server.errors import ModelBroken, NotReady, ServerError, StorageFull, problem
-from server.jobs.capacity import Queue
-from server.jobs.job import Job, ResolvedRequest
+from server.errors import (
+    DeadlinePassed,
+    Invalid,
+    ModelBroken,
+    NotReady,
+    ServerError,
+    StorageFull,
+    TooBusy,
+    problem,
+)
+from server.jobs.job import Job
 from server.jobs.repository import JobRepository
+from server.jobs.request import ResolvedRequest
 from server.jobs.tenants import Tenant
 from server.metrics import Metrics
 from server.settings import Settings
 
+CERTAIN = 0.5  # of the time a step usually takes: no step will be faster than this
+
+
+@dataclass(slots=True)
+class Capacity:
+    """What has been accepted and is not done yet, and how much that may be."""
+
+    most_steps: int  # image-steps
+    most_jobs: int = 1 << 20
+    most_bytes: int = 1 << 60
+    steps: int = 0  # image-steps left to do, of all jobs together
+    jobs: int = 0
+    size_bytes: int = 0  # what those jobs may come to hold in memory
+
+    def take(self, steps: int, step_s: float, size_bytes: int = 0, load_s: float = 0.0) -> None:
+        """Makes room for a job of so many image-steps. Raises Invalid if it can never fit, TooBusy if it does not now.
+
+        step_s: seconds that an image-step takes at present, from which `Retry-After` is computed.
+        load_s: seconds until the model is loaded.
+        """
+        if steps > self.most_steps:
+            raise Invalid(("n", f"n x steps must be at most {self.most_steps}, got {steps}"))
+        if size_bytes > self.most_bytes:
+            most = f"pictures and frames may take {self.most_bytes} bytes of memory, these would take {size_bytes}"
+            raise Invalid(("frames", most))
+        if self.steps + steps > self.most_steps:
+            detail = f"{self.steps} of {self.most_steps} image-steps are taken, {steps} more were asked for"
+            raise self._busy(detail, self.steps + steps - self.most_steps, step_s, load_s)
+        if self.jobs >= self.most_jobs:
+            detail = f"{self.jobs} jobs have been accepted and have not ended, as many as may be"
+            raise self._busy(detail, self.steps / self.jobs, step_s, load_s)
+        if self.size_bytes + size_bytes > self.most_bytes:
+            detail = f"{self.size_bytes} of {self.most_bytes} bytes for pictures and frames are promised"
+            missing = (self.size_bytes + size_bytes - self.most_bytes) / self.size_bytes
+            raise self._busy(f"{detail}, {size_bytes} more were asked for", missing * self.steps, step_s, load_s)
+        self.add(steps, size_bytes)
+
+    def add(self, steps: int, size_bytes: int) -> None:
+        """Counts a job that is accepted already, whether there is room or not."""
+        self.steps, self.jobs, self.size_bytes = self.steps + steps, self.jobs + 1, self.size_bytes + size_bytes
+
+    @staticmethod
+    def _busy(detail: str, steps: float, step_s: float, load_s: float) -> TooBusy:
+        """There will be room when so many image-steps have been done."""
+        return TooBusy(detail, max(1, math.ceil(load_s + steps * step_s)))
+
+
+def check_deadline(left_s: float, steps: int, step_s: float) -> None:
+    """Raises DeadlinePassed if what is due in `left_s` seconds cannot be done in them, whatever happens: `steps` steps,
+    one after the other. step_s: seconds that the shortest step usually takes."""
+    at_least = CERTAIN * steps * step_s
+    if left_s < at_least:
+        raise DeadlinePassed(f"the deadline cannot be met: {left_s:.3g} s are left, at least {at_least:.3g} s needed")
+
 
 class Admission:
-    """What has been promised, and what may still be."""
+    """Accepts and refuses jobs, and counts both."""
 
     def __init__(self, settings: Settings, backend: Backend, repository: JobRepository, metrics: Metrics) -> None:
-        self.queue = Queue(settings.max_queued_steps, settings.max_queued_jobs, settings.max_live_bytes)
-        self.closing = False  # nothing is taken on any more
+        self.capacity = Capacity(settings.max_queued_steps, settings.max_queued_jobs, settings.max_live_bytes)
+        self.closing = False  # the server shuts down
         self.rejected: Counter[str] = Counter()  # by reason
         self._backend, self._repository, self._metrics = backend, repository, metrics
 
     @property
     def trouble(self) -> ServerError | None:
-        """Why no work can be taken right now, or None."""
+        """Why no job is accepted right now, or None."""
         if self.closing:
             return NotReady("the server is shutting down")
         if self._backend.trouble is not None:
             return NotReady(self._backend.trouble)
-        store = self._repository.store
-        return StorageFull(store.trouble) if store.trouble is not None else None
+        full = self._repository.store.trouble
+        return StorageFull(full) if full is not None else None
 
     @contextmanager
     def counting_refusals(self) -> Iterator[None]:
-        """Whatever is refused in here is counted."""
+        """Counts whatever is refused in here."""
         began = time.perf_counter()
         try:
             yield
@@ -48,38 +114,48 @@ class Admission:
             raise
 
     def count_refusal(self, code: str) -> None:
-        """Something was refused, for this reason."""
+        """Counts a refusal."""
         self.rejected[code] += 1
 
-    def admit(self, order: ResolvedRequest, owner: Tenant | None) -> Job:
-        """A job there is room for. Raises NotReady, StorageFull, ModelBroken, Invalid if it can never fit,
-        TooBusy if not now."""
-        served = self._backend.models.get(order.model)
-        if self.trouble is not None:
-            raise self.trouble
-        if served is None:
+    def admit(self, request: ResolvedRequest, tenant: Tenant | None) -> Job:
+        """A job that there is room for. Raises NotReady, StorageFull, ModelBroken, Invalid if it can never fit, TooBusy
+        if it does not now."""
+        if (trouble := self.trouble) is not None:
+            raise trouble
+        model = self._backend.models.get(request.model)
+        if model is None:
             raise NotReady("the model is not loaded")
-        if served.trouble is not None:
-            raise ModelBroken(served.trouble)
-        times = self._backend.step_s(order.model, served.admitted)
-        step_s, load_s = times[-1] / (len(times) - 1), self._backend.load_s(order.model)
-        quota = owner.quota if owner is not None else None
+        if model.trouble is not None:
+            raise ModelBroken(model.trouble)
+        times = self._backend.step_s(request.model, model.admitted)
+        step_s, load_s = times[-1] / (len(times) - 1), self._backend.load_s(request.model)
+        quota = tenant.quota if tenant is not None else None
         if quota is not None:
-            quota.require(order.image_steps)
-        self.queue.take(order.image_steps, step_s, order.size_bytes, load_s)
+            quota.require(request.image_steps)
+        self.capacity.take(request.image_steps, step_s, request.size_bytes, load_s)
         if quota is not None:
-            quota.take(order.image_steps)
-        return Job(
-            secrets.token_hex(12), order, served, self._repository.audience, arrived=self._repository.clock.now()
-        )
+            quota.take(request.image_steps)
+        repository = self._repository
+        id, arrived = secrets.token_hex(12), repository.clock.now()
+        return Job(id=id, request=request, model=model, counts=repository.counts, arrived=arrived)
 
-    def done(self, job: Job) -> None:
-        """What is left of its work will not be done, and what it held is free."""
-        self.queue.give_back(job.request.image_steps - sum(job.steps))
-        self.queue.leave(job.request.size_bytes)
+    def readmit(self, job: Job) -> None:
+        """Counts a job that another server has accepted."""
+        self.capacity.add(job.request.image_steps, job.request.size_bytes)
 
-    def take_back(self, job: Job, owner: Tenant | None) -> None:
+    def advance(self, job: Job, index: int, step: int) -> None:
+        """Notes how many updates a picture has had, and that so much less is left to do."""
+        self.capacity.steps -= step - job.steps[index]
+        job.steps[index] = step
+
+    def release(self, job: Job) -> None:
+        """A job has ended: what is left of its work will not be done, and its memory is free."""
+        self.capacity.steps -= job.request.image_steps - sum(job.steps)
+        self.capacity.jobs -= 1
+        self.capacity.size_bytes -= job.request.size_bytes
+
+    def revoke(self, job: Job, tenant: Tenant | None) -> None:
         """A job that was admitted makes no work after all."""
-        self.done(job)
-        if owner is not None and owner.quota is not None:
-            owner.quota.give_back(job.request.image_steps)
+        self.release(job)
+        if tenant is not None and tenant.quota is not None:
+            tenant.quota.give_back(job.request.image_steps)

@@ -1,55 +1,122 @@
-"""What every job that has not ended has before it, played forward from where all of them stand."""
+"""When a job will be done: image-steps before it, times the time of a step, by the number of slots.
+
+By the time an owner has had some number of image-steps, every other owner has had as many, or all it wants
+(`server.engines.shares`). A picture takes at least its own steps; while its last steps are made, those beside it are
+halfway on average. tests/server/jobs/test_eta.py has the error, against what the scheduler does.
+"""
 
 import time
-from collections.abc import Mapping
-from dataclasses import replace
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from server.engines.backend import Backend
-from server.jobs.forecast import forecast
-from server.jobs.job import Job, Outlook
+from server.engines.shares import Shares
+from server.jobs.job import Eta, Job
 
-FRESH_S = 0.25  # how old an outlook may be
-SHARE = 0.05  # of the time may be spent on looking
+FRESH_S = 0.25  # how old an estimate may be
+BUDGET = 0.05  # of the time may be spent on estimates
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """What is left of a job."""
+
+    rank: float  # its place among those of its owner, smaller first
+    owner: str = ""
+    begun: Sequence[int] = ()  # steps left of each picture that has been begun
+    waiting: int = 0  # pictures that have not
+    steps: int = 1  # of each picture
+
+    @property
+    def image_steps(self) -> int:
+        """All steps left."""
+        return sum(self.begun) + self.waiting * self.steps
+
+    @classmethod
+    def of(cls, job: Job) -> "Work":
+        """What is left of this job."""
+        steps = job.request.steps
+        begun = [steps - done for i, done in enumerate(job.steps) if done and i not in job.images]
+        waiting = job.request.n - len(job.images) - len(begun)
+        rank = job.rank + steps / (job.request.T + 1)  # as the scheduler has it: of equals, the shortest first
+        return cls(rank=rank, owner=job.request.owner or "", begun=begun, waiting=waiting, steps=steps)
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """When a job is begun, in image-steps made before, and when it is done, in steps of the batch and in seconds."""
+
+    begun: float
+    steps: float
+    seconds: float
+
+
+def estimate(queue: Sequence[Work], step_s: Sequence[float]) -> list[End]:
+    """The end of each job of one model, in the order of `queue`. step_s[b]: seconds of a step of b pictures, b = 0 ..
+    slots; the last pictures share smaller batches."""
+    slots, had = len(step_s) - 1, defaultdict[str, float](float)
+    wanted = defaultdict[str, float](float)
+    for work in queue:
+        wanted[work.owner] += work.image_steps
+    is_full = sum(len(work.begun) + work.waiting for work in queue) > slots
+    shares, begun = Shares(wanted.values()), [0.0] * len(queue)
+    ends = list[tuple[float, int, int]]()  # (step of the batch, pictures that end then, whose they are)
+    for place in sorted(range(len(queue)), key=lambda place: queue[place].rank):
+        work = queue[place]
+        begun[place] = shares.done_by(had[work.owner])
+        had[work.owner] += work.image_steps
+        ends += [(left, 1, place) for left in work.begun]
+        if work.waiting:
+            last = (shares.done_by(had[work.owner]) + work.steps * (slots - 1) / 2) / slots if is_full else 0
+            ends.append((max(work.steps, last), work.waiting, place))
+    left, clock_s, now = sum(count for _, count, _ in ends), 0.0, 0.0
+    steps, seconds = [0.0] * len(queue), [0.0] * len(queue)
+    for step, count, place in sorted(ends):
+        clock_s, now = clock_s + (step - now) * step_s[min(slots, left)], step
+        left -= count
+        steps[place], seconds[place] = step, clock_s
+    return [End(*end) for end in zip(begun, steps, seconds, strict=True)]
 
 
 class EtaEstimator:
-    """Made for all jobs at once, at most every now and then, and only when somebody asks."""
+    """The estimates of all jobs that have not ended: made together, and only when one is asked for."""
 
     def __init__(self, live: Mapping[str, Job], backend: Backend) -> None:
         self._live, self._backend = live, backend
-        self._all: dict[str, Outlook] = {}  # by job
-        self._last = Outlook()  # of whoever comes next
+        self._etas: dict[str, Eta] = {}  # by job
+        self._last = Eta()  # of a job that arrives next
         self._at, self._took_s = 0.0, 0.0
 
-    def of(self, job: Job) -> Outlook:
-        """What this job has before it."""
+    def of(self, job: Job) -> Eta:
+        """The estimate of this job."""
         age_s = time.monotonic() - self._at
-        if age_s > max(FRESH_S if job.id in self._all else 0.0, self._took_s / SHARE):
-            self._look()
+        if age_s > max(FRESH_S if job.id in self._etas else 0.0, self._took_s / BUDGET):
+            self._estimate_all()
             age_s = self._took_s
-        found = self._all.get(job.id, self._last)
+        found = self._etas.get(job.id, self._last)
         return replace(found, eta_s=round(max(0.0, found.eta_s - age_s), 2))
 
-    def _look(self) -> None:
-        self._at = time.monotonic()
-        queues: dict[str, list[Job]] = {}
+    def _estimate_all(self) -> None:
+        self._at, self._etas = time.monotonic(), {}
+        queues: defaultdict[str, list[Job]] = defaultdict(list)
         for job in self._live.values():
-            queues.setdefault(job.request.model, []).append(job)
-        times = {name: self._backend.step_s(name, jobs[0].served.admitted) for name, jobs in queues.items()}
-        longest = {name: jobs[0].request.T for name, jobs in queues.items()}
-        ends = {name: forecast([job.work for job in jobs], times[name], longest[name]) for name, jobs in queues.items()}
-        lasts = {name: max(of_model.values(), key=lambda end: end.step) for name, of_model in ends.items()}
-        self._all = {}
+            queues[job.request.model].append(job)
+        ends = {
+            name: estimate([Work.of(job) for job in jobs], self._backend.step_s(name, jobs[0].model.admitted))
+            for name, jobs in queues.items()
+        }
+        lasts = {name: max(of_model, key=lambda end: end.steps) for name, of_model in ends.items()}
         for name, jobs in queues.items():
-            ahead = 0
-            for job in sorted(jobs, key=lambda job: ends[name][job].turn):
-                end = ends[name][job]
-                eta_s = self._backend.load_s(name) + end.seconds
+            ahead, load_s = 0, self._backend.load_s(name)
+            for job, end in sorted(zip(jobs, ends[name], strict=True), key=lambda pair: pair[1].begun):
+                eta_s = load_s + end.seconds
                 for other, last in lasts.items():  # models take turns, step by step, as long as both have work
-                    if other != name and last.step:
-                        eta_s += last.seconds * min(1.0, end.step / last.step)
-                self._all[job.id] = Outlook(ahead if job.started_at is None else 0, eta_s)
-                ahead += job.started_at is None
-        latest_s = max((outlook.eta_s for outlook in self._all.values()), default=0.0)
-        self._last = Outlook(sum(job.started_at is None for job in self._live.values()), latest_s)
+                    if other != name and last.steps:
+                        eta_s += last.seconds * min(1.0, end.steps / last.steps)
+                self._etas[job.id] = Eta(ahead if job.started_at is None else 0, eta_s)
+                if job.started_at is None:
+                    ahead += 1
+        waiting = sum(job.started_at is None for job in self._live.values())
+        self._last = Eta(waiting, max((eta.eta_s for eta in self._etas.values()), default=0.0))
         self._took_s = time.monotonic() - self._at

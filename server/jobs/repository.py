@@ -1,49 +1,69 @@
-"""What is known of all jobs: those in memory, and all of them on disk. Whatever is told of a job was written first."""
+"""Jobs from their acceptance to the end of their retention: all of them on disk, some of them in memory.
+
+Whatever clients are told of a job was written first. In memory are the jobs that have not ended, and those that ended
+lately, as long as there is room: only there are their frames.
+"""
 
 import asyncio
 import logging
 import math
 import time
+from collections import OrderedDict
+from collections.abc import Iterable
 from typing import Any
 
 from server.errors import NotFound, StorageFull
-from server.jobs.clock import Clock
-from server.jobs.codec import concluded, had_before, identities, stored, to_job, to_record
+from server.jobs.codec import answered_from_cache, concluded, identities, stored, to_job, to_record
 from server.jobs.job import Job
-from server.jobs.register import Register
-from server.jobs.stream import Subscribers
+from server.jobs.stream import StreamCounts
 from server.logs import report
 from server.settings import Settings
-from server.store.rows import Found
+from server.store.rows import IdempotentHit
 from server.store.store import Store
 
 logger = logging.getLogger(__name__)
-SWEEP_S = 10.0  # how often it is looked for jobs that need not be kept any longer
+SWEEP_S = 10.0  # between two looks for jobs whose retention has ended
 DAY_S = 86_400.0
+KEPT_BYTES = 256 << 20  # what ended jobs hold in memory, at most
+KEPT_JOBS = 10_000  # and how many of them there are
+
+
+class Clock:
+    """Seconds since 1970 that do not jump, whatever becomes of the wall clock while a server runs: the order in which
+    jobs wait and are kept. It starts at the time of day, or later if the journal has later times."""
+
+    def __init__(self, not_before: float = 0.0) -> None:
+        self._offset_s = max(time.time(), not_before) - time.monotonic()
+
+    def now(self) -> float:
+        """The time."""
+        return time.monotonic() + self._offset_s
 
 
 class JobRepository:
-    """Jobs, from their acceptance to the end of their retention."""
+    """The jobs of a server."""
 
-    def __init__(self, store: Store, settings: Settings, audience: Subscribers) -> None:
-        self.register, self.store, self.clock = Register(), store, Clock()
+    def __init__(self, store: Store, settings: Settings, counts: StreamCounts) -> None:
+        self.store, self.counts, self.clock = store, counts, Clock()
+        self.live: dict[str, Job] = {}  # those that have not ended, in order of arrival
         self.mismatches = 0  # pictures that came out with other bytes than before
-        self._settings, self.audience = settings, audience
+        self._ended: OrderedDict[str, Job] = OrderedDict()
+        self._ended_bytes = 0
+        self._settings = settings
         self._sweeper: asyncio.Task[None] | None = None
 
     async def start(self) -> list[Job]:
-        """Begins to write. -> the jobs that the last server had not ended, in the order in which they came"""
+        """Opens the journal. -> the jobs that the last server had not ended, in order of arrival"""
         self.store.start()
-        self.clock = Clock(await self.store.latest())
+        self.clock = Clock(not_before=await self.store.latest())
         self._sweeper = asyncio.create_task(self._sweep(), name="retention")
         self._sweeper.add_done_callback(report)
-        jobs = [to_job(record, self.store.pictures, self.audience) for record in await self.store.recover()]
-        for job in jobs:
-            self.register.add(job)
+        jobs = [to_job(record, self.store.blobs, self.counts) for record in await self.store.recover()]
+        self.live |= {job.id: job for job in jobs}
         return jobs
 
     async def close(self) -> None:
-        """Ends once everything is on disk, or cannot be."""
+        """Returns when everything is on disk, or cannot be."""
         try:
             if self._sweeper is not None:
                 self._sweeper.cancel()
@@ -54,79 +74,96 @@ class JobRepository:
         finally:
             await self.store.close()
 
-    async def accept(self, job: Job, again: bool) -> Found | Job:
-        """A new job, on disk; what came with its key before; or the job with pictures that were made before.
+    async def accept(self, job: Job, again: bool) -> IdempotentHit | Job:
+        """Writes down a new job. -> the job, with its pictures if all are in the cache; or what came with its
+        Idempotency-Key before.
 
-        again: make them again nevertheless. Raises StorageFull.
+        again: cached pictures are not accepted. Raises StorageFull.
         """
-        over, known = None, list[str]()
-        cached = self._settings.result_cache and job.served.exact and not again
-        if cached and job.request.watched is None and not job.request.wants_floats:
-            over, known = had_before(job, time.time(), self.clock.now()), identities(job)
-        made = await self.store.insert(to_record(job), over, known)
-        if isinstance(made, Found):
+        cached, known = None, list[str]()
+        may_be_cached = self._settings.result_cache and job.model.exact and not again
+        if may_be_cached and job.request.frames is None and not job.request.floats:
+            cached, known = answered_from_cache(job, time.time(), self.clock.now()), identities(job)
+        made = await self.store.insert(to_record(job), cached, known)
+        if isinstance(made, IdempotentHit):
             return made
         if made.status is not None:
-            job = to_job(made, self.store.pictures, self.audience)
+            job = to_job(made, self.store.blobs, self.counts)
             job.cached = True
-        self.register.add(job)
+        self.live[job.id] = job
         return job
 
     async def end(self, job: Job, status: str, finished_at: float, error: dict[str, Any] | None) -> None:
-        """What has come of a job is on disk when this returns, its pictures first. Waits for room on the disk."""
+        """Writes down the end of a job, its pictures first. Waits for room on the disk."""
         record = concluded(job, status, finished_at, self.clock.now(), error)
         pngs = {image.sha256: image.png for image in job.images.values()} if record.images else {}
         if pngs:
-            await self.store.save(pngs)
+            await self.store.blobs.save(pngs)
         try:
-            exact = bool(pngs) and job.served.exact
+            exact = bool(pngs) and job.model.exact
             done = await self.store.finish(record, identities(job) if exact else ())
         finally:
-            self.store.release(pngs)
+            self.store.blobs.unpin(pngs)
         if done is None:
             return logger.error("a result came late and was not taken", extra={"job": job.id})
         for made, kept in zip(record.images, done.images, strict=True):
             if made.sha256 != kept.sha256:
                 self.mismatches += 1
-                logger.error(
-                    "a picture came out with other bytes than before", extra={"job": job.id, "seed": kept.seed}
-                )
-                job.images[kept.place] = stored(kept, self.store.pictures)
+                extra = {"job": job.id, "seed": kept.seed}
+                logger.error("a picture came out with other bytes than before", extra=extra)
+                job.images[kept.index] = stored(kept, self.store.blobs)
+
+    def retire(self, job: Job) -> None:
+        """A job has ended, and its last message was sent: what it holds does not change any more."""
+        self._ended[job.id] = self.live.pop(job.id)
+        self._ended_bytes += job.size_bytes
+        while len(self._ended) > 1 and (self._ended_bytes > KEPT_BYTES or len(self._ended) > KEPT_JOBS):
+            self._forget([next(iter(self._ended))])
+
+    def in_memory(self, id: str) -> Job | None:
+        """A job by its id, if it is in memory."""
+        return self.live.get(id) or self._ended.get(id)
+
+    def _forget(self, ids: Iterable[str]) -> None:
+        """Drops ended jobs from memory."""
+        for id in ids:
+            job = self._ended.pop(id, None)
+            if job is not None:
+                self._ended_bytes -= job.size_bytes
 
     async def find(self, id: str, owner: str | None) -> Job:
-        """A job by its id, if it is this owner's. Raises NotFound, or Gone if it was kept once."""
-        job = self.register.find(id)
+        """A job by its id, if it is this owner's. Raises NotFound, or Gone after its retention."""
+        job = self.in_memory(id)
         if job is None:
             record = await self.store.find(id, owner)
             if record.status is None:  # it is being accepted, and nobody has been told of it yet
                 raise NotFound("there is no such job")
-            job = to_job(record, self.store.pictures, self.audience)
+            job = to_job(record, self.store.blobs, self.counts)
         if job.request.owner != owner:
             raise NotFound("there is no such job")
         return job
 
     async def page(self, owner: str | None, status: str | None, after: str | None, limit: int) -> list[Job]:
-        """An owner's jobs, newest first, older than the one with id `after`. Raises what `find` does of that one."""
+        """An owner's jobs, newest first, older than the one with id `after`. Raises as `find` does for that one."""
         if status in ("queued", "running"):
             before = (await self.find(after, owner)).arrived if after is not None else math.inf
-            live = reversed(self.register.live.values())
-            mine = [job for job in live if job.request.owner == owner]
+            mine = [job for job in reversed(self.live.values()) if job.request.owner == owner]
             return [job for job in mine if job.status == status and job.arrived < before][:limit]
         records = await self.store.page(owner, status, after, limit)
-        jobs = [self.register.find(r.id) or to_job(r, self.store.pictures, self.audience) for r in records]
-        return [job for job, record in zip(jobs, records, strict=True) if record.status or job.id in self.register.live]
+        jobs = [self.in_memory(r.id) or to_job(r, self.store.blobs, self.counts) for r in records]
+        return [job for job, record in zip(jobs, records, strict=True) if record.status or job.id in self.live]
 
     async def sweep(self) -> None:
-        """Jobs that need not be kept any longer are deleted, with the pictures that no other job has.
+        """Deletes jobs whose retention has ended, with the pictures that no other job has.
 
-        Raises StorageFull, and then there may be more to go.
+        Raises StorageFull, and then there may be more to delete.
         """
         before = self.clock.now() - self._settings.retention_days * DAY_S
         more = True
         while more:
             expired = await self.store.expire(before, self._settings.retention_bytes)
-            self.register.forget(expired.ids)
-            await self.store.delete(expired.pictures)
+            self._forget(expired.ids)
+            await self.store.delete(expired.blobs)
             more = expired.more
 
     async def _sweep(self) -> None:
@@ -135,4 +172,4 @@ class JobRepository:
             try:
                 await self.sweep()
             except StorageFull as error:
-                logger.warning("jobs that need not be kept were not deleted", extra={"reason": str(error)})
+                logger.warning("jobs after their retention were not deleted", extra={"reason": str(error)})

@@ -1,83 +1,153 @@
-"""From a request's body to an order: every choice made, every bound checked, nothing promised yet."""
+"""From the body of a request to a resolved request: every choice made, every bound checked, nothing promised yet."""
 
 import json
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from hashlib import sha256
+from typing import Any
 
 from model.checkpoint.card import ModelCard
-from model.sampling.plan import resolve
+from model.sampling.plan import Sampling, resolve
 from server.errors import Invalid
-from server.jobs.job import ResolvedRequest, Watched, frame_points
 from server.jobs.schemas import MAX_SEED, Frames, GenerateRequest, parse_json, parse_object, validate
 from server.jobs.tenants import Tenant
 from server.settings import Settings
 
-USUAL_FRAMES = Frames(count=30)
+DEFAULT_FRAMES = Frames(count=30)
+MESSAGE_BYTES, JOB_BYTES = 2_000, 6_000  # a little more than what was measured
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestContext:
+    """What a request says beside its body: by its headers, its route and its key."""
+
+    floats: bool = False  # the answer holds the unrounded pictures
+    shows: bool = False  # frames are shown unless the body says otherwise
+    draws: bool = False  # the answer is drawn from frames, so that there must be some
+    later: bool = False  # the answer comes before any picture, with the job as it is
+    attached: bool = False  # the caller waits for the end, and does not know the job's id before
+    again: bool = False  # cached pictures are not accepted
+    key: str | None = None  # Idempotency-Key
+    tenant: Tenant | None = None  # by whose API key it came
+
+    @property
+    def owner(self) -> str | None:
+        """The name of the tenant."""
+        return self.tenant.name if self.tenant is not None else None
 
 
 @dataclass(frozen=True, slots=True)
-class RequestContext:
-    """How a request came, beside its body."""
+class FramePoints:
+    """The frames of a job: as asked for, and the numbers of updates after which they are taken."""
 
-    floats: bool = False  # the pictures are wanted unrounded, too
-    shows: bool = False  # frames are shown if nothing is said of them
-    draws: bool = False  # the answer is drawn from frames, so that there must be some
-    later: bool = False  # it is answered before anything is made, with the job as it is
-    attached: bool = False  # its caller waits for the end, and hears of nothing before
-    again: bool = False  # pictures that were made before will not do
-    key: str | None = None  # Idempotency-Key
-    owner: Tenant | None = None  # by whose key it came
+    frames: Frames
+    points: tuple[int, ...]
+
+    @classmethod
+    def of(cls, frames: Frames, steps: int, most: int) -> "FramePoints":
+        """The points of a picture of so many steps, 0 first and `steps` last; no more than `most` + 1 of them."""
+        if frames.every is not None:
+            return cls(frames, tuple(dict.fromkeys([*range(0, steps, frames.every)[: most + 1], steps])))
+        assert frames.count is not None
+        count = min(frames.count, steps + 1, most + 1)
+        return cls(frames, tuple(dict.fromkeys(round(i * steps / (count - 1)) for i in range(count))))
 
     @property
-    def owner_name(self) -> str | None:
-        """The name of whoever's key it came with."""
-        return self.owner.name if self.owner is not None else None
+    def count(self) -> int:
+        """Frames of each picture, x_t and x0 counted apart."""
+        return len(self.points) * (2 if self.frames.kind == "both" else 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResolvedRequest:
+    """A request with every choice made."""
+
+    model: str
+    T: int  # of its schedule
+    shape: tuple[int, int, int]  # (C, H, W) of a picture
+    seed: int
+    n: int
+    sampling: Sampling
+    frames: FramePoints | None = None
+    priority: int = 0
+    deadline_s: float | None = None
+    floats: bool = False  # the unrounded pictures are kept as long as the job is in memory
+    owner: str | None = None  # the tenant by whose key it came, who alone may see it
+
+    @property
+    def steps(self) -> int:
+        """Updates of each picture."""
+        return self.sampling.steps
+
+    @property
+    def image_steps(self) -> int:
+        """The work in it: updates of all pictures."""
+        return self.n * self.steps
+
+    @property
+    def frame_count(self) -> int:
+        """Frames of each picture."""
+        return self.frames.count if self.frames is not None else 0
+
+    @property
+    def size_bytes(self) -> int:
+        """About how much memory it comes to hold at most: pictures and frames, as much again for their PNGs, and the
+        objects around them."""
+        channels, height, width = self.shape
+        of_a_picture = 2 * (self.frame_count + 1) + (8 if self.floats else 0)
+        pictures = self.n * channels * height * width * of_a_picture
+        return pictures + MESSAGE_BYTES * self.n * (self.frame_count + 1) + JOB_BYTES
+
+    def document(self) -> dict[str, Any]:
+        """Every field of the request, defaults filled in."""
+        fields = {"model": self.model, "seed": self.seed, "n": self.n, **asdict(self.sampling)}
+        fields["frames"] = self.frames.frames.model_dump(exclude_none=True) if self.frames is not None else None
+        return fields | {"priority": self.priority, "deadline_s": self.deadline_s}
+
+
+def fingerprint(value: object) -> str:
+    """A hash of a value that JSON can hold, however its members are ordered."""
+    return sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def fingerprints(body: bytes, context: RequestContext) -> list[str]:
-    """Hashes of what is asked for: the body, however it is spelled, and what the way it came adds to it. The first is
-    kept with a job that is made for it; a job that was made for one of the others can answer it as well."""
+    """Hashes of what is asked for: the body, however it is spelled, and what the context adds to it. A job keeps the
+    first; a job that was made for one of the others can answer the request as well."""
     asked = parse_json(body)
     adds_frames = (context.shows or context.draws) and not (isinstance(asked, dict) and "frames" in asked)
-    floats = [True] if context.floats else [False, True]  # what a job has more than is needed does no harm
+    floats = [True] if context.floats else [False, True]  # a job that holds more than is needed does no harm
     frames = [True] if adds_frames and not context.later else [adds_frames, not adds_frames]
-    made = [[asked, unrounded, shown] for unrounded in floats for shown in frames]
-    return [sha256(json.dumps(one, sort_keys=True).encode()).hexdigest() for one in made]
+    return [fingerprint([asked, unrounded, shown]) for unrounded in floats for shown in frames]
 
 
 def resolve_request(
     body: bytes, cards: Mapping[str, ModelCard], settings: Settings, context: RequestContext
 ) -> ResolvedRequest:
-    """A request with every choice made. Raises BadInput, or PlanError, naming the field that cannot be."""
+    """A request with every choice made. Raises BadInput or PlanError, naming the field that is out of bounds."""
     value = parse_object(body)
     request = validate(value, GenerateRequest, _largest(value, cards, settings))
     card = cards[_model(request.model, cards, settings)]
-    sampling = resolve(
-        card.process,
-        request.sampler,
-        request.steps,
-        variance=request.variance,
-        eta=request.eta,
-        spacing=request.spacing,
-        clip=request.clip,
-        noise=request.noise,
+    chosen = request.model_dump(include={"variance", "eta", "spacing", "clip", "noise"})
+    sampling = resolve(card.process, request.sampler, request.steps, **chosen)
+    return ResolvedRequest(
+        model=card.name,
+        T=card.process.schedule.T,
+        shape=card.architecture.shape,
+        seed=secrets.randbelow(MAX_SEED - request.n) if request.seed is None else request.seed,
+        n=request.n,
+        sampling=sampling,
+        frames=_frames(request, sampling.steps, settings.max_frames, context),
+        priority=request.priority,
+        deadline_s=request.deadline_s,
+        floats=context.floats,
+        owner=context.owner,
     )
-    seed = secrets.randbelow(MAX_SEED - request.n) if request.seed is None else request.seed
-    shows = context.shows or context.draws
-    frames = request.frames if "frames" in request.model_fields_set or not shows else USUAL_FRAMES
-    if context.draws and frames is None:
-        raise Invalid(("frames", "frames must not be null: an animation is made of them"))
-    watched = _watched(frames, request.n, sampling.steps, settings.max_frames)
-    kind = (card.name, card.process.schedule.T, card.architecture.shape)
-    urgency = (request.priority, request.deadline_s)
-    return ResolvedRequest(*kind, seed, request.n, sampling, watched, *urgency, context.floats, context.owner_name)
 
 
 def _largest(value: Mapping[str, object], cards: Mapping[str, ModelCard], settings: Settings) -> dict[str, int]:
-    """What numbers of a request may be at most, as far as what is said beside them tells."""
-    n, model = value.get("n"), value.get("model") or usual_model(cards, settings)
+    """The largest number that each field may be, as far as the fields beside it tell."""
+    n, model = value.get("n"), value.get("model") or default_model(cards, settings)
     largest = {"n": settings.max_n}
     largest["seed"] = MAX_SEED - (n if type(n) is int and 1 <= n <= settings.max_n else 1)
     if isinstance(model, str) and model in cards:
@@ -85,23 +155,27 @@ def _largest(value: Mapping[str, object], cards: Mapping[str, ModelCard], settin
     return largest
 
 
-def _watched(frames: Frames | None, n: int, steps: int, most: int) -> Watched | None:
+def _frames(request: GenerateRequest, steps: int, most: int, context: RequestContext) -> FramePoints | None:
+    """Which frames are kept. Raises Invalid if they are too many, or missing where the answer is drawn from them."""
+    says_nothing = "frames" not in request.model_fields_set
+    frames = DEFAULT_FRAMES if says_nothing and (context.shows or context.draws) else request.frames
     if frames is None:
+        if context.draws:
+            raise Invalid(("frames", "frames must not be null: an animation is made of them"))
         return None
-    points = frame_points(frames, steps, most)
-    count = n * len(points) * (1 + (frames.kind == "both"))
-    if count > most:
+    points = FramePoints.of(frames, steps, most)
+    if (count := request.n * points.count) > most:
         raise Invalid(("frames", f"frames: pictures x points x kinds must be at most {most}, got {count}"))
-    return Watched(frames, points)
+    return points
 
 
-def usual_model(cards: Mapping[str, ModelCard], settings: Settings) -> str | None:
-    """The model of requests that name none; None if there is no such model."""
+def default_model(cards: Mapping[str, ModelCard], settings: Settings) -> str | None:
+    """The model of requests that name none; None if such requests are refused."""
     return settings.default_model or (next(iter(cards)) if len(cards) == 1 else None)
 
 
 def _model(wanted: str | None, cards: Mapping[str, ModelCard], settings: Settings) -> str:
-    name = wanted or usual_model(cards, settings)
+    name = wanted or default_model(cards, settings)
     if name is None or name not in cards:
         known = ", ".join(cards)
         raise Invalid(("model", f"model must be one of {known}" if wanted else f"name a model, one of {known}"))

@@ -1,11 +1,12 @@
-"""The course of a job: it waits until the engines take work, is run, tells its viewers, and ends."""
+"""Runs jobs, each in a task of its own, to their end. The only module that changes a job's state."""
 
 import asyncio
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
-from contextlib import aclosing, nullcontext
+from collections import Counter
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 
 from model.checkpoint.card import ModelCard
@@ -22,162 +23,235 @@ from server.errors import (
     StorageFull,
     problem,
 )
-from server.jobs.admission import Admission
-from server.jobs.capacity import check_deadline
+from server.jobs.admission import Admission, check_deadline
 from server.jobs.eta import EtaEstimator
-from server.jobs.job import Image, Job
+from server.jobs.job import Image, Job, State
 from server.jobs.repository import JobRepository
+from server.logs import report
 from server.metrics import Metrics
 from server.worker.messages import ModelStatus, Spec
 
 logger = logging.getLogger(__name__)
-DEATHS = 3  # of servers while a job ran: then it is given up
+DEATHS = 2  # of servers while a job was running: from then on it runs alone, and after the others
 
 
-@dataclass(slots=True)
+def _outcome(failure: ServerError) -> State:
+    """The state of a job that this has stopped. What is wrong with the server is not the job's failure."""
+    if isinstance(failure, JobCancelled):
+        return State.CANCELLED
+    return State.PARKED if isinstance(failure, NotReady | EngineFailed) else State.FAILED
+
+
+@dataclass(slots=True, kw_only=True)
 class JobRunner:
-    """Where every job of this server takes its course, each in a task of its own."""
+    """Where all jobs of a server are run."""
 
     cards: Mapping[str, ModelCard]
     backend: Backend
     repository: JobRepository
     admission: Admission
-    outlooks: EtaEstimator
+    etas: EtaEstimator
     metrics: Metrics
-    count: Callable[[Job, str], None]  # hears of every end, once it is on disk
-    _suspect: asyncio.Lock = field(default_factory=asyncio.Lock)  # held by a job that may have killed two servers
+    outcomes: Counter[str] = field(default_factory=lambda: Counter({"succeeded": 0, "failed": 0, "cancelled": 0}))
+    _alone: asyncio.Lock = field(default_factory=asyncio.Lock)  # held by a job that runs alone
+    _before: list["asyncio.Task[None]"] = field(default_factory=list)  # of jobs that end before any runs alone
 
-    async def run(self, job: Job) -> None:
-        """From its acceptance to its end, or until it is parked."""
-        outcome: str | None = "failed"  # None: it is parked, and goes on when the server has been started anew
+    def resume(self, jobs: Sequence[Job]) -> None:
+        """Runs what the last server has not ended. Jobs that were running at several deaths of a server may be what
+        killed it: they run alone, when the others have ended. None of them fails for it."""
+        for job in sorted(jobs, key=lambda job: job.deaths >= DEATHS):
+            self.admission.readmit(job)
+            self.start(job)
+            if job.deaths < DEATHS and job.task is not None:
+                self._before.append(job.task)
+
+    def start(self, job: Job) -> None:
+        """Runs an accepted job."""
+        steps = job.request.image_steps
+        logger.info("job accepted", extra={"job": job.id, "model": job.request.model, "image_steps": steps})
+        job.task = asyncio.create_task(self._run(job), name=f"job {job.id}")
+        job.task.add_done_callback(report)
+
+    async def stop(self, job: Job, cancelled: JobCancelled | None) -> None:
+        """Cancels a job that has not ended, or parks it, and returns when that is done."""
+        if job.task is None or job.ended or job.state is State.PARKED:
+            return
+        if job.state is not State.ENDING:
+            job.failure = cancelled
+            job.task.cancel()
+        await asyncio.wait([job.task])
+        if job.state is State.QUEUED:  # its task had not begun
+            await self._end(job, State.PARKED if cancelled is None else State.CANCELLED)
+
+    def record_success(self, job: Job) -> None:
+        """Counts a job that was answered from the cache."""
+        self._count(job, State.SUCCEEDED)
+
+    async def _run(self, job: Job) -> None:
+        outcome = State.FAILED  # also if a bug stops it
         try:
-            if job.attached and job.attempt > 1:
-                raise JobCancelled("its caller went away with the server before")
-            async with asyncio.timeout(self._time_left_s(job)) as deadline:
+            await self._make(job)
+            outcome = State.SUCCEEDED
+        except ServerError as failure:
+            outcome, job.failure = _outcome(failure), failure
+        except asyncio.CancelledError:
+            outcome = State.PARKED if job.failure is None else State.CANCELLED
+            job.failure = job.failure or NotReady("the server is shutting down")
+            raise
+        finally:
+            await self._end(job, outcome)
+
+    async def _make(self, job: Job) -> None:
+        """Makes all pictures of a job and their PNGs. Raises the ServerError that stops it."""
+        if job.attached and job.attempt > 1:
+            raise JobCancelled("its caller went away with the server before")
+        try:
+            async with asyncio.timeout(self._left_s(job)) as deadline:
                 job.due = deadline.when() or math.inf
                 self._check_deadline(job)
-                async with self._suspect if job.deaths == DEATHS - 1 else nullcontext():
+                async with self._turn(job):
                     await self._collect(job)
-            await asyncio.to_thread(job.encode)
-            outcome = "succeeded"
         except TimeoutError:
             if not deadline.expired():
                 raise
-            job.failure = DeadlinePassed(f"the deadline of {job.request.deadline_s:g} s was not met")
-        except JobCancelled as error:
-            outcome, job.failure = "cancelled", error
-        except (NotReady, EngineFailed) as error:
-            outcome, job.failure = None, error
-        except ServerError as error:
-            job.failure = error
-        except asyncio.CancelledError:
-            if job.giving_up:
-                outcome, job.failure = "cancelled", JobCancelled("the job was cancelled")
-            else:
-                outcome, job.failure = None, NotReady("the server is shutting down")
-                raise
-        finally:
-            job.ending = True
-            if outcome is None:
-                job.stream.park()
-            else:
-                await self.end(job, outcome)
+            raise DeadlinePassed(f"the deadline of {job.request.deadline_s:g} s was not met") from None
+        await asyncio.to_thread(_encode, job)
 
-    def _time_left_s(self, job: Job) -> float | None:
-        """Until the deadline that the client set, counted from the acceptance, even if that was by another server."""
+    def _left_s(self, job: Job) -> float | None:
+        """Seconds until the deadline, counted from the acceptance, even if that was by another server."""
         if job.request.deadline_s is None:
             return None
         return max(0.0, job.request.deadline_s - (self.repository.clock.now() - job.arrived))
 
-    def _note_what_serves(self, job: Job, served: ModelStatus) -> None:
-        """What its pictures are made by, once that is known. Raises ModelChanged."""
-        if served.digest != job.served.digest:
-            raise ModelChanged("the model was changed after this job had been accepted")
-        if served.numerics != job.served.numerics and served.loaded and job.served.numerics:
-            logger.warning(
-                "a job is run on another kind of machine", extra={"job": job.id, "numerics": served.numerics}
-            )
-        job.served = served
+    @asynccontextmanager
+    async def _turn(self, job: Job) -> AsyncIterator[None]:
+        """Lets a job run at once; or alone and last, if several servers died while it was running."""
+        if job.deaths < DEATHS:
+            yield
+            return
+        if self._before:
+            await asyncio.wait(self._before)
+        async with self._alone:
+            yield
 
     async def _collect(self, job: Job) -> None:
-        if job.deaths >= DEATHS:
-            raise SampleLost(f"the server died {job.deaths} times while it made this job")
-        order, watched = job.request, job.request.watched
-        spec = Spec(
-            model=order.model,
-            seeds=tuple(range(order.seed, order.seed + order.n)),
-            sampling=order.sampling,
-            rank=job.rank,
-            frames=frozenset(watched.points if watched else ()),
-            shows_x=watched is not None and watched.frames.kind != "x0",
-            shows_x0=watched is not None and watched.frames.kind != "x_t",
-            wants_floats=order.wants_floats,
-            owner=order.owner or "",
-            job=job.id,
-        )
-        if order.model not in self.cards:
+        """Takes all events of a job's samples."""
+        if job.request.model not in self.cards:
             raise ModelChanged("the model that this job was accepted for is not served any more")
-        if (served := self.backend.models.get(order.model)) is not None:  # else the backend waits for it, and tells
-            self._note_what_serves(job, served)
-        suspected = job.deaths > 0
-        async with aclosing(self.backend.run(spec)) as events:
+        if (model := self.backend.models.get(job.request.model)) is not None:  # else `Assigned` tells it
+            self._note_model(job, model)
+        unmarked = job.deaths > 0  # others are marked as running when they start, without waiting for the disk
+        async with aclosing(self.backend.run(_spec(job))) as events:
             async for event in events:
-                if suspected and not isinstance(event, Restarting):  # it has begun: a server that dies while it loads
-                    await self.repository.store.begins(job.id)  # does so for other reasons
-                    suspected = False
+                if unmarked and not isinstance(event, Restarting):
+                    await self.repository.store.mark_running_durably(job.id)
+                    unmarked = False
                 self._take(job, event)
 
     def _take(self, job: Job, event: SampleEvent) -> None:
-        if job.started_at is None and isinstance(event, Preview | Progress | Finished):
-            job.started_at, job.status = time.time(), "running"
-            self.metrics.queue_seconds.observe(self.repository.clock.now() - job.arrived)
-            if not job.deaths:
-                self.repository.store.begun(job.id)
-            job.stream.say("started", steps=job.request.image_steps)
+        if job.state is State.QUEUED and isinstance(event, Preview | Progress | Finished):
+            self._mark_started(job)
         match event:
             case Preview(int(index), step, x, x0):
                 job.show_frame(index, step, "x_t", x)
                 job.show_frame(index, step, "x0", x0)
             case Progress(steps):
-                self._advance(job, steps)
+                for index, step in steps.items():
+                    self.admission.advance(job, index, step)
                 self._check_deadline(job)
-                job.stream.tell("progress", **job.progress, eta_s=self.outlooks.of(job).eta_s)
+                if job.stream.subscribers:
+                    self.tell_progress(job)
             case Finished(int(index), picture, floats):
-                self._advance(job, {index: job.request.sampling.steps})
-                job.finish(Image(index, job.request.seed + index, picture, floats, job.texts(job.request.seed + index)))
-            case Assigned(served):
-                self._note_what_serves(job, served)
+                self.admission.advance(job, index, job.request.steps)
+                seed = job.request.seed + index
+                job.finish(Image(index, seed, picture, floats, job.texts(seed)))
+            case Assigned(model):
+                self._note_model(job, model)
             case Restarting(retry_after_s):
-                self._advance(job, {i: 0 for i in range(job.request.n) if i not in job.images})
+                for index in set(range(job.request.n)) - job.images.keys():
+                    self.admission.advance(job, index, 0)
                 job.stream.tell("restarting", urgent=True, retry_after_s=retry_after_s)
             case Failed(_, reason):
                 raise SampleLost(reason)
             case Cancelled():
                 raise SampleLost("the picture was given up")
 
+    def _mark_started(self, job: Job) -> None:
+        job.move(State.RUNNING)
+        job.started_at = time.time()
+        self.metrics.queue_seconds.observe(self.repository.clock.now() - job.arrived)
+        if not job.deaths:
+            self.repository.store.mark_running(job.id)
+        job.stream.say("started", steps=job.request.image_steps)
+
+    def tell_progress(self, job: Job) -> None:
+        """Tells subscribers how far a job is, or how long it has to wait."""
+        eta = self.etas.of(job)
+        if job.state is State.QUEUED:
+            job.stream.tell("queued", position=eta.position, eta_s=eta.eta_s)
+        else:
+            job.stream.tell("progress", **job.progress, eta_s=eta.eta_s)
+
+    def _note_model(self, job: Job, model: ModelStatus) -> None:
+        """Notes what makes the pictures. Raises ModelChanged."""
+        if model.digest != job.model.digest:
+            raise ModelChanged("the model was changed after this job had been accepted")
+        if model.numerics != job.model.numerics and model.loaded and job.model.numerics:
+            extra = {"job": job.id, "numerics": model.numerics}
+            logger.warning("a job is run on another kind of machine", extra=extra)
+        job.model = model
+
     def _check_deadline(self, job: Job) -> None:
-        """Gives up, and leaves the slots to others, as soon as it is certain that the deadline will not be met."""
+        """Gives up, and frees the slots, as soon as it is certain that the deadline cannot be met."""
         if job.due < math.inf:
             left_s = job.due - asyncio.get_running_loop().time()
-            steps = job.request.sampling.steps - min(job.steps)
-            check_deadline(left_s, steps, self.backend.step_s(job.request.model, job.served.admitted)[1])
+            steps = job.request.steps - min(job.steps)
+            check_deadline(left_s, steps, self.backend.step_s(job.request.model, job.model.admitted)[1])
 
-    def _advance(self, job: Job, steps: Mapping[int, int]) -> None:
-        for index, step in steps.items():
-            self.admission.queue.give_back(step - job.steps[index])
-            job.steps[index] = step
-
-    async def end(self, job: Job, outcome: str) -> None:
-        """Writes down what has come of a job, and then tells it; or parks it, if it cannot be written any more."""
-        finished_at = time.time()
-        error = problem(job.failure or RuntimeError()).body("") if outcome == "failed" else None
-        self.admission.done(job)  # it may take until there is room on the disk, and others need not wait for that
-        try:
-            await self.repository.end(job, outcome, finished_at, error)
-        except StorageFull as failure:  # the server ends before there is any: the next one runs it again
-            job.failure = failure
-            return job.stream.park()
-        job.status, job.finished_at, job.error = outcome, finished_at, error
-        logger.info("job ended", extra={"job": job.id, "outcome": outcome, "code": error and error["code"]})
+    async def _end(self, job: Job, outcome: State) -> None:
+        """Writes down the end of a job, then tells it. Or parks the job, also if its end cannot be written any more."""
+        if outcome is not State.PARKED:
+            job.move(State.ENDING)
+            finished_at = time.time()
+            error = problem(job.failure or RuntimeError()).body("") if outcome is State.FAILED else None
+            self.admission.release(job)  # now: writing may take until there is room on the disk
+            try:
+                await self.repository.end(job, outcome, finished_at, error)
+            except StorageFull as failure:
+                outcome, job.failure = State.PARKED, failure
+        job.move(outcome)
+        if outcome is State.PARKED:
+            return job.stream.close()
+        job.finished_at, job.error = finished_at, error
+        logger.info("job ended", extra={"job": job.id, "outcome": str(outcome), "code": error and error["code"]})
         job.stream.end(outcome, document=job.document())
-        self.count(job, outcome)  # now that it holds all that it will
+        self._count(job, outcome)
+
+    def _count(self, job: Job, outcome: State) -> None:
+        self.outcomes[outcome] += 1
+        self.metrics.job_seconds.observe(self.repository.clock.now() - job.arrived)
+        self.repository.retire(job)
+
+
+def _spec(job: Job) -> Spec:
+    """What the backend is asked for."""
+    request = job.request
+    return Spec(
+        model=request.model,
+        seeds=tuple(range(request.seed, request.seed + request.n)),
+        sampling=request.sampling,
+        rank=job.rank,
+        frames=frozenset(request.frames.points if request.frames else ()),
+        shows_x=request.frames is not None and request.frames.frames.kind != "x0",
+        shows_x0=request.frames is not None and request.frames.frames.kind != "x_t",
+        wants_floats=request.floats,
+        owner=request.owner or "",
+        job=job.id,
+        alone=job.deaths >= DEATHS,
+    )
+
+
+def _encode(job: Job) -> None:
+    """Makes the PNGs and their hashes. Slow: call it in a thread."""
+    for image in job.images.values():
+        image.sha256  # noqa: B018

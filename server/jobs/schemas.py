@@ -1,7 +1,8 @@
 """What clients may send. Unknown fields are refused, numbers are strict; bounds that the model sets are in orders."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from itertools import chain
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema, model_validator
@@ -14,6 +15,7 @@ from server.errors import Invalid, Malformed
 
 MAX_SEED = 2**53  # what every JSON reader keeps exactly
 MAX_DEPTH = 32
+TOO_DEEP = f"brackets nest deeper than {MAX_DEPTH}"
 Form = TypeVar("Form", bound=BaseModel)
 
 
@@ -90,27 +92,29 @@ def _constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
 
 
-def _depth(text: str) -> int:
-    """The deepest nesting of brackets; brackets inside strings count too, which only makes this stricter."""
-    deepest = depth = 0
-    for character in text:
-        if character in "[{":
-            depth += 1
-            deepest = max(deepest, depth)
-        elif character in "]}":
-            depth -= 1
-    return deepest
+def _containers(values: Iterable[object]) -> list[Any]:
+    return [value.values() if isinstance(value, dict) else value for value in values if isinstance(value, dict | list)]
+
+
+def _check_depth(value: object) -> None:
+    """Raises ValueError if lists and objects nest deeper than MAX_DEPTH."""
+    level = _containers([value])
+    for _ in range(MAX_DEPTH):
+        level = _containers(chain.from_iterable(level))
+    if level:
+        raise ValueError(TOO_DEEP)
 
 
 def parse_json(body: bytes) -> object:
     """Strict JSON: UTF-8, no NaN, no duplicate names, not too deep. Raises Malformed."""
     try:
         text = body.decode("utf-8")
-        if _depth(text) > MAX_DEPTH:
-            raise ValueError(f"brackets nest deeper than {MAX_DEPTH}")
         value: object = json.loads(text, parse_constant=_constant, object_pairs_hook=unique_keys)
+        _check_depth(value)
         if "\\u" in text:
             json.dumps(value, ensure_ascii=False).encode()  # of half a character nothing can be said, not even in a log
+    except RecursionError:
+        raise Malformed(f"the body is not valid JSON: {TOO_DEEP}") from None
     except json.JSONDecodeError as error:
         where = f"line {error.lineno} column {error.colno}"
         raise Malformed(f"the body is not valid JSON at {where}") from None

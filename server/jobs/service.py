@@ -1,46 +1,39 @@
-"""The one path a job takes: resolve, admit, run, collect its events, tell its viewers, end.
+"""The one path of a job: resolve, admit, write down, run; watched, cancelled and answered on the way.
 
-A job lives in a task of its own. Whoever wants its pictures waits for its end or watches its feed; who leaves does not
-matter to it, unless the route says so by `cancel`.
+A job runs in a task of its own. Callers wait for its end or watch its stream; that they leave does not matter to it,
+unless the route cancels it.
 """
 
 import asyncio
 import logging
 import math
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from typing import Any
 
 from model.checkpoint.card import ModelCard
 from server.engines.backend import Backend
-from server.errors import (
-    JobCancelled,
-    KeyReused,
-    StillRunning,
-)
+from server.errors import JobCancelled, KeyReused, StillRunning
 from server.jobs.admission import Admission
 from server.jobs.eta import EtaEstimator
-from server.jobs.job import Job
+from server.jobs.job import Job, State
 from server.jobs.repository import JobRepository
 from server.jobs.request import RequestContext, fingerprints, resolve_request
 from server.jobs.runner import JobRunner
-from server.jobs.stream import Subscriber, Subscribers
+from server.jobs.stream import StreamCounts, Subscriber
 from server.logs import report
 from server.metrics import Metrics, Standing
 from server.settings import Settings
-from server.store.rows import Found
+from server.store.rows import IdempotentHit
 from server.store.store import Store
 
 logger = logging.getLogger(__name__)
-ANIMATIONS = 2  # so many are drawn at once: threads that are left encode frames
-TICK_S = 0.25  # how often those who wait hear where they stand
-PARKING_S = 5.0  # within which every job has let go of its engine at the end
-OUTCOMES = ("succeeded", "failed", "cancelled")
+ANIMATIONS = 2  # so many are drawn at once: the other threads encode frames
+TICK_S = 0.25  # between two messages to those who wait
+PARKING_S = 5.0  # within which every job is parked at the end
 
 
-class Jobs:
+class JobService:
     """All jobs of this server."""
 
     def __init__(
@@ -53,44 +46,43 @@ class Jobs:
     ) -> None:
         self.cards, self.backend, self._settings = cards, backend, settings
         self.drawing = asyncio.Semaphore(ANIMATIONS)
-        self.audience = Subscribers()
-        self.repository = JobRepository(store, settings, self.audience)
-        self.register = self.repository.register
+        self.counts = StreamCounts()
+        self.repository = JobRepository(store, settings, self.counts)
         self.metrics = metrics or Metrics()
         self.metrics.watch(self.standing)
         self.admission = Admission(settings, backend, self.repository, self.metrics)
-        self._outlooks = EtaEstimator(self.register.live, backend)
-        self._accepted, self._arriving = 0, 0
-        self._outcomes = Counter(dict.fromkeys(OUTCOMES, 0))
-        self._cache_hits = 0
-        self._ticker: asyncio.Task[None] | None = None
-        self._courses = JobRunner(
-            cards, backend, self.repository, self.admission, self._outlooks, self.metrics, count=self._count
+        self._etas = EtaEstimator(self.repository.live, backend)
+        self._runner = JobRunner(
+            cards=cards,
+            backend=backend,
+            repository=self.repository,
+            admission=self.admission,
+            etas=self._etas,
+            metrics=self.metrics,
         )
+        self._accepted, self._accepting, self._cache_hits = 0, 0, 0
+        self._ticker: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Starts the engines, takes up what the last server had not ended, and tells who waits where they stand."""
+        """Starts the engines, and runs what the last server has not ended."""
         await self.backend.start()
-        for job in await self.repository.start():
-            self._accepted += 1
-            self.admission.queue.enter(job.request.image_steps, job.request.size_bytes)
-            self._begin(job)
+        recovered = await self.repository.start()
+        self._accepted += len(recovered)
+        self._runner.resume(recovered)
         self._ticker = asyncio.create_task(self._tick(), name="queue positions")
         self._ticker.add_done_callback(report)
 
     async def drain(self, seconds: float, hurried: Callable[[], bool] = lambda: False) -> None:
-        """Nothing new is taken; what is there may end, for so long, or until it is `hurried`. The rest is parked: it
-        stays on disk, and runs when the server has been started anew."""
+        """Accepts no more jobs, lets those that are there end for so long, or until `hurried()`, and parks the rest:
+        they stay on disk, and the next server runs them."""
         self.admission.closing = True
         until = time.monotonic() + seconds
-        while (self.register.live or self._arriving) and time.monotonic() < until and not hurried():
+        live = self.repository.live
+        while (live or self._accepting) and time.monotonic() < until and not hurried():
             await asyncio.sleep(0.05)
-        lives = [job.life for job in self.register.live.values() if job.life is not None]
-        for job in self.register.live.values():
-            if job.life is not None and not job.ending:
-                job.life.cancel()
-        if lives:
-            await asyncio.wait(lives, timeout=PARKING_S)
+        stopping = [asyncio.create_task(self._runner.stop(job, None)) for job in live.values()]
+        if stopping:
+            await asyncio.wait(stopping, timeout=PARKING_S)
 
     async def close(self) -> None:
         """Parks every job, and ends the engines."""
@@ -101,117 +93,100 @@ class Jobs:
         await self.repository.close()
 
     async def submit(self, body: bytes, context: RequestContext) -> Job:
-        """Takes a job on: it is on disk now, and ends, one way or another. Or finds the job that came with this key.
+        """Accepts a job: it is on disk when this returns, and will end in one way or another. Or finds the job that
+        came with the same Idempotency-Key.
 
         Raises BadInput, PlanError, TooBusy, NotReady, StorageFull or StillRunning.
         """
-        order, prints = resolve_request(body, self.cards, self._settings, context), list[str]()
+        request, prints = resolve_request(body, self.cards, self._settings, context), list[str]()
         if context.key is not None:
             prints = fingerprints(body, context)
-            before = await self.repository.store.by_key(context.owner_name, context.key)
+            before = await self.repository.store.by_key(context.owner, context.key)
             if before is not None:
-                return await self._found(before, prints, context)
-        job = self.admission.admit(order, context.owner)
+                return await self._same_key(before, prints, context)
+        job = self.admission.admit(request, context.tenant)
         job.key, job.fingerprint = context.key, next(iter(prints), None)
         job.attached = context.attached and context.key is None
-        self._arriving += 1
+        self._accepting += 1
         try:
-            made = await self.repository.accept(job, context.again)
+            accepted = await self.repository.accept(job, context.again)
         except BaseException:
-            self.admission.take_back(job, context.owner)
+            self.admission.revoke(job, context.tenant)
             raise
         finally:
-            self._arriving -= 1
-        if isinstance(made, Found):  # it came while this one was on its way to the disk
-            self.admission.take_back(job, context.owner)
-            return await self._found(made, prints, context)
+            self._accepting -= 1
+        if isinstance(accepted, IdempotentHit):  # it came while this one was on its way to the disk
+            self.admission.revoke(job, context.tenant)
+            return await self._same_key(accepted, prints, context)
         self._accepted += 1
-        if made.cached:
+        if accepted.cached:
             self._cache_hits += 1
-            self.admission.take_back(job, context.owner)
-            self._count(made, "succeeded")
+            self.admission.revoke(job, context.tenant)
+            self._runner.record_success(accepted)
         else:
-            self._begin(made)
-        return made
+            self._runner.start(accepted)
+        return accepted
 
-    async def _found(self, found: Found, prints: list[str], context: RequestContext) -> Job:
-        """The job that came with this key before."""
-        if found.fingerprint not in prints:
+    async def _same_key(self, hit: IdempotentHit, prints: list[str], context: RequestContext) -> Job:
+        """The job that came with this Idempotency-Key before. Raises KeyReused, StillRunning."""
+        if hit.fingerprint not in prints:
             raise KeyReused("this Idempotency-Key came with another request before")
-        job = await self.repository.find(found.id, context.owner_name)
-        if context.attached and not job.stream.ended:
-            raise StillRunning(job.id, max(1, math.ceil(self._outlooks.of(job).eta_s)))
+        job = await self.repository.find(hit.id, context.owner)
+        if context.attached and not job.ended:
+            raise StillRunning(job.id, max(1, math.ceil(self._etas.of(job).eta_s)))
         return job
 
-    def _begin(self, job: Job) -> None:
-        steps = job.request.image_steps
-        logger.info("job accepted", extra={"job": job.id, "model": job.request.model, "image_steps": steps})
-        job.life = asyncio.create_task(self._courses.run(job), name=f"job {job.id}")
-        job.life.add_done_callback(report)
-
     async def cancel(self, job: Job) -> Job:
-        """Gives a job up, if it has not ended. Returns once it has."""
-        if job.life is None or job.stream.ended or job.stream.parked:
-            return job
-        if not job.ending:
-            job.giving_up = True
-            job.life.cancel()
-        await asyncio.wait([job.life])
-        if not job.ending:  # it was cancelled before its life had begun
-            job.ending, job.failure = True, JobCancelled("the job was cancelled")
-            await self._courses.end(job, "cancelled")
+        """Cancels a job, unless it has ended. Returns when it has."""
+        await self._runner.stop(job, JobCancelled("the job was cancelled"))
         return job
 
     async def leave(self, job: Job) -> None:
-        """Its caller has gone away, and gives it up; unless it holds a key to come back with."""
+        """Cancels a job whose caller has left, unless an Idempotency-Key lets the caller come back."""
         if job.key is None:
             await self.cancel(job)
 
     async def result(self, job: Job) -> Job:
         """The job, once it has succeeded. Raises what made it fail."""
-        if job.life is not None:
-            await asyncio.wait([job.life])
+        if job.task is not None:
+            await asyncio.wait([job.task])
         if job.failure is not None:
             raise job.failure
-        if job.life is not None:
-            job.life.result()  # raises what nobody foresaw
+        if job.task is not None:
+            job.task.result()  # raises the bug that stopped it
         return job
-
-    def _count(self, job: Job, outcome: str) -> None:
-        self._outcomes[outcome] += 1
-        self.metrics.job_seconds.observe(self.repository.clock.now() - job.arrived)
-        self.register.retire(job)
 
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(TICK_S)
-            for job in self.register.live.values():
-                if job.started_at is None and job.stream.viewers:
-                    job.stream.tell("queued", **asdict(self._outlooks.of(job)))
+            for job in self.repository.live.values():
+                if job.state is State.QUEUED and job.stream.subscribers:
+                    self._runner.tell_progress(job)
                 else:
                     job.stream.remind()
 
     def watch(self, job: Job, after: int = 0) -> Subscriber:
-        """A new viewer, from message `after` + 1 on. It hears at once where a job stands that has not begun."""
-        if job.started_at is None and not job.stream.ended and not job.stream.viewers:
-            job.stream.tell("queued", **asdict(self._outlooks.of(job)))
+        """A new subscriber, from message `after` + 1 on. The first one is told at once how far the job is."""
+        if job.state in (State.QUEUED, State.RUNNING) and not job.stream.subscribers:
+            self._runner.tell_progress(job)
         return Subscriber(job.stream, after)
 
     def document(self, job: Job) -> dict[str, Any]:
         """The job as clients see it."""
-        return job.document(None if job.stream.ended else self._outlooks.of(job))
+        return job.document(None if job.ended else self._etas.of(job))
 
     def standing(self) -> Standing:
-        """Where the server stands, for its metrics."""
-        live, health = self.register.live.values(), self.backend.health
+        """The state of the server, for its metrics."""
+        live, health = self.repository.live.values(), self.backend.health
         running = sum(job.started_at is not None for job in live)
+        replicas = [model for replica in self.backend.replicas for model in replica.values()]
         return Standing(
             jobs_running=running,
             jobs_waiting=len(live) - running,
-            steps_waiting=self.admission.queue.taken,
-            slots=sum(served.slots for place in self.backend.replicas for served in place.values() if served.loaded),
+            steps_waiting=self.admission.capacity.steps,
+            slots=sum(model.slots for model in replicas if model.loaded),
             slots_used=health.stats.seated,
-            viewers=self.audience.viewers,
+            viewers=self.counts.subscribers,
             ready=self.admission.trouble is None,
             engine_up=self.backend.trouble is None,
             engine_heartbeat_age_seconds=health.silence_s,
@@ -219,7 +194,7 @@ class Jobs:
             storage_full=self.repository.store.trouble is not None,
             store_bytes=self.repository.store.size_bytes,
             jobs_accepted=self._accepted,
-            jobs=self._outcomes,
+            jobs=self._runner.outcomes,
             rejected=self.admission.rejected,
             sample_steps=health.stats.sample_steps,
             engine_steps=health.stats.steps,
@@ -227,8 +202,8 @@ class Jobs:
             out_of_memory=health.stats.exhausted,
             engine_restarts=health.restarts,
             jobs_replayed=health.replayed,
-            frames=self.audience.frames,
-            frames_dropped=self.audience.dropped,
+            frames=self.counts.frames,
+            frames_dropped=self.counts.dropped,
             replay_mismatch=self.repository.mismatches,
             cache_hits=self._cache_hits,
         )

@@ -1,8 +1,8 @@
-"""Fan-out to viewers. A job keeps its messages, numbered; a viewer is a place in that list and owns nothing else.
+"""Fan-out to subscribers. A job keeps its messages, numbered; a subscriber is a cursor in that list and no more.
 
-So a viewer that is slow, idle or gone costs nothing, any number of them see the same numbers, and replay is looking at
-an earlier place. Messages of the moment (where a job stands) are not kept: only the last one counts, and the more
-viewers a server has, the less often each of them hears one. Whatever is sent is encoded once, however many watch.
+So a subscriber that is slow, idle or gone costs nothing, any number of them see the same numbers, and replay is moving
+the cursor back. Transient messages (queued, progress) are not kept: only the last one counts, and the more subscribers
+a server has, the less often each of them is sent one. Every message is encoded once, however many watch.
 """
 
 import asyncio
@@ -18,12 +18,12 @@ from ddpm_client.wire import pack
 from server.errors import problem
 
 Body: TypeAlias = dict[str, Any]
-MOMENTS_PER_S = 500.0  # messages of the moment, to all viewers of all jobs together
+TRANSIENT_PER_S = 500.0  # transient messages, to all subscribers of all jobs together
 
 
 @dataclass(slots=True, eq=False)
 class Text:
-    """A message in words. Those of the moment carry the number of the last kept message before them."""
+    """A JSON message. A transient one carries the number of the last kept message before it."""
 
     seq: int
     body: Body
@@ -39,11 +39,11 @@ class Text:
 
 @dataclass(slots=True, eq=False)
 class Shown:
-    """A message with a picture: a frame, or a finished image. It is encoded once, when somebody first asks."""
+    """A message with a picture: a frame, or a finished image. It is encoded when the first subscriber needs it."""
 
     seq: int
     header: Body
-    passing: bool  # a frame, which a slow viewer may miss
+    passing: bool  # a frame, which a slow subscriber may miss
     small: bool  # so small that a thread would cost more than encoding it here
     _encode: Callable[[], bytes]
     _packed: bytes | None = None
@@ -67,16 +67,16 @@ Message: TypeAlias = Text | Shown
 
 
 @dataclass(slots=True)
-class Subscribers:
-    """What all feeds of a server count together."""
+class StreamCounts:
+    """What all streams of a server count together."""
 
-    viewers: int = 0
-    frames: int = 0  # that were kept
-    dropped: int = 0  # that slow viewers missed
+    subscribers: int = 0
+    frames: int = 0  # kept
+    dropped: int = 0  # missed by slow subscribers
 
     def pause_s(self) -> float:
-        """How long a viewer waits between messages of the moment, so that not all of them wake at once."""
-        return self.viewers / MOMENTS_PER_S * random.uniform(0.5, 1.5)
+        """How long a subscriber waits between transient messages, so that not all of them wake at once."""
+        return self.subscribers / TRANSIENT_PER_S * random.uniform(0.5, 1.5)
 
 
 @dataclass(slots=True)
@@ -84,131 +84,138 @@ class Stream:
     """The messages of one job."""
 
     job: str
-    audience: Subscribers = field(default_factory=Subscribers)
+    counts: StreamCounts = field(default_factory=StreamCounts)
     kept: list[Message | None] = field(default_factory=list)  # [i] has the number i + 1; None: no longer held
-    ended: bool = False
-    parked: bool = False  # it goes on when the server has been started anew
-    viewers: "set[Subscriber]" = field(default_factory=set)
-    moments: int = 0  # how many messages of the moment there were
-    _moment: Text | None = None
+    closed: bool = False  # this server adds no more messages
+    subscribers: "set[Subscriber]" = field(default_factory=set)
+    transients: int = 0  # how many transient messages there were
+    _transient: Text | None = None
 
     def say(self, type: str, **body: Any) -> None:
-        """Keeps a message in words."""
+        """Keeps a JSON message."""
         seq = len(self.kept) + 1
         self._keep(Text(seq, {"type": type, "job": self.job, "seq": seq, **body}))
 
     def show(self, header: Body, passing: bool, encode: Callable[[], bytes], small: bool = False) -> None:
         """Keeps a message with a picture."""
         seq = len(self.kept) + 1
-        self.audience.frames += passing
+        if passing:
+            self.counts.frames += 1
         self._keep(Shown(seq, {"job": self.job, "seq": seq, **header}, passing, small, encode))
 
     def tell(self, type: str, urgent: bool = False, **body: Any) -> None:
-        """A message of the moment, for those who are not behind. urgent: even for those who heard one lately."""
+        """A transient message, for subscribers that are not behind. urgent: for those that had one lately, too."""
         seq, now = len(self.kept), time.monotonic()
-        self._moment, self.moments = Text(seq, {"type": type, "job": self.job, "seq": seq, **body}), self.moments + 1
-        for viewer in self.viewers:
-            if urgent or viewer.due <= now:
-                viewer.due = now
-                viewer.news.set()
+        self._transient = Text(seq, {"type": type, "job": self.job, "seq": seq, **body})
+        self.transients += 1
+        for subscriber in self.subscribers:
+            if urgent or subscriber.due <= now:
+                subscriber.due = now
+                subscriber.news.set()
 
     def remind(self) -> None:
-        """Those who were not due when something was told of the moment may hear it now."""
+        """Wakes subscribers that were not due when the last transient message came, and are now."""
         now = time.monotonic()
-        for viewer in self.viewers:
-            if viewer.due <= now and viewer.heard < self.moments:
-                viewer.news.set()
+        for subscriber in self.subscribers:
+            if subscriber.due <= now and subscriber.heard < self.transients:
+                subscriber.news.set()
 
-    def moment(self, place: int) -> Text | None:
-        """The last message of the moment, for a viewer at this place."""
-        if self._moment is not None and self._moment.seq != place:
-            self._moment = Text(place, self._moment.body | {"seq": place})
-        return self._moment
+    def transient(self, cursor: int) -> Text | None:
+        """The last transient message, for a subscriber at this cursor."""
+        if self._transient is not None and self._transient.seq != cursor:
+            self._transient = Text(cursor, self._transient.body | {"seq": cursor})
+        return self._transient
 
     def end(self, type: str, **body: Any) -> None:
-        """The last message."""
-        self.ended = True
+        """Keeps the last message."""
+        self.closed = True
         self.say(type, **body)
 
     def skip(self, count: int) -> None:
-        """So many numbers were given to messages that are no longer held."""
+        """Numbers that were given to messages which are no longer held."""
         self.kept += [None] * count
 
-    def park(self) -> None:
-        """Nothing more will be said by this server."""
-        self.parked = True
-        for viewer in self.viewers:
-            viewer.news.set()
+    def close(self) -> None:
+        """Ends the stream of a job that has not ended: this server adds no more to it."""
+        self.closed = True
+        self._wake()
 
     def _keep(self, message: Message) -> None:
         self.kept.append(message)
-        if self._moment is not None and self._moment.body["type"] != "progress":
-            self._moment = None  # it does not wait any more, and is not being restarted
-        for viewer in self.viewers:
-            viewer.news.set()
+        if self._transient is not None and self._transient.body["type"] != "progress":
+            self._transient = None  # the job is not queued or restarting any more
+        self._wake()
+
+    def _wake(self) -> None:
+        for subscriber in self.subscribers:
+            subscriber.news.set()
 
 
-def told_of(error: Exception, request_id: str, feed: Stream | None = None) -> Text:
-    """The message of the moment that says why there is no stream; or, with a feed, why no more of it is told here."""
-    job, seq = (feed.job, len(feed.kept)) if feed is not None else (None, 0)
+def told_of(error: Exception, request_id: str, stream: Stream | None = None) -> Text:
+    """The transient message that says why there is no stream; or, with a stream, why it goes no further."""
+    job, seq = (stream.job, len(stream.kept)) if stream is not None else (None, 0)
     return Text(seq, {"type": "error", "job": job, "seq": seq, "problem": problem(error).body(request_id)})
 
 
 class Subscriber:
-    """Somebody watching a job: `async for message in viewer.messages()`."""
+    """Watches a job: `async for message in subscriber.messages()`."""
 
-    def __init__(self, feed: Stream, after: int = 0) -> None:
-        self.stream, self.news = feed, asyncio.Event()
-        self.due = 0.0  # when it may hear the next message of the moment
-        self._place = min(after, len(feed.kept))  # how many of the kept messages have been passed
-        self.heard = 0  # how many messages of the moment there were when it heard one
-        self._skip_to = 0  # frames before this place are not worth sending any more
+    def __init__(self, stream: Stream, after: int = 0) -> None:
+        self.stream, self.news = stream, asyncio.Event()
+        self.due = 0.0  # when it may be sent the next transient message
+        self.heard = 0  # how many transient messages there were when it was sent one
+        self._cursor = min(after, len(stream.kept))  # how many of the kept messages it has passed
+        self._skip_to = 0  # frames before this number are not worth sending any more
 
     def fell_behind(self) -> None:
-        """The last message took long to send: of the frames of a job that goes on, only the newest is worth sending."""
-        if not self.stream.ended:
+        """The last message took long to send: of the frames of a stream that goes on, only the newest is worth it."""
+        if not self.stream.closed:
             self._skip_to = len(self.stream.kept) - 1
 
     async def messages(self) -> AsyncGenerator[Message]:
-        """What happens, from the place of this viewer on, to the end."""
-        feed = self.stream
-        feed.viewers.add(self)
-        feed.audience.viewers += 1
+        """All messages from the cursor on, until the stream is closed."""
+        stream = self.stream
+        stream.subscribers.add(self)
+        stream.counts.subscribers += 1
         try:
             while True:
                 self.news.clear()
                 if (gap := self._gap()) is not None:
                     yield gap
-                elif self._place < len(feed.kept):
-                    self._place += 1
-                    yield feed.kept[self._place - 1] or self._resync()
-                elif feed.ended or feed.parked:
+                elif self._cursor < len(stream.kept):
+                    self._cursor += 1
+                    yield stream.kept[self._cursor - 1] or self._resync()
+                elif stream.closed:
                     return
-                elif self.heard < feed.moments and self.due <= time.monotonic() and (now := feed.moment(self._place)):
-                    self.heard, self.due = feed.moments, time.monotonic() + feed.audience.pause_s()
+                elif self._is_due() and (now := stream.transient(self._cursor)) is not None:
+                    self.heard, self.due = stream.transients, time.monotonic() + stream.counts.pause_s()
                     yield now
                 else:
                     await self.news.wait()
         finally:
-            feed.viewers.discard(self)
-            feed.audience.viewers -= 1
+            stream.subscribers.discard(self)
+            stream.counts.subscribers -= 1
+
+    def _is_due(self) -> bool:
+        """Whether there is a transient message that it may be sent now."""
+        return self.heard < self.stream.transients and self.due <= time.monotonic()
 
     def _resync(self) -> Text:
         """Passes the messages that are no longer held; the message that stands in for them."""
-        while self._place < len(self.stream.kept) and self.stream.kept[self._place] is None:
-            self._place += 1
-        return Text(self._place, {"type": "resync", "job": self.stream.job, "seq": self._place})
+        while self._cursor < len(self.stream.kept) and self.stream.kept[self._cursor] is None:
+            self._cursor += 1
+        return Text(self._cursor, {"type": "resync", "job": self.stream.job, "seq": self._cursor})
 
     def _gap(self) -> Text | None:
         """Passes the frames that are not worth sending; the message that says which."""
-        first = self._place
-        while self._place < self._skip_to:
-            message = self.stream.kept[self._place]
+        first = self._cursor
+        while self._cursor < self._skip_to:
+            message = self.stream.kept[self._cursor]
             if not (isinstance(message, Shown) and message.passing):
                 break
-            self._place += 1
-        if self._place == first:
+            self._cursor += 1
+        if self._cursor == first:
             return None
-        self.stream.audience.dropped += self._place - first
-        body = {"type": "dropped", "job": self.stream.job, "seq": self._place, "from": first + 1, "to": self._place}
-        return Text(self._place, body)
+        self.stream.counts.dropped += self._cursor - first
+        body = {"type": "dropped", "job": self.stream.job, "seq": self._cursor, "from": first + 1, "to": self._cursor}
+        return Text(self._cursor, body)

@@ -1,43 +1,63 @@
-"""Pictures as files, each under the hash of its bytes: whole or not there at all, whatever happens meanwhile.
+"""Files named by the SHA-256 of their bytes: whole or not there, whatever happens meanwhile. They are the PNGs of jobs.
 
-A picture is on disk before any row of the journal names it.
+A blob is on disk before a row of the journal names it.
 """
 
+import asyncio
 import os
 import secrets
 import threading
 from collections import Counter
-from collections.abc import Iterable, Set
+from collections.abc import Callable, Iterable, Mapping, Set
+from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
 
 from server.errors import Gone
-from server.store.schema import sync_folder
 
+RETRY_S = 1.0  # between attempts to write while the disk is full
 UNFINISHED = ".part"
+THREADS = 8  # blobs that are synced at once: the file system writes them down together
 
 
-class Pictures:
-    """A folder of pictures."""
+class Blobs:
+    """A folder of blobs. on_error: is called with what keeps a blob from being saved."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, on_error: Callable[[OSError], None]) -> None:
         self.folder = folder
         folder.mkdir(mode=0o700, exist_ok=True)
-        self._pinned: Counter[str] = Counter()  # those that a row is going to name
-        self._moving = threading.Lock()  # held while a picture comes or goes: one is pinned before it comes
+        self._on_error = on_error
+        self._threads = ThreadPoolExecutor(THREADS, "blobs")
+        self._pinned: Counter[str] = Counter()
+        self._lock = threading.Lock()  # held while a blob is created or deleted
 
-    def save(self, png: bytes, name: str) -> None:
-        """Puts a picture on disk, for good. name: its hash. Slow: in a thread. Raises OSError.
+    def close(self) -> None:
+        """Waits for blobs that are being written. Slow: call it in a thread."""
+        self._threads.shutdown()
 
-        What is there already is written again: it may have been damaged, and this costs no more than looking.
-        """
+    async def save(self, blobs: Mapping[str, bytes]) -> None:
+        """Writes blobs by name and pins them: `unpin` them after a row names them. Waits for room on the disk."""
+        self.pin(blobs)
+        loop = asyncio.get_running_loop()
+        while True:
+            writing = [loop.run_in_executor(self._threads, self._write, *blob) for blob in blobs.items()]
+            errors = [error for error in await asyncio.gather(*writing, return_exceptions=True) if error is not None]
+            if not errors:
+                return
+            if not isinstance(errors[0], OSError):
+                raise errors[0]
+            self._on_error(errors[0])
+            await asyncio.sleep(RETRY_S)
+
+    def _write(self, name: str, data: bytes) -> None:
+        """Writes a blob even if it exists: it may be damaged, and a check would cost as much."""
         part = self.folder / f"{secrets.token_hex(8)}{UNFINISHED}"
         try:
             with open(part, "xb") as file:
-                file.write(png)
+                file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            with self._moving:
+            with self._lock:
                 os.replace(part, self.folder / name)
         except OSError:
             part.unlink(missing_ok=True)
@@ -45,48 +65,57 @@ class Pictures:
         sync_folder(self.folder)
 
     def read(self, name: str) -> bytes:
-        """A picture. Raises Gone if it is not here, or not what it was."""
+        """The bytes of a blob. Raises Gone if it is missing or damaged."""
         try:
-            png = (self.folder / name).read_bytes()
+            data = (self.folder / name).read_bytes()
         except FileNotFoundError:
             raise Gone("this picture is no longer kept") from None
-        if sha256(png).hexdigest() != name:
+        if sha256(data).hexdigest() != name:
             raise Gone("this picture was damaged on disk")
-        return png
+        return data
 
     def has(self, name: str, size_bytes: int) -> bool:
-        """Whether a picture is here, by the looks of it."""
+        """Whether there is a blob of this name and size."""
         try:
             return (self.folder / name).stat().st_size == size_bytes
         except OSError:
             return False
 
     def pin(self, names: Iterable[str]) -> None:
-        """These are about to be named: `delete` leaves them alone until they are `unpin`ned."""
+        """Keeps `delete` from deleting these blobs, which rows are about to name."""
         self._pinned.update(list(names))
 
     def unpin(self, names: Iterable[str]) -> None:
-        """A row names these now, or never will."""
+        """Undoes one `pin` of each of these."""
         self._pinned.subtract(list(names))
         self._pinned = +self._pinned
 
     def delete(self, names: Iterable[str]) -> None:
-        """These are named by no row any more, and left alone if one is going to."""
+        """Deletes blobs, except pinned ones."""
         for name in names:
-            with self._moving:
+            with self._lock:
                 if name not in self._pinned:
                     (self.folder / name).unlink(missing_ok=True)
 
     def delete_others(self, named: Set[str]) -> int:
-        """Whatever a server left behind that died between a picture and its row. -> how many"""
-        left = [entry.name for entry in os.scandir(self.folder) if entry.name not in named]
-        self.delete(left)
-        return len(left)
+        """Deletes all files that rows do not name, left by a server that died before it wrote the row -> how many"""
+        others = [entry.name for entry in os.scandir(self.folder) if entry.name not in named]
+        self.delete(others)
+        return len(others)
 
     def probe(self, size_bytes: int) -> None:
-        """Raises OSError unless there is room for so much."""
+        """Raises OSError unless so many bytes can be written."""
         part = self.folder / f"probe{UNFINISHED}"
         try:
             part.write_bytes(b"\0" * size_bytes)
         finally:
             part.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Syncs the entries of a folder to disk."""
+    opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)

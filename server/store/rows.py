@@ -1,26 +1,26 @@
-"""The rows of the journal and how they are read and written. What a job is, is for others to know."""
+"""Reading and writing the rows of the journal. Each function is the body of one transaction, or a part of one."""
 
 import sqlite3
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 
 from server.errors import Gone, NotFound
 
-EXPIRED = 100_000  # so many ids of jobs that are not kept any more are remembered
+EXPIRED = 100_000  # remembered ids of deleted jobs, which are answered with 410 instead of 404
 
 
-@dataclass(frozen=True, slots=True)
-class Kept:
-    """A picture of a job: a file by the hash of its bytes."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageRow:
+    """An image of a job. Its bytes are the blob named `sha256`."""
 
-    place: int
+    index: int
     seed: int
     sha256: str
-    size: int
-    message: int  # its number in the stream
+    size: int  # bytes
+    message: int  # its number in the job's stream
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
     """A job as it is on disk. request, served, steps and error are JSON."""
 
@@ -43,12 +43,12 @@ class Record:
     error: str | None = None
     messages: int = 0
     number: int = 0
-    images: tuple[Kept, ...] = ()
+    images: tuple[ImageRow, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
-    """The job that came with an Idempotency-Key before, and what was sent with it."""
+class IdempotentHit:
+    """The job that an Idempotency-Key was used for before, and the fingerprint of that request."""
 
     id: str
     fingerprint: str
@@ -64,57 +64,81 @@ FINISH = (
 )
 
 
-def insert(db: sqlite3.Connection, record: Record) -> None:
-    """A new job."""
+def insert(
+    db: sqlite3.Connection,
+    record: Record,
+    cached: Record | None = None,
+    identities: Sequence[str] = (),
+    has_blob: Callable[[str, int], bool] = lambda name, size_bytes: False,
+) -> IdempotentHit | Record:
+    """Inserts a job -> the record inserted; or, without inserting, the job that its Idempotency-Key was used for.
+
+    cached: the same job as succeeded, which is inserted instead if images with all of its `identities` are stored.
+    """
+    hit = by_key(db, record.owner, record.key)
+    if hit is not None:
+        return hit
+    if cached is not None and (images := _stored_images(db, cached.images, identities, has_blob)):
+        record = replace(cached, images=images)
     (number,) = db.execute(INSERT, [getattr(record, name) for name in FIELDS]).fetchone()
-    insert_images(db, number, record.images)
+    _insert_images(db, number, record.images)
+    return record
 
 
-def begin(db: sqlite3.Connection, id: str) -> None:
-    """A job runs."""
+def mark_running(db: sqlite3.Connection, id: str) -> None:
+    """Marks a job as running: if the server dies now, the job may be why."""
     db.execute("UPDATE jobs SET running = 1 WHERE id = ?", (id,))
 
 
-def finish(db: sqlite3.Connection, record: Record) -> int | None:
-    """What has come of a job -> its number; None if it had ended before, or another attempt has it now."""
-    values = [getattr(record, name) for name in (*RESULT, "id", "attempt")]
-    done = db.execute(FINISH, values).fetchone()
-    return None if done is None else int(done[0])
+def finish(db: sqlite3.Connection, record: Record, identities: Sequence[str] = ()) -> Record | None:
+    """Writes the result of a job -> the record with the images that count; None if the job has ended already or
+    belongs to another attempt. identities: see `Store.finish`."""
+    row = db.execute(FINISH, [getattr(record, name) for name in (*RESULT, "id", "attempt")]).fetchone()
+    if row is None:
+        return None
+    images = record.images
+    if identities:
+        images = tuple(_first_made(db, *pair) for pair in zip(identities, images, strict=True))
+    _insert_images(db, row[0], images)
+    return replace(record, images=images)
 
 
-def insert_images(db: sqlite3.Connection, number: int, images: Iterable[Kept]) -> None:
-    """The pictures of a job."""
-    for image in images:
-        db.execute("INSERT OR IGNORE INTO files VALUES (?, ?)", (image.sha256, image.size))
-        db.execute(
-            "INSERT INTO images VALUES (?, ?, ?, ?, ?)", (number, image.place, image.seed, image.sha256, image.message)
-        )
+def _insert_images(db: sqlite3.Connection, number: int, images: Iterable[ImageRow]) -> None:
+    for row in images:
+        db.execute("INSERT OR IGNORE INTO files VALUES (?, ?)", (row.sha256, row.size))
+        db.execute("INSERT INTO images VALUES (?, ?, ?, ?, ?)", (number, row.index, row.seed, row.sha256, row.message))
 
 
-def first_made(db: sqlite3.Connection, identity: str, made: Kept) -> Kept:
-    """The picture that was the first to be made of what decides it: this one, or one with other bytes."""
+def _first_made(db: sqlite3.Connection, identity: str, made: ImageRow) -> ImageRow:
+    """The first image that was stored with this identity: `made`, or one with other bytes."""
     db.execute("INSERT OR IGNORE INTO known VALUES (?, ?)", (identity, made.sha256))
     query = "SELECT sha256, size FROM known LEFT JOIN files USING (sha256) WHERE identity = ?"
     sha256, size = db.execute(query, (identity,)).fetchone()
-    return Kept(made.place, made.seed, sha256, made.size if size is None else size, made.message)
+    return replace(made, sha256=sha256, size=made.size if size is None else size)
 
 
-def known(db: sqlite3.Connection, identity: str) -> tuple[str, int] | None:
-    """The picture that this identity has, if it has been made: its hash and size."""
-    query = "SELECT sha256, size FROM known JOIN files USING (sha256) WHERE identity = ?"
-    found: tuple[str, int] | None = db.execute(query, (identity,)).fetchone()
-    return found
+def _stored_images(
+    db: sqlite3.Connection, images: Sequence[ImageRow], identities: Sequence[str], has_blob: Callable[[str, int], bool]
+) -> tuple[ImageRow, ...]:
+    """The images with the hashes and sizes that are stored for their identities; nothing unless all are stored."""
+    query, stored = "SELECT sha256, size FROM known JOIN files USING (sha256) WHERE identity = ?", list[ImageRow]()
+    for image, identity in zip(images, identities, strict=True):
+        row = db.execute(query, (identity,)).fetchone()
+        if row is None or not has_blob(*row):
+            return ()
+        stored.append(replace(image, sha256=row[0], size=row[1]))
+    return tuple(stored)
 
 
-def by_key(db: sqlite3.Connection, owner: str | None, key: str | None) -> Found | None:
-    """The job that came with this key."""
+def by_key(db: sqlite3.Connection, owner: str | None, key: str | None) -> IdempotentHit | None:
+    """The job that this owner used an Idempotency-Key for."""
     query = "SELECT id, fingerprint FROM jobs WHERE key = ? AND ifnull(owner, '') = ?"
     row = db.execute(query, (key, owner or "")).fetchone() if key is not None else None
-    return Found(*row) if row is not None else None
+    return IdempotentHit(*row) if row is not None else None
 
 
 def find(db: sqlite3.Connection, id: str, owner: str | None) -> Record:
-    """A job by its id, if it is this owner's. Raises NotFound, or Gone if it was kept once."""
+    """An owner's job. Raises NotFound, or Gone if it was deleted."""
     row = db.execute(f"SELECT {COLUMNS} FROM jobs WHERE id = ? AND owner IS ?", (id, owner)).fetchone()
     if row is not None:
         return _read(db, row)
@@ -123,56 +147,83 @@ def find(db: sqlite3.Connection, id: str, owner: str | None) -> Record:
     raise NotFound("there is no such job")
 
 
-def page(db: sqlite3.Connection, owner: str | None, status: str | None, before: int, limit: int) -> list[Record]:
-    """An owner's jobs that came before this one, newest first."""
-    where = "number < ? AND owner IS ?" + " AND status = ?" * (status is not None)
-    values = [before, owner, *([status] if status is not None else []), limit]
-    rows = db.execute(f"SELECT {COLUMNS} FROM jobs WHERE {where} ORDER BY number DESC LIMIT ?", values).fetchall()
-    return [_read(db, row) for row in rows]
+def page(db: sqlite3.Connection, owner: str | None, status: str | None, after: str | None, limit: int) -> list[Record]:
+    """An owner's jobs, newest first, older than the job `after`. Raises NotFound or Gone of `after`."""
+    before = 1 << 62 if after is None else find(db, after, owner).number
+    where = "number < :before AND owner IS :owner AND (:status IS NULL OR status = :status)"
+    query = f"SELECT {COLUMNS} FROM jobs WHERE {where} ORDER BY number DESC LIMIT :limit"
+    values = {"before": before, "owner": owner, "status": status, "limit": limit}
+    return [_read(db, row) for row in db.execute(query, values).fetchall()]
 
 
-def recover(db: sqlite3.Connection, died: bool) -> list[Record]:
-    """The jobs that have not ended, as they came. They are of a new attempt now. died: the server that ran them did."""
-    counted = "deaths = deaths + running, " * died
-    db.execute(f"UPDATE jobs SET {counted}running = 0, attempt = attempt + 1 WHERE status IS NULL")
+def recover(db: sqlite3.Connection, crashed: bool) -> list[Record]:
+    """Starts the next attempt of every unfinished job -> these jobs, oldest first.
+
+    crashed: the last server did not end in order, so the jobs that were running may be why.
+    """
+    if crashed:
+        db.execute("UPDATE jobs SET deaths = deaths + running WHERE status IS NULL")
+    db.execute("UPDATE jobs SET running = 0, attempt = attempt + 1 WHERE status IS NULL")
     rows = db.execute(f"SELECT {COLUMNS} FROM jobs WHERE status IS NULL ORDER BY number").fetchall()
     return [_read(db, row) for row in rows]
 
 
-def oldest(db: sqlite3.Connection, limit: int) -> list[tuple[int, str, float]]:
-    """The jobs that ended first: number, id, when."""
+def park(db: sqlite3.Connection) -> None:
+    """Marks all jobs as not running."""
+    db.execute("UPDATE jobs SET running = 0 WHERE running = 1")
+
+
+def latest(db: sqlite3.Connection) -> float:
+    """The latest arrival or end of a job; 0 if there is none."""
+    query = "SELECT max(ifnull((SELECT max(arrived) FROM jobs), 0), ifnull((SELECT max(ended) FROM jobs), 0))"
+    return float(db.execute(query).fetchone()[0])
+
+
+def expire(db: sqlite3.Connection, before: float, most_bytes: int, limit: int) -> tuple[list[str], list[str]]:
+    """Deletes up to `limit` jobs: those that ended before a time, and the oldest while all take more than `most_bytes`.
+    -> the ids of these jobs, and the names of blobs that no job has any more"""
     query = "SELECT number, id, ended FROM jobs WHERE status IS NOT NULL ORDER BY ended, number LIMIT ?"
-    return db.execute(query, (limit,)).fetchall()
+    ids, unused = list[str](), list[str]()
+    for number, id, ended in db.execute(query, (limit,)).fetchall():
+        if ended >= before and size_bytes(db) <= most_bytes:
+            break
+        unused += _delete(db, number)
+        ids.append(id)
+    return ids, unused
 
 
-def delete(db: sqlite3.Connection, number: int) -> list[str]:
-    """A job is not kept any more. -> the pictures that no job names now"""
+def _delete(db: sqlite3.Connection, number: int) -> list[str]:
     names = {name for (name,) in db.execute("SELECT sha256 FROM images WHERE job = ?", (number,))}
     db.execute("DELETE FROM images WHERE job = ?", (number,))
     db.execute("INSERT INTO expired (id, owner) SELECT id, owner FROM jobs WHERE number = ?", (number,))
     db.execute("DELETE FROM jobs WHERE number = ?", (number,))
     db.execute("DELETE FROM expired WHERE number <= (SELECT max(number) FROM expired) - ?", (EXPIRED,))
-    left = [name for name in names if not db.execute("SELECT 1 FROM images WHERE sha256 = ?", (name,)).fetchone()]
-    for name in left:
+    unused = [name for name in names if not db.execute("SELECT 1 FROM images WHERE sha256 = ?", (name,)).fetchone()]
+    for name in unused:
         db.execute("DELETE FROM known WHERE sha256 = ?", (name,))
         db.execute("DELETE FROM files WHERE sha256 = ?", (name,))
-    return left
+    return unused
 
 
-def is_named(db: sqlite3.Connection, sha256: str) -> bool:
-    """Whether a job has this picture."""
-    return db.execute("SELECT 1 FROM files WHERE sha256 = ?", (sha256,)).fetchone() is not None
+def blobs(db: sqlite3.Connection) -> set[str]:
+    """The names of all blobs that jobs have."""
+    return {name for (name,) in db.execute("SELECT sha256 FROM files")}
+
+
+def has_job(db: sqlite3.Connection, blob: str) -> bool:
+    """Whether a job has this blob."""
+    return db.execute("SELECT 1 FROM files WHERE sha256 = ?", (blob,)).fetchone() is not None
 
 
 def size_bytes(db: sqlite3.Connection) -> int:
-    """What rows and pictures take."""
+    """The size of rows and blobs on disk."""
     query = "SELECT bytes + (page_count - freelist_count) * page_size"
     query += " FROM total, pragma_page_count, pragma_freelist_count, pragma_page_size"
     return int(db.execute(query).fetchone()[0])
 
 
 def probe(db: sqlite3.Connection, size: int) -> None:
-    """Raises sqlite3.Error unless there is room for so many bytes."""
+    """Raises sqlite3.Error unless so many bytes can be written."""
     db.execute("INSERT INTO scratch VALUES (zeroblob(?))", (size,))
     db.execute("DELETE FROM scratch")
 
@@ -180,9 +231,10 @@ def probe(db: sqlite3.Connection, size: int) -> None:
 def _read(db: sqlite3.Connection, row: tuple[object, ...]) -> Record:
     *fields, number = row
     values = dict(zip(FIELDS, fields, strict=True))
+    values["attached"] = bool(values["attached"])
     query = (
         "SELECT place, seed, sha256, size, message FROM images JOIN files USING (sha256) WHERE job = ? ORDER BY place"
     )
-    images = tuple(Kept(*image) for image in db.execute(query, (number,)))
-    values["attached"] = bool(values["attached"])
+    names = ("index", "seed", "sha256", "size", "message")
+    images = tuple(ImageRow(**dict(zip(names, image, strict=True))) for image in db.execute(query, (number,)))
     return Record(**values, number=number, images=images)  # type: ignore[arg-type]  # as the schema has them

@@ -1,4 +1,4 @@
-"""Opening a store: for one server at a time, and only one that is sound and of a version that is known."""
+"""Opens a store: for one server at a time, and only if it is sound and of a known version."""
 
 import fcntl
 import os
@@ -8,9 +8,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from server.errors import SettingsError, StorageFull, StoreInUse, StoreRefused
+from server.store.blobs import sync_folder
 
 JOURNAL, LOCK = "jobs.sqlite3", "lock"
-MARK, PARKED = 32, b"."  # where in the lock's file, behind the name of its holder, and what
+MARK, PARKED = 32, b"."  # the lock file holds the holder's process id, and at MARK whether it ended in order
 FULL = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY}
 APPLICATION, VERSION = 0x6464706D, 1  # "ddpm"
 SCHEMA = f"""
@@ -63,13 +64,13 @@ CREATE TABLE expired (number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL
 
 
 def is_full(error: Exception) -> bool:
-    """Whether this says that the disk is full, or cannot be written; not that we asked for nonsense."""
+    """Whether an error means that the disk is full or cannot be written."""
     return isinstance(error, OSError) or (getattr(error, "sqlite_errorcode", 0) & 0xFF) in FULL
 
 
 @contextmanager
-def wanting_room(directory: Path) -> Iterator[None]:
-    """What is done to a store in here fails for want of room with StorageFull, which says that the store is sound."""
+def as_storage_full(directory: Path) -> Iterator[None]:
+    """Raises StorageFull for an error that means a full disk: the store itself is sound."""
     try:
         yield
     except (sqlite3.Error, OSError) as error:
@@ -80,7 +81,7 @@ def wanting_room(directory: Path) -> Iterator[None]:
 
 
 def make_directory(directory: Path) -> None:
-    """The directory, for nobody else to read. Raises SettingsError."""
+    """Creates the directory, readable for this user alone. Raises SettingsError."""
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not os.access(directory, os.R_OK | os.W_OK | os.X_OK):
@@ -91,7 +92,7 @@ def make_directory(directory: Path) -> None:
 
 
 def take_lock(directory: Path) -> int:
-    """An open file that only one process can have. Raises StoreInUse, naming the process that has it."""
+    """Locks the store for this process -> the open lock file. Raises StoreInUse, naming the process that holds it."""
     lock = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         try:
@@ -107,19 +108,18 @@ def take_lock(directory: Path) -> int:
 
 
 def was_parked(lock: int) -> bool:
-    """Whether the server that had this lock before ended in order, even if it could not write that into the journal."""
+    """Whether the last server ended in order, even if it could not write that into the journal."""
     return os.pread(lock, 1, MARK) == PARKED
 
 
 def mark_parked(lock: int, parked: bool) -> None:
-    """Notes that no job runs any more, or that some may. In place, which takes no room on a full disk."""
+    """Records whether all jobs are parked. It writes in place, which works on a full disk."""
     with suppress(OSError):  # then one death too many is counted
         os.pwrite(lock, PARKED if parked else b" ", MARK)
 
 
 def open_journal(directory: Path) -> sqlite3.Connection:
-    """The journal, ready to be written. Raises StoreRefused, and then not a byte of it has been changed; or what a full
-    disk says."""
+    """The journal, ready to be written. Raises StoreRefused, without changing a byte, or the error of a full disk."""
     path = directory / JOURNAL
     try:
         if path.exists():
@@ -137,7 +137,7 @@ def open_journal(directory: Path) -> sqlite3.Connection:
 
 
 def _create(path: Path) -> None:
-    """An empty journal: whole, or not there at all."""
+    """Creates an empty journal, atomically."""
     new = path.with_suffix(".new")
     for left in path.parent.glob(f"{new.name}*"):
         left.unlink()
@@ -149,17 +149,8 @@ def _create(path: Path) -> None:
     sync_folder(path.parent)
 
 
-def sync_folder(folder: Path) -> None:
-    """What files there are in a folder is on disk."""
-    opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)
-
-
 def _check(path: Path) -> None:
-    """Reads all of it through a connection that cannot write, not even when it is closed."""
+    """Checks the whole journal through a connection that cannot write, not even when it is closed."""
     db = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
     try:
         (found,) = db.execute("PRAGMA quick_check(1)").fetchone()

@@ -1,44 +1,43 @@
-"""The store: every job that was accepted, on disk before it is promised, and the pictures of those that have ended.
+"""The store: every accepted job, on disk before it is promised, and the images of jobs that have succeeded.
 
-A folder with a journal (SQLite) and pictures as files. It knows rows and files; what a job is, others know.
+It is a folder with a journal (SQLite) and blobs. It knows rows and files; `server.jobs` knows what they mean.
 """
 
 import asyncio
 import logging
 import os
 import sqlite3
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from server.errors import StoreRefused
 from server.store import rows
-from server.store.blobs import Pictures
-from server.store.rows import Found, Kept, Record
-from server.store.schema import make_directory, mark_parked, open_journal, take_lock, wanting_room, was_parked
-from server.store.writer import RETRY_S, Writer
+from server.store.blobs import Blobs
+from server.store.rows import IdempotentHit, Record
+from server.store.schema import as_storage_full, make_directory, mark_parked, open_journal, take_lock, was_parked
+from server.store.writer import Writer
 
 logger = logging.getLogger(__name__)
-ROOM_BYTES = 256 << 10  # that must be free again before it is said not to be full
-AT_A_TIME = 200  # jobs, or pictures, that are deleted in one transaction
-SAVERS = 8  # pictures that are synced at once: the file system writes them down together
+PROBE_BYTES = 256 << 10  # that must be writable again before the store counts as writable
+BATCH = 200  # jobs, or blobs, that are deleted in one transaction
 
 
 @dataclass(frozen=True, slots=True)
 class Expired:
-    """Jobs that are not kept any more; the pictures that no job had any more then; whether there may be more to go."""
+    """The ids of deleted jobs, the names of blobs that no job has any more, and whether more jobs may be due."""
 
     ids: list[str]
-    pictures: list[str]
+    blobs: list[str]
     more: bool
 
 
 class Store:
-    """The jobs of a server, on disk. Raises StoreInUse, StoreRefused, StorageFull or SettingsError if it cannot be
-    opened."""
+    """The jobs of a server on disk. Methods that return a future return the answer of the journal's writer.
+
+    Raises StoreInUse, StoreRefused, StorageFull or SettingsError if it cannot be opened.
+    """
 
     def __init__(
         self,
@@ -47,196 +46,127 @@ class Store:
         on_failed: Callable[[StoreRefused], None] = lambda failure: None,
     ) -> None:
         make_directory(directory)
-        with wanting_room(directory):
+        with as_storage_full(directory):
             self._lock = take_lock(directory)
             try:
                 self._db = open_journal(directory)
-                self.pictures = Pictures(directory / "pictures")
+                self.blobs = Blobs(directory / "pictures", self._on_write_error)
             except BaseException:
                 os.close(self._lock)
                 raise
-        self.size_bytes = rows.size_bytes(self._db)  # what the jobs take on disk
 
-        def committed(seconds: float) -> None:
-            with suppress(sqlite3.Error):  # it is only told, and the next commit brings another
-                self.size_bytes = rows.size_bytes(self._db)
-            on_commit(seconds)
-
-        def probe() -> None:
-            self.pictures.probe(ROOM_BYTES)
-            rows.probe(self._db, ROOM_BYTES)
-
-        def failed(error: Exception) -> None:
+        def failed(error: BaseException) -> None:
             on_failed(StoreRefused(f"the store {directory} has failed: {error}"))
 
-        self._writer = Writer(self._db, probe, committed, failed)
-        self._savers = ThreadPoolExecutor(SAVERS, "pictures")
+        self._writer = Writer(self._db, self._probe, on_commit, failed)
+
+    def _on_write_error(self, error: OSError) -> None:
+        self._writer.write_failed(error)
+
+    def _probe(self) -> None:
+        """Raises OSError or sqlite3.Error unless blobs and rows can be written."""
+        self.blobs.probe(PROBE_BYTES)
+        rows.probe(self._db, PROBE_BYTES)
 
     @property
     def trouble(self) -> str | None:
-        """Why nothing can be written right now, or None."""
+        """Why nothing can be written now, or None."""
         return self._writer.trouble
 
+    @property
+    def size_bytes(self) -> int:
+        """The size of jobs and images on disk."""
+        return self._writer.size_bytes
+
     def start(self) -> None:
-        """From now on it can be asked, on this event loop."""
+        """Begins to serve requests on this event loop."""
         self._writer.start()
 
     async def close(self) -> None:
-        """Ends once everything that was asked for is on disk, or cannot be."""
+        """Ends after every request is on disk or has failed."""
         await self._writer.close()
-        await asyncio.to_thread(self._savers.shutdown, True)
+        await asyncio.to_thread(self.blobs.close)
         self._db.close()
         os.close(self._lock)
 
-    async def insert(
-        self, record: Record, over: Record | None = None, identities: Sequence[str] = ()
-    ) -> Found | Record:
-        """A new job; or what came with its key before. Raises StorageFull.
+    def insert(
+        self, record: Record, cached: Record | None = None, identities: Sequence[str] = ()
+    ) -> "asyncio.Future[IdempotentHit | Record]":
+        """Inserts a new job -> its record, or the job that its Idempotency-Key was used for. Raises StorageFull.
 
-        over: the same job as it is if all of its pictures are here already, whose `identities` these are. Then that is
-        what is kept, and what comes back, with the hashes and sizes filled in.
+        cached: the same job as succeeded; it is inserted instead, with the hashes and sizes of the stored images, if
+        all images with these `identities` are stored.
         """
+        work = partial(rows.insert, record=record, cached=cached, identities=identities, has_blob=self.blobs.has)
+        return self._writer.ask(work)
 
-        def work(db: sqlite3.Connection) -> Found | Record:
-            before = rows.by_key(db, record.owner, record.key)
-            if before is not None:
-                return before
-            images = self._known(db, over.images, identities) if over is not None else ()
-            made = replace(over, images=images) if over is not None and images else record
-            rows.insert(db, made)
-            return made
+    def mark_running(self, id: str) -> None:
+        """Marks a job as running: if the server dies, the job may be why. Nobody waits until this is on disk."""
+        self._writer.post(partial(rows.mark_running, id=id))
 
-        return await self._writer.ask(work)
+    def mark_running_durably(self, id: str) -> "asyncio.Future[None]":
+        """Marks a job as running, on disk before it runs: it was running when a server died. Waits for room on disk."""
+        return self._writer.ask(partial(rows.mark_running, id=id), durable=True)
 
-    def begun(self, id: str) -> None:
-        """A job runs: should the server die, it may have been the reason. Soon on disk, without anybody waiting."""
-        self._writer.post(partial(rows.begin, id=id))
+    def finish(self, record: Record, identities: Sequence[str] = ()) -> "asyncio.Future[Record | None]":
+        """Writes the result of a job -> the record with the images that count; None if the job has ended already, or
+        belongs to another attempt (the attempt is a fencing token). Waits for room on the disk.
 
-    async def begins(self, id: str) -> None:
-        """The same, of a job that was running already when a server died: on disk before it runs again. Waits for room
-        on the disk."""
-        await self._writer.ask(partial(rows.begin, id=id), must=True)
-
-    async def finish(self, record: Record, identities: Sequence[str] = ()) -> Record | None:
-        """What has come of a job; None if it had ended before, or another attempt has it. Waits for room on the disk.
-
-        identities: what decides each picture, if its bytes are promised to be the same whenever it is made. Then the
-        first that were made count: they are in the record that comes back.
+        identities: hashes of everything that decides each image, if equal ones must have equal bytes. Of images with
+        the same identity, the first one made counts.
         """
+        return self._writer.ask(partial(rows.finish, record=record, identities=identities), durable=True)
 
-        def work(db: sqlite3.Connection) -> Record | None:
-            number = rows.finish(db, record)
-            if number is None:
-                return None
-            images = record.images
-            if identities:
-                pairs = zip(identities, images, strict=True)
-                images = tuple(rows.first_made(db, identity, image) for identity, image in pairs)
-            rows.insert_images(db, number, images)
-            return replace(record, images=images)
+    def by_key(self, owner: str | None, key: str) -> "asyncio.Future[IdempotentHit | None]":
+        """The job that this owner used an Idempotency-Key for."""
+        return self._writer.ask(partial(rows.by_key, owner=owner, key=key))
 
-        return await self._writer.ask(work, must=True)
+    def find(self, id: str, owner: str | None) -> "asyncio.Future[Record]":
+        """An owner's job. Raises NotFound, or Gone if it was deleted."""
+        return self._writer.ask(partial(rows.find, id=id, owner=owner))
 
-    async def save(self, pngs: Mapping[str, bytes]) -> None:
-        """Pictures, by the hash of their bytes. They are pinned: `release` them once a row names them, or none will.
-
-        Waits for room on the disk.
-        """
-        self.pictures.pin(pngs)
-        loop = asyncio.get_running_loop()
-        while True:
-            saving = [loop.run_in_executor(self._savers, self.pictures.save, png, name) for name, png in pngs.items()]
-            failures = [e for e in await asyncio.gather(*saving, return_exceptions=True) if isinstance(e, Exception)]
-            if not failures:
-                return
-            if not isinstance(failures[0], OSError):
-                raise failures[0]
-            self._writer.fails(failures[0])
-            await asyncio.sleep(RETRY_S)
-
-    def release(self, names: Iterable[str]) -> None:
-        """These pictures need not be held for anybody any more."""
-        self.pictures.unpin(names)
-
-    async def by_key(self, owner: str | None, key: str) -> Found | None:
-        """What came with this key before."""
-        return await self._writer.ask(lambda db: rows.by_key(db, owner, key))
-
-    async def find(self, id: str, owner: str | None) -> Record:
-        """A job by its id, if it is this owner's. Raises NotFound, or Gone if it was kept once."""
-        return await self._writer.ask(lambda db: rows.find(db, id, owner))
-
-    async def page(self, owner: str | None, status: str | None, after: str | None, limit: int) -> list[Record]:
-        """Jobs, newest first, older than the one with the id `after`. Raises NotFound or Gone of that one."""
-
-        def work(db: sqlite3.Connection) -> list[Record]:
-            before = 1 << 62 if after is None else rows.find(db, after, owner).number
-            return rows.page(db, owner, status, before, limit)
-
-        return await self._writer.ask(work)
+    def page(
+        self, owner: str | None, status: str | None, after: str | None, limit: int
+    ) -> "asyncio.Future[list[Record]]":
+        """An owner's jobs, newest first, older than the job `after`. Raises NotFound or Gone of `after`."""
+        return self._writer.ask(partial(rows.page, owner=owner, status=status, after=after, limit=limit))
 
     async def recover(self) -> list[Record]:
-        """The jobs that have not ended, in the order in which they came; they are of a new attempt from now on.
+        """Starts the next attempt of every unfinished job -> these jobs, oldest first.
 
-        Pictures that no job names, of a server that died before it had written the row, are deleted.
+        Deletes blobs that no job has: a server died after it wrote them and before it wrote the row.
         """
-
-        def work(db: sqlite3.Connection) -> list[Record]:
-            named = {name for (name,) in db.execute("SELECT sha256 FROM files")}
-            if left := self.pictures.delete_others(named):
-                logger.info("pictures of no job were deleted", extra={"count": left})
-            return rows.recover(db, died=not was_parked(self._lock))
-
-        jobs = await self._writer.ask(work)
+        named = await self._writer.ask(rows.blobs)
+        if deleted := await asyncio.to_thread(self.blobs.delete_others, named):
+            logger.info("blobs without a job deleted", extra={"count": deleted})
+        jobs = await self._writer.ask(partial(rows.recover, crashed=not was_parked(self._lock)))
         mark_parked(self._lock, False)
         return jobs
 
     async def park(self) -> None:
-        """No job runs any more: whatever may come now, none of them is the reason. Raises StorageFull, and then the
-        next server is told nevertheless."""
+        """Records that no job is running: whatever ends the server from now on, no job is why. Raises StorageFull; the
+        next server learns it nevertheless."""
         mark_parked(self._lock, True)
-        await self._writer.ask(lambda db: [*db.execute("UPDATE jobs SET running = 0 WHERE running = 1")])
+        await self._writer.ask(rows.park)
 
     async def latest(self) -> float:
-        """The greatest time that is in here, by the clock that does not jump; 0 if there is none."""
-        query = "SELECT max(ifnull((SELECT max(arrived) FROM jobs), 0), ifnull((SELECT max(ended) FROM jobs), 0))"
-        return await self._writer.ask(lambda db: float(db.execute(query).fetchone()[0]))
+        """The latest arrival or end of a job, by the clock that does not jump; 0 if there is none."""
+        return await self._writer.ask(rows.latest)
 
     async def expire(self, before: float, most_bytes: int) -> Expired:
-        """Deletes some of the jobs that ended before this time, and of the oldest while all take more than so much.
+        """Deletes some of the jobs that ended before this time, and of the oldest while all take more than
+        `most_bytes`. Pass the blobs to `delete` when this is certainly on disk."""
+        ids, blobs = await self._writer.ask(partial(rows.expire, before=before, most_bytes=most_bytes, limit=BATCH))
+        return Expired(ids, blobs, more=len(ids) == BATCH)
 
-        `delete` their pictures then: not before it is certain that no row names them any more.
+    async def delete(self, blobs: Sequence[str]) -> None:
+        """Deletes blobs, except those that a new job has been given meanwhile. Raises StorageFull.
+
+        It runs in the journal's thread, so that no row can name a blob between the check and the deletion.
         """
 
-        def work(db: sqlite3.Connection) -> Expired:
-            gone, pictures = list[str](), list[str]()
-            for number, id, ended in rows.oldest(db, AT_A_TIME):
-                if ended >= before and rows.size_bytes(db) <= most_bytes:
-                    break
-                pictures += rows.delete(db, number)
-                gone.append(id)
-            return Expired(gone, pictures, len(gone) == AT_A_TIME)
+        def delete(db: sqlite3.Connection, some: Sequence[str]) -> None:
+            self.blobs.delete(blob for blob in some if not rows.has_job(db, blob))
 
-        return await self._writer.ask(work)
-
-    async def delete(self, names: Sequence[str]) -> None:
-        """Deletes pictures, but for those that another job has been given meanwhile. Raises StorageFull.
-
-        Where rows are written: so none that names a picture comes between the look and the deed.
-        """
-
-        def work(some: Sequence[str], db: sqlite3.Connection) -> None:
-            self.pictures.delete(name for name in some if not rows.is_named(db, name))
-
-        for first in range(0, len(names), AT_A_TIME):  # a few at a time: others wait for the journal, too
-            await self._writer.ask(partial(work, names[first : first + AT_A_TIME]))
-
-    def _known(self, db: sqlite3.Connection, images: Sequence[Kept], identities: Sequence[str]) -> tuple[Kept, ...]:
-        """The pictures with these identities, if all of them are here already."""
-        found = []
-        for image, identity in zip(images, identities, strict=True):
-            known = rows.known(db, identity)
-            if known is None or not self.pictures.has(*known):
-                return ()
-            found.append(replace(image, sha256=known[0], size=known[1]))
-        return tuple(found)
+        for first in range(0, len(blobs), BATCH):  # in batches: others wait for the journal, too
+            await self._writer.ask(partial(delete, some=blobs[first : first + BATCH]))

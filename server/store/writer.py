@@ -1,139 +1,130 @@
-"""One thread has the only connection to the journal and writes for all who wait: one transaction, one sync for all.
+"""Group commit: one thread writes to the journal, and all requests that wait share one transaction and one sync.
 
-Where the disk is full, what may fail fails at once, and what may not (a result) is tried again until there is room. If
-it can never be written, or the thread ends unasked, then so does the server.
+While the disk is full, most requests fail at once; a durable one (a result) is retried until there is room. If it can
+never be written, the store has failed, and the server ends.
 """
 
 import asyncio
 import logging
-import queue
 import sqlite3
-import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from server.errors import ServerError, StorageFull
+from server.store import rows
+from server.store.blobs import RETRY_S
 from server.store.schema import is_full
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-MOST_AT_ONCE = 1024  # requests that share a transaction
-RETRY_S = 1.0  # while the disk is full
+MAX_BATCH = 1024  # requests in one transaction
 
 
 @dataclass(slots=True, eq=False)
 class _Request:
-    """Something to do, and who waits for it. must: it is tried until it can be done."""
-
     work: Callable[[sqlite3.Connection], Any]
-    must: bool
-    answer: "asyncio.Future[Any] | None"
+    durable: bool  # retried until it can be written
+    answer: "asyncio.Future[Any] | None"  # None: nobody waits
+
+
+Answers: TypeAlias = list[tuple[_Request, Any]]  # requests with their results or exceptions
 
 
 class Writer:
-    """Asked on the event loop, it answers there, after the commit."""
+    """The queue of requests and the thread that serves them. All methods are for the event loop."""
 
     def __init__(
         self,
         db: sqlite3.Connection,
         probe: Callable[[], None],
         on_commit: Callable[[float], None],
-        on_failed: Callable[[Exception], None],
+        on_failed: Callable[[BaseException], None],
     ) -> None:
-        self.trouble: str | None = None  # why nothing can be written right now
-        self.failed = False  # nothing ever will be
+        self.trouble: str | None = None  # why nothing can be written now
+        self.failed = False  # nothing can be written ever again
+        self.size_bytes = rows.size_bytes(db)  # of all jobs on disk, as of the last commit
         self._db, self._probe, self._on_commit, self._on_failed = db, probe, on_commit, on_failed
-        self._open: set[asyncio.Future[Any]] = set()  # answers that somebody waits for
-        self._inbox: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._queue: list[_Request] = []
+        self._batch: list[_Request] = []  # the requests that the thread is serving, and those to be retried
+        self._news = asyncio.Event()  # the queue or `_closing` has changed
+        self._closing = False
+        self._thread = ThreadPoolExecutor(1, "journal")
+        self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """From now on it can be asked."""
-        self._loop = asyncio.get_running_loop()
-        self._thread.start()
+        """Begins to serve requests."""
+        self._task = asyncio.create_task(self._run(), name="journal")
+        self._task.add_done_callback(self._on_ended)
 
     async def close(self) -> None:
-        """Ends once everything that was asked for is on disk, or cannot be."""
-        if self._thread.is_alive():
-            self._inbox.put(None)
-            await asyncio.to_thread(self._thread.join)
+        """Ends after every request was written or has failed."""
+        if self._task is not None:
+            self._closing = True
+            self._news.set()
+            await asyncio.wait([self._task])
+        self._thread.shutdown()
 
-    async def ask(self, work: Callable[[sqlite3.Connection], T], must: bool = False) -> T:
-        """What `work` gives, once it is on disk. Raises what `work` raises, and StorageFull unless it `must` be, or if
-        nothing ever can be any more."""
-        assert self._loop is not None
+    def ask(self, work: Callable[[sqlite3.Connection], T], durable: bool = False) -> "asyncio.Future[T]":
+        """The result of `work`, once it is on disk; or what `work` raises. StorageFull if the disk is full, unless
+        durable; and if the store has failed."""
+        answer: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         if self.failed:
-            raise StorageFull(self.trouble or "")
-        answer: asyncio.Future[T] = self._loop.create_future()
-        self._open.add(answer)
-        self._inbox.put(_Request(work, must, answer))
-        try:
-            return await answer
-        finally:
-            self._open.discard(answer)
+            answer.set_exception(StorageFull(self.trouble or ""))
+        else:
+            self._put(_Request(work, durable, answer))
+        return answer
 
     def post(self, work: Callable[[sqlite3.Connection], object]) -> None:
-        """Does this some time soon, if it can be done. Nobody waits for it."""
-        self._inbox.put(_Request(work, False, None))
+        """Does `work` soon, if it can be done. Nobody waits for it."""
+        self._put(_Request(work, False, None))
 
-    def fails(self, error: Exception) -> None:
-        """Something could not be written. No work is to be taken until something can."""
+    def _put(self, request: _Request) -> None:
+        self._queue.append(request)
+        self._news.set()
+
+    def write_failed(self, error: Exception) -> None:
+        """Notes that the disk is full or cannot be written, until a write succeeds."""
         if self.failed:
             return
         if self.trouble is None:
             logger.error("the store cannot be written", extra={"reason": str(error)})
         self.trouble = "the disk is full, or cannot be written"
-        self.post(lambda db: None)  # wakes the thread, which then looks for room now and then
+        self._news.set()  # from now on there is a probe every RETRY_S seconds
 
-    def _works(self) -> None:
+    def _write_succeeded(self) -> None:
         if self.trouble is not None:
             logger.info("the store can be written again")
         self.trouble = None
 
-    def _run(self) -> None:
-        try:
-            self._serve()
-        except Exception as error:  # whatever it is, all who wait for this thread must hear of it
-            self._call(partial(self._fail, error))
+    async def _run(self) -> None:
+        loop = asyncio.get_running_loop()
+        closing = False
+        while not closing:
+            if not self._queue and not self._closing:
+                self._news.clear()
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(RETRY_S if self._batch or self.trouble is not None else None):
+                        await self._news.wait()
+            closing = self._closing and len(self._queue) <= MAX_BATCH
+            self._batch, self._queue = self._batch + self._queue[:MAX_BATCH], self._queue[MAX_BATCH:]
+            changes = self._db.total_changes
+            answers = await loop.run_in_executor(self._thread, self._commit, self._batch)
+            if self._db.total_changes > changes:
+                self._write_succeeded()
+            self._batch = [request for request, answer in answers if not self._settle(request, answer)]
+            if self.trouble is not None and not self._batch:
+                with suppress(sqlite3.Error, OSError):
+                    await loop.run_in_executor(self._thread, self._probe)
+                    self._write_succeeded()
+        for request in self._batch:
+            self._settle(request, StorageFull(self.trouble or ""))
 
-    def _fail(self, error: Exception) -> None:
-        """Nothing can be written any more, and what was promised cannot be kept but by another server."""
-        logger.critical("the store has failed", exc_info=error)
-        self.failed, self.trouble = True, "the store has failed"
-        for answer in self._open:
-            if not answer.done():
-                answer.set_exception(StorageFull(self.trouble))
-        self._on_failed(error)
-
-    def _serve(self) -> None:
-        late: list[_Request] = []  # what must be done, and could not be yet
-        open_ = True
-        while open_:
-            batch, open_ = self._take(patient=not late and self.trouble is None)
-            late = self._commit(late + batch)
-            if self.trouble is not None and not late:
-                self._look_for_room()
-        self._tell([(request, StorageFull(self.trouble or "")) for request in late])
-
-    def _take(self, patient: bool) -> tuple[list[_Request], bool]:
-        """Whatever waits, or comes; unless `patient`, within a second. And whether there will be more."""
-        batch: list[_Request] = []
-        try:
-            while len(batch) < MOST_AT_ONCE:
-                request = self._inbox.get(block=not batch, timeout=None if patient else RETRY_S)
-                if request is None:
-                    return batch, False
-                batch.append(request)
-        except queue.Empty:
-            pass
-        return batch, True
-
-    def _commit(self, batch: list[_Request]) -> list[_Request]:
-        """Does all of this at once; or, if that cannot be done, each by itself. -> what must be tried again"""
+    def _commit(self, batch: list[_Request]) -> Answers:
+        """Does all requests in one transaction; if that fails, each in its own. Runs in the thread."""
         if not batch:
             return []
         began, changes = time.perf_counter(), self._db.total_changes
@@ -144,57 +135,47 @@ class Writer:
         except (sqlite3.Error, OSError) as error:
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
-            if len(batch) > 1:
-                return [request for each in batch for request in self._commit([each])]
-            return self._refuse(batch[0], error)
+            if len(batch) == 1:
+                return [(batch[0], error)]
+            return [answer for request in batch for answer in self._commit([request])]
         if self._db.total_changes > changes:
             self._on_commit(time.perf_counter() - began)
-            self._works()
-        self._tell(answers)
-        return []
+            with suppress(sqlite3.Error):  # the size is only shown, and the next commit brings another
+                self.size_bytes = rows.size_bytes(self._db)
+        return answers
 
     def _work(self, request: _Request) -> Any:
         try:
             return request.work(self._db)
-        except ServerError as refusal:  # said before anything was written
+        except ServerError as refusal:  # raised before anything was written
             return refusal
 
-    def _refuse(self, request: _Request, error: Exception) -> list[_Request]:
-        if not is_full(error):
-            if request.must:
-                raise error  # it would be lost
-            self._tell([(request, error)])
-            return []
-        self.fails(error)
-        if request.must:
-            return [request]
-        self._tell([(request, StorageFull(self.trouble or ""))])
-        return []
+    def _settle(self, request: _Request, answer: Any) -> bool:
+        """Tells whoever waits the answer -> False if the request must be retried. Raises what a durable request cannot
+        survive."""
+        if isinstance(answer, sqlite3.Error | OSError):
+            if is_full(answer):
+                self.write_failed(answer)
+                if request.durable:
+                    return False
+                answer = StorageFull(self.trouble or "")
+            elif request.durable:
+                raise answer
+        if request.answer is not None and not request.answer.done():
+            if isinstance(answer, Exception):
+                request.answer.set_exception(answer)
+            else:
+                request.answer.set_result(answer)
+        return True
 
-    def _look_for_room(self) -> None:
-        """Finds out whether there is room again, when nobody asks for any."""
-        try:
-            self._probe()
-        except (sqlite3.Error, OSError):
+    def _on_ended(self, task: "asyncio.Task[None]") -> None:
+        """Fails everything if the task has ended for an error: only another server can keep what was promised."""
+        error = None if task.cancelled() else task.exception()
+        if error is None:
             return
-        self._works()
-
-    def _tell(self, answers: list[tuple[_Request, Any]]) -> None:
-        def deliver() -> None:
-            for request, answer in answers:
-                if request.answer is None or request.answer.done():
-                    continue  # nobody waits for it any more
-                if isinstance(answer, Exception):
-                    request.answer.set_exception(answer)
-                else:
-                    request.answer.set_result(answer)
-
-        self._call(deliver)
-
-    def _call(self, work: Callable[[], None]) -> None:
-        """Has this done on the event loop."""
-        assert self._loop is not None
-        try:
-            self._loop.call_soon_threadsafe(work)
-        except RuntimeError:
-            return  # the loop is closed, and whoever waited is gone with it
+        logger.critical("the store has failed", exc_info=error)
+        self.failed, self.trouble = True, "the store has failed"
+        for request in self._batch + self._queue:
+            if request.answer is not None and not request.answer.done():
+                request.answer.set_exception(StorageFull(self.trouble))
+        self._on_failed(error)

@@ -15,7 +15,7 @@ from server import __version__
 from server.engines.backend import Backend
 from server.engines.build import build
 from server.errors import Problem, ServerError, SettingsError, StorageFull, problem
-from server.jobs.service import Jobs
+from server.jobs.service import JobService
 from server.metrics import Metrics
 from server.models import find_models
 from server.settings import Settings
@@ -70,7 +70,7 @@ def create_app(
     if backend is None:
         backend = build(settings, cards, on_failed, metrics.took)
     store = Store(settings.data_dir, metrics.journal_commit_seconds.observe, on_failed)
-    made = Jobs(settings, cards, backend, store, metrics)
+    made = JobService(settings, cards, backend, store, metrics)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

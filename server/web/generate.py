@@ -14,9 +14,9 @@ from starlette.types import Receive, Scope, Send
 
 from server.errors import Gone
 from server.jobs import encode
-from server.jobs.job import Job, Kind
+from server.jobs.job import Job, Kind, State
 from server.jobs.request import RequestContext
-from server.jobs.service import Jobs
+from server.jobs.service import JobService
 from server.jobs.stream import Message, Subscriber, Text, told_of
 from server.web.http import (
     header,
@@ -75,18 +75,18 @@ def array(job: Job) -> bytes:
 
 def animation(job: Job, media: str) -> bytes:
     """The denoising, all pictures side by side, ending on the finished ones."""
-    watched = job.request.watched
-    assert watched is not None
+    chosen = job.request.frames
+    assert chosen is not None
     if not job.frames:
         raise Gone("the frames of this job are no longer held; the same request makes them again")
-    kind: Kind = "x0" if watched.frames.kind == "x0" else "x_t"
-    points = [step for step in watched.points if (0, step, kind) in job.frames and step < job.request.sampling.steps]
+    kind: Kind = "x0" if chosen.frames.kind == "x0" else "x_t"
+    points = [step for step in chosen.points if (0, step, kind) in job.frames and step < job.request.sampling.steps]
     sheets = [encode.contact_sheet([job.frames[i, step, kind] for i in range(job.request.n)]) for step in points]
     last = encode.contact_sheet([job.images[i].picture for i in range(job.request.n)])
     return encode.animation([*sheets, last], media)
 
 
-async def draw(jobs: Jobs, job: Job, media: str) -> bytes:
+async def draw(jobs: JobService, job: Job, media: str) -> bytes:
     """The animation. Few are drawn at once, so that frames of others need not wait for a thread."""
     async with jobs.drawing:
         return await asyncio.to_thread(animation, job, media)
@@ -107,7 +107,7 @@ async def generate(request: Request) -> Response:
     float32 array as npy, a zip of PNGs, the denoising as an animation, or all that happens as server-sent events.
     The same request gives the same bytes. A caller that leaves cancels, unless it asked by `Prefer: respond-async`
     for an answer at once."""
-    jobs: Jobs = request.app.state.jobs
+    jobs: JobService = request.app.state.jobs
     later = prefers(request, "respond-async")
     with jobs.admission.counting_refusals():
         media = negotiate(header(request, "accept"), ANSWERS)
@@ -120,7 +120,7 @@ async def generate(request: Request) -> Response:
             attached=not later and media != EVENTS,
             again=makes_again(request),
             key=idempotency_key(request),
-            owner=owner_of(request),
+            tenant=owner_of(request),
         )
         job = await jobs.submit(body or b"{}", context)
     headers = {"X-Job-Id": job.id, "X-Seed": str(job.request.seed), "Vary": "Accept, Prefer"}
@@ -146,7 +146,7 @@ async def generate(request: Request) -> Response:
 class ServerSent(StreamingResponse):
     """What happens to a job, as server-sent events. Whoever stops reading cancels it."""
 
-    def __init__(self, jobs: Jobs, job: Job, events: AsyncGenerator[bytes], headers: dict[str, str]) -> None:
+    def __init__(self, jobs: JobService, job: Job, events: AsyncGenerator[bytes], headers: dict[str, str]) -> None:
         super().__init__(events, media_type=EVENTS, headers=headers | {"Cache-Control": "no-store"})
         self._jobs, self._job = jobs, job
 
@@ -163,7 +163,7 @@ async def _events(job: Job, viewer: Subscriber, request_id: str) -> AsyncGenerat
         async for message in messages:
             yield await _event(message)
             await asyncio.sleep(0)  # a long replay must not keep the others waiting
-    if job.stream.parked and job.failure is not None:
+    if job.state is State.PARKED and job.failure is not None:
         yield await _event(told_of(job.failure, request_id, job.stream))
 
 

@@ -11,8 +11,8 @@ from model.checkpoint.card import ModelCard
 from model.sampling.plan import SAMPLERS, SPACINGS
 from server.engines.backend import Backend
 from server.errors import NotFound
-from server.jobs.request import usual_model
-from server.jobs.service import Jobs
+from server.jobs.request import default_model
+from server.jobs.service import JobService
 from server.settings import Settings
 from server.web.http import already_has
 
@@ -59,17 +59,17 @@ def _page(request: Request, name: str) -> Response:
 async def models(request: Request) -> JSONResponse:
     """Every model, without its card; which of them is made with if a request names none; and how many pictures a
     request may ask for."""
-    jobs: Jobs = request.app.state.jobs
+    jobs: JobService = request.app.state.jobs
     settings: Settings = request.app.state.settings
     served = [_document(card, jobs.backend) for card in jobs.cards.values()]
-    usual = {"default": usual_model(jobs.cards, settings), "max_n": settings.max_n}
+    usual = {"default": default_model(jobs.cards, settings), "max_n": settings.max_n}
     return JSONResponse({"models": served} | usual)
 
 
 @router.get("/models/{name}", summary="One model and its card")
 async def model(request: Request, name: str) -> JSONResponse:
     """One model, with its card: the README of its directory."""
-    jobs: Jobs = request.app.state.jobs
+    jobs: JobService = request.app.state.jobs
     if name not in jobs.cards:
         raise NotFound(f"there is no such model; there are {', '.join(jobs.cards)}")
     card = jobs.cards[name]
@@ -85,7 +85,7 @@ async def healthz() -> JSONResponse:
 @router.get("/readyz", summary="Ready to take work?")
 async def readyz(request: Request) -> JSONResponse:
     """200 if work is taken, else 503 with the reason."""
-    jobs: Jobs = request.app.state.jobs
+    jobs: JobService = request.app.state.jobs
     if jobs.admission.trouble is not None:
         raise jobs.admission.trouble
     return JSONResponse({"status": "ready"})

@@ -9,7 +9,7 @@ from server.bounds import whole_number
 from server.errors import Invalid, NotFound
 from server.jobs.job import Job
 from server.jobs.schemas import JOBS, MOST_JOBS, STATUSES, After, Index, Limit, Status
-from server.jobs.service import Jobs
+from server.jobs.service import JobService
 from server.web.generate import ANIMATIONS, PNG, draw
 from server.web.http import already_has, header, name_of_owner, negotiate
 
@@ -22,13 +22,13 @@ def _kept(job: Job) -> str:
     return f"{'public' if job.request.owner is None else 'private'}, {FOR_EVER}"
 
 
-@router.get("/jobs", summary="Jobs, newest first")
+@router.get("/jobs", summary="JobService, newest first")
 async def job_list(request: Request, status: Status = None, limit: Limit = None, after: After = None) -> JSONResponse:
     """The jobs that are kept. `after` is the id of the last job of the page before."""
     if status is not None and status not in STATUSES:
         raise Invalid(("status", f"status must be one of {', '.join(STATUSES)}"))
     most = JOBS if limit is None else whole_number("limit", limit, 1, MOST_JOBS)
-    jobs: Jobs = request.app.state.jobs
+    jobs: JobService = request.app.state.jobs
     page = await jobs.repository.page(name_of_owner(request), status, after, most)
     documents = [jobs.document(job) for job in page]
     return await asyncio.to_thread(JSONResponse, {"jobs": documents})
@@ -37,21 +37,21 @@ async def job_list(request: Request, status: Status = None, limit: Limit = None,
 @router.get("/jobs/{id}", summary="A job")
 async def job_document(request: Request, id: str) -> JSONResponse:
     """The job document."""
-    jobs: Jobs = request.app.state.jobs
+    jobs: JobService = request.app.state.jobs
     return JSONResponse(jobs.document(await jobs.repository.find(id, name_of_owner(request))))
 
 
 @router.delete("/jobs/{id}", summary="Cancel a job")
 async def job_cancel(request: Request, id: str) -> JSONResponse:
     """Gives a job up; a job that has ended stays as it is. Answers the document."""
-    jobs: Jobs = request.app.state.jobs
+    jobs: JobService = request.app.state.jobs
     return JSONResponse(jobs.document(await jobs.cancel(await jobs.repository.find(id, name_of_owner(request)))))
 
 
 @router.get("/jobs/{id}/images/{index}", summary="One picture of a job", response_class=Response)
 async def job_image(request: Request, id: str, index: Index) -> Response:
     """The PNG, immutable."""
-    jobs: Jobs = request.app.state.jobs
+    jobs: JobService = request.app.state.jobs
     job = await jobs.repository.find(id, name_of_owner(request))
     if not (index.isascii() and index.isdigit() and len(index) < 6 and int(index) in job.images):
         raise NotFound(f"this job has {len(job.images)} of its images 0..{job.request.n - 1}")
@@ -67,10 +67,10 @@ async def job_image(request: Request, id: str, index: Index) -> Response:
 async def job_trajectory(request: Request, id: str) -> Response:
     """GIF, APNG or WebP as `Accept` asks, from the frames that were kept."""
     media = negotiate(header(request, "accept"), ANIMATIONS)
-    jobs: Jobs = request.app.state.jobs
+    jobs: JobService = request.app.state.jobs
     job = await jobs.repository.find(id, name_of_owner(request))
-    if job.request.watched is None or job.status != "succeeded":
-        raise NotFound("this job has no frames" if job.request.watched is None else f"this job is {job.status}")
+    if job.request.frames is None or job.status != "succeeded":
+        raise NotFound("this job has no frames" if job.request.frames is None else f"this job is {job.status}")
     return Response(
         await draw(jobs, job, media), media_type=media, headers={"Cache-Control": _kept(job), "Vary": "Accept"}
     )

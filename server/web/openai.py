@@ -14,9 +14,9 @@ from starlette.responses import JSONResponse
 
 from server.errors import NotFound, Problem, problem
 from server.jobs import encode
-from server.jobs.job import Image, Job, StoredImage
+from server.jobs.job import Image, Job, State, StoredImage
 from server.jobs.request import RequestContext, resolve_request
-from server.jobs.service import Jobs
+from server.jobs.service import JobService
 from server.jobs.stream import Shown, Subscriber, Text
 from server.web.generate import CLIENT_CLOSED_REQUEST, EVENTS, JSON, PROBLEMS, ServerSent
 from server.web.http import idempotency_key, makes_again, owner_of, read_json_body, unless_gone
@@ -43,12 +43,12 @@ REFUSALS = {status: answer for status, answer in PROBLEMS.items() if status not 
 async def generations(request: Request) -> Response:
     """The pictures that `POST /generate` makes, in the form of OpenAI's images API. Its fields may stand beside those
     of OpenAI. The prompt has no effect. With `stream`, partial images are x0 as it was predicted on the way."""
-    jobs: Jobs = request.app.state.jobs
+    jobs: JobService = request.app.state.jobs
     settings = request.app.state.settings
     with jobs.admission.counting_refusals():
         asked = parse_images(await read_json_body(request, settings.max_body_bytes) or b"{}")
         body, again, owner = asked.generate(), makes_again(request), owner_of(request)
-        context = RequestContext(attached=not asked.stream, again=again, key=idempotency_key(request), owner=owner)
+        context = RequestContext(attached=not asked.stream, again=again, key=idempotency_key(request), tenant=owner)
         _, height, width = resolve_request(body, jobs.cards, settings, context).shape
         asked.check_size(width, height)
         job = await jobs.submit(body, context)
@@ -111,7 +111,7 @@ async def _events(asked: ImagesRequest, job: Job, viewer: Subscriber) -> AsyncGe
             elif not message.passing or message.header["step"] < message.header["steps"]:
                 yield await _shown(asked, job, message)  # after the last step x0 is the picture itself
             await asyncio.sleep(0)
-    if job.stream.parked and job.failure is not None:
+    if job.state is State.PARKED and job.failure is not None:
         yield _error(problem(job.failure))
 
 
@@ -136,8 +136,8 @@ async def _shown(asked: ImagesRequest, job: Job, message: Shown) -> bytes:
     }
     if not message.passing:
         return _event("image_generation.completed", **about, usage=USAGE, revised_prompt=NOTHING)
-    assert job.request.watched is not None
-    place = job.request.watched.points.index(header["step"]) - 1  # the first is pure noise, of which there is no x0
+    assert job.request.frames is not None
+    place = job.request.frames.points.index(header["step"]) - 1  # the first is pure noise, of which there is no x0
     return _event("image_generation.partial_image", **about, partial_image_index=place)
 
 

@@ -8,7 +8,7 @@ from fastapi.openapi.utils import get_openapi
 
 from model.sampling.plan import SAMPLERS
 from server.jobs.schemas import GenerateRequest
-from server.jobs.service import Jobs
+from server.jobs.service import JobService
 from server.settings import Settings
 from server.web.openai_schema import ImagesRequest
 
@@ -40,7 +40,7 @@ REFUSAL = {
 KEY = {"type": "http", "scheme": "bearer", "description": "an API key; needed if this server was given any"}
 
 
-def _bounded(jobs: Jobs, settings: Settings) -> dict[str, Any]:
+def _bounded(jobs: JobService, settings: Settings) -> dict[str, Any]:
     """The schema of a request, and those it refers to, with what depends on settings and models."""
     request = GenerateRequest.model_json_schema(ref_template="#/components/schemas/{model}")
     schemas: dict[str, Any] = request.pop("$defs")
@@ -64,7 +64,7 @@ def _operations(document: dict[str, Any]) -> Iterable[dict[str, Any]]:
     return (operation for path in document["paths"].values() for operation in path.values())
 
 
-def describe(app: FastAPI, jobs: Jobs, settings: Settings) -> None:
+def describe(app: FastAPI, jobs: JobService, settings: Settings) -> None:
     """Lets `app` tell all of this at `/openapi.json`."""
 
     def openapi() -> dict[str, Any]:

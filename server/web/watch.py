@@ -12,10 +12,10 @@ from fastapi import APIRouter, WebSocket, WebSocketDisconnect
 from model.errors import PlanError
 from server.bounds import whole_number
 from server.errors import BadInput, EngineFailed, Gone, NotFound, NotReady, StorageFull, TooBusy, problem
-from server.jobs.job import Job
+from server.jobs.job import Job, State
 from server.jobs.request import RequestContext
 from server.jobs.schemas import parse_json
-from server.jobs.service import Jobs
+from server.jobs.service import JobService
 from server.jobs.stream import Subscriber, Text, told_of
 from server.web.http import first_of, name_of_owner, owner_of
 
@@ -64,7 +64,7 @@ async def _talk(socket: WebSocket) -> AsyncIterator[None]:
 @router.websocket("/jobs/{id}/stream")
 async def watch_job(socket: WebSocket, id: str) -> None:
     """Watch a job from its start, or from message `after` + 1 on."""
-    jobs: Jobs = socket.app.state.jobs
+    jobs: JobService = socket.app.state.jobs
     async with _talk(socket):
         after = whole_number("after", socket.query_params.get("after", "0"), 0, MOST_MESSAGES)
         await _watch(socket, jobs, await jobs.repository.find(id, name_of_owner(socket)), after)
@@ -73,27 +73,27 @@ async def watch_job(socket: WebSocket, id: str) -> None:
 @router.websocket("/generate/stream")
 async def watch_new_job(socket: WebSocket) -> None:
     """The first message is the body of `POST /generate`; then watch. Closing the socket cancels the job."""
-    jobs: Jobs = socket.app.state.jobs
+    jobs: JobService = socket.app.state.jobs
     async with _talk(socket):
         try:
             text = await asyncio.wait_for(_receive(socket), FIRST_MESSAGE_S)
         except TimeoutError:
             raise _Closed(POLICY, f"no request within {FIRST_MESSAGE_S:g} s") from None
         with jobs.admission.counting_refusals():
-            job = await jobs.submit(text.encode(), RequestContext(shows=True, owner=owner_of(socket)))
+            job = await jobs.submit(text.encode(), RequestContext(shows=True, tenant=owner_of(socket)))
         try:
             await _watch(socket, jobs, job, 0)
         finally:
             await jobs.cancel(job)
 
 
-async def _watch(socket: WebSocket, jobs: Jobs, job: Job, after: int) -> NoReturn:
+async def _watch(socket: WebSocket, jobs: JobService, job: Job, after: int) -> NoReturn:
     """Sends what happens, does what the viewer says, to the end. Raises _Closed or WebSocketDisconnect."""
     sending = asyncio.create_task(_send_all(socket, jobs.watch(job, after)))
     listening = asyncio.create_task(_listen(socket, jobs, job))
     for task in await first_of(sending, listening):
         task.result()
-    if not job.stream.parked:
+    if job.state is not State.PARKED:
         raise _Closed(DONE)
     raise _Closed(ENGINE_FAILED if isinstance(job.failure, EngineFailed) else RESTARTING)
 
@@ -114,7 +114,7 @@ async def _send_all(socket: WebSocket, viewer: Subscriber) -> None:
                 await asyncio.sleep(0)
 
 
-async def _listen(socket: WebSocket, jobs: Jobs, job: Job) -> NoReturn:
+async def _listen(socket: WebSocket, jobs: JobService, job: Job) -> NoReturn:
     earliest = 0.0  # when the next message would be in time, if all had kept the pace
     while True:
         said = _understand(await _receive(socket))

@@ -68,6 +68,8 @@ class Loader:
                 yield POLL_S
             model = reading.result()
             runner = Runner(model, self._slots, self._start.exact)
+            for _ in runner.prepare():
+                yield 0.0
             steps = list[Step]()
             for step in _time_steps(card.name, runner):
                 steps.append(step)

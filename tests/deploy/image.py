@@ -94,7 +94,8 @@ def fetch_wheels(folder: Path) -> None:
     """Everything that the image installs, by this machine's pip. torch without CUDA is another wheel than PyPI's."""
     folder.mkdir(exist_ok=True)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    wanted: list[str] = project["project"]["dependencies"]
+    dependencies: list[str] = project["project"]["dependencies"]
+    wanted = [line for line in dependencies if not line.startswith("ddpm-client==")]  # it is built from client/
     torch = next(line for line in wanted if line.startswith("torch=="))
     download = (sys.executable, "-m", "pip", "download", "-qq", "--dest", folder, "--find-links", folder)
     if not list(folder.glob("torch-*+cpu-*")):

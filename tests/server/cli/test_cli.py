@@ -3,6 +3,8 @@
 import io
 import json
 import os
+import re
+import resource
 import subprocess
 import sys
 import time
@@ -16,10 +18,10 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from server import __version__
-from server.cli import main
+from server.cli import main, serve
 from server.cli.generate import FIELDS
-from server.cli.progress import Bar
 from server.jobs.schemas import GenerateRequest
+from server.settings import Settings
 from tests.server.conftest import Server
 from tests.server.fakes import read_texts
 
@@ -296,15 +298,92 @@ def test_an_unknown_command_or_flag_is_a_matter_of_usage(capsys: pytest.CaptureF
         assert "usage: ddpm" in capsys.readouterr().err
 
 
-def test_a_bar_is_drawn_on_a_terminal_only() -> None:
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
+class Terminal(io.StringIO):
+    """A standard error that is a terminal."""
 
-    terminal, file = Terminal(), io.StringIO()
-    for out in (terminal, file):
-        with Bar(out) as bar:
-            bar.draw(15, 30, "about 1 s")
+    def isatty(self) -> bool:
+        return True
 
-    assert terminal.getvalue() == f"\r\x1b[2K[{'█' * 15}{' ' * 15}] 15/30 about 1 s\r\x1b[2K"
-    assert file.getvalue() == ""
+
+def test_progress_is_drawn_on_a_terminal_and_disappears(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    assert main.main(["generate", "--steps", "30", "-o", str(tmp_path / "out.png"), "--url", url]) == 0
+
+    bar, told = terminal.getvalue().rstrip("\n").rsplit("\r", 1)
+    assert told.startswith(f"{tmp_path / 'out.png'}: tiny, seed ")
+    assert "/30, about " in bar
+    assert bar.rsplit("\r", 1)[1].strip() == ""
+
+
+def test_progress_is_not_drawn_elsewhere(url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main(["generate", "--steps", "30", "-o", str(tmp_path / "out.png"), "--url", url]) == 0
+
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{tmp_path / 'out.png'}: tiny, seed ")
+
+
+class Limits:
+    """The limits of a process on its open files, instead of those of the process that runs the tests."""
+
+    def __init__(self, soft: int, hard: int) -> None:
+        self.soft, self.hard = soft, hard
+
+    def getrlimit(self, which: int) -> tuple[int, int]:
+        assert which == resource.RLIMIT_NOFILE
+        return self.soft, self.hard
+
+    def setrlimit(self, which: int, limits: tuple[int, int]) -> None:
+        assert which == resource.RLIMIT_NOFILE and limits[1] == self.hard
+        assert self.hard == resource.RLIM_INFINITY or limits[0] <= self.hard
+        self.soft, self.hard = limits
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "connections", "raised_to"),
+    [
+        (2000, 3000, 1000, 2000),
+        (1024, 3000, 1000, 1256),
+        (1024, resource.RLIM_INFINITY, 1000, 1256),
+        (resource.RLIM_INFINITY, resource.RLIM_INFINITY, 1000, resource.RLIM_INFINITY),
+        (300, 500, 244, 500),
+        (100, 200, 1, 200),
+    ],
+)
+def test_connections_never_exceed_what_descriptors_allow(
+    soft: int, hard: int, connections: int, raised_to: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits = Limits(soft, hard)
+    monkeypatch.setattr(resource, "getrlimit", limits.getrlimit)
+    monkeypatch.setattr(resource, "setrlimit", limits.setrlimit)
+
+    assert serve.affordable(1000) == connections
+    assert (limits.soft, limits.hard) == (raised_to, hard)
+
+
+def test_a_server_with_too_few_descriptors_says_so_and_serves(weights: Path, tmp_path: Path) -> None:
+    code = (
+        "import resource as r; r.setrlimit(r.RLIMIT_NOFILE, (200, 300)); from server.cli.main import main; exit(main())"
+    )
+    command = [sys.executable, "-c", code, "serve", "--port", "0", "--weights", str(weights)]
+    environ = os.environ | {"DDPM_THREADS": "1", "DDPM_DATA_DIR": str(tmp_path / "data")}
+    with subprocess.Popen(command, env=environ, stderr=subprocess.PIPE, text=True) as serving:
+        assert serving.stderr is not None
+        logged = [json.loads(serving.stderr.readline()) for _ in range(2)]
+        with Client(f"http://127.0.0.1:{logged[1]['port']}") as client:
+            made = client.generate(steps=1)
+        limits = Path(f"/proc/{serving.pid}/limits").read_text()
+        serving.terminate()
+        serving.communicate(timeout=60)
+
+    warning = {key: logged[0][key] for key in ("level", "event", "descriptors", "wanted")}
+    assert warning == {
+        "level": "warning",
+        "event": "too few file descriptors for max_connections",
+        "descriptors": 300,
+        "wanted": Settings.model_fields["max_connections"].default + serve.OTHER_FILES,
+    }
+    assert re.search(r"Max open files +300 +300 ", limits)
+    assert (made[0].image.size, serving.returncode) == ((8, 8), 0)

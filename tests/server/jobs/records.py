@@ -7,19 +7,21 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from server.store.rows import Kept, Record
+from server.store.rows import ImageRow, Record
 from server.store.store import Store
 
 
 def record(id: str, **fields: Any) -> Record:
     """A job as it comes."""
     usual: dict[str, Any] = {"owner": None, "key": None, "fingerprint": None, "created_at": 1.0, "arrived": 1.0}
-    return Record(id, **usual | {"request": "{}", "served": "{}", "attached": False} | fields)
+    return Record(id=id, **usual | {"request": "{}", "served": "{}", "attached": False} | fields)
 
 
 def ended(id: str, pngs: tuple[bytes, ...] = (), **fields: Any) -> Record:
     """The same once it has ended, with these pictures."""
-    images = tuple(Kept(i, i, name(png), len(png), 2 + i) for i, png in enumerate(pngs))
+    images = tuple(
+        ImageRow(index=i, seed=i, sha256=name(png), size=len(png), message=2 + i) for i, png in enumerate(pngs)
+    )
     usual: dict[str, Any] = {"status": "succeeded", "finished_at": 2.0, "ended": 2.0, "messages": 2 + len(pngs)}
     return record(id, **usual | {"images": images} | fields)
 
@@ -43,9 +45,9 @@ async def a_store(directory: Path, on_commit: Callable[[float], None] = lambda s
 async def keep(store: Store, id: str, *pngs: bytes, identities: tuple[str, ...] = (), **fields: Any) -> Record | None:
     """A job that came and has ended with these pictures."""
     await store.insert(record(id, **fields))
-    await store.save({name(png): png for png in pngs})
+    await store.blobs.save({name(png): png for png in pngs})
     done = await store.finish(ended(id, pngs, **fields), identities)
-    store.release([name(png) for png in pngs])
+    store.blobs.unpin([name(png) for png in pngs])
     return done
 
 

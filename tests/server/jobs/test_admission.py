@@ -95,10 +95,11 @@ def test_a_job_holds_no_more_than_was_reserved_for_it(client: TestClient) -> Non
     jobs = client.app.state.jobs  # type: ignore[attr-defined]
     while client.get(f"/jobs/{id}").json()["status"] != "succeeded":
         time.sleep(0.01)
-    job = jobs.register.find(id)
+    job = jobs.repository.in_memory(id)
 
     assert 0.8 * job.request.size_bytes < job.size_bytes <= job.request.size_bytes
-    assert jobs.admission.queue.size_bytes == jobs.admission.queue.jobs == jobs.admission.queue.taken == 0
+    capacity = jobs.admission.capacity
+    assert capacity.size_bytes == capacity.jobs == capacity.steps == 0
 
 
 def test_jobs_are_counted_and_who_is_refused_hears_when_one_of_them_will_have_ended(full: TestClient) -> None:

@@ -17,7 +17,7 @@ from server.errors import ANSWERS
 from server.metrics import Standing
 from tests.server.fakes import FakeBackend
 
-DEPLOY = Path(__file__).parents[2] / "deploy"
+DEPLOY = Path(__file__).parents[3] / "deploy"
 DASHBOARDS = sorted((DEPLOY / "grafana" / "dashboards").glob("*.json"))
 ALERTS = DEPLOY / "prometheus" / "alerts.yml"
 RUNBOOK = DEPLOY.parent / "docs" / "operations.md"

@@ -25,7 +25,7 @@ from tests.server.jobs.test_metrics import balance, read
 
 pytestmark = pytest.mark.alone
 
-DIGITS = Path(__file__).parent.parent.parent / "weights" / "digits"
+DIGITS = Path(__file__).parents[3] / "weights" / "digits"
 LATER = {"prefer": "respond-async"}
 MIB = 1 << 20
 

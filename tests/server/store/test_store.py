@@ -8,13 +8,14 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
 
 from server.errors import Gone, NotFound, StorageFull, StoreInUse, StoreRefused
 from server.store import rows, writer
-from server.store.rows import Found, Record
+from server.store.rows import IdempotentHit, Record
 from server.store.schema import JOURNAL, VERSION
 from server.store.store import Store
 from tests.server.jobs.records import a_store, ended, keep, name, record, without_room
@@ -31,7 +32,7 @@ def test_what_was_kept_is_there_when_it_is_opened_again(tmp_path: Path) -> None:
             await keep(store, "a", b"png", created_at=5.0)
             await store.insert(record("b", owner="me", request='{"seed":1}'))
         async with a_store(tmp_path) as store:
-            return await store.find("a", None), await store.recover(), store.pictures.read(name(b"png"))
+            return await store.find("a", None), await store.recover(), store.blobs.read(name(b"png"))
 
     found, unfinished, png = asyncio.run(story())
 
@@ -53,7 +54,7 @@ def test_a_thousand_callers_at_once_share_a_few_commits(tmp_path: Path) -> None:
 
 
 def test_one_request_that_cannot_be_done_spoils_nothing_for_those_it_shares_a_commit_with(tmp_path: Path) -> None:
-    async def story() -> tuple[list[Record | Found | BaseException], list[str]]:
+    async def story() -> tuple[list[Record | IdempotentHit | BaseException], list[str]]:
         async with a_store(tmp_path) as store:
             ids = ["a", "b", "a", "c"]
             answers = await asyncio.gather(*(store.insert(record(id)) for id in ids), return_exceptions=True)
@@ -92,7 +93,7 @@ def test_of_two_pictures_that_should_be_the_same_the_first_counts(tmp_path: Path
 
 
 def test_a_key_leads_to_the_job_that_came_with_it_for_its_owner_alone(tmp_path: Path) -> None:
-    async def story() -> list[Record | Found | None]:
+    async def story() -> list[Record | IdempotentHit | None]:
         async with a_store(tmp_path) as store:
             mine, theirs = record("a", key="k", fingerprint="f"), record("b", key="k", fingerprint="g", owner="them")
             same = record("c", key="k", fingerprint="h")
@@ -106,8 +107,8 @@ def test_a_key_leads_to_the_job_that_came_with_it_for_its_owner_alone(tmp_path: 
 
     *race, mine, theirs, nobody = asyncio.run(story())
 
-    assert [type(answer) for answer in race] == [Record, Record, Found]
-    assert (mine, theirs, nobody) == (Found("a", "f"), Found("b", "g"), None)
+    assert [type(answer) for answer in race] == [Record, Record, IdempotentHit]
+    assert (mine, theirs, nobody) == (IdempotentHit("a", "f"), IdempotentHit("b", "g"), None)
 
 
 def test_the_oldest_go_first_and_a_picture_stays_as_long_as_one_job_has_it(tmp_path: Path) -> None:
@@ -116,8 +117,8 @@ def test_the_oldest_go_first_and_a_picture_stays_as_long_as_one_job_has_it(tmp_p
             for i, pngs in enumerate([(b"x", b"y"), (b"y",), (b"z",)]):
                 await keep(store, f"{i}", *pngs, ended=10.0 + i)
             gone = await store.expire(before=11.0, most_bytes=1 << 40)
-            await store.delete(gone.pictures)
-            left = [store.pictures.has(name(png), 1) for png in (b"x", b"y", b"z")]
+            await store.delete(gone.blobs)
+            left = [store.blobs.has(name(png), 1) for png in (b"x", b"y", b"z")]
             errors = list[object]()
             for id in ("0", "9"):
                 with pytest.raises((Gone, NotFound)) as error:
@@ -149,11 +150,11 @@ def test_a_picture_that_is_about_to_be_named_is_not_deleted_with_the_job_that_ha
         async with a_store(tmp_path) as store:
             await keep(store, "a", b"png")
             await store.insert(record("b"))
-            await store.save({name(b"png"): b"png"})
+            await store.blobs.save({name(b"png"): b"png"})
             gone = await store.expire(before=99.0, most_bytes=1 << 40)  # between the picture and its row
-            await store.delete(gone.pictures)
+            await store.delete(gone.blobs)
             await store.finish(ended("b", (b"png",)))
-            return store.pictures.read(name(b"png"))
+            return store.blobs.read(name(b"png"))
 
     assert asyncio.run(story()) == b"png"
 
@@ -164,8 +165,8 @@ def test_a_picture_that_another_job_has_been_given_is_not_deleted_with_the_job_t
             await keep(store, "a", b"png")
             gone = await store.expire(before=99.0, most_bytes=1 << 40)
             await keep(store, "b", b"png")  # between the end of its row and the end of its file
-            await store.delete(gone.pictures)
-            return store.pictures.read(name(b"png"))
+            await store.delete(gone.blobs)
+            return store.blobs.read(name(b"png"))
 
     assert asyncio.run(story()) == b"png"
 
@@ -174,11 +175,11 @@ def test_pictures_of_no_job_are_gone_after_a_restart_and_damaged_ones_are_told(t
     async def story() -> dict[str, bytes]:
         async with a_store(tmp_path) as store:
             await keep(store, "a", b"good")
-            await store.save({name(b"nobody's"): b"nobody's"})
+            await store.blobs.save({name(b"nobody's"): b"nobody's"})
             (tmp_path / "pictures" / "half.part").write_bytes(b"ha")
             (tmp_path / "pictures" / name(b"good")).write_bytes(b"evil")
             with pytest.raises(Gone, match="damaged"):
-                store.pictures.read(name(b"good"))
+                store.blobs.read(name(b"good"))
         async with a_store(tmp_path) as store:
             await store.recover()
             return files(tmp_path / "pictures")
@@ -204,7 +205,7 @@ def test_a_full_disk_refuses_jobs_keeps_results_waiting_and_recovers_by_itself(
             with pytest.raises(StorageFull):
                 await store.insert(record("b", request=big))
             said = store.trouble
-            result = asyncio.create_task(store.finish(ended("a", error=big)))
+            result = store.finish(ended("a", error=big))
             await asyncio.sleep(0.1)
             waited = not result.done()
             store._db.execute("PRAGMA max_page_count = 1000000")
@@ -228,7 +229,7 @@ def test_a_job_that_may_have_killed_a_server_does_not_run_before_that_is_on_disk
         async with a_store(tmp_path) as store:
             await store.insert(record("a"))
             make_room = without_room(store)
-            begins = asyncio.create_task(store.begins("a"))
+            begins = store.mark_running_durably("a")
             while store.trouble is None and not begins.done():
                 await asyncio.sleep(0.01)
             waited = not begins.done()
@@ -252,12 +253,12 @@ def test_a_result_that_can_never_be_written_is_not_dropped_but_ends_the_server(
         store.start()
         await store.insert(record("a"))
         monkeypatch.setattr(rows, "finish", mock.Mock(side_effect=why))
-        asked = [store.finish(ended("a")), store.insert(record("b")), store.find("a", None)]
+        asked: list[asyncio.Future[Any]] = [store.finish(ended("a")), store.insert(record("b")), store.find("a", None)]
         answers = await asyncio.wait_for(asyncio.gather(*asked, return_exceptions=True), 5)
         assert isinstance(answers[0], StorageFull)
         with pytest.raises(StorageFull):  # and so it is for whoever comes later
             await asyncio.wait_for(store.insert(record("c")), 5)
-        store._writer.fails(OSError(28, "No space left on device"))  # hides nothing
+        store._writer.write_failed(OSError(28, "No space left on device"))  # hides nothing
         await store.close()
         return store.trouble
 
@@ -291,8 +292,8 @@ def test_that_there_is_room_again_is_found_out_without_anybody_asking(
                 if not room.is_set():
                     raise full
 
-            monkeypatch.setattr(store.pictures, "probe", probe)
-            store._writer.fails(full)
+            monkeypatch.setattr(store.blobs, "probe", probe)
+            store._writer.write_failed(full)
             await asyncio.sleep(0.1)
             assert store.trouble is not None
             room.set()
@@ -399,7 +400,7 @@ def test_a_picture_is_on_disk_before_the_row_that_names_it(tmp_path: Path, monke
             await keep_again(store)
 
     async def keep_again(store: Store) -> None:
-        await store.save({name(b"png"): b"png"})
+        await store.blobs.save({name(b"png"): b"png"})
         await store.finish(ended("a", (b"png",)))
 
     noting("sync", "fsync")

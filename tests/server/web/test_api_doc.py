@@ -14,7 +14,7 @@ from server.web import watch
 from server.web.generate import ANSWERS as MEDIA
 from tests.server.conftest import Server
 
-PAGE = Path(__file__).parent.parent.parent / "docs" / "api.md"
+PAGE = Path(__file__).parents[3] / "docs" / "api.md"
 TEXT = PAGE.read_text()
 EXAMPLES = re.findall(r"```sh\n(.*?)```", TEXT, re.DOTALL)
 

@@ -18,7 +18,7 @@ from websockets.sync.client import connect
 from tests.server.conftest import Server
 from tests.server.web.raw import ask, connected, rest, say, statuses
 
-CONFIGURATION = Path(__file__).parents[2] / "deploy" / "nginx" / "nginx.conf"
+CONFIGURATION = Path(__file__).parents[3] / "deploy" / "nginx" / "nginx.conf"
 ORDER = {"seed": 5, "steps": 30}
 MUCH = {"seed": 5, "steps": 30, "n": 64}  # of four slots: more than a second
 pytestmark = pytest.mark.skipif(shutil.which("nginx") is None, reason="nginx is not installed")

@@ -190,13 +190,13 @@ def test_what_would_mislead_or_cannot_be_is_a_bad_request_that_names_its_field(
 def test_a_full_queue_is_a_rate_limit_and_the_package_waits_as_long_as_it_is_told(
     client: TestClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    queue, waited = client.app.state.jobs.admission.queue, []  # type: ignore[attr-defined]
+    capacity, waited = client.app.state.jobs.admission.capacity, []  # type: ignore[attr-defined]
 
     def sleep(seconds: float) -> None:
         waited.append(seconds)
-        queue.taken = 0
+        capacity.steps = 0
 
-    queue.taken = 190
+    capacity.steps = 190
     asked = {"steps": 30, "seed": 1}
     with pytest.raises(openai.RateLimitError) as refusal:
         over(client).images.generate(prompt="", n=6, extra_body=asked)

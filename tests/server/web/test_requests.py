@@ -255,7 +255,7 @@ def test_no_work_is_taken_while_the_engine_is_down(client: TestClient) -> None:
 
 
 def test_a_full_queue_says_when_to_come_back(client: TestClient) -> None:
-    client.app.state.jobs.admission.queue.taken = 190  # type: ignore[attr-defined]
+    client.app.state.jobs.admission.capacity.steps = 190  # type: ignore[attr-defined]
 
     answer = client.post("/generate", json={"steps": 30, "n": 6})
 
@@ -272,7 +272,7 @@ def test_a_deadline_that_passes_gives_the_job_up(client: TestClient) -> None:
 
     assert (answer.status_code, answer.json()["code"]) == (504, "deadline-passed")
     assert backend.given_up == backend.specs
-    assert client.app.state.jobs.admission.queue.taken == 0  # type: ignore[attr-defined]
+    assert client.app.state.jobs.admission.capacity.steps == 0  # type: ignore[attr-defined]
 
 
 def test_a_picture_that_cannot_be_made_is_a_failure_with_its_reason(client: TestClient) -> None:

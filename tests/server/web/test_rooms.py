@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from server.errors import NotAcceptable, SettingsError, TooBusy
-from server.jobs.capacity import Queue
+from server.jobs.admission import Capacity
 from server.jobs.encode import contact_sheet, npy, png
 from server.logs import JsonLines
 from server.settings import Settings
@@ -73,15 +73,15 @@ def test_a_setting_that_cannot_be_is_refused_with_what_can(name: str, text: str,
 
 
 def test_a_full_queue_says_when_there_will_be_room() -> None:
-    queue = Queue(10)
-    queue.take(6, step_s=1)
+    capacity = Capacity(10)
+    capacity.take(6, step_s=1)
     with pytest.raises(TooBusy) as refusal:
-        queue.take(7, step_s=1.5)
+        capacity.take(7, step_s=1.5)
 
     assert refusal.value.retry_after_s == 5  # three image-steps too many, of one and a half seconds each
-    queue.give_back(3)
-    queue.take(7, step_s=1)
-    assert queue.taken == 10
+    capacity.steps -= 3
+    capacity.take(7, step_s=1)
+    assert capacity.steps == 10
 
 
 def test_a_record_is_one_line_whatever_is_in_it() -> None:

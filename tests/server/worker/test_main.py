@@ -12,11 +12,11 @@ from pathlib import Path
 from model.checkpoint.card import read_card
 from model.checkpoint.load import load_model
 from model.nets.cpu import grow_up
-from model.engine.runner import Runner
+from model.engine.runner import prepared
 
 model = load_model(read_card(Path(sys.argv[1])), torch.device("cpu"), torch.float32)
 grow_up(model.net, 16)
-runner, faults = Runner(model, 16), []
+runner, faults = prepared(model, 16), []
 for _ in range(9):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     runner.step(16)

@@ -1,0 +1,70 @@
+"""A job has one state, and only the moves that lead on are legal."""
+
+from itertools import product
+
+import pytest
+
+from model.sampling.plan import Sampling
+from server.jobs.job import ENDED, Job, State
+from server.jobs.request import ResolvedRequest
+from server.worker.messages import ModelStatus
+
+LEGAL = {
+    ("queued", "running"),
+    ("queued", "ending"),
+    ("queued", "parked"),
+    ("running", "ending"),
+    ("running", "parked"),
+    ("ending", "succeeded"),
+    ("ending", "failed"),
+    ("ending", "cancelled"),
+    ("ending", "parked"),
+}
+
+
+def job(state: State) -> Job:
+    """A job in this state."""
+    sampling = Sampling("ddpm", 4, "leading", True, "philox", "small", None)
+    request = ResolvedRequest(model="tiny", T=30, shape=(1, 8, 8), seed=7, n=2, sampling=sampling)
+    status = ModelStatus(
+        digest="sha256:0",
+        device="cpu",
+        dtype="float32",
+        parameters=1,
+        slots=4,
+        buckets=[4],
+        exact_buckets=[4],
+        admitted=[4],
+        exact=True,
+        numerics="fake",
+    )
+    return Job(id="a", request=request, model=status, state=state)
+
+
+@pytest.mark.parametrize(("before", "after"), [*product(State, State)])
+def test_a_job_makes_legal_moves_only(before: State, after: State) -> None:
+    moved = job(before)
+    if (before, after) in LEGAL:
+        moved.move(after)
+        assert moved.state is after
+    else:
+        with pytest.raises(AssertionError, match=f"a job that is {before} cannot become {after}"):
+            moved.move(after)
+        assert moved.state is before
+
+
+def test_every_state_leads_to_an_end_or_to_the_next_server() -> None:
+    ends = {after for _, after in LEGAL} - {before for before, _ in LEGAL}
+
+    assert ends == {*ENDED, State.PARKED}
+
+
+@pytest.mark.parametrize("state", [*State])
+def test_clients_see_five_states(state: State) -> None:
+    seen, started = job(state), job(state)
+    started.started_at = 1.0
+
+    if state in ENDED:
+        assert seen.status == started.status == str(state)
+    else:
+        assert (seen.status, started.status) == ("queued", "running")
