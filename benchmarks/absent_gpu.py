@@ -71,7 +71,7 @@ def launching(arch: int, launched: Callable[[Any], object], device: torch.device
     try:
         with (
             patch.object(JITFunction, "run", compile),
-            patch.object(model.kernels, "TRITON_ON", frozenset({device.type})),
+            patch.object(model.nets.layers, "TRITON_ON", frozenset({device.type})),
             patch.object(launch, "_supported", lambda device: arch >= 90),
             patch.object(conv, "shared_bytes", lambda device: SHARED_BYTES.get(arch, LEAST_SHARED_BYTES)),
             torch.inference_mode(),

@@ -19,7 +19,7 @@ from model.checkpoint.card import read_card
 from model.checkpoint.load import load_model
 from model.engine.engine import Engine
 from model.engine.events import Request
-from model.engine.runner import Runner
+from model.engine.runner import prepared
 from model.sampling.plan import COLUMNS, plan, resolve
 from server.worker.cpus import cores
 from server.worker.device import choose_dtype
@@ -53,7 +53,7 @@ class Ours:
 
     def __init__(self, setup: Setup, exact: bool = True) -> None:
         model = load_model(read_card(setup.directory), setup.device, choose_dtype("auto", setup.device))
-        self.engine, self.live = Engine(Runner(model, setup.most, exact, setup.buckets)), list[int]()
+        self.engine, self.live = Engine(prepared(model, setup.most, exact, setup.buckets)), list[int]()
         grow_up(model, setup.most)
         process = model.card.process
         self.table, self.next = plan(process, resolve(process, "ddpm", process.schedule.T)), 0

@@ -15,8 +15,9 @@ import torch
 from benchmarks.measure import Measure, machine, seconds_of
 from model.checkpoint.card import read_card
 from model.checkpoint.load import Model, load_layers
-from model.engine.runner import denoise, usual_buckets
+from model.engine.runner import usual_buckets
 from model.engine.slots import Slots
+from model.engine.step import denoise
 from model.nets.convolution import Conv
 from model.nets.exact import Kind, agrees, kinds
 from model.nets.gpu import prepare_gpu

@@ -16,7 +16,7 @@ from model.checkpoint.card import ModelCard, read_card
 from model.checkpoint.load import Model
 from model.engine.engine import Engine
 from model.engine.events import Request
-from model.engine.runner import Runner
+from model.engine.runner import prepared
 from model.nets.build import build
 from model.nets.config import architecture
 from model.nets.convolution import Conv
@@ -63,7 +63,7 @@ def without_weights(card: ModelCard, device: torch.device, dtype: torch.dtype) -
 
 def run(use: Use, invariant: bool, device: torch.device) -> None:
     """Pictures come, are shown, go on in another slot and go, in each bucket; by our convolutions or the library's."""
-    runner = Runner(without_weights(use.card, device, use.dtype), max(use.buckets), exact=False, buckets=use.buckets)
+    runner = prepared(without_weights(use.card, device, use.dtype), max(use.buckets), exact=False, buckets=use.buckets)
     for module in runner.model.module.modules():
         if isinstance(module, Conv):
             module.invariant = invariant

@@ -13,7 +13,7 @@ from model.checkpoint.card import WEIGHTS, read_card
 from model.checkpoint.load import Model, load_model
 from model.engine.engine import Engine
 from model.engine.events import Request
-from model.engine.runner import Runner
+from model.engine.runner import prepared
 from model.nets import cpu
 from model.nets.build import build
 from model.nets.config import architecture
@@ -96,7 +96,7 @@ def our_engine(directory: Path, device: torch.device, slots: int) -> Engine:
     """The engine as the server builds it: numbers as the device computes best, exact buckets only."""
     torch.set_num_threads(cores())  # the net takes as many; an engine that was made before may have left fewer
     model = load_model(read_card(directory), device, choose_dtype("auto", device))
-    engine = Engine(Runner(model, slots))
+    engine = Engine(prepared(model, slots))
     grow_up(model, slots)
     return engine
 

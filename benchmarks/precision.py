@@ -23,7 +23,7 @@ from model.checkpoint.card import read_card
 from model.checkpoint.load import load_model
 from model.engine.engine import Engine
 from model.engine.events import Finished, Request
-from model.engine.runner import Runner
+from model.engine.runner import prepared
 from model.sampling.noise import INITIAL, gaussian
 from model.sampling.plan import plan, resolve
 from server.worker.cpus import cores
@@ -38,7 +38,7 @@ def ours(directory: Path, device: torch.device, dtype: torch.dtype, seeds: range
     torch.set_num_threads(cores())  # the net takes as many; `grow_up` leaves fewer
     model = load_model(read_card(directory), device, dtype)
     grow_up(model, BATCH)
-    engine = Engine(Runner(model, BATCH))
+    engine = Engine(prepared(model, BATCH))
     process = engine.runner.model.card.process
     table, made = plan(process, resolve(process, "ddpm", steps)), dict[int, NDArray[np.floating]]()
     for seed in seeds:

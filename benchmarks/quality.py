@@ -26,7 +26,7 @@ from model.checkpoint.card import ModelCard, read_card
 from model.checkpoint.load import load_model
 from model.engine.engine import Engine
 from model.engine.events import Finished, Request
-from model.engine.runner import Runner
+from model.engine.runner import prepared
 from model.sampling.plan import Sampling, plan, resolve
 from model.train.data import Uint8Array
 from server.worker.cpus import cores
@@ -49,7 +49,7 @@ def make(card: ModelCard, choice: Sampling, count: int, dtype: torch.dtype, slot
     torch.set_num_threads(cores())  # the net takes as many; `grow_up` leaves fewer
     model = load_model(card, torch.device("cpu"), dtype)
     grow_up(model, slots)
-    engine = Engine(Runner(model, slots))
+    engine = Engine(prepared(model, slots))
     table, pictures = plan(card.process, choice), dict[int, Uint8Array]()
     for seed in range(count):
         engine.submit(Request(seed, seed, table))

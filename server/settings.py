@@ -10,7 +10,6 @@ from server.bounds import says
 from server.errors import SettingsError
 
 PREFIX = "DDPM_"
-FAULTS = "DDPM_FAULTS"  # not a setting: faults that tests inject into an engine
 
 
 class Settings(BaseModel):
@@ -105,7 +104,7 @@ class Settings(BaseModel):
         """Settings from the environment, overridden by flags. Raises SettingsError, naming the variable."""
         values: dict[str, object] = {}
         for variable, text in environ.items():
-            if variable.startswith(PREFIX) and variable != FAULTS:
+            if variable.startswith(PREFIX):
                 name = variable.removeprefix(PREFIX).lower()
                 if name not in cls.model_fields:
                     raise SettingsError(f"{variable} is not a setting; there are {', '.join(cls.variables())}")

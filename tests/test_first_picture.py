@@ -15,7 +15,7 @@ from model.checkpoint.card import read_card
 from model.checkpoint.load import load_model
 from model.engine.engine import Engine
 from model.engine.events import Finished, Picture, Request
-from model.engine.runner import Runner
+from model.engine.runner import prepared
 from model.errors import PlanError
 from model.sampling.plan import Sampling, plan, resolve
 from server.jobs.schemas import GenerateRequest
@@ -85,7 +85,7 @@ def readable(request: pytest.FixtureRequest, asked: dict[str, list[GenerateReque
 
 def make(wanted: set[Made], dtype: torch.dtype) -> dict[Made, Picture]:
     """These pictures, on the CPU."""
-    engine = Engine(Runner(load_model(DIGITS, torch.device("cpu"), dtype), slots=8, exact=False))
+    engine = Engine(prepared(load_model(DIGITS, torch.device("cpu"), dtype), slots=8, exact=False))
     for made in wanted:
         engine.submit(Request(made, made[0], plan(DIGITS.process, made[1])))
     pictures: dict[Made, Picture] = {}

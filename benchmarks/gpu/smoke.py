@@ -21,8 +21,9 @@ from model.checkpoint.card import read_card
 from model.checkpoint.load import load_layers
 from model.engine.engine import Engine
 from model.engine.events import Finished, Picture, Request
-from model.engine.runner import Runner, denoise
+from model.engine.runner import prepared
 from model.engine.slots import Slots
+from model.engine.step import denoise
 from model.sampling.plan import COLUMNS, plan, resolve
 from server.worker.device import choose_dtype
 
@@ -46,7 +47,7 @@ def parts(setting: Setting) -> list[Part]:
 @torch.inference_mode()
 def replays(directory: Path, device: torch.device) -> Iterator[Fact]:
     """Whether a replay of every bucket of a net is the eager step, bit for bit."""
-    runner = Runner(load_layers(read_card(directory), device, choose_dtype("auto", device)), 4)
+    runner = prepared(load_layers(read_card(directory), device, choose_dtype("auto", device)), 4)
     slots, generator, wrong = runner.slots, torch.Generator().manual_seed(0), list[int]()
     x = torch.randn(slots.x.shape, generator=generator).to(device)
     row = torch.rand(slots.capacity, len(COLUMNS), generator=generator).to(device)
@@ -69,7 +70,7 @@ def a_picture(directory: Path, device: torch.device, steps: int) -> Iterator[Fac
     """How far a picture made here in float32 is from that of the CPU."""
 
     def made(where: torch.device) -> Picture:
-        engine = Engine(Runner(load_layers(read_card(directory), where, torch.float32), 1))
+        engine = Engine(prepared(load_layers(read_card(directory), where, torch.float32), 1))
         process = engine.runner.model.card.process
         engine.submit(Request("one", 42, plan(process, resolve(process, "ddpm", steps))))
         while True:
@@ -111,7 +112,7 @@ def step_times(
     slots, step = Slots(max(batches), loaded.card.architecture.shape, loaded.card.process.schedule.T, device), None
     yield f"{directory.name}, by {way}: loaded in", time.perf_counter() - began, "s"
     if way == "a graph":
-        runner = Runner(loaded, max(batches), exact=False, buckets=batches)
+        runner = prepared(loaded, max(batches), exact=False, buckets=batches)
         slots, step = runner.slots, runner.step
         yield f"{directory.name}, by {way}: captured in", time.perf_counter() - began, "s"
     slots.rows[:] = 0.5

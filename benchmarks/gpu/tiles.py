@@ -18,7 +18,7 @@ from benchmarks.gpu.stage import Part
 from benchmarks.gpu.worlds import device_of, large, small
 from model.checkpoint.card import read_card
 from model.checkpoint.load import Model, load_layers
-from model.engine.runner import Runner
+from model.engine.runner import Runner, prepared
 from model.nets.convolution import Conv
 from model.nets.exact import Kind
 from server.worker.device import choose_dtype
@@ -95,11 +95,12 @@ def starting_early(setting: Setting, batches: Sequence[int]) -> Iterator[Fact]:
     model, took = _model(setting, small), dict[tuple[int, bool], float]()
     for early in (True, False):
         with patch.object(launch, "WANTED", early):
-            runner = Runner(model, max(batches), exact=False, buckets=batches)
+            runner = prepared(model, max(batches), exact=False, buckets=batches)
             for module in model.module.modules():
                 if isinstance(module, Conv):
                     module.invariant = True
-            runner.capture()
+            for _ in runner.capture():
+                pass
             for batch in batches:
                 took[batch, early] = _replay_ms(runner, batch)
     for batch in batches:

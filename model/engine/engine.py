@@ -16,7 +16,7 @@ from model.engine.lead import Lead, mark
 from model.engine.runner import Runner
 from model.engine.scheduler import Scheduler
 from model.engine.slots import Newcomer, Parked, upload
-from model.engine.snapshot import Snapshot, warm_up
+from model.engine.snapshot import Snapshot
 from model.sampling.noise import TorchNoise
 from model.sampling.plan import U
 
@@ -86,7 +86,6 @@ class Engine:
         if self.runner.device.type == "cuda":
             self._copies = torch.cuda.Stream(self.runner.device)
             self._lead = Lead(partial(mark, self.runner.device))
-        warm_up(self.runner.slots)
 
     @property
     def busy(self) -> bool:

@@ -1,7 +1,8 @@
 """What goes into the engine and what comes out of it: plain values, no torch."""
 
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from operator import add
 from typing import TypeAlias
 
 import numpy as np
@@ -81,3 +82,6 @@ class Stats:
     def slot_steps(self) -> int:
         """Slots that were computed, in all steps."""
         return self.sample_steps + self.padded
+
+    def __add__(self, other: "Stats") -> "Stats":
+        return Stats(*map(add, astuple(self), astuple(other)))

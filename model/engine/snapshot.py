@@ -1,6 +1,6 @@
 """Pictures off the device without stalling it: packed into one buffer there, copied beside the next step, read here."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -101,15 +101,18 @@ class Snapshot:
         return unpack(self._host.numpy(), *self._layout)
 
 
-@torch.inference_mode()
-def warm_up(slots: Slots) -> None:
-    """Has every kernel compiled that seats, moves and shows, before anybody sits there or waits for a picture."""
+def warm_up(slots: Slots) -> Iterator[None]:
+    """Compiles every kernel that seats, moves and shows, before any sample is seated, and yields after each."""
     if not slots.by_kernels:
         return
     plan = Plan(np.zeros((1, len(COLUMNS))), np.zeros(2, np.int64))
     slots.seat(0, 0, plan, torch.zeros(slots.shape))
+    yield
     slots.put_back(0, 0, plan, 0, slots.take(0))
+    yield
     for floats in (False, True):
         pack(slots, [0], [], floats)
+        yield
     slots.vacate(0, slots.capacity - 1)
+    yield
     slots.clear(0)

@@ -6,7 +6,7 @@ that two starts on one machine choose alike. What follows from it for the whole 
 """
 
 import logging
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
@@ -139,15 +139,13 @@ def kinds(net: nn.Module, run: Callable[[], object]) -> list[Kind]:
     return list(found.values())
 
 
-def choose_kernels(
-    net: nn.Module, run: Callable[[], object], buckets: Sequence[int], between: Callable[[], None] = lambda: None
-) -> Chosen:
+def choose_kernels(net: nn.Module, run: Callable[[], object], buckets: Sequence[int]) -> Generator[None, None, Chosen]:
     """Gives its invariant kernel to each layer that needs it for its bits to be the same in batches of these sizes.
 
     Each is tried as a step calls it, with what is added to it. A shortcut that joins the walk of the convolution it is
     added to is tried with that one, and by itself only where that one keeps the library's kernel.
 
-    run: calls the net once, with a batch of any size; between: called after each kind, which may take a second
+    run: calls the net once, with a batch of any size. Yields after each kind of layer, which may take a second.
     """
     tried: set[Layer] = set()
     for how in ("invariant", "library"):  # as they are called if all are ours; then who is called only otherwise
@@ -162,7 +160,7 @@ def choose_kernels(
             for layer in kind.layers:
                 _use(layer, chosen)
             tried.update(kind.layers)
-            between()
+            yield
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # graphs have memory of their own, and could not use what has been freed here
     counted = [(isinstance(layer, Conv), layer.invariant) for layer in tried]

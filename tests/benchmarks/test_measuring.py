@@ -130,8 +130,8 @@ def test_whether_triton_runs_is_asked_of_triton(monkeypatch: pytest.MonkeyPatch)
         asked.append(device)
         return True
 
-    monkeypatch.setattr(model.kernels, "TRITON_ON", frozenset({"cpu"}))
-    monkeypatch.setattr(model.kernels, "_triton_works", works)
+    monkeypatch.setattr(model.nets.layers, "TRITON_ON", frozenset({"cpu"}))
+    monkeypatch.setattr(model.nets.layers, "_triton_works", works)
 
     assert [fact.value for fact in machine.triton(CPU)] == [True]
     assert asked == [CPU]

@@ -11,7 +11,7 @@ from model.checkpoint.card import ModelCard
 from model.checkpoint.load import Model
 from model.engine.engine import Engine
 from model.engine.events import Cancelled, Event, Failed, Finished, Request
-from model.engine.runner import Runner
+from model.engine.runner import prepared
 from model.nets.config import Architecture
 from model.nets.unet import UNet
 from model.sampling.plan import Plan, plan, resolve
@@ -73,7 +73,7 @@ def function_model(function: Callable[[Tensor, Tensor], Tensor] = halve) -> Mode
 
 def quick_engine(slots: int = 3, function: Callable[[Tensor, Tensor], Tensor] = halve) -> Engine:
     """An engine of so many slots around a function of (x, k)."""
-    return Engine(Runner(function_model(function), slots))
+    return Engine(prepared(function_model(function), slots))
 
 
 def a_plan(steps: int = 4, sampler: str = "ddpm", **choices: Any) -> Plan:

@@ -12,7 +12,7 @@ from model.checkpoint.card import read_card
 from model.checkpoint.load import Model, load_model
 from model.engine.engine import Engine
 from model.engine.events import Finished, Request
-from model.engine.runner import Runner
+from model.engine.runner import prepared
 from model.nets.config import architecture
 from model.nets.unet import UNet
 from model.sampling.plan import Plan, plan, resolve
@@ -97,7 +97,7 @@ def planned(process: Process, sampler: str = "ddpm", steps: int | None = None, *
 
 def engine(model: Model, slots: int = 3) -> Engine:
     """An engine with room for a few samples at once."""
-    return Engine(Runner(model, slots))
+    return Engine(prepared(model, slots))
 
 
 def pictures(model: Model, wanted: Sequence[tuple[int, Plan]], slots: int = 3) -> list[Finished]:

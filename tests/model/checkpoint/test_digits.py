@@ -9,10 +9,10 @@ from model.checkpoint.card import read_card
 from model.checkpoint.load import load_model
 from model.engine.engine import Engine
 from model.engine.events import Finished, Picture, Request
-from model.engine.runner import Runner
+from model.engine.runner import prepared
 from model.sampling.plan import plan, resolve
 
-DIGITS = Path(__file__).parent.parent.parent / "weights" / "digits"
+DIGITS = Path(__file__).parents[3] / "weights" / "digits"
 SAMPLERS = ("ddpm", "ddim", "greedy", "dpmpp_2m")
 
 
@@ -20,7 +20,7 @@ SAMPLERS = ("ddpm", "ddim", "greedy", "dpmpp_2m")
 def test_digits_have_the_same_bytes_alone_and_in_company(dtype: torch.dtype) -> None:
     model = load_model(read_card(DIGITS), torch.device("cpu"), dtype)
     process = model.card.process
-    runner = Runner(model, 5)
+    runner = prepared(model, 5)
     tables = [plan(process, resolve(process, SAMPLERS[i % 4], 2 + i % 5)) for i in range(12)]
 
     def pictures(chosen: range) -> dict[object, Picture]:

@@ -20,8 +20,9 @@ from model.convert.frame import Options
 from model.convert.pickles import choose, parts
 from model.engine.engine import Engine
 from model.engine.events import Request
-from model.engine.runner import Runner, denoise
+from model.engine.runner import prepared
 from model.engine.slots import Slots
+from model.engine.step import denoise
 from model.nets.build import build
 from model.nets.lucidrains_config import LUCID, lucid_architecture
 from model.sampling.noise import INITIAL, gaussian
@@ -150,10 +151,10 @@ def test_company_does_not_matter(tmp_path: Path, dtype: torch.dtype) -> None:
     """Samples of all lengths that come and go have the bytes that each has alone."""
     directory = converted(tmp_path, diffusion(shaken(learned_variance=True), T=T))
     model = load_model(read_card(directory), torch.device("cpu"), dtype)
-    random, together = Random(3), Runner(model, 3)
+    random, together = Random(3), prepared(model, 3)
     wanted = [Request(i, random.randrange(2**63), planned(model.card.process, steps=2 + i % 5)) for i in range(10)]
     made = pictures_of(run(Engine(together), *wanted))
-    alone = Runner(model, 3)
+    alone = prepared(model, 3)
 
     assert together.exact and len(set(made.values())) == len(made) == 10
     assert [r.id for r in wanted if pictures_of(run(Engine(alone), r))[r.id] != made[r.id]] == []

@@ -19,8 +19,9 @@ from torch.utils._pytree import tree_leaves
 
 import model.engine.runner
 from model.checkpoint.load import Model
-from model.engine.runner import Runner, denoise
+from model.engine.runner import Runner, prepared
 from model.engine.slots import Slots
+from model.engine.step import denoise
 from model.nets.unet import UNet
 from tests.model.tiny import ARCHITECTURE, CPU, T, a_plan, card, tiny_model
 
@@ -102,7 +103,7 @@ def test_a_slip_in_the_step_would_be_noticed(slip: str, monkeypatch: pytest.Monk
 
 
 def test_the_step_writes_in_place() -> None:
-    runner = Runner(tiny_model(), 3)
+    runner = prepared(tiny_model(), 3)
     names = ("x", "x0", "given", "rows", "cursor", "last", "seed", "ahead")
     before = {name: getattr(runner.slots, name).data_ptr() for name in names}
     runner.slots.seat(0, 1, a_plan(5), runner.slots.draw_initial([1])[0])
@@ -195,6 +196,7 @@ class FakeCuda:
             "graph_pool_handle": graph_pool_handle,
         }.items():
             monkeypatch.setattr(torch.cuda, name, value)
+        monkeypatch.setattr(model.engine.runner, "warm_up", lambda slots: iter(()))
         monkeypatch.setattr(model.engine.runner, "denoise", record)
         monkeypatch.setattr(model.engine.runner, "prepare_gpu", lambda *how: cuda.prepared.append(how))
 
@@ -207,11 +209,26 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     return fake
 
 
-def captured_runner(slots: int, between: Callable[[], None] = lambda: None) -> Runner:
+def on_a_gpu(net: nn.Module, slots: int) -> Runner:
     """A runner whose tensors say they are on a GPU."""
-    net = tiny_model().net
     with FakeTensorMode():
-        return Runner(Model(card(), net, torch.zeros(T, 1, device="cuda")), slots, exact=False, between=between)
+        return Runner(Model(card(), cast(UNet, net), torch.zeros(T, 1, device="cuda")), slots, exact=False)
+
+
+def prepare(runner: Runner, cuda: FakeCuda) -> None:
+    """Prepares a runner, and writes down when others may make their steps."""
+    with FakeTensorMode():
+        for _ in runner.prepare():
+            cuda.diary.append(("others", 0, cuda.stream, cuda.pool))
+
+
+def captured_runner(slots: int) -> Runner:
+    """A runner on a GPU that is ready."""
+    runner = on_a_gpu(tiny_model().module, slots)
+    with FakeTensorMode():
+        for _ in runner.prepare():
+            pass
+    return runner
 
 
 def test_a_gpu_is_set_up_for_the_promise_and_the_type_of_the_net(cuda: FakeCuda) -> None:
@@ -258,19 +275,22 @@ def test_from_then_on_every_step_is_a_replay(cuda: FakeCuda) -> None:
 
 
 def test_others_go_on_after_each_batch_size_but_never_on_the_stream_of_the_capture(cuda: FakeCuda) -> None:
-    captured_runner(3, between=lambda: cuda.diary.append(("others", 0, cuda.stream, cuda.pool)))
+    prepare(on_a_gpu(tiny_model().module, 3), cuda)
     doings = [what for what, *_ in cuda.diary if what != "wait"]
 
-    assert doings == ["run"] + ["run", "run", "others"] * 3 + ["capture", "others"] * 3
+    assert doings == ["run", "others"] + ["run", "run", "others"] * 3 + ["capture", "others"] * 3
     assert {(stream, pool) for what, _, stream, pool in cuda.diary if what == "others"} == {("usual", "")}
 
 
 class Layer(nn.Module):
-    """A layer that notes when it is computed."""
+    """A layer that notes when it is computed. Layers of one name are compiled together."""
 
-    def __init__(self, cuda: FakeCuda) -> None:
+    def __init__(self, cuda: FakeCuda, name: str) -> None:
         super().__init__()
-        self.gpu = cuda
+        self.gpu, self.name = cuda, name
+
+    def extra_repr(self) -> str:
+        return self.name
 
     def forward(self, x: Tensor) -> Tensor:
         self.gpu.diary.append(("layer", len(x), self.gpu.stream, self.gpu.pool))
@@ -279,42 +299,45 @@ class Layer(nn.Module):
 
 @pytest.fixture
 def layers(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> nn.Module:
-    """A net of three layers, two of them in a block, on the GPU that keeps a diary."""
+    """A net of four layers of three kinds, two of them in a block, on the GPU that keeps a diary."""
 
     def denoise(net: nn.Module, table: Tensor, slots: Slots, batch: int) -> None:
         net(torch.zeros(batch))
         cuda.diary.append(("capture" if cuda.pool else "run", batch, cuda.stream, cuda.pool))
 
     monkeypatch.setattr(model.engine.runner, "denoise", denoise)
-    return nn.Sequential(Layer(cuda), nn.Sequential(Layer(cuda), Layer(cuda)))
+    return nn.Sequential(Layer(cuda, "a"), nn.Sequential(Layer(cuda, "b"), Layer(cuda, "a")), Layer(cuda, "c"))
 
 
-def layered_runner(net: nn.Module, between: Callable[[], None]) -> Runner:
-    with FakeTensorMode():
-        made = Model(card(), cast(UNet, net), torch.zeros(T, 1, device="cuda"))
-        return Runner(made, 2, exact=False, between=between)
-
-
-def test_others_go_on_before_each_layer_of_the_first_step_since_all_of_them_are_compiled_in_it(
-    cuda: FakeCuda, layers: nn.Module
-) -> None:
-    layered_runner(layers, lambda: cuda.diary.append(("others", 0, cuda.stream, cuda.pool)))
+def test_others_make_steps_after_each_kind_of_layer_that_is_compiled(cuda: FakeCuda, layers: nn.Module) -> None:
+    prepare(on_a_gpu(layers, 2), cuda)
     doings = [what for what, *_ in cuda.diary if what != "wait"]
-    step = ["layer"] * 3
+    step = ["layer"] * 4
 
     assert doings == (
-        ["others", "layer"] * 3
-        + ["run"]
+        [*step[:1], "others", *step[:3], "others", *step, "run", "others"]
         + [*step, "run", *step, "run", "others"] * 2
         + [*step, "capture", "others"] * 2
     )
     assert {(stream, pool) for what, _, stream, pool in cuda.diary if what == "others"} == {("usual", "")}
 
 
-def test_a_start_that_ends_in_the_first_step_leaves_the_net_as_it_was(cuda: FakeCuda, layers: nn.Module) -> None:
-    def between() -> None:
-        raise BrokenPipeError
+@pytest.mark.parametrize("pieces", [1, 2, 3])
+@pytest.mark.usefixtures("cuda")
+def test_a_start_that_is_given_up_leaves_the_net_as_it_was(layers: nn.Module, pieces: int) -> None:
+    with FakeTensorMode():
+        preparing = on_a_gpu(layers, 2).prepare()
+        for _ in range(pieces):
+            next(preparing)
 
-    with pytest.raises(BrokenPipeError):
-        layered_runner(layers, between)
-    assert [len(module._forward_pre_hooks) for module in layers.modules()] == [0] * 5
+        assert [len(module._forward_pre_hooks) for module in layers.modules()] == [0] * 6
+        del preparing
+    assert [len(module._forward_pre_hooks) for module in layers.modules()] == [0] * 6
+
+
+def test_what_runs_beside_a_start_has_gradients_as_before(layers: nn.Module) -> None:
+    runner = on_a_gpu(layers, 2)
+    with FakeTensorMode():
+        modes = {torch.is_inference_mode_enabled() for _ in runner.prepare()}
+
+    assert modes == {False}

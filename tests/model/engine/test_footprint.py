@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from model.checkpoint.card import read_card
 from model.checkpoint.load import load_model
 from model.engine.footprint import footprint, resident_bytes
-from model.engine.runner import Runner
+from model.engine.runner import prepared
 from model.nets.activations import alive
 from model.nets.build import build
 from model.nets.config import Architecture
@@ -86,13 +86,13 @@ def test_a_loaded_model_takes_no_more_than_was_thought(tmp_path: Path, dtype: to
     card = read_card(write_model(tmp_path / "tiny"))
     before = footprint(card, 4, CPU, dtype)
     model = load_model(card, CPU, dtype)
-    after = resident_bytes(model, Runner(model, 4).slots)
+    after = resident_bytes(model, prepared(model, 4).slots)
 
     assert before.parameters == model.parameters
     assert after <= before.size_bytes <= 2 * after
 
 
-DIGITS = Path(__file__).parents[2] / "weights" / "digits"
+DIGITS = Path(__file__).parents[3] / "weights" / "digits"
 TAKEN = """
 import ctypes, gc, sys, torch
 from pathlib import Path
@@ -100,14 +100,14 @@ from model.checkpoint.card import read_card
 from model.checkpoint.load import load_model
 from model.nets.cpu import grow_up
 from model.engine.footprint import footprint, resident_bytes
-from model.engine.runner import Runner
+from model.engine.runner import prepared
 
 CPU, dtype, slots = torch.device("cpu"), getattr(torch, sys.argv[1]), 8
 torch.set_num_threads(2)
 
 def load(directory):
     model = load_model(read_card(Path(directory)), CPU, dtype)
-    runner = Runner(model, slots)
+    runner = prepared(model, slots)
     grow_up(model.net, slots)
     for count in range(1, slots + 1):
         runner.step(count)
@@ -121,7 +121,7 @@ def held():
 first = load(sys.argv[2])  # with it come the libraries, which every model shares
 before = held()
 model, runner = load(sys.argv[3])
-bound = footprint(model.checkpoint.card, slots, CPU, dtype).size_bytes
+bound = footprint(model.card, slots, CPU, dtype).size_bytes
 print(held() - before, resident_bytes(model, runner.slots), bound)
 """
 

@@ -18,7 +18,7 @@ from model.checkpoint.card import read_card
 from model.checkpoint.load import load_model
 from model.engine.engine import Engine
 from model.engine.events import Event, Request
-from model.engine.runner import Runner
+from model.engine.runner import prepared
 from model.engine.slots import Parked
 from model.sampling.plan import Plan
 from tests.model.convert.directories import write_model
@@ -84,7 +84,7 @@ def check_company_does_not_matter(
     write_model(directory)
     model = load_model(read_card(directory), device, dtype)
     assert model.card.process.schedule.T == PROCESS.schedule.T
-    together, alone, put_back = Runner(model, SLOTS), Runner(model, SLOTS), list[int]()
+    together, alone, put_back = prepared(model, SLOTS), prepared(model, SLOTS), list[int]()
     usual = together.slots.put_back
 
     def count(slot: int, seed: int, plan: Plan, step: int, parked: Parked) -> None:

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-import model.engine.runner
-from model.engine.runner import Runner, denoise, ranges, usual_buckets
+import model.engine.exactness
+from model.engine.runner import prepared, ranges, usual_buckets
 from model.engine.slots import Slots
+from model.engine.step import denoise
 from model.sampling.noise import gaussian
 from model.sampling.plan import COLUMNS, C, E, H, K, M, N, P, Q, S, U
 from tests.model.tiny import CPU, T, a_plan, a_request, function_model, halve, pictures, quick_engine, run, tiny_model
@@ -64,37 +65,37 @@ def test_a_step_is_the_formula_of_the_plan_row_by_row() -> None:
 
 
 def test_the_smallest_admitted_bucket_is_taken() -> None:
-    runner = Runner(function_model(), 8, buckets=[2, 4, 8])
+    runner = prepared(function_model(), 8, buckets=[2, 4, 8])
 
     assert [runner.bucket_for(count) for count in range(1, 9)] == [2, 2, 4, 4, 8, 8, 8, 8]
 
 
 def test_a_full_batch_always_has_a_bucket() -> None:
-    assert Runner(function_model(), 6, buckets=[2, 4]).bucket_for(6) == 6
+    assert prepared(function_model(), 6, buckets=[2, 4]).bucket_for(6) == 6
 
 
 def test_a_net_that_treats_everybody_alike_may_use_every_bucket() -> None:
-    runner = Runner(function_model(), 5)
+    runner = prepared(function_model(), 5)
 
     assert (runner.exact, runner.exact_buckets) == (True, [1, 2, 3, 4, 5])
 
 
 def test_a_bucket_in_which_bits_differ_is_padded_away() -> None:
-    runner = Runner(function_model(different_in(1, 3)), 5)
+    runner = prepared(function_model(different_in(1, 3)), 5)
 
     assert (runner.exact, runner.exact_buckets) == (True, [2, 4, 5])
     assert (runner.bucket_for(1), runner.bucket_for(3)) == (2, 4)
 
 
 def test_without_the_promise_every_bucket_is_used() -> None:
-    runner = Runner(function_model(different_in(1, 3)), 5, exact=False)
+    runner = prepared(function_model(different_in(1, 3)), 5, exact=False)
 
     assert (runner.exact, runner.admitted) == (False, [1, 2, 3, 4, 5])
 
 
 @pytest.mark.parametrize("net", [nosy, seat_dependent])
 def test_a_net_that_sees_company_or_slots_is_found_out(net: Function) -> None:
-    runner = Runner(function_model(net), 6)
+    runner = prepared(function_model(net), 6)
 
     assert not runner.exact
     assert runner.bucket_for(6) == 6
@@ -121,14 +122,14 @@ def test_what_the_promise_costs_is_said_and_logged_in_one_line(
     net: Function, note: str | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        runner = Runner(function_model(net), 5)
+        runner = prepared(function_model(net), 5)
 
     assert runner.note == note
     assert [(r.levelname, r.getMessage()) for r in caplog.records] == ([("WARNING", f"tiny: {note}")] if note else [])
 
 
 def test_who_asks_for_no_promise_hears_nothing_of_it() -> None:
-    runner = Runner(function_model(different_in(1)), 5, exact=False)
+    runner = prepared(function_model(different_in(1)), 5, exact=False)
 
     assert (runner.note, runner.bits) == (None, "")
 
@@ -143,7 +144,7 @@ def test_batch_sizes_are_told_as_ranges(numbers: list[int], words: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_two_starts_that_compute_alike_have_one_hash(dtype: torch.dtype) -> None:
-    first, second = (Runner(tiny_model(dtype), 6).bits for _ in range(2))
+    first, second = (prepared(tiny_model(dtype), 6).bits for _ in range(2))
 
     assert first == second
     assert len(first) == 8 and int(first, 16) >= 0
@@ -151,17 +152,17 @@ def test_two_starts_that_compute_alike_have_one_hash(dtype: torch.dtype) -> None
 
 def test_a_start_in_which_a_library_chose_otherwise_has_another_hash() -> None:
     """Every batch size agrees with all others, so that nothing else tells."""
-    runners = [Runner(function_model(net), 5) for net in (halve, lambda x, k: halve(x, k) * (1 + 2**-20))]
+    runners = [prepared(function_model(net), 5) for net in (halve, lambda x, k: halve(x, k) * (1 + 2**-20))]
 
     assert [runner.exact_buckets for runner in runners] == [[1, 2, 3, 4, 5]] * 2
     assert runners[0].bits != runners[1].bits
 
 
 def test_a_machine_that_draws_other_noise_has_another_hash(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = Runner(function_model(), 3).bits
-    monkeypatch.setattr(model.engine.runner, "gaussian", lambda *how: gaussian(*how) * (1 + 2**-22))
+    before = prepared(function_model(), 3).bits
+    monkeypatch.setattr(model.engine.exactness, "gaussian", lambda *how: gaussian(*how) * (1 + 2**-22))
 
-    assert Runner(function_model(), 3).bits != before
+    assert prepared(function_model(), 3).bits != before
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -179,11 +180,11 @@ def test_a_real_net_is_exact_in_batches_that_keep_the_bits_of_the_full_one(
         if all(torch.equal(model.net(x[i : i + b], model.table[i : i + b]), full[i : i + b]) for i in range(7 - b))
     ]
 
-    assert Runner(model, 6).exact_buckets == same
+    assert prepared(model, 6).exact_buckets == same
 
 
 def test_the_check_leaves_no_trace() -> None:
-    slots, fresh = Runner(tiny_model(), 4).slots, Slots(4, (1, 8, 8), T, CPU)
+    slots, fresh = prepared(tiny_model(), 4).slots, Slots(4, (1, 8, 8), T, CPU)
 
     for name in ("x", "x0", "given", "ahead", "rows"):
         assert torch.equal(getattr(slots, name), getattr(fresh, name)), name
@@ -191,7 +192,7 @@ def test_the_check_leaves_no_trace() -> None:
 
 
 def test_only_the_slots_of_the_bucket_move() -> None:
-    runner = Runner(function_model(), 4)
+    runner = prepared(function_model(), 4)
     for slot in range(4):
         runner.slots.seat(slot, slot, a_plan(4), runner.slots.draw_initial([slot])[0])
     before = runner.slots.x.clone()

@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.engine.runner import denoise
 from model.engine.slots import Newcomer, Slots
 from model.engine.snapshot import as_bytes, pack, unpack
+from model.engine.step import denoise
 from model.sampling.noise import INITIAL, TorchNoise, gaussian
 from model.sampling.plan import K
 from tests.model.tiny import CPU, T, a_plan, function_model

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import model.nets.layers
-from model.engine.runner import algebra, denoise, denoise_by_kernels
 from model.engine.slots import Slots
+from model.engine.step import algebra, denoise, denoise_by_kernels
 from model.kernels import norm, step
 from model.kernels.launch import dependent
 from model.nets.build import Net
@@ -402,5 +402,5 @@ def test_steps_of_lucidrains_net_by_kernels_are_those_of_the_algebra() -> None:
 def algebra_without_kernels(net: Net, table: Tensor, slots: Slots) -> None:
     """The same step in torch alone."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model.kernels, "TRITON_ON", frozenset())
+        patch.setattr(model.nets.layers, "TRITON_ON", frozenset())
         algebra(net, table, slots, slots.capacity)

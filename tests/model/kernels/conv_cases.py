@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model.checkpoint.load import Model
-from model.engine.runner import Runner
+from model.engine.runner import Runner, prepared
 from model.kernels import conv
 from model.kernels.conv import Tile
 from model.nets.config import architecture
@@ -302,7 +302,7 @@ def library(monkeypatch: pytest.MonkeyPatch, kernels_on: None) -> Library:
 def started(net: Layers, slots: int = 4, exact: bool = True) -> Runner:
     """A runner of this net."""
     table = torch.zeros(T, 1, device=DEVICE)
-    return Runner(Model(card(), cast(UNet, net), table), slots, exact)
+    return prepared(Model(card(), cast(UNet, net), table), slots, exact)
 
 
 def test_a_library_that_gives_the_same_bits_in_every_batch_keeps_its_layers(library: Library) -> None:
@@ -356,7 +356,7 @@ def a_unet() -> UNet:
 def runner_of(net: UNet) -> Runner:
     """A runner of this net, that promises something."""
     table = net.embed(torch.arange(T, device=DEVICE))
-    return Runner(Model(replace(card(), architecture=net.arch), net, table), 2)
+    return prepared(Model(replace(card(), architecture=net.arch), net, table), 2)
 
 
 def chosen_in(net: UNet) -> list[str]:

@@ -34,14 +34,14 @@ SEEDS = [0, 1, 16, 2**31, 2**32 - 1, 2**32, 2**32 + 16, 0x1234567890ABCDEF, 2**6
 @pytest.fixture(autouse=True)
 def kernels_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton is used on this device, even if it is a CPU."""
-    monkeypatch.setattr(model.kernels, "TRITON_ON", frozenset({DEVICE.type}))
+    monkeypatch.setattr(model.nets.layers, "TRITON_ON", frozenset({DEVICE.type}))
 
 
 @contextmanager
 def plain_torch() -> Iterator[None]:
     """Triton is used nowhere."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model.kernels, "TRITON_ON", frozenset())
+        patch.setattr(model.nets.layers, "TRITON_ON", frozenset())
         yield
 
 
@@ -303,7 +303,8 @@ def test_pictures_arrive_as_they_were_when_they_were_shown() -> None:
 def test_a_warm_up_leaves_free_slots(capacity: int) -> None:
     slots = Slots(capacity, (3, 5, 7), T, DEVICE)
     slots.ahead = torch.zeros(capacity, 0, 3, 5, 7, device=DEVICE)
-    warm_up(slots)
+    for _ in warm_up(slots):
+        pass
 
     assert not any(tensor.any() for tensor in (slots.x, slots.x0, slots.given))
     assert torch.equal(slots.cursor, slots.last)

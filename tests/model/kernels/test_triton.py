@@ -29,9 +29,10 @@ import model.nets.layers
 import model.nets.unet
 from model.checkpoint.load import Model
 from model.engine.engine import Engine
-from model.engine.runner import Runner, denoise
+from model.engine.runner import prepared
 from model.engine.slots import Newcomer, Parked, Slots
 from model.engine.snapshot import Snapshot, pack, unpack
+from model.engine.step import denoise
 from model.nets.config import architecture
 from model.nets.convolution import Conv
 from model.nets.unet import Attention, Resnet, UNet
@@ -41,8 +42,8 @@ from tests.model.worlds import CIFAR10, relative_error, shaken, small, twin
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
-CASES = ["kernel_cases.py", "conv_cases.py", "slot_cases.py"]
+ROOT = HERE.parents[2]
+CASES = ["cases.py", "conv_cases.py", "slot_cases.py"]
 
 
 def run_cases(file: str, *options: str, **environment: str) -> None:
@@ -100,7 +101,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
     usual = F.conv2d
     monkeypatch.setattr(F, "conv2d", conv2d)
     monkeypatch.setattr(JITFunction, "run", run)
-    monkeypatch.setattr(model.kernels, "TRITON_ON", frozenset({"meta"}))
+    monkeypatch.setattr(model.nets.layers, "TRITON_ON", frozenset({"meta"}))
     model.nets.layers._triton_works.cache_clear()
     assert model.nets.layers._triton_works(META)  # found out before any capture
     counted.clear()
@@ -143,7 +144,9 @@ def test_the_step_by_kernels_never_looks_at_the_host(launches: Counter[str]) -> 
 def test_a_step_of_the_cifar10_net_is_two_hundred_kernels(
     launches: Counter[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(model.kernels, "attention", lambda q, k, v: torch.empty_like(q.transpose(1, 2)).transpose(1, 2))
+    monkeypatch.setattr(
+        model.nets.layers, "attention", lambda q, k, v: torch.empty_like(q.transpose(1, 2)).transpose(1, 2)
+    )
     net, table, slots = meta_world(CIFAR10)
     with torch.no_grad(), Operations() as operations:
         denoise(net, table, slots, 2)
@@ -162,7 +165,9 @@ def test_a_step_of_the_cifar10_net_is_two_hundred_kernels(
 def test_a_step_by_invariant_convolutions_adds_joins_pads_projects_and_doubles_in_them(
     launches: Counter[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(model.kernels, "attention", lambda q, k, v: torch.empty_like(q.transpose(1, 2)).transpose(1, 2))
+    monkeypatch.setattr(
+        model.nets.layers, "attention", lambda q, k, v: torch.empty_like(q.transpose(1, 2)).transpose(1, 2)
+    )
     net, table, slots = meta_world(CIFAR10)
     for module in net.modules():
         if isinstance(module, Conv):
@@ -232,7 +237,7 @@ def arriving(monkeypatch: pytest.MonkeyPatch) -> None:
 def meta_engine(slots: int) -> Engine:
     """An engine around a net of one multiplication, on the meta device."""
     net: Any = FunctionNet(halve, ARCHITECTURE)
-    return Engine(Runner(Model(card(), net, torch.zeros(T, 1, device=META)), slots, exact=False))
+    return Engine(prepared(Model(card(), net, torch.zeros(T, 1, device=META)), slots, exact=False))
 
 
 @pytest.mark.usefixtures("arriving")
@@ -465,7 +470,7 @@ def test_convolutions_of_real_nets_compile_without_spilling(
 @pytest.fixture
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Triton is tried on a CPU, where it does not work."""
-    monkeypatch.setattr(model.kernels, "TRITON_ON", frozenset({"cpu"}))
+    monkeypatch.setattr(model.nets.layers, "TRITON_ON", frozenset({"cpu"}))
     model.nets.layers._triton_works.cache_clear()
     yield
     model.nets.layers._triton_works.cache_clear()
@@ -482,7 +487,7 @@ def test_where_triton_does_not_work_torch_computes_and_one_line_says_so(caplog: 
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "no Triton on cpu" in caplog.text
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model.kernels, "TRITON_ON", frozenset())
+        patch.setattr(model.nets.layers, "TRITON_ON", frozenset())
         assert torch.equal(given, net(x.contiguous(memory_format=torch.channels_last), embedding))
 
 

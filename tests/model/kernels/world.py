@@ -50,7 +50,7 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def kernels_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton is used on this device, even if it is a CPU."""
-    monkeypatch.setattr(model.kernels, "TRITON_ON", frozenset({DEVICE.type}))
+    monkeypatch.setattr(model.nets.layers, "TRITON_ON", frozenset({DEVICE.type}))
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.float32, mean: float = 0.5) -> Tensor:

@@ -12,7 +12,8 @@ from model.checkpoint.load import Model
 from model.engine.engine import Engine
 from model.engine.events import Finished, Request
 from model.engine.lead import Lead, mark
-from model.engine.runner import Runner, denoise, usual_buckets
+from model.engine.runner import prepared, usual_buckets
+from model.engine.step import denoise
 from model.nets.config import Architecture
 from model.nets.convolution import Conv
 from model.nets.layers import SelfAttention
@@ -57,14 +58,14 @@ def invariant_layers(model: Model) -> list[str]:
 @pytest.mark.parametrize(("dtype", "slots"), [(torch.bfloat16, 64), (torch.float32, 16)], ids=["bfloat16", "float32"])
 def test_every_bucket_of_a_real_net_is_exact(dtype: torch.dtype, slots: int) -> None:
     model = cifar10_model(dtype)
-    runner = Runner(model, slots)
+    runner = prepared(model, slots)
 
     assert runner.exact_buckets == runner.buckets, f"{runner.chosen}: {invariant_layers(model)}"
 
 
 def test_two_starts_choose_the_same_kernels() -> None:
     models = [cifar10_model(torch.bfloat16) for _ in range(2)]
-    runners = [Runner(model, 16) for model in models]
+    runners = [prepared(model, 16) for model in models]
 
     assert runners[0].chosen is not None and runners[0].chosen == runners[1].chosen
     assert runners[0].bits == runners[1].bits
@@ -77,7 +78,7 @@ def test_two_starts_choose_the_same_kernels() -> None:
 @torch.inference_mode()
 def test_a_replay_of_every_bucket_is_the_eager_step_bit_for_bit() -> None:
     gpu = torch.device("cuda")
-    captured = Runner(tiny_model(torch.bfloat16, gpu), 8)
+    captured = prepared(tiny_model(torch.bfloat16, gpu), 8)
     table = plan(PROCESS, resolve(PROCESS, "ddpm", 5))
     for bucket in captured.buckets:
         results = []
@@ -100,7 +101,7 @@ def test_kernels_that_start_early_give_the_same_bits(monkeypatch: pytest.MonkeyP
     table = plan(PROCESS, resolve(PROCESS, "ddpm", 5))
     for wanted in (True, False):
         monkeypatch.setattr(launch, "WANTED", wanted)
-        runner = Runner(model, 8, buckets=(1, 8))
+        runner = prepared(model, 8, buckets=(1, 8))
         for slot in range(8):
             runner.slots.seat(slot, 100 + slot, table, runner.slots.draw_initial([100 + slot])[0])
         for bucket in (8, 1, 8, 1, 8):
@@ -120,7 +121,7 @@ def test_noise_is_the_same_as_on_a_cpu_but_for_the_last_bit_of_a_few() -> None:
 
 def test_float32_pictures_are_those_of_a_cpu_to_a_grey_level() -> None:
     def pictures(device: torch.device) -> list[Finished]:
-        engine, made = Engine(Runner(tiny_model(torch.float32, device), 4)), []
+        engine, made = Engine(prepared(tiny_model(torch.float32, device), 4)), []
         for i, sampler in enumerate(("ddpm", "ddim", "greedy", "dpmpp_2m")):
             engine.submit(Request(i, i, plan(PROCESS, resolve(PROCESS, sampler, 10))))
         while engine.busy:

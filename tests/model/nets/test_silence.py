@@ -10,7 +10,7 @@ import pytest
 
 from tests.server.conftest import Server
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parents[3]
 TOLD_TO_BE_SILENT = ("CI", "TF_BUILD", "JENKINS_URL")  # variables that turn reports off: without them they are on
 MET = "something was about to leave the process: "
 WATCH = f"""
@@ -32,10 +32,10 @@ from model.checkpoint.load import load_model
 from model.engine.engine import Engine
 from model.engine.events import Finished, Request
 from model.sampling.plan import plan, resolve
-from model.engine.runner import Runner
+from model.engine.runner import prepared
 
 card = read_card(Path("weights/digits"))
-engine = Engine(Runner(load_model(card, torch.device("cpu"), torch.float32), slots=2))
+engine = Engine(prepared(load_model(card, torch.device("cpu"), torch.float32), slots=2))
 engine.submit(Request(0, 207, plan(card.process, resolve(card.process, steps=2))))
 events = [event for _ in iter(lambda: engine.busy, False) for event in engine.step()]
 print(len(events), isinstance(events[0], Finished), "openvino" in sys.modules)

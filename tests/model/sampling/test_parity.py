@@ -16,7 +16,7 @@ from model.sampling.reference import sample_alone
 from model.sampling.schedule import Prediction, Process, Spacing, linear
 from tests.model.worlds import PREDICTIONS, generator, opened, pictures, pipeline, planned, saved, shaken, small
 
-DIGITS = Path(__file__).parents[2] / "weights" / "digits"
+DIGITS = Path(__file__).parents[3] / "weights" / "digits"
 
 
 def theirs(pipe: Any, seed: int, steps: int) -> NDArray[np.float32]:

@@ -22,7 +22,7 @@ from model.train.trainer import Recipe, Trainer, split, write_weights
 from tests.model.convert.directories import write_model
 from tests.model.tiny import ARCHITECTURE, PROCESS, T
 
-DIGITS = Path(__file__).parent.parent.parent / "weights" / "digits"
+DIGITS = Path(__file__).parents[3] / "weights" / "digits"
 RECIPE = Recipe(images=96, batch=8, warm_up=16, log_every=32, save_every=32, autocast=False)
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from tests.server.conftest import Server
 from tests.server.fakes import read_texts
+from tests.server.faults import faulty
 
 NOTE = "run by torch, since OpenVINO ended an engine by an instruction that this processor lacks"
 JOB = {"seed": 7, "steps": 12}
@@ -38,7 +39,7 @@ def test_an_engine_that_dies_of_an_illegal_instruction_is_replaced_by_one_of_tor
     weights: Path, tmp_path: Path
 ) -> None:
     fault = {"do": "illegal", "seed": JOB["seed"], "step": 3, "once": str(tmp_path / "happened")}
-    server = Server(weights, DDPM_FAULTS=json.dumps([fault])).wait_until_ready()
+    server = Server(weights, **faulty(fault)).wait_until_ready()
     try:
         before = served(server)
         made = server.client.post("/generate", json=JOB)

@@ -1,7 +1,6 @@
 """An engine that suffers what it is ordered to suffer: innocent jobs come out right, and only the guilty one fails."""
 
 import asyncio
-import json
 import os
 import signal
 import time
@@ -13,6 +12,7 @@ import httpx
 import pytest
 
 from tests.server.conftest import Server
+from tests.server.faults import faulty
 from tests.server.jobs.test_metrics import balance, read
 from tests.server.jobs.test_stream import understand, watching
 
@@ -75,9 +75,9 @@ async def suffer(server: Server, jobs: Sequence[dict[str, Any]], blow: int | Non
     return outcome
 
 
-def faulty(weights: Path, *faults: dict[str, Any], **variables: str) -> Server:
+def faulty_server(weights: Path, *faults: dict[str, Any], **variables: str) -> Server:
     """A server whose engine suffers these."""
-    return Server(weights, DDPM_FAULTS=json.dumps(faults), **variables).wait_until_ready()
+    return Server(weights, **faulty(*faults), **variables).wait_until_ready()
 
 
 @pytest.fixture
@@ -99,9 +99,9 @@ def test_an_engine_that_dies_once_costs_nobody_a_picture(
     fault: "dict[str, Any] | signal.Signals", cause: str, weights: Path, once: str, expected: list[bytes]
 ) -> None:
     if isinstance(fault, dict):
-        server, blow = faulty(weights, fault | {"once": once}), None
+        server, blow = faulty_server(weights, fault | {"once": once}), None
     else:
-        server, blow = faulty(weights), int(fault)
+        server, blow = Server(weights).wait_until_ready(), int(fault)
     try:
         outcome = asyncio.run(suffer(server, JOBS, blow))
     finally:
@@ -120,7 +120,7 @@ def test_an_engine_that_dies_once_costs_nobody_a_picture(
 
 
 def test_memory_that_runs_out_makes_the_batch_smaller_and_nobody_fails(weights: Path, expected: list[bytes]) -> None:
-    server = faulty(weights, {"do": "memory", "bucket": 4})
+    server = faulty_server(weights, {"do": "memory", "bucket": 4})
     try:
         outcome = asyncio.run(suffer(server, JOBS))
         pid = server.engine_pid
@@ -137,7 +137,7 @@ def test_memory_that_runs_out_makes_the_batch_smaller_and_nobody_fails(weights: 
 def test_a_picture_that_is_not_finite_fails_and_its_neighbours_do_not_notice(
     weights: Path, expected: list[bytes]
 ) -> None:
-    server = faulty(weights, {"do": "nan", "seed": 107, "step": 7})
+    server = faulty_server(weights, {"do": "nan", "seed": 107, "step": 7})
     try:
         outcome = asyncio.run(suffer(server, JOBS))
     finally:
@@ -152,7 +152,7 @@ def test_a_picture_that_is_not_finite_fails_and_its_neighbours_do_not_notice(
 
 @pytest.mark.parametrize("step", [0, 9])
 def test_of_twenty_innocents_and_a_poison_job_one_fails(step: int, weights: Path, expected: list[bytes]) -> None:
-    server = faulty(weights, {"do": "die", "seed": POISON, "step": step}, DDPM_ENGINE_RESTARTS="2")
+    server = faulty_server(weights, {"do": "die", "seed": POISON, "step": step}, DDPM_ENGINE_RESTARTS="2")
     try:
         outcome = asyncio.run(suffer(server, [*JOBS, {"seed": POISON, "steps": 30}]))
         pid = server.wait_until_ready().engine_pid

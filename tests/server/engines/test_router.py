@@ -1,13 +1,12 @@
 """Several engines as one backend: over fakes with buttons to press, and over two engines on a CPU."""
 
 import asyncio
-import json
 import os
 import signal
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine
-from contextlib import aclosing, nullcontext
+from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,19 +17,25 @@ import pytest
 from model.engine.events import Finished
 from model.sampling.plan import resolve
 from server.engines.backend import Progress, Restarting, SampleEvent
+from server.engines.quarantine import COMPANY, Quarantine
 from server.engines.router import Router
-from server.errors import EXIT_ENGINE, EXIT_NO_DEVICE, EngineFailed, NotReady, SampleLost
+from server.errors import EXIT_ENGINE, EXIT_NO_DEVICE, EngineFailed, NotReady
 from server.worker.messages import Spec
 from tests.model.tiny import PROCESS
 from tests.server.conftest import Server
 from tests.server.fakes import FakeBackend
+from tests.server.faults import faulty
 from tests.server.jobs.test_metrics import read
 
 SAMPLING = resolve(PROCESS, steps=10)
 
 
 class Engine(FakeBackend):
-    """A fake whose streams can be told something before they go on."""
+    """A fake whose runs hear what is to be said before they go on. Each `Restarting` counts as `deaths` with the job
+    seated."""
+
+    quarantine = Quarantine()
+    deaths = 0
 
     def __init__(self, numerics: str = "fake") -> None:
         super().__init__()
@@ -40,7 +45,10 @@ class Engine(FakeBackend):
 
     async def run(self, spec: Spec) -> AsyncGenerator[SampleEvent]:
         """What is to be said, and then all pictures of `spec`."""
+        record = self.quarantine.record(spec)
         for event in self.say:
+            for _ in range(self.deaths if isinstance(event, Restarting) else 0):
+                self.quarantine.died({record: frozenset({(0, 3)})})
             yield event
         async with aclosing(super().run(spec)) as events:
             async for event in events:
@@ -49,7 +57,7 @@ class Engine(FakeBackend):
 
 def fleet_of(*engines: Engine, on_failed: Callable[[EngineFailed], None] = print) -> Router:
     """These engines as one."""
-    made = Router(on_failed)
+    made = Router(on_failed, Engine.quarantine)
     for engine in engines:
         made.join(engine)
     return made
@@ -151,7 +159,7 @@ def test_however_many_wait_for_an_engine_one_looks_for_it() -> None:
             for i in range(50)
         ]
         await settle()
-        assert [task.get_name() for task in asyncio.all_tasks()].count("look for an engine") == 1
+        assert [task.get_name() for task in asyncio.all_tasks()].count("wait for an engine") == 1
         b.trouble = None
         b.gate.set()
         await asyncio.gather(*running)
@@ -229,17 +237,36 @@ def test_a_device_that_is_not_there_ends_the_start() -> None:
     assert [failure.exit_code for failure in failures] == [EXIT_NO_DEVICE]
 
 
-def test_a_job_that_was_seated_when_an_engine_died_can_kill_no_other() -> None:
+def test_a_job_that_was_seated_at_one_death_stays_where_it_is() -> None:
     async def scene() -> None:
         a, b, heard = Engine(), Engine(), list[SampleEvent]()
-        a.say = [Progress({0: 3}), Restarting(1.0)]
+        a.say, a.deaths = [Progress({0: 3}), Restarting(1.0)], 1
         running = asyncio.create_task(
             collect(fleet_of(a, b), Spec(model="tiny", seeds=(1, 2, 3, 4), sampling=SAMPLING), heard)
         )
         await settle()
 
-        assert sorted(seeds(a)) == [1, 2, 3, 4]
-        assert sorted(seed for spec in b.given_up for seed in spec.seeds) == sorted(seeds(b))
+        assert (len(seeds(a)), len(seeds(b)), b.given_up) == (2, 2, [])
+        for engine in (a, b):
+            engine.gate.set()
+        await running
+        assert pictures(heard) == {0: 1, 1: 2, 2: 3, 3: 4}
+
+    play(scene())
+
+
+def test_a_suspect_is_made_by_the_engine_that_died_around_it_and_can_kill_no_other() -> None:
+    async def scene() -> None:
+        a, b, heard = Engine(), Engine(), list[SampleEvent]()
+        a.say, a.deaths = [Progress({0: 3}), Restarting(1.0)], COMPANY
+        fleet = fleet_of(a, b)
+        running = asyncio.create_task(
+            collect(fleet, Spec(model="tiny", seeds=(1, 2, 3, 4), sampling=SAMPLING, job="suspect"), heard)
+        )
+        await settle()
+
+        assert sorted(a.specs[-1].seeds) == [1, 2, 3, 4]
+        assert sorted(seed for spec in a.given_up + b.given_up for seed in spec.seeds) == [1, 2, 3, 4]
         a.say = []
         a.gate.set()
         await running
@@ -248,28 +275,39 @@ def test_a_job_that_was_seated_when_an_engine_died_can_kill_no_other() -> None:
     play(scene())
 
 
-@pytest.mark.parametrize(
-    ("again", "pictures_made"),
-    [([], {0: 1, 1: 2, 2: 3, 3: 4}), ([Progress({0: 3})], {})],
-    ids=["only before", "both times"],
-)
-def test_a_job_is_to_blame_for_the_loss_of_an_engine_if_it_sat_there_at_its_last_death_and_one_before(
-    again: list[SampleEvent], pictures_made: dict[object, int]
-) -> None:
+def test_a_job_that_asks_to_be_alone_is_made_by_one_engine() -> None:
     async def scene() -> None:
         a, b, heard = Engine(), Engine(), list[SampleEvent]()
-        a.say = [Progress({0: 3}), Restarting(1.0), *again]
-        fleet = fleet_of(a, b)
-        running = asyncio.create_task(collect(fleet, Spec(model="tiny", seeds=(1, 2, 3, 4), sampling=SAMPLING), heard))
+        spec = Spec(model="tiny", seeds=(1, 2, 3, 4), sampling=SAMPLING, alone=True)
+        running = asyncio.create_task(collect(fleet_of(a, b), spec, heard))
         await settle()
+
+        assert (seeds(a), seeds(b)) == ([1, 2, 3, 4], [])
+        a.gate.set()
+        await running
+
+    play(scene())
+
+
+def test_a_suspect_moves_from_a_lost_engine_as_one_and_what_is_known_against_it_goes_along() -> None:
+    async def scene() -> None:
+        a, b, heard = Engine(), Engine(), list[SampleEvent]()
+        a.say, a.deaths = [Progress({0: 3}), Restarting(1.0)], COMPANY
+        fleet = fleet_of(a, b)
+        spec = Spec(model="tiny", seeds=(1, 2, 3, 4), sampling=SAMPLING, job="moves")
+        running = asyncio.create_task(collect(fleet, spec, heard))
+        await settle()
+        deaths = Engine.quarantine.record(spec).deaths
         a.failure, a.trouble = EngineFailed("gone", EXIT_ENGINE), "gone"
         fleet.lose(a.failure)
-        for engine in (a, b):
-            engine.gate.set()
+        a.gate.set()
+        await settle()
 
-        with pytest.raises(SampleLost) if again else nullcontext():
-            await running
-        assert pictures(heard) == pictures_made
+        assert sorted(b.specs[-1].seeds) == [1, 2, 3, 4]
+        assert Engine.quarantine.record(b.specs[-1]).deaths == deaths >= COMPANY
+        b.gate.set()
+        await running
+        assert pictures(heard) == {0: 1, 1: 2, 2: 3, 3: 4}
         assert (fleet.trouble, fleet.models) == (None, b.models)
 
     play(scene())
@@ -358,8 +396,8 @@ def test_two_engines_make_what_one_makes_and_one_that_is_killed_is_replaced(serv
 
 
 def test_a_job_that_kills_every_engine_fails_alone_and_is_made_by_one(weights: Path) -> None:
-    faults = json.dumps([{"do": "die", "seed": seed, "step": 3} for seed in (1, 2)])
-    knobs = {"DDPM_DEVICE": "cpu", "DDPM_ENGINES": "2", "DDPM_THREADS": "2", "DDPM_FAULTS": faults}
+    faults = faulty(*({"do": "die", "seed": seed, "step": 3} for seed in (1, 2)))
+    knobs = {"DDPM_DEVICE": "cpu", "DDPM_ENGINES": "2", "DDPM_THREADS": "2"} | faults
     two = Server(weights, **knobs).wait_until_ready()
     while None in two.client.get("/models").json()["models"][0]["engines"]:
         time.sleep(0.05)

@@ -19,7 +19,8 @@ import pytest
 
 from model.engine.events import Finished
 from model.sampling.plan import resolve
-from server.engines.supervisor import EngineSupervisor, Patience
+from server.engines.process import Patience
+from server.engines.supervisor import EngineSupervisor
 from server.worker.messages import Spec, Start
 from tests.model.convert.directories import write_model
 from tests.model.tiny import PROCESS

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from model.checkpoint.card import read_card
-from model.engine.runner import Runner
+from model.engine.runner import Runner, prepared
 from model.nets import openvino_graph
 from server.worker import device
 from server.worker.messages import ModelStatus
@@ -24,7 +24,7 @@ from tests.model.tiny import CPU, function_model, halve
 def described(directory: Path, slots: int, net: Function = halve, exact: bool = True) -> tuple[Runner, ModelStatus]:
     """A runner of this net, with the card of a directory, and what is told of it."""
     model = replace(function_model(net), card=read_card(write_model(directory / "tiny")))
-    runner = Runner(model, slots, exact)
+    runner = prepared(model, slots, exact)
     return runner, device.describe(runner, model, 0.0, 0)
 
 

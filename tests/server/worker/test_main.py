@@ -12,11 +12,11 @@ from pathlib import Path
 from model.checkpoint.card import read_card
 from model.checkpoint.load import load_model
 from model.nets.cpu import grow_up
-from model.engine.runner import Runner
+from model.engine.runner import prepared
 
 model = load_model(read_card(Path(sys.argv[1])), torch.device("cpu"), torch.float32)
 grow_up(model.net, 16)
-runner, faults = Runner(model, 16), []
+runner, faults = prepared(model, 16), []
 for _ in range(9):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     runner.step(16)
@@ -34,7 +34,7 @@ def test_an_engine_on_a_cpu_does_not_fetch_its_memory_anew_at_every_step() -> No
 
 
 LOADED = """
-import sys, threading
+import sys, threading, time
 from pathlib import Path
 from model.checkpoint.card import read_card
 from server.worker.loader import Loader
@@ -43,8 +43,9 @@ from server.worker.messages import Start
 card = read_card(Path(sys.argv[1]), "tiny")
 models = (("tiny", card.directory),)
 numbers = dict(device="cpu", dtype="float32", slots=1, threads=2, exact=True)
-loader = Loader(Start(models=models, log_level="warning", **numbers), lambda: None)
-loader.finish(loader.begin(card, card.digest))
+loader = Loader(Start(models=models, log_level="warning", **numbers))
+for pause_s in loader.load(card, card.digest):
+    time.sleep(pause_s)
 print(*(thread.name for thread in threading.enumerate()))
 """
 

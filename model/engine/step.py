@@ -1,0 +1,52 @@
+"""The hot loop: one denoising step of a batch as a function of its slots, which a GPU captures as a CUDA graph.
+
+`model.sampling.plan` explains the letters. Nothing here reads the host, branches on a request or allocates per sample.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model.engine.slots import Slots
+from model.nets.build import Net
+from model.nets.cpu import CpuNet
+from model.nets.layers import uses_triton
+
+
+def denoise(net: Net | CpuNet, table: Tensor, slots: Slots, batch: int) -> None:
+    """One denoising step of the first `batch` slots, in place: by Triton kernels where they run, else by `algebra`."""
+    if uses_triton(slots.x[0]):
+        denoise_by_kernels(net, table, slots, batch)
+    else:
+        with np.errstate(all="ignore"):  # the engine looks for pictures that are not finite later
+            algebra(net, table, slots, batch)
+
+
+def denoise_by_kernels(net: Net | CpuNet, table: Tensor, slots: Slots, batch: int) -> None:
+    """`algebra` and its noise, as one kernel before the net and one behind it."""
+    from model.kernels import step as kernels
+
+    x, cursor = slots.x[:batch], slots.cursor[:batch]  # [b, C, H, W], [b]
+    picture, embedding, now = kernels.enter(x, slots.rows, cursor, table, net.reads)
+    state = {"rows": slots.rows, "cursor": cursor, "last": slots.last, "seed": slots.seed}
+    kernels.update(net(picture, embedding), x, slots.x0, slots.given, now=now, **state)
+
+
+def algebra(net: Net | CpuNet, table: Tensor, slots: Slots, batch: int) -> None:
+    """One denoising step: in numpy on a CPU, in torch elsewhere."""
+    at, library = slots.arrays, slots.library
+    x, x0_before, cursor = at.x[:batch], at.x0[:batch], at.cursor[:batch]  # [b, C, H, W] twice, [b]
+    row = at.rows[at.order[:batch], cursor]  # [b, 11]
+    k, p, q, c, m, h, n, e, s, w, u = row.T[..., None, None, None]  # [b, 1, 1, 1] each
+    picture = slots.x[:batch]
+    if not isinstance(net, CpuNet):
+        picture = picture.to(table.dtype, memory_format=torch.channels_last)
+    out = slots.array(net(picture, table[slots.index(k)]).float())  # [b, C, H, W], or [b, 2C, H, W]
+    z = slots.noise(batch)
+    if net.arch.learned_variance:
+        out, f = out[:, : x.shape[1]], out[:, x.shape[1] :]
+        z = library.exp(w * f) * z
+    x0 = library.clip(p * x + q * out, -c, c)
+    x[...] = m * x0 + h * x0_before + n * x + e * out + s * z + u * at.given[:batch]
+    x0_before[...] = x0
+    cursor[...] = library.minimum(cursor + 1, at.last[:batch])

@@ -1,0 +1,15 @@
+"""SHA-256 of bytes and files, as hexadecimal digits: one spelling for everything that is told apart by its content."""
+
+import hashlib
+from pathlib import Path
+
+
+def fingerprint(*parts: bytes) -> str:
+    """The first 8 digits of the SHA-256 of these bytes, one after another."""
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:8]
+
+
+def file_digest(path: Path) -> str:
+    """The 64 digits of a file's SHA-256. Raises OSError."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
