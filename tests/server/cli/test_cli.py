@@ -280,9 +280,9 @@ def test_the_help_of_serve_says_what_every_setting_may_be(capsys: pytest.Capture
 
     said = " ".join(capsys.readouterr().out.split())
     for setting in (
-        "port to listen on; 0 takes any free one (default: 8000; 0 … 65535)",
+        "port to listen on; 0: any free port (default: 8000; 0 … 65535)",
         "(default: auto; auto, float32, bfloat16, float16)",
-        "least severe level logged (default: info; debug, info, warning, error)",
+        "lowest level that is logged (default: info; debug, info, warning, error)",
         "(default: True; yes or no)",
     ):
         assert setting in said
