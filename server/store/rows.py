@@ -54,6 +54,15 @@ class IdempotentHit:
     fingerprint: str
 
 
+@dataclass(frozen=True, slots=True)
+class Expired:
+    """The ids of deleted jobs, the names of blobs that no job has any more, and whether more jobs may be due."""
+
+    ids: list[str]
+    blobs: list[str]
+    more: bool
+
+
 FIELDS = tuple(name for name in Record.__slots__ if name not in ("number", "images"))
 COLUMNS = ", ".join((*FIELDS, "number"))
 INSERT = f"INSERT INTO jobs ({', '.join(FIELDS)}) VALUES ({', '.join('?' * len(FIELDS))}) RETURNING number"
@@ -179,9 +188,9 @@ def latest(db: sqlite3.Connection) -> float:
     return float(db.execute(query).fetchone()[0])
 
 
-def expire(db: sqlite3.Connection, before: float, most_bytes: int, limit: int) -> tuple[list[str], list[str]]:
+def expire(db: sqlite3.Connection, before: float, most_bytes: int, limit: int) -> Expired:
     """Deletes up to `limit` jobs: those that ended before a time, and the oldest while all take more than `most_bytes`.
-    -> the ids of these jobs, and the names of blobs that no job has any more"""
+    Their blobs must be deleted after this is on disk."""
     query = "SELECT number, id, ended FROM jobs WHERE status IS NOT NULL ORDER BY ended, number LIMIT ?"
     ids, unused = list[str](), list[str]()
     for number, id, ended in db.execute(query, (limit,)).fetchall():
@@ -189,7 +198,7 @@ def expire(db: sqlite3.Connection, before: float, most_bytes: int, limit: int) -
             break
         unused += _delete(db, number)
         ids.append(id)
-    return ids, unused
+    return Expired(ids, unused, more=len(ids) == limit)
 
 
 def _delete(db: sqlite3.Connection, number: int) -> list[str]:

@@ -8,29 +8,19 @@ import logging
 import os
 import sqlite3
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from server.errors import StoreRefused
 from server.store import rows
 from server.store.blobs import Blobs
-from server.store.rows import IdempotentHit, Record
+from server.store.rows import Expired, IdempotentHit, Record
 from server.store.schema import as_storage_full, make_directory, mark_parked, open_journal, take_lock, was_parked
 from server.store.writer import Writer
 
 logger = logging.getLogger(__name__)
 PROBE_BYTES = 256 << 10  # that must be writable again before the store counts as writable
 BATCH = 200  # jobs, or blobs, that are deleted in one transaction
-
-
-@dataclass(frozen=True, slots=True)
-class Expired:
-    """The ids of deleted jobs, the names of blobs that no job has any more, and whether more jobs may be due."""
-
-    ids: list[str]
-    blobs: list[str]
-    more: bool
 
 
 class Store:
@@ -153,11 +143,10 @@ class Store:
         """The latest arrival or end of a job, by the clock that does not jump; 0 if there is none."""
         return await self._writer.ask(rows.latest)
 
-    async def expire(self, before: float, most_bytes: int) -> Expired:
+    def expire(self, before: float, most_bytes: int) -> "asyncio.Future[Expired]":
         """Deletes some of the jobs that ended before this time, and of the oldest while all take more than
         `most_bytes`. Pass the blobs to `delete` when this is certainly on disk."""
-        ids, blobs = await self._writer.ask(partial(rows.expire, before=before, most_bytes=most_bytes, limit=BATCH))
-        return Expired(ids, blobs, more=len(ids) == BATCH)
+        return self._writer.ask(partial(rows.expire, before=before, most_bytes=most_bytes, limit=BATCH))
 
     async def delete(self, blobs: Sequence[str]) -> None:
         """Deletes blobs, except those that a new job has been given meanwhile. Raises StorageFull.

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
 from server.errors import ServerError, StorageFull
 from server.store import rows
@@ -29,9 +29,6 @@ class _Request:
     work: Callable[[sqlite3.Connection], Any]
     durable: bool  # retried until it can be written
     answer: "asyncio.Future[Any] | None"  # None: nobody waits
-
-
-Answers: TypeAlias = list[tuple[_Request, Any]]  # requests with their results or exceptions
 
 
 class Writer:
@@ -123,8 +120,11 @@ class Writer:
         for request in self._batch:
             self._settle(request, StorageFull(self.trouble or ""))
 
-    def _commit(self, batch: list[_Request]) -> Answers:
-        """Does all requests in one transaction; if that fails, each in its own. Runs in the thread."""
+    def _commit(self, batch: list[_Request]) -> list[tuple[_Request, Any]]:
+        """Does all requests in one transaction; if that fails, each in its own. Runs in the thread.
+
+        -> the requests with their results or exceptions
+        """
         if not batch:
             return []
         began, changes = time.perf_counter(), self._db.total_changes

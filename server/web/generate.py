@@ -108,9 +108,7 @@ async def generate(request: Request) -> Response:
             draws=media in ANIMATIONS and not later,
             later=later,
             attached=not later and media != EVENTS,
-            again="no-cache" in words(request, "cache-control"),
-            key=idempotency_key(request),
-            tenant=tenant_of(request),
+            **from_headers(request),
         )
         job = await jobs.submit(body or b"{}", context)
     headers = {"X-Job-Id": job.id, "X-Seed": str(job.request.seed), "Vary": "Accept, Prefer"}
@@ -128,6 +126,12 @@ async def generate(request: Request) -> Response:
     if media in ANIMATIONS:
         return Response(await draw(jobs, job, media), media_type=media, headers=headers)
     return Response(await asyncio.to_thread(ENCODERS[media], job), media_type=media, headers=headers)
+
+
+def from_headers(request: Request) -> dict[str, Any]:
+    """What the headers of a request say about its job: fields of RequestContext. Raises Malformed."""
+    again = "no-cache" in words(request, "cache-control")
+    return {"again": again, "key": idempotency_key(request), "tenant": tenant_of(request)}
 
 
 async def succeeds(request: Request, jobs: JobService, job: Job) -> bool:

@@ -18,8 +18,8 @@ from server.jobs.job import Image, Job, StoredImage
 from server.jobs.request import RequestContext, resolve_request
 from server.jobs.service import JobService
 from server.jobs.stream import Shown, Subscriber, Text
-from server.web.generate import CLIENT_CLOSED_REQUEST, EVENTS, JSON, PROBLEMS, ServerSent, succeeds
-from server.web.http import idempotency_key, read_json_body, tenant_of, words
+from server.web.generate import CLIENT_CLOSED_REQUEST, EVENTS, JSON, PROBLEMS, ServerSent, from_headers, succeeds
+from server.web.http import read_json_body
 from server.web.openai_schema import ImagesRequest, error_object, parse_images
 
 router = APIRouter(prefix="/v1")
@@ -48,12 +48,7 @@ async def generations(request: Request) -> Response:
     with jobs.admission.counting_refusals():
         asked = parse_images(await read_json_body(request, settings.max_body_bytes) or b"{}")
         body = asked.generate()
-        context = RequestContext(
-            attached=not asked.stream,
-            again="no-cache" in words(request, "cache-control"),
-            key=idempotency_key(request),
-            tenant=tenant_of(request),
-        )
+        context = RequestContext(attached=not asked.stream, **from_headers(request))
         _, height, width = resolve_request(body, jobs.cards, settings, context).shape
         asked.check_size(width, height)
         job = await jobs.submit(body, context)

@@ -12,24 +12,15 @@ from server.jobs.service import JobService
 from server.settings import Settings
 from server.web.openai_schema import ImagesRequest
 
+TEXT = {"type": "string"}
+FIELD_ERROR = {"type": "object", "properties": {"pointer": TEXT, "message": TEXT}, "required": ["pointer", "message"]}
 PROBLEM: dict[str, Any] = {
     "type": "object",
     "description": "A problem document (RFC 9457).",
     "properties": {
-        "type": {"type": "string"},
-        "title": {"type": "string"},
+        **dict.fromkeys(("type", "title", "detail", "code", "request_id"), TEXT),
         "status": {"type": "integer"},
-        "detail": {"type": "string"},
-        "code": {"type": "string"},
-        "request_id": {"type": "string"},
-        "errors": {
-            "type": "array",
-            "items": {
-                "type": "object",
-                "properties": {"pointer": {"type": "string"}, "message": {"type": "string"}},
-                "required": ["pointer", "message"],
-            },
-        },
+        "errors": {"type": "array", "items": FIELD_ERROR},
     },
     "required": ["type", "title", "status", "detail", "code", "request_id"],
 }

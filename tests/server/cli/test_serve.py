@@ -21,9 +21,9 @@ def test_the_help_of_serve_lists_what_each_setting_allows(capsys: pytest.Capture
 
     said = " ".join(capsys.readouterr().out.split())
     for setting in (
-        "port to listen on; 0 takes any free one (default: 8000; 0 … 65535)",
+        "port to listen on; 0: any free port (default: 8000; 0 … 65535)",
         "(default: auto; auto, float32, bfloat16, float16)",
-        "least severe level logged (default: info; debug, info, warning, error)",
+        "lowest level that is logged (default: info; debug, info, warning, error)",
         "(default: True; yes or no)",
     ):
         assert setting in said

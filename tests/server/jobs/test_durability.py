@@ -23,8 +23,8 @@ from server.jobs.repository import Clock
 from server.jobs.request import RequestContext
 from server.jobs.service import JobService
 from server.settings import Settings
+from server.store.rows import Expired
 from server.store.schema import JOURNAL, LOCK
-from server.store.store import Expired
 from server.web.app import create_app
 from tests.server.fakes import FakeBackend
 from tests.server.jobs.records import without_room
