@@ -42,7 +42,7 @@ class FakeBackend:
         )
         self.models = {"tiny": tiny}
         self.trouble: str | None = None
-        self.health = EngineHealth(Stats(), 0.0, 0, {}, 0)
+        self.health = EngineHealth(stats=Stats(), silence_s=0.0, memory_bytes=0, restarts={}, replayed=0)
         self.gate = asyncio.Event()
         self.gate.set()
         self.specs: list[Spec] = []
