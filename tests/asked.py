@@ -14,7 +14,8 @@ from tests.test_docs import DOCUMENTS, ROOT
 
 EXAMPLES = ROOT / "examples"
 PAGE = ROOT / "server" / "static" / "index.html"
-PLACES = [*DOCUMENTS, *EXAMPLES.glob("*.py"), *EXAMPLES.glob("*.sh"), ROOT / "server" / "client.py", PAGE]
+CLIENT = (ROOT / "client" / "README.md", ROOT / "client" / "ddpm_client" / "__init__.py")
+PLACES = [*DOCUMENTS, *EXAMPLES.glob("*.py"), *EXAMPLES.glob("*.sh"), *CLIENT, PAGE]
 
 OBJECT = re.compile(r"\{(?:[^{}]|\{[^{}]*\})*\}")
 CALL = re.compile(r"\.(?:generate|stream|submit)(\((?:[^()]|\([^()]*\))*\))")

@@ -1,7 +1,7 @@
 """The shape of a U-Net, read from the `config.json` that diffusers writes, every number bounded.
 
 OpenAI's improved- and guided-diffusion build nets that `UNet2DModel` has no words for. Their `config.json` names the
-class `OpenAIUNet`: the same vocabulary with a few words more (docs/nets.md), and no word that is not known here.
+class `OpenAIUNet`: the same vocabulary with a few words more (docs/models.md), and no word that is not known here.
 """
 
 from dataclasses import dataclass, fields

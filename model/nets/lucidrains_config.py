@@ -1,7 +1,7 @@
 """The shape of lucidrains' U-Net (`denoising_diffusion_pytorch` 2), which diffusers has no class for.
 
 Its model directory is like any other, but `config.json` names the class `LucidUNet`, its options are those of the
-original's constructor, and every one of them must be known here. See docs/nets.md.
+original's constructor, and every one of them must be known here. See docs/models.md.
 """
 
 from dataclasses import dataclass, fields

@@ -141,7 +141,7 @@ class Admission:
 
     def readmit(self, job: Job) -> None:
         """Counts a job that another server has accepted."""
-        self.capacity.add(job.request.image_steps, job.request.size_bytes)
+        self.capacity.add(job.image_steps, job.request.size_bytes)
 
     def advance(self, job: Job, index: int, step: int) -> None:
         """Notes how many updates a picture has had, and that so much less is left to do."""
@@ -150,7 +150,7 @@ class Admission:
 
     def release(self, job: Job) -> None:
         """A job has ended: what is left of its work will not be done, and its memory is free."""
-        self.capacity.steps -= job.request.image_steps - sum(job.steps)
+        self.capacity.steps -= job.image_steps - sum(job.steps)
         self.capacity.jobs -= 1
         self.capacity.size_bytes -= job.request.size_bytes
 
@@ -158,4 +158,4 @@ class Admission:
         """A job that was admitted makes no work after all."""
         self.release(job)
         if tenant is not None and tenant.quota is not None:
-            tenant.quota.give_back(job.request.image_steps)
+            tenant.quota.give_back(job.image_steps)

@@ -100,7 +100,7 @@ def answered_from_cache(job: Job, now: float, ended: float) -> Record:
         started_at=now,
         finished_at=now,
         ended=ended,
-        steps=_json([request.steps] * request.n),
+        steps=_json([request.sampling.steps] * request.n),
         messages=2 + request.n,
         images=tuple(
             ImageRow(index=i, seed=request.seed + i, sha256="", size=0, message=2 + i) for i in range(request.n)
@@ -142,7 +142,7 @@ def _restore_result(job: Job, record: Record, blobs: Blobs) -> None:
     stream, first = job.stream, len(job.stream.kept)
     stream.skip(record.messages - first)
     if job.started_at is not None:
-        body = {"type": "started", "job": job.id, "seq": first + 1, "steps": job.request.image_steps}
+        body = {"type": "started", "job": job.id, "seq": first + 1, "steps": job.image_steps}
         stream.kept[first] = Text(first + 1, body)
     for image in job.images.values():
         header = {"job": job.id, "seq": image.message, **job.header_of(image)}

@@ -141,9 +141,11 @@ class Job:
 
     def __post_init__(self) -> None:
         self.steps, self.stream = [0] * self.request.n, Stream(self.id, self.counts)
-        self.levels = _levels(self.request.T, self.request.steps, self.request.sampling.spacing)
+        self.image_steps = self.request.image_steps
+        self.levels = _levels(self.request.T, self.request.sampling.steps, self.request.sampling.spacing)
         messages = 2 + self.request.n * (1 + self.request.frame_count)  # started, frames, images, the end
-        self.stream.skip((self.attempt - 1) * messages)  # no number is used twice
+        if self.attempt > 1:
+            self.stream.skip((self.attempt - 1) * messages)  # no number is used twice
 
     def move(self, to: State) -> None:
         """Changes its state. Only the runner does."""
@@ -187,10 +189,10 @@ class Job:
 
     def header_of(self, image: Image | StoredImage) -> dict[str, Any]:
         """What goes with a finished picture where it is sent."""
-        return self._header(image.index, self.request.steps, 0, "image")
+        return self._header(image.index, self.request.sampling.steps, 0, "image")
 
     def _header(self, index: int, step: int, level: int, kind: str) -> dict[str, Any]:
-        place = {"index": index, "seed": self.request.seed + index, "step": step, "steps": self.request.steps}
+        place = {"index": index, "seed": self.request.seed + index, "step": step, "steps": self.request.sampling.steps}
         return place | {"t": level, "kind": kind, "image_type": "image/png"}
 
     @property
@@ -201,7 +203,7 @@ class Job:
     @property
     def progress(self) -> dict[str, Any]:
         """Image-steps done, of all, and the noise level of the picture furthest behind."""
-        return {"step": sum(self.steps), "steps": self.request.image_steps, "t": self.levels[min(self.steps)]}
+        return {"step": sum(self.steps), "steps": self.image_steps, "t": self.levels[min(self.steps)]}
 
     @property
     def size_bytes(self) -> int:
@@ -219,7 +221,7 @@ class Job:
             if pictures:
                 entry["b64_png"] = base64.b64encode(image.png).decode()
             images.append(entry)
-        progress = {"step": sum(self.steps), "steps": self.request.image_steps} | asdict(eta or Eta())
+        progress = {"step": sum(self.steps), "steps": self.image_steps} | asdict(eta or Eta())
         return {
             "id": self.id,
             "status": self.status,

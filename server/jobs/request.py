@@ -76,14 +76,9 @@ class ResolvedRequest:
     owner: str | None = None  # the tenant by whose key it came, who alone may see it
 
     @property
-    def steps(self) -> int:
-        """Updates of each picture."""
-        return self.sampling.steps
-
-    @property
     def image_steps(self) -> int:
         """The work in it: updates of all pictures."""
-        return self.n * self.steps
+        return self.n * self.sampling.steps
 
     @property
     def frame_count(self) -> int:

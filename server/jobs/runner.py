@@ -67,8 +67,8 @@ class JobRunner:
 
     def start(self, job: Job) -> None:
         """Runs an accepted job."""
-        steps = job.request.image_steps
-        logger.info("job accepted", extra={"job": job.id, "model": job.request.model, "image_steps": steps})
+        extra = {"job": job.id, "model": job.request.model, "image_steps": job.image_steps}
+        logger.info("job accepted", extra=extra)
         job.task = asyncio.create_task(self._run(job), name=f"job {job.id}")
         job.task.add_done_callback(report)
 
@@ -82,10 +82,6 @@ class JobRunner:
         await asyncio.wait([job.task])
         if job.state is State.QUEUED:  # its task had not begun
             await self._end(job, State.PARKED if cancelled is None else State.CANCELLED)
-
-    def record_success(self, job: Job) -> None:
-        """Counts a job that was answered from the cache."""
-        self._count(job, State.SUCCEEDED)
 
     async def _run(self, job: Job) -> None:
         outcome = State.FAILED  # also if a bug stops it
@@ -115,7 +111,7 @@ class JobRunner:
             if not deadline.expired():
                 raise
             raise DeadlinePassed(f"the deadline of {job.request.deadline_s:g} s was not met") from None
-        await asyncio.to_thread(_encode, job)
+        await asyncio.to_thread(lambda: [image.sha256 for image in job.images.values()])  # makes the PNGs
 
     def _left_s(self, job: Job) -> float | None:
         """Seconds until the deadline, counted from the acceptance, even if that was by another server."""
@@ -162,14 +158,15 @@ class JobRunner:
                 if job.stream.subscribers:
                     self.tell_progress(job)
             case Finished(int(index), picture, floats):
-                self.admission.advance(job, index, job.request.steps)
+                self.admission.advance(job, index, job.request.sampling.steps)
                 seed = job.request.seed + index
                 job.finish(Image(index, seed, picture, floats, job.texts(seed)))
             case Assigned(model):
                 self._note_model(job, model)
             case Restarting(retry_after_s):
-                for index in set(range(job.request.n)) - job.images.keys():
-                    self.admission.advance(job, index, 0)
+                for index in range(job.request.n):
+                    if index not in job.images:
+                        self.admission.advance(job, index, 0)
                 job.stream.tell("restarting", urgent=True, retry_after_s=retry_after_s)
             case Failed(_, reason):
                 raise SampleLost(reason)
@@ -182,7 +179,7 @@ class JobRunner:
         self.metrics.queue_seconds.observe(self.repository.clock.now() - job.arrived)
         if not job.deaths:
             self.repository.store.mark_running(job.id)
-        job.stream.say("started", steps=job.request.image_steps)
+        job.stream.say("started", steps=job.image_steps)
 
     def tell_progress(self, job: Job) -> None:
         """Tells subscribers how far a job is, or how long it has to wait."""
@@ -205,7 +202,7 @@ class JobRunner:
         """Gives up, and frees the slots, as soon as it is certain that the deadline cannot be met."""
         if job.due < math.inf:
             left_s = job.due - asyncio.get_running_loop().time()
-            steps = job.request.steps - min(job.steps)
+            steps = job.request.sampling.steps - min(job.steps)
             check_deadline(left_s, steps, self.backend.step_s(job.request.model, job.model.admitted)[1])
 
     async def _end(self, job: Job, outcome: State) -> None:
@@ -225,9 +222,10 @@ class JobRunner:
         job.finished_at, job.error = finished_at, error
         logger.info("job ended", extra={"job": job.id, "outcome": str(outcome), "code": error and error["code"]})
         job.stream.end(outcome, document=job.document())
-        self._count(job, outcome)
+        self.count(job, outcome)
 
-    def _count(self, job: Job, outcome: State) -> None:
+    def count(self, job: Job, outcome: State) -> None:
+        """Counts a job that has ended, and moves it to those."""
         self.outcomes[outcome] += 1
         self.metrics.job_seconds.observe(self.repository.clock.now() - job.arrived)
         self.repository.retire(job)
@@ -249,9 +247,3 @@ def _spec(job: Job) -> Spec:
         job=job.id,
         alone=job.deaths >= DEATHS,
     )
-
-
-def _encode(job: Job) -> None:
-    """Makes the PNGs and their hashes. Slow: call it in a thread."""
-    for image in job.images.values():
-        image.sha256  # noqa: B018

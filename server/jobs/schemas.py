@@ -1,7 +1,7 @@
 """What clients may send. Unknown fields are refused, numbers are strict; bounds that the model sets are in orders."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from itertools import chain
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -92,17 +92,14 @@ def _constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
 
 
-def _containers(values: Iterable[object]) -> list[Any]:
-    return [value.values() if isinstance(value, dict) else value for value in values if isinstance(value, dict | list)]
-
-
 def _check_depth(value: object) -> None:
     """Raises ValueError if lists and objects nest deeper than MAX_DEPTH."""
-    level = _containers([value])
-    for _ in range(MAX_DEPTH):
-        level = _containers(chain.from_iterable(level))
-    if level:
-        raise ValueError(TOO_DEEP)
+    level, depth = [value], 0  # all values inside so many lists and objects
+    while containers := [each for each in level if isinstance(each, dict | list)]:
+        depth += 1
+        if depth > MAX_DEPTH:
+            raise ValueError(TOO_DEEP)
+        level = [*chain.from_iterable(each.values() if isinstance(each, dict) else each for each in containers)]
 
 
 def parse_json(body: bytes) -> object:

@@ -22,7 +22,7 @@ from server.jobs.request import RequestContext, fingerprints, resolve_request
 from server.jobs.runner import JobRunner
 from server.jobs.stream import StreamCounts, Subscriber
 from server.logs import report
-from server.metrics import Metrics, Standing
+from server.metrics import Metrics, MetricValues
 from server.settings import Settings
 from server.store.rows import IdempotentHit
 from server.store.store import Store
@@ -49,7 +49,7 @@ class JobService:
         self.counts = StreamCounts()
         self.repository = JobRepository(store, settings, self.counts)
         self.metrics = metrics or Metrics()
-        self.metrics.watch(self.standing)
+        self.metrics.watch(self.metric_values)
         self.admission = Admission(settings, backend, self.repository, self.metrics)
         self._etas = EtaEstimator(self.repository.live, backend)
         self._runner = JobRunner(
@@ -122,7 +122,7 @@ class JobService:
         if accepted.cached:
             self._cache_hits += 1
             self.admission.revoke(job, context.tenant)
-            self._runner.record_success(accepted)
+            self._runner.count(accepted, State.SUCCEEDED)
         else:
             self._runner.start(accepted)
         return accepted
@@ -175,12 +175,12 @@ class JobService:
         """The job as clients see it."""
         return job.document(None if job.ended else self._etas.of(job))
 
-    def standing(self) -> Standing:
-        """The state of the server, for its metrics."""
+    def metric_values(self) -> MetricValues:
+        """All gauges and counters at this moment."""
         live, health = self.repository.live.values(), self.backend.health
         running = sum(job.started_at is not None for job in live)
         replicas = [model for replica in self.backend.replicas for model in replica.values()]
-        return Standing(
+        return MetricValues(
             jobs_running=running,
             jobs_waiting=len(live) - running,
             steps_waiting=self.admission.capacity.steps,

@@ -151,8 +151,8 @@ class Writer:
             return refusal
 
     def _settle(self, request: _Request, answer: Any) -> bool:
-        """Tells whoever waits the answer -> False if the request must be retried. Raises what a durable request cannot
-        survive."""
+        """Delivers the answer to the caller -> False if the request must be retried instead. Raises an error that a
+        durable request cannot survive."""
         if isinstance(answer, sqlite3.Error | OSError):
             if is_full(answer):
                 self.write_failed(answer)

@@ -1,4 +1,4 @@
-"""What was converted is served: one server, a model of every format, each picture what the engine makes alone."""
+"""Converted checkpoints are served: one server, a model of every format, each picture equal to that of the engine."""
 
 import io
 import subprocess

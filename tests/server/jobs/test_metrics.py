@@ -6,7 +6,7 @@ import time
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
-from server.metrics import Standing
+from server.metrics import MetricValues
 from tests.server.conftest import Server
 from tests.server.fakes import FakeBackend
 
@@ -55,7 +55,7 @@ def test_every_metric_has_its_name_and_its_help(client: TestClient) -> None:
     assert answer.headers["content-type"].startswith("text/plain; version=")
     timed = {f"{name}_seconds" for name in ("step", "queue", "refusal", "job", "journal_commit")}
     histograms = timed | {"bucket_size"}
-    names = {f.name for f in dataclasses.fields(Standing)} | histograms | {"build_info"}
+    names = {f.name for f in dataclasses.fields(MetricValues)} | histograms | {"build_info"}
     assert families.keys() == {f"ddpm_{name}" for name in names}
     assert all(family.documentation for family in families.values())
 

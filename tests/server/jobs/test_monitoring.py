@@ -14,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
 from server.errors import ANSWERS
-from server.metrics import Standing
+from server.metrics import MetricValues
 from tests.server.fakes import FakeBackend
 
 DEPLOY = Path(__file__).parents[3] / "deploy"
@@ -91,7 +91,7 @@ def test_panels_do_not_lie_on_each_other(dashboard: Path) -> None:
 def test_every_metric_is_shown_somewhere() -> None:
     shown = {name for expression in EXPRESSIONS for name, _ in SELECTOR.findall(expression)}
 
-    assert {f.name for f in dataclasses.fields(Standing)} <= {
+    assert {f.name for f in dataclasses.fields(MetricValues)} <= {
         name.removeprefix("ddpm_").removesuffix("_total") for name in shown
     } | {"jobs_accepted"}
 
