@@ -49,11 +49,6 @@ class EngineProcess:
         """Queues a message, which the process gets as soon as it listens."""
         self._outbox.put(message)
 
-    @property
-    def silence_s(self) -> float:
-        """Seconds since it was last heard of."""
-        return time.monotonic() - self.heard_at
-
     def end(self, reason: Died | Refused) -> None:
         """Ends it: nothing more is to be expected of it, though it may never exit by itself."""
         if isinstance(reason, Refused):

@@ -68,10 +68,8 @@ class EngineSupervisor:
             return self._trouble
         if self._process.stopped_s:
             return "the engine process has been stopped"
-        silence_s, limit_s = (
-            self._process.silence_s,
-            self._limit_s(self._patience.silence_s, self._patience.silence_steps),
-        )
+        silence_s = time.monotonic() - self._process.heard_at
+        limit_s = self._limit_s(self._patience.silence_s, self._patience.silence_steps)
         return f"the engine has not answered for {silence_s:.0f} s" if silence_s > limit_s else None
 
     @property
@@ -79,7 +77,7 @@ class EngineSupervisor:
         """How the engine is, and what it and its predecessors have done."""
         return EngineHealth(
             stats=self._past + self._stats,
-            silence_s=self._process.silence_s,
+            silence_s=time.monotonic() - self._process.heard_at,
             memory_bytes=self._memory_bytes,
             restarts=dict(self._causes),
             replayed=self._replayed,
@@ -178,9 +176,9 @@ class EngineSupervisor:
     def _hangs(self) -> bool:
         """Whether the engine is silent for so long that it will never answer."""
         patience = self._patience
-        hang_s = self._limit_s(patience.hang_s, patience.hang_steps)
-        limit_s = hang_s if self._trouble is None else patience.start_s
-        return self._process.silence_s > limit_s or self._process.stopped_s > patience.silence_s
+        hang_s = self._limit_s(patience.hang_s, patience.hang_steps) if self._trouble is None else patience.start_s
+        silence_s = time.monotonic() - self._process.heard_at
+        return silence_s > hang_s or self._process.stopped_s > patience.silence_s
 
     def _limit_s(self, seconds: float, steps: float) -> float:
         """How long it may be silent now, if it may for so long while no model is being loaded."""

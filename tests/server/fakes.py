@@ -1,4 +1,4 @@
-"""A backend without an engine (pictures of one grey level, and buttons to press), and a reader of PNGs."""
+"""A backend without an engine, which makes pictures of one grey level and which tests control; a reader of PNGs."""
 
 import asyncio
 import io
@@ -53,7 +53,7 @@ class FakeBackend:
         """Nothing to load."""
 
     async def close(self) -> None:
-        """Whoever still waits is told that it is over."""
+        """Runs that wait end with NotReady."""
         self.failure = NotReady("the server is shutting down")
         self.gate.set()
 
