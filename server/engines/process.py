@@ -5,6 +5,7 @@ import logging
 import multiprocessing
 import queue
 import signal
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -40,6 +41,8 @@ class EngineProcess:
         self.signal = 0  # the signal that ended it, if one did; SIGKILL may have been ours
         self.cause = "died"  # the label of its end in the metrics
         self.stopped_s = 0.0  # for how long a signal has stopped it
+        self.heard_at = time.monotonic()  # when it sent its last message, or was made
+        self.loading: str | None = None  # the model that it is loading, once it is ready
         self._outbox: queue.SimpleQueue[Submit | Cancel | None] = queue.SimpleQueue()
 
     def send(self, message: Submit | Cancel) -> None:

@@ -135,7 +135,7 @@ class Router:
                     self._open(run, shard.engine, self._close(run, list(run.shards)))
                 yield event
         finally:
-            tasks = [shard.task for shard in run.shards if shard.task is not None]
+            tasks = [shard.task for shard in run.shards]
             self._close(run, list(run.shards))
             await asyncio.gather(*tasks, return_exceptions=True)
 
@@ -182,15 +182,13 @@ class Router:
     def _open(self, run: _Run, engine: Backend, indices: list[int]) -> None:
         """Has an engine make these samples."""
         seeds = tuple(run.spec.seeds[index] for index in indices)
-        shard = Shard(engine, replace(run.spec, indices=tuple(indices), seeds=seeds))
+        shard = Shard(engine, replace(run.spec, indices=tuple(indices), seeds=seeds), run.news)
         run.shards.append(shard)
         self._shards.add(shard)
-        shard.start(run.news)
 
     def _close(self, run: _Run, shards: Iterable[Shard]) -> list[int]:
         """Gives up these shards. -> the indices of samples that have not ended"""
         for shard in shards:
-            assert shard.task is not None
             shard.task.cancel()
             run.shards.remove(shard)
             self._shards.discard(shard)

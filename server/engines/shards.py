@@ -20,30 +20,27 @@ News: TypeAlias = "asyncio.Queue[tuple[Shard, SampleEvent | BaseException]]"
 
 @dataclass(slots=True, eq=False)
 class Shard:
-    """Samples of a run that one engine makes."""
+    """Samples of a run that one engine makes. Its events, and the error that ends it, are put into `news`."""
 
     engine: Backend
     spec: Spec  # of these samples only
+    news: News
+    task: "asyncio.Task[None]" = field(init=False)
     left: dict[int, int] = field(init=False)  # updates still to do, by index, of samples that have not ended
-    task: "asyncio.Task[None] | None" = None
 
     def __post_init__(self) -> None:
         self.left = dict.fromkeys(self.spec.indices, self.spec.sampling.steps)
+        self.task = asyncio.create_task(self._run(), name="shard")
+        self.task.add_done_callback(self._on_end)
 
-    def start(self, news: News) -> None:
-        """Has the engine make it. Its events, or the error that ends it, come as `news`."""
-
-        def report(task: "asyncio.Task[None]") -> None:
-            if not task.cancelled() and (error := task.exception()) is not None:
-                news.put_nowait((self, error))
-
-        self.task = asyncio.create_task(self._run(news), name="shard")
-        self.task.add_done_callback(report)
-
-    async def _run(self, news: News) -> None:
+    async def _run(self) -> None:
         async with aclosing(self.engine.run(self.spec)) as events:
             async for event in events:
-                news.put_nowait((self, event))
+                self.news.put_nowait((self, event))
+
+    def _on_end(self, task: "asyncio.Task[None]") -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self.news.put_nowait((self, error))
 
     def note(self, event: SampleEvent) -> None:
         """Keeps count of what is left to do."""

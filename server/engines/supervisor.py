@@ -23,6 +23,7 @@ from server.worker import messages
 from server.worker.messages import ModelStatus, Spec, Start
 
 logger = logging.getLogger(__name__)
+DIED = "the engine died without a step done, and so it was each time it was replaced"
 NO_MEMORY = "; memory ran out: a smaller DDPM_SLOTS takes less, and DDPM_MODEL_MEMORY_BYTES fewer models at once"
 
 
@@ -41,15 +42,12 @@ class EngineSupervisor:
         """restarts: consecutive ones without progress before it fails for good, and calls `on_failed`."""
         self._start, self._restarts, self._patience = start, restarts, patience or Patience()
         self._on_failed, self._on_step = on_failed, on_step
-        self._quarantine = quarantine or Quarantine()
-        self._in_flight, self._times = InFlight(self._quarantine), StepTimes()
+        self._in_flight, self._times = InFlight(quarantine or Quarantine()), StepTimes()
         self._task: asyncio.Task[None] | None = None
-        self._process: EngineProcess | None = None
+        self._process = EngineProcess()  # the present one, or the last
         self._trouble: str | None = "the engine is loading"
         self._models: dict[str, ModelStatus] = {}  # as they were last; empty before the first engine is ready
-        self._loading: str | None = None  # the model that the engine is loading
         self._past, self._stats = Stats(), Stats()  # of former engines; of the present one
-        self._heard_at = time.monotonic()
         self._memory_bytes, self._replayed = 0, 0
         self._causes: Counter[str] = Counter()  # of restarts
 
@@ -68,18 +66,18 @@ class EngineSupervisor:
         """Why no work can be taken right now, or None."""
         if self._trouble is not None:
             return self._trouble
-        if self._process is not None and self._process.stopped_s:
+        if self._process.stopped_s:
             return "the engine process has been stopped"
-        silent_s = time.monotonic() - self._heard_at
+        silence_s = time.monotonic() - self._process.heard_at
         limit_s = self._limit_s(self._patience.silence_s, self._patience.silence_steps)
-        return f"the engine has not answered for {silent_s:.0f} s" if silent_s > limit_s else None
+        return f"the engine has not answered for {silence_s:.0f} s" if silence_s > limit_s else None
 
     @property
     def health(self) -> EngineHealth:
         """How the engine is, and what it and its predecessors have done."""
         return EngineHealth(
             stats=self._past + self._stats,
-            silence_s=time.monotonic() - self._heard_at,
+            silence_s=time.monotonic() - self._process.heard_at,
             memory_bytes=self._memory_bytes,
             restarts=dict(self._causes),
             replayed=self._replayed,
@@ -129,12 +127,8 @@ class EngineSupervisor:
                 yield event
         finally:
             if left := self._in_flight.leave(run):
-                self._send(messages.Cancel(left))
+                self._process.send(messages.Cancel(left))
             self._assign()
-
-    def _send(self, message: messages.Submit | messages.Cancel) -> None:
-        if self._process is not None:
-            self._process.send(message)
 
     def _assign(self) -> None:
         """Sends the engine the runs that it is to have now."""
@@ -142,19 +136,15 @@ class EngineSupervisor:
             status = self._models[run.spec.model]
             if status.loaded:
                 self._in_flight.tell([run], Assigned(status))
-            self._send(self._in_flight.assign(run))
+            self._process.send(self._in_flight.assign(run))
 
     async def _supervise(self) -> None:
         """Runs one engine process after another, until one refuses to start or too many have died."""
         failures = 0
         while True:
             steps_before, process = self.health.stats.steps, EngineProcess()
-            self._process, self._heard_at = process, time.monotonic()
-            try:
-                start = replace(self._start, again=bool(self._models))
-                await process.run(start, self._receive, self._hangs)
-            finally:
-                self._process = None
+            self._process = process
+            await process.run(replace(self._start, again=bool(self._models)), self._receive, self._hangs)
             if process.refused is not None:
                 kind = getattr(model_errors, process.refused.error)
                 return self._fail(EngineFailed(process.refused.message, EXIT_CODES[kind]))
@@ -164,9 +154,8 @@ class EngineSupervisor:
             if not crash.alone:
                 failures += 1
             if failures > self._restarts:
-                words = "the engine died without a step done, and so it was each time it was replaced"
                 why = NO_MEMORY if process.cause == "memory" else ""
-                return self._fail(EngineFailed(f"{words} ({self._restarts}){why}", EXIT_ENGINE))
+                return self._fail(EngineFailed(f"{DIED} ({self._restarts}){why}", EXIT_ENGINE))
             self._replayed += crash.replayed
             self._note_death(process)
             logger.error("engine died", extra={"failures": failures, "jobs": len(self._in_flight.all)})
@@ -178,44 +167,40 @@ class EngineSupervisor:
         self._past, self._stats = replace(self._past + self._stats, seated=0, waiting=0), Stats()
         self._causes[process.cause] += 1
         self._times.died()
-        if process.signal == signal.SIGILL and not self._start.unusable:
-            unusable = "ended an engine by an instruction that this processor lacks"
-            self._start = replace(self._start, unusable=unusable)
+        if process.signal == signal.SIGILL:
+            self._start = replace(self._start, unusable="ended an engine by an instruction that this processor lacks")
         self._in_flight.tell(self._in_flight.all, Restarting(self._times.start_s))
-        model, self._loading = self._loading, None
-        if model is not None and self._quarantine.died_loading(model):
-            self._give_up(model, "the engine died each time it loaded this model")
+        if process.loading is not None and self._in_flight.quarantine.died_loading(process.loading):
+            self._give_up(process.loading, "the engine died each time it loaded this model")
 
     def _hangs(self) -> bool:
+        """Whether the engine is silent for so long that it will never answer."""
         patience = self._patience
-        if self._process is not None and self._process.stopped_s > patience.silence_s:
-            return True
-        ready = self._trouble is None
-        limit_s = self._limit_s(patience.hang_s, patience.hang_steps) if ready else patience.start_s
-        return time.monotonic() - self._heard_at > limit_s
+        hang_s = self._limit_s(patience.hang_s, patience.hang_steps) if self._trouble is None else patience.start_s
+        silence_s = time.monotonic() - self._process.heard_at
+        return silence_s > hang_s or self._process.stopped_s > patience.silence_s
 
     def _limit_s(self, seconds: float, steps: float) -> float:
         """How long it may be silent now, if it may for so long while no model is being loaded."""
-        load_s = self._patience.load_s if self._loading is not None else 0.0
+        load_s = self._patience.load_s if self._process.loading is not None else 0.0
         return max(seconds, steps * self._times.longest_s, load_s)
 
     def _receive(self, message: object) -> None:
-        self._heard_at = time.monotonic()
+        self._process.heard_at = time.monotonic()
         match message:
             case messages.Report(stats, _, _, heartbeat):
                 self._stats = stats
                 self._in_flight.take(message)
                 if heartbeat is not None:
                     self._memory_bytes = heartbeat.memory_bytes
-                    loaded = [status for status in self._models.values() if status.loaded]
-                    self._times.learn(heartbeat.steps, len(loaded))
+                    self._times.learn(heartbeat.steps, sum(1 for status in self._models.values() if status.loaded))
                     for step in heartbeat.steps:
                         self._on_step(step.bucket, step.seconds)
             case messages.Ready(models, steps):
                 self._times.learn(steps, len(models))
                 self._become_ready(models)
             case messages.Loading(model):
-                self._loading = model
+                self._process.loading = model
             case messages.Changed(model, status):
                 self._change(model, status)
 
@@ -223,7 +208,6 @@ class EngineSupervisor:
         former = self._models or models
         troubles = {name: _trouble(status, models.get(name)) for name, status in former.items()}
         if None not in troubles.values():
-            assert self._process is not None
             return self._process.end(messages.Refused("ModelRefused", str(next(iter(troubles.values())))))
         for name, status in former.items():
             now = models.get(name, replace(status, loaded=False))
@@ -237,12 +221,12 @@ class EngineSupervisor:
 
     def _change(self, name: str, status: ModelStatus) -> None:
         """A model has been loaded, or unloaded, or cannot be loaded."""
-        self._loading = None
+        self._process.loading = None
         self._models[name] = status
         if status.trouble is not None:
             self._give_up(name, status.trouble)
         elif status.loaded:
-            self._quarantine.loaded(name)
+            self._in_flight.quarantine.loaded(name)
             self._times.loaded(name, status)
             self._in_flight.tell(self._in_flight.of(name), Assigned(status))
         logger.info("model changed", extra={"model": name, "loaded": status.loaded, "trouble": status.trouble})

@@ -40,7 +40,7 @@ def _run(pipe: Connection, start: Start) -> None:
     models = Models(start, pipe.send)
     for pause_s in models.start():
         time.sleep(pause_s)
-    pipe.send(Ready(models.statuses, models.take_steps()))
+    pipe.send(Ready(models.statuses, models.heartbeat().steps))
     events: list[Event] = []
     reported_at = 0.0
     while True:

@@ -22,7 +22,7 @@ class Spec:
     shows_x0: bool = False
     wants_floats: bool = False
     owner: str = ""  # owners have equal shares
-    indices: tuple[int, ...] = ()  # of the seeds in their job, if these are not all of it
+    indices: tuple[int, ...] = ()  # of the seeds in their job, by which events name them; empty: 0, 1, ...
     job: str = ""  # the id by which quarantine knows it; without one it is known for this run only
     alone: bool = False  # it has an engine to itself, once others are done, and each of its steps is reported
 

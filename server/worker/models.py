@@ -41,8 +41,7 @@ class Models:
         self.pause_s = HEARTBEAT_S  # for which an idle loop may wait for messages
         self._engines: dict[str, Engine] = {}
         self._cards: dict[str, ModelCard] = {}
-        self._requests: dict[int, Request] = {}  # that have not ended
-        self._model_of: dict[int, str] = {}  # by request
+        self._requests: dict[int, tuple[str, Request]] = {}  # (model, request) of each sample that has not ended
         self._held: dict[str, dict[int, Request]] = {}  # by model: what its engine has not been given
         self._recalled: set[int] = set()  # what an engine was given, and is to give back
         self._steps: list[Step] = []  # that have not been reported
@@ -98,10 +97,11 @@ class Models:
         except ModelRefused as error:
             self._give_up(name, str(error))
         except torch.OutOfMemoryError:
-            if self._engines and self._eviction.budget_bytes:  # it is tried once more, alone
+            if self._engines:  # it is tried once more, alone
                 self._eviction.sizes[name] = self._eviction.budget_bytes
             else:
                 self._give_up(name, "the memory of the device is too small for it")
+        self._load = self._coming = None
         self._tell(Changed(name, self.statuses[name]))
 
     def _unload(self, name: str) -> None:
@@ -125,18 +125,18 @@ class Models:
 
     def arrange(self) -> None:
         """Between two steps: advances a load by one piece, or begins one; unloads what must make room."""
-        if self._load is None:
-            busy, leaving = self.busy, self._eviction.leaving(self.busy)
-            if set(busy).isdisjoint(leaving):
-                for name in leaving:
-                    self._unload(name)
-                if (wanted := self._eviction.next) is not None:
-                    self._load, self._coming = self._bring_for_requests(wanted), wanted
+        if self._load is None and self._eviction.budget_bytes:  # without a budget all were loaded at the start
+            self._make_room()
         if self._load is not None:
-            pause_s = next(self._load, None)
-            if pause_s is None:
-                self._load = self._coming = None
-            self.pause_s = HEARTBEAT_S if pause_s is None else pause_s
+            self.pause_s = next(self._load, HEARTBEAT_S)
+
+    def _make_room(self) -> None:
+        leaving = self._eviction.leaving(self.busy)
+        if set(self.busy).isdisjoint(leaving):
+            for name in leaving:
+                self._unload(name)
+            if (wanted := self._eviction.next) is not None:
+                self._load, self._coming = self._bring_for_requests(wanted), wanted
 
     # Requests
 
@@ -151,17 +151,17 @@ class Models:
             return  # its sender hears of that, if it has not yet
         self.watched.update(message.ids if spec.alone else ())
         table = _plan(self._cards[spec.model].process, spec.sampling)
+        shown = (spec.frames, spec.shows_x, spec.shows_x0, spec.wants_floats)
         for id, seed in zip(message.ids, spec.seeds, strict=True):
-            shown = (spec.frames, spec.shows_x, spec.shows_x0, spec.wants_floats)
-            self._model_of[id] = spec.model
-            self._requests[id] = Request(id, seed, table, spec.rank, *shown, spec.owner)
-            self._held[spec.model][id] = self._requests[id]
+            request = Request(id, seed, table, spec.rank, *shown, spec.owner)
+            self._requests[id] = spec.model, request
+            self._held[spec.model][id] = request
         self._eviction.ask(spec.model, time.monotonic())
 
     def _cancel(self, id: int) -> None:
-        model = self._model_of.get(id)
-        if model is None:
+        if id not in self._requests:
             return
+        model, _ = self._requests[id]
         self._recalled.discard(id)
         if self._held[model].pop(id, None) is not None:
             self._forget(id)
@@ -171,13 +171,13 @@ class Models:
             self._eviction.drop(model)
 
     def _forget(self, id: int) -> None:
-        del self._model_of[id], self._requests[id]
+        del self._requests[id]
         self.watched.discard(id)
 
     def distribute(self) -> None:
         """Gives loaded models what is held for them. One that must leave gets nothing more, and once its turn is over
         it gives back what is not seated."""
-        leaving = self._eviction.leaving(self.busy)
+        leaving = self._eviction.leaving(self.busy) if self._eviction.budget_bytes else ()
         for name in self._engines:
             if name not in leaving:
                 self._hand_over(name)
@@ -195,7 +195,7 @@ class Models:
         if not engine.stats.waiting:
             return
         seated = {id for id, _ in engine.progress}
-        for id, model in self._model_of.items():
+        for id, (model, _) in self._requests.items():
             if model == name and id not in seated and id not in self._held[name]:
                 self._recalled.add(id)
                 engine.cancel(id)
@@ -231,12 +231,11 @@ class Models:
         taken_back = isinstance(event, Cancelled) and id in self._recalled
         self._recalled.discard(id)
         if taken_back:
-            self._held[self._model_of[id]][id] = self._requests[id]
+            model, request = self._requests[id]
+            self._held[model][id] = request
         else:
             self._forget(id)
         return not taken_back
-
-    # Reports
 
     @property
     def stats(self) -> Stats:
@@ -245,11 +244,7 @@ class Models:
         return sum((engine.stats for engine in self._engines.values()), self._past + held)
 
     def heartbeat(self) -> Heartbeat:
-        """How far the samples are, and what was done since this was last called."""
+        """How far the samples are, and which steps were done since this was last called."""
         progress = [(cast(int, id), step) for engine in self._engines.values() for id, step in engine.progress]
-        return Heartbeat(self.take_steps(), progress, held_bytes(self._loader.device))
-
-    def take_steps(self) -> list[Step]:
-        """The steps done since this was last called."""
-        taken, self._steps = self._steps, []
-        return taken
+        steps, self._steps = self._steps, []
+        return Heartbeat(steps, progress, held_bytes(self._loader.device))

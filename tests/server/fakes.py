@@ -1,4 +1,4 @@
-"""A backend without an engine (pictures of one grey level, and buttons to press), and a reader of PNGs."""
+"""A backend without an engine, which makes pictures of one grey level and which tests control; a reader of PNGs."""
 
 import asyncio
 import io
@@ -42,7 +42,7 @@ class FakeBackend:
         )
         self.models = {"tiny": tiny}
         self.trouble: str | None = None
-        self.health = EngineHealth(Stats(), 0.0, 0, {}, 0)
+        self.health = EngineHealth(stats=Stats(), silence_s=0.0, memory_bytes=0, restarts={}, replayed=0)
         self.gate = asyncio.Event()
         self.gate.set()
         self.specs: list[Spec] = []
@@ -53,7 +53,7 @@ class FakeBackend:
         """Nothing to load."""
 
     async def close(self) -> None:
-        """Whoever still waits is told that it is over."""
+        """Runs that wait end with NotReady."""
         self.failure = NotReady("the server is shutting down")
         self.gate.set()
 

@@ -26,7 +26,7 @@ PATIENCE_S = 60.0
 
 
 class Gate:
-    """Holds up whoever compiles a batch of two or more, until it is opened. `compiled`: the batches, in order."""
+    """Holds up the compilation of batches of two or more until it is opened. `compiled`: the batch sizes, in order."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.compiled, self.reached, self.opened = list[int](), threading.Event(), threading.Event()
@@ -46,7 +46,7 @@ class Gate:
 
 @pytest.fixture
 def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
-    """A gate, open at the end at the latest; and torch's threads as they were."""
+    """A gate, which the end of the test opens; torch's threads are as before then."""
     before, made = torch.get_num_threads(), Gate(monkeypatch)
     yield made
     made.opened.set()
@@ -134,7 +134,7 @@ def test_the_thread_of_a_load_ends_once_all_sizes_are_there(tmp_path: Path, gate
 
 
 def test_an_engine_has_no_weights_file_mapped(server: Server, weights: Path) -> None:
-    """Whoever writes to the file later must not change what is served."""
+    """A write to the file must not change what is served."""
     maps = Path(f"/proc/{server.engine_pid}/maps").read_text()
 
     assert "libtorch" in maps

@@ -1,4 +1,4 @@
-"""What an engine process does to itself before it makes a step."""
+"""The memory and the threads of an engine process between two steps."""
 
 import subprocess
 import sys
@@ -25,7 +25,7 @@ print(statistics.median(faults))
 """
 
 
-def test_an_engine_on_a_cpu_does_not_fetch_its_memory_anew_at_every_step() -> None:
+def test_an_engine_on_a_cpu_keeps_its_memory_from_step_to_step() -> None:
     """glibc gives large blocks back to the system as soon as they are free: a net has to keep those it works in."""
     command = [sys.executable, "-c", STEPS, str(Path(__file__).parents[3] / "weights" / "digits")]
     faults = float(subprocess.run(command, capture_output=True, check=True).stdout)
@@ -50,7 +50,7 @@ print(*(thread.name for thread in threading.enumerate()))
 """
 
 
-def test_no_thread_stays_behind_a_load_that_would_slow_down_those_of_a_step(tmp_path: Path) -> None:
+def test_a_load_leaves_no_thread_that_would_slow_down_those_of_a_step(tmp_path: Path) -> None:
     command = [sys.executable, "-c", LOADED, str(write_model(tmp_path / "tiny"))]
     ran = subprocess.run(command, capture_output=True, check=True, text=True)
 
