@@ -18,9 +18,9 @@ from model.checkpoint.load import Model, load_layers
 from model.engine.runner import usual_buckets
 from model.engine.slots import Slots
 from model.engine.step import denoise
+from model.kernels.gpu import prepare_gpu
 from model.nets.convolution import Conv
 from model.nets.exact import Kind, agrees, kinds
-from model.nets.gpu import prepare_gpu
 from model.nets.layers import SelfAttention
 from server.worker.device import choose_dtype
 
@@ -71,34 +71,34 @@ def kinds_of(model: Model) -> list[Kind]:
     slots = Slots(1, model.card.architecture.shape, model.card.process.schedule.T, device)
     layers = [module for module in model.module.modules() if isinstance(module, Conv | SelfAttention)]
     for layer in layers:
-        layer.invariant = True
+        layer.use("invariant")
     try:
         return kinds(model.module, lambda: denoise(model.net, model.table, slots, 1))
     finally:
         for layer in layers:
-            layer.invariant = False
+            layer.use("library")
 
 
 def same_bits(kind: Kind, buckets: Sequence[int], invariant: bool = False) -> bool:
     """Whether a picture's bits are the same in all of these buckets, by the library or by the invariant kernel."""
     layer, generator = kind.layers[0], torch.Generator(kind.given.x.device).manual_seed(0)
     given = kind.inputs(max(buckets), generator)
-    layer.invariant = invariant
+    layer.use("invariant" if invariant else "library")
     try:
         return agrees(kind, given, kind.call(given), buckets, generator)
     finally:
-        layer.invariant = False
+        layer.use("library")
 
 
 def times(kind: Kind, batches: Sequence[int], invariant: bool) -> list[float]:
     """Microseconds in each of these batches, by the library or by the invariant kernel."""
     layer, device = kind.layers[0], kind.given.x.device
     inputs = [kind.inputs(batch, torch.Generator(device).manual_seed(0)) for batch in batches]
-    layer.invariant = invariant
+    layer.use("invariant" if invariant else "library")
     try:
         return [microseconds(partial(kind.call, given), device) for given in inputs]
     finally:
-        layer.invariant = False
+        layer.use("library")
 
 
 def measures(directory: Path) -> Iterator[Measure]:

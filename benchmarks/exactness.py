@@ -43,13 +43,13 @@ def compare(engine: Engine, comparisons: int) -> Measure:
         sampler = draw.choice(["ddpm", "ddim", "greedy", "dpmpp_2m"])
         sampling = resolve(process, sampler, draw.randint(1, LONGEST))
         table = plans.setdefault(sampling, plan(process, sampling))
-        wanted.append(Request(id, draw.randrange(1 << 40), table, draw.random()))
+        wanted.append(Request(id, draw.randrange(1 << 40), table, rank=draw.random()))
     made, waiting = dict[int, bytes](), list(wanted)
     while len(made) < comparisons:
         for _ in range(min(draw.choice([0, 1, 1, 2, 3, 20]), len(waiting))):
             engine.submit(waiting.pop())
         if draw.random() < 0.2:  # somebody else comes, and leaves within a few steps
-            engine.submit(Request("guest", draw.randrange(1 << 40), plans[draw.choice(list(plans))], -1.0))
+            engine.submit(Request("guest", draw.randrange(1 << 40), plans[draw.choice(list(plans))], rank=-1.0))
         made |= {int(e.id): e.picture.tobytes() for e in engine.step() if isinstance(e, Finished) and e.id != "guest"}  # type: ignore[call-overload]
         engine.cancel("guest")
     while engine.busy:

@@ -66,14 +66,14 @@ def run(use: Use, invariant: bool, device: torch.device) -> None:
     runner = prepared(without_weights(use.card, device, use.dtype), max(use.buckets), exact=False, buckets=use.buckets)
     for module in runner.model.module.modules():
         if isinstance(module, Conv):
-            module.invariant = invariant
+            module.use("invariant" if invariant else "library")
     engine, table = Engine(runner), plan(use.card.process, resolve(use.card.process, "ddpm", STEPS))
     for bucket in runner.buckets:
         for seed in range(bucket):
             frames = frozenset({0, 1} if seed == 0 else ())
             engine.submit(Request(seed, seed, table, frames=frames, wants_floats=seed == 0))
         engine.step()
-        runner.slots.put_back(0, 0, table, 1, runner.slots.take(0))
+        runner.slots.resume(0, 0, table, 1, runner.slots.park(0))
         engine.cancel(0)
         while engine.busy:
             engine.step()

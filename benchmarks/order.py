@@ -27,14 +27,14 @@ class Guest:
     at_s: float
     steps: int
     owner: str = ""
-    order: float = 0.0
+    rank: float = 0.0
     left: int = 0
     slot: int | None = None
     arrival: int = -1
     end_s: float = math.inf
 
     def __post_init__(self) -> None:
-        self.left, self.order = self.steps, self.at_s / 60
+        self.left, self.rank = self.steps, self.at_s / 60
 
     @property
     def took_s(self) -> float:
@@ -48,7 +48,7 @@ class World:
 
     slots: int
     step_s: Callable[[int], float]
-    exchanges: int = field(default=0)
+    preemptions: int = field(default=0)
 
     @property
     def image_steps_per_s(self) -> float:
@@ -60,8 +60,8 @@ CPU = World(8, lambda batch: 0.002 + 0.004 * batch)  # about what weights/digits
 GPU = World(64, lambda batch: 0.001 + 0.00003 * batch)  # a small net
 
 
-def seated_by_order(world: World, guests: Sequence[Guest], exchanges: bool = True, until_s: float = math.inf) -> None:
-    """The engine's scheduler. exchanges: whether a seat may change hands."""
+def seated_by_order(world: World, guests: Sequence[Guest], preemptions: bool = True, until_s: float = math.inf) -> None:
+    """The engine's scheduler. preemptions: whether a seat may change hands."""
     scheduler, queue, clock_s = Scheduler[Guest](world.slots), list(reversed(guests)), 0.0
     while (queue or scheduler.seated or scheduler.waiting) and clock_s < until_s:
         if not (scheduler.seated or scheduler.waiting):
@@ -69,8 +69,8 @@ def seated_by_order(world: World, guests: Sequence[Guest], exchanges: bool = Tru
         while queue and queue[-1].at_s <= clock_s:
             scheduler.add(queue.pop())
         scheduler.admit()
-        while exchanges and scheduler.exchange():
-            world.exchanges += 1
+        while preemptions and scheduler.preempt():
+            world.preemptions += 1
         clock_s += world.step_s(len(scheduler.seated))
         scheduler.charge()
         for guest in list(scheduler.seated):
@@ -148,12 +148,12 @@ def measures() -> Iterator[Measure]:
             }
             for way, run in ways.items():
                 guests = poisson(world, load, 4000)
-                world.exchanges = 0
+                world.preemptions = 0
                 run(world, guests)
                 for steps in (50, 1000):
                     yield Measure(f"{name}, {load:.0%} load, {way}: {steps} steps, p99", late(guests, steps), "s")
-                if world.exchanges:
-                    yield Measure("   exchanges", world.exchanges / 4000, "per picture")
+                if world.preemptions:
+                    yield Measure("   preemptions", world.preemptions / 4000, "per picture")
     for name, world in {"1 slot": World(1, CPU.step_s), "8 slots": CPU, "64 slots": GPU}.items():
         for steps in (50, 1000):
             took = beside_a_flood(world, steps)

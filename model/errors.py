@@ -1,14 +1,19 @@
-"""What can go wrong in the model, as types. The message says what was given and what is allowed.
+"""Errors of the model, as types, and the one way to ask a library that may fail. A message says what is allowed.
 
 ModelError
 ├── PlanError          such a plan cannot exist
 ├── ModelRefused       a model directory is not what it must be
-└── NoSuchDevice       the device asked for is not on this machine
+└── NoSuchDevice       the requested device is not on this machine
 """
+
+from collections.abc import Callable
+from typing import TypeVar
+
+R = TypeVar("R")
 
 
 class ModelError(Exception):
-    """Everything the `model` package raises on purpose."""
+    """Every error that the `model` package raises on purpose."""
 
 
 class PlanError(ModelError):
@@ -23,8 +28,20 @@ class PlanError(ModelError):
 
 
 class ModelRefused(ModelError):
-    """A model directory is missing something, malformed, hostile, or of a kind that is not supported."""
+    """A model directory is incomplete, malformed, hostile, or of a kind that is not supported."""
 
 
 class NoSuchDevice(ModelError):
-    """The device asked for is not on this machine."""
+    """The requested device is not on this machine."""
+
+
+def attempt(call: Callable[[], R]) -> R | Exception:
+    """The result of a call into an optional library, or the error that it raised.
+
+    Triton and OpenVINO may be missing, broken, or unfit for the machine, and fail with errors of any type then. The
+    caller has a substitute, so the error is an answer.
+    """
+    try:
+        return call()
+    except Exception as error:
+        return error

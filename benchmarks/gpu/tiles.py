@@ -98,7 +98,7 @@ def starting_early(setting: Setting, batches: Sequence[int]) -> Iterator[Fact]:
             runner = prepared(model, max(batches), exact=False, buckets=batches)
             for module in model.module.modules():
                 if isinstance(module, Conv):
-                    module.invariant = True
+                    module.use("invariant")
             for _ in runner.capture():
                 pass
             for batch in batches:
@@ -132,7 +132,8 @@ def each_way(setting: Setting, net: Callable[[Setting], Path], batches: Sequence
     for kind, conv in _convolutions(_model(setting, net)):
         if len(kind.layers) < MOST_OF or setting.left_s < KEPT_S:
             continue
-        conv.invariant, pixels = True, _pixels(kind, conv)
+        pixels = _pixels(kind, conv)
+        conv.use("invariant")
         splits = SPLITS if pixels <= SPLIT_PIXELS and conv.kernel_size[0] == 3 else (1,)
         device = kind.given.x.device
         given = [kind.inputs(batch, torch.Generator(device).manual_seed(0)) for batch in batches]
@@ -146,4 +147,4 @@ def each_way(setting: Setting, net: Callable[[Setting], Path], batches: Sequence
             how = f"{shape.pixels} x {shape.channels}, {ranges} ranges"
             more = {"us": took, "batches": list(batches), "s": round(time.perf_counter() - began, 2)}
             yield Fact(f"{name_of(kind)}: {how}", took[0], "us", more=more)
-        conv.invariant = False
+        conv.use("library")

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import get_args
 
 from model.errors import ModelRefused
-from model.nets.config import Architecture, architecture
-from model.nets.lucidrains_config import LUCID, LucidArchitecture, lucid_architecture
+from model.nets.config import architecture
+from model.nets.lucidrains_config import LUCIDRAINS, AnyArchitecture, lucidrains_architecture
 from model.options import MAX_CONFIG_BYTES, Json, Options, read_json, require_file
 from model.sampling.schedule import BY_NAME, NoiseSchedule, Prediction, Process, Spacing, Variance
 
@@ -78,7 +78,7 @@ class ModelCard:
     name: str
     directory: Path
     weights: Path  # the safetensors file, or the index of several
-    architecture: Architecture | LucidArchitecture
+    architecture: AnyArchitecture
     process: Process
     shards: tuple[Path, ...] = ()  # the files that an index names, in the order of their names
     source: Source | None = None  # none: a directory of this machine
@@ -124,7 +124,7 @@ def read_card(directory: Path, name: str | None = None) -> ModelCard:
         raise ModelRefused(f"{directory.name} is not a directory")
     net_file, schedule_file = config_files(directory)
     config, scheduler = read_json(net_file), read_json(schedule_file)
-    arch = lucid_architecture(config) if config.get("_class_name") == LUCID else architecture(config)
+    arch = lucidrains_architecture(config) if config.get("_class_name") == LUCIDRAINS else architecture(config)
     weights, index_file = _weights(net_file.parent), directory / "model_index.json"
     process = read_process(scheduler, read_json(index_file) if index_file.exists() else {}, arch.learned_variance)
     shards = _shards(weights) if weights.suffix == ".json" else ()

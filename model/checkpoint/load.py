@@ -20,6 +20,7 @@ from model.errors import ModelRefused
 from model.nets.build import Net, build
 from model.nets.config import MAX_PARAMETERS
 from model.nets.cpu import CpuNet
+from model.nets.exact import use_libraries
 from model.options import unique_keys
 
 MAX_HEADER_BYTES = 1 << 20
@@ -174,6 +175,7 @@ def _load(card: ModelCard, device: torch.device) -> tuple[Net, Tensor, int]:
     with torch.inference_mode():
         table = net.embed(torch.arange(card.process.schedule.T, device=device))  # [T, P]
         net.fuse()
+        use_libraries(net)
     return net, table, count
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from model.convert.frame import OF_THE_SCHEDULER, Converted, Options, required, scheduler_config
 from model.errors import ModelRefused
 from model.nets.config import CHANNELS
-from model.nets.lucidrains_config import LUCID
+from model.nets.lucidrains_config import LUCIDRAINS
 from model.sampling.schedule import Prediction
 
 READS = OF_THE_SCHEDULER | {"image_size"}
@@ -62,7 +62,7 @@ def _config(net: Mapping[str, Tensor], options: Options) -> dict[str, Any]:
     if not widths or any(width % dim or not width for width in widths):
         raise ModelRefused(f"every level's channels must be a multiple of dim ({dim}), got {widths}")
     return {
-        "_class_name": LUCID,
+        "_class_name": LUCIDRAINS,
         "sample_size": required(options.image_size, "--image-size", "the file does not tell the size of a picture"),
         "in_channels": net[FIRST].shape[1],
         "out_channels": net["final_conv.weight"].shape[0],
@@ -142,7 +142,7 @@ def _scheduler(options: Options, variance: str, betas: list[float] | None) -> di
 
 
 def convert(state: Mapping[str, Tensor], options: Options) -> Converted:
-    """The same net as a `LucidUNet`."""
+    """The same net as a `LucidrainsUNet`."""
     prefix = _places(state)[0]
     net = {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
     _refuse_variants(net)

@@ -1,8 +1,7 @@
-"""What goes into the engine and what comes out of it: plain values, no torch."""
+"""The engine's input and output: plain values, no torch."""
 
 from collections.abc import Hashable
-from dataclasses import astuple, dataclass
-from operator import add
+from dataclasses import KW_ONLY, dataclass, fields
 from typing import TypeAlias
 
 import numpy as np
@@ -16,12 +15,13 @@ Floats: TypeAlias = NDArray[np.float32]  # [C, H, W]
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One picture to make. `frames` are the numbers of updates after which its state is shown (0 = pure noise)."""
+    """One picture to make. `frames` are the numbers of updates after which its state is shown (0 is pure noise)."""
 
     id: Hashable
     seed: int
     plan: Plan
-    order: float = 0.0  # smaller is seated first, among those of one owner
+    _: KW_ONLY
+    rank: float = 0.0  # among the samples of one owner, the lowest is seated first
     frames: frozenset[int] = frozenset()
     shows_x: bool = True
     shows_x0: bool = False
@@ -31,7 +31,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Preview:
-    """A sample's state after `step` updates: x_t, and the x0 predicted on the way there (none before the first)."""
+    """A sample's state after `step` updates: x_t, and the x0 predicted in the last of them (None if there was none)."""
 
     id: Hashable
     step: int
@@ -41,7 +41,7 @@ class Preview:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """A picture. `floats` are its pixels in [-1, 1], unrounded, if they were asked for."""
+    """A finished picture. `floats` are its pixels in [-1, 1] before rounding, if they were requested."""
 
     id: Hashable
     picture: Picture
@@ -50,14 +50,14 @@ class Finished:
 
 @dataclass(frozen=True, slots=True)
 class Cancelled:
-    """A sample that was given up before it ended."""
+    """A sample was cancelled before it finished."""
 
     id: Hashable
 
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """A sample that could not be made, and why."""
+    """A sample could not be finished, for this reason."""
 
     id: Hashable
     reason: str
@@ -67,16 +67,16 @@ Event: TypeAlias = Preview | Finished | Cancelled | Failed
 ENDS = (Finished, Cancelled, Failed)  # each sample ends in exactly one of these
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Stats:
-    """Where an engine stands, and what it has done so far in numbers that only grow."""
+    """An engine's gauges (the first two) and its counters since the start."""
 
     seated: int = 0
     waiting: int = 0
     steps: int = 0  # steps of the batch
-    sample_steps: int = 0  # the same, times the samples in it
-    padded: int = 0  # slots that a step computed for nobody
-    exhausted: int = 0  # times that memory ran out, after which the batch was smaller
+    sample_steps: int = 0  # updates of samples: a step counts once for each sample in it
+    padded: int = 0  # slots that were computed without a sample in them
+    exhausted: int = 0  # how often memory ran out, after which the batch was smaller
 
     @property
     def slot_steps(self) -> int:
@@ -84,4 +84,5 @@ class Stats:
         return self.sample_steps + self.padded
 
     def __add__(self, other: "Stats") -> "Stats":
-        return Stats(*map(add, astuple(self), astuple(other)))
+        """The sums of two engines' numbers."""
+        return Stats(**{each.name: getattr(self, each.name) + getattr(other, each.name) for each in fields(self)})

@@ -1,4 +1,4 @@
-"""What a model takes of a device's memory: bounded before it is loaded, with no tensor allocated for it."""
+"""How much memory of a device a model takes: an upper bound before it is loaded, without allocating a tensor."""
 
 import math
 from dataclasses import dataclass
@@ -9,28 +9,30 @@ from torch import Tensor
 from model.checkpoint.card import ModelCard
 from model.checkpoint.load import Model
 from model.engine.slots import Slots
-from model.nets.activations import alive
+from model.nets.activations import alive, size_bytes, sizes_up_to
 from model.nets.build import build
-from model.nets.config import Architecture
-from model.nets.cpu import CpuNet, size_bytes, sizes_up_to
-from model.nets.lucidrains_config import LucidArchitecture
+from model.nets.cpu import CpuNet
+from model.nets.lucidrains_config import AnyArchitecture
 
-WORKSPACE = 1.5  # of what is alive in a step: what libraries take for themselves, and what fragments
-SAMPLER = 8  # float32 numbers that its arithmetic holds for each of a picture, beside the net
-COMPILED_BYTES = 16 << 20  # of OpenVINO's for each size of batch, whatever the net: machine code most of all
+WORKSPACE = 1.5  # times the live tensors of a step: the libraries' own memory, and fragmentation
+SAMPLER = 8  # float32 numbers that the sampler's arithmetic holds for each number of a picture
+COMPILED_BYTES = 16 << 20  # OpenVINO's for each batch size of any net: machine code for the most part
 
 
 @dataclass(frozen=True, slots=True)
 class Footprint:
-    """Of a model: its number of weights, and the bytes that it takes at most."""
+    """A model's number of weights, and the bytes it takes at most."""
 
     parameters: int
     size_bytes: int
 
 
 def footprint(card: ModelCard, slots: int, device: torch.device, dtype: torch.dtype) -> Footprint:
-    """What the model will take, loaded or while it is being loaded: its weights are there in float32 as well then, and
-    on a CPU three times: torch's, those that OpenVINO converts, and those of the net that is compared with torch."""
+    """What the model takes at most, loaded or while it is loaded.
+
+    During the load its weights exist in float32 as well, on a CPU three times: torch's, OpenVINO's constants, and those
+    of the compiled net that is compared with torch.
+    """
     with torch.device("meta"):
         net = build(card.architecture)
     count, T = sum(p.numel() for p in net.parameters()), card.process.schedule.T
@@ -45,7 +47,7 @@ def footprint(card: ModelCard, slots: int, device: torch.device, dtype: torch.dt
 
 
 def resident_bytes(model: Model, slots: Slots) -> int:
-    """What a loaded model holds of a device that does not tell, once its net has grown to a full batch."""
+    """What a loaded model holds on a CPU, which does not report it, once its net has grown to a full batch."""
     arch, table, net = model.card.architecture, model.table.numel() * model.table.element_size(), model.net
     dtype = net.dtype if isinstance(net, CpuNet) else model.table.dtype
     if not isinstance(net, CpuNet) or net.note is not None:  # torch has one copy of the weights, for any batch
@@ -53,21 +55,21 @@ def resident_bytes(model: Model, slots: Slots) -> int:
     return table + batch_bytes(slots) + cpu_bytes(arch, model.parameters, slots.capacity, dtype)
 
 
-def cpu_bytes(arch: Architecture | LucidArchitecture, parameters: int, slots: int, dtype: torch.dtype) -> int:
-    """A net on a CPU, grown: OpenVINO keeps the weights it was given, in float32, and each size of batch has weights
-    and working memory of its own."""
+def cpu_bytes(arch: AnyArchitecture, parameters: int, slots: int, dtype: torch.dtype) -> int:
+    """What a net takes on a CPU at all its batch sizes: OpenVINO keeps the float32 weights it was given, and each batch
+    size has weights and working memory of its own."""
     sizes = sizes_up_to(slots, arch, parameters, dtype)
     return 4 * parameters + sum(COMPILED_BYTES + size_bytes(size, arch, parameters, dtype) for size in sizes)
 
 
 def batch_bytes(slots: Slots) -> int:
-    """A batch, and as much again: pictures that were unseated keep their state, and plans their rows on a GPU."""
+    """What the slots take, twice: for parked states, and for the plans' rows on a GPU."""
     return 2 * sum(
         tensor.numel() * tensor.element_size() for tensor in vars(slots).values() if isinstance(tensor, Tensor)
     )
 
 
-def picture_bytes(arch: Architecture | LucidArchitecture, dtype: torch.dtype) -> int:
-    """What a step takes for itself while it is made, for each picture in it, at most."""
+def picture_bytes(arch: AnyArchitecture, dtype: torch.dtype) -> int:
+    """What a step takes at most while it runs, for each picture in it."""
     pixels, itemsize = arch.height * arch.width, int(dtype.itemsize)
     return math.ceil(WORKSPACE * (itemsize * alive(arch) + SAMPLER * 4 * arch.in_channels * pixels))

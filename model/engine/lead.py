@@ -1,5 +1,5 @@
-"""How far the host is ahead of a GPU: some steps, so that the GPU never waits for it, but no more than a moment, so
-that who joins or leaves the batch does so soon.
+"""How far the host runs ahead of a GPU: by some steps, so that the GPU never waits for the host, but for no more than
+20 ms, so that samples join and leave the batch soon.
 """
 
 from collections import deque
@@ -14,17 +14,17 @@ MOST_MS = 20.0
 
 
 class Mark(Protocol):
-    """A place in a GPU's work, as torch.cuda.Event is."""
+    """A point in a GPU's work, such as a torch.cuda.Event."""
 
     def synchronize(self) -> None:
-        """Wait until the GPU is there."""
+        """Blocks until the GPU has reached it."""
 
     def elapsed_time(self, later: Any, /) -> float:
-        """Milliseconds from this place to a later one, when the GPU has been at both."""
+        """Milliseconds from this point to a later one; the GPU must have reached both."""
 
 
 def mark(device: torch.device) -> Mark:
-    """Behind all that has been queued on a GPU. Who waits for it sleeps."""
+    """A mark behind all work that is queued on a GPU. A thread that waits for it sleeps."""
     event = torch.cuda.Event(enable_timing=True, blocking=True)
     event.record(torch.cuda.current_stream(device))
     return event
@@ -32,19 +32,19 @@ def mark(device: torch.device) -> Mark:
 
 @dataclass(slots=True)
 class Lead:
-    """Steps that are queued on a GPU. Their time is known from its own marks, so nobody here has a clock."""
+    """The steps that are queued on a GPU. Their duration is read from its own marks, so no clock is needed here."""
 
-    mark: Callable[[], Mark]  # behind all that has been queued
-    _queued: deque[tuple[Mark, Mark]] = field(default_factory=deque)  # where each step begins and ends
-    _step_ms: float = 0.0  # of the last that is known to be done
+    mark: Callable[[], Mark]  # makes one behind all queued work
+    _queued: deque[tuple[Mark, Mark]] = field(default_factory=deque)  # the begin and end of each step
+    _step_ms: float = 0.0  # duration of the last step that is known to have ended
 
     @property
     def most(self) -> int:
-        """How many steps may be queued, and not done: always one, so that there is something to do."""
+        """How many steps may be queued and not have ended: at least one, so that the GPU has work."""
         return MOST_STEPS if MOST_STEPS * self._step_ms <= MOST_MS else max(1, int(MOST_MS / self._step_ms))
 
     def queue(self, step: Callable[[], object]) -> None:
-        """One more step. Waits for the oldest ones as long as there are too many."""
+        """Queues a step, then waits for the oldest steps while more than `most` are queued."""
         began = self.mark()
         step()
         self._queued.append((began, self.mark()))

@@ -18,10 +18,10 @@ from model.engine.slots import Slots
 from model.engine.snapshot import warm_up
 from model.engine.step import denoise
 from model.fingerprint import fingerprint
+from model.kernels.gpu import prepare_gpu
 from model.nets.build import Net
 from model.nets.cpu import CpuNet
-from model.nets.exact import Chosen, choose_kernels, trust_libraries
-from model.nets.gpu import prepare_gpu
+from model.nets.exact import Chosen, choose_kernels, fits_kernels, use_libraries
 from model.nets.layers import uses_triton
 
 logger = logging.getLogger(__name__)
@@ -92,10 +92,10 @@ class Runner:
         if self.device.type == "cuda":
             prepare_gpu(self._promises, self.model.table.dtype)
         yield from warm_up(self.slots)
-        trust_libraries(net)
+        use_libraries(net)
         if self.device.type == "cuda":
             yield from self._compile(net)
-        if self._promises and uses_triton(self.slots.x[0]):
+        if self._promises and uses_triton(self.slots.x) and fits_kernels(net):
             self.chosen = yield from choose_kernels(net, lambda: self.step(self.buckets[0]), self.buckets)
             yield from self._compile(net)
         if self.device.type == "cuda":

@@ -1,7 +1,7 @@
-"""The batch that lives on the device, one slot per picture on its way. The host only seats and moves.
+"""The batch on the device, one slot per picture in progress. The host only seats, moves and clears.
 
-On a GPU the host's work is one launch of a kernel (`model.kernels.slots`) whenever a sample is seated or released; here
-it is said in plain torch what these do. No slot is written to but on the stream of the steps, and nothing waits for it.
+On a GPU each of these is one launch of a kernel (`model.kernels.slots`); the same in plain torch is here. Slots are
+written only on the stream of the steps, and the host never waits for it.
 """
 
 import itertools
@@ -22,25 +22,25 @@ AHEAD_ELEMENTS = 32_768  # on a CPU a slot's noise is drawn for several steps at
 
 
 @dataclass(frozen=True, slots=True)
-class Newcomer:
-    """A picture that is to sit down."""
+class Seating:
+    """A picture to be written to a slot."""
 
     slot: int
     seed: int
     plan: Plan
-    x: Tensor | None = None  # [C, H, W], its x_T, on any device; else the noise of its seed
+    x: Tensor | None = None  # [C, H, W] its x_T, on any device; None for the noise of its seed
 
 
 @dataclass(frozen=True, slots=True)
 class Parked:
-    """What a slot holds of a picture besides its plan."""
+    """The state of a preempted picture, without its plan."""
 
     pictures: Tensor  # [3, C, H, W] x, x0, given
     ahead: Tensor     # [A, C, H, W]
 
 
-class Tables:
-    """The rows of plans that were seated lately, kept on the device: requests of one kind share their plan."""
+class PlanCache:
+    """The rows of recently seated plans, on the device: requests of one kind share their plan."""
 
     def __init__(self, size: int, device: torch.device) -> None:
         self.rows = torch.empty(size, len(COLUMNS), device=device)  # [size, 11], filled from the top
@@ -48,8 +48,11 @@ class Tables:
         self._used = 0
 
     def starts(self, plans: Sequence[Plan]) -> list[int]:
-        """Where the rows of each of these begin. They fit in all at once; when there is no more room for those that
-        are missing, all others are forgotten. The device still finds the old rows where it was told before."""
+        """The index of each plan's first row in `rows`. The plans must all fit at once.
+
+        If there is no room for the missing ones, all others are dropped; work that is queued on the device still finds
+        their rows in place, since the stream overwrites them only later.
+        """
         missing = [plan for plan in dict.fromkeys(plans) if plan not in self._starts]
         if self._used + sum(map(len, missing)) > len(self.rows):
             self._starts, self._used, missing = {}, 0, list(dict.fromkeys(plans))
@@ -62,20 +65,20 @@ class Tables:
 
 
 def upload(target: Tensor, source: Tensor) -> None:
-    """Copies to the device without waiting for it: from pinned memory, which is kept until it has been read."""
+    """Copies to the device without waiting for it: from pinned memory, which torch keeps until it has been read."""
     if target.device.type == "cuda" and source.device.type == "cpu":
         source = source.pin_memory()
     target.copy_(source, non_blocking=True)
 
 
 def send(numbers: Sequence[int] | Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    """These numbers on the device, in the same way. -> int64"""
+    """These numbers on the device, copied as by `upload`. -> int64"""
     pinned = torch.tensor(numbers, dtype=torch.int64, pin_memory=device.type == "cuda")
     return pinned.to(device, non_blocking=True)
 
 
 class Slots:
-    """What a step reads and writes, slot by slot. A free slot stands on a row of zeros, which changes nothing."""
+    """What a step reads and writes. The cursor of a free slot is on a row of zeros, which changes nothing."""
 
     def __init__(self, capacity: int, shape: tuple[int, int, int], max_steps: int, device: torch.device) -> None:
         self.capacity, self.shape, self.device = capacity, shape, device
@@ -90,29 +93,29 @@ class Slots:
         steps = max(1, min(32, AHEAD_ELEMENTS // elements)) if device.type == "cpu" else 0
         self.ahead  = torch.zeros(capacity, steps, *shape, device=device)                      # [B, A, C, H, W] noise
         self.order  = torch.arange(capacity, device=device)                                    # [B] 0, 1, ...
-        self.tables = Tables(capacity * max_steps, device)
-        # The same memory as arrays, with what computes with them: numpy on a CPU, where a call costs it a third.
+        self.plans  = PlanCache(capacity * max_steps, device)
+        # The same memory as arrays of the library that computes: numpy on a CPU, where a call takes a third of torch's.
         self.library: Any = np if device.type == "cpu" else torch
         tensors = {name: each for name, each in vars(self).items() if isinstance(each, Tensor)}
         self.arrays = SimpleNamespace(**{name: self.array(tensor) for name, tensor in tensors.items()})
 
     def array(self, tensor: Tensor) -> Any:
-        """A tensor as what `library` computes with, in the same memory."""
+        """A tensor as an array of `library`, in the same memory."""
         return tensor.numpy() if self.device.type == "cpu" else tensor
 
     def index(self, numbers: Any) -> Tensor:
-        """A whole number for each slot, in an array of float32, as what a tensor is indexed by. -> [b] int64"""
+        """An array of whole numbers in float32, one for each slot, as the index of a tensor. -> [b] int64"""
         return (torch.from_numpy(numbers) if self.device.type == "cpu" else numbers).reshape(-1).long()
 
     @property
     def ahead_steps(self) -> int:
-        """For how many steps noise is drawn at once; 0 where it is drawn inside the step."""
+        """The number of steps whose noise is drawn at once; 0 where it is drawn inside the step."""
         return self.ahead.shape[1]
 
     @property
     def by_kernels(self) -> bool:
-        """Whether it is Triton's kernels that seat and move."""
-        return not self.ahead_steps and uses_triton(self.x[0])
+        """Whether Triton's kernels seat, move and clear."""
+        return not self.ahead_steps and uses_triton(self.x)
 
     @property
     def _state(self) -> tuple[Tensor, ...]:
@@ -127,21 +130,21 @@ class Slots:
         keys = send(seeds, self.device)  # [n]
         return gaussian(keys, torch.zeros_like(keys), self.shape, INITIAL)
 
-    def seat_all(self, newcomers: Sequence[Newcomer]) -> None:
-        """New pictures in as many slots, all at once, each with the x_T it brings or that of its seed."""
-        if newcomers and self.by_kernels:
-            brought = [new.x for new in newcomers if new.x is not None]
-            return self._seat_by_kernel(newcomers, 0, self._on_device(brought) if brought else None)
-        seeds = [new.seed for new in newcomers if new.x is None]
+    def seat_all(self, seatings: Sequence[Seating]) -> None:
+        """Writes new pictures to as many slots at once, each with the x_T given or with the noise of its seed."""
+        if seatings and self.by_kernels:
+            given = [new.x for new in seatings if new.x is not None]
+            return self._seat_by_kernel(seatings, 0, self._on_device(given) if given else None)
+        seeds = [new.seed for new in seatings if new.x is None]
         drawn = iter(self.draw_initial(seeds)) if seeds else iter([])
-        for new in newcomers:
+        for new in seatings:
             self._seat(new, next(drawn) if new.x is None else new.x)
 
     def seat(self, slot: int, seed: int, plan: Plan, x: Tensor) -> None:
-        """A new picture in a slot. x: [C, H, W], its x_T, on any device"""
-        self.seat_all([Newcomer(slot, seed, plan, x)])
+        """Writes a new picture to a slot. x: [C, H, W], its x_T, on any device"""
+        self.seat_all([Seating(slot, seed, plan, x)])
 
-    def _seat(self, new: Newcomer, x: Tensor) -> None:
+    def _seat(self, new: Seating, x: Tensor) -> None:
         slot, steps = new.slot, len(new.plan)
         upload(self.x[slot], x)
         self.x0[slot].zero_()
@@ -159,33 +162,33 @@ class Slots:
         upload(out, together)
         return out
 
-    def _seat_by_kernel(self, newcomers: Sequence[Newcomer], step: int, pictures: Tensor | None) -> None:
+    def _seat_by_kernel(self, seatings: Sequence[Seating], step: int, pictures: Tensor | None) -> None:
         from model.kernels import slots as kernels
 
-        starts, sources = self.tables.starts([new.plan for new in newcomers]), itertools.count()
+        starts, sources = self.plans.starts([new.plan for new in seatings]), itertools.count()
         orders = [
             (new.slot, new.seed, len(new.plan), start, step, -1 if new.x is None else next(sources))
-            for new, start in zip(newcomers, starts, strict=True)
+            for new, start in zip(seatings, starts, strict=True)
         ]
-        kernels.seat(send(orders, self.device), pictures, self.tables.rows, self._state, self._columns)
+        kernels.seat(send(orders, self.device), pictures, self.plans.rows, self._state, self._columns)
 
-    def take(self, slot: int) -> Parked:
-        """The state of a picture that has to make room, to be put back later."""
+    def park(self, slot: int) -> Parked:
+        """A copy of the state of a picture that is preempted, for `resume`."""
         return Parked(torch.stack([self.x[slot], self.x0[slot], self.given[slot]]), self.ahead[slot].clone())
 
-    def put_back(self, slot: int, seed: int, plan: Plan, step: int, parked: Parked) -> None:
-        """A picture that has had `step` updates goes on in any slot."""
-        newcomer = Newcomer(slot, seed, plan, parked.pictures[0])
+    def resume(self, slot: int, seed: int, plan: Plan, step: int, parked: Parked) -> None:
+        """Writes a parked picture that has had `step` updates to any slot."""
+        seating = Seating(slot, seed, plan, parked.pictures[0])
         if self.by_kernels:
-            return self._seat_by_kernel([newcomer], step, parked.pictures[None])
-        self._seat(newcomer, parked.pictures[0])
+            return self._seat_by_kernel([seating], step, parked.pictures[None])
+        self._seat(seating, parked.pictures[0])
         self.x0[slot].copy_(parked.pictures[1])
         self.given[slot].copy_(parked.pictures[2])
         self.ahead[slot].copy_(parked.ahead)
         self.cursor[slot] = step
 
     def vacate(self, slot: int, successor: int | None) -> None:
-        """Nothing is left of the picture in this slot; the one in `successor`, if there is one, goes on here."""
+        """Clears a slot; with a `successor`, that slot's picture moves here and its slot is cleared instead."""
         if successor is None:
             return self.clear(slot)
         if self.by_kernels:
@@ -194,7 +197,7 @@ class Slots:
         self.clear(successor)
 
     def clear(self, slot: int) -> None:
-        """Nobody sits here: the cursor stands on the row of zeros, and nothing of the last tenant is left."""
+        """Frees a slot: its cursor stands on the row of zeros, and nothing of its picture is left."""
         if self.by_kernels:
             return self._vacate_by_kernel(slot, None, clears=True)
         for tensor in (self.x, self.x0, self.given, self.ahead):
@@ -202,7 +205,7 @@ class Slots:
         self.cursor[slot] = self.last[slot]
 
     def move(self, source: int, target: int) -> None:
-        """The picture in `source` goes on in `target`."""
+        """Copies the picture in `source`, its plan and its cursor to `target`."""
         if self.by_kernels:
             return self._vacate_by_kernel(source, target, clears=False)
         for tensor in (*self._state, *self._columns, self.ahead):
@@ -214,7 +217,7 @@ class Slots:
         kernels.vacate(self._state, self._columns, source, target, clears)
 
     def draw_ahead(self, slot: int, seed: int, step: int) -> None:
-        """Noise for this slot's steps from `step` on. The same numbers, whenever they are drawn."""
+        """Draws the noise of this slot's next steps, from `step` on. The numbers do not depend on when it is called."""
         count = self.ahead_steps
         self.ahead[slot].copy_(gaussian(torch.full((count,), seed), torch.arange(step, step + count), self.shape))
 

@@ -1,4 +1,4 @@
-"""Pictures off the device without stalling it: packed into one buffer there, copied beside the next step, read here."""
+"""Copies pictures off the device without stalling it: packed into one buffer there, copied beside the next step."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,8 +18,11 @@ def as_bytes(x: Tensor) -> Tensor:
 
 
 def pack(slots: Slots, shown: Sequence[int], checked: Sequence[int], floats: bool) -> Tensor:
-    """What slots hold, one behind the other, on the device: of those shown, x clamped, if `floats`, then x and x0 as
-    bytes; of them and of those that are only checked, in this order, whether x is finite. -> uint8"""
+    """The contents of slots in one buffer on the device. -> uint8
+
+    Of the slots `shown`: x clamped to [-1, 1] as float32, if `floats`; x as bytes; x0 as bytes. Of these and then of
+    those `checked`: whether x is finite.
+    """
     if slots.by_kernels:
         from model.kernels import slots as kernels
 
@@ -35,18 +38,18 @@ def pack(slots: Slots, shown: Sequence[int], checked: Sequence[int], floats: boo
 
 @dataclass(frozen=True, slots=True)
 class Frames:
-    """What was packed, as arrays."""
+    """The contents of a packed buffer, as arrays."""
 
-    x: NDArray[np.uint8]  # [m, H, W, C] of those shown
+    x: NDArray[np.uint8]  # [m, H, W, C] of the slots shown
     x0: NDArray[np.uint8]  # [m, H, W, C]
-    finite: NDArray[np.bool_]  # [n] of those shown and those checked
+    finite: NDArray[np.bool_]  # [n] of the slots shown and then those checked
     floats: NDArray[np.float32] | None  # [m, C, H, W]
 
 
 def unpack(
     packed: NDArray[np.uint8], shape: tuple[int, int, int], shown: Sequence[int], checked: Sequence[int], floats: bool
 ) -> Frames:
-    """Views of what `pack` gives of these slots."""
+    """Views of a buffer that `pack` made of these slots. packed: on the host"""
     (C, H, W), m = shape, len(shown)
     size = m * C * H * W
     unrounded, x, x0, flags = np.split(packed, np.cumsum([4 * size * floats, size, size]))
@@ -59,9 +62,9 @@ def unpack(
 
 
 class Snapshot:
-    """Pictures of some slots on their way to the host, and of others only whether they are finite.
+    """Pictures of some slots in transit to the host, and of others only whether they are finite.
 
-    `ready` may be asked at any time; `frames` only once it is true.
+    `ready` may be read at any time; `frames` may be called once it is true, or after `wait`.
     """
 
     def __init__(
@@ -83,7 +86,7 @@ class Snapshot:
             self._host = torch.empty(buffer.shape, dtype=buffer.dtype, pin_memory=True)
             self._host.copy_(buffer, non_blocking=True)
             buffer.record_stream(stream)
-            self._arrived = torch.cuda.Event(blocking=True)  # who waits for it sleeps
+            self._arrived = torch.cuda.Event(blocking=True)  # a thread that waits for it sleeps
             self._arrived.record(stream)
 
     @property
@@ -92,12 +95,12 @@ class Snapshot:
         return self._arrived is None or self._arrived.query()
 
     def wait(self) -> None:
-        """Stand still until it has."""
+        """Blocks until everything has arrived."""
         if self._arrived is not None:
             self._arrived.synchronize()
 
     def frames(self) -> Frames:
-        """What has arrived: views of memory that goes with them."""
+        """What has arrived, as views that keep its memory alive."""
         return unpack(self._host.numpy(), *self._layout)
 
 
@@ -108,7 +111,7 @@ def warm_up(slots: Slots) -> Iterator[None]:
     plan = Plan(np.zeros((1, len(COLUMNS))), np.zeros(2, np.int64))
     slots.seat(0, 0, plan, torch.zeros(slots.shape))
     yield
-    slots.put_back(0, 0, plan, 0, slots.take(0))
+    slots.resume(0, 0, plan, 0, slots.park(0))
     yield
     for floats in (False, True):
         pack(slots, [0], [], floats)

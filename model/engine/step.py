@@ -15,7 +15,7 @@ from model.nets.layers import uses_triton
 
 def denoise(net: Net | CpuNet, table: Tensor, slots: Slots, batch: int) -> None:
     """One denoising step of the first `batch` slots, in place: by Triton kernels where they run, else by `algebra`."""
-    if uses_triton(slots.x[0]):
+    if uses_triton(slots.x):
         denoise_by_kernels(net, table, slots, batch)
     else:
         with np.errstate(all="ignore"):  # the engine looks for pictures that are not finite later

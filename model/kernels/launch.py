@@ -15,6 +15,8 @@ import torch
 import triton
 import triton.language as tl
 
+from model.errors import attempt
+
 AVAILABLE = hasattr(tl.extra.cuda, "gdc_wait")
 WANTED = True  # a benchmark may ask what it gains
 CHAIN = 16  # kernels that are tried one behind the other
@@ -43,15 +45,17 @@ def _chain_counts(device: torch.device) -> bool:
     graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
     _count[(64,)](numbers, DEPENDENT=True, launch_pdl=True)
     usual = torch.cuda.stream(torch.cuda.current_stream(device))  # to be left as it was, should the capture fail
+    captured = False
     try:
         with usual, torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             for i in range(CHAIN):
                 _count[(64,)](numbers, DEPENDENT=True, launch_pdl=True)
                 if i % 4 == 0:
                     other.zero_()
-    except Exception:  # a capture that fails leaves the allocator in it, and no other could begin
-        getattr(torch._C, "_cuda_endAllocateToPool", lambda *_: None)(device.index or 0, pool)
-        raise
+        captured = True
+    finally:
+        if not captured:  # the allocator would stay in the capture, and no other could begin
+            getattr(torch._C, "_cuda_endAllocateToPool", lambda *_: None)(device.index or 0, pool)
     graph.replay()
     return bool((numbers == 1 + CHAIN).all())
 
@@ -60,13 +64,12 @@ def _chain_counts(device: torch.device) -> bool:
 def _supported(device: torch.device) -> bool:
     if not AVAILABLE or device.type != "cuda" or torch.cuda.get_device_capability(device)[0] not in (9, 10):
         return False
-    try:
-        counts, reason = _chain_counts(device), "they run before what they read is written"
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # a driver or a compiler that cannot: kernels start one after another, as anywhere else
-        torch.cuda.synchronize(device)  # raises if nothing works here any more
-        counts, reason = False, f"{type(error).__name__}: {error}"
+    counts, reason = attempt(lambda: _chain_counts(device)), "they run before their input is written"
+    if isinstance(counts, torch.OutOfMemoryError):
+        raise counts
+    if isinstance(counts, Exception):  # of a driver or a compiler: kernels start one after another then
+        torch.cuda.synchronize(device)  # raises if nothing works on the device any more
+        counts, reason = False, f"{type(counts).__name__}: {counts}"
     if not counts:
         logger.warning("no kernel starts before the one in front of it has ended on %s: %s", device, reason)
     return counts

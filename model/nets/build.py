@@ -1,15 +1,14 @@
-"""The nets there are, and which of them a model directory describes."""
+"""Builds a net from its architecture."""
 
 from typing import TypeAlias
 
-from model.nets.config import Architecture
-from model.nets.lucidrains import LucidUNet
-from model.nets.lucidrains_config import LucidArchitecture
+from model.nets.lucidrains import LucidrainsUNet
+from model.nets.lucidrains_config import AnyArchitecture, LucidrainsArchitecture
 from model.nets.unet import UNet
 
-Net: TypeAlias = UNet | LucidUNet
+Net: TypeAlias = UNet | LucidrainsUNet
 
 
-def build(architecture: Architecture | LucidArchitecture) -> Net:
-    """The net of this shape, its weights yet to be loaded."""
-    return LucidUNet(architecture) if isinstance(architecture, LucidArchitecture) else UNet(architecture)
+def build(architecture: AnyArchitecture) -> Net:
+    """The net of this shape, whose weights are still to be loaded."""
+    return LucidrainsUNet(architecture) if isinstance(architecture, LucidrainsArchitecture) else UNet(architecture)

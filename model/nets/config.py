@@ -1,7 +1,7 @@
-"""The shape of a U-Net, read from the `config.json` that diffusers writes, every number bounded.
+"""The shape of a U-Net, read from the `config.json` that diffusers writes, with bounds for every number.
 
-OpenAI's improved- and guided-diffusion build nets that `UNet2DModel` has no words for. Their `config.json` names the
-class `OpenAIUNet`: the same vocabulary with a few words more (docs/models.md), and no word that is not known here.
+OpenAI's improved- and guided-diffusion build nets that `UNet2DModel` cannot describe. Their `config.json` names the
+class `OpenAIUNet`: the same options and a few more (docs/models.md), all of which must be known here.
 """
 
 from dataclasses import dataclass, fields
@@ -19,9 +19,9 @@ DOWN_BLOCKS = {"DownBlock2D": PLAIN, "AttnDownBlock2D": ATTENTION, "ResnetDownsa
 UP_BLOCKS = {"UpBlock2D": PLAIN, "AttnUpBlock2D": ATTENTION, "ResnetUpsampleBlock2D": RESNET}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Architecture:
-    """The shape of a U-Net, in the vocabulary of diffusers' `UNet2DModel` (0.42); the last three are `OpenAIUNet`'s."""
+    """The shape of a U-Net, by the options of diffusers' `UNet2DModel` (0.42); the last three are `OpenAIUNet`'s."""
 
     height: int
     width: int
@@ -45,18 +45,18 @@ class Architecture:
     flip_sin_to_cos: bool = True
     freq_shift: float = 0.0
     time_embedding_dim: int | None = None
-    attention_heads: int | None = None  # in every attention; then attention_head_dim does not count
-    sinusoid_dim: int | None = None  # if it is not the first level's channels
-    timestep_scale: float = 1.0  # the net was trained with timesteps times this
+    attention_heads: int | None = None  # in every attention; attention_head_dim is ignored then
+    sinusoid_dim: int | None = None  # None: the first level's channels
+    timestep_scale: float = 1.0  # by which the timesteps of the training were multiplied
 
     @property
     def learned_variance(self) -> bool:
-        """Whether the net has a second set of channels that says how much noise to add."""
+        """Whether a second set of output channels says how much noise to add."""
         return self.out_channels == 2 * self.in_channels
 
     @property
     def levels(self) -> int:
-        """Sizes of picture that the net works at, each half of the one above."""
+        """The number of sizes at which the net works, each half of the one above."""
         return len(self.block_out_channels)
 
     @property
@@ -70,16 +70,16 @@ class Architecture:
         return self.time_embedding_dim or 4 * self.block_out_channels[0]
 
     def heads(self, channels: int) -> int:
-        """Into how many heads an attention divides these channels."""
+        """The number of heads of an attention with so many channels."""
         return self.attention_heads or channels // (self.attention_head_dim or channels)
 
     @property
     def least_parameters(self) -> int:
-        """Fewer than it has: of each resnet the convolution that keeps its level's channels."""
+        """A lower bound of its parameters: one convolution of each residual block, from and to its level's channels."""
         return (2 * self.layers_per_block + 1) * sum(9 * width * width for width in self.block_out_channels)
 
 
-# What options were called before diffusers 0.1, and are called now.
+# The names of options before diffusers 0.1, and now.
 RENAMED = {
     "image_size": "sample_size",
     "block_channels": "block_out_channels",
@@ -93,7 +93,7 @@ RENAMED = {
     "num_head_channels": "attention_head_dim",
 }
 
-# What an option must be for this U-Net to compute the same function. Anything else is refused by name.
+# The values with which this U-Net computes the same function as diffusers'. Others are refused by name.
 _FIXED: dict[str, tuple[Any, ...]] = {
     "center_input_sample": (False, None),
     "time_embedding_type": ("positional",),
@@ -111,14 +111,13 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "conv_resample": (True, None),
     "flip_sin_to_cos": (True, False),
 }
-_OPENAI: dict[str, tuple[Any, ...]] = {
-    "downsample_type": ("conv", "resnet", "pool"),
-    "upsample_type": ("conv", "resnet", "repeat"),
-}
+_OPENAI = {"downsample_type": ("conv", "resnet", "pool"), "upsample_type": ("conv", "resnet", "repeat")}
+_NUMBERS = {"attention_heads", "sinusoid_dim", "timestep_scale"}  # of `OpenAIUNet` alone
+_KEPT = {field.name for field in fields(Architecture)} & (_FIXED.keys() - _NUMBERS)
 
 
 def with_todays_names(config: Json) -> Json:
-    """The same options as diffusers names them today; what has both names keeps what the new one says."""
+    """The same options under diffusers' names of today; of an option under both names the new one counts."""
     named = {RENAMED.get(option, option): value for option, value in config.items() if option in RENAMED}
     named |= {option: value for option, value in config.items() if option not in RENAMED}
     for option in ("down_block_types", "up_block_types"):
@@ -129,14 +128,13 @@ def with_todays_names(config: Json) -> Json:
 
 def _block_types(options: Options, option: str, known: Json, default: tuple[str, ...]) -> tuple[str, ...]:
     types = options.items(option, default, 8)
-    for block_type in types:
-        if not isinstance(block_type, str) or block_type not in known:
-            raise options.refuse(option, "a list of " + ", ".join(known))
+    if not all(isinstance(block_type, str) and block_type in known for block_type in types):
+        raise options.refuse(option, "a list of " + ", ".join(known))
     return tuple(types)
 
 
 def image_size(options: Options, levels: int) -> tuple[int, int]:
-    """(height, width) of a picture that can be halved between so many levels. Raises ModelRefused."""
+    """(height, width) of a picture, which can be halved between so many levels. Raises ModelRefused."""
     size = options.values.get("sample_size")
     given = size if isinstance(size, list | tuple) else [size, size]
     step = 2 ** (levels - 1)
@@ -146,6 +144,30 @@ def image_size(options: Options, levels: int) -> tuple[int, int]:
     return sides[0], sides[1]
 
 
+def picture_channels(options: Options, out: int | None = None) -> tuple[int, int]:
+    """(channels of a picture, channels of the net's output), by default as many or `out`. Raises ModelRefused."""
+    channels = options.integer("in_channels", min(CHANNELS), max(CHANNELS), 3)
+    if channels not in CHANNELS:
+        raise options.refuse("in_channels", " or ".join(map(str, CHANNELS)))
+    out = options.integer("out_channels", 1, 2 * max(CHANNELS), channels if out is None else out)
+    if out not in (channels, 2 * channels):
+        raise options.refuse("out_channels", f"in_channels or twice that ({channels})")
+    return channels, out
+
+
+def _levels(options: Options, default: Architecture) -> tuple[tuple[int, ...], tuple[str, ...], tuple[str, ...]]:
+    """(block_out_channels, down_block_types, up_block_types), all of one length. Raises ModelRefused."""
+    given = [whole(item) for item in options.items("block_out_channels", default.block_out_channels, 8)]
+    widths = tuple(width for width in given if width is not None and 1 <= width <= 8192)
+    if len(widths) != len(given):
+        raise options.refuse("block_out_channels", "integers in 1..8192")
+    down = _block_types(options, "down_block_types", DOWN_BLOCKS, default.down_block_types)
+    up = _block_types(options, "up_block_types", UP_BLOCKS, default.up_block_types)
+    if not len(down) == len(up) == len(widths):
+        raise options.refuse("down_block_types", f"as long as block_out_channels and up_block_types ({len(widths)})")
+    return widths, down, up
+
+
 def architecture(config: Json) -> Architecture:
     """The net that a `config.json` describes. Raises ModelRefused naming the option that is out of bounds."""
     if "ch_mult" in config:
@@ -153,72 +175,53 @@ def architecture(config: Json) -> Architecture:
     config = with_todays_names(config)
     options = Options("config.json", config)
     _check_words(options)
-    default = Architecture(32, 32)
-    channels = []
-    for value in map(whole, options.items("block_out_channels", default.block_out_channels, 8)):
-        if value is None or not 1 <= value <= 8192:
-            raise options.refuse("block_out_channels", "integers in 1..8192")
-        channels.append(value)
-    down = _block_types(options, "down_block_types", DOWN_BLOCKS, default.down_block_types)
-    up = _block_types(options, "up_block_types", UP_BLOCKS, default.up_block_types)
-    if not len(down) == len(up) == len(channels):
-        raise options.refuse("down_block_types", f"as long as block_out_channels and up_block_types ({len(channels)})")
-    height, width = image_size(options, len(channels))
-    in_channels = options.integer("in_channels", min(CHANNELS), max(CHANNELS), 3)
-    if in_channels not in CHANNELS:
-        raise options.refuse("in_channels", " or ".join(map(str, CHANNELS)))
+    widths, down, up = _levels(options, Architecture(height=32, width=32))
+    height, width = image_size(options, len(widths))
+    channels, out = picture_channels(options, 3)
     arch = Architecture(
-        height,
-        width,
-        in_channels,
-        options.integer("out_channels", 1, 2 * max(CHANNELS), 3),
-        tuple(channels),
-        down,
-        up,
-        config.get("mid_block_type", "UNetMidBlock2D"),
-        options.integer("layers_per_block", 1, 16, 2),
-        options.number("mid_block_scale_factor", 1e-3, 1e3, 1.0),
-        options.integer("downsample_padding", 0, 1, 1),
-        config.get("downsample_type", "conv"),
-        config.get("upsample_type", "conv"),
-        options.optional("attention_head_dim", 1, 8192, 8),
-        options.integer("norm_num_groups", 1, 8192, 32),
-        options.optional("attn_norm_num_groups", 1, 8192),
-        options.number("norm_eps", 1e-12, 1.0, 1e-5),
-        config.get("resnet_time_scale_shift", "default"),
-        config.get("add_attention", True),
-        config.get("flip_sin_to_cos", True),
-        options.number("freq_shift", -4.0, 4.0, 0.0),
-        options.optional("time_embedding_dim", 1, 32768),
-        options.optional("attention_heads", 1, 8192),
-        options.optional("sinusoid_dim", 4, 8192),
-        options.number("timestep_scale", 1e-6, 1e6, 1.0),
+        height=height,
+        width=width,
+        in_channels=channels,
+        out_channels=out,
+        block_out_channels=widths,
+        down_block_types=down,
+        up_block_types=up,
+        layers_per_block=options.integer("layers_per_block", 1, 16, 2),
+        mid_block_scale_factor=options.number("mid_block_scale_factor", 1e-3, 1e3, 1.0),
+        downsample_padding=options.integer("downsample_padding", 0, 1, 1),
+        attention_head_dim=options.optional("attention_head_dim", 1, 8192, 8),
+        norm_num_groups=options.integer("norm_num_groups", 1, 8192, 32),
+        attn_norm_num_groups=options.optional("attn_norm_num_groups", 1, 8192),
+        norm_eps=options.number("norm_eps", 1e-12, 1.0, 1e-5),
+        freq_shift=options.number("freq_shift", -4.0, 4.0, 0.0),
+        time_embedding_dim=options.optional("time_embedding_dim", 1, 32768),
+        attention_heads=options.optional("attention_heads", 1, 8192),
+        sinusoid_dim=options.optional("sinusoid_dim", 4, 8192),
+        timestep_scale=options.number("timestep_scale", 1e-6, 1e6, 1.0),
+        **{name: config[name] for name in _KEPT & config.keys()},
     )
     _check_consistency(options, arch)
     return arch
 
 
 def _check_words(options: Options) -> None:
-    """Every option that is one of a few words, and for `OpenAIUNet` that there is none beside those that are known."""
+    """Checks every option that is one of a few words, and for `OpenAIUNet` that all options are known."""
     ours = options.values.get("_class_name") == OPENAI
     if ours:
         known = {field.name for field in fields(Architecture)} | _FIXED.keys() | {"sample_size"}
         for option in options.values:
             if option not in known and not option.startswith("_"):
                 raise options.refuse(option, f"absent: {OPENAI} has no such option")
-    numbers = {"attention_heads", "sinusoid_dim", "timestep_scale"} if ours else set()
     for option, allowed in (_FIXED | (_OPENAI if ours else {})).items():
-        if option in options.values and option not in numbers:
+        if option in options.values and not (ours and option in _NUMBERS):
             options.word(option, allowed, None)
 
 
 def _check_consistency(options: Options, arch: Architecture) -> None:
-    """Options that are each fine, but not together."""
+    """Checks options that are each fine, but may not be so together."""
     if (least := arch.least_parameters) > MAX_PARAMETERS:
         raise ModelRefused(f"config.json: at most {MAX_PARAMETERS} parameters are allowed, it calls for over {least}")
     channels, groups = arch.block_out_channels, arch.norm_num_groups
-    if arch.out_channels not in (arch.in_channels, 2 * arch.in_channels):
-        raise options.refuse("out_channels", f"in_channels or twice that ({arch.in_channels})")
     sinusoid = arch.sinusoid_dim or channels[0]
     if sinusoid < 4 or sinusoid // 2 <= arch.freq_shift:
         raise options.refuse("block_out_channels", "at least 4 channels in the first level")
@@ -227,6 +230,12 @@ def _check_consistency(options: Options, arch: Architecture) -> None:
         raise options.refuse("norm_num_groups", "a divisor of every channel count")
     if arch.attn_norm_num_groups is not None and channels[-1] % arch.attn_norm_num_groups:
         raise options.refuse("attn_norm_num_groups", f"a divisor of {channels[-1]}")
+    _check_attention(options, arch)
+
+
+def _check_attention(options: Options, arch: Architecture) -> None:
+    """Checks that the channels of every attention can be divided into its heads."""
+    channels = arch.block_out_channels
     attended = [c for c, t in zip(channels, arch.down_block_types, strict=True) if DOWN_BLOCKS[t] == ATTENTION]
     attended += [c for c, t in zip(channels[::-1], arch.up_block_types, strict=True) if UP_BLOCKS[t] == ATTENTION]
     if arch.mid_block_type and arch.add_attention:

@@ -2,8 +2,8 @@
 
 The net is compiled for a few batch sizes, and a batch of any size is split into these, the largest first. A net is
 usable once it is compiled for one picture; `grow` adds the next larger size, and may be called from another thread. A
-size is used only if a picture has the same bits in it as alone, so the result never depends on which sizes exist. Torch
-takes one picture at a time.
+size is used only if a picture has the same bits in it as alone, so results never depend on the sizes there are. torch
+computes one picture at a time.
 """
 
 import logging
@@ -11,63 +11,50 @@ import math
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from model.errors import attempt
 from model.fingerprint import fingerprint
-from model.nets.activations import alive
+from model.nets.activations import size_bytes, sizes_up_to
 from model.nets.build import Net
-from model.nets.config import Architecture
-from model.nets.lucidrains_config import LucidArchitecture
+from model.nets.lucidrains_config import AnyArchitecture
 
-SIZES = (1, 2, 4, 8, 16)
-PADDED = 8  # from this size on, a batch that lacks one picture is run with anything in its place
-SIZES_BYTES = 3 << 30  # they take together no more than this, unless the first alone does: see `size_bytes`
-CHECKED_SIDE = 64  # pixels: larger nets are compared with torch on a picture of this size, which takes a moment
-CONVERTED = 1e-4  # OpenVINO's error beside torch, both in float32: |difference| / |largest number|
-ROUNDED = 0.1  # the same in half precision: no more than a sign that the numbers are not those of another net
+PADDED = 8  # from this size on, a batch with one picture too few is run with any picture in its place
+CHECKED_SIDE = 64  # pixels: larger nets are compared with torch on a picture of this size, to save time
+CONVERTED = 1e-4  # the most that OpenVINO may differ from torch, both in float32: |difference| / |largest number|
+ROUNDED = 0.1  # the same in half precision, where it shows no more than that this is the same net
 
 Shape: TypeAlias = tuple[int, int, int]  # C, H, W
-Run: TypeAlias = Callable[[Tensor, Tensor], Tensor]  # (x, embedding) -> out, which is good until the next call
+Run: TypeAlias = Callable[[Tensor, Tensor], Tensor]  # (x, embedding) -> out, valid until the next call
 Program: TypeAlias = Callable[[], Run]  # a net for one batch size; each call gives a Run that one thread may use
-Compile: TypeAlias = Callable[[Shape, int, torch.dtype], Program]  # for pictures of this shape, so many in a batch
+Compile: TypeAlias = Callable[[Shape, int, torch.dtype], Program]  # (shape of a picture, batch size, dtype)
 logger = logging.getLogger(__name__)
 
 
 class Unusable(Exception):
-    """OpenVINO cannot run a net. The message is a predicate that follows the word "OpenVINO"."""
+    """OpenVINO cannot run a net. The message is a predicate whose subject is "OpenVINO"."""
 
 
 def supports(dtype: torch.dtype) -> bool:
     """Whether this processor has native instructions for `dtype`."""
-    try:
+
+    def ask_openvino() -> bool:
         from model.nets import openvino_graph
 
         return openvino_graph.computes_in(dtype)
-    except Exception:  # what is wrong with OpenVINO is told when a net is to be run
+
+    supported = attempt(ask_openvino)
+    if isinstance(supported, Exception):  # which `CpuNet` reports when a net is to be run
         native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         return dtype == torch.bfloat16 and native
+    return supported
 
 
-def sizes_up_to(slots: int, arch: Architecture | LucidArchitecture, parameters: int, dtype: torch.dtype) -> list[int]:
-    """The batch sizes that a net has after it has grown to `slots` pictures."""
-    sizes, taken = [1], size_bytes(1, arch, parameters, dtype)
-    for size in SIZES[1:]:
-        taken += size_bytes(size, arch, parameters, dtype)
-        if size <= slots and taken <= SIZES_BYTES:
-            sizes.append(size)
-    return sizes
-
-
-def size_bytes(size: int, arch: Architecture | LucidArchitecture, parameters: int, dtype: torch.dtype) -> int:
-    """Memory of one batch size: its own copy of the weights, and the activations of each picture."""
-    return int(dtype.itemsize) * (parameters + size * alive(arch))
-
-
-def checked_shape(arch: Architecture | LucidArchitecture) -> Shape:
-    """The picture on which OpenVINO is compared with torch: the net's own, or a smaller one with as many levels."""
+def checked_shape(arch: AnyArchitecture) -> Shape:
+    """The shape of the test picture: that of the net's own, or a smaller one with as many levels."""
     channels, *sides = arch.shape
     side = max(CHECKED_SIDE, 1 << arch.levels)
     height, width = (side if given > side and given % side == 0 else given for given in sides)
@@ -75,20 +62,20 @@ def checked_shape(arch: Architecture | LucidArchitecture) -> Shape:
 
 
 class CpuNet:
-    """A net for batches of any size. x: [B, C, H, W], embedding: [B, P], of float32 -> [B, out, H, W] float32
+    """A net for batches of any size. x: [B, C, H, W], embedding: [B, P], float32 -> [B, out, H, W] float32
 
-    table: [T, P] float32, rows of embeddings. dtype: of the numbers inside the net. parameters: how many the net has.
-    unusable: if not empty, OpenVINO is not tried; the reason, as a predicate.
+    table: [T, P] float32, rows of embeddings; dtype: of the numbers inside the net; parameters: how many the net has
+    unusable: the reason not to try OpenVINO, as a predicate; or nothing
     """
 
     def __init__(self, net: Net, table: Tensor, dtype: torch.dtype, parameters: int, unusable: str = "") -> None:
         self.arch, self.dtype, self.parameters, self.threads = net.arch, dtype, parameters, torch.get_num_threads()
         self.embedding_width, self.reads = net.embedding_width, net.reads
-        self.note: str | None = None  # why OpenVINO does not run it
+        self.note: str | None = None  # a sentence, if OpenVINO does not run it
         self.runtime = f"torch {torch.__version__}"
         self._table, self._expected = table, list[Tensor]()  # the results of the two test pictures, each computed alone
         self._last_tried = 1  # batch size
-        self._compile: Compile | None = None  # as long as there are sizes to come
+        self._compile: Compile | None = None  # None when no more sizes are to be compiled
         self._runs: dict[int, Run] = {}
         try:
             if unusable:
@@ -97,7 +84,7 @@ class CpuNet:
             self._begin(net, self._compile)
         except torch.OutOfMemoryError:
             raise
-        except (Unusable, RuntimeError) as error:  # the second from the first run of what was compiled
+        except (Unusable, RuntimeError) as error:  # RuntimeError comes from the first run of a compiled net
             self.note, self._compile = f"run by torch, since OpenVINO {_predicate(error)}", None
             self.runtime = f"torch {torch.__version__}"
             self._use(partial(_by_torch, net.to(dtype), self.threads))
@@ -118,7 +105,7 @@ class CpuNet:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def to_come(self, slots: int) -> list[int]:
-        """The batch sizes yet to be compiled. slots: the largest batch that will be asked for"""
+        """The batch sizes still to be compiled. slots: the largest batch that will be run"""
         if self._compile is None:
             return []
         return [s for s in sizes_up_to(slots, self.arch, self.parameters, self.dtype) if s > self._last_tried]
@@ -130,7 +117,7 @@ class CpuNet:
     @torch.inference_mode()
     def grow(self, slots: int) -> bool:
         """Compiles the next batch size, and uses it if a picture has the same bits in it as alone. Returns whether
-        another size will follow."""
+        another size is left."""
         for size in self.to_come(slots)[:1]:
             assert self._compile is not None
             self._last_tried = size
@@ -144,12 +131,11 @@ class CpuNet:
                 logger.warning("batches of %d or more are not used, since OpenVINO %s", size, _predicate(error))
                 self._compile = None
         if not self.to_come(slots):
-            self._compile = None  # the net's layers are not needed any more
+            self._compile = None  # so that torch's weights are freed
         return self._compile is not None
 
     def _agrees(self, run: Run, size: int) -> bool:
-        """Whether each of two pictures has, in each place of a batch and beside other neighbours, the bits it has
-        alone."""
+        """Whether each of two pictures has the bits it has alone in every place of a batch, beside any others."""
         x, embedding = self._test_inputs(2, self.arch.shape)
         if not self._expected:
             alone = self._first()
@@ -163,13 +149,13 @@ class CpuNet:
         return True
 
     def _test_inputs(self, batch: int, shape: Shape) -> tuple[Tensor, Tensor]:
-        """Random pictures, and embeddings of random timesteps; the same ones every time."""
+        """Random pictures, and embeddings of random timesteps; the same ones at each call."""
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(batch, *shape, generator=generator)
         return x, self._table[torch.randint(len(self._table), (batch,), generator=generator)]
 
     def _begin(self, net: Net, compile_net: Compile) -> None:
-        """Compiles the net for one picture. Raises Unusable if the result is not that of torch."""
+        """Compiles the net for one picture. Raises Unusable if its result differs from torch's."""
         shape = checked_shape(self.arch)
         given = self._test_inputs(1, shape)
         expected, half = net(*given), self.dtype != torch.float32
@@ -179,16 +165,16 @@ class CpuNet:
         _compare(self._test_result, expected, ROUNDED if half else CONVERTED, self.dtype)
 
     def _use(self, compile_net: Compile) -> None:
-        """From now on the net runs one picture by this, which is tried on the test picture first."""
+        """Compiles the net for one picture by this, runs the test picture, and uses it from now on."""
         shape = checked_shape(self.arch)
         program, given = compile_net(shape, 1, self.dtype), self._test_inputs(1, shape)
         run = program()
         self._test_result = run(*given).clone()
-        self.bits = fingerprint(self._test_result.numpy().tobytes())  # tells machines apart
+        self.bits = fingerprint(self._test_result.numpy().tobytes())  # other machines may compute others
         began = time.perf_counter()
         run(*given)
         smaller = math.prod(shape) / math.prod(self.arch.shape)
-        self.picture_s = (time.perf_counter() - began) / smaller  # about what a step of one picture takes
+        self.picture_s = (time.perf_counter() - began) / smaller  # the estimated duration of a step of one picture
         self._first = program if smaller == 1 else compile_net(self.arch.shape, 1, self.dtype)
         self._runs = {1: self._first()}
 
@@ -202,24 +188,32 @@ def _compare(found: Tensor, expected: Tensor, most: float, dtype: torch.dtype) -
 
 def _openvino(net: Net, threads: int) -> tuple[str, Compile]:
     """The runtime's name and version, and a function that compiles the net. Both raise Unusable."""
-    try:
+
+    def import_graph() -> Any:
         from model.nets import openvino_graph
-    except Exception as error:  # it is missing, lacks a symbol or a library: whatever it is, torch does without
-        raise Unusable(f"cannot be imported: {_reason(error)}") from error
+
+        return openvino_graph
+
+    graph = attempt(import_graph)  # it may be missing, or lack a symbol or a library
+    if isinstance(graph, Exception):
+        raise Unusable(f"cannot be imported: {_reason(graph)}") from graph
 
     def compile_net(shape: Shape, batch: int, dtype: torch.dtype) -> Program:
-        try:
-            if openvino_graph.computes_in(dtype):
-                program = openvino_graph.compile_net(net, shape, batch, dtype, threads)
-                program()
-                return program
-        except Exception as error:  # of its own kinds, and of pybind11's
-            if isinstance(error, MemoryError) or "bad_alloc" in str(error):
-                raise torch.OutOfMemoryError(f"has no memory for batches of {batch}") from error
-            raise Unusable(_predicate(error)) from error
-        raise Unusable(f"does not compute in {str(dtype).removeprefix('torch.')} on this processor")
+        if not graph.computes_in(dtype):
+            raise Unusable(f"does not compute in {str(dtype).removeprefix('torch.')} on this processor")
+        program: Program = graph.compile_net(net, shape, batch, dtype, threads)
+        program()
+        return program
 
-    return f"openvino {openvino_graph.VERSION}", compile_net
+    def compile_or_refuse(shape: Shape, batch: int, dtype: torch.dtype) -> Program:
+        program = attempt(lambda: compile_net(shape, batch, dtype))
+        if not isinstance(program, Exception):
+            return program
+        if isinstance(program, MemoryError) or "bad_alloc" in str(program):
+            raise torch.OutOfMemoryError(f"has no memory for batches of {batch}") from program
+        raise Unusable(_predicate(program)) from program
+
+    return f"openvino {graph.VERSION}", compile_or_refuse
 
 
 def _predicate(error: Exception) -> str:
@@ -227,17 +221,17 @@ def _predicate(error: Exception) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """The last line of OpenVINO's message; those before it name places in its source."""
+    """The last line of OpenVINO's message, behind lines with places in its source."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
 
 
 def _by_torch(net: Net, threads: int, shape: Shape, batch: int, dtype: torch.dtype) -> Program:
-    """The net in torch, which takes any batch size; `shape` and `batch` are ignored."""
+    """The net in torch, which runs any batch size: `shape` and `batch` are ignored."""
 
     def run(x: Tensor, embedding: Tensor) -> Tensor:
         before = torch.get_num_threads()
-        torch.set_num_threads(threads)  # a setting of each thread
+        torch.set_num_threads(threads)  # the setting is the thread's own
         try:
             out: Tensor = net(x.to(dtype), embedding.to(dtype)).float()
             return out

@@ -1,21 +1,22 @@
 """The U-Net of lucidrains' `denoising_diffusion_pytorch` 2: RMS norms, linear attention, memories beside the picture.
 
-It computes what the original does, under the original's names, and is handed a row of the timestep table per sample as
-`model.nets.unet` is. Two layers are written as what they amount to: the four pixels that are stacked before a
-convolution of one pixel are a convolution of 2 x 2 in steps of two, and pixels that are repeated are read twice.
+It computes the same as the original, under the original's names, from one row of the timestep table per sample as in
+`model.nets.unet`. Two layers are written as equivalents: four pixels stacked before a convolution of one pixel are a
+convolution of 2 x 2 with stride 2, and a convolution behind an upsampling reads each pixel several times.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model.nets.convolution import READ, Conv
-from model.nets.layers import SelfAttention
-from model.nets.lucidrains_config import LucidArchitecture
+from model.nets.layers import How, SelfAttention, assign_columns
+from model.nets.lucidrains_config import LucidrainsArchitecture
 
-TOGETHER = 8  # pictures to a product, where a library may not choose its kernel by how many there are
+TOGETHER = 8  # pictures in a product where the library's choice of a kernel must not depend on the batch
 
 
 def sinusoid(timesteps: Tensor, dim: int, theta: float) -> Tensor:
@@ -27,14 +28,14 @@ def sinusoid(timesteps: Tensor, dim: int, theta: float) -> Tensor:
 
 
 class RMSNorm(nn.Module):
-    """Each pixel's channels to the length √C, then scaled; perhaps modulated by the timestep, perhaps SiLU behind."""
+    """Each pixel's channels divided by their root mean square and scaled, perhaps with a modulation and SiLU behind."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.g = nn.Parameter(torch.ones(1, channels, 1, 1))
 
     def forward(self, x: Tensor, time: Tensor | None = None, silu: bool = False) -> Tensor:
-        """x: [B, C, H, W], time: [B, 2C], which scales and shifts what is normed -> [B, C, H, W]"""
+        """x: [B, C, H, W], time: [B, 2C], which scales and shifts the normed picture -> [B, C, H, W]"""
         length = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32)  # [B, 1, H, W]
         weight = self.g.float() * x.shape[1] ** 0.5  # [1, C, 1, 1]
         out = x / length.clamp_min(1e-12)  # float32, whatever the storage
@@ -89,34 +90,38 @@ class Attention(nn.Module):
         return out
 
 
-def _products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """q (kᵀ v), picture by picture and head by head. q, k, v: [B, heads, L, d] -> [B, heads, L, d]"""
     context = k.transpose(-1, -2) @ v  # [B, heads, d, d]
     return q @ context
 
 
 def products_in_groups(*factors: Tensor) -> Tensor:
-    """The same, always for TOGETHER pictures at a time: the last ones are joined by zeros."""
+    """The same with always TOGETHER pictures at a time, the last of them beside zeros. On a GPU a library chooses its
+    kernel by the whole shape, which is the same in any batch then."""
     results = []
     for group in zip(*(factor.split(TOGETHER) for factor in factors), strict=True):
         count = len(group[0])
         missing = (0, 0, 0, 0, 0, 0, 0, TOGETHER - count)
-        results.append(_products(*(F.pad(factor, missing) if count < TOGETHER else factor for factor in group))[:count])
+        results.append(products(*(F.pad(factor, missing) if count < TOGETHER else factor for factor in group))[:count])
     return torch.cat(results)
 
 
 class LinearAttention(nn.Module):
-    """Attention whose cost grows with the pixels, not with their square (Shen et al. 2018), and its connection."""
-
-    # Whether each product is of the same shape in any batch: on a GPU a library chooses its kernel by the whole shape.
-    invariant = False
+    """Attention with a cost linear in the pixels (Shen et al. 2018), with a residual connection."""
 
     def __init__(self, channels: int, heads: int, head_dim: int, memories: int) -> None:
         super().__init__()
-        self.heads, self.norm = heads, RMSNorm(channels)
+        self.heads, self.norm, self.invariant = heads, RMSNorm(channels), False
         self.mem_kv = nn.Parameter(torch.zeros(2, heads, head_dim, memories))
         self.to_qkv = Conv(channels, 3 * heads * head_dim, 1, bias=False)
         self.to_out = nn.Sequential(Conv(heads * head_dim, channels, 1), RMSNorm(channels))
+        self._multiply: Callable[[Tensor, Tensor, Tensor], Tensor] = products
+
+    def use(self, how: How) -> None:
+        """Chooses how the products are computed from now on; see `products_in_groups`."""
+        self.invariant = how in ("invariant", "pinned")
+        self._multiply = products_in_groups if self.invariant else products
 
     def forward(self, x: Tensor) -> Tensor:
         B, _, H, W = x.shape
@@ -125,38 +130,36 @@ class LinearAttention(nn.Module):
         q, k, v = qkv.permute(0, 2, 3, 1).reshape(B, H * W, 3, self.heads, d).permute(2, 0, 3, 1, 4)
         memory_k, memory_v = self.mem_kv.transpose(-1, -2)[:, None].expand(2, B, -1, -1, -1)  # [B, heads, M, d] each
         k, v = torch.cat([memory_k, k], dim=2), torch.cat([memory_v, v], dim=2)  # [B, heads, M + H W, d]
-        multiply = products_in_groups if self.invariant else _products
-        h = multiply(q.softmax(dim=3) * d**-0.5, k.softmax(dim=2), v)  # [B, heads, H W, d]
+        h = self._multiply(q.softmax(dim=3) * d**-0.5, k.softmax(dim=2), v)  # [B, heads, H W, d]
         h = h.transpose(1, 2).reshape(B, H, W, self.heads * d).permute(0, 3, 1, 2)
         out: Tensor = self.to_out(h) + x
         return out
 
 
+def _attention(arch: LucidrainsArchitecture, channels: int, level: int, full: bool) -> nn.Module:
+    kind = Attention if full else LinearAttention
+    return kind(channels, arch.attn_heads[level], arch.attn_dim_head[level], arch.num_mem_kv)
+
+
+def _level(arch: LucidrainsArchitecture, channels: int, joined: int, level: int, resize: Conv) -> nn.ModuleList:
+    """Two residual blocks, attention, and the convolution that leads to the next level. joined: channels beside x"""
+    blocks = [ResnetBlock(channels + joined, channels, 4 * arch.dim) for _ in range(2)]
+    return nn.ModuleList([*blocks, _attention(arch, channels, level, arch.full_attn[level]), resize])
+
+
 def _layers(level: nn.Module) -> list[nn.Module]:
-    """Of one level: two residual blocks, attention, and the convolution that leads to the next."""
+    """The four layers of a level."""
     assert isinstance(level, nn.ModuleList)
     return list(level)
 
 
-class LucidUNet(nn.Module):
-    """The whole net: x_t and a row of the embedding table in, what the net was trained to predict out."""
+class LucidrainsUNet(nn.Module):
+    """The whole net, from x_t and a row of the embedding table to what the net was trained to predict."""
 
-    def __init__(self, arch: LucidArchitecture) -> None:
+    def __init__(self, arch: LucidrainsArchitecture) -> None:
         super().__init__()
         self.arch = arch
         widths, embedding, levels = arch.widths, 4 * arch.dim, range(len(arch.dim_mults))
-
-        def resnet(channels: int, out: int) -> ResnetBlock:
-            return ResnetBlock(channels, out, embedding)
-
-        def attention(channels: int, level: int, full: bool) -> nn.Module:
-            kind = Attention if full else LinearAttention
-            return kind(channels, arch.attn_heads[level], arch.attn_dim_head[level], arch.num_mem_kv)
-
-        def level_of(channels: int, joined: int, level: int, resize: Conv) -> nn.ModuleList:
-            blocks = [resnet(channels + joined, channels) for _ in range(2)]
-            return nn.ModuleList([*blocks, attention(channels, level, arch.full_attn[level]), resize])
-
         self.init_conv = Conv(arch.in_channels, arch.init_dim, 7, padding=3)
         self.time_mlp = nn.Sequential(
             nn.Identity(), nn.Linear(arch.dim, embedding), nn.GELU(), nn.Linear(embedding, embedding)
@@ -166,26 +169,23 @@ class LucidUNet(nn.Module):
             above, below = widths[level], widths[level + 1]
             last = level == levels[-1]
             down = Conv(above, below, 3, padding=1) if last else Conv(above, below, 2, stride=2)
-            self.downs.append(level_of(above, 0, level, down))
+            self.downs.append(_level(arch, above, 0, level, down))
         bottom = widths[-1]
-        self.mid_block1, self.mid_block2 = resnet(bottom, bottom), resnet(bottom, bottom)
-        self.mid_attn = attention(bottom, levels[-1], full=True)
+        self.mid_block1, self.mid_block2 = (ResnetBlock(bottom, bottom, embedding) for _ in range(2))
+        self.mid_attn = _attention(arch, bottom, levels[-1], full=True)
         for level in reversed(levels):
             above, below = widths[level], widths[level + 1]
             up = Conv(below, above, 3, padding=1)
             up.doubled = level > 0
-            self.ups.append(level_of(below, above, level, up))
-        self.final_res_block = resnet(2 * arch.init_dim, arch.init_dim)
+            self.ups.append(_level(arch, below, above, level, up))
+        self.final_res_block = ResnetBlock(2 * arch.init_dim, arch.init_dim, embedding)
         self.final_conv = Conv(arch.init_dim, arch.out_channels, 1)
         self.timed = [module for module in self.modules() if isinstance(module, ResnetBlock)]
-        start = 0
-        for block in self.timed:
-            block.share = slice(start, start + 2 * block.block1.proj.out_channels)
-            start = block.share.stop
-        self.embedding_width: int = start  # P, the sum over all residual blocks
+        columns = [2 * block.block1.proj.out_channels for block in self.timed]
+        self.embedding_width = assign_columns(self.timed, columns)  # P
 
     def embed(self, timesteps: Tensor) -> Tensor:
-        """All that the net needs to know of a timestep. timesteps: [N], as it was trained -> [N, P]"""
+        """All that the net needs to know of a timestep. timesteps: [N], as in its training -> [N, P]"""
         embedding = sinusoid(timesteps, self.arch.dim, self.arch.sinusoidal_pos_emb_theta)
         embedding = self.time_mlp(embedding.to(self.init_conv.weight.dtype))
         return torch.cat([block.mlp(embedding) for block in self.timed], dim=1)
@@ -210,10 +210,10 @@ class LucidUNet(nn.Module):
 
     @property
     def reads(self) -> int:
-        """Channels that the first convolution reads: those of a picture, and zeros."""
+        """The channels that the first convolution reads: those of a picture, and zeros."""
         return self.init_conv.in_channels
 
     def fuse(self) -> None:
-        """For inference: the first convolution reads what a GPU reads best."""
+        """Prepares the weights for inference: on a GPU the first convolution reads more channels, which is faster."""
         if self.init_conv.weight.device.type != "cpu":
             self.init_conv.widen(READ)

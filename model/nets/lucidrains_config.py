@@ -1,19 +1,20 @@
-"""The shape of lucidrains' U-Net (`denoising_diffusion_pytorch` 2), which diffusers has no class for.
+"""The shape of lucidrains' U-Net (`denoising_diffusion_pytorch` 2), for which diffusers has no class.
 
-Its model directory is like any other, but `config.json` names the class `LucidUNet`, its options are those of the
-original's constructor, and every one of them must be known here. See docs/models.md.
+The `config.json` of its model directories names the class `LucidUNet`. The options are those of the original's
+constructor, and all of them must be known here. See docs/models.md.
 """
 
 from dataclasses import dataclass, fields
+from typing import TypeAlias
 
-from model.nets.config import CHANNELS, image_size
+from model.nets.config import Architecture, image_size, picture_channels
 from model.options import Json, Options, whole
 
-LUCID = "LucidUNet"
+LUCIDRAINS = "LucidUNet"  # the class in `config.json`: directories with this name exist
 
 
-@dataclass(frozen=True, slots=True)
-class LucidArchitecture:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LucidrainsArchitecture:
     """The arguments of lucidrains' `Unet`; a tuple has an item for each level, from the picture down."""
 
     height: int
@@ -23,7 +24,7 @@ class LucidArchitecture:
     dim: int
     init_dim: int
     dim_mults: tuple[int, ...]
-    full_attn: tuple[bool, ...]  # whether a level has full attention, else it is linear
+    full_attn: tuple[bool, ...]  # whether a level has full attention; it is linear otherwise
     attn_heads: tuple[int, ...]
     attn_dim_head: tuple[int, ...]
     num_mem_kv: int = 4  # keys and values that every attention has besides those of the picture
@@ -31,12 +32,12 @@ class LucidArchitecture:
 
     @property
     def learned_variance(self) -> bool:
-        """Whether the net has a second set of channels that says how much noise to add."""
+        """Whether a second set of output channels says how much noise to add."""
         return self.out_channels == 2 * self.in_channels
 
     @property
     def levels(self) -> int:
-        """Sizes of picture that the net works at, each half of the one above."""
+        """The number of sizes at which the net works, each half of the one above."""
         return len(self.dim_mults)
 
     @property
@@ -46,8 +47,11 @@ class LucidArchitecture:
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Channels before the first level, and behind each."""
+        """The channels before the first level, and behind each."""
         return self.init_dim, *(self.dim * multiplier for multiplier in self.dim_mults)
+
+
+AnyArchitecture: TypeAlias = Architecture | LucidrainsArchitecture
 
 
 def _whole_numbers(options: Options, option: str, low: int, high: int) -> tuple[int, ...]:
@@ -57,20 +61,16 @@ def _whole_numbers(options: Options, option: str, low: int, high: int) -> tuple[
     return tuple(number for number in numbers if number is not None)
 
 
-def lucid_architecture(config: Json) -> LucidArchitecture:
+def lucidrains_architecture(config: Json) -> LucidrainsArchitecture:
     """The net that such a `config.json` describes. Raises ModelRefused naming the option that is out of bounds."""
     options = Options("config.json", config)
-    known = {field.name for field in fields(LucidArchitecture)} - {"height", "width"} | {"sample_size"}
+    known = {field.name for field in fields(LucidrainsArchitecture)} - {"height", "width"} | {"sample_size"}
     for option in config:
         if option not in known and not option.startswith("_"):
-            raise options.refuse(option, f"absent: {LUCID} has no such option")
+            raise options.refuse(option, f"absent: {LUCIDRAINS} has no such option")
     multipliers = _whole_numbers(options, "dim_mults", 1, 64)
     height, width = image_size(options, len(multipliers))
-    channels = options.integer("in_channels", min(CHANNELS), max(CHANNELS), 3)
-    if channels not in CHANNELS:
-        raise options.refuse("in_channels", " or ".join(map(str, CHANNELS)))
-    if (out := options.integer("out_channels", 1, 2 * max(CHANNELS), channels)) not in (channels, 2 * channels):
-        raise options.refuse("out_channels", f"in_channels or twice that ({channels})")
+    channels, out = picture_channels(options)
     full = options.items("full_attn", None, 8)
     if not all(isinstance(item, bool) for item in full):
         raise options.refuse("full_attn", "a list of true and false")
@@ -79,17 +79,17 @@ def lucid_architecture(config: Json) -> LucidArchitecture:
         if len(items) != len(multipliers):
             raise options.refuse(option, f"as long as dim_mults ({len(multipliers)})")
     dim = options.integer("dim", 4, 2048, None)
-    return LucidArchitecture(
-        height,
-        width,
-        channels,
-        out,
-        dim,
-        options.integer("init_dim", 1, 8192, dim),
-        multipliers,
-        tuple(full),
-        heads,
-        head_dims,
-        options.integer("num_mem_kv", 1, 1024, 4),
-        options.number("sinusoidal_pos_emb_theta", 1.0, 1e9, 10_000.0),
+    return LucidrainsArchitecture(
+        height=height,
+        width=width,
+        in_channels=channels,
+        out_channels=out,
+        dim=dim,
+        init_dim=options.integer("init_dim", 1, 8192, dim),
+        dim_mults=multipliers,
+        full_attn=tuple(full),
+        attn_heads=heads,
+        attn_dim_head=head_dims,
+        num_mem_kv=options.integer("num_mem_kv", 1, 1024, 4),
+        sinusoidal_pos_emb_theta=options.number("sinusoidal_pos_emb_theta", 1.0, 1e9, 10_000.0),
     )

@@ -1,27 +1,22 @@
-"""Compiles a net with OpenVINO; the only module that imports `openvino`.
+"""Compiles a net with OpenVINO: calls its `forward` with Symbols, and compiles the graph that this builds.
 
-The net's own `forward` is called with Symbols in place of tensors, and each operation on a Symbol adds one to an
-OpenVINO graph (`__torch_function__`, as torch.fx does it, but with known shapes). So each net is written once, in
-torch, and nothing is traced, exported or stored. A graph serves one batch size: with static shapes a picture's bits do
-not depend on the batch; with a dynamic batch they do.
+A graph serves one batch size: with static shapes a picture's bits do not depend on the batch; with a dynamic batch they
+do. Nothing is traced, exported or stored.
 """
 
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, TypeAlias, cast
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-# `import openvino` sends a report of its use unless its telemetry package cannot be imported.
-sys.modules["openvino_telemetry"] = cast(Any, None)
-import openvino as ov  # noqa: E402
-from openvino import opset13 as op  # noqa: E402
+from model.nets.build import Net
+from model.nets.openvino_symbols import Symbol, attend, op
 
-from model.nets.build import Net  # noqa: E402
+# isort: split
+import openvino as ov  # behind the symbols, whose module keeps its telemetry from being loaded
 
 VERSION = ov.get_version().partition("-")[0]
 PRECISIONS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
@@ -36,8 +31,8 @@ def computes_in(dtype: torch.dtype) -> bool:
     core = ov.Core()
     if CAPABILITIES[dtype] not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         return False
-    x = Symbol(op.parameter([1, 16, 4, 4], np.float32))  # what is listed may have been switched off
-    out = _attention(*(x.reshape(1, 1, 16, 16),) * 3)
+    x = Symbol(op.parameter([1, 16, 4, 4], np.float32))  # a listed capability may have been switched off
+    out = attend(*(x.reshape(1, 1, 16, 16),) * 3)
     try:
         core.compile_model(ov.Model([op.result(out.node)], [x.node.get_node()], "trial"), "CPU", _hints(dtype, 1))
     except RuntimeError:
@@ -50,16 +45,16 @@ def _hints(dtype: torch.dtype, threads: int) -> dict[str, Any]:
         "INFERENCE_PRECISION_HINT": PRECISIONS[dtype],
         "INFERENCE_NUM_THREADS": threads,
         "NUM_STREAMS": 1,
-        "ENABLE_CPU_PINNING": False,  # engines side by side would all be bound to the first cores
+        "ENABLE_CPU_PINNING": False,  # all engines of a machine would be bound to its first cores
     }
 
 
 def compile_net(net: Net, shape: Sequence[int], batch: int, dtype: torch.dtype, threads: int) -> Callable[[], Run]:
     """Compiles the net for one batch size. Each call of the returned function gives a Run with its own buffers, for one
-    thread. shape: [C, H, W]; dtype: of the numbers inside
+    thread. shape: [C, H, W]; dtype: of the numbers inside the net
 
-    Raises RuntimeError if OpenVINO refuses the net, NotImplementedError or whatever `forward` raises if it does what a
-    Symbol does not support.
+    Raises RuntimeError if OpenVINO refuses the net, and NotImplementedError, or whatever `forward` raises, if it does
+    something that Symbols do not support.
     """
     x = op.parameter([batch, *shape], np.float32)
     embedding = op.parameter([batch, net.embedding_width], np.float32)
@@ -72,240 +67,15 @@ def compile_net(net: Net, shape: Sequence[int], batch: int, dtype: torch.dtype, 
 
 
 def _run(request: ov.InferRequest) -> Run:
-    with torch.inference_mode(False):  # tensors made in it can be written to only in it
+    with torch.inference_mode(False):  # tensors made in inference mode could not be written to outside of it
         inputs = [torch.from_numpy(request.get_input_tensor(i).data) for i in range(2)]
         result = torch.from_numpy(request.get_output_tensor(0).data)
 
     def run(x: Tensor, embedding: Tensor) -> Tensor:
-        """x: [b, C, H, W], embedding: [b, width], float32, b <= batch -> [b, out, H, W], until the next call"""
+        """x: [b, C, H, W], embedding: [b, width], float32, b <= batch -> [b, out, H, W], valid until the next call"""
         inputs[0][: len(x)].copy_(x)
         inputs[1][: len(x)].copy_(embedding)
         request.infer(share_inputs=True, share_outputs=True)
         return result[: len(x)]
 
     return run
-
-
-def _constant(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return op.constant(value.detach().contiguous().numpy(), shared_memory=True)
-    return op.constant(np.asarray(value))
-
-
-def _node(value: Any) -> Any:
-    """What stands for a symbol, a tensor or a number in the graph."""
-    if isinstance(value, Symbol):
-        return value.node
-    return _constant(value if isinstance(value, Tensor) else np.float32(value))
-
-
-class Symbol:
-    """Stands for a float32 tensor while a graph is built: it has a shape but no values, and does what our nets ask."""
-
-    device, dtype, requires_grad = torch.device("cpu"), torch.float32, False
-
-    def __init__(self, node: Any) -> None:
-        self._of = node.output(0) if hasattr(node, "output") else node
-
-    @classmethod
-    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> "Symbol":
-        if function not in MEANINGS:
-            raise NotImplementedError(f"Symbol does not support {function}")
-        return MEANINGS[function](*args, **(kwargs or {}))
-
-    @property
-    def node(self) -> Any:
-        """The node of the graph that it stands for."""
-        return self._of
-
-    @property
-    def shape(self) -> torch.Size:
-        """See torch.Tensor."""
-        return torch.Size(list(self.node.get_shape()))
-
-    @property
-    def ndim(self) -> int:
-        """See torch.Tensor."""
-        return len(self.shape)
-
-    def is_contiguous(self, memory_format: Any = None) -> bool:
-        """OpenVINO chooses its own layouts."""
-        return False
-
-    def __add__(self, other: Any) -> "Symbol":
-        return Symbol(op.add(self.node, _node(other)))
-
-    def __mul__(self, other: Any) -> "Symbol":
-        return Symbol(op.multiply(self.node, _node(other)))
-
-    __radd__, __rmul__ = __add__, __mul__
-
-    def __truediv__(self, other: Any) -> "Symbol":
-        return Symbol(op.divide(self.node, _node(other)))
-
-    def __matmul__(self, other: Any) -> "Symbol":
-        return Symbol(op.matmul(self.node, _node(other), False, False))
-
-    def __getitem__(self, key: Any) -> "Symbol":
-        x = self.node
-        for axis, part in enumerate(key):
-            if part is None:
-                x = op.unsqueeze(x, _constant(axis))
-            elif part != slice(None):
-                _require(isinstance(part, slice) and part.step is None, "indices that are not plain slices")
-                ends = (_constant([end]) for end in (part.start, part.stop, 1, axis))
-                x = op.slice(x, *ends)
-        return Symbol(x)
-
-    def __iter__(self) -> Iterator["Symbol"]:
-        parts = op.split(self.node, _constant(0), self.shape[0])
-        return iter([Symbol(op.squeeze(part, _constant(0))) for part in parts.outputs()])
-
-    def contiguous(self, memory_format: Any = None) -> "Symbol":
-        """Itself."""
-        return self
-
-    def to(self, dtype: Any) -> "Symbol":
-        """Itself: OpenVINO chooses its own numbers."""
-        return self
-
-    def float(self) -> "Symbol":
-        """Itself."""
-        return self
-
-    def chunk(self, count: int, dim: int) -> list["Symbol"]:
-        """See torch.Tensor; the parts are equal."""
-        return [Symbol(part) for part in op.split(self.node, _constant(dim), count).outputs()]
-
-    def permute(self, *order: int) -> "Symbol":
-        """See torch.Tensor."""
-        return Symbol(op.transpose(self.node, _constant(order)))
-
-    def transpose(self, a: int, b: int) -> "Symbol":
-        """See torch.Tensor."""
-        order = list(range(self.ndim))
-        order[a], order[b] = order[b], order[a]
-        return self.permute(*order)
-
-    def reshape(self, *shape: int) -> "Symbol":
-        """See torch.Tensor."""
-        return Symbol(op.reshape(self.node, _constant(shape), False))
-
-    def softmax(self, dim: int) -> "Symbol":
-        """See torch.Tensor."""
-        return Symbol(op.softmax(self.node, dim))
-
-    def clamp_min(self, least: Any) -> "Symbol":
-        """See torch.Tensor."""
-        return Symbol(op.maximum(self.node, _node(least)))
-
-
-class Doubled(Symbol):
-    """A picture whose pixels are repeated to twice its size. A 3 x 3 convolution reads the picture itself instead: see
-    `_convolve_doubled`."""
-
-    def __init__(self, half: Symbol) -> None:
-        self.half = half
-
-    @property
-    def node(self) -> Any:
-        height, width = self.half.shape[2:]
-        size, axes = _constant([2 * height, 2 * width]), _constant([2, 3])
-        how = {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
-        return op.interpolate(self.half.node, size, "nearest", "sizes", axes=axes, **how).output(0)
-
-
-def _require(supported: bool, what: str) -> None:
-    if not supported:
-        raise NotImplementedError(f"Symbol does not support {what}")
-
-
-def _channels(values: Tensor) -> Any:
-    """[C] as [1, C, 1, 1]."""
-    return _constant(values.detach()[None, :, None, None])
-
-
-def _pair(value: Any) -> list[int]:
-    return [value, value] if isinstance(value, int) else list(value)
-
-
-def _convolve(
-    x: Symbol,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
-) -> Symbol:
-    pads, strides = _pair(padding), _pair(stride)
-    _require(_pair(dilation) == [1, 1] and groups == 1, "convolutions with dilation or groups")
-    if isinstance(x, Doubled) and weight.shape[2:] == (3, 3) and pads == strides == [1, 1]:
-        out = _convolve_doubled(x.half, weight)
-    else:
-        out = op.convolution(x.node, _constant(weight), strides, pads, pads, [1, 1])
-    return Symbol(out if bias is None else op.add(out, _channels(bias)))
-
-
-def _convolve_doubled(x: Symbol, weight: Tensor) -> Any:
-    """A 3 x 3 convolution of the doubled picture, as four 2 x 2 convolutions of the picture itself, one for each parity
-    of the output's row and column: 16 products for four pixels instead of 36. -> [B, out, 2H, 2W]"""
-    quarters = []
-    for down in (0, 1):
-        for right in (0, 1):
-            kernel, begin, end = _halved(_halved(weight, 2, down), 3, right), [1 - down, 1 - right], [down, right]
-            quarters.append(op.convolution(x.node, _constant(kernel), [1, 1], begin, end, [1, 1]))
-    return op.depth_to_space(op.concat(quarters, 1), "blocks_first", 2)
-
-
-def _halved(weight: Tensor, axis: int, second: int) -> Tensor:
-    """Three weights along an axis, merged into the two that act on the original pixels, for output pixels of even (0)
-    or odd (1) position."""
-    a, b, c = weight.unbind(axis)
-    return torch.stack((a + b, c) if second else (a, b + c), axis)
-
-
-def _group_norm(x: Symbol, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Symbol:
-    shape = list(x.shape)
-    grouped = op.reshape(x.node, _constant([shape[0], groups, -1]), False)
-    normed = op.reshape(op.mvn(grouped, _constant([2]), True, eps, "inside_sqrt"), _constant(shape), False)
-    return Symbol(op.add(op.multiply(normed, _channels(weight)), _channels(bias)))
-
-
-def _attention(q: Symbol, k: Symbol, v: Symbol) -> Symbol:
-    scores = op.matmul((q * q.shape[-1] ** -0.5).node, k.node, False, True)
-    return Symbol(op.softmax(scores, -1)) @ v
-
-
-def _length(x: Symbol, dim: int, keepdim: bool, dtype: Any) -> Symbol:
-    return Symbol(op.reduce_l2(x.node, _constant([dim]), keepdim))
-
-
-def _pad(x: Symbol, widths: Sequence[int], mode: str = "constant", value: Any = None) -> Symbol:
-    _require(mode == "constant" and not value, "padding with anything but zeros")
-    pairs = list(zip(widths[::2], widths[1::2], strict=True))[::-1]  # torch lists the last axis first
-    pairs = [(0, 0)] * (x.ndim - len(pairs)) + pairs
-    before, after = (_constant(side) for side in zip(*pairs, strict=True))
-    return Symbol(op.pad(x.node, before, after, "constant", _node(0.0)))
-
-
-def _double(x: Symbol, scale_factor: float, mode: str, **_: Any) -> Symbol:
-    _require((scale_factor, mode) == (2.0, "nearest"), "other ways to resize than to double")
-    return Doubled(x)
-
-
-# The graph of each torch function that our nets call.
-MEANINGS: dict[Any, Callable[..., Symbol]] = {
-    torch.conv2d: _convolve,
-    F.group_norm: _group_norm,
-    F.silu: lambda x, inplace: Symbol(op.swish(x.node)),
-    F.scaled_dot_product_attention: _attention,
-    F.interpolate: _double,
-    F.avg_pool2d: lambda x, size: Symbol(op.avg_pool(x.node, [size] * 2, [0, 0], [0, 0], [size] * 2, True)),
-    F.pad: _pad,
-    torch.cat: lambda tensors, dim: Symbol(op.concat([_node(tensor) for tensor in tensors], dim)),
-    torch.linalg.vector_norm: _length,
-    torch.addcmul: lambda start, a, b: a * b + start,
-    Tensor.add: lambda a, b: b + a,
-    Tensor.mul: lambda a, b: b * a,
-}

@@ -20,7 +20,7 @@ from torch import distributed
 
 from model.checkpoint.card import WEIGHTS, read_process
 from model.nets.config import Architecture, architecture
-from model.nets.lucidrains_config import LUCID
+from model.nets.lucidrains_config import LUCIDRAINS
 from model.options import Options, read_json
 from model.train.data import held_out, load_images
 from model.train.trainer import Recipe, Trainer, write_weights
@@ -31,7 +31,7 @@ STATE = "training.safetensors"
 def _trainable(directory: Path) -> Architecture:
     """The net to train. Raises ModelRefused if what this loop teaches is not what would be asked of it."""
     config = Options("config.json", read_json(directory / "config.json"))
-    if config.values.get("_class_name") == LUCID:
+    if config.values.get("_class_name") == LUCIDRAINS:
         raise config.refuse("_class_name", "UNet2DModel or OpenAIUNet to be trained")
     arch = architecture(config.values)
     if arch.learned_variance:

@@ -25,6 +25,8 @@ from server.worker.messages import Cancel, Changed, Heartbeat, Loading, ModelSta
 
 HEARTBEAT_S = 0.25
 
+SAME = ("rank", "frames", "shows_x", "shows_x0", "wants_floats", "owner")  # in a spec and in its requests
+
 
 @lru_cache(256)
 def _plan(process: Process, sampling: Sampling) -> Plan:
@@ -151,9 +153,9 @@ class Models:
             return  # its sender hears of that, if it has not yet
         self.watched.update(message.ids if spec.alone else ())
         table = _plan(self._cards[spec.model].process, spec.sampling)
-        shown = (spec.frames, spec.shows_x, spec.shows_x0, spec.wants_floats)
+        same = {name: getattr(spec, name) for name in SAME}
         for id, seed in zip(message.ids, spec.seeds, strict=True):
-            request = Request(id, seed, table, spec.rank, *shown, spec.owner)
+            request = Request(id, seed, table, **same)
             self._requests[id] = spec.model, request
             self._held[spec.model][id] = request
         self._eviction.ask(spec.model, time.monotonic())

@@ -11,8 +11,8 @@ from PIL import Image
 from torch import nn
 
 from tests.model.convert.flat_ports import FlatUNet
-from tests.model.convert.lucid_nets import diffusion
-from tests.model.convert.lucid_nets import shaken as shaken_lucid
+from tests.model.convert.lucidrains_nets import diffusion
+from tests.model.convert.lucidrains_nets import shaken as shaken_lucidrains
 from tests.model.convert.openai_nets import Kind
 from tests.model.convert.openai_nets import shaken as shaken_openai
 from tests.model.convert.ports import PortedUNet
@@ -32,7 +32,7 @@ def test_a_model_of_every_format_is_served(tmp_path: Path) -> None:
         "ho": (state_of(shake(PortedUNet())), ()),
         "flat": (state_of(shake(FlatUNet())), ()),
         "improved": (state_of(shaken_openai(Kind(learn_sigma=True))), OPENAI_FLAGS),
-        "lucid": ({"step": 1, "model": diffusion(shaken_lucid())}, ("--image-size", "16")),
+        "lucidrains": ({"step": 1, "model": diffusion(shaken_lucidrains())}, ("--image-size", "16")),
     }
     (tmp_path / "weights").mkdir()
     for name, (checkpoint, flags) in formats.items():

@@ -24,9 +24,9 @@ from model.engine.runner import prepared
 from model.engine.slots import Slots
 from model.engine.step import denoise
 from model.nets.build import build
-from model.nets.lucidrains_config import LUCID, lucid_architecture
+from model.nets.lucidrains_config import LUCIDRAINS, lucidrains_architecture
 from model.sampling.noise import INITIAL, gaussian
-from tests.model.convert.lucid_nets import betas, diffusion, shaken
+from tests.model.convert.lucidrains_nets import betas, diffusion, shaken
 from tests.model.convert.refusals import refusal
 from tests.model.engine.test_capture import META, capturing
 from tests.model.tiny import pictures as pictures_of
@@ -84,7 +84,7 @@ def test_a_converted_net_computes_what_the_original_does(tmp_path: Path, kind: d
     model, (x, k) = opened(directory), inputs(kind.get("channels", 3))
 
     assert float((computed(model, x, k) - theirs(x, k)).abs().max()) < 1e-5
-    assert json.loads((directory / "config.json").read_text())["_class_name"] == LUCID
+    assert json.loads((directory / "config.json").read_text())["_class_name"] == LUCIDRAINS
 
 
 def test_of_a_trainers_file_the_average_is_taken(tmp_path: Path) -> None:
@@ -162,7 +162,7 @@ def test_company_does_not_matter(tmp_path: Path, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("batch", [1, 3])
 def test_a_step_of_it_can_be_captured(batch: int) -> None:
-    arch = lucid_architecture(convert(diffusion(shaken(learned_variance=True)), Options(image_size=SIZE)).config)
+    arch = lucidrains_architecture(convert(diffusion(shaken(learned_variance=True)), Options(image_size=SIZE)).config)
     with META:
         net = build(arch).eval().requires_grad_(False)
         table, slots = torch.zeros(T, net.embedding_width), Slots(3, arch.shape, T, META)
@@ -260,6 +260,6 @@ BAD: list[tuple[str, object, str]] = [
 @pytest.mark.parametrize(("option", "value", "words"), BAD)
 def test_an_option_out_of_bounds_is_refused_by_name(option: str, value: object, words: str) -> None:
     config = convert(STATE, Options(image_size=SIZE)).config | {option: value}
-    reason = refusal(lambda: lucid_architecture(config))
+    reason = refusal(lambda: lucidrains_architecture(config))
 
     assert reason.startswith("config.json: ") and words in reason

@@ -306,7 +306,9 @@ def layers(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> nn.Module:
         cuda.diary.append(("capture" if cuda.pool else "run", batch, cuda.stream, cuda.pool))
 
     monkeypatch.setattr(model.engine.runner, "denoise", denoise)
-    return nn.Sequential(Layer(cuda, "a"), nn.Sequential(Layer(cuda, "b"), Layer(cuda, "a")), Layer(cuda, "c"))
+    net: Any = nn.Sequential(Layer(cuda, "a"), nn.Sequential(Layer(cuda, "b"), Layer(cuda, "a")), Layer(cuda, "c"))
+    net.arch = ARCHITECTURE
+    return net  # type: ignore[no-any-return]
 
 
 def test_others_make_steps_after_each_kind_of_layer_that_is_compiled(cuda: FakeCuda, layers: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""The engine: who joins, who leaves, what is told. Pictures are compared with those of the slow sampler."""
+"""The engine: samples that join and leave, and the events. Pictures are compared with those of the slow sampler."""
 
 from collections import Counter
 from collections.abc import Callable, Hashable
@@ -102,13 +102,13 @@ def test_a_sample_takes_as_many_steps_as_its_plan_has_rows() -> None:
 def test_a_freed_slot_is_taken_in_the_very_next_step() -> None:
     engine = quick_engine(1)
     engine.submit(a_request("first", 2))
-    engine.submit(a_request("second", 1, order=1.0))
+    engine.submit(a_request("second", 1, rank=1.0))
 
     assert [endings(engine.step()) for _ in range(3)] == [[], [("Finished", "first")], [("Finished", "second")]]
 
 
-def test_a_smaller_order_is_made_first() -> None:
-    requests = [a_request(name, 2, order=order) for name, order in [("slow", 2.0), ("usual", 1.0), ("urgent", -5.0)]]
+def test_a_lower_rank_is_made_first() -> None:
+    requests = [a_request(name, 2, rank=rank) for name, rank in [("slow", 2.0), ("usual", 1.0), ("urgent", -5.0)]]
     events = run(quick_engine(1), *requests)
 
     assert [event.id for event in events] == ["urgent", "usual", "slow"]
@@ -201,7 +201,7 @@ def test_a_preview_kept_for_later_does_not_change_under_its_holder() -> None:
 # Cancelling
 
 
-def test_a_waiting_sample_is_cancelled_without_ever_sitting_down() -> None:
+def test_a_waiting_sample_is_cancelled_without_ever_being_seated() -> None:
     engine = quick_engine(1)
     engine.submit(a_request("seated", 3))
     engine.submit(a_request("waiting", 3))
@@ -215,7 +215,7 @@ def test_a_waiting_sample_is_cancelled_without_ever_sitting_down() -> None:
 def test_a_seated_sample_leaves_its_slot_at_once() -> None:
     engine = quick_engine(1)
     engine.submit(a_request("a", 9))
-    engine.submit(a_request("b", 2, order=1.0))
+    engine.submit(a_request("b", 2, rank=1.0))
     engine.step()
     engine.cancel("a")
 
@@ -224,20 +224,20 @@ def test_a_seated_sample_leaves_its_slot_at_once() -> None:
     assert endings(engine.step()) == [("Finished", "b")]
 
 
-@pytest.mark.parametrize("leaver", ["a", "b", "c"])
+@pytest.mark.parametrize("cancelled_id", ["a", "b", "c"])
 @pytest.mark.parametrize("after", [0, 1, 3])
-def test_whoever_leaves_whenever_the_others_do_not_notice(leaver: str, after: int) -> None:
+def test_cancelling_any_sample_at_any_step_changes_no_other(cancelled_id: str, after: int) -> None:
     requests = {r.id: r for r in (a_request("a", 5, seed=1), a_request("b", 6, seed=2), a_request("c", 7, seed=3))}
     engine, events = quick_engine(3), []
     for request in requests.values():
         engine.submit(request)
     for _ in range(after):
         events += engine.step()
-    engine.cancel(leaver)
+    engine.cancel(cancelled_id)
     events += run(engine)
 
-    assert pictures(events) == {id: alone_picture(r) for id, r in requests.items() if id != leaver}
-    assert Counter(endings(events))[("Cancelled", leaver)] == 1
+    assert pictures(events) == {id: alone_picture(r) for id, r in requests.items() if id != cancelled_id}
+    assert Counter(endings(events))[("Cancelled", cancelled_id)] == 1
 
 
 def test_the_last_sample_moves_into_the_hole_on_the_device_too() -> None:
@@ -285,12 +285,12 @@ def test_a_cancelled_id_may_come_again_at_once() -> None:
 
 
 class Flight:
-    """Whether pictures arrive from the device, which on a CPU they do at once."""
+    """Controls when pictures arrive from the device, which on a CPU is at once."""
 
     landed = False
 
     def ground(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """From now on they arrive when `landed` says so, or when somebody stands still for them."""
+        """From now on they arrive when `landed` is true, or when the engine waits for them."""
         monkeypatch.setattr(Snapshot, "ready", property(lambda snapshot: self.landed))
 
 
@@ -306,7 +306,7 @@ def test_a_finished_picture_on_its_way_cannot_be_cancelled_any_more(monkeypatch:
     assert endings(run(engine)) == [("Finished", "a"), ("Finished", "b")]
 
 
-def test_a_preview_of_a_cancelled_sample_is_not_told_to_its_successor(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_preview_of_a_cancelled_sample_is_not_reported_for_its_successor(monkeypatch: pytest.MonkeyPatch) -> None:
     flight, engine = Flight(), quick_engine(2)
     flight.ground(monkeypatch)
     engine.submit(a_request("a", 9, seed=1, frames=frozenset({1})))
@@ -343,7 +343,7 @@ def test_an_id_is_taken_until_its_picture_has_arrived(monkeypatch: pytest.Monkey
         max_size=40,
     ),
 )
-def test_every_sample_ends_exactly_once_however_it_is_pushed(
+def test_every_sample_ends_exactly_once_whatever_happens(
     slots: int, lively: bool, moves: list[tuple[str, int]]
 ) -> None:
     engine, requests, cancelled = quick_engine(slots), dict[Hashable, Request](), set[Hashable]()
@@ -353,7 +353,7 @@ def test_every_sample_ends_exactly_once_however_it_is_pushed(
             bad = lively and number == 6
             plan = poisoned() if bad else a_plan(number, "ddim", eta=1.0)
             id = len(requests)
-            requests[id] = a_request(id, plan=plan, seed=number, order=-number, frames=frozenset({0, 2}))
+            requests[id] = a_request(id, plan=plan, seed=number, rank=-number, frames=frozenset({0, 2}))
             engine.submit(requests[id])
         elif move == "cancel":
             cancelled.add(number)
@@ -367,7 +367,7 @@ def test_every_sample_ends_exactly_once_however_it_is_pushed(
     assert count == Counter(requests.keys())
     assert {id for kind, id in endings(events) if kind == "Cancelled"} <= cancelled
     ended: set[Hashable] = set()
-    for event in events:  # nothing is told of a sample behind its end
+    for event in events:  # a sample has no event after its end
         assert event.id not in ended
         if not isinstance(event, Preview):
             ended.add(event.id)
@@ -387,8 +387,8 @@ def test_a_picture_that_is_not_finite_fails_alone() -> None:
 
 
 @pytest.mark.parametrize("cancelled", [True, False])
-def test_the_next_tenant_of_a_sick_slot_is_healthy(cancelled: bool) -> None:
-    engine, heir = quick_engine(1), a_request("heir", plan=a_plan(5, "dpmpp_2m"), seed=3)
+def test_a_slot_keeps_nothing_of_a_picture_that_was_not_finite(cancelled: bool) -> None:
+    engine, successor = quick_engine(1), a_request("successor", plan=a_plan(5, "dpmpp_2m"), seed=3)
     engine.submit(a_request("sick", plan=poisoned()))
     engine.step()
     engine.step()
@@ -396,23 +396,23 @@ def test_the_next_tenant_of_a_sick_slot_is_healthy(cancelled: bool) -> None:
     if cancelled:
         engine.cancel("sick")
 
-    assert pictures(run(engine, heir)) == {"heir": alone_picture(heir)}
+    assert pictures(run(engine, successor)) == {"successor": alone_picture(successor)}
 
 
-@pytest.mark.parametrize("leaver", ["sick", "healthy"])
-def test_a_sick_sample_may_move_or_leave_a_hole(leaver: str) -> None:
+@pytest.mark.parametrize("cancelled_id", ["sick", "healthy"])
+def test_a_sample_that_is_not_finite_may_move_or_leave_a_hole(cancelled_id: str) -> None:
     engine, other = quick_engine(3), a_request("other", 6, seed=5)
-    names = ["sick", "other", "healthy"] if leaver == "sick" else ["healthy", "other", "sick"]
+    names = ["sick", "other", "healthy"] if cancelled_id == "sick" else ["healthy", "other", "sick"]
     for name in names:
         engine.submit(other if name == "other" else a_request(name, plan=poisoned() if name == "sick" else None))
     engine.step()
     engine.step()
-    engine.cancel(leaver)
+    engine.cancel(cancelled_id)
 
     assert pictures(run(engine))["other"] == alone_picture(other)
 
 
-def test_a_net_that_explodes_at_one_level_of_noise_fails_those_who_pass_it() -> None:
+def test_a_net_that_explodes_at_one_level_of_noise_fails_the_samples_that_pass_it() -> None:
     def explode(x: Tensor, k: Tensor) -> Tensor:
         return torch.where((k == T - 1)[:, None, None, None], torch.inf, halve(x, k))
 
@@ -440,7 +440,7 @@ def test_the_counters_add_up() -> None:
     assert (engine.stats.steps, engine.stats.sample_steps, engine.stats.padded) == (9, sum(steps) + 3, 5)
 
 
-def test_the_counters_say_who_sits_and_who_waits() -> None:
+def test_the_gauges_say_how_many_are_seated_and_how_many_wait() -> None:
     engine = quick_engine(2)
     for i in range(5):
         engine.submit(a_request(i, 4))
@@ -493,7 +493,7 @@ def test_nothing_is_computed_for_a_cancelled_sample() -> None:
     assert isinstance(engine.step(), list)
 
 
-def test_cancelled_is_told_even_if_nobody_else_is_there() -> None:
+def test_a_cancellation_is_reported_even_if_no_other_sample_is_there() -> None:
     engine = quick_engine()
     engine.submit(a_request("a"))
     engine.cancel("a")
@@ -503,10 +503,10 @@ def test_cancelled_is_told_even_if_nobody_else_is_there() -> None:
     assert not engine.busy
 
 
-# Making room, and making do
+# Preemption and exhausted memory
 
 
-def test_a_sample_goes_on_from_where_it_was_unseated() -> None:
+def test_a_preempted_sample_goes_on_from_its_step() -> None:
     engine, long, short = quick_engine(1), a_request("long", 9, seed=1), a_request("short", 2, seed=2)
     engine.submit(long)
     for _ in range(4):
@@ -515,10 +515,10 @@ def test_a_sample_goes_on_from_where_it_was_unseated() -> None:
 
     assert endings(events) == [("Finished", "short"), ("Finished", "long")]
     assert pictures(events) == {"long": alone_picture(long), "short": alone_picture(short)}
-    assert engine.stats.sample_steps == 9 + 2  # nothing is done twice
+    assert engine.stats.sample_steps == 9 + 2  # no step is done twice
 
 
-def test_an_unseated_sample_can_be_cancelled() -> None:
+def test_a_preempted_sample_can_be_cancelled() -> None:
     engine, short = quick_engine(1), a_request("short", 2, seed=2)
     engine.submit(a_request("long", 9))
     engine.step()
@@ -529,7 +529,7 @@ def test_an_unseated_sample_can_be_cancelled() -> None:
     assert sorted(endings(run(engine))) == [("Cancelled", "long"), ("Finished", "short")]
 
 
-def test_who_sits_down_is_told_before_the_step_with_the_updates_it_has_had() -> None:
+def test_seat_returns_the_newly_seated_samples_and_their_steps() -> None:
     engine = quick_engine(1)
     engine.submit(a_request("long", 9))
     assert engine.seat() == [("long", 0)]
@@ -580,7 +580,7 @@ def test_a_picture_for_which_memory_never_suffices_fails_alone() -> None:
     assert not engine.busy
 
 
-def test_memory_that_runs_out_while_a_sample_is_unseated_costs_it_its_steps_only(
+def test_memory_that_runs_out_while_a_sample_is_parked_costs_only_its_steps(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     engine, requests = quick_engine(2), [a_request("long", 9, seed=1), a_request("longer", 10, seed=2)]
@@ -590,10 +590,10 @@ def test_memory_that_runs_out_while_a_sample_is_unseated_costs_it_its_steps_only
     engine.step()
     with monkeypatch.context() as patch:
 
-        def take(slot: int) -> None:
+        def park(slot: int) -> None:
             raise torch.OutOfMemoryError("out of memory")
 
-        patch.setattr(engine.runner.slots, "take", take)
+        patch.setattr(engine.runner.slots, "park", park)
         engine.submit(short)
         events = engine.step()
     events += run(engine)
@@ -601,7 +601,7 @@ def test_memory_that_runs_out_while_a_sample_is_unseated_costs_it_its_steps_only
     assert pictures(events) == {request.id: alone_picture(request) for request in [*requests, short]}
 
 
-def test_memory_that_runs_out_while_samples_are_called_back_changes_no_picture(
+def test_memory_that_runs_out_while_samples_are_resumed_changes_no_picture(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     engine, requests = quick_engine(2), [a_request("long", 9, seed=1), a_request("longer", 10, seed=2)]
@@ -610,21 +610,21 @@ def test_memory_that_runs_out_while_samples_are_called_back_changes_no_picture(
     for _ in range(4):
         engine.step()
     shorts = [a_request("short", 2, seed=3), a_request("shorter", 1, seed=4)]
-    put_back, failures = engine.runner.slots.put_back, iter([torch.OutOfMemoryError("out of memory")])
+    resume, failures = engine.runner.slots.resume, iter([torch.OutOfMemoryError("out of memory")])
 
     def run_out_once(*given: Any) -> None:
         for failure in failures:
             raise failure
-        put_back(*given)
+        resume(*given)
 
-    monkeypatch.setattr(engine.runner.slots, "put_back", run_out_once)
+    monkeypatch.setattr(engine.runner.slots, "resume", run_out_once)
     events = run(engine, *shorts)
 
     assert engine.stats.exhausted == 1
     assert pictures(events) == {request.id: alone_picture(request) for request in [*requests, *shorts]}
 
 
-def test_a_long_sample_that_is_not_finite_is_found_out_before_its_end() -> None:
+def test_a_long_sample_that_is_not_finite_fails_before_its_end() -> None:
     def explode(x: Tensor, k: Tensor) -> Tensor:
         return torch.where((k == T - 1)[:, None, None, None], torch.inf, halve(x, k))
 

@@ -57,8 +57,8 @@ def crowd(random: Random) -> list[Request]:
         steps = 2 + int(29 * random.random() ** 3)
         plan = a_plan(steps, **random.choice(CHOICES))
         frames = frozenset(random.sample(range(steps + 1), random.choice([0, 0, 2])))
-        order, owner = random.choice([0.0, 1.0, 2.0]), random.choice(["", "", "another"])
-        requests.append(Request(number, random.randrange(2**63), plan, order, frames, owner=owner))
+        rank, owner = random.choice([0.0, 1.0, 2.0]), random.choice(["", "", "another"])
+        requests.append(Request(number, random.randrange(2**63), plan, rank=rank, frames=frames, owner=owner))
     return requests
 
 
@@ -84,14 +84,14 @@ def check_company_does_not_matter(
     write_model(directory)
     model = load_model(read_card(directory), device, dtype)
     assert model.card.process.schedule.T == PROCESS.schedule.T
-    together, alone, put_back = prepared(model, SLOTS), prepared(model, SLOTS), list[int]()
-    usual = together.slots.put_back
+    together, alone, resumed = prepared(model, SLOTS), prepared(model, SLOTS), list[int]()
+    usual = together.slots.resume
 
     def count(slot: int, seed: int, plan: Plan, step: int, parked: Parked) -> None:
-        put_back.append(step)
+        resumed.append(step)
         usual(slot, seed, plan, step, parked)
 
-    monkeypatch.setattr(together.slots, "put_back", count)
+    monkeypatch.setattr(together.slots, "resume", count)
     assert together.exact and together.exact_buckets == alone.exact_buckets
 
     random = Random(20)
@@ -103,7 +103,7 @@ def check_company_does_not_matter(
     assert len(endings(events)) == len(requests)
     assert len(made) >= SAMPLES and len(made) < len(requests)
     assert engine.stats.sample_steps > 2 * engine.stats.steps  # they did share
-    assert len(put_back) > 20 and len(set(put_back)) > 5  # and were unseated, at any step
+    assert len(resumed) > 20 and len(set(resumed)) > 5  # and were unseated, at any step
     different = [r.id for r in requests if r.id in made and pictures(run(Engine(alone), r))[r.id] != made[r.id]]
     assert different == []
     assert len(set(made.values())) == len(made)  # and they are all different pictures

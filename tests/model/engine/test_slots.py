@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.engine.slots import Newcomer, Slots
+from model.engine.slots import Seating, Slots
 from model.engine.snapshot import as_bytes, pack, unpack
 from model.engine.step import denoise
 from model.sampling.noise import INITIAL, TorchNoise, gaussian
@@ -108,7 +108,7 @@ def test_a_move_carries_everything() -> None:
 def test_newcomers_sit_down_as_they_would_one_by_one() -> None:
     together, apart = Slots(3, SHAPE, T, CPU), Slots(3, SHAPE, T, CPU)
     brought, plan = TorchNoise(5, SHAPE).draw(), a_plan(4, noise="torch")
-    together.seat_all([Newcomer(2, 2**63 - 1, a_plan(9)), Newcomer(0, 5, plan, brought), Newcomer(1, 8, a_plan(1))])
+    together.seat_all([Seating(2, 2**63 - 1, a_plan(9)), Seating(0, 5, plan, brought), Seating(1, 8, a_plan(1))])
     apart.seat(0, 5, plan, brought)
     apart.seat(1, 8, a_plan(1), x_T(8))
     apart.seat(2, 2**63 - 1, a_plan(9), x_T(2**63 - 1))
@@ -139,9 +139,9 @@ def test_a_parked_picture_goes_on_where_it_was() -> None:
     slots.seat(0, 3, a_plan(9), x_T(3))
     slots.draw_ahead(0, 3, 0)
     slots.x0[0], slots.given[0], slots.cursor[0] = 0.25, 0.5, 4
-    before, parked = state(slots, 0), slots.take(0)
+    before, parked = state(slots, 0), slots.park(0)
     slots.clear(0)
-    slots.put_back(1, 3, a_plan(9), 4, parked)
+    slots.resume(1, 3, a_plan(9), 4, parked)
 
     assert all(torch.equal(a, b) for a, b in zip(before, state(slots, 1), strict=True))
 

@@ -17,10 +17,12 @@ from model.engine.slots import Slots
 from model.engine.step import algebra, denoise, denoise_by_kernels
 from model.kernels import norm, step
 from model.kernels.launch import dependent
+from model.nets.blocks import Attention, Resnet
 from model.nets.build import Net
-from model.nets.lucidrains import LucidUNet
-from model.nets.lucidrains_config import LucidArchitecture
-from model.nets.unet import Attention, Resnet, UNet
+from model.nets.exact import use_libraries
+from model.nets.lucidrains import LucidrainsUNet
+from model.nets.lucidrains_config import LucidrainsArchitecture
+from model.nets.unet import UNet
 from model.sampling.noise import STEP, gaussian, philox
 from model.sampling.plan import C, K, S, W
 from tests.model.kernels.world import DEVICE, DTYPES, draw, error
@@ -370,6 +372,7 @@ def test_steps_of_a_real_net_by_kernels_are_those_of_the_algebra(kind: str) -> N
     for module in list(net.modules()):
         if isinstance(module, Resnet | Attention):
             module.fuse()
+    use_libraries(net)
     for _ in range(2):
         denoise(net, table, slots, 5)
 
@@ -381,9 +384,21 @@ def test_steps_of_a_real_net_by_kernels_are_those_of_the_algebra(kind: str) -> N
 def test_steps_of_lucidrains_net_by_kernels_are_those_of_the_algebra() -> None:
     """Its norms are torch's own; what a convolution adds, and the sampler, are kernels."""
     torch.manual_seed(0)
-    arch = LucidArchitecture(8, 8, 1, 2, 8, 8, (1, 2), (False, True), (1, 1), (4, 4), num_mem_kv=2)
+    arch = LucidrainsArchitecture(
+        height=8,
+        width=8,
+        in_channels=1,
+        out_channels=2,
+        dim=8,
+        init_dim=8,
+        dim_mults=(1, 2),
+        full_attn=(False, True),
+        attn_heads=(1, 1),
+        attn_dim_head=(4, 4),
+        num_mem_kv=2,
+    )
     with torch.inference_mode(False):
-        net: Any = LucidUNet(arch)
+        net: Any = LucidrainsUNet(arch)
         for parameter in net.parameters():
             parameter.requires_grad_(False).add_(0.1 * torch.randn_like(parameter))
         net = net.eval().to(DEVICE, memory_format=torch.channels_last)
@@ -394,6 +409,7 @@ def test_steps_of_lucidrains_net_by_kernels_are_those_of_the_algebra() -> None:
         slots.seat(slot, slot, a_plan(5, **choice), slots.draw_initial([slot])[0])
     expected = twin(slots)
     algebra_without_kernels(net, table, expected)
+    use_libraries(net)
     denoise(net, table, slots, 3)
 
     assert error(slots.x, expected.x.double()) < 1e-5

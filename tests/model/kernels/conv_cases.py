@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import pytest
 import torch
@@ -17,11 +17,12 @@ from model.checkpoint.load import Model
 from model.engine.runner import Runner, prepared
 from model.kernels import conv
 from model.kernels.conv import Tile
+from model.nets.blocks import Attention, Resnet
 from model.nets.config import architecture
 from model.nets.convolution import Conv, Projection
 from model.nets.exact import Chosen
-from model.nets.layers import SelfAttention, upsample
-from model.nets.unet import Attention, Resnet, UNet
+from model.nets.layers import How, SelfAttention, upsample
+from model.nets.unet import UNet
 from tests.model.kernels.world import DEVICE, DTYPES, draw, error
 from tests.model.tiny import ARCHITECTURE, T, card
 from tests.model.worlds import small
@@ -45,7 +46,8 @@ class Layer:
         padding = 0 if self.below else self.size // 2
         conv: Any = Conv(self.channels, self.outs, self.size, stride=self.stride, padding=padding).to(DEVICE)
         conv = conv.requires_grad_(False).to(dtype).to(memory_format=torch.channels_last)
-        conv.below, conv.doubled, conv.invariant = self.below, self.doubled, True
+        conv.below, conv.doubled = self.below, self.doubled
+        conv.use("invariant")
         return conv  # type: ignore[no-any-return]
 
     def picture(self, batch: int, dtype: torch.dtype) -> Tensor:
@@ -220,7 +222,8 @@ def test_a_convolution_that_was_widened_reads_zeros_beside_the_colours() -> None
     conv.widen(16)
     widened = F.pad(x, (0, 0, 0, 0, 0, 13)).contiguous(memory_format=torch.channels_last)
 
-    for conv.invariant in (True, False):
+    for how in get_args(How):
+        conv.use(how)
         assert error(conv(widened), expected) < 1e-5
         assert error(conv(x), expected) < 1e-5  # who brings the colours alone is served as well
 
@@ -448,7 +451,7 @@ def test_where_the_size_of_a_tile_costs_bits_all_batches_have_one(
     with caplog.at_level(logging.WARNING):
         runner = started(net)
 
-    assert (net.invariant, net.two.pinned) == (["two"], True)
+    assert (net.invariant, net.two.how) == (["two"], "pinned")
     assert runner.chosen == Chosen(cudnn=2, triton=1, free=1, fixed=0, pinned=1)
     assert runner.exact_buckets == [1, 2, 3, 4]
     assert [record.getMessage()[:31] for record in caplog.records] == ["no invariant kernel for Conv(20"]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import model.engine.slots
 import model.nets.layers
-from model.engine.slots import Newcomer, Slots, Tables
+from model.engine.slots import PlanCache, Seating, Slots
 from model.engine.snapshot import Frames, Snapshot, pack, unpack, warm_up
 from model.sampling.noise import TorchNoise
 from tests.model.kernels.world import DEVICE
@@ -78,10 +78,10 @@ def test_newcomers_sit_where_torch_would_seat_them_and_nothing_else_changes(shap
     ours, theirs = ruin(6, shape), ruin(6, shape)
     outside = a_plan(7, noise="torch")
     newcomers = [
-        Newcomer(4, 2**63 - 1, a_plan(T)),
-        Newcomer(0, 5, outside, TorchNoise(5, shape).draw()),
-        Newcomer(5, 2**32, a_plan(1, "ddim")),
-        Newcomer(2, 6, outside, TorchNoise(6, shape).draw()),
+        Seating(4, 2**63 - 1, a_plan(T)),
+        Seating(0, 5, outside, TorchNoise(5, shape).draw()),
+        Seating(5, 2**32, a_plan(1, "ddim")),
+        Seating(2, 6, outside, TorchNoise(6, shape).draw()),
     ]
     ours.seat_all(newcomers)
     with plain_torch():
@@ -96,7 +96,7 @@ def test_newcomers_sit_where_torch_would_seat_them_and_nothing_else_changes(shap
 @pytest.mark.parametrize("shape", [(3, 5, 7), (3, 29, 31)])
 def test_a_picture_starts_from_the_noise_of_its_seed_however_large(shape: Shape) -> None:
     slots = ruin(len(SEEDS), shape)
-    slots.seat_all([Newcomer(slot, seed, a_plan(3)) for slot, seed in enumerate(SEEDS)])
+    slots.seat_all([Seating(slot, seed, a_plan(3)) for slot, seed in enumerate(SEEDS)])
     with plain_torch():
         expected = slots.draw_initial(SEEDS)
 
@@ -107,9 +107,9 @@ def test_a_picture_starts_from_the_noise_of_its_seed_however_large(shape: Shape)
 
 def test_the_bits_of_x_T_depend_on_neither_company_nor_slot() -> None:
     together, alone = ruin(9, (3, 29, 31)), ruin(1, (3, 29, 31))
-    together.seat_all([Newcomer(8 - slot, seed, a_plan(3)) for slot, seed in enumerate(SEEDS)])
+    together.seat_all([Seating(8 - slot, seed, a_plan(3)) for slot, seed in enumerate(SEEDS)])
     for slot, seed in enumerate(SEEDS):
-        alone.seat_all([Newcomer(0, seed, a_plan(9))])
+        alone.seat_all([Seating(0, seed, a_plan(9))])
         assert torch.equal(alone.x[0], together.x[8 - slot])
 
 
@@ -124,7 +124,7 @@ def test_rows_behind_a_short_plan_are_zero_in_the_only_slot() -> None:
 # Whose plan is on the device already
 
 
-def test_the_tables_hold_what_is_asked_for_whatever_was_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_plan_cache_holds_the_plans_asked_for_whatever_was_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     slots, uploads = ruin(3, (1, 1, 1)), list[int]()
     usual = model.engine.slots.upload
 
@@ -135,7 +135,7 @@ def test_the_tables_hold_what_is_asked_for_whatever_was_forgotten(monkeypatch: p
     monkeypatch.setattr(model.engine.slots, "upload", upload)
     plans = [a_plan(steps) for steps in (T, T - 1, T - 2, 20, 12)]
     for chosen in [(0, 1, 2), (0, 0, 1), (3, 0, 4), (3, 3, 2), (1, 4, 2), (2, 1, 0)]:
-        slots.seat_all([Newcomer(slot, 1, plans[number]) for slot, number in enumerate(chosen)])
+        slots.seat_all([Seating(slot, 1, plans[number]) for slot, number in enumerate(chosen)])
         for slot, number in enumerate(chosen):
             rows = torch.tensor(plans[number].rows).float()
             assert torch.equal(slots.rows[slot, : len(rows)].cpu(), rows)
@@ -152,19 +152,19 @@ def test_rows_that_did_not_arrive_are_sent_again(monkeypatch: pytest.MonkeyPatch
 
         patch.setattr(model.engine.slots, "upload", upload)
         with pytest.raises(torch.OutOfMemoryError):
-            slots.seat_all([Newcomer(0, 1, plan)])
-    slots.seat_all([Newcomer(0, 1, plan)])
+            slots.seat_all([Seating(0, 1, plan)])
+    slots.seat_all([Seating(0, 1, plan)])
 
     assert torch.equal(slots.rows[0, :4].cpu(), torch.tensor(plan.rows).float())
 
 
-def test_the_tables_never_grow() -> None:
-    tables = Tables(2 * T, DEVICE)
+def test_the_plan_cache_never_grows() -> None:
+    cache = PlanCache(2 * T, DEVICE)
     for steps in [*range(1, T + 1)] * 3:
         plan = a_plan(steps)
-        (start,) = tables.starts([plan])
-        assert torch.equal(tables.rows[start : start + steps].cpu(), torch.tensor(plan.rows).float())
-        assert sum(map(len, tables._starts)) <= len(tables.rows) == 2 * T
+        (start,) = cache.starts([plan])
+        assert torch.equal(cache.rows[start : start + steps].cpu(), torch.tensor(plan.rows).float())
+        assert sum(map(len, cache._starts)) <= len(cache.rows) == 2 * T
 
 
 # Who goes on elsewhere
@@ -173,9 +173,9 @@ def test_the_tables_never_grow() -> None:
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 def test_a_parked_picture_is_put_back_as_it_was(shape: Shape) -> None:
     ours, theirs, plan = lively(4, shape), lively(4, shape), a_plan(9)
-    ours.put_back(3, 2**62 + 1, plan, 5, ours.take(1))
+    ours.resume(3, 2**62 + 1, plan, 5, ours.park(1))
     with plain_torch():
-        theirs.put_back(3, 2**62 + 1, plan, 5, theirs.take(1))
+        theirs.resume(3, 2**62 + 1, plan, 5, theirs.park(1))
 
     assert bits(ours) == bits(theirs)
     assert torch.equal(ours.x[3], ours.x[1]) and ours.cursor[3] == 5
@@ -183,7 +183,7 @@ def test_a_parked_picture_is_put_back_as_it_was(shape: Shape) -> None:
 
 def test_what_is_parked_does_not_change_when_its_slot_does() -> None:
     slots = lively(2, (1, 8, 8))
-    kept, parked = slots.x0[1].clone(), slots.take(1)
+    kept, parked = slots.x0[1].clone(), slots.park(1)
     slots.clear(1)
 
     assert torch.equal(parked.pictures[1], kept)

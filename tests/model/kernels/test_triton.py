@@ -30,12 +30,14 @@ import model.nets.unet
 from model.checkpoint.load import Model
 from model.engine.engine import Engine
 from model.engine.runner import prepared
-from model.engine.slots import Newcomer, Parked, Slots
+from model.engine.slots import Parked, Seating, Slots
 from model.engine.snapshot import Snapshot, pack, unpack
 from model.engine.step import denoise
+from model.nets.blocks import Attention, Resnet
 from model.nets.config import architecture
 from model.nets.convolution import Conv
-from model.nets.unet import Attention, Resnet, UNet
+from model.nets.exact import use_libraries
+from model.nets.unet import UNet
 from tests.model.engine.test_capture import META, capturing
 from tests.model.tiny import ARCHITECTURE, FunctionNet, T, a_plan, a_request, card, halve, run
 from tests.model.worlds import CIFAR10, relative_error, shaken, small, twin
@@ -78,8 +80,9 @@ def meta_world(config: dict[str, Any]) -> tuple[UNet, Tensor, Slots]:
     with META, torch.inference_mode():
         net: Any = UNet(architecture(config)).eval().requires_grad_(False)
         net.fuse()
-        table = torch.zeros(1000, net.embedding_width, dtype=torch.bfloat16)
-        return net.to(torch.bfloat16).to(memory_format=torch.channels_last), table, Slots(4, net.arch.shape, 1000, META)
+        net = net.to(torch.bfloat16).to(memory_format=torch.channels_last)
+        use_libraries(net)
+        return net, torch.zeros(1000, net.embedding_width, dtype=torch.bfloat16), Slots(4, net.arch.shape, 1000, META)
 
 
 @pytest.fixture
@@ -171,7 +174,7 @@ def test_a_step_by_invariant_convolutions_adds_joins_pads_projects_and_doubles_i
     net, table, slots = meta_world(CIFAR10)
     for module in net.modules():
         if isinstance(module, Conv):
-            module.invariant = True
+            module.use("invariant")
     with torch.no_grad(), capturing(), Operations() as operations:
         denoise(net, table, slots, 2)
 
@@ -197,9 +200,9 @@ def test_the_large_norms_of_a_large_picture_are_two_kernels(launches: Counter[st
     assert launches["_moments"] + launches["_norm_in_registers"] == 51
 
 
-def a_newcomer(slot: int, brings: bool = False) -> Newcomer:
+def a_newcomer(slot: int, brings: bool = False) -> Seating:
     """Somebody who is to sit here; who brings its x_T has it on the host."""
-    return Newcomer(slot, 2**40 + slot, PLAN, torch.zeros(3, 8, 8) if brings else None)
+    return Seating(slot, 2**40 + slot, PLAN, torch.zeros(3, 8, 8) if brings else None)
 
 
 PLAN = a_plan(20)
@@ -210,8 +213,8 @@ BETWEEN_STEPS: dict[str, tuple[Callable[[Slots], object], dict[str, int]]] = {
     "a move": (lambda slots: slots.move(5, 1), {"_vacate": 1}),
     "a slot that is cleared": (lambda slots: slots.clear(1), {"_vacate": 1}),
     "one who leaves, and whose place is taken": (lambda slots: slots.vacate(1, 63), {"_vacate": 1}),
-    "one who is taken out": (lambda slots: slots.take(1), {"stack": 1}),
-    "one who is put back": (lambda slots: slots.put_back(1, 7, PLAN, 3, PARKED), {"_seat": 1}),
+    "one who is taken out": (lambda slots: slots.park(1), {"stack": 1}),
+    "one who is put back": (lambda slots: slots.resume(1, 7, PLAN, 3, PARKED), {"_seat": 1}),
     "frames, floats, and whether all are finite": (lambda slots: pack(slots, [7, 1], [2, 3], True), {"_show": 1}),
 }
 
@@ -482,12 +485,14 @@ def test_where_triton_does_not_work_torch_computes_and_one_line_says_so(caplog: 
     net = twin(shaken(small()))
     x, embedding = torch.randn(2, 3, 8, 8), net.embed(torch.tensor([1, 2]))
     with caplog.at_level(logging.WARNING):
+        use_libraries(net)
         given = net(x.contiguous(memory_format=torch.channels_last), embedding)
 
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "no Triton on cpu" in caplog.text
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(model.nets.layers, "TRITON_ON", frozenset())
+        use_libraries(net)
         assert torch.equal(given, net(x.contiguous(memory_format=torch.channels_last), embedding))
 
 

@@ -17,17 +17,29 @@ from torch import Tensor, nn
 
 from model.checkpoint.card import read_card
 from model.checkpoint.load import load_model
+from model.nets.activations import sizes_up_to
 from model.nets.build import Net, build
-from model.nets.config import Architecture, architecture
-from model.nets.cpu import CpuNet, checked_shape, grow_up, sizes_up_to
-from model.nets.lucidrains_config import LucidArchitecture
+from model.nets.config import architecture
+from model.nets.cpu import CpuNet, checked_shape, grow_up
+from model.nets.lucidrains_config import AnyArchitecture, LucidrainsArchitecture
 from tests.model.convert.directories import write_model
 from tests.model.tiny import ARCHITECTURE, CPU
 from tests.model.worlds import CIFAR10, relative_error, small
 
 pytestmark = pytest.mark.skipif(find_spec("openvino") is None, reason="openvino is not installed")
 
-LUCID = LucidArchitecture(16, 24, 3, 3, 16, 16, (1, 2, 4), (False, False, True), (4, 4, 4), (8, 8, 8))
+LUCIDRAINS = LucidrainsArchitecture(
+    height=16,
+    width=24,
+    in_channels=3,
+    out_channels=3,
+    dim=16,
+    init_dim=16,
+    dim_mults=(1, 2, 4),
+    full_attn=(False, False, True),
+    attn_heads=(4, 4, 4),
+    attn_dim_head=(8, 8, 8),
+)
 WIDE = architecture(small(sample_size=[32, 32], block_out_channels=[32, 64]))
 LARGE = CIFAR10 | {
     "sample_size": 256,
@@ -35,9 +47,9 @@ LARGE = CIFAR10 | {
     "down_block_types": [*["DownBlock2D"] * 4, "AttnDownBlock2D", "DownBlock2D"],
     "up_block_types": ["UpBlock2D", "AttnUpBlock2D", *["UpBlock2D"] * 4],
 }
-KINDS: dict[str, Architecture | LucidArchitecture] = {
+KINDS: dict[str, AnyArchitecture] = {
     "tiny": ARCHITECTURE,
-    "lucid": LUCID,
+    "lucidrains": LUCIDRAINS,
     "resized by residual blocks": architecture(
         small(
             down_block_types=["ResnetDownsampleBlock2D", "AttnDownBlock2D"],
@@ -55,7 +67,7 @@ KINDS: dict[str, Architecture | LucidArchitecture] = {
 }
 
 
-def torch_net(arch: Architecture | LucidArchitecture = ARCHITECTURE) -> Net:
+def torch_net(arch: AnyArchitecture = ARCHITECTURE) -> Net:
     """A net with random weights, the same ones every time."""
     torch.manual_seed(0)
     net = build(arch).eval().requires_grad_(False)
@@ -69,7 +81,7 @@ def table_of(net: Net) -> Tensor:
     return net.embed(torch.arange(30))
 
 
-def cpu_net(arch: Architecture | LucidArchitecture = ARCHITECTURE, dtype: torch.dtype = torch.float32) -> CpuNet:
+def cpu_net(arch: AnyArchitecture = ARCHITECTURE, dtype: torch.dtype = torch.float32) -> CpuNet:
     """The same net, as it is served."""
     net = torch_net(arch)
     table = table_of(net)
@@ -92,6 +104,13 @@ def room() -> Any:
     return openvino_graph
 
 
+def openvino_symbols() -> Any:
+    """The module of the symbols' operations."""
+    from model.nets import openvino_symbols
+
+    return openvino_symbols
+
+
 def with_compiled(monkeypatch: pytest.MonkeyPatch, change: Callable[[Tensor, int], Tensor]) -> None:
     """From now on OpenVINO gives another result: change(result, size of batch)."""
     usual = room().compile_net
@@ -108,7 +127,7 @@ def with_compiled(monkeypatch: pytest.MonkeyPatch, change: Callable[[Tensor, int
 
 @pytest.mark.parametrize("arch", KINDS.values(), ids=KINDS.keys())
 @torch.inference_mode()
-def test_every_kind_of_net_is_run_by_openvino_to_what_torch_computes(arch: Architecture | LucidArchitecture) -> None:
+def test_every_kind_of_net_is_run_by_openvino_to_what_torch_computes(arch: AnyArchitecture) -> None:
     net = cpu_net(arch)
     given = inputs(net, 3)
 
@@ -380,7 +399,7 @@ def test_a_net_that_openvino_refuses_is_run_by_torch(monkeypatch: pytest.MonkeyP
 
 
 def test_a_net_that_does_what_no_symbol_can_is_run_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(room().MEANINGS, torch.nn.functional.silu)
+    monkeypatch.delitem(openvino_symbols().MEANINGS, torch.nn.functional.silu)
     net = cpu_net()
 
     assert net.note is not None and "OpenVINO refuses it: Symbol does not support <function silu" in net.note

@@ -162,7 +162,7 @@ def test_the_invariant_convolution_is_right_and_the_same_in_every_batch(layer: s
     arguments: dict[str, Any] = {"kernel_size": 3, "padding": 1} | how
     conv: Any = Conv(channels, outs, device="cuda", **arguments)
     conv = conv.requires_grad_(False).to(dtype).to(memory_format=torch.channels_last)
-    conv.invariant = True
+    conv.use("invariant")
     x = torch.randn(5, channels, side, side, device="cuda").to(dtype).contiguous(memory_format=torch.channels_last)
     expected = F.conv2d(x.double(), conv.weight.double(), conv.bias.double(), conv.stride, conv.padding)
 
@@ -174,7 +174,7 @@ def test_the_invariant_convolution_is_right_and_the_same_in_every_batch(layer: s
 @torch.inference_mode()
 def test_pinned_attention_is_the_same_in_every_batch(channels: int, side: int) -> None:
     attend = SelfAttention(1)
-    attend.invariant = True
+    attend.use("invariant")
 
     assert agree_in_all_buckets(attend, 3 * channels, side, torch.bfloat16)
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 import model.nets.layers
+from model.kernels.gpu import NO_MEMORY, prepare_gpu, raise_if_fatal
 from model.nets.convolution import Conv, Projection
 from model.nets.exact import choose_kernels
-from model.nets.gpu import NO_MEMORY, prepare_gpu, raise_if_fatal
 from tests.model.tiny import CPU
 
 GPU = torch.device("cuda")

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from model.nets.exact import choose_kernels, trust_libraries
-from model.nets.lucidrains import TOGETHER, LinearAttention, LucidUNet
-from model.nets.lucidrains_config import LucidArchitecture
+from model.nets.exact import choose_kernels, use_libraries
+from model.nets.lucidrains import TOGETHER, LinearAttention, LucidrainsUNet
+from model.nets.lucidrains_config import LucidrainsArchitecture
 
 CHANNELS, HEADS, D, SIDE = 12, 2, 8, 6
 ROUNDING = 2e-5  # a CPU's convolutions depend on the batch a little, too
@@ -36,7 +36,7 @@ def layer(invariant: bool) -> LinearAttention:
     torch.manual_seed(0)
     attention: Any = LinearAttention(CHANNELS, HEADS, D, memories=4).requires_grad_(False)
     attention.mem_kv.normal_()
-    attention.invariant = invariant
+    attention.use("invariant" if invariant else "library")
     return attention  # type: ignore[no-any-return]
 
 
@@ -74,10 +74,19 @@ def test_bits_depend_on_the_batch_where_products_are_made_at_once(invariant: boo
 
 
 def test_whoever_asks_for_the_promise_gets_it_in_groups() -> None:
-    arch = LucidArchitecture(
-        8, 8, 3, 3, 8, 8, dim_mults=(1, 2), full_attn=(False, True), attn_heads=(2, 2), attn_dim_head=(8, 8)
+    arch = LucidrainsArchitecture(
+        height=8,
+        width=8,
+        in_channels=3,
+        out_channels=3,
+        dim=8,
+        init_dim=8,
+        dim_mults=(1, 2),
+        full_attn=(False, True),
+        attn_heads=(2, 2),
+        attn_dim_head=(8, 8),
     )
-    net: Any = LucidUNet(arch).eval().requires_grad_(False)
+    net: Any = LucidrainsUNet(arch).eval().requires_grad_(False)
     linear = [module for module in net.modules() if isinstance(module, LinearAttention)]
     x, embedding = torch.zeros(1, 3, 8, 8), torch.zeros(1, net.embedding_width)
     with torch.inference_mode():
@@ -85,5 +94,5 @@ def test_whoever_asks_for_the_promise_gets_it_in_groups() -> None:
             pass
     assert [attention.invariant for attention in linear] == [True] * 2
 
-    trust_libraries(net)
+    use_libraries(net)
     assert [attention.invariant for attention in linear] == [False] * 2

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from model.checkpoint.card import WEIGHTS
 from model.errors import ModelRefused
 from model.nets.config import OPENAI, architecture
-from model.nets.lucidrains_config import LUCID
+from model.nets.lucidrains_config import LUCIDRAINS
 from model.train.train import STATE, train
 from model.train.trainer import Recipe, Trainer, split, write_weights
 from tests.model.convert.directories import write_model
@@ -41,7 +41,7 @@ def untrained(directory: Path, config: dict[str, Any] | None = None, scheduler: 
         ({}, {"prediction_type": "sample"}, 'prediction_type must be one of "epsilon"'),
         ({"out_channels": 2}, {"variance_type": "learned_range"}, "out_channels must be in_channels (1) to be trained"),
         ({}, {"variance_type": "learned_range"}, "variance_type must be learned_range if and only if"),
-        ({"_class_name": LUCID}, {}, f"_class_name must be UNet2DModel or {OPENAI} to be trained"),
+        ({"_class_name": LUCIDRAINS}, {}, f"_class_name must be UNet2DModel or {OPENAI} to be trained"),
     ],
 )
 def test_what_would_be_served_otherwise_than_it_is_trained_is_refused(

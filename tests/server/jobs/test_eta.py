@@ -18,7 +18,7 @@ class Picture:
 
     job: int
     left: int
-    order: float = 0.0
+    rank: float = 0.0
     owner: str = ""
     slot: int | None = None
     arrival: int = -1
@@ -55,7 +55,7 @@ def errors(arrivals: Sequence[Arrival], step_s: Sequence[float], look_every: int
             live[job] = [Picture(job, arrival.steps, rank, arrival.owner) for _ in range(arrival.n)]
             for picture in live[job]:
                 scheduler.add(picture)
-        while scheduler.admit() or scheduler.exchange():
+        while scheduler.admit() or scheduler.preempt():
             pass
         if turn % look_every == 0:
             told = estimate([work_left(arrivals[job], pictures) for job, pictures in live.items()], step_s)
