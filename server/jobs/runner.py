@@ -5,8 +5,8 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 
 from model.checkpoint.card import ModelCard
@@ -53,17 +53,13 @@ class JobRunner:
     etas: EtaEstimator
     metrics: Metrics
     outcomes: Counter[str] = field(default_factory=lambda: Counter({"succeeded": 0, "failed": 0, "cancelled": 0}))
-    _alone: asyncio.Lock = field(default_factory=asyncio.Lock)  # held by a job that runs alone
-    _before: list["asyncio.Task[None]"] = field(default_factory=list)  # of jobs that end before any runs alone
 
     def resume(self, jobs: Sequence[Job]) -> None:
         """Runs what the last server has not ended. Jobs that were running at several deaths of a server may be what
-        killed it: they run alone, when the others have ended. None of them fails for it."""
+        killed it: their engine runs them alone, after the others. None of them fails for it."""
         for job in sorted(jobs, key=lambda job: job.deaths >= DEATHS):
             self.admission.readmit(job)
             self.start(job)
-            if job.deaths < DEATHS and job.task is not None:
-                self._before.append(job.task)
 
     def start(self, job: Job) -> None:
         """Runs an accepted job."""
@@ -105,8 +101,7 @@ class JobRunner:
             async with asyncio.timeout(self._left_s(job)) as deadline:
                 job.due = deadline.when() or math.inf
                 self._check_deadline(job)
-                async with self._turn(job):
-                    await self._collect(job)
+                await self._collect(job)
         except TimeoutError:
             if not deadline.expired():
                 raise
@@ -118,17 +113,6 @@ class JobRunner:
         if job.request.deadline_s is None:
             return None
         return max(0.0, job.request.deadline_s - (self.repository.clock.now() - job.arrived))
-
-    @asynccontextmanager
-    async def _turn(self, job: Job) -> AsyncIterator[None]:
-        """Lets a job run at once; or alone and last, if several servers died while it was running."""
-        if job.deaths < DEATHS:
-            yield
-            return
-        if self._before:
-            await asyncio.wait(self._before)
-        async with self._alone:
-            yield
 
     async def _collect(self, job: Job) -> None:
         """Takes all events of a job's samples."""
