@@ -160,7 +160,7 @@ class JobRunner:
             case Finished(int(index), picture, floats):
                 self.admission.advance(job, index, job.request.sampling.steps)
                 seed = job.request.seed + index
-                job.finish(Image(index, seed, picture, floats, job.texts(seed)))
+                job.finish(Image.made(index, seed, picture, floats, job.texts(seed)))
             case Assigned(model):
                 self._note_model(job, model)
             case Restarting(retry_after_s):
