@@ -9,7 +9,7 @@ from typing import Any
 
 from server.cli.generate import FIELDS
 from server.errors import Invalid, Malformed
-from server.jobs.schemas import GenerateRequest, parse_generate, validate
+from server.jobs.schemas import GenerateRequest, parse_object, validate
 from tests.test_docs import DOCUMENTS, ROOT
 
 EXAMPLES = ROOT / "examples"
@@ -29,7 +29,7 @@ def _by_json(text: str) -> Iterator[GenerateRequest]:
     """JSON objects that `POST /generate` takes: others are answers, and what only looks like JSON."""
     for found in OBJECT.findall(text):
         try:
-            yield parse_generate(found.encode())
+            yield _request(parse_object(found.encode()))
         except (Malformed, Invalid):
             continue
 

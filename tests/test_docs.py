@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from server.cli import main
-from server.jobs.schemas import parse_generate
+from server.jobs.schemas import GenerateRequest, parse_object, validate
 from server.settings import PREFIX, Settings
 from tests.model.convert.directories import write_model
 from tests.server.conftest import Server
@@ -193,7 +193,7 @@ def test_every_command_exists_with_its_flags(document: Path) -> None:
 
 @each_document
 def test_every_request_is_one_that_the_server_takes(document: Path) -> None:
-    assert all(parse_generate(body.encode()) for body in bodies(document))
+    assert all(validate(parse_object(body.encode()), GenerateRequest) for body in bodies(document))
 
 
 @each_document

@@ -80,18 +80,16 @@ class _Server(uvicorn.Server):
 
         uvicorn's own shutdown would start with closing every websocket.
         """
-        before = self.jobs.metric_values()
-        ended_before = sum(before.jobs.values())  # now, because the mapping changes
-        unended = {"jobs_running": before.jobs_running, "jobs_waiting": before.jobs_waiting}
+        running, waiting, ended_before = self.jobs.tally()
+        unended = {"jobs_running": running, "jobs_waiting": waiting}
         logger.info("draining", extra={"seconds": 0 if self.hurried else self.drain_s, **unended})
         await self.jobs.drain(self.drain_s, lambda: self.hurried)
         until = time.monotonic() + GOODBYE_S
         while self.jobs.counts.subscribers and time.monotonic() < until:
             await asyncio.sleep(0.01)
         await super().shutdown(sockets)
-        after = self.jobs.metric_values()
-        ended = sum(after.jobs.values()) - ended_before
-        logger.info("stopped", extra={"jobs_ended": ended, "jobs_parked": after.jobs_running + after.jobs_waiting})
+        running, waiting, ended = self.jobs.tally()
+        logger.info("stopped", extra={"jobs_ended": ended - ended_before, "jobs_parked": running + waiting})
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -23,7 +23,7 @@ from server.errors import (
     StorageFull,
     problem,
 )
-from server.jobs.admission import Admission, check_deadline
+from server.jobs.admission import Admission
 from server.jobs.eta import EtaEstimator
 from server.jobs.job import Image, Job, State
 from server.jobs.repository import JobRepository
@@ -32,14 +32,8 @@ from server.metrics import Metrics
 from server.worker.messages import ModelStatus, Spec
 
 logger = logging.getLogger(__name__)
+CERTAIN = 0.5  # of the time a step usually takes: no step will be faster than this
 DEATHS = 2  # of servers while a job was running: from then on it runs alone, and after the others
-
-
-def _outcome(failure: ServerError) -> State:
-    """The state of a job that this has stopped. What is wrong with the server is not the job's failure."""
-    if isinstance(failure, JobCancelled):
-        return State.CANCELLED
-    return State.PARKED if isinstance(failure, NotReady | EngineFailed) else State.FAILED
 
 
 @dataclass(slots=True, kw_only=True)
@@ -58,7 +52,7 @@ class JobRunner:
         """Runs what the last server has not ended. Jobs that were running at several deaths of a server may be what
         killed it: their engine runs them alone, after the others. None of them fails for it."""
         for job in sorted(jobs, key=lambda job: job.deaths >= DEATHS):
-            self.admission.readmit(job)
+            self.admission.capacity.add(job.image_steps, job.request.size_bytes)
             self.start(job)
 
     def start(self, job: Job) -> None:
@@ -84,8 +78,12 @@ class JobRunner:
         try:
             await self._make(job)
             outcome = State.SUCCEEDED
+        except JobCancelled as failure:
+            outcome, job.failure = State.CANCELLED, failure
+        except (NotReady, EngineFailed) as failure:  # what is wrong with the server is not the job's failure
+            outcome, job.failure = State.PARKED, failure
         except ServerError as failure:
-            outcome, job.failure = _outcome(failure), failure
+            job.failure = failure
         except asyncio.CancelledError:
             outcome = State.PARKED if job.failure is None else State.CANCELLED
             job.failure = job.failure or NotReady("the server is shutting down")
@@ -97,8 +95,11 @@ class JobRunner:
         """Makes all pictures of a job and their PNGs. Raises the ServerError that stops it."""
         if job.attached and job.attempt > 1:
             raise JobCancelled("its caller went away with the server before")
+        left_s = job.request.deadline_s
+        if left_s is not None:  # counted from the acceptance, even if that was by another server
+            left_s = max(0.0, left_s - (self.repository.clock.now() - job.arrived))
         try:
-            async with asyncio.timeout(self._left_s(job)) as deadline:
+            async with asyncio.timeout(left_s) as deadline:
                 job.due = deadline.when() or math.inf
                 self._check_deadline(job)
                 await self._collect(job)
@@ -107,12 +108,6 @@ class JobRunner:
                 raise
             raise DeadlinePassed(f"the deadline of {job.request.deadline_s:g} s was not met") from None
         await asyncio.to_thread(lambda: [image.sha256 for image in job.images.values()])  # makes the PNGs
-
-    def _left_s(self, job: Job) -> float | None:
-        """Seconds until the deadline, counted from the acceptance, even if that was by another server."""
-        if job.request.deadline_s is None:
-            return None
-        return max(0.0, job.request.deadline_s - (self.repository.clock.now() - job.arrived))
 
     async def _collect(self, job: Job) -> None:
         """Takes all events of a job's samples."""
@@ -144,7 +139,7 @@ class JobRunner:
             case Finished(int(index), picture, floats):
                 self.admission.advance(job, index, job.request.sampling.steps)
                 seed = job.request.seed + index
-                job.finish(Image(index, seed, picture, floats, job.texts(seed)))
+                job.finish(Image.made(index, seed, picture, floats, job.texts(seed)))
             case Assigned(model):
                 self._note_model(job, model)
             case Restarting(retry_after_s):
@@ -186,8 +181,11 @@ class JobRunner:
         """Gives up, and frees the slots, as soon as it is certain that the deadline cannot be met."""
         if job.due < math.inf:
             left_s = job.due - asyncio.get_running_loop().time()
-            steps = job.request.sampling.steps - min(job.steps)
-            check_deadline(left_s, steps, self.backend.step_s(job.request.model, job.model.admitted)[1])
+            step_s = self.backend.step_s(job.request.model, job.model.admitted)[1]
+            at_least = CERTAIN * (job.request.sampling.steps - min(job.steps)) * step_s
+            if left_s < at_least:
+                detail = f"{left_s:.3g} s are left, at least {at_least:.3g} s needed"
+                raise DeadlinePassed(f"the deadline cannot be met: {detail}")
 
     async def _end(self, job: Job, outcome: State) -> None:
         """Writes down the end of a job, then tells it. Or parks the job, also if its end cannot be written any more."""

@@ -22,7 +22,7 @@ from server.jobs.request import RequestContext, fingerprints, resolve_request
 from server.jobs.runner import JobRunner
 from server.jobs.stream import StreamCounts, Subscriber
 from server.logs import report
-from server.metrics import Metrics, MetricValues
+from server.metrics import Family, Metrics, counter, gauge
 from server.settings import Settings
 from server.store.rows import IdempotentHit
 from server.store.store import Store
@@ -104,24 +104,25 @@ class JobService:
             before = await self.repository.store.by_key(context.owner, context.key)
             if before is not None:
                 return await self._same_key(before, prints, context)
-        job = self.admission.admit(request, context.tenant)
+        quota = context.tenant.quota if context.tenant is not None else None
+        job = self.admission.admit(request, quota)
         job.key, job.fingerprint = context.key, next(iter(prints), None)
         job.attached = context.attached and context.key is None
         self._accepting += 1
         try:
             accepted = await self.repository.accept(job, context.again)
         except BaseException:
-            self.admission.revoke(job, context.tenant)
+            self.admission.revoke(job, quota)
             raise
         finally:
             self._accepting -= 1
         if isinstance(accepted, IdempotentHit):  # it came while this one was on its way to the disk
-            self.admission.revoke(job, context.tenant)
+            self.admission.revoke(job, quota)
             return await self._same_key(accepted, prints, context)
         self._accepted += 1
         if accepted.cached:
             self._cache_hits += 1
-            self.admission.revoke(job, context.tenant)
+            self.admission.revoke(job, quota)
             self._runner.count(accepted, State.SUCCEEDED)
         else:
             self._runner.start(accepted)
@@ -175,35 +176,45 @@ class JobService:
         """The job as clients see it."""
         return job.document(None if job.ended else self._etas.of(job))
 
-    def metric_values(self) -> MetricValues:
-        """All gauges and counters at this moment."""
-        live, health = self.repository.live.values(), self.backend.health
+    def tally(self) -> tuple[int, int, int]:
+        """How many jobs are running, are waiting, and have ended."""
+        live = self.repository.live.values()
         running = sum(job.started_at is not None for job in live)
-        replicas = [model for replica in self.backend.replicas for model in replica.values()]
-        return MetricValues(
-            jobs_running=running,
-            jobs_waiting=len(live) - running,
-            steps_waiting=self.admission.capacity.steps,
-            slots=sum(model.slots for model in replicas if model.loaded),
-            slots_used=health.stats.seated,
-            viewers=self.counts.subscribers,
-            ready=self.admission.trouble is None,
-            engine_up=self.backend.trouble is None,
-            engine_heartbeat_age_seconds=health.silence_s,
-            gpu_memory_bytes=health.memory_bytes,
-            storage_full=self.repository.store.trouble is not None,
-            store_bytes=self.repository.store.size_bytes,
-            jobs_accepted=self._accepted,
-            jobs=self._runner.outcomes,
-            rejected=self.admission.rejected,
-            sample_steps=health.stats.sample_steps,
-            engine_steps=health.stats.steps,
-            padded_slots=health.stats.padded,
-            out_of_memory=health.stats.exhausted,
-            engine_restarts=health.restarts,
-            jobs_replayed=health.replayed,
-            frames=self.counts.frames,
-            frames_dropped=self.counts.dropped,
-            replay_mismatch=self.repository.mismatches,
-            cache_hits=self._cache_hits,
-        )
+        return running, len(live) - running, self._runner.outcomes.total()
+
+    def metric_values(self) -> list[Family]:
+        """All gauges and counters at this moment. jobs_accepted = the sum of jobs + jobs_running + jobs_waiting."""
+        running, waiting, _ = self.tally()
+        admission, store, backend, counts = self.admission, self.repository.store, self.backend, self.counts
+        health, stats, steps = backend.health, backend.health.stats, admission.capacity.steps
+        slots = sum(model.slots for replica in backend.replicas for model in replica.values() if model.loaded)
+        differ = self.repository.mismatches
+        return [
+            gauge("jobs_running", "Jobs with a picture that has been started.", running),
+            gauge("jobs_waiting", "Jobs that wait for a slot.", waiting),
+            gauge("steps_waiting", "Image-steps left to do of all accepted jobs, waiting and running.", steps),
+            gauge("slots", "Slots of all loaded models: pictures that can be denoised at once.", slots),
+            gauge("slots_used", "Slots in use: pictures being denoised.", stats.seated),
+            gauge("viewers", "Clients that watch a job.", counts.subscribers),
+            gauge("ready", "1 if jobs are accepted, as /readyz reports.", admission.trouble is None),
+            gauge("engine_up", "1 if the engine accepts jobs.", backend.trouble is None),
+            gauge("engine_heartbeat_age_seconds", "Seconds since the last heartbeat of the engine.", health.silence_s),
+            gauge("gpu_memory_bytes", "Device memory that the engine holds.", health.memory_bytes),
+            gauge("storage_full", "1 if the store cannot be written.", store.trouble is not None),
+            gauge("store_bytes", "Size of jobs and pictures on disk.", store.size_bytes),
+            counter("jobs_accepted", "Accepted jobs.", self._accepted),
+            counter("jobs", "Ended jobs by outcome.", self._runner.outcomes, "outcome"),
+            counter("rejected", "Refused requests by error code.", admission.rejected, "reason"),
+            counter("sample_steps", "Denoising steps of single pictures.", stats.sample_steps),
+            counter("engine_steps", "Denoising steps of a batch.", stats.steps),
+            counter("padded_slots", "Slots that were computed as padding of a batch.", stats.padded),
+            counter(
+                "out_of_memory", "Times that device memory ran out, which reduces the batch size.", stats.exhausted
+            ),
+            counter("engine_restarts", "Engine restarts by cause.", health.restarts, "cause"),
+            counter("jobs_replayed", "Jobs that were run again after an engine restart.", health.replayed),
+            counter("frames", "Frames kept for clients that watch.", counts.frames),
+            counter("frames_dropped", "Frames that slow clients missed.", counts.dropped),
+            counter("replay_mismatch", "Pictures with other bytes than the same picture had before.", differ),
+            counter("cache_hits", "Jobs answered with stored pictures of an equal job.", self._cache_hits),
+        ]

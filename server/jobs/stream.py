@@ -131,9 +131,9 @@ class Stream:
         self.closed = True
         self.say(type, **body)
 
-    def skip(self, count: int) -> None:
-        """Numbers that were given to messages which are no longer held."""
-        self.kept += [None] * count
+    def skip_to(self, seq: int) -> None:
+        """The next message has this number: those before it are no longer held."""
+        self.kept += [None] * (seq - 1 - len(self.kept))
 
     def close(self) -> None:
         """Ends the stream of a job that has not ended: this server adds no more to it."""

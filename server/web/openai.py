@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse
 
 from server.errors import NotFound, problem
 from server.jobs import encode
-from server.jobs.job import Image, Job, StoredImage
+from server.jobs.job import Image, Job
 from server.jobs.request import RequestContext, resolve_request
 from server.jobs.service import JobService
 from server.jobs.stream import Shown, Subscriber, Text
@@ -77,7 +77,7 @@ def _size(job: Job) -> str:
 
 
 def _answer(asked: ImagesRequest, job: Job, urls: list[str] | None) -> dict[str, Any]:
-    def entry(image: Image | StoredImage) -> dict[str, Any]:
+    def entry(image: Image) -> dict[str, Any]:
         where = {"url": urls[image.index]} if urls else {"b64_json": _file(asked, image.png)}
         return {**where, "revised_prompt": UNUSED, "seed": image.seed}
 

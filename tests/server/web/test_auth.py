@@ -175,7 +175,7 @@ def test_metrics_take_a_key_of_their_own(weights: Path, keys: Path, tmp_path: Pa
 
 def test_refusals_are_counted(locked: TestClient) -> None:
     locked.get("/jobs")
-    rejected = locked.app.state.jobs.metric_values().rejected  # type: ignore[attr-defined]
+    rejected = locked.app.state.jobs.admission.rejected  # type: ignore[attr-defined]
 
     assert rejected == {"unauthenticated": 1}
 
