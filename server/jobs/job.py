@@ -184,11 +184,6 @@ class Job:
         return self.arrived / 60 - self.request.priority
 
     @property
-    def progress(self) -> dict[str, Any]:
-        """Image-steps done, of all, and the noise level of the picture furthest behind."""
-        return {"step": sum(self.steps), "steps": self.image_steps, "t": self.levels[min(self.steps)]}
-
-    @property
     def size_bytes(self) -> int:
         """About how much memory it holds: pictures, as much again for their PNGs, and the objects around them."""
         pictures = sum(frame.nbytes for frame in self.frames.values())

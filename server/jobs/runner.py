@@ -110,7 +110,6 @@ class JobRunner:
         await asyncio.to_thread(lambda: [image.sha256 for image in job.images.values()])  # makes the PNGs
 
     async def _collect(self, job: Job) -> None:
-        """Takes all events of a job's samples."""
         if job.request.model not in self.cards:
             raise ModelChanged("the model that this job was accepted for is not served any more")
         if (model := self.backend.models.get(job.request.model)) is not None:  # else `Assigned` tells it
@@ -166,7 +165,8 @@ class JobRunner:
         if job.state is State.QUEUED:
             job.stream.tell("queued", position=eta.position, eta_s=eta.eta_s)
         else:
-            job.stream.tell("progress", **job.progress, eta_s=eta.eta_s)
+            level = job.levels[min(job.steps)]  # of the picture furthest behind
+            job.stream.tell("progress", step=sum(job.steps), steps=job.image_steps, t=level, eta_s=eta.eta_s)
 
     def _note_model(self, job: Job, model: ModelStatus) -> None:
         """Notes what makes the pictures. Raises ModelChanged."""
@@ -214,7 +214,6 @@ class JobRunner:
 
 
 def _spec(job: Job) -> Spec:
-    """What the backend is asked for."""
     request = job.request
     return Spec(
         model=request.model,

@@ -5,7 +5,6 @@ unless the route cancels it.
 """
 
 import asyncio
-import logging
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -27,7 +26,6 @@ from server.settings import Settings
 from server.store.rows import IdempotentHit
 from server.store.store import Store
 
-logger = logging.getLogger(__name__)
 ANIMATIONS = 2  # so many are drawn at once: the other threads encode frames
 TICK_S = 0.25  # between two messages to those who wait
 PARKING_S = 5.0  # within which every job is parked at the end
@@ -37,20 +35,13 @@ class JobService:
     """All jobs of this server."""
 
     def __init__(
-        self,
-        settings: Settings,
-        cards: Mapping[str, ModelCard],
-        backend: Backend,
-        store: Store,
-        metrics: Metrics | None = None,
+        self, settings: Settings, cards: Mapping[str, ModelCard], backend: Backend, store: Store, metrics: Metrics
     ) -> None:
-        self.cards, self.backend, self._settings = cards, backend, settings
+        self.cards, self.backend, self.metrics, self._settings = cards, backend, metrics, settings
         self.drawing = asyncio.Semaphore(ANIMATIONS)
         self.counts = StreamCounts()
         self.repository = JobRepository(store, settings, self.counts)
-        self.metrics = metrics or Metrics()
-        self.metrics.watch(self.metric_values)
-        self.admission = Admission(settings, backend, self.repository, self.metrics)
+        self.admission = Admission(settings, backend, self.repository, metrics)
         self._etas = EtaEstimator(self.repository.live, backend)
         self._runner = JobRunner(
             cards=cards,
@@ -58,8 +49,9 @@ class JobService:
             repository=self.repository,
             admission=self.admission,
             etas=self._etas,
-            metrics=self.metrics,
+            metrics=metrics,
         )
+        metrics.watch(self.metric_values)
         self._accepted, self._accepting, self._cache_hits = 0, 0, 0
         self._ticker: asyncio.Task[None] | None = None
 
@@ -101,28 +93,25 @@ class JobService:
         request, prints = resolve_request(body, self.cards, self._settings, context), list[str]()
         if context.key is not None:
             prints = fingerprints(body, context)
-            before = await self.repository.store.by_key(context.owner, context.key)
-            if before is not None:
+            if (before := await self.repository.store.by_key(context.owner, context.key)) is not None:
                 return await self._same_key(before, prints, context)
         quota = context.tenant.quota if context.tenant is not None else None
         job = self.admission.admit(request, quota)
         job.key, job.fingerprint = context.key, next(iter(prints), None)
         job.attached = context.attached and context.key is None
+        accepted = None
         self._accepting += 1
         try:
             accepted = await self.repository.accept(job, context.again)
-        except BaseException:
-            self.admission.revoke(job, quota)
-            raise
         finally:
             self._accepting -= 1
+            if accepted is not job:  # there is nothing to run
+                self.admission.revoke(job, quota)
         if isinstance(accepted, IdempotentHit):  # it came while this one was on its way to the disk
-            self.admission.revoke(job, quota)
             return await self._same_key(accepted, prints, context)
         self._accepted += 1
         if accepted.cached:
             self._cache_hits += 1
-            self.admission.revoke(job, quota)
             self._runner.count(accepted, State.SUCCEEDED)
         else:
             self._runner.start(accepted)

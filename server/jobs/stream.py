@@ -91,10 +91,13 @@ class Stream:
     transients: int = 0  # how many transient messages there were
     _transient: Text | None = None
 
+    def text(self, seq: int, type: str, **body: Any) -> Text:
+        """A JSON message with this number."""
+        return Text(seq, {"type": type, "job": self.job, "seq": seq, **body})
+
     def say(self, type: str, **body: Any) -> None:
         """Keeps a JSON message."""
-        seq = len(self.kept) + 1
-        self._keep(Text(seq, {"type": type, "job": self.job, "seq": seq, **body}))
+        self._keep(self.text(len(self.kept) + 1, type, **body))
 
     def show(self, header: Body, passing: bool, encode: Callable[[], bytes], small: bool = False) -> None:
         """Keeps a message with a picture."""
@@ -105,8 +108,7 @@ class Stream:
 
     def tell(self, type: str, urgent: bool = False, **body: Any) -> None:
         """A transient message, for subscribers that are not behind. urgent: for those that had one lately, too."""
-        seq, now = len(self.kept), time.monotonic()
-        self._transient = Text(seq, {"type": type, "job": self.job, "seq": seq, **body})
+        self._transient, now = self.text(len(self.kept), type, **body), time.monotonic()
         self.transients += 1
         for subscriber in self.subscribers:
             if urgent or subscriber.due <= now:
@@ -115,9 +117,8 @@ class Stream:
 
     def remind(self) -> None:
         """Wakes subscribers that were not due when the last transient message came, and are now."""
-        now = time.monotonic()
         for subscriber in self.subscribers:
-            if subscriber.due <= now and subscriber.heard < self.transients:
+            if subscriber.is_due():
                 subscriber.news.set()
 
     def transient(self, cursor: int) -> Text | None:
@@ -187,7 +188,7 @@ class Subscriber:
                     yield stream.kept[self._cursor - 1] or self._resync()
                 elif stream.closed:
                     return
-                elif self._is_due() and (now := stream.transient(self._cursor)) is not None:
+                elif self.is_due() and (now := stream.transient(self._cursor)) is not None:
                     self.heard, self.due = stream.transients, time.monotonic() + stream.counts.pause_s()
                     yield now
                 else:
@@ -196,7 +197,7 @@ class Subscriber:
             stream.subscribers.discard(self)
             stream.counts.subscribers -= 1
 
-    def _is_due(self) -> bool:
+    def is_due(self) -> bool:
         """Whether there is a transient message that it may be sent now."""
         return self.heard < self.stream.transients and self.due <= time.monotonic()
 
@@ -204,7 +205,7 @@ class Subscriber:
         """Passes the messages that are no longer held; the message that stands in for them."""
         while self._cursor < len(self.stream.kept) and self.stream.kept[self._cursor] is None:
             self._cursor += 1
-        return Text(self._cursor, {"type": "resync", "job": self.stream.job, "seq": self._cursor})
+        return self.stream.text(self._cursor, "resync")
 
     def _gap(self) -> Text | None:
         """Passes the frames that are not worth sending; the message that says which."""
@@ -217,5 +218,4 @@ class Subscriber:
         if self._cursor == first:
             return None
         self.stream.counts.dropped += self._cursor - first
-        body = {"type": "dropped", "job": self.stream.job, "seq": self._cursor, "from": first + 1, "to": self._cursor}
-        return Text(self._cursor, body)
+        return self.stream.text(self._cursor, "dropped", **{"from": first + 1, "to": self._cursor})
