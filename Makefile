@@ -14,9 +14,9 @@ CPU_WHEELS ?= https://download.pytorch.org/whl/cpu
 serve: .venv/serve.stamp
 	$(BIN)/ddpm serve --host $(HOST) --port $(PORT)
 
-# First in parallel; then the tests that measure, alone, even if one of the first failed.
+# First in parallel, the slowest files at the start; then the tests that measure, alone, even if one of the first failed.
 test: .venv/test.stamp
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not alone"; first=$$?; \
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not alone"; first=$$?; \
 	$(BIN)/python -m pytest -m alone && exit $$first
 
 # All tests as on an x86 processor without AVX-512: each variable limits the instructions of one library.

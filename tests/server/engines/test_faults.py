@@ -15,6 +15,7 @@ from tests.server.conftest import Server
 from tests.server.faults import faulty
 from tests.server.jobs.test_metrics import balance, read
 from tests.server.jobs.test_stream import understand, watching
+from tests.waiting import until_async
 
 POISON = 666
 WATCHED = {"seed": 1000, "steps": 30, "n": 16}
@@ -53,6 +54,9 @@ async def run(server: Server, jobs: Sequence[dict[str, Any]], kill: int | None =
             async with watching(server, f"{path}/stream") as socket:
                 outcome.heard = [understand(text) async for text in socket]
 
+        async def slots_are_full() -> bool:
+            return read((await client.get("/metrics")).text)["ddpm_slots_used"] == 4
+
         async def probe() -> None:
             since = time.monotonic()
             while True:
@@ -64,8 +68,7 @@ async def run(server: Server, jobs: Sequence[dict[str, Any]], kill: int | None =
         viewing = asyncio.create_task(view(WATCHED))
         making = [asyncio.create_task(make(job)) for job in jobs]
         if kill is not None:
-            while read((await client.get("/metrics")).text)["ddpm_slots_used"] < 4:
-                await asyncio.sleep(0.01)
+            await until_async(slots_are_full)
             os.kill(server.engine_pid, kill)
         probing = asyncio.create_task(probe())
         outcome.answers = list(await asyncio.gather(*making))
