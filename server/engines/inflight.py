@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import math
 import time
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
@@ -45,6 +46,7 @@ class InFlight:
     assigned: dict[Run, None] = field(default_factory=dict)  # that the engine process was given
     _by_sample: dict[int, Run] = field(default_factory=dict)
     _seated: dict[int, int] = field(default_factory=dict)  # updates done, by sample, of those known to be seated
+    _alone_at: float = -math.inf  # when a run that asked to be alone was assigned last
     _ids: "itertools.count[int]" = field(default_factory=itertools.count)
 
     @property
@@ -82,7 +84,11 @@ class InFlight:
         suspect is waited for, and a run that only asked to be alone lets others go first."""
         isolated, overdue = self.isolated, time.monotonic() - LAST_S
         others = [run for run in self.waiting if not run.record.isolated]
-        urgent = [run for run in isolated if not run.spec.alone or run.entered_at < overdue or run in self.assigned]
+        urgent = [
+            run
+            for run in isolated
+            if not run.spec.alone or max(run.entered_at, self._alone_at) < overdue or run in self.assigned
+        ]
         if others and not urgent:
             return others
         return [] if self.assigned else (urgent or isolated)[:1]
@@ -91,11 +97,14 @@ class InFlight:
         """Notes that the engine is given a run. -> the message that does it"""
         del self.waiting[run]
         self.assigned[run] = None
+        if run.spec.alone:
+            self._alone_at = time.monotonic()
         seeds = tuple(seed for _, seed in run.samples.values())
         return Submit(tuple(run.samples), replace(run.spec, seeds=seeds, alone=run.record.isolated))
 
-    def take(self, report: Report) -> None:
-        """Hands each run its events, and how far its samples are."""
+    def take(self, report: Report) -> bool:
+        """Hands each run its events, and how far its samples are. Returns whether a run has ended."""
+        running = len(self.assigned)
         for event in report.events:
             self._deliver(event)
         progress = report.seated
@@ -109,6 +118,7 @@ class InFlight:
                 steps.setdefault(run, {})[run.samples[id][0]] = step
         for run, of_run in steps.items():
             run.events.put_nowait(Progress(of_run))
+        return len(self.assigned) < running
 
     def _deliver(self, event: Event) -> None:
         id = cast(int, event.id)

@@ -25,6 +25,11 @@ from server.worker.messages import ModelStatus, Spec, Start
 logger = logging.getLogger(__name__)
 DIED = "the engine died without a step done, and so it was each time it was replaced"
 NO_MEMORY = "; memory ran out: a smaller DDPM_SLOTS takes less, and DDPM_MODEL_MEMORY_BYTES fewer models at once"
+CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGABRT)  # of native code
+UNUSABLE = {  # by the signal that ended an engine, what OpenVINO is taken to have done
+    signal.SIGILL: "ended an engine by an instruction that this processor lacks",
+    **dict.fromkeys(CRASHES, "ended an engine that was loading a model"),
+}
 
 
 class EngineSupervisor:
@@ -89,8 +94,8 @@ class EngineSupervisor:
 
     def load_s(self, model: str) -> float:
         """Seconds until steps of this model can be made; with a suspect in flight, one more start of the engine."""
-        load_s = self._times.load_s(model, self.models.get(model))
-        return load_s + self._times.start_s if self._in_flight.isolated else load_s
+        suspects = any(not run.spec.alone for run in self._in_flight.isolated)
+        return self._times.load_s(model, self.models.get(model)) + (self._times.start_s if suspects else 0.0)
 
     async def start(self) -> None:
         """Begins to load."""
@@ -131,7 +136,6 @@ class EngineSupervisor:
             self._assign()
 
     def _assign(self) -> None:
-        """Sends the engine the runs that it is to have now."""
         for run in self._in_flight.next() if self._trouble is None else ():
             status = self._models[run.spec.model]
             if status.loaded:
@@ -139,7 +143,7 @@ class EngineSupervisor:
             self._process.send(self._in_flight.assign(run))
 
     async def _supervise(self) -> None:
-        """Runs one engine process after another, until one refuses to start or too many have died."""
+        """Runs one engine process after another."""
         failures = 0
         while True:
             steps_before, process = self.health.stats.steps, EngineProcess()
@@ -153,6 +157,7 @@ class EngineSupervisor:
                 failures = 0
             if not crash.alone:
                 failures += 1
+            self._past, self._stats = replace(self._past + self._stats, seated=0, waiting=0), Stats()
             if failures > self._restarts:
                 why = NO_MEMORY if process.cause == "memory" else ""
                 return self._fail(EngineFailed(f"{DIED} ({self._restarts}){why}", EXIT_ENGINE))
@@ -162,19 +167,17 @@ class EngineSupervisor:
             await asyncio.sleep(min(5.0, 0.1 * 2 ** (failures - 1)))
 
     def _note_death(self, process: EngineProcess) -> None:
-        """Takes down what an engine has left behind, and tells its runs that another is started."""
+        loading = process.loading is not None or self._trouble is not None
         self._trouble = "the engine is being restarted"
-        self._past, self._stats = replace(self._past + self._stats, seated=0, waiting=0), Stats()
         self._causes[process.cause] += 1
         self._times.died()
-        if process.signal == signal.SIGILL:
-            self._start = replace(self._start, unusable="ended an engine by an instruction that this processor lacks")
+        if process.signal == signal.SIGILL or (loading and process.signal in UNUSABLE):
+            self._start = replace(self._start, unusable=UNUSABLE[signal.Signals(process.signal)])
         self._in_flight.tell(self._in_flight.all, Restarting(self._times.start_s))
         if process.loading is not None and self._in_flight.quarantine.died_loading(process.loading):
             self._give_up(process.loading, "the engine died each time it loaded this model")
 
     def _hangs(self) -> bool:
-        """Whether the engine is silent for so long that it will never answer."""
         patience = self._patience
         hang_s = self._limit_s(patience.hang_s, patience.hang_steps) if self._trouble is None else patience.start_s
         silence_s = time.monotonic() - self._process.heard_at
@@ -186,11 +189,14 @@ class EngineSupervisor:
         return max(seconds, steps * self._times.longest_s, load_s)
 
     def _receive(self, message: object) -> None:
+        if self._task is not None and self._task.cancelling():
+            return  # the server shuts down
         self._process.heard_at = time.monotonic()
         match message:
             case messages.Report(stats, _, _, heartbeat):
                 self._stats = stats
-                self._in_flight.take(message)
+                if self._in_flight.take(message):
+                    self._assign()
                 if heartbeat is not None:
                     self._memory_bytes = heartbeat.memory_bytes
                     self._times.learn(heartbeat.steps, sum(1 for status in self._models.values() if status.loaded))
@@ -206,7 +212,7 @@ class EngineSupervisor:
 
     def _become_ready(self, models: dict[str, ModelStatus]) -> None:
         former = self._models or models
-        troubles = {name: _trouble(status, models.get(name)) for name, status in former.items()}
+        troubles = {name: status.trouble or _trouble(status, models.get(name)) for name, status in former.items()}
         if None not in troubles.values():
             return self._process.end(messages.Refused("ModelRefused", str(next(iter(troubles.values())))))
         for name, status in former.items():
@@ -222,13 +228,15 @@ class EngineSupervisor:
     def _change(self, name: str, status: ModelStatus) -> None:
         """A model has been loaded, or unloaded, or cannot be loaded."""
         self._process.loading = None
+        status = replace(status, trouble=self._models[name].trouble or status.trouble)  # given up is given up
         self._models[name] = status
         if status.trouble is not None:
             self._give_up(name, status.trouble)
         elif status.loaded:
             self._in_flight.quarantine.loaded(name)
             self._times.loaded(name, status)
-            self._in_flight.tell(self._in_flight.of(name), Assigned(status))
+            assigned = [run for run in self._in_flight.assigned if run.spec.model == name]
+            self._in_flight.tell(assigned, Assigned(status))
         logger.info("model changed", extra={"model": name, "loaded": status.loaded, "trouble": status.trouble})
 
     def _give_up(self, name: str, reason: str) -> None:

@@ -67,11 +67,13 @@ class JobRunner:
         if job.task is None or job.ended or job.state is State.PARKED:
             return
         if job.state is not State.ENDING:
-            job.failure = cancelled
+            job.failure = job.failure or cancelled  # a drain does not revoke what a client has cancelled
             job.task.cancel()
         await asyncio.wait([job.task])
         if job.state is State.QUEUED:  # its task had not begun
-            await self._end(job, State.PARKED if cancelled is None else State.CANCELLED)
+            outcome = State.PARKED if job.failure is None else State.CANCELLED
+            job.failure = job.failure or NotReady("the server is shutting down")
+            await self._end(job, outcome)
 
     async def _run(self, job: Job) -> None:
         outcome = State.FAILED  # also if a bug stops it
@@ -85,9 +87,10 @@ class JobRunner:
         except ServerError as failure:
             job.failure = failure
         except asyncio.CancelledError:
-            outcome = State.PARKED if job.failure is None else State.CANCELLED
-            job.failure = job.failure or NotReady("the server is shutting down")
-            raise
+            if job.failure is None:
+                outcome, job.failure = State.PARKED, NotReady("the server is shutting down")
+                raise
+            outcome = State.CANCELLED  # by the client, which ends here: a traceback would hold the job's frames
         finally:
             await self._end(job, outcome)
 
@@ -135,6 +138,8 @@ class JobRunner:
                 self._check_deadline(job)
                 if job.stream.subscribers:
                     self.tell_progress(job)
+                else:
+                    job.stream.drop_transient()
             case Finished(int(index), picture, floats):
                 self.admission.advance(job, index, job.request.sampling.steps)
                 seed = job.request.seed + index

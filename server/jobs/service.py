@@ -157,7 +157,9 @@ class JobService:
 
     def watch(self, job: Job, after: int = 0) -> Subscriber:
         """A new subscriber, from message `after` + 1 on. The first one is told at once how far the job is."""
-        if job.state in (State.QUEUED, State.RUNNING) and not job.stream.subscribers:
+        told = job.stream.transient(len(job.stream.kept))
+        restarting = told is not None and told.body["type"] == "restarting"
+        if job.state in (State.QUEUED, State.RUNNING) and not job.stream.subscribers and not restarting:
             self._runner.tell_progress(job)
         return Subscriber(job.stream, after)
 

@@ -127,6 +127,10 @@ class Stream:
             self._transient = Text(cursor, self._transient.body | {"seq": cursor})
         return self._transient
 
+    def drop_transient(self) -> None:
+        """Forgets the last transient message, which is not true any more."""
+        self._transient = None
+
     def end(self, type: str, **body: Any) -> None:
         """Keeps the last message."""
         self.closed = True

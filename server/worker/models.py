@@ -93,16 +93,19 @@ class Models:
     def _bring_for_requests(self, name: str) -> Iterator[float]:
         """Loads a model that is asked for, or gives it up."""
         self._tell(Loading(name))
+        reason = ""
         try:
             yield from self._bring(name)
             self._hand_over(name)  # at once: a model with nothing to do would be the first to leave
         except ModelRefused as error:
-            self._give_up(name, str(error))
+            reason = str(error)
         except torch.OutOfMemoryError:
             if self._engines:  # it is tried once more, alone
                 self._eviction.sizes[name] = self._eviction.budget_bytes
             else:
-                self._give_up(name, "the memory of the device is too small for it")
+                reason = "the memory of the device is too small for it"
+        if reason:  # only now, when no traceback holds the model's memory
+            self._give_up(name, reason)
         self._load = self._coming = None
         self._tell(Changed(name, self.statuses[name]))
 

@@ -128,3 +128,18 @@ def test_what_had_ended_before_a_crash_is_not_made_again() -> None:
     (again,) = runs.next()
     message = runs.assign(again)
     assert (message.ids, message.spec.seeds) == (tuple(others), (8, 9))
+
+
+def test_runs_that_have_waited_long_to_be_alone_take_turns_with_others() -> None:
+    runs = InFlight(Quarantine())
+    alone = [runs.enter(spec(f"s{i}", alone=True)) for i in range(2)]
+    for run in alone:
+        run.entered_at -= 2 * inflight.LAST_S
+    order = list[str]()
+    for job in ("b", "c", "d"):
+        runs.enter(spec(job))
+        order += assign(runs)
+        for run in list(runs.assigned):
+            finish(runs, run)
+
+    assert order == ["s0 alone", "b", "c", "d"]  # s1 waits as long again, from when s0 began
