@@ -14,7 +14,7 @@ from server.engines.quarantine import Place, Quarantine, Record
 from server.errors import SampleLost
 from server.worker.messages import Report, Spec, Submit
 
-LAST_S = 300.0  # after so long a run that asked to be alone is waited for, as a suspect is
+ALONE_WAIT_S = 300.0  # after so long a run that asked to be alone is waited for, as a suspect is
 
 
 @dataclass(slots=True, eq=False)
@@ -33,7 +33,7 @@ class Crash:
     """What the death of an engine did to its runs."""
 
     replayed: int  # runs that the engine had and the next one gets
-    alone: bool  # whether an isolated job was seated: then the death counts against the job, not the engine
+    isolated: bool  # whether an isolated job was seated: then the death counts against the job, not the engine
     explained: bool  # whether a job is shown to have killed it
 
 
@@ -82,7 +82,7 @@ class InFlight:
     def next(self) -> list[Run]:
         """The waiting runs that the engine is to be given now. An isolated one has it to itself, once it is free: a
         suspect is waited for, and a run that only asked to be alone lets others go first."""
-        isolated, overdue = self.isolated, time.monotonic() - LAST_S
+        isolated, overdue = self.isolated, time.monotonic() - ALONE_WAIT_S
         others = [run for run in self.waiting if not run.record.isolated]
         urgent = [
             run

@@ -1,9 +1,10 @@
 """Which jobs are suspected of killing engines, and which are shown to: the one rule of blame, for all engines.
 
 A picture is a pure function of its request, so a job that kills an engine kills it at the same step again. A job that
-had samples seated at COMPANY deaths is isolated: it has an engine to itself, which reports each of its steps. It fails
-once an engine dies at the same step of it again, or at its ALONE-th death alone, at whatever step. A job that was only
-killed along with others is soon alone, and ends. A model is loaded alone, so it is given up after LOADS deaths.
+had samples seated at DEATHS_IN_COMPANY deaths is isolated: it has an engine to itself, which reports each of its steps.
+It fails when an engine dies at the same step of it again, or at its death number DEATHS_ALONE in isolation, whatever
+the step. A job that merely sat beside the killer completes. A model loads by itself, and is given up after
+DEATHS_LOADING deaths.
 """
 
 from collections import Counter
@@ -14,9 +15,9 @@ from weakref import WeakValueDictionary
 
 from server.worker.messages import Spec
 
-COMPANY = 2
-ALONE = 5
-LOADS = 3
+DEATHS_IN_COMPANY = 2
+DEATHS_ALONE = 5
+DEATHS_LOADING = 3
 
 Place: TypeAlias = frozenset[tuple[int, int]]  # how far each seated sample of a job is: (index, updates done)
 
@@ -27,7 +28,7 @@ class Record:
 
     isolated: bool  # whether the job is to have an engine to itself
     deaths: int = 0  # of engines, while the job was seated
-    alone: list[Place] = field(default_factory=list)  # where it was at the deaths that it met in isolation
+    places: list[Place] = field(default_factory=list)  # where it was at the deaths that it met in isolation
 
 
 class Quarantine:
@@ -47,18 +48,18 @@ class Quarantine:
         shown = []
         for record, place in seated.items():
             if len(seated) == 1 and record.isolated:
-                if place in record.alone or len(record.alone) + 1 >= ALONE:
+                if place in record.places or len(record.places) + 1 >= DEATHS_ALONE:
                     shown.append(record)
-                record.alone.append(place)
+                record.places.append(place)
             record.deaths += 1
-            if record.deaths >= COMPANY:
+            if record.deaths >= DEATHS_IN_COMPANY:
                 record.isolated = True
         return shown
 
     def died_loading(self, model: str) -> bool:
         """Counts the death of an engine that was loading a model. Returns whether the model is to be given up."""
         self._loads[model] += 1
-        return self._loads[model] >= LOADS
+        return self._loads[model] >= DEATHS_LOADING
 
     def loaded(self, model: str) -> None:
         """Forgets what was held against a model: it can be loaded."""

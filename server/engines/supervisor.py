@@ -155,7 +155,7 @@ class EngineSupervisor:
             crash = self._in_flight.on_crash()
             if crash.explained or self.health.stats.steps > steps_before:
                 failures = 0
-            if not crash.alone:
+            if not crash.isolated:
                 failures += 1
             self._past, self._stats = replace(self._past + self._stats, seated=0, waiting=0), Stats()
             if failures > self._restarts:

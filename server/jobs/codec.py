@@ -99,7 +99,7 @@ def _restore_result(job: Job, record: Record, blobs: Blobs) -> None:
         job.error = error = json.loads(record.error)
         job.failure = Recalled(Problem(error["status"], error["code"], error["detail"], error.get("errors", [])))
     if job.started_at is not None:
-        job.stream.say("started", steps=job.image_steps)
+        job.stream.keep_text("started", steps=job.image_steps)
     for kept in sorted(record.images, key=lambda kept: kept.message):
         job.stream.skip_to(kept.message)
         job.finish(stored(kept, blobs))

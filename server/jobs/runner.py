@@ -150,7 +150,7 @@ class JobRunner:
                 for index in range(job.request.n):
                     if index not in job.images:
                         self.admission.advance(job, index, 0)
-                job.stream.tell("restarting", urgent=True, retry_after_s=retry_after_s)
+                job.stream.send_transient("restarting", urgent=True, retry_after_s=retry_after_s)
             case Failed(_, reason):
                 raise SampleLost(reason)
             case Cancelled():
@@ -162,16 +162,16 @@ class JobRunner:
         self.metrics.queue_seconds.observe(self.repository.clock.now() - job.arrived)
         if not job.deaths:
             self.repository.store.mark_running(job.id)
-        job.stream.say("started", steps=job.image_steps)
+        job.stream.keep_text("started", steps=job.image_steps)
 
     def tell_progress(self, job: Job) -> None:
         """Tells subscribers how far a job is, or how long it has to wait."""
         eta = self.etas.of(job)
         if job.state is State.QUEUED:
-            job.stream.tell("queued", position=eta.position, eta_s=eta.eta_s)
+            job.stream.send_transient("queued", position=eta.position, eta_s=eta.eta_s)
         else:
             level = job.levels[min(job.steps)]  # of the picture furthest behind
-            job.stream.tell("progress", step=sum(job.steps), steps=job.image_steps, t=level, eta_s=eta.eta_s)
+            job.stream.send_transient("progress", step=sum(job.steps), steps=job.image_steps, t=level, eta_s=eta.eta_s)
 
     def _note_model(self, job: Job, model: ModelStatus) -> None:
         """Notes what makes the pictures. Raises ModelChanged."""

@@ -22,7 +22,7 @@ TRANSIENT_PER_S = 500.0  # transient messages, to all subscribers of all jobs to
 
 
 @dataclass(slots=True, eq=False)
-class Text:
+class TextMessage:
     """A JSON message. A transient one carries the number of the last kept message before it."""
 
     seq: int
@@ -38,7 +38,7 @@ class Text:
 
 
 @dataclass(slots=True, eq=False)
-class Shown:
+class PictureMessage:
     """A message with a picture: a frame, or a finished image. It is encoded when the first subscriber needs it."""
 
     seq: int
@@ -63,7 +63,7 @@ class Shown:
         self._packed = pack(self.header, self._encode())
 
 
-Message: TypeAlias = Text | Shown
+Message: TypeAlias = TextMessage | PictureMessage
 
 
 @dataclass(slots=True)
@@ -89,24 +89,24 @@ class Stream:
     closed: bool = False  # this server adds no more messages
     subscribers: "set[Subscriber]" = field(default_factory=set)
     transients: int = 0  # how many transient messages there were
-    _transient: Text | None = None
+    _transient: TextMessage | None = None
 
-    def text(self, seq: int, type: str, **body: Any) -> Text:
+    def text(self, seq: int, type: str, **body: Any) -> TextMessage:
         """A JSON message with this number."""
-        return Text(seq, {"type": type, "job": self.job, "seq": seq, **body})
+        return TextMessage(seq, {"type": type, "job": self.job, "seq": seq, **body})
 
-    def say(self, type: str, **body: Any) -> None:
+    def keep_text(self, type: str, **body: Any) -> None:
         """Keeps a JSON message."""
         self._keep(self.text(len(self.kept) + 1, type, **body))
 
-    def show(self, header: Body, passing: bool, encode: Callable[[], bytes], small: bool = False) -> None:
+    def keep_picture(self, header: Body, passing: bool, encode: Callable[[], bytes], small: bool = False) -> None:
         """Keeps a message with a picture."""
         seq = len(self.kept) + 1
         if passing:
             self.counts.frames += 1
-        self._keep(Shown(seq, {"job": self.job, "seq": seq, **header}, passing, small, encode))
+        self._keep(PictureMessage(seq, {"job": self.job, "seq": seq, **header}, passing, small, encode))
 
-    def tell(self, type: str, urgent: bool = False, **body: Any) -> None:
+    def send_transient(self, type: str, urgent: bool = False, **body: Any) -> None:
         """A transient message, for subscribers that are not behind. urgent: for those that had one lately, too."""
         self._transient, now = self.text(len(self.kept), type, **body), time.monotonic()
         self.transients += 1
@@ -121,10 +121,10 @@ class Stream:
             if subscriber.is_due():
                 subscriber.news.set()
 
-    def transient(self, cursor: int) -> Text | None:
+    def transient(self, cursor: int) -> TextMessage | None:
         """The last transient message, for a subscriber at this cursor."""
         if self._transient is not None and self._transient.seq != cursor:
-            self._transient = Text(cursor, self._transient.body | {"seq": cursor})
+            self._transient = TextMessage(cursor, self._transient.body | {"seq": cursor})
         return self._transient
 
     def drop_transient(self) -> None:
@@ -134,7 +134,7 @@ class Stream:
     def end(self, type: str, **body: Any) -> None:
         """Keeps the last message."""
         self.closed = True
-        self.say(type, **body)
+        self.keep_text(type, **body)
 
     def skip_to(self, seq: int) -> None:
         """The next message has this number: those before it are no longer held."""
@@ -156,10 +156,10 @@ class Stream:
             subscriber.news.set()
 
 
-def told_of(error: Exception, request_id: str, stream: Stream | None = None) -> Text:
+def error_message(error: Exception, request_id: str, stream: Stream | None = None) -> TextMessage:
     """The transient message that says why there is no stream; or, with a stream, why it goes no further."""
     job, seq = (stream.job, len(stream.kept)) if stream is not None else (None, 0)
-    return Text(seq, {"type": "error", "job": job, "seq": seq, "problem": problem(error).body(request_id)})
+    return TextMessage(seq, {"type": "error", "job": job, "seq": seq, "problem": problem(error).body(request_id)})
 
 
 class Subscriber:
@@ -205,18 +205,18 @@ class Subscriber:
         """Whether there is a transient message that it may be sent now."""
         return self.heard < self.stream.transients and self.due <= time.monotonic()
 
-    def _resync(self) -> Text:
+    def _resync(self) -> TextMessage:
         """Passes the messages that are no longer held; the message that stands in for them."""
         while self._cursor < len(self.stream.kept) and self.stream.kept[self._cursor] is None:
             self._cursor += 1
         return self.stream.text(self._cursor, "resync")
 
-    def _gap(self) -> Text | None:
+    def _gap(self) -> TextMessage | None:
         """Passes the frames that are not worth sending; the message that says which."""
         first = self._cursor
         while self._cursor < self._skip_to:
             message = self.stream.kept[self._cursor]
-            if not (isinstance(message, Shown) and message.passing):
+            if not (isinstance(message, PictureMessage) and message.passing):
                 break
             self._cursor += 1
         if self._cursor == first:

@@ -17,7 +17,7 @@ from server.jobs import encode
 from server.jobs.job import Job, Kind, State
 from server.jobs.request import RequestContext
 from server.jobs.service import JobService
-from server.jobs.stream import Message, Subscriber, Text, told_of
+from server.jobs.stream import Message, Subscriber, TextMessage, error_message
 from server.web.http import header, idempotency_key, negotiate, read_json_body, tenant_of, words
 
 router = APIRouter()
@@ -177,11 +177,11 @@ async def _events(job: Job, subscriber: Subscriber, request_id: str) -> AsyncGen
             yield await _event(message)
             await asyncio.sleep(0)  # a long replay must not starve other tasks
     if job.state is State.PARKED and job.failure is not None:
-        yield await _event(told_of(job.failure, request_id, job.stream))
+        yield await _event(error_message(job.failure, request_id, job.stream))
 
 
 async def _event(message: Message) -> bytes:
-    if isinstance(message, Text):
+    if isinstance(message, TextMessage):
         name, data = message.body["type"], message.json
     else:
         name, (header, png) = "frame" if message.passing else "image", unpack(await message.packed())

@@ -17,7 +17,7 @@ from server.jobs import encode
 from server.jobs.job import Image, Job
 from server.jobs.request import RequestContext, resolve_request
 from server.jobs.service import JobService
-from server.jobs.stream import Shown, Subscriber, Text
+from server.jobs.stream import PictureMessage, Subscriber, TextMessage
 from server.web.generate import CLIENT_CLOSED_REQUEST, EVENTS, JSON, PROBLEMS, ServerSent, from_headers, succeeds
 from server.web.http import read_json_body
 from server.web.openai_schema import ImagesRequest, error_object, parse_images
@@ -99,7 +99,7 @@ async def _events(asked: ImagesRequest, job: Job, subscriber: Subscriber) -> Asy
     """Partial images and images; or the error that ended the job."""
     async with aclosing(subscriber.messages()) as messages:
         async for message in messages:
-            if isinstance(message, Text):
+            if isinstance(message, TextMessage):
                 yield b":\n\n"  # a comment keeps proxies from closing an idle connection
             elif not message.passing or message.header["step"] < message.header["steps"]:
                 yield await _image_event(asked, job, message)  # after the last step x0 is the picture itself
@@ -108,7 +108,7 @@ async def _events(asked: ImagesRequest, job: Job, subscriber: Subscriber) -> Asy
         yield _event("error", error=error_object(problem(job.failure or RuntimeError())))
 
 
-async def _image_event(asked: ImagesRequest, job: Job, message: Shown) -> bytes:
+async def _image_event(asked: ImagesRequest, job: Job, message: PictureMessage) -> bytes:
     header, png = unpack(await message.packed())
     about = {
         "b64_json": await asyncio.to_thread(_file, asked, png),

@@ -16,7 +16,7 @@ from server.jobs.job import Job, State
 from server.jobs.request import RequestContext
 from server.jobs.schemas import parse_json
 from server.jobs.service import JobService
-from server.jobs.stream import Subscriber, Text, told_of
+from server.jobs.stream import Subscriber, TextMessage, error_message
 from server.web.http import tenant_of
 from server.web.jobs import find_job
 
@@ -27,7 +27,8 @@ MAX_SEQ = 10**9 - 1
 FIRST_MESSAGE_S = 10.0  # within which a new websocket must send its request
 SLOW_S = 1.0  # a subscriber whose message takes longer to send misses the frames of that time
 STALLED_S = 10.0  # a subscriber whose message takes longer is disconnected
-DONE, WRONG_KIND, GONE, POLICY, ENGINE_FAILED, RESTARTING, TRY_LATER = 1000, 1003, 1006, 1008, 1011, 1012, 1013
+DONE, WRONG_KIND, ABNORMAL_CLOSURE = 1000, 1003, 1006
+POLICY, ENGINE_FAILED, RESTARTING, TRY_LATER = 1008, 1011, 1012, 1013
 BAD_REQUEST, UNKNOWN_JOB = 4400, 4404
 
 
@@ -50,7 +51,7 @@ async def _accepted(socket: WebSocket) -> AsyncIterator[None]:
             raise _Close(UNKNOWN_JOB, str(error)) from None
         except (BadInput, PlanError, TooBusy, NotReady, StorageFull, EngineFailed) as error:
             answer = problem(error)
-            await _send(socket, told_of(error, socket.state.request_id).json)
+            await _send(socket, error_message(error, socket.state.request_id).json)
             raise _Close(BAD_REQUEST if answer.status < 429 else TRY_LATER, answer.code) from None
     except _Close as close:
         try:
@@ -114,7 +115,7 @@ async def _first_of(*tasks: "asyncio.Task[None]") -> "set[asyncio.Task[None]]":
 async def _send_all(socket: WebSocket, subscriber: Subscriber) -> None:
     async with aclosing(subscriber.messages()) as messages:
         async for message in messages:
-            data = message.json if isinstance(message, Text) else await message.packed()
+            data = message.json if isinstance(message, TextMessage) else await message.packed()
             began = time.monotonic()
             try:
                 async with asyncio.timeout(STALLED_S):
@@ -152,7 +153,7 @@ async def _send(socket: WebSocket, data: str | bytes) -> None:
     try:
         await (socket.send_text(data) if isinstance(data, str) else socket.send_bytes(data))
     except RuntimeError:  # of starlette and uvicorn, for a closed websocket
-        raise WebSocketDisconnect(GONE) from None
+        raise WebSocketDisconnect(ABNORMAL_CLOSURE) from None
 
 
 async def _receive(socket: WebSocket) -> str:

@@ -86,7 +86,7 @@ def test_a_run_that_asks_to_be_alone_lets_others_go_first_for_some_time(monkeypa
 
     again = runs.enter(spec("again", alone=True))
     runs.enter(spec("c"))
-    monkeypatch.setattr(inflight, "LAST_S", -1.0)
+    monkeypatch.setattr(inflight, "ALONE_WAIT_S", -1.0)
     assert assign(runs) == []
     finish(runs, b)
     assert assign(runs) == ["again alone"]
@@ -107,7 +107,7 @@ def test_only_a_job_that_died_alone_at_the_same_step_again_is_not_run_again() ->
         seat(runs, a, step=3)
         crashes.append(runs.on_crash())
 
-    assert [(crash.replayed, crash.alone, crash.explained) for crash in crashes] == [
+    assert [(crash.replayed, crash.isolated, crash.explained) for crash in crashes] == [
         (2, False, False),
         (2, False, False),
         (1, True, False),
@@ -134,7 +134,7 @@ def test_runs_that_have_waited_long_to_be_alone_take_turns_with_others() -> None
     runs = InFlight(Quarantine())
     alone = [runs.enter(spec(f"s{i}", alone=True)) for i in range(2)]
     for run in alone:
-        run.entered_at -= 2 * inflight.LAST_S
+        run.entered_at -= 2 * inflight.ALONE_WAIT_S
     order = list[str]()
     for job in ("b", "c", "d"):
         runs.enter(spec(job))

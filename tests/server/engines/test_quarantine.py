@@ -1,7 +1,7 @@
 """Which jobs are blamed for the death of an engine."""
 
 from model.sampling.plan import resolve
-from server.engines.quarantine import LOADS, Place, Quarantine, Record
+from server.engines.quarantine import DEATHS_LOADING, Place, Quarantine, Record
 from server.worker.messages import Spec
 from tests.model.tiny import PROCESS
 
@@ -86,7 +86,7 @@ def test_a_job_that_asks_to_be_alone_is_isolated_and_nothing_is_held_against_it(
     quarantine = Quarantine()
     record = quarantine.record(Spec(model="tiny", seeds=(1,), sampling=SAMPLING, job="a", alone=True))
 
-    assert (record.isolated, record.deaths, record.alone) == (True, 0, [])
+    assert (record.isolated, record.deaths, record.places) == (True, 0, [])
     assert quarantine.died({record: at(7)}) == []
     assert quarantine.died({record: at(7)}) == [record]
 
@@ -94,7 +94,7 @@ def test_a_job_that_asks_to_be_alone_is_isolated_and_nothing_is_held_against_it(
 def test_a_model_is_given_up_after_some_deaths_in_a_row_during_its_load() -> None:
     quarantine = Quarantine()
 
-    assert [quarantine.died_loading("a") for _ in range(LOADS)] == [False] * (LOADS - 1) + [True]
+    assert [quarantine.died_loading("a") for _ in range(DEATHS_LOADING)] == [False] * (DEATHS_LOADING - 1) + [True]
     quarantine.loaded("a")
-    assert [quarantine.died_loading("a") for _ in range(LOADS)] == [False] * (LOADS - 1) + [True]
+    assert [quarantine.died_loading("a") for _ in range(DEATHS_LOADING)] == [False] * (DEATHS_LOADING - 1) + [True]
     assert not quarantine.died_loading("b")

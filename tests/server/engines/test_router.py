@@ -17,7 +17,7 @@ import pytest
 from model.engine.events import Finished
 from model.sampling.plan import resolve
 from server.engines.backend import Progress, Restarting, SampleEvent
-from server.engines.quarantine import COMPANY, Quarantine
+from server.engines.quarantine import DEATHS_IN_COMPANY, Quarantine
 from server.engines.router import Router
 from server.errors import EXIT_ENGINE, EXIT_NO_DEVICE, EngineFailed, NotReady
 from server.worker.messages import Spec
@@ -259,7 +259,7 @@ def test_a_job_that_was_seated_at_one_death_stays_where_it_is() -> None:
 def test_an_isolated_job_is_made_by_the_engine_that_it_was_seated_on() -> None:
     async def scene() -> None:
         a, b, heard = Engine(), Engine(), list[SampleEvent]()
-        a.say, a.deaths = [Progress({0: 3}), Restarting(1.0)], COMPANY
+        a.say, a.deaths = [Progress({0: 3}), Restarting(1.0)], DEATHS_IN_COMPANY
         router = router_of(a, b)
         running = asyncio.create_task(
             collect(router, Spec(model="tiny", seeds=(1, 2, 3, 4), sampling=SAMPLING, job="suspect"), heard)
@@ -293,7 +293,7 @@ def test_a_job_that_asks_to_be_alone_is_made_by_one_engine() -> None:
 def test_an_isolated_job_moves_from_a_lost_engine_as_one_shard_and_keeps_its_record() -> None:
     async def scene() -> None:
         a, b, heard = Engine(), Engine(), list[SampleEvent]()
-        a.say, a.deaths = [Progress({0: 3}), Restarting(1.0)], COMPANY
+        a.say, a.deaths = [Progress({0: 3}), Restarting(1.0)], DEATHS_IN_COMPANY
         router = router_of(a, b)
         spec = Spec(model="tiny", seeds=(1, 2, 3, 4), sampling=SAMPLING, job="moves")
         running = asyncio.create_task(collect(router, spec, heard))
@@ -305,7 +305,7 @@ def test_an_isolated_job_moves_from_a_lost_engine_as_one_shard_and_keeps_its_rec
         await settle()
 
         assert sorted(b.specs[-1].seeds) == [1, 2, 3, 4]
-        assert Engine.quarantine.record(b.specs[-1]).deaths == deaths >= COMPANY
+        assert Engine.quarantine.record(b.specs[-1]).deaths == deaths >= DEATHS_IN_COMPANY
         b.gate.set()
         await running
         assert pictures(heard) == {0: 1, 1: 2, 2: 3, 3: 4}

@@ -14,7 +14,7 @@ from server.engines.backend import Progress, Restarting, SampleEvent
 from server.jobs.job import State
 from server.jobs.request import RequestContext
 from server.jobs.service import JobService
-from server.jobs.stream import Text
+from server.jobs.stream import TextMessage
 from server.metrics import Metrics
 from server.models import find_models
 from server.settings import Settings
@@ -96,7 +96,7 @@ def test_the_first_subscriber_of_a_job_that_restarts_is_told_so(serve: Serve) ->
         heard = list[str]()
         async with aclosing(jobs.watch(job).messages()) as messages:
             async for message in messages:
-                assert isinstance(message, Text)
+                assert isinstance(message, TextMessage)
                 heard.append(message.body["type"])
                 if len(heard) == 2:
                     break

@@ -1,4 +1,4 @@
-"""Many viewers, slow viewers, idle viewers, and clients who leave: a real server, and what it costs it."""
+"""Many subscribers, slow subscribers, idle subscribers, and clients who leave: a real server, and what it costs it."""
 
 import asyncio
 import json
@@ -175,7 +175,7 @@ def by_delete(server: Server) -> Iterator[Callable[[], object]]:
 
 @contextmanager
 def by_message(server: Server) -> Iterator[Callable[[], object]]:
-    """A viewer says so."""
+    """A subscriber says so."""
     job = server.client.post("/generate", json=LONG, headers=LATER).json()["id"]
     with connect_sync(f"ws://127.0.0.1:{server.port}/jobs/{job}/stream") as socket:
         yield lambda: socket.send('{"type": "cancel"}')
@@ -183,10 +183,10 @@ def by_message(server: Server) -> Iterator[Callable[[], object]]:
 
 @contextmanager
 def by_closing_the_stream(server: Server) -> Iterator[Callable[[], object]]:
-    """The viewer of `/generate/stream` is gone."""
-    with connect_sync(f"ws://127.0.0.1:{server.port}/generate/stream") as viewer:
-        viewer.send(json.dumps(LONG))
-        yield lambda: viewer.socket.shutdown(socket.SHUT_RDWR)
+    """The subscriber of `/generate/stream` is gone."""
+    with connect_sync(f"ws://127.0.0.1:{server.port}/generate/stream") as subscriber:
+        subscriber.send(json.dumps(LONG))
+        yield lambda: subscriber.socket.shutdown(socket.SHUT_RDWR)
 
 
 @contextmanager
@@ -223,10 +223,10 @@ def test_a_cancelled_job_frees_its_slots_at_once(
 
 
 def test_a_message_that_is_too_long_closes_the_socket(server: Server) -> None:
-    with connect_sync(f"ws://127.0.0.1:{server.port}/generate/stream") as viewer:
-        viewer.send("x" * 100_000)
+    with connect_sync(f"ws://127.0.0.1:{server.port}/generate/stream") as subscriber:
+        subscriber.send("x" * 100_000)
         with pytest.raises(ConnectionClosed) as closed:
-            viewer.recv()
+            subscriber.recv()
 
     assert closed.value.rcvd is not None
     assert closed.value.rcvd.code == 1009
@@ -283,7 +283,7 @@ def test_a_thousand_races_of_cancel_against_completion_end_once_each(server: Ser
 
 
 def stall(server: Server, job: str) -> socket.socket:
-    """A viewer that never reads, with small buffers of its own."""
+    """A subscriber that never reads, with small buffers of its own."""
     connection = socket.socket()
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     connection.connect(("127.0.0.1", server.port))
@@ -296,14 +296,14 @@ def stall(server: Server, job: str) -> socket.socket:
 
 @pytest.mark.alone
 def test_viewers_that_never_read_cost_little_and_are_let_go(tmp_path: Path) -> None:
-    """The net is tiny, its pictures are not: they are what the server holds for a viewer."""
+    """The net is tiny, its pictures are not: they are what the server holds for a subscriber."""
     request = {"n": 64, "steps": 16, "frames": {"every": 1, "kind": "both"}}
     large = write_model(tmp_path / "large", {"sample_size": 32})
     server = Server(large, DDPM_SLOTS="16", DDPM_THREADS="1").wait_until_ready()
     pid = server.process.pid
 
     async def watched(stalled: int) -> tuple[str, int, list[socket.socket]]:
-        """A job with one good viewer and so many that never read; how much more memory is held at its end."""
+        """A job with one good subscriber and so many that never read; how much more memory is held at its end."""
         before = memory_of(pid)
         async with client_of(server) as client:
             job = await submit(client, **request)
@@ -319,7 +319,7 @@ def test_viewers_that_never_read_cost_little_and_are_let_go(tmp_path: Path) -> N
         job, usual, _ = asyncio.run(watched(0))
 
         before = memory_of(pid)
-        one = stall(server, job)  # all is encoded already: whatever grows, grows for this viewer
+        one = stall(server, job)  # all is encoded already: whatever grows, grows for this subscriber
         time.sleep(1)
         assert memory_of(pid) - before <= 1 * MIB
 

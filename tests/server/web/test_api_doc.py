@@ -48,7 +48,7 @@ def test_every_field_status_code_and_kind_of_answer_is_there(client: TestClient)
 
     assert [row for row in codes if row not in TEXT] == []
     assert [word for word in words if not re.search(rf"[`\"]{re.escape(word)}[`\"]", TEXT)] == []
-    assert [code for code in closing if code != str(watch.GONE) and code not in TEXT] == []
+    assert [code for code in closing if code != str(watch.ABNORMAL_CLOSURE) and code not in TEXT] == []
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")

@@ -18,7 +18,7 @@ from starlette.websockets import WebSocketDisconnect
 
 from server.errors import EngineFailed
 from server.jobs import repository
-from server.jobs.stream import Message, Shown, Stream, Subscriber
+from server.jobs.stream import Message, PictureMessage, Stream, Subscriber
 from server.web import watch as web_watch
 from tests.server.conftest import Server
 from tests.server.fakes import FakeBackend
@@ -283,18 +283,18 @@ def test_a_page_of_jobs_continues_the_previous_page(client: TestClient) -> None:
         assert client.get(f"/jobs?{query}").status_code == 422
 
 
-def feed_of(frames: int) -> Stream:
-    feed = Stream("j")
-    feed.say("started")
+def stream_of(frames: int) -> Stream:
+    stream = Stream("j")
+    stream.keep_text("started")
     for i in range(frames):
-        feed.show({"index": i}, True, lambda: b"png")
-    return feed
+        stream.keep_picture({"index": i}, True, lambda: b"png")
+    return stream
 
 
-def heard_by(viewer: Subscriber, before: Any = None) -> list[Message]:
+def heard_by(subscriber: Subscriber, before: Any = None) -> list[Message]:
     async def listen() -> list[Message]:
         heard = []
-        async with aclosing(viewer.messages()) as messages:
+        async with aclosing(subscriber.messages()) as messages:
             async for message in messages:
                 heard.append(message)
                 if before is not None:
@@ -305,34 +305,34 @@ def heard_by(viewer: Subscriber, before: Any = None) -> list[Message]:
 
 
 def test_a_slow_subscriber_is_told_what_it_missed_and_gets_the_newest_frame_and_the_end() -> None:
-    feed = feed_of(3)
-    viewer = Subscriber(feed)
+    stream = stream_of(3)
+    subscriber = Subscriber(stream)
 
     def late(count: int) -> None:
         if count == 2:  # while the first frame was being sent, all of this happened
             for _ in range(5):
-                feed.show({}, True, lambda: b"png")
-            viewer.fell_behind()
-            feed.show({}, False, lambda: b"image")
-            feed.end("succeeded")
+                stream.keep_picture({}, True, lambda: b"png")
+            subscriber.fell_behind()
+            stream.keep_picture({}, False, lambda: b"image")
+            stream.end("succeeded")
 
-    heard = heard_by(viewer, late)
+    heard = heard_by(subscriber, late)
 
-    assert [m.seq for m in heard if isinstance(m, Shown)] == [2, 9, 10]
-    dropped = [m.body for m in heard if not isinstance(m, Shown) and m.body["type"] == "dropped"]
+    assert [m.seq for m in heard if isinstance(m, PictureMessage)] == [2, 9, 10]
+    dropped = [m.body for m in heard if not isinstance(m, PictureMessage) and m.body["type"] == "dropped"]
     assert dropped == [{"type": "dropped", "job": "j", "seq": 8, "from": 3, "to": 8}]
-    assert feed.counts.dropped == 6
+    assert stream.counts.dropped == 6
 
 
 def test_a_picture_is_encoded_once_for_all_subscribers_and_never_for_none() -> None:
     asked: list[int] = []
 
     async def many() -> list[bytes]:
-        feed = Stream("j")
-        feed.show({}, True, lambda: asked.append(1) or b"png")  # type: ignore[func-returns-value]
-        feed.show({}, True, lambda: asked.append(2) or b"png")  # type: ignore[func-returns-value]
-        first = feed.kept[0]
-        assert isinstance(first, Shown)
+        stream = Stream("j")
+        stream.keep_picture({}, True, lambda: asked.append(1) or b"png")  # type: ignore[func-returns-value]
+        stream.keep_picture({}, True, lambda: asked.append(2) or b"png")  # type: ignore[func-returns-value]
+        first = stream.kept[0]
+        assert isinstance(first, PictureMessage)
         return await asyncio.gather(*(first.packed() for _ in range(10)))
 
     assert [unpack(message)[1] for message in asyncio.run(many())] == [b"png"] * 10
@@ -358,10 +358,10 @@ def test_a_stalled_subscriber_is_disconnected_and_a_slow_one_misses_frames(monke
     monkeypatch.setattr(web_watch, "SLOW_S", 0.01)
 
     async def send(seconds: float) -> list[str | bytes]:
-        feed, socket = feed_of(10), Slow(seconds)
-        ending = asyncio.get_running_loop().call_later(0.15, feed.end, "succeeded")
+        stream, socket = stream_of(10), Slow(seconds)
+        ending = asyncio.get_running_loop().call_later(0.15, stream.end, "succeeded")
         try:
-            await web_watch._send_all(socket, Subscriber(feed))  # type: ignore[arg-type]
+            await web_watch._send_all(socket, Subscriber(stream))  # type: ignore[arg-type]
         finally:
             ending.cancel()
         return socket.sent
@@ -434,12 +434,12 @@ def test_an_animation_needs_frames(client: TestClient) -> None:
 
 
 def test_only_the_last_transient_message_is_sent() -> None:
-    feed = Stream("j")
+    stream = Stream("j")
     for step in range(10):
-        feed.tell("progress", step=step)
-    viewer = Subscriber(feed)
+        stream.send_transient("progress", step=step)
+    subscriber = Subscriber(stream)
 
-    heard = heard_by(viewer, lambda count: feed.end("succeeded") if count == 1 else None)
+    heard = heard_by(subscriber, lambda count: stream.end("succeeded") if count == 1 else None)
 
     assert [getattr(m, "body", {}).get("step") for m in heard] == [9, None]
 
