@@ -1,10 +1,10 @@
-"""Who waits how long, by the order of seating: the engine's own scheduler played forward, without a model.
+"""How long requests wait by rank: the engine's own scheduler played forward, without a model.
 
     python -m benchmarks.order
 
 Nothing here takes time but a step, and a step takes what its batch is said to take, so that a run is over in seconds
 and the same everywhere. Beside it: requests of equal step counts in one batch, run to its end, as micro-batchers do;
-and first come, first served, nobody unseated.
+and first come, first served, without preemption.
 """
 
 import heapq
@@ -21,8 +21,8 @@ MIXTURE = {50: 0.4, 100: 0.3, 250: 0.15, 500: 0.1, 1000: 0.05}  # share of reque
 
 
 @dataclass(eq=False, slots=True)
-class Guest:
-    """A picture that is wanted."""
+class Picture:
+    """A requested picture."""
 
     at_s: float
     steps: int
@@ -60,9 +60,11 @@ CPU = World(8, lambda batch: 0.002 + 0.004 * batch)  # about what weights/digits
 GPU = World(64, lambda batch: 0.001 + 0.00003 * batch)  # a small net
 
 
-def seated_by_order(world: World, guests: Sequence[Guest], preemptions: bool = True, until_s: float = math.inf) -> None:
-    """The engine's scheduler. preemptions: whether a seat may change hands."""
-    scheduler, queue, clock_s = Scheduler[Guest](world.slots), list(reversed(guests)), 0.0
+def seated_by_rank(
+    world: World, pictures: Sequence[Picture], preemptions: bool = True, until_s: float = math.inf
+) -> None:
+    """The scheduler of the engine. preemptions: whether it may preempt."""
+    scheduler, queue, clock_s = Scheduler[Picture](world.slots), list(reversed(pictures)), 0.0
     while (queue or scheduler.seated or scheduler.waiting) and clock_s < until_s:
         if not (scheduler.seated or scheduler.waiting):
             clock_s = max(clock_s, queue[-1].at_s)
@@ -73,85 +75,87 @@ def seated_by_order(world: World, guests: Sequence[Guest], preemptions: bool = T
             world.preemptions += 1
         clock_s += world.step_s(len(scheduler.seated))
         scheduler.charge()
-        for guest in list(scheduler.seated):
-            guest.left -= 1
-            if guest.left == 0:
-                guest.end_s = clock_s
-                scheduler.release(guest)
+        for picture in list(scheduler.seated):
+            picture.left -= 1
+            if picture.left == 0:
+                picture.end_s = clock_s
+                scheduler.release(picture)
 
 
-def first_come(world: World, guests: Sequence[Guest]) -> None:
+def first_come(world: World, pictures: Sequence[Picture]) -> None:
     """Whoever came first sits first and stays."""
-    clock_s, queue, seated = 0.0, list(reversed(guests)), list[Guest]()
+    clock_s, queue, seated = 0.0, list(reversed(pictures)), list[Picture]()
     while queue or seated:
         if not seated:
             clock_s = max(clock_s, queue[-1].at_s)
         while queue and queue[-1].at_s <= clock_s and len(seated) < world.slots:
             seated.append(queue.pop())
         clock_s += world.step_s(len(seated))
-        for guest in list(seated):
-            guest.left -= 1
-            if guest.left == 0:
-                guest.end_s = clock_s
-                seated.remove(guest)
+        for picture in list(seated):
+            picture.left -= 1
+            if picture.left == 0:
+                picture.end_s = clock_s
+                seated.remove(picture)
 
 
-def equal_steps(world: World, guests: Sequence[Guest], window_s: float = 0.02) -> None:
+def equal_steps(world: World, pictures: Sequence[Picture], window_s: float = 0.02) -> None:
     """The eldest request and those of as many steps that are there share a batch, which runs to its end."""
-    clock_s, left = 0.0, list(guests)
+    clock_s, left = 0.0, list(pictures)
     while left:
         clock_s = max(clock_s, left[0].at_s) + window_s
-        there = [guest for guest in left if guest.at_s <= clock_s and guest.steps == left[0].steps][: world.slots]
+        there = [picture for picture in left if picture.at_s <= clock_s and picture.steps == left[0].steps][
+            : world.slots
+        ]
         clock_s += left[0].steps * world.step_s(len(there))
-        for guest in there:
-            guest.end_s = clock_s
+        for picture in there:
+            picture.end_s = clock_s
         taken = set(map(id, there))
-        left = [guest for guest in left if id(guest) not in taken]
+        left = [picture for picture in left if id(picture) not in taken]
 
 
-def poisson(world: World, load: float, count: int, seed: int = 0) -> list[Guest]:
+def poisson(world: World, load: float, count: int, seed: int = 0) -> list[Picture]:
     """Requests of the mixture that come at random and ask for this share of what the world can do."""
     draw, mean = random.Random(seed), sum(steps * share for steps, share in MIXTURE.items())
-    rate, at_s, guests = load * world.image_steps_per_s / mean, 0.0, []
+    rate, at_s, pictures = load * world.image_steps_per_s / mean, 0.0, []
     for _ in range(count):
         at_s += draw.expovariate(rate)
-        guests.append(Guest(at_s, draw.choices(list(MIXTURE), list(MIXTURE.values()))[0]))
-    return guests
+        pictures.append(Picture(at_s, draw.choices(list(MIXTURE), list(MIXTURE.values()))[0]))
+    return pictures
 
 
-def late(guests: Sequence[Guest], steps: int) -> float:
+def late(pictures: Sequence[Picture], steps: int) -> float:
     """The 99th percentile of what requests of so many steps took."""
-    return statistics.quantiles([guest.took_s for guest in guests if guest.steps == steps], n=100)[98]
+    return statistics.quantiles([picture.took_s for picture in pictures if picture.steps == steps], n=100)[98]
 
 
 def beside_a_flood(world: World, steps: int, pictures: int = 5000, apart: bool = True) -> list[float]:
     """One owner asks for `pictures` of so many steps, another now and then for one of 50. -> what each took, in the
     time it takes if each owner gets half of the image-steps"""
-    flood = [Guest(0.0, steps, "flood" if apart else "") for _ in range(pictures)]
+    flood = [Picture(0.0, steps, "flood" if apart else "") for _ in range(pictures)]
     half_s = 50 * world.step_s(world.slots) * (2 if world.slots == 1 else 1)
     draw = random.Random(1)
-    asked = [Guest((i + draw.random() / 2) * 3 * half_s, 50, "other" if apart else "") for i in range(1, 200)]
+    asked = [Picture((i + draw.random() / 2) * 3 * half_s, 50, "other" if apart else "") for i in range(1, 200)]
     last_s = asked[-1].at_s + 10 * half_s
-    seated_by_order(world, list(heapq.merge(flood, asked, key=lambda guest: guest.at_s)), until_s=last_s)
-    return [guest.took_s / half_s for guest in asked]
+    seated_by_rank(world, list(heapq.merge(flood, asked, key=lambda picture: picture.at_s)), until_s=last_s)
+    return [picture.took_s / half_s for picture in asked]
 
 
 def measures() -> Iterator[Measure]:
     """Everything this file measures."""
     for name, world in {"CPU, 8 slots": CPU, "GPU, 64 slots": GPU}.items():
         for load in (0.6, 0.8, 0.95):
-            ways: dict[str, Callable[[World, list[Guest]], None]] = {
+            ways: dict[str, Callable[[World, list[Picture]], None]] = {
                 "equal step counts": equal_steps,
                 "first come": first_come,
-                "by order, nobody unseated": lambda world, guests: seated_by_order(world, guests, False),
-                "by order": seated_by_order,
+                "by rank, without preemption": lambda world, pictures: seated_by_rank(world, pictures, False),
+                "by rank": seated_by_rank,
             }
             for way, run in ways.items():
-                guests = poisson(world, load, 4000)
+                pictures = poisson(world, load, 4000)
                 world.preemptions = 0
-                run(world, guests)
+                run(world, pictures)
                 for steps in (50, 1000):
-                    yield Measure(f"{name}, {load:.0%} load, {way}: {steps} steps, p99", late(guests, steps), "s")
+                    yield Measure(f"{name}, {load:.0%} load, {way}: {steps} steps, p99", late(pictures, steps), "s")
                 if world.preemptions:
                     yield Measure("   preemptions", world.preemptions / 4000, "per picture")
     for name, world in {"1 slot": World(1, CPU.step_s), "8 slots": CPU, "64 slots": GPU}.items():

@@ -1,8 +1,8 @@
-"""Errors of the model, as types, and the one way to ask a library that may fail. A message says what is allowed.
+"""Errors of the model, as types, and the one way to ask a library that may fail. Messages name the allowed values.
 
 ModelError
 ├── PlanError          such a plan cannot exist
-├── ModelRefused       a model directory is not what it must be
+├── ModelRefused       a model directory is not usable
 └── NoSuchDevice       the requested device is not on this machine
 """
 

@@ -1,4 +1,4 @@
-"""SHA-256 of bytes and files, as hexadecimal digits: one spelling for everything that is told apart by its content."""
+"""SHA-256 of bytes and files, as hexadecimal digits: the one spelling for all content addresses."""
 
 import hashlib
 from pathlib import Path

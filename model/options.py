@@ -1,4 +1,4 @@
-"""Configuration files: read whole if they are small and sound, then option by option, each within its bounds."""
+"""Configuration files: read as a whole if small and well-formed, then option by option, each within its bounds."""
 
 import json
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ MAX_CONFIG_BYTES = 1 << 20
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object of which no key occurs twice, as `object_pairs_hook`. Raises ValueError."""
+    """A JSON object in which no key occurs twice; an `object_pairs_hook`. Raises ValueError."""
     values = dict(pairs)
     if len(values) != len(pairs):
         raise ValueError("a key occurs twice")
@@ -22,7 +22,7 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def require_file(path: Path, hint: str = "") -> None:
     """Raises ModelRefused unless this is a regular file, or a link to one, as in the hub's cache.
 
-    Opening a pipe would wait for ever, reading a device would never end.
+    Opening a pipe would block for ever, and reading a device would never end.
     """
     if not path.is_file():
         there = path.exists() or path.is_symlink()
@@ -46,19 +46,20 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def whole(value: object) -> int | None:
-    """An integer, which some configurations write as 32.0, or None."""
+    """The value as an integer, which some configurations write as 32.0; None if it is not one."""
     if isinstance(value, float) and value.is_integer():
         return int(value)
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 class Options:
-    """One configuration file, read option by option; every refusal names the file and the option."""
+    """One configuration file, read option by option. Each refusal names the file and the option."""
 
     def __init__(self, name: str, values: Json) -> None:
         self.name, self.values = name, values
 
     def refuse(self, option: str, allowed: str) -> ModelRefused:
+        """The error to raise for an option, with the values that are allowed and the given one."""
         try:
             given = json.dumps(self.values.get(option))[:60]
         except RecursionError:
@@ -66,33 +67,39 @@ class Options:
         return ModelRefused(f"{self.name}: {option} must be {allowed}, got {given}")
 
     def integer(self, option: str, low: int, high: int, default: int | None) -> int:
+        """An integer in low..high. Raises ModelRefused, also if it is missing and has no default."""
         value = whole(self.values.get(option, default))
         if value is None or not low <= value <= high:
             raise self.refuse(option, f"an integer in {low}..{high}")
         return value
 
     def optional(self, option: str, low: int, high: int, default: int | None = None) -> int | None:
+        """An integer in low..high, or None. Raises ModelRefused."""
         return None if self.values.get(option, default) is None else self.integer(option, low, high, default)
 
     def number(self, option: str, low: float, high: float, default: float) -> float:
+        """A number in low..high. Raises ModelRefused."""
         value = self.values.get(option, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
             raise self.refuse(option, f"a number in {low}..{high}")
         return float(value)
 
     def boolean(self, option: str, default: bool) -> bool:
+        """True or false. Raises ModelRefused."""
         value = self.values.get(option, default)
         if not isinstance(value, bool):
             raise self.refuse(option, "true or false")
         return value
 
     def word(self, option: str, allowed: tuple[Any, ...], default: Any) -> Any:
+        """One of the allowed values. Raises ModelRefused."""
         value = self.values.get(option, default)
         if isinstance(value, list | dict) or not any(value == a and type(value) is type(a) for a in allowed):
             raise self.refuse(option, "one of " + ", ".join(json.dumps(a) for a in allowed))
         return value
 
     def items(self, option: str, default: tuple[Any, ...] | None, most: int) -> list[Any]:
+        """A list of 1..most items. Raises ModelRefused."""
         value = self.values.get(option, default)
         if not isinstance(value, list | tuple) or not 1 <= len(value) <= most:
             raise self.refuse(option, f"a list of 1..{most} items")

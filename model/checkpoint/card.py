@@ -1,8 +1,8 @@
-"""What a model directory says of itself, read without torch: shape, T, schedule, prediction, digest.
+"""A model directory's card, read without torch: the net's shape, T, schedule, prediction, digest.
 
-A model directory is what diffusers saves for a DDPM: `config.json` (the net), `scheduler_config.json` (the schedule),
-`model_index.json` (optional) and `diffusion_pytorch_model.safetensors`, flat or in `unet/` and `scheduler/`. Nothing
-in it is executed, and every number in it is bounded here, before anything is allocated for it.
+A model directory is one that diffusers saves for a DDPM: `config.json` (the net), `scheduler_config.json` (the
+schedule), `model_index.json` (optional) and `diffusion_pytorch_model.safetensors`, flat or in `unet/` and `scheduler/`.
+Nothing in it is executed, and every number in it is checked against bounds here, before memory is allocated for it.
 """
 
 import hashlib
@@ -13,20 +13,21 @@ from pathlib import Path
 from typing import get_args
 
 from model.errors import ModelRefused
+from model.fingerprint import file_digest
 from model.nets.config import architecture
 from model.nets.lucidrains_config import LUCIDRAINS, AnyArchitecture, lucidrains_architecture
 from model.options import MAX_CONFIG_BYTES, Json, Options, read_json, require_file
 from model.sampling.schedule import BY_NAME, NoiseSchedule, Prediction, Process, Spacing, Variance
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-# What is looked for, in this order: one file, several with an index, the same in half precision.
+# The names that are tried, in this order: one file, several with an index, the same in half precision.
 INDEX = f"{WEIGHTS}.index.json"
 VARIANTS = ("fp16", "bf16")
 SHARD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}\.safetensors")
 MAX_SHARDS = 256
 MAX_T = 10_000
-MIN_ALPHA_BAR = 1e-30  # of the picture's amplitude must be left at T: float32 holds the inverse
-# A file that names none of these is read only if its class has Ho's numbers where nothing is said.
+MIN_ALPHA_BAR = 1e-30  # the least amplitude of the picture at T: float32 must hold its inverse
+# A file with none of these options is read only if its class has Ho's numbers as defaults.
 BETAS = ("beta_schedule", "beta_start", "trained_betas")
 HOS_BY_DEFAULT = ("DDPMScheduler", "DDIMScheduler", "GaussianDDPMScheduler")
 
@@ -54,7 +55,7 @@ def noise_schedule(config: Json) -> NoiseSchedule:
 
 
 def _usable(schedule: NoiseSchedule, option: str) -> NoiseSchedule:
-    """The schedule, unless its numbers drown in rounding: plans divide by what is left of the picture."""
+    """The schedule. Raises ModelRefused if rounding would ruin plans, which divide by the picture's amplitude."""
     falling = bool((schedule.alpha_bar[1:] < schedule.alpha_bar[:-1]).all())
     if not falling or schedule.alpha_bar[-1] < MIN_ALPHA_BAR:
         raise ModelRefused(
@@ -65,52 +66,50 @@ def _usable(schedule: NoiseSchedule, option: str) -> NoiseSchedule:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where on a hub a model came from."""
+    """A model's origin on a hub."""
 
     id: str
-    revision: str  # the commit's hash
+    revision: str  # hash of the commit
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ModelCard:
-    """What is known of a model without loading it. Built by `read_card`."""
+    """Everything known of a model without loading it. Built by `read_card`."""
 
     name: str
     directory: Path
     weights: Path  # the safetensors file, or the index of several
     architecture: AnyArchitecture
     process: Process
-    shards: tuple[Path, ...] = ()  # the files that an index names, in the order of their names
-    source: Source | None = None  # none: a directory of this machine
+    shards: tuple[Path, ...] = ()  # the files of an index, ordered by name
+    source: Source | None = None  # None: a directory of this machine
 
     @property
     def weight_files(self) -> tuple[Path, ...]:
-        """Every file that holds weights."""
+        """All files that hold weights."""
         return self.shards or (self.weights,)
 
     @cached_property
     def digest(self) -> str:
-        """Content address of everything that decides a picture: weights and both configurations."""
-        total = hashlib.sha256()
-        for path in (*self.weight_files, *config_files(self.directory)):
-            with path.open("rb") as file:
-                total.update(hashlib.file_digest(file, "sha256").digest())
-        return f"sha256:{total.hexdigest()}"
+        """Content address of everything that determines a picture: weights and both configurations. Raises OSError."""
+        files = (*self.weight_files, *config_files(self.directory))
+        digests = b"".join(bytes.fromhex(file_digest(path)) for path in files)
+        return f"sha256:{hashlib.sha256(digests).hexdigest()}"
 
     @property
     def readme(self) -> str:
-        """The model's own words, README.md, or nothing."""
+        """The text of README.md, or nothing."""
         path = self.directory / "README.md"
-        # in a hub's cache, snapshots/<revision>/ is all links to blobs/ beside it
+        # in a hub's cache, snapshots/<revision>/ consists of links to blobs/ beside it
         home = self.directory if self.source is None else self.directory.parents[1]
         if not path.is_file() or not path.resolve().is_relative_to(home.resolve()):
-            return ""  # a link could lead to anything on this machine, and this text is shown
+            return ""  # a link could lead to any file of this machine, and the text is shown
         with path.open("rb") as file:
             return file.read(MAX_CONFIG_BYTES).decode(errors="replace")
 
 
 def config_files(directory: Path) -> tuple[Path, Path]:
-    """(config.json, scheduler_config.json), in the folders where this directory keeps them."""
+    """The paths of config.json and scheduler_config.json in this directory."""
     net, schedule = directory / "unet", directory / "scheduler"
     return (
         (net if net.is_dir() else directory) / "config.json",
@@ -119,7 +118,7 @@ def config_files(directory: Path) -> tuple[Path, Path]:
 
 
 def read_card(directory: Path, name: str | None = None) -> ModelCard:
-    """What the model directory says of itself. Raises ModelRefused, in one line, if it is not a usable one."""
+    """The card of a model directory. Raises ModelRefused, in one line, if the directory is not usable."""
     if not directory.is_dir():
         raise ModelRefused(f"{directory.name} is not a directory")
     net_file, schedule_file = config_files(directory)
@@ -128,18 +127,27 @@ def read_card(directory: Path, name: str | None = None) -> ModelCard:
     weights, index_file = _weights(net_file.parent), directory / "model_index.json"
     process = read_process(scheduler, read_json(index_file) if index_file.exists() else {}, arch.learned_variance)
     shards = _shards(weights) if weights.suffix == ".json" else ()
-    return ModelCard(name or directory.name, directory, weights, arch, process, shards)
+    return ModelCard(
+        name=name or directory.name,
+        directory=directory,
+        weights=weights,
+        architecture=arch,
+        process=process,
+        shards=shards,
+    )
 
 
 def read_process(scheduler: Json, index: Json, learned: bool) -> Process:
-    """The process that `scheduler_config.json` and `model_index.json` describe, of a net that has `learned` a variance
-    or not. Raises ModelRefused naming the option."""
+    """The process that `scheduler_config.json` and `model_index.json` describe. Raises ModelRefused naming the option.
+
+    learned: whether the net has learned a variance
+    """
     schedule, options = noise_schedule(scheduler), Options("scheduler_config.json", scheduler)
     options.word("thresholding", (False, None), False)
     spacing = options.word("timestep_spacing", get_args(Spacing), "leading")
-    if spacing == "leading":  # the only one that it shifts
+    if spacing == "leading":  # the only spacing that an offset shifts
         options.word("steps_offset", (0, None), 0)
-    if str(scheduler.get("_class_name")).startswith("DDIM"):  # of the steps that are taken here only DDIM's asks
+    if str(scheduler.get("_class_name")).startswith("DDIM"):  # other schedulers do not read it
         options.word("set_alpha_to_one", (True, None), True)
     known: dict[str | None, Variance] = {
         None: "small",
@@ -154,24 +162,24 @@ def read_process(scheduler: Json, index: Json, learned: bool) -> Process:
     return Process(
         schedule,
         options.word("prediction_type", get_args(Prediction), "epsilon"),
-        learned,
-        variance,
-        spacing,
-        options.boolean("clip_sample", True),
-        options.number("clip_sample_range", 1e-3, 1e3, 1.0),
-        Options("model_index.json", index).integer("default_steps", 1, schedule.T, schedule.T),
+        learned_variance=learned,
+        variance=variance,
+        spacing=spacing,
+        clip=options.boolean("clip_sample", True),
+        clip_range=options.number("clip_sample_range", 1e-3, 1e3, 1.0),
+        default_steps=Options("model_index.json", index).integer("default_steps", 1, schedule.T, schedule.T),
     )
 
 
 def weights_names() -> list[str]:
-    """The names that weights may have in a folder, the first that is there being taken."""
+    """The names that a folder's weights may have. The first that exists is taken."""
     stem, suffix = WEIGHTS.split(".")
     halves = [[f"{stem}.{variant}.{suffix}", f"{WEIGHTS}.index.{variant}.json"] for variant in VARIANTS]
     return sum(halves, [WEIGHTS, INDEX])
 
 
 def _weights(folder: Path) -> Path:
-    """The weights in this folder, or the index of them."""
+    """The path of the weights in this folder, or of their index. Raises ModelRefused."""
     paths = [folder / name for name in weights_names()]
     found = next((path for path in paths if path.exists() or path.is_symlink()), paths[0])
     require_file(found, _found_instead(folder))
@@ -179,7 +187,7 @@ def _weights(folder: Path) -> Path:
 
 
 def shard_names(index: Json, name: str) -> tuple[str, ...]:
-    """The files that an index names. Raises ModelRefused if it could lead anywhere but beside itself."""
+    """The files that an index names. Raises ModelRefused if one of them may lie elsewhere than beside it."""
     named = index.get("weight_map")
     if not isinstance(named, dict) or not named or not all(isinstance(file, str) for file in named.values()):
         raise ModelRefused(f"{name}: weight_map must say of every tensor in which file it is")

@@ -1,7 +1,7 @@
-"""Open a model directory: check the weights file against the net before memory is spent on it, then build both.
+"""Loads a model directory: checks the weights file against the net before it takes memory for either.
 
-Only safetensors is read. The header must name exactly the tensors that the configuration calls for, in their shapes;
-whatever else is in a directory is not looked at.
+Only safetensors is read. Its header must name exactly the tensors that the configuration calls for, in their shapes.
+Other files in a directory are ignored.
 """
 
 import json
@@ -26,7 +26,7 @@ from model.options import unique_keys
 MAX_HEADER_BYTES = 1 << 20
 MAX_TABLE = 1 << 30  # numbers in the table of timestep embeddings
 FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # safetensors' names, and bytes
-# How parts of the net were called before diffusers 0.1, and attention before 0.17.
+# The names of the net's parts before diffusers 0.1, and of attention's layers before 0.17.
 OLD_PLACES = {"downsample_blocks": "down_blocks", "upsample_blocks": "up_blocks", "mid": "mid_block"}
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
@@ -38,11 +38,11 @@ class Model:
     card: ModelCard
     net: Net | CpuNet
     table: Tensor  # [T, P] row k is `net.embed` of the timestep that the net was trained with at t = k + 1
-    parameters: int = 0  # number of weights
+    parameters: int = 0  # the number of weights
 
     @property
     def module(self) -> Net:
-        """The net as layers of torch: as it is everywhere but on a CPU."""
+        """The net as torch's layers, which it consists of unless `load_model` loaded it onto a CPU."""
         assert not isinstance(self.net, CpuNet)
         return self.net
 
@@ -60,7 +60,7 @@ def _is_count(value: object) -> bool:
 
 
 def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Names, dtypes and shapes in a safetensors file, from its header alone. Raises ModelRefused if it is malformed.
+    """{name: (dtype, shape)} of a safetensors file, read from its header alone. Raises ModelRefused if it is malformed.
 
     The tensors must lie back to back and fill the file to its last byte.
     """
@@ -98,7 +98,7 @@ def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 
 def _check_spans(path: Path, spans: Iterable[tuple[int, ...]], end: int) -> None:
-    """Tensors must cover the data exactly: no overlap, no hole, nothing behind."""
+    """Checks that the tensors cover the data exactly, without overlap or hole. Raises ModelRefused."""
     position = 0
     for start, stop in spans:
         if start != position:
@@ -109,7 +109,7 @@ def _check_spans(path: Path, spans: Iterable[tuple[int, ...]], end: int) -> None
 
 
 def _read_headers(card: ModelCard) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[Path, str]]]:
-    """(the shape, the file and the name there) of every tensor in the weights, by its name of today."""
+    """({name: shape}, {name: (file, name there)}) of all tensors in the weights, by their names of today."""
     shapes: dict[str, tuple[int, ...]] = {}
     places: dict[str, tuple[Path, str]] = {}
     count = 0
@@ -124,7 +124,7 @@ def _read_headers(card: ModelCard) -> tuple[dict[str, tuple[int, ...]], dict[str
 
 
 def _find(card: ModelCard, net: Net) -> dict[str, tuple[Path, str]]:
-    """The file, and the name in it, of every tensor of the net. Raises ModelRefused at the first that is wrong."""
+    """The file of each of the net's tensors, and its name there. Raises ModelRefused at the first that is wrong."""
     shapes, places = _read_headers(card)
     expected = {name: tuple(p.shape) for name, p in net.state_dict().items()}
     for name, shape in expected.items():
@@ -140,7 +140,7 @@ def _find(card: ModelCard, net: Net) -> dict[str, tuple[Path, str]]:
 
 
 def _own(tensor: Tensor) -> Tensor:
-    """In float32, in memory of its own: safetensors maps the file, which may be written to later."""
+    """A copy in float32: safetensors maps the file, which may be overwritten later."""
     return tensor.to(torch.float32, copy=True)
 
 
@@ -157,7 +157,7 @@ def _read(places: dict[str, tuple[Path, str]]) -> dict[str, Tensor]:
 
 
 def _load(card: ModelCard, device: torch.device) -> tuple[Net, Tensor, int]:
-    """The net in float32 on its device, its table, and its number of weights. Raises ModelRefused."""
+    """(the net in float32 on its device, its table, its number of weights). Raises ModelRefused."""
     with torch.device("meta"):
         net = build(card.architecture)
     count = sum(p.numel() for p in net.parameters())
@@ -168,7 +168,7 @@ def _load(card: ModelCard, device: torch.device) -> tuple[Net, Tensor, int]:
         raise ModelRefused(f"config.json: at most {MAX_TABLE} timestep embeddings are allowed, it calls for {numbers}")
     weights = _read(_find(card, net))
     for name, tensor in weights.items():
-        if not all(end.isfinite() for end in tensor.aminmax()):  # NaN is either end of what it is in
+        if not all(end.isfinite() for end in tensor.aminmax()):  # a NaN is both the least and the greatest
             raise ModelRefused(f"{card.weights.name}: {name} holds numbers that are not finite")
     net.load_state_dict(weights, assign=True)
     net = net.eval().requires_grad_(False).to(device)
@@ -180,7 +180,7 @@ def _load(card: ModelCard, device: torch.device) -> tuple[Net, Tensor, int]:
 
 
 def load_layers(card: ModelCard, device: torch.device, dtype: torch.dtype) -> Model:
-    """The net as layers of torch, and its table, both in `dtype`: as a GPU runs them. Raises as `load_model`."""
+    """The net as torch's layers and its table, both in `dtype`, as a GPU runs them. Raises ModelRefused."""
     net, table, count = _load(card, device)
     with torch.inference_mode():
         net = net.to(dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -188,9 +188,9 @@ def load_layers(card: ModelCard, device: torch.device, dtype: torch.dtype) -> Mo
 
 
 def load_model(card: ModelCard, device: torch.device, dtype: torch.dtype, unusable: str = "") -> Model:
-    """The net on its device, and its table. Raises ModelRefused in one line, before memory is spent, if it must.
+    """The net on its device, and its table. Raises ModelRefused, in one line, before it takes memory for the weights.
 
-    unusable: why OpenVINO is not tried on a CPU, if it is not; see `CpuNet`
+    unusable: the reason not to try OpenVINO on a CPU, or nothing; see `CpuNet`
     """
     if device.type != "cpu":
         return load_layers(card, device, dtype)

@@ -1,11 +1,10 @@
-"""`ddpm convert SRC DIR`: somebody else's checkpoint as a model directory.
+"""`ddpm convert SRC DIR` converts a checkpoint into a model directory.
 
 SRC is a file (.pt, .pth, .ckpt, .bin, .safetensors) or a directory that diffusers saved with pickled weights. DIR is
 written beside its final place, opened as the server would open it, and only then moved there.
 """
 
 import argparse
-import hashlib
 import json
 import sys
 import tempfile
@@ -20,9 +19,10 @@ from safetensors.torch import save_file
 from model.checkpoint.card import WEIGHTS, read_card
 from model.checkpoint.load import load_model
 from model.convert import directories, formats
-from model.convert.frame import Converted, Options
+from model.convert.protocol import Converted, Options
 from model.convert.sources import read_state
 from model.errors import ModelRefused
+from model.fingerprint import file_digest
 from model.sampling.schedule import BY_NAME, Prediction
 
 EXIT_FAILED, EXIT_MODEL_REFUSED = 1, 3
@@ -30,7 +30,7 @@ VARIANCES = ("fixed_small", "fixed_large", "learned_range")
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command's arguments; `ddpm` has them as a subcommand."""
+    """The parser of the command's arguments."""
     made = argparse.ArgumentParser("ddpm convert", description=(__doc__ or "").strip().split("\n\n")[1])
     made.add_argument("source", metavar="SRC", type=Path, help="a checkpoint, or a directory of diffusers")
     made.add_argument("target", metavar="DIR", type=Path, help="the model directory to make; must not exist yet")
@@ -55,11 +55,6 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def _digest(source: Path) -> str:
-    with source.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _card(name: str, converted: Converted, source: Path, digest: str, part: str) -> str:
     """README.md of the model directory."""
     taken = f", part `{part}`" if part else ""
@@ -67,7 +62,7 @@ def _card(name: str, converted: Converted, source: Path, digest: str, part: str)
 
 
 def write(converted: Converted, target: Path, readme: str) -> None:
-    """Puts the model directory in its place, once it has been seen to open. Raises ModelRefused, OSError."""
+    """Writes a model directory, and moves it to its place if it can be opened. Raises ModelRefused, OSError."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".convert-", dir=target.parent) as scratch:
         directory = Path(scratch) / "model"
@@ -86,7 +81,7 @@ def write(converted: Converted, target: Path, readme: str) -> None:
             (directory / name).write_text(json.dumps(values, indent=2) + "\n")
         (directory / "README.md").write_text(readme)
         save_file({k: t.contiguous() for k, t in converted.tensors.items()}, directory / WEIGHTS, {"format": "pt"})
-        (directory / WEIGHTS).chmod(0o644)  # else it is its owner's alone, and a server may be somebody else
+        (directory / WEIGHTS).chmod(0o644)  # the server may be run by another user
         load_model(read_card(directory), torch.device("cpu"), torch.float32)
         directory.rename(target)
 
@@ -112,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             converted, file = formats.convert(state, options, given.format), source
             if len(parts) > 1:
                 print(f"{source.name} holds {', '.join(map(repr, parts))}; took {part!r}")
-        write(converted, target, _card(target.name, converted, file, _digest(file), part))
+        write(converted, target, _card(target.name, converted, file, file_digest(file), part))
     except ModelRefused as refused:
         print(f"ddpm: {refused}", file=sys.stderr)
         return EXIT_MODEL_REFUSED

@@ -1,4 +1,4 @@
-"""A directory that diffusers saved, of any age: weights that are pickles, names that have been given up since."""
+"""A directory that any version of diffusers saved: with pickled weights, or with names that are no longer used."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +9,7 @@ from torch import Tensor
 from model.checkpoint.card import config_files
 from model.checkpoint.load import modern
 from model.convert import ports
-from model.convert.frame import OF_THE_SCHEDULER, Converted, Options, asked, refuse_unread, scheduler_config
+from model.convert.protocol import OF_THE_SCHEDULER, Converted, Options, refuse_unread, requested, scheduler_config
 from model.convert.sources import read_state
 from model.errors import ModelRefused
 from model.nets.config import RENAMED, with_todays_names
@@ -29,7 +29,7 @@ def convert(directory: Path, options: Options) -> tuple[Converted, Path]:
     weights = _weights_file(net_file.parent)
     state, _, _ = read_state(weights)
     given = read_json(schedule_file) if schedule_file.exists() else {}
-    if "ch_mult" in config:  # the very first: Ho's U-Net as pesser spelled it
+    if "ch_mult" in config:  # the very first layout: that of pesser's port
         size = options.image_size or whole(config.get("resolution"))
         made = ports.convert(state, replace(options, image_size=size))
     else:
@@ -55,7 +55,7 @@ def _config(config: dict[str, Any], options: Options) -> dict[str, Any]:
 
 
 def _tensors(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    # 2022's resampling layers knew their convolution under two names
+    # the resampling layers of 2022 had their convolution under two names
     twice = [key for key in state if ".op." in key and key.replace(".op.", ".conv.") in state]
     named = {modern(key): tensor for key, tensor in state.items() if key not in twice}
     if len(named) != len(state) - len(twice):
@@ -64,7 +64,7 @@ def _tensors(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _scheduler(given: dict[str, Any], usual: dict[str, Any], options: Options) -> dict[str, Any]:
-    """What the directory says, but for what was asked for."""
+    """The directory's own configuration, with the given options in place of its values."""
     if not given:
         return usual
     T = {"num_train_timesteps": given["timesteps"]} if "timesteps" in given else {}
@@ -72,8 +72,8 @@ def _scheduler(given: dict[str, Any], usual: dict[str, Any], options: Options) -
     if str(kept.get("_class_name")).startswith("Gaussian"):
         kept["_class_name"] = "DDPMScheduler"
     if any(value is not None for value in (options.schedule, options.beta_start, options.beta_end)):
-        kept["trained_betas"] = None  # which would go before what was asked for
-    return T | kept | asked(options)
+        kept["trained_betas"] = None  # which would take precedence over the given options
+    return T | kept | requested(options)
 
 
 def _origin(given: dict[str, Any]) -> str:

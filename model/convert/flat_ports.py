@@ -1,7 +1,7 @@
-"""Ho's U-Net as w86763777's `pytorch-ddpm` spells it: one flat list of blocks on the way down, one on the way up.
+"""Ho's U-Net in the layout of w86763777's `pytorch-ddpm`: one flat list of blocks on the way down, one on the way up.
 
-Besides names, sine and cosine of the timestep alternate, which is undone in the columns of the first dense layer, and
-the norms' epsilon is 1e-5. The table of timesteps is in the file, so T is known.
+Besides the names, sines and cosines of the timestep alternate, which is undone in the columns of the first dense layer,
+and the norms' epsilon is 1e-5. The table of timesteps is in the file, so T is known.
 """
 
 import re
@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.convert.frame import OF_THE_SCHEDULER, Converted, Options, scheduler_config
+from model.convert.protocol import OF_THE_SCHEDULER, Converted, Options, scheduler_config
 from model.errors import ModelRefused
 
 READS = OF_THE_SCHEDULER | {"image_size"}
-IMAGE_SIZE = 32  # `img_size` where nothing else was said
+IMAGE_SIZE = 32  # the default of `img_size`
 TABLE = "time_embedding.timembedding.0.weight"  # [T, C] of the sines and cosines themselves
 FIRST_DENSE = "time_embedding.timembedding.1.weight"
 ENDS = {
@@ -48,9 +48,9 @@ def recognises(state: Mapping[str, Tensor]) -> bool:
 
 
 def _places(state: Mapping[str, Tensor], path: str) -> Iterator[tuple[str, int, int | None]]:
-    """(a block's name there, its level from the start of this path, which of that level's resnets it is)
+    """(name, level, number among the level's residual blocks) of each block on this path.
 
-    A block that resamples ends its level, and is no resnet.
+    A block that resamples ends its level, and has no number.
     """
     numbers = {int(found[1]) for found in (re.match(rf"{path}\.(\d+)\.", key) for key in state) if found}
     level = i = 0
@@ -65,7 +65,7 @@ def _places(state: Mapping[str, Tensor], path: str) -> Iterator[tuple[str, int, 
 
 
 def _layers(state: Mapping[str, Tensor]) -> dict[str, str]:
-    """The name in UNet2DModel of every layer that such a net can have."""
+    """The name in UNet2DModel of each layer that such a net can have."""
     named = dict(ENDS)
     for path, there, sampler in (("downblocks", "down_blocks", "down"), ("upblocks", "up_blocks", "up")):
         for name, level, i in _places(state, path):
@@ -113,7 +113,7 @@ def _config(state: Mapping[str, Tensor], options: Options) -> dict[str, Any]:
 
 
 def convert(state: Mapping[str, Tensor], options: Options) -> Converted:
-    """The same net as a `UNet2DModel`, with the schedule that pytorch-ddpm has unless told otherwise."""
+    """The same net as a `UNet2DModel`, with pytorch-ddpm's schedule unless the options say otherwise."""
     named, tensors = _layers(state), {}
     for key, tensor in state.items():
         layer, _, kind = key.rpartition(".")
@@ -124,12 +124,12 @@ def convert(state: Mapping[str, Tensor], options: Options) -> Converted:
                 f"{ascii(key)} is not a tensor of pytorch-ddpm's U-Net: a variant that cannot be converted"
             )
         if key == FIRST_DENSE:
-            tensor = torch.cat([tensor[:, 0::2], tensor[:, 1::2]], dim=1)  # sine, cosine, sine, …: first all sines
+            tensor = torch.cat([tensor[:, 0::2], tensor[:, 1::2]], dim=1)  # alternating columns: first all sines
         dense = ".attentions." in named[layer] and tensor.ndim == 4  # a 1 x 1 convolution there
         tensors[f"{named[layer]}.{kind}"] = tensor.flatten(1) if dense else tensor
     scheduler = scheduler_config(options, "fixed_large")
     if options.timesteps is None:
         scheduler["num_train_timesteps"] = state[TABLE].shape[0]
     if options.clip is None:
-        scheduler["clip_sample"] = False  # its sampler clamps x0 only after it has used it
+        scheduler["clip_sample"] = False  # its sampler clamps x0 only after using it
     return Converted(_config(state, options), scheduler, tensors, "Ho's U-Net in the layout of pytorch-ddpm")

@@ -1,11 +1,11 @@
-"""The layouts of foreign checkpoints that can be converted. Another one is a module of its own and a line here."""
+"""The formats of foreign checkpoints that can be converted. To add one, write its module and add a line here."""
 
 from collections.abc import Mapping
 
 from torch import Tensor
 
 from model.convert import flat_ports, lucidrains, openai, ports
-from model.convert.frame import Converted, Format, Options, refuse_unread
+from model.convert.protocol import Converted, Format, Options, refuse_unread
 from model.errors import ModelRefused
 
 FORMATS: dict[str, Format] = {
@@ -17,7 +17,7 @@ FORMATS: dict[str, Format] = {
 
 
 def convert(state: Mapping[str, Tensor], options: Options, name: str | None = None) -> Converted:
-    """The state dict as a model directory, by the format of this name, or by the one that recognises it."""
+    """Converts a state dict by the format of this name, or by the one that recognises it. Raises ModelRefused."""
     fitting = [name] if name else [name for name, known in FORMATS.items() if known.recognises(state)]
     if len(fitting) != 1:
         if "down_blocks.0.resnets.0.conv1.weight" in state:

@@ -1,7 +1,7 @@
 """The U-Net of lucidrains' `denoising_diffusion_pytorch`, version 2, as its trainer saves it in `model-N.pt`.
 
-Such a file holds the net twice, as it is trained and averaged; the average is taken. Beside the weights lie the tables
-of its diffusion process: they are the schedule, and tell what the net predicts. The picture's size is in no file.
+Such a file holds the net twice, as it is trained and averaged; the average is taken. Beside the weights are the tables
+of its diffusion process, which give the schedule and what the net predicts. The picture's size is in no file.
 """
 
 import re
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.convert.frame import OF_THE_SCHEDULER, Converted, Options, required, scheduler_config
+from model.convert.protocol import OF_THE_SCHEDULER, Converted, Options, required, scheduler_config, with_scaled_betas
 from model.errors import ModelRefused
 from model.nets.config import CHANNELS
 from model.nets.lucidrains_config import LUCIDRAINS
@@ -22,11 +22,11 @@ READS = OF_THE_SCHEDULER | {"image_size"}
 FIRST = "init_conv.weight"
 AVERAGE = "ema_model."
 NEEDED = ("time_mlp.1.weight", "mid_attn.to_qkv.weight", "downs.0.0.block1.proj.weight", "final_conv.weight")
-CLEAR = 1.0  # signal to noise below which no usual weighting of the loss is clamped
+CLEAR = 1.0  # a signal-to-noise ratio below which no usual weighting of the loss is clamped
 
 
 def _places(state: Mapping[str, Tensor]) -> list[str]:
-    """What stands before the names of each net in the file: the average first, then the outermost."""
+    """The prefix of the names of each net in the file: the average first, then the outermost."""
     prefixes = [key.removesuffix(FIRST) for key in state if key == FIRST or key.endswith(f".{FIRST}")]
     return sorted(prefixes, key=lambda prefix: (AVERAGE not in prefix, len(prefix)))
 
@@ -37,7 +37,7 @@ def recognises(state: Mapping[str, Tensor]) -> bool:
 
 
 def _refuse_variants(net: Mapping[str, Tensor]) -> None:
-    """Nets of other versions, and nets that want to be told more than x_t and t."""
+    """Refuses nets of other versions, and nets with more inputs than x_t and t. Raises ModelRefused."""
     if missing := [name for name in NEEDED if name not in net]:
         raise ModelRefused(f"{missing[0]} is missing: a variant of lucidrains' net that cannot be converted")
     if "time_mlp.0.weights" in net:
@@ -78,12 +78,10 @@ def _config(net: Mapping[str, Tensor], options: Options) -> dict[str, Any]:
 
 
 def _tensors(net: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights by their names in `model.nets.lucidrains`: those of the original, but for three kinds of layers."""
+    """The weights by their names in `model.nets.lucidrains`: the original's except for three kinds of layers."""
     tensors = {}
     for key, tensor in net.items():
-        if re.fullmatch(
-            r"downs\.\d+\.3\.1\.weight", key
-        ):  # of one pixel, over four that were stacked: [out, 4 C, 1, 1]
+        if re.fullmatch(r"downs\.\d+\.3\.1\.weight", key):  # of one pixel over four stacked ones: [out, 4 C, 1, 1]
             tensor = tensor.reshape(len(tensor), -1, 2, 2)
         name = re.sub(r"^((?:downs|ups)\.\d+\.3)\.1\.", r"\1.", key)
         if key.endswith(".mem_kv") and key.replace("mem_kv", "to_out.weight") in net:
@@ -100,7 +98,7 @@ def sigmoid(T: int) -> Tensor:
 
 
 def _predicted(tables: Mapping[str, Tensor]) -> Prediction:
-    """What the net predicts, from how the loss was weighted: by nothing, by the signal to noise, or in between."""
+    """What the net predicts, from the weights of the loss: ones, the signal-to-noise ratio, or in between."""
     left, weight = tables["alphas_cumprod"].double(), tables["loss_weight"].double()
     snr = left / (1 - left)
     usual: dict[Prediction, Tensor] = {"epsilon": torch.ones_like(snr), "sample": snr, "v_prediction": left}
@@ -113,11 +111,11 @@ def _predicted(tables: Mapping[str, Tensor]) -> Prediction:
 
 
 def _process(state: Mapping[str, Tensor], prefix: str, options: Options, learned: bool) -> dict[str, Any]:
-    """scheduler_config.json, from the tables beside the net, or, if there are none, from what is told."""
+    """scheduler_config.json, from the tables beside the net, or, if there are none, from the options."""
     outer, variance = prefix.removesuffix("model."), "learned_range" if learned else "fixed_small"
     tables = {name: state[outer + name] for name in ("betas", "alphas_cumprod", "loss_weight") if outer + name in state}
     if not tables:
-        return _told_process(replace(options, prediction=options.prediction or "v_prediction"), variance)
+        return _default_process(replace(options, prediction=options.prediction or "v_prediction"), variance)
     if any(value is not None for value in (options.schedule, options.timesteps, options.beta_start, options.beta_end)):
         raise ModelRefused("the file holds its own schedule: --schedule, --timesteps and betas must not be given")
     if missing := {"betas", "alphas_cumprod", "loss_weight"} - tables.keys():
@@ -128,13 +126,12 @@ def _process(state: Mapping[str, Tensor], prefix: str, options: Options, learned
     return _scheduler(replace(options, prediction=prediction, timesteps=len(betas)), variance, betas)
 
 
-def _told_process(options: Options, variance: str) -> dict[str, Any]:
-    """scheduler_config.json for a net alone: the package's defaults, unless another schedule is asked for."""
+def _default_process(options: Options, variance: str) -> dict[str, Any]:
+    """scheduler_config.json for a net without tables: the package's defaults, unless the options say otherwise."""
     T = options.timesteps or 1000
     if options.schedule in (None, "sigmoid"):  # which is not diffusers' sigmoid
         return _scheduler(replace(options, schedule=None), variance, sigmoid(T).tolist())
-    scaled = replace(options, beta_start=options.beta_start or 0.1 / T, beta_end=options.beta_end or 20 / T)
-    return _scheduler(scaled, variance, None)
+    return _scheduler(with_scaled_betas(options, T), variance, None)
 
 
 def _scheduler(options: Options, variance: str, betas: list[float] | None) -> dict[str, Any]:
@@ -142,7 +139,7 @@ def _scheduler(options: Options, variance: str, betas: list[float] | None) -> di
 
 
 def convert(state: Mapping[str, Tensor], options: Options) -> Converted:
-    """The same net as a `LucidrainsUNet`."""
+    """The same net with a `config.json` for `model.nets.lucidrains`."""
     prefix = _places(state)[0]
     net = {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
     _refuse_variants(net)

@@ -1,8 +1,8 @@
-"""Checkpoints that are pickles, read in a process of its own that is bounded, and handed over as safetensors.
+"""Reads pickled checkpoints in a process of its own with limited resources, and writes them as safetensors.
 
-`torch.load(weights_only=True)` builds tensors and plain containers and refuses everything else. It is still a parser
-of a stranger's program, so it never runs in the process that converts, nor in the server; what comes out is a
-safetensors file, which whoever asked for it reads like any other.
+`torch.load(weights_only=True)` builds tensors and plain containers and refuses everything else. It still interprets an
+untrusted program, so it never runs in the process that converts, nor in the server. Its result is a safetensors file,
+which is read like any other.
 """
 
 import json
@@ -23,8 +23,8 @@ from torch import Tensor
 from model.errors import ModelRefused
 
 MAX_FILE_BYTES = 64 << 30
-MAX_SECONDS = 1800  # of a processor
-SPARE_BYTES = 2 << 30  # that reading may take besides twice the file
+MAX_SECONDS = 1800  # of processor time
+SPARE_BYTES = 2 << 30  # of memory that reading may take besides twice the file
 MAX_DEPTH = 4  # of containers around the tensors
 MAX_PARTS = 64
 AVERAGED = ("ema", "shadow", "averaged")
@@ -34,7 +34,7 @@ EXIT_REFUSED = 3
 def unpickle(source: Path, target: Path, part: str | None = None) -> tuple[str, list[str]]:
     """Writes one part of a pickled checkpoint as safetensors. Returns (its name, the names of all parts).
 
-    Raises ModelRefused in one line if the file is not what it must be, or if reading it takes too much.
+    Raises ModelRefused, in one line, if the file is malformed or reading it takes too much memory or time.
     """
     size = source.stat().st_size
     if size > MAX_FILE_BYTES:
@@ -49,14 +49,14 @@ def unpickle(source: Path, target: Path, part: str | None = None) -> tuple[str, 
         raise ModelRefused(ascii(done.stderr[:500])[1:-1])
     if done.returncode:
         raise ModelRefused(f"{source.name} could not be read: reading it took too much, or failed")
-    told = json.loads(done.stdout)
-    return str(told["part"]), list(map(str, told["parts"]))
+    result = json.loads(done.stdout)
+    return str(result["part"]), list(map(str, result["parts"]))
 
 
 def parts(loaded: object) -> dict[str, dict[str, Tensor]]:
-    """Every state dict in what a checkpoint holds, by where it is: `ema`, `state_dict`, `0`; the outermost is ``."""
+    """All state dicts in a checkpoint, by their paths, such as `ema`, `state_dict` or `0`; the outermost is ``."""
     found: dict[str, dict[str, Tensor]] = {}
-    # shadow parameters, which are lists, go by the names that the dicts have
+    # lists, such as shadow parameters, come last, since they take their names from the dicts
     for path, value in sorted(_containers(loaded, ()), key=lambda place: isinstance(place[1], list | tuple)):
         name = ".".join(path)
         if isinstance(value, Mapping):
@@ -69,7 +69,7 @@ def parts(loaded: object) -> dict[str, dict[str, Tensor]]:
 
 
 def _containers(value: object, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Every dict and list in a checkpoint, the outer before the inner. Optimizers are left out."""
+    """(path, container) of each dict and list in a checkpoint, the outer before the inner, without optimizers."""
     if isinstance(value, Mapping):
         if {"state", "param_groups"} <= value.keys():
             return
@@ -86,7 +86,7 @@ def _containers(value: object, path: tuple[str, ...]) -> Iterator[tuple[tuple[st
 
 
 def _named_by_a_sibling(values: Sequence[object], named: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Shadow parameters, a list in the order of the net's own, under the names of a state dict of the same shapes."""
+    """Shadow parameters, a list in the order of the net's own, by the names of a state dict with the same shapes."""
     tensors = [value for value in values if isinstance(value, Tensor)]
     shapes = [tensor.shape for tensor in tensors]
     for sibling in named.values():
@@ -96,7 +96,7 @@ def _named_by_a_sibling(values: Sequence[object], named: Mapping[str, Mapping[st
 
 
 def choose(found: Mapping[str, Mapping[str, Tensor]], part: str | None) -> str:
-    """The part to take: the one asked for, else an average over training, else the largest. Raises ModelRefused."""
+    """The part to take: the given one, else an average over training, else the largest. Raises ModelRefused."""
     if part is not None:
         if part not in found:
             raise ModelRefused(f"--part must be one of {', '.join(map(repr, found))}")
@@ -105,7 +105,7 @@ def choose(found: Mapping[str, Mapping[str, Tensor]], part: str | None) -> str:
     listed = [name for name in found if name.isdigit()]
     if not averaged and listed and len(found[listed[0]]) == len(found[listed[-1]]):
         averaged = listed[-1:]  # a list [net, optimizer, …, average]
-    return max(averaged or found, key=lambda name: len(found[name]))  # others hold a counter, a picture, a schedule
+    return max(averaged or found, key=lambda name: len(found[name]))  # the others hold counters or schedules
 
 
 def _load(source: Path) -> object:
@@ -120,7 +120,7 @@ def _load(source: Path) -> object:
 
 
 def _bounded(size: int) -> None:
-    """From here on, this process may take only so much memory, time and disk."""
+    """Limits this process's memory, time and disk space. size: of the file that it will read"""
     pages = int(Path("/proc/self/statm").read_text().split()[0]) if Path("/proc/self/statm").exists() else 0
     if pages:
         most = pages * resource.getpagesize() + 2 * size + SPARE_BYTES
@@ -131,20 +131,20 @@ def _bounded(size: int) -> None:
 
 
 def extract(source: Path, target: Path, part: str | None = None) -> tuple[str, list[str]]:
-    """What `unpickle` does, in this very process, without its bounds."""
+    """Does the work of `unpickle` in this process, without limits."""
     found = parts(_load(source))
     if not found:
         raise ModelRefused(f"{source.name} holds no tensors by name")
     name = choose(found, part)
     if any(tensor.layout != torch.strided or tensor.is_quantized for tensor in found[name].values()):
         raise ModelRefused(f"{source.name} holds sparse or quantised tensors")
-    # every tensor on its own: safetensors knows no views into a common storage
+    # a copy of each tensor: safetensors knows no views of a common storage
     save_file({key: tensor.detach().clone().contiguous() for key, tensor in found[name].items()}, target)
     return name, list(found)
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The process of its own: SOURCE TARGET [PART]."""
+    """The entrance of the process: SOURCE TARGET [PART]. Returns the exit code."""
     source, target = map(Path, arguments[:2])
     _bounded(source.stat().st_size)
     try:

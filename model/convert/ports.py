@@ -1,4 +1,4 @@
-"""Ho's U-Net as pesser (`pytorch_diffusion`) and ermongroup (`ddim`) spell it, and whoever copied them.
+"""Ho's U-Net in the layout of pesser (`pytorch_diffusion`), ermongroup (`ddim`) and their copies.
 
 The same net as google/ddpm-*, under other names, with attention as 1 x 1 convolutions. Neither the picture's size nor
 the noise schedule is in such a file: all of Ho's nets attend at 16 x 16 and were trained on his linear schedule.
@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from model.convert.frame import OF_THE_SCHEDULER, Converted, Options, required, scheduler_config
+from model.convert.protocol import OF_THE_SCHEDULER, Converted, Options, required, scheduler_config
 from model.errors import ModelRefused
 
 READS = OF_THE_SCHEDULER | {"image_size"}
@@ -24,7 +24,7 @@ RESNET = {
     "nin_shortcut": "conv_shortcut",
 }
 ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
-# Where a layer is, there and here. {level} counts from the picture down; {above} from the bottom up.
+# The path of a layer in such a file and in UNet2DModel. {level} counts from the picture down, {above} from the bottom.
 PLACES = {
     r"conv_in": "conv_in",
     r"conv_out": "conv_out",
@@ -63,7 +63,7 @@ def _renamed(key: str, levels: int) -> str:
 
 
 def _levels(state: Mapping[str, Tensor], pattern: str) -> list[int]:
-    """The levels that have a layer like this."""
+    """The levels that have a layer of this pattern."""
     return sorted({int(found[1]) for found in (re.match(pattern, key) for key in state) if found})
 
 
@@ -103,7 +103,7 @@ def _config(state: Mapping[str, Tensor], options: Options) -> dict[str, Any]:
 
 
 def convert(state: Mapping[str, Tensor], options: Options) -> Converted:
-    """The same net as a `UNet2DModel`, with Ho's schedule unless another one is asked for."""
+    """The same net as a `UNet2DModel`, with Ho's schedule unless the options say otherwise."""
     for key in ("conv_out.weight", "down.0.block.0.conv1.weight"):
         if key not in state:
             raise ModelRefused(f"{key} is missing")

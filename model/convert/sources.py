@@ -1,4 +1,4 @@
-"""A checkpoint file, of whatever kind, as a state dict."""
+"""Reads a checkpoint file of any kind as a state dict."""
 
 import tempfile
 from pathlib import Path
@@ -11,11 +11,11 @@ from model.convert.pickles import unpickle
 from model.errors import ModelRefused
 from model.options import require_file
 
-WRAPPED = "module."  # what DataParallel puts before every name
+WRAPPED = "module."  # DataParallel's prefix of every name
 
 
 def read_state(source: Path, part: str | None = None) -> tuple[dict[str, Tensor], str, list[str]]:
-    """(tensors by name, the part of the file that they are, all its parts). Raises ModelRefused."""
+    """(tensors by name, the part of the file they were taken from, all its parts). Raises ModelRefused."""
     require_file(source)
     if source.suffix == ".safetensors":
         if part is not None:
@@ -35,6 +35,6 @@ def _load(path: Path) -> dict[str, Tensor]:
 
 
 def _stripped(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Without the prefix that training on several devices leaves."""
+    """The state dict without the prefix of a training on several devices."""
     wrapped = all(key.startswith(WRAPPED) for key in state)
     return {key.removeprefix(WRAPPED): tensor for key, tensor in state.items()} if wrapped else state

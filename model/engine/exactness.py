@@ -19,45 +19,55 @@ def noise_bytes(shape: tuple[int, int, int]) -> bytes:
     return gaussian(seeds, 0 * seeds, shape).numpy().tobytes()
 
 
+class _Trial:
+    """Random samples, as many as there are slots, and one denoising step of any of them in slots 0, 1, ..."""
+
+    def __init__(self, slots: Slots, T: int, step: Callable[[int], None], generator: torch.Generator) -> None:
+        seeds = torch.arange(slots.capacity)
+        self.slots, self.step = slots, step
+        self.x = torch.randn(slots.x.shape, generator=generator).to(slots.device)  # [B, C, H, W]
+        self.row = torch.randn(slots.capacity, len(COLUMNS), generator=generator).to(slots.device)  # [B, 11]
+        self.row[:, K] = torch.randint(T, (slots.capacity,), generator=generator).to(slots.device)
+        self.row[:, C] = 1.0
+        self.ahead = gaussian(seeds, 0 * seeds, slots.shape) if slots.ahead_steps else None  # [B, C, H, W]
+
+    def results(self, chosen: Tensor) -> Tensor:
+        """The pictures of these samples after one step. chosen: [b] on the host -> [b, C, H, W]"""
+        slots, count, chosen = self.slots, len(chosen), chosen.to(self.slots.device)
+        slots.x[:count], slots.rows[:count, 0], slots.seed[:count] = self.x[chosen], self.row[chosen], chosen
+        slots.x0[:count] = slots.cursor[:count] = 0
+        slots.last[:count] = 1
+        if self.ahead is not None:
+            slots.ahead[:count] = self.ahead[chosen, None]
+        self.step(count)
+        return slots.x[:count].clone()
+
+    def clear(self) -> None:
+        """Frees all slots."""
+        for slot in range(self.slots.capacity):
+            self.slots.rows[slot].zero_()
+            self.slots.clear(slot)
+
+
 def find_exact(
     slots: Slots, T: int, buckets: list[int], step: Callable[[int], None]
 ) -> Generator[None, None, tuple[list[int], str]]:
-    """Tries every bucket with random samples, and yields after each step.
+    """Tries every bucket with random samples, and yields after each step. All slots are free again at the end.
 
-    step: one denoising step of the first slots, their number given
-    -> the buckets in which a sample has the bits it has in the largest one, in any slot and beside any others, and the
-    fingerprint of those bits, which is the same at another start only if it computes alike. All slots are free again.
+    step: makes one denoising step of the first slots, given their number
+    -> the buckets in which each sample has the bits it has in the largest one, in any slot and beside any others; and
+    the fingerprint of those bits, which is the same at another start only if it computes alike
     """
-    everybody = torch.arange(slots.capacity)
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(slots.x.shape, generator=generator).to(slots.device)  # [B, C, H, W]
-    row = torch.randn(slots.capacity, len(COLUMNS), generator=generator).to(slots.device)  # [B, 11]
-    row[:, K] = torch.randint(T, (slots.capacity,), generator=generator).to(slots.device)
-    row[:, C] = 1.0
-    ahead = gaussian(everybody, 0 * everybody, slots.shape) if slots.ahead_steps else None  # [B, C, H, W]
-
-    def results(chosen: Tensor) -> Tensor:
-        """One step of these samples in slots 0, 1, ... -> [b, C, H, W]"""
-        count = len(chosen)
-        slots.x[:count], slots.rows[:count, 0], slots.seed[:count] = x[chosen], row[chosen], chosen
-        slots.x0[:count] = slots.cursor[:count] = 0
-        slots.last[:count] = 1
-        if ahead is not None:
-            slots.ahead[:count] = ahead[chosen, None]
-        step(count)
-        return slots.x[:count].clone()
-
-    expected, exact = results(everybody.to(slots.device)), []
+    trial, exact = _Trial(slots, T, step, generator), list[int]()
+    expected = trial.results(torch.arange(slots.capacity))
     for bucket in buckets:
-        drawn = [torch.randint(slots.capacity, (bucket,), generator=generator) for _ in range(DRAWS)]
         agree = True
-        for chosen in drawn:  # with repetition, so that even a full batch has other samples in it
-            on_device = chosen.to(slots.device)
-            agree = agree and torch.equal(results(on_device), expected[on_device])
+        # with repetition, so that even a full batch has other samples in it
+        for chosen in [torch.randint(slots.capacity, (bucket,), generator=generator) for _ in range(DRAWS)]:
+            agree = agree and torch.equal(trial.results(chosen), expected[chosen.to(slots.device)])
             yield
         if agree:
             exact.append(bucket)
-    for slot in range(slots.capacity):
-        slots.rows[slot].zero_()
-        slots.clear(slot)
+    trial.clear()
     return exact, fingerprint(expected.cpu().numpy().tobytes())

@@ -1,18 +1,18 @@
 """A convolution on a GPU as one matrix product, in which a picture's bits do not depend on the batch.
 
-The result is a matrix with a row for every pixel of every picture and a column for every channel. A program computes a
+The result is a matrix with a row for each pixel of each picture and a column for each channel. A program computes a
 tile of it: it walks along the product's third dimension, tap by tap and, in each tap, through the channels, always in
-the same order. In how many ranges that walk is split, and how deep a step is, follows from the layer alone (`walk`),
-where a library chooses by the whole problem; the bits depend on nothing else. How large the tiles are follows from the
-batch as well (`tile`): small ones share a few pictures among more programs, large ones use more often what they have
-read. That tiles of two sizes give the same bits is tried at the start, layer by layer (`model.nets.exact`); where
-they do not, one size serves every batch. The ranges of a split walk are added up by whoever reads them: a second kernel
-in order, or the norm behind (`model.kernels.norm`). There are no atomics.
-Importing this module imports Triton. `model.nets.convolution` says in plain torch what it computes.
+the same order. The number of ranges of a split walk and the depth of a step follow from the layer alone (`walk`), where
+a library chooses by the whole problem; the bits depend on nothing else. The size of the tiles follows from the batch as
+well (`tile`): small ones share a few pictures among more programs, large ones reuse more of what they read. A trial at
+the start shows, layer by layer, whether tiles of two sizes give the same bits (`model.nets.exact`); if not, one size
+serves every batch. The ranges of a split walk are added up in order by a second kernel, or by the norm behind it
+(`model.kernels.norm`). There are no atomics. `model.nets.convolution` has in plain torch what it computes. Importing
+this module imports Triton.
 """
 
-# `None` for a tensor and every UPPERCASE argument are constants of the compilation. What grows with the batch must not
-# be specialised on: a batch of one would be compiled differently.
+# A tensor that is None and all UPPERCASE arguments are constants of the compilation. Numbers that grow with the batch
+# must not be specialised: a batch of one would be compiled differently.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -25,18 +25,18 @@ from torch import Tensor
 
 from model.kernels.launch import dependent, ready, shared_bytes
 
-KNEE = 8  # pictures in the batch that walks are split for, and that a pinned tile is made for
-PROGRAMS = 128  # about as many as a large GPU has multiprocessors: fewer leave some of them idle
-FEW_PIXELS = 64  # up to which the walk is split, since there are never tiles enough,
-DEEP = 8  # but no range becomes shorter than this: to add ranges up costs as much as several steps
+KNEE = 8  # pictures in the batch for which walks are split and pinned tiles are chosen
+PROGRAMS = 128  # about the number of a large GPU's multiprocessors: with fewer, some of them are idle
+FEW_PIXELS = 64  # up to which the walk is split, since there would be too few tiles
+DEEP = 8  # the least steps in a range: adding ranges up costs as much as several steps
 MOST_SPLITS = 8
-MOST_BY_PIECES = 32 << 10  # bytes of a step, where they are not fetched 16 at a time
-BLOCK = 1024  # numbers to a program of the kernel that adds ranges up
+MOST_BY_PIECES = 32 << 10  # the most bytes of a step that are not fetched 16 at a time
+BLOCK = 1024  # numbers in a program of the kernel that adds ranges up
 
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """What one program computes, and with what. stages: steps whose numbers are under way at once"""
+    """The part of the result that one program computes, and its means. stages: steps that are fetched at a time"""
 
     pixels: int
     channels: int
@@ -44,8 +44,8 @@ class Tile:
     stages: int
 
 
-# The largest first: what a tile reads is as many bytes as its sides are long, and what it computes grows with its area,
-# so that only the largest are not held up by the memory. Of 128 x 128, two programs share a multiprocessor.
+# The largest first: a tile's reads grow with its sides and its products with its area, so that only the largest do not
+# wait for memory. Two programs of 128 x 128 share a multiprocessor.
 HALF = (
     Tile(128, 256, 8, 4),
     Tile(256, 128, 8, 4),
@@ -54,14 +54,14 @@ HALF = (
     Tile(64, 64, 4, 4),
     Tile(64, 32, 4, 6),
 )
-FULL = (Tile(64, 64, 4, 4), Tile(64, 32, 4, 4))  # float32 is computed without matrix units, so registers are scarce
+FULL = (Tile(64, 64, 4, 4), Tile(64, 32, 4, 4))  # without matrix units, registers are scarce
 
 
 @dataclass(frozen=True, slots=True)
 class Walk:
     """The order in which a layer's products are added up. depth: channels in one step; splits: ranges of steps
 
-    lines: whether each pixel's channels can be fetched 16 bytes at a time; else only small tiles have registers enough
+    lines: whether each pixel's channels can be fetched 16 bytes at a time; if not, large tiles lack registers
     """
 
     depth: int
@@ -71,8 +71,8 @@ class Walk:
 
 @cache
 def walk(sources: tuple[int, ...], outs: int, pixels: int, size: int, number_bytes: int) -> Walk:
-    """How a layer is walked: by a kernel of size x size through the channels of the first source, and through those of
-    the others at the pixel itself, for a result of so many pixels."""
+    """The walk of a layer with a result of so many pixels: by a kernel of size x size through the channels of the first
+    source, and through those of the others at the pixel itself."""
     half = number_bytes == 2
     depth = max(16, min(64 if half else 16, triton.next_power_of_2(sources[0])))
     steps = (size * size - 1) * triton.cdiv(sources[0], depth) + sum(triton.cdiv(each, depth) for each in sources)
@@ -84,8 +84,8 @@ def walk(sources: tuple[int, ...], outs: int, pixels: int, size: int, number_byt
 
 @cache
 def tile(rows: int, outs: int, path: Walk, number_bytes: int, room: int) -> Tile:
-    """The largest tile that leaves programs enough for a result of so many rows, else the smallest. None is wider than
-    the result, or takes more than `room` bytes of shared memory."""
+    """The largest tile with which a result of so many rows has enough programs, or the smallest. None is wider than the
+    result, or takes more than `room` bytes of shared memory."""
     wide = max(16, triton.next_power_of_2(outs))
     shapes = HALF if number_bytes == 2 else FULL
     smallest = replace(shapes[-1], channels=min(shapes[-1].channels, wide))
@@ -122,17 +122,17 @@ def _convolve(
     SIZE: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, TIMES: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, SPLITS: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """One tile of the result; of a split walk, what one range contributes. weight: [outs, SIZE, SIZE, CHANNELS]
+    """One tile of the result, or, of a split walk, one range's terms of it. weight: [outs, SIZE, SIZE, CHANNELS]
 
     second, third: [rows, SECOND] and [rows, THIRD], or None; projection: [outs, SECOND + THIRD]
     """
     tiles, split = tl.cdiv(outs, COLUMNS), tl.program_id(1)
-    first = (tl.program_id(0) // tiles).to(tl.int64) * ROWS  # pixel of the batch; tiles side by side read the same ones
+    first = (tl.program_id(0) // tiles).to(tl.int64) * ROWS  # pixel of the batch; adjacent tiles read the same ones
     row, column = tl.arange(0, ROWS), tl.program_id(0) % tiles * COLUMNS + tl.arange(0, COLUMNS)
     exists, known = row < rows - first, column < outs
-    sample = first // pixels  # of the first pixel; others may belong to samples that follow
+    sample = first // pixels  # of the first pixel; the others may belong to the next samples
     pixel = (first - sample * pixels).to(tl.int32) + row
-    picture = x + (sample + pixel // pixels) * (height * width * CHANNELS)  # [ROWS] where each pixel's sample begins
+    picture = x + (sample + pixel // pixels) * (height * width * CHANNELS)  # [ROWS] the begin of each pixel's sample
     top = pixel % pixels // out_width * STRIDE - PADDING
     left = pixel % pixels % out_width * STRIDE - PADDING
 
@@ -149,9 +149,8 @@ def _convolve(
         tap = step // CHUNKS
         channel = step % CHUNKS * DEPTH + tl.arange(0, DEPTH)
         y, z = top + tap // SIZE, left + tap % SIZE
-        within = (
-            exists & (y.to(tl.uint32) < height * TIMES) & (z.to(tl.uint32) < width * TIMES)
-        )  # below 0 is very large
+        # numbers below 0 become very large
+        within = exists & (y.to(tl.uint32) < height * TIMES) & (z.to(tl.uint32) < width * TIMES)
         at = picture + (y // TIMES * width + z // TIMES) * CHANNELS
         inside, there = within[:, None], known[None, :]
         if CHANNELS % DEPTH != 0:
@@ -185,7 +184,7 @@ def _convolve(
 def _add_up(
     parts, bias, add, out, rows, outs, SPLITS: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr
 ):  # fmt: skip
-    """The ranges of a split walk, from the first to the last, and what joins them. parts: [SPLITS, rows, outs]"""
+    """Adds up the ranges of a split walk in order, the bias and `add`. parts: [SPLITS, rows, outs]"""
     start, size = tl.program_id(0).to(tl.int64) * BLOCK, rows.to(tl.int64) * outs
     offset = tl.arange(0, BLOCK)
     inside = offset < size - start
@@ -216,24 +215,23 @@ def convolve(
     whole: bool = True,
     pinned: bool = False,
 ) -> Tensor:
-    """The convolution of x, plus bias, `add` and a projection of some sources. All channels-last, square kernels.
+    """The convolution of x, plus bias, `add` and a projection of some sources. All are channels-last, kernels square.
 
-    x: [B, C, H, W], read as if each pixel stood there `times` x `times` times, with `padding` zeros around, and `below`
-    more below and to the right; weight: [out, C, h, h], bias: [out], add: [B, out, H', W'];
+    x: [B, C, H, W], read with each pixel repeated `times` x `times` times, with `padding` zeros around and `below` more
+    below and to the right; weight: [out, C, h, h], bias: [out], add: [B, out, H', W'];
     projection: [out, sum of channels, 1, 1] of one or two sources, [B, channels, H', W'] each -> [B, out, H', W']
 
-    pinned: tiles are of one size, whatever the batch
-    whole: else, if the walk is split, what its ranges contribute, in float32, without bias -> [S, B, out, H', W']
+    pinned: with tiles of one size for any batch
+    whole: if false and the walk is split, the ranges' terms in float32, without bias -> [S, B, out, H', W']
     """
     (B, C, H, W), (outs, _, size, _) = x.shape, weight.shape
     height, width = ((times * side + 2 * padding + below - size) // stride + 1 for side in (H, W))
     channels, rows = [source.shape[1] for source in sources] + [0, 0], B * height * width
     path = walk((C, *channels[: len(sources)]), outs, height * width, size, x.element_size())
-    of = KNEE * height * width if pinned else rows
-    cut = tile(of, outs, path, x.element_size(), shared_bytes(x.device))
+    cut = tile(KNEE * height * width if pinned else rows, outs, path, x.element_size(), shared_bytes(x.device))
     shape = (B, outs, height, width)
     out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    matrix = weight.permute(0, 2, 3, 1).contiguous()  # which copies nothing from channels-last
+    matrix = weight.permute(0, 2, 3, 1).contiguous()  # which copies nothing if it is channels-last
     pictures = (*sources, None, None)[:2]
     grid = (triton.cdiv(rows, cut.pixels) * triton.cdiv(outs, cut.channels), path.splits)
     shapes = (rows, H, W, height * width, width, outs)
@@ -247,7 +245,6 @@ def convolve(
     _convolve[grid](x, matrix, None, None, *pictures, projection, parts, *shapes, **kind)
     if not whole:
         return parts.view(path.splits, B, height, width, outs).permute(0, 1, 4, 2, 3)
-    _add_up[(triton.cdiv(out.numel(), BLOCK),)](
-        parts, bias, add, out, rows, outs, SPLITS=path.splits, BLOCK=BLOCK, **dependent(x.device)
-    )
+    kind = {"SPLITS": path.splits, "BLOCK": BLOCK} | dependent(x.device)
+    _add_up[(triton.cdiv(out.numel(), BLOCK),)](parts, bias, add, out, rows, outs, **kind)
     return out

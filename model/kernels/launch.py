@@ -1,11 +1,10 @@
-"""How kernels are launched on a device, and what a program of theirs may have there.
+"""How kernels are launched on a device, and how much shared memory a program has there.
 
 Programmatic dependent launch: a kernel starts while the one before it still ends, and waits inside for its results.
-That hides most of what lies between two kernels, about a microsecond each. A kernel launched so must wait before it
-touches memory, and no kernel is launched so that does not (`ready`): then whoever has waited for the one before it has
-waited for all before that one, too. The wait must stand before the first loop: into one, Triton moves loads up past it
-(triton-lang/triton#11905). It takes Hopper, and Triton 3.4; whether a graph can hold such launches is tried.
-Importing this module imports Triton.
+That hides most of the gap between two kernels, about a microsecond each. Such a kernel must wait before it touches
+memory, and every kernel launched in this way does (`ready`), so that waiting for one kernel is waiting for all before
+it. The wait must come before the first loop: inside one, Triton moves loads above it (triton-lang/triton#11905). It
+needs Hopper and Triton 3.4; whether a graph can hold such launches is tried. Importing this module imports Triton.
 """
 
 import logging
@@ -18,14 +17,14 @@ import triton.language as tl
 from model.errors import attempt
 
 AVAILABLE = hasattr(tl.extra.cuda, "gdc_wait")
-WANTED = True  # a benchmark may ask what it gains
-CHAIN = 16  # kernels that are tried one behind the other
+WANTED = True  # a benchmark may measure what it gains
+CHAIN = 16  # kernels in the trial
 logger = logging.getLogger(__name__)
 
 
 @triton.jit
 def ready(DEPENDENT: tl.constexpr):
-    """From here on, what the kernels before this one have written is there, and the next one may begin to start."""
+    """Waits for the results of all kernels before this one, and lets the next one start."""
     if DEPENDENT:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -39,12 +38,12 @@ def _count(numbers, DEPENDENT: tl.constexpr):
 
 
 def _chain_counts(device: torch.device) -> bool:
-    """Whether a graph of kernels launched so gives what the same kernels give one after another. Something that is no
-    kernel stands in their midst: a library may put it there."""
+    """Whether a graph of kernels launched in this way gives the results of the same kernels one after another. Some
+    other operations are among them, as a library may put them there."""
     numbers, other = torch.zeros(2, 64 * 128, dtype=torch.int32, device=device)
     graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
     _count[(64,)](numbers, DEPENDENT=True, launch_pdl=True)
-    usual = torch.cuda.stream(torch.cuda.current_stream(device))  # to be left as it was, should the capture fail
+    usual = torch.cuda.stream(torch.cuda.current_stream(device))  # restored if the capture fails
     captured = False
     try:
         with usual, torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
@@ -83,7 +82,7 @@ def dependent(device: torch.device) -> dict[str, bool]:
 
 @cache
 def shared_bytes(device: torch.device) -> int:
-    """Shared memory that a program may have on this device; where there is none to ask, as on the smaller GPUs."""
+    """Shared memory that a program may have on this device; on a CPU, as much as on the smaller GPUs."""
     if device.type != "cuda":
         return 99 << 10
     most: int = torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]

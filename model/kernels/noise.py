@@ -1,5 +1,5 @@
-"""Our noise in Triton's language, for the kernels that draw it: `model.sampling.noise` says what is drawn. Importing
-this module imports Triton.
+"""The noise of `model.sampling.noise` in Triton's language, for the kernels that draw it. Importing this module imports
+Triton.
 """
 
 import triton
@@ -16,7 +16,7 @@ def _box_muller(first, second):
 
 @triton.jit
 def gaussian(seed, step, quad, DOMAIN: tl.constexpr):
-    """`model.sampling.noise.gaussian` for four elements in a row each. quad: [Q] int32, element / 4 -> [4 Q] float32"""
+    """`model.sampling.noise.gaussian` for four adjacent elements each. quad: [Q] int32, element / 4 -> [4 Q] float32"""
     zero = quad * 0
     w0, w1, w2, w3 = tl.philox(seed, quad, zero + step.to(tl.int32), zero + DOMAIN, zero)
     z0, z1 = _box_muller(w0, w1)

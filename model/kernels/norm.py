@@ -1,13 +1,13 @@
-"""The Triton kernels that the net is made of on a GPU. `model.nets.layers` says in plain torch what each computes.
+"""The Triton kernels of a net's norms and additions on a GPU. `model.nets.layers` has each in plain torch.
 
-No program reads two samples and there are no atomics; how a reduction is split, and in which order its parts are put
-together, depends on H, W and C alone. So a sample's bits depend neither on the size of the batch nor on its slot.
+No program reads two samples and there are no atomics; how a reduction is split, and the order in which its parts are
+added up, depend on H, W and C alone. So a sample's bits depend neither on the size of the batch nor on its slot.
 Activations are channels-last: [B, H, W, C] in memory. Arithmetic is float32, whatever the storage.
-Importing this module imports Triton, which is why it is not part of `model.nets.layers`.
+Importing this module imports Triton, so it is separate from `model.nets.layers`.
 """
 
-# `None` for a tensor and every UPPERCASE argument are constants of the compilation: an `if` about them costs nothing.
-# Multiplications and additions are not fused, in any version of Triton, so that they round as they do in torch.
+# A tensor that is None and all UPPERCASE arguments are constants of the compilation: an `if` about them costs nothing.
+# Multiplications and additions are not fused, so that they round as in torch with any version of Triton.
 
 import torch
 import triton
@@ -17,16 +17,16 @@ from torch import Tensor
 from model.kernels.launch import dependent, ready
 
 IN_REGISTERS = 16_384  # numbers of a group that one program holds: 512 threads with 32 each, in half their registers
-TILE = 8192  # numbers that a program holds at once where it walks over a larger picture
-SPLITS = 64  # ranges of pixels that a larger picture is reduced in; times 4 ranges of channels they fill a GPU
-SECTOR = 32  # bytes that memory gives at least: narrower groups are read side by side, or most of it would be wasted
-LINE = 32  # channels at least that a program walks over side by side: 64 bytes, so no part of a fetch is wasted
-BLOCK = 1024  # numbers to a program where every number stands alone
+TILE = 8192  # numbers that a program holds at a time as it walks over a larger picture
+SPLITS = 64  # ranges of pixels of a larger picture's reduction; with 4 ranges of channels each they fill a GPU
+SECTOR = 32  # bytes of the smallest fetch: narrower groups are read side by side, so that little of it is wasted
+LINE = 32  # the least channels that a program walks over side by side: 64 bytes, so that no fetch is wasted
+BLOCK = 1024  # numbers in a program where no number depends on another
 
 
 @triton.jit
 def _channels(first_group, groups, WIDTH: tl.constexpr, GROUPS: tl.constexpr, WIDE: tl.constexpr):
-    """The channels of some groups of WIDTH channels each, and which of them exist. -> [1, GROUPS, WIDE] twice"""
+    """The channels of some groups of WIDTH channels each, and whether they exist. -> [1, GROUPS, WIDE] twice"""
     group = first_group + tl.arange(0, GROUPS)[None, :, None]
     member = tl.arange(0, WIDE)[None, None, :]
     return group * WIDTH + member, (group < groups) & (member < WIDTH)
@@ -37,10 +37,10 @@ def _read(
     x, beside, before, time, pixel, channel, known, inside, channels, own, part,
     PARTS: tl.constexpr, MODULATES: tl.constexpr,
 ):  # fmt: skip
-    """A tile of a picture, plus what joins it before the norm. -> [PIXELS, GROUPS, WIDE] float32, 0 outside
+    """A tile of a picture, with the terms that are added before the norm. -> [PIXELS, GROUPS, WIDE] float32, 0 outside
 
-    Its first `own` channels are in x, all others in `beside`. x may be PARTS pictures, each `part` numbers behind the
-    one before it, that are to be added up.
+    Its first `own` channels are in x, all others in `beside`. x may be PARTS pictures to add up, each `part` numbers
+    behind the one before it.
     """
     if beside is None:
         value = tl.load(x + pixel * channels + channel, mask=inside, other=0.0).to(tl.float32)
@@ -62,7 +62,7 @@ def _read(
 def _write(
     out, value, weight, bias, time, pixel, channel, known, inside, channels, MODULATES: tl.constexpr, SILU: tl.constexpr
 ):
-    """What follows the norm, from a tile with mean 0 and variance 1 on."""
+    """The operations behind the norm, from a tile with mean 0 and variance 1."""
     value *= tl.load(weight + channel, mask=known, other=0.0).to(tl.float32)
     value += tl.load(bias + channel, mask=known, other=0.0).to(tl.float32)
     if MODULATES:
@@ -79,7 +79,7 @@ def _norm_in_registers(
     PARTS: tl.constexpr, WIDTH: tl.constexpr, MODULATES: tl.constexpr, SILU: tl.constexpr,
     PIXELS: tl.constexpr, GROUPS: tl.constexpr, WIDE: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """Some groups of one sample: read once, written once."""
+    """Norms some groups of one sample, which it reads once and writes once."""
     sample = tl.program_id(1).to(tl.int64)
     x += sample * pixels * own
     if beside is not None:
@@ -106,7 +106,7 @@ def _moments(
     WIDTH: tl.constexpr, MODULATES: tl.constexpr, SPLITS: tl.constexpr,
     PIXELS: tl.constexpr, GROUPS: tl.constexpr, WIDE: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """Mean, and sum of squares around it, of one range of pixels in some groups: tile by tile, Chan et al. (1979)."""
+    """Mean and sum of squares around it of one range of pixels in some groups, tile by tile (Chan et al. 1979)."""
     split, sample = tl.program_id(1), tl.program_id(2).to(tl.int64)
     x += sample * pixels * own
     if beside is not None:
@@ -142,7 +142,7 @@ def _norm_by_moments(
     WIDTH: tl.constexpr, MODULATES: tl.constexpr, SILU: tl.constexpr, SPLITS: tl.constexpr,
     PIXELS: tl.constexpr, GROUPS: tl.constexpr, WIDE: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """Puts the moments of all ranges together, the same way in every program, and norms one range of pixels."""
+    """Combines the moments of all ranges, in the same order in each program, and norms one range of pixels."""
     split, sample = tl.program_id(1), tl.program_id(2).to(tl.int64)
     x += sample * pixels * own
     if beside is not None:
@@ -184,8 +184,11 @@ def group_norm(
     time: Tensor | None,
     silu: bool,
 ) -> Tensor:
-    """As `GroupNorm` in `model.nets.layers`. x: [B, C, H, W] or [S, B, C, H, W], beside: [B, D, H, W], before: [C + D],
-    time: [B, C + D] or [B, 2 (C + D)] -> [B, C + D, H, W]"""
+    """The forward pass of `model.nets.layers.GroupNorm`.
+
+    x: [B, C, H, W] or [S, B, C, H, W], beside: [B, D, H, W], before: [C + D], time: [B, C + D] or [B, 2 (C + D)]
+    -> [B, C + D, H, W]
+    """
     (B, own, H, W), pixels, C = x.shape[-4:], x.shape[-1] * x.shape[-2], len(weight)
     out = torch.empty((B, C, H, W), dtype=weight.dtype, device=x.device, memory_format=torch.channels_last)
     width, wide = C // groups, triton.next_power_of_2(C // groups)
@@ -193,7 +196,7 @@ def group_norm(
     sizes = (before, time, stride, pixels, C, own, groups)
     kind = {"WIDTH": width, "WIDE": wide, "MODULATES": modulates, "enable_fp_fusion": False} | dependent(x.device)
     tile = triton.next_power_of_2(pixels) * wide
-    if tile <= IN_REGISTERS:  # then one kernel reads the picture once, and the groups are programs enough
+    if tile <= IN_REGISTERS:  # one kernel reads the picture once, and there are enough groups to fill a GPU
         side = triton.next_power_of_2(min(groups, triton.cdiv(SECTOR, width * weight.element_size())))
         while tile * side > IN_REGISTERS:
             side //= 2
@@ -214,7 +217,7 @@ def group_norm(
 
 
 def _warps(tile: int) -> int:
-    """Of 32 threads, for a tile of so many numbers, a power of two: at most 32 numbers to a thread."""
+    """The number of warps for a tile of so many numbers, a power of two: at most 32 numbers per thread."""
     return max(1, min(16, tile // 512))
 
 

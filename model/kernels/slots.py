@@ -1,7 +1,7 @@
-"""The Triton kernels between two steps on a GPU: who sits down, who leaves, who is shown. One launch each.
+"""The Triton kernels between two steps on a GPU, which seat, vacate and show samples with one launch each.
 
-`model.engine.slots` and `model.engine.snapshot` say in plain torch what they compute. Numbers that differ from launch
-to launch are either in a table on the device or not specialised, so that no slot and no seed is a kernel of its own.
+`model.engine.slots` and `model.engine.snapshot` have in plain torch what they compute. Numbers that differ from launch
+to launch are either in a tensor on the device or not specialised, so that no slot or seed needs a kernel of its own.
 Importing this module imports Triton.
 """
 
@@ -14,8 +14,8 @@ from model.kernels.noise import gaussian
 from model.sampling.noise import INITIAL
 from model.sampling.plan import COLUMNS
 
-BLOCK = 1024  # numbers to a program
-ORDER = 6  # slot, seed, steps, where its rows begin, the step it is at, its pictures in those handed in or -1
+BLOCK = 1024  # numbers in a program
+ORDER = 6  # slot, seed, steps, index of its first row in the tables, current step, index of its pictures or -1
 
 
 @triton.jit
@@ -55,7 +55,7 @@ def _seat(
 def seat(
     orders: Tensor, pictures: Tensor | None, tables: Tensor, state: tuple[Tensor, ...], columns: tuple[Tensor, ...]
 ) -> None:
-    """New pictures sit down, or such as have been here before, in slots of which nothing is left.
+    """Writes new or parked pictures to cleared slots.
 
     orders: [n, 6] int64, pictures: [m, 1 or 3, C, H, W], tables: [R, 11], state: x, x0, given [B, C, H, W] and
     rows [B, S + 1, 11], columns: cursor, last, seed [B]
@@ -71,11 +71,11 @@ def seat(
 
 @triton.jit
 def _carry(state, source, target, at, inside, MOVES: tl.constexpr, CLEARS: tl.constexpr):
-    """A block of one slot's numbers goes to another slot, and leaves zeros behind."""
+    """Moves a block of one slot's numbers to another slot, or clears it, or both."""
     if MOVES:
         tl.store(state + target + at, tl.load(state + source + at, mask=inside), mask=inside)
     if CLEARS:
-        tl.debug_barrier()  # all of the block has been read: another thread may be the one that writes a number
+        tl.debug_barrier()  # until the whole block has been read: another thread may write a number
         tl.store(state + source + at, tl.zeros(at.shape, tl.float32), mask=inside)
 
 
@@ -104,7 +104,7 @@ def _vacate(
 def vacate(
     state: tuple[Tensor, ...], columns: tuple[Tensor, ...], source: int, target: int | None, clears: bool
 ) -> None:
-    """The picture in `source` goes on in `target`, if there is one; `source` is left as nobody's, if it `clears`.
+    """Copies the picture in `source` to `target`, if there is one, and then frees `source`, if it `clears`.
 
     state: x, x0, given [B, C, H, W] and rows [B, S + 1, 11], columns: cursor, last, seed [B]
     """
@@ -117,7 +117,7 @@ def vacate(
 
 @triton.jit
 def _grey(value):
-    """A number of [-1, 1] as one of 256 levels. Behind 2^23 float32 has no halves: adding it rounds, half to even."""
+    """A number of [-1, 1] as one of 256 levels. Above 2^23 float32 has no halves: adding it rounds, half to even."""
     level = value * 0.5 + 0.5
     level = tl.where(level > 0.0, tl.where(level < 1.0, level, 1.0), 0.0) * 255.0
     return ((level + 8388608.0) - 8388608.0).to(tl.int32).to(tl.uint8)
@@ -140,12 +140,12 @@ def _show(x, x0, slots, out, shown, elements, pixels, channels, FLOATS: tl.const
         tl.store(greys + sample * elements + at, _grey(value), mask=inside)
         tl.store(greys + (shown + sample) * elements + at, _grey(predicted), mask=inside)
         if FLOATS:
-            clamped = tl.where(value > 1.0, 1.0, tl.where(value < -1.0, -1.0, value))  # what is NaN stays NaN
+            clamped = tl.where(value > 1.0, 1.0, tl.where(value < -1.0, -1.0, value))  # NaN stays NaN
             tl.store(out.to(tl.pointer_type(tl.float32)) + sample * elements + planar, clamped, mask=inside)
 
 
 def show(x: Tensor, x0: Tensor, slots: Tensor, shown: int, floats: bool) -> Tensor:
-    """What `model.engine.snapshot.pack` gives, with a flag for each block of a sample's numbers instead of one for all.
+    """The buffer of `model.engine.snapshot.pack`, with a flag for each block of a sample's numbers instead of one.
 
     x, x0: [B, C, H, W], slots: [n] int64, of which the first `shown` are shown -> uint8
     """

@@ -1,7 +1,7 @@
-"""The Triton kernels around the net on a GPU: what it is called with, the sampler's update, the cursor's step.
+"""The Triton kernels before and behind the net on a GPU: its arguments, the sampler's update, the cursor's step.
 
-`model.engine.runner` says in plain torch what they compute, and `model.sampling.noise` what is drawn. Each program
-works for one sample, and each number stands alone. Importing this module imports Triton.
+`model.engine.step` has in plain torch what they compute, and `model.sampling.noise` the noise. Each program computes
+for one sample, and no number depends on another. Importing this module imports Triton.
 """
 
 import torch
@@ -14,7 +14,7 @@ from model.kernels.noise import gaussian
 from model.sampling.noise import STEP
 from model.sampling.plan import COLUMNS
 
-BLOCK = 1024  # numbers to a program
+BLOCK = 1024  # numbers in a program
 
 
 @triton.jit
@@ -38,8 +38,8 @@ def _enter(
 
 
 def enter(x: Tensor, rows: Tensor, cursor: Tensor, table: Tensor, read: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What the net is called with, and which step this is: the pictures in the net's own dtype, channels-last, with
-    zeros for the channels that it reads beyond theirs; their rows of the table; and the cursor as it stands.
+    """The net's arguments and the current step: the pictures in the net's dtype, channels-last, with zeros in the
+    channels that it reads beyond theirs; their rows of the table; and a copy of the cursor.
 
     x: [b, C, H, W], rows: [B, S + 1, 11], cursor: [B], table: [T, P] -> [b, read, H, W], [b, P], [b]
     """
@@ -76,12 +76,12 @@ def _update(
     old, before = tl.load(x + at, mask=inside), tl.load(x0 + at, mask=inside)
     limit = tl.load(row + 3)
     clean = tl.load(row + 1) * old + tl.load(row + 2) * out
-    clean = tl.where(clean > limit, limit, tl.where(clean < -limit, -limit, clean))  # what is NaN stays NaN
+    clean = tl.where(clean > limit, limit, tl.where(clean < -limit, -limit, clean))  # NaN stays NaN
     new = tl.load(row + 4) * clean + tl.load(row + 5) * before + tl.load(row + 6) * old + tl.load(row + 7) * out
     new += tl.load(row + 8) * z + tl.load(row + 10) * tl.load(given + at, mask=inside)
     tl.store(x + at, new, mask=inside)
     tl.store(x0 + at, clean, mask=inside)
-    if tl.program_id(0) == 0:  # nobody reads the cursor here: all go by `now`
+    if tl.program_id(0) == 0:  # no program reads the cursor here: all read `now`
         tl.store(cursor + sample, tl.minimum(step + 1, tl.load(last + sample)))
 
 
@@ -97,11 +97,11 @@ def update(
     last: Tensor,
     seed: Tensor,
 ) -> None:
-    """The sampler's step with its noise, written into x and x0; every cursor goes one row on, or stays on the last.
-    `model.engine.runner.algebra` says what it computes.
+    """The sampler's step with its noise, written to x and x0. Each cursor moves on by one row, or stays on the last.
+    See `model.engine.step.algebra`.
 
-    out: [b, C or 2C, H, W] as the net gives it, x, x0, given: [b, C, H, W], rows: [B, S + 1, 11],
-    now: [b], as `enter` gave it, cursor, last, seed: [B]
+    out: [b, C or 2C, H, W] the net's result, x, x0, given: [b, C, H, W], rows: [B, S + 1, 11],
+    now: [b] from `enter`, cursor, last, seed: [B]
     """
     b, C, H, W = x.shape
     out = out.contiguous(memory_format=torch.channels_last)

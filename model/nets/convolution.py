@@ -54,7 +54,7 @@ class Conv(nn.Conv2d):
 
     @property
     def invariant(self) -> bool:
-        """Whether the kernel is to be used whose bits do not depend on the batch."""
+        """Whether the chosen kernel's bits do not depend on the batch."""
         return self.how in ("invariant", "pinned")
 
     @property

@@ -1,7 +1,7 @@
 """Gaussian noise as a pure function of (seed, step, element), the same on every device; no generator state anywhere.
 
 Philox4x32-10 (Salmon et al. 2011): key = seed, counter = (element / 4, step, domain, 0). Box-Muller in float64, rounded
-to float32. `TorchNoise` is the other source: the draws of `torch.Generator("cpu")`, for comparing with diffusers.
+to float32. `TorchNoise` is the other source: the draws of `torch.Generator("cpu")`, for comparisons with diffusers.
 """
 
 import math
@@ -47,7 +47,7 @@ def gaussian(seed: Tensor, step: Tensor, shape: tuple[int, ...], domain: int = S
 
 
 class TorchNoise:
-    """The draws diffusers' pipelines make for one picture from `torch.Generator("cpu").manual_seed(seed)`."""
+    """The draws of diffusers' pipelines for one picture from `torch.Generator("cpu").manual_seed(seed)`."""
 
     def __init__(self, seed: int, shape: tuple[int, ...]) -> None:
         self._generator = torch.Generator("cpu").manual_seed(seed)

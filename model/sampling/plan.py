@@ -1,4 +1,4 @@
-"""Samplers as tables. Everything in which two requests differ is one row of numbers per step:
+"""Samplers as tables. Everything in which two requests differ is in one row of numbers per step:
 
     (k, p, q, c, m, h, n, e, s, w, u)
 
@@ -32,7 +32,7 @@ K, P, Q, C, M, H, N, E, S, W, U = range(11)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Plan:
-    """The table a sample walks down, one row a step."""
+    """The table that a sample walks down, one row per step."""
 
     rows: FloatArray  # [steps, 11]
     t: IntArray  # [steps + 1] the noise level before each step; the last is 0
@@ -43,13 +43,13 @@ class Plan:
 
     @property
     def draws(self) -> bool:
-        """Whether any step adds noise of our own making."""
+        """Whether any step adds noise that `model.sampling.noise.gaussian` draws."""
         return bool(self.rows[:, S].any())
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How to sample, every choice made. Built by `resolve`; a field that does not apply is None."""
+    """How to sample, without defaults. Built by `resolve`; a field that does not apply is None."""
 
     sampler: str
     steps: int
@@ -65,7 +65,7 @@ def timesteps(T: int, steps: int, spacing: Spacing) -> IntArray:
 
     leading: multiples of T // steps above 1, so the top of the chain may stay unvisited. linspace: evenly from T to 1.
     trailing: evenly from T, the last one T / steps above 0 (Lin et al. 2023, table 2; diffusers counts from 0).
-    Halves are rounded the way diffusers' own arithmetic happens to: at 27 and 48 steps another formula differs by one.
+    Halves are rounded as in diffusers' arithmetic: at 27 and 48 steps other formulas differ by one.
     """
     if spacing == "leading":
         return 1 + (T // steps) * np.arange(steps, dtype=np.int64)[::-1]
@@ -75,9 +75,9 @@ def timesteps(T: int, steps: int, spacing: Spacing) -> IntArray:
 
 
 class Walk:
-    """A descent from noise to the picture along chosen noise levels, as the coefficients samplers are made of.
+    """The coefficients of samplers along chosen noise levels, from noise down to the picture.
 
-    Letters as in the seed article; `_next` is the level a step arrives at (0 after the last). All arrays are [steps].
+    Letters are those of the seed article; `_next` is the level after a step (0 after the last). All arrays are [steps].
     """
 
     def __init__(self, process: Process, t: IntArray) -> None:
@@ -99,7 +99,7 @@ class Walk:
 def ddpm(walk: Walk, rows: FloatArray, choice: Sampling) -> None:
     """Ho et al. (2020), eq. 7 and 11: the posterior of x_{t-1} given x_t and the predicted x0.
 
-    The last step adds no noise, for any spacing: diffusers adds that of `fixed_large` to the finished picture there.
+    The last step adds no noise with any spacing, where diffusers adds that of `fixed_large` to the finished picture.
     """
     small = walk.beta_bar_next / walk.beta_bar * np.sqrt(walk.beta_squared)  # sigma of one-point data
     large = np.sqrt(walk.beta_squared)  # sigma of white data: sigma_t = beta_t
@@ -113,7 +113,7 @@ def ddpm(walk: Walk, rows: FloatArray, choice: Sampling) -> None:
 
 
 def greedy(walk: Walk, rows: FloatArray, choice: Sampling) -> None:
-    """The seed article's eq. 16: the mean of `ddpm`, no noise. Seeks the mean of the data: low diversity."""
+    """The seed article's eq. 16: the mean of `ddpm`, without noise. It tends to the mean of the data: low diversity."""
     weight = -walk.beta_squared / (walk.alpha * walk.beta_bar)
     rows[:, N] = 1 / walk.alpha + weight * walk.eps_x
     rows[:, E] = weight * walk.eps_out
@@ -144,7 +144,7 @@ def dpmpp_2m(walk: Walk, rows: FloatArray, choice: Sampling) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Sampler:
-    """A sampler's function, and the fields that only some samplers know."""
+    """A sampler's function, and those of the optional fields that it uses."""
 
     fill: Callable[[Walk, FloatArray, Sampling], None]
     fields: frozenset[str] = frozenset()
@@ -169,7 +169,7 @@ def resolve(
     clip: bool | None = None,
     noise: Noise = "philox",
 ) -> Sampling:
-    """Every choice made: what was not asked for comes from the checkpoint. Raises PlanError naming the field."""
+    """Completes a request's choices with the checkpoint's defaults. Raises PlanError naming the field."""
     if sampler not in SAMPLERS:
         raise PlanError("sampler", f"sampler must be one of {', '.join(SAMPLERS)}")
     fields, T = SAMPLERS[sampler].fields, process.schedule.T
@@ -181,32 +181,39 @@ def resolve(
             owners = ", ".join(name for name, s in SAMPLERS.items() if field in s.fields)
             raise PlanError(field, f"{field} applies to {owners} only, not to {sampler}")
     if "variance" in fields:
-        variance = variance or _usual_variance(process, steps)
-        if variance == "learned" and not process.learned_variance:
-            raise PlanError("variance", "variance must be small or large: this net has not learned one")
-        if variance == "learned" and noise == "torch":
-            raise PlanError("variance", "variance must be small or large with noise torch")
-    if "eta" in fields:
-        eta = 0.0 if eta is None else float(eta)
-        if not 0 <= eta <= 1:
-            raise PlanError("eta", f"eta must lie in 0..1, got {eta}")
+        variance = _resolve_variance(process, steps, variance, noise)
+    if "eta" in fields and not 0 <= (eta := 0.0 if eta is None else float(eta)) <= 1:
+        raise PlanError("eta", f"eta must lie in 0..1, got {eta}")
     if spacing is not None and spacing not in SPACINGS:
         raise PlanError("spacing", f"spacing must be one of {', '.join(SPACINGS)}")
     if noise not in NOISES:
         raise PlanError("noise", f"noise must be one of {', '.join(NOISES)}")
-    clip = process.clip if clip is None else clip
-    return Sampling(sampler, steps, spacing or process.spacing, clip, noise, variance, eta)
+    return Sampling(
+        sampler=sampler,
+        steps=steps,
+        spacing=spacing or process.spacing,
+        clip=process.clip if clip is None else clip,
+        noise=noise,
+        variance=variance,
+        eta=eta,
+    )
 
 
-def _usual_variance(process: Process, steps: int) -> Variance:
-    """Few steps with the large variance are disastrous: it is for the whole chain only."""
-    if process.learned_variance:
-        return "learned"
-    return process.variance if steps == process.schedule.T else "small"
+def _resolve_variance(process: Process, steps: int, variance: Variance | None, noise: Noise) -> Variance:
+    """The given variance, or the process's, whose large one is only for the whole chain: few steps with it ruin a
+    picture. Raises PlanError."""
+    if variance is None:
+        usual = process.variance if steps == process.schedule.T else "small"
+        variance = "learned" if process.learned_variance else usual
+    if variance == "learned" and not process.learned_variance:
+        raise PlanError("variance", "variance must be small or large: this net has not learned one")
+    if variance == "learned" and noise == "torch":
+        raise PlanError("variance", "variance must be small or large with noise torch")
+    return variance
 
 
 def plan(process: Process, choice: Sampling) -> Plan:
-    """The table for these choices. `choice` comes from `resolve`, so such a plan exists."""
+    """The table for these choices, which come from `resolve`, so that such a plan exists."""
     t = timesteps(process.schedule.T, choice.steps, choice.spacing)
     walk, rows = Walk(process, t), np.zeros((choice.steps, len(COLUMNS)))
     rows[:, K] = t - 1

@@ -1,4 +1,4 @@
-"""The slow, obvious sampler: one picture, one step at a time. What the engine is compared with."""
+"""The slow, obvious sampler: one picture, one step at a time. The tests compare the engine with it."""
 
 from collections.abc import Callable, Iterator
 
@@ -12,7 +12,7 @@ Net = Callable[[Tensor, Tensor], Tensor]  # (x [1, C, H, W], k [1] int64) -> [1,
 
 
 def sample_alone(net: Net, plan: Plan, seed: int, shape: tuple[int, int, int]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Build one picture up from noise. Yields (x_t, x0) before the first step and after each: [1, C, H, W] float32"""
+    """Builds one picture up from noise. Yields (x_t, x0) before the first step and after each: [1, C, H, W] float32"""
     key, source = torch.tensor([seed]), TorchNoise(seed, shape)
     x = source.draw()[None] if plan.noise == "torch" else gaussian(key, torch.zeros(1).long(), shape, INITIAL)
     x0 = torch.zeros_like(x)

@@ -10,7 +10,7 @@ configuration file calls `betas` are our `beta²`.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -24,7 +24,7 @@ Spacing = Literal["leading", "linspace", "trailing"]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class NoiseSchedule:
-    """How much of the picture, and how much noise, is left at each t."""
+    """The amplitudes of the picture and of the noise at each t."""
 
     alpha_bar: FloatArray  # [T + 1] amplitude of the picture, alpha_bar[0] = 1
     beta_bar: FloatArray  # [T + 1] amplitude of the noise, beta_bar[0] = 0
@@ -83,12 +83,13 @@ BY_NAME: dict[str, Callable[[int, float, float], NoiseSchedule]] = {
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Process:
-    """The diffusion process a net was trained in, and how its authors sampled it: `scheduler_config.json`."""
+    """The diffusion process of a net's training, and its authors' sampling choices: `scheduler_config.json`."""
 
     schedule: NoiseSchedule
-    prediction: Prediction = "epsilon"  # what the net tells: the noise, v = alpha_bar eps - beta_bar x0, or x0
-    learned_variance: bool = False  # whether its second half of channels says how much noise to add
-    variance: Variance = "small"  # what the authors used in T steps
+    prediction: Prediction = "epsilon"  # the net's output: the noise, v = alpha_bar eps - beta_bar x0, or x0
+    _: KW_ONLY
+    learned_variance: bool = False  # whether a second half of output channels says how much noise to add
+    variance: Variance = "small"  # the authors' choice with T steps
     spacing: Spacing = "leading"
     clip: bool = True  # whether x0 is clamped to [-clip_range, clip_range] in every step
     clip_range: float = 1.0

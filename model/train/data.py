@@ -22,9 +22,9 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 def load_images(source: Path, shape: tuple[int, int, int]) -> Uint8Array:
     """All pictures of `source` in one size. shape: (C, H, W) -> [N, C, H, W]
 
-    A folder is read recursively, each picture cropped to the centre and resized; an .npz gives its array `images`,
-    [N, H, W], [N, H, W, C] or [N, C, H, W] uint8, padded with zeros around if it is smaller than (H, W).
-    Raises ValueError if there is nothing to read, something is broken or not of 8 bits, or the sizes do not fit.
+    A folder is read recursively; each picture is cropped to its centre and resized. Of an .npz the array `images` is
+    read, [N, H, W], [N, H, W, C] or [N, C, H, W] uint8, and padded with zeros if it is smaller than (H, W).
+    Raises ValueError if there are no pictures, one is broken or not of 8 bits, or the sizes do not fit.
     """
     given = images = _from_folder(source, shape) if source.is_dir() else _from_npz(source)
     if images.ndim == 3:
@@ -56,7 +56,7 @@ def _from_folder(source: Path, shape: tuple[int, int, int]) -> Uint8Array:
 
 
 def _picture(file: Path, mode: str, size: tuple[int, int]) -> Uint8Array:
-    """A picture as it is meant to be seen, the way up that its camera noted, of 8 bits a channel."""
+    """A picture of 8 bits a channel, turned the way up that its camera noted. Raises ValueError."""
     from PIL import Image, ImageOps
 
     try:
@@ -64,7 +64,7 @@ def _picture(file: Path, mode: str, size: tuple[int, int]) -> Uint8Array:
             upright = ImageOps.exif_transpose(opened)
     except (Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"{file.name} is not a sound picture: {type(error).__name__}") from error
-    if upright.mode.startswith(("I", "F")):  # Pillow would cut off at 255 what goes up to 65535, or to who knows what
+    if upright.mode.startswith(("I", "F")):  # Pillow would cut larger numbers off at 255
         raise ValueError(f"{file.name} must have 8 bits a channel, not be of Pillow's mode {upright.mode}")
     return np.asarray(ImageOps.fit(upright.convert(mode), size))
 

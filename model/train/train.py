@@ -1,10 +1,10 @@
-"""Train a model directory by the seed's loop: noise a picture to a random t in closed form, learn to name the noise.
+"""Trains a model directory by the seed's loop: noise a picture to a random t in closed form, learn to name the noise.
 
     python -m model.train PICTURES weights/digits --images 640000
 
-The directory holds the configurations; this fills in the weights (their moving average, which is what one serves) and
-`training.jsonl`. Stopped at any point, the same command goes on from the last checkpoint, `training.safetensors`; with
-`--minutes` it stops by itself, at one. Where there is no checkpoint, `--start` names weights to begin with.
+The directory holds the configurations; training adds the weights (their moving average, which is what one serves) and
+`training.jsonl`. If it was interrupted, the same command resumes at the last checkpoint, `training.safetensors`; with
+`--minutes` it stops by itself, at a checkpoint. If there is no checkpoint, `--start` names weights to begin with.
 Under `torchrun --nproc-per-node N -m model.train ...` the batch is shared by N processes, one per GPU or CPU core.
 """
 
@@ -12,11 +12,13 @@ import argparse
 import json
 import os
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import distributed
+from torch import Tensor, distributed
 
 from model.checkpoint.card import WEIGHTS, read_process
 from model.nets.config import Architecture, architecture
@@ -29,7 +31,7 @@ STATE = "training.safetensors"
 
 
 def _trainable(directory: Path) -> Architecture:
-    """The net to train. Raises ModelRefused if what this loop teaches is not what would be asked of it."""
+    """The net to train. Raises ModelRefused if it would be served otherwise than this loop trains it."""
     config = Options("config.json", read_json(directory / "config.json"))
     if config.values.get("_class_name") == LUCIDRAINS:
         raise config.refuse("_class_name", "UNet2DModel or OpenAIUNet to be trained")
@@ -41,59 +43,78 @@ def _trainable(directory: Path) -> Architecture:
     return arch
 
 
+@dataclass(slots=True)
+class _Progress:
+    """A training in progress: its trainer, and the log lines that no checkpoint has yet."""
+
+    trainer: Trainer
+    directory: Path
+    probe: Tensor  # [n, C, H, W] pictures that are never trained on
+    lines: list[str] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)  # since the last line
+
+    def begin(self, start: Path | None) -> None:
+        """Resumes at the checkpoint, if there is one, or begins with the weights in `start`."""
+        resumes = (self.directory / STATE).is_file()
+        if resumes:
+            self.trainer.resume(self.directory / STATE, self.directory / WEIGHTS)
+        elif start is not None:
+            self.trainer.start_from(start)
+        if (resumes or start is not None) and not self.trainer.rank:
+            self._log({"held_out": self.trainer.held_out_loss(self.probe)}, "to begin with")
+
+    def log(self, images_per_s: float) -> None:
+        """Logs the losses since the last line."""
+        trainer, loss = self.trainer, round(sum(self.losses) / len(self.losses), 5)
+        line = {"loss": loss, "held_out": trainer.held_out_loss(self.probe), "images_per_s": round(images_per_s, 1)}
+        self._log(line, f"{(trainer.recipe.images - trainer.seen) / images_per_s / 60:.0f} min left")
+        self.losses = []
+
+    def _log(self, line: dict[str, Any], words: str) -> None:
+        self.lines.append(json.dumps({"images": self.trainer.seen} | line))
+        print(self.lines[-1], words, flush=True)
+
+    def keep(self) -> None:
+        """Writes the checkpoint, the weights in it, and the lines of the log."""
+        self.trainer.save(self.directory / STATE)
+        write_weights(self.trainer.average, self.directory / WEIGHTS)
+        with (self.directory / "training.jsonl").open("a") as file:
+            file.writelines(line + "\n" for line in self.lines)
+        self.lines = []
+
+
 def train(source: Path, directory: Path, recipe: Recipe, device: str, start: Path | None = None) -> None:
-    """Fill `directory` with weights trained on `source`. Resumes; prints and logs progress. start: weights to begin
-    with where there is no checkpoint, instead of random ones"""
+    """Trains the weights of `directory` on the pictures in `source`, or resumes; prints and logs its progress.
+
+    start: weights to begin with if there is no checkpoint, instead of random ones. Raises ModelRefused if the directory
+    cannot be trained, ValueError if the pictures do not fit.
+    """
     arch = _trainable(directory)
     schedule = read_process(read_json(directory / "scheduler_config.json"), {}, arch.learned_variance).schedule
     pictures = torch.from_numpy(load_images(source, arch.shape))
     if len(pictures) < 2:
         raise ValueError(f"{source.name} must hold at least two pictures: of each ten, one is held out")
     train_on, test_on = (torch.from_numpy(part) for part in held_out(len(pictures)))
-    probe = pictures[test_on[:256]].to(device).float() / 127.5 - 1
-    trainer, log = Trainer(arch, schedule, recipe, device), list[str]()
-    if (directory / STATE).is_file():
-        trainer.resume(directory / STATE, directory / WEIGHTS)
-    elif start is not None:
-        trainer.start_from(start)
-    if ((directory / STATE).is_file() or start is not None) and not trainer.rank:
-        log.append(json.dumps({"images": trainer.seen, "held_out": trainer.held_out_loss(probe)}))
-        print(log[-1], "to begin with", flush=True)
-    started, first, since_log, ended = time.monotonic(), trainer.seen, list[float](), trainer.seen >= recipe.images
+    trainer = Trainer(arch, schedule, recipe, device)
+    progress = _Progress(trainer, directory, pictures[test_on[:256]].to(device).float() / 127.5 - 1)
+    progress.begin(start)
+    started, first, ended = time.monotonic(), trainer.seen, trainer.seen >= recipe.images
     while not ended:
-        torch.manual_seed(trainer.step + 1)  # a resumed run sees the same pictures and noise as one in one piece
+        torch.manual_seed(trainer.step + 1)  # a resumed run sees the same pictures and noise as an uninterrupted one
         drawn = np.random.default_rng(trainer.step).integers(len(train_on), size=recipe.batch)
         chosen = pictures[train_on[torch.from_numpy(drawn)]]
-        since_log.append(trainer.update(chosen.float() / 127.5 - 1))
+        progress.losses.append(trainer.update(chosen.float() / 127.5 - 1))
         ended = trainer.seen >= recipe.images or trainer.time_is_up(time.monotonic() - started)
         if trainer.rank:
             continue
         if trainer.step % max(1, recipe.log_every // recipe.batch) == 0 or ended:
-            rate = (trainer.seen - first) / (time.monotonic() - started)
-            line = {
-                "images": trainer.seen,
-                "loss": round(sum(since_log) / len(since_log), 5),
-                "held_out": trainer.held_out_loss(probe),
-                "images_per_s": round(rate, 1),
-            }
-            since_log = []
-            log.append(json.dumps(line))
-            print(log[-1], f"{(recipe.images - trainer.seen) / rate / 60:.0f} min left", flush=True)
+            progress.log((trainer.seen - first) / (time.monotonic() - started))
         if trainer.step % max(1, recipe.save_every // recipe.batch) == 0 or ended:
-            _keep(trainer, directory, log)
-            log = []
-
-
-def _keep(trainer: Trainer, directory: Path, log: list[str]) -> None:
-    """Writes the checkpoint, the weights that it gives so far, and what is new in the log."""
-    trainer.save(directory / STATE)
-    write_weights(trainer.average, directory / WEIGHTS)
-    with (directory / "training.jsonl").open("a") as file:
-        file.writelines(line + "\n" for line in log)
+            progress.keep()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """How to train, as flags."""
+    """Adds the flags of a training."""
     usual = Recipe()
     parser.add_argument(
         "--images", dest="pictures", type=int, default=usual.images, help="pictures to see (%(default)s)"
@@ -107,13 +128,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(source: Path, directory: Path, args: argparse.Namespace) -> None:
-    """Trains as those flags say, alone or as one of the processes that torchrun has started."""
+    """Trains with these flags, alone or as one of the processes that torchrun has started."""
     device = args.device
     if "RANK" in os.environ:
         distributed.init_process_group()
         if device == "cuda":
             device = f"cuda:{os.environ['LOCAL_RANK']}"
-    recipe = Recipe(args.pictures, args.batch, args.rate, autocast=not args.float32, minutes=args.minutes)
+    recipe = Recipe(
+        images=args.pictures, batch=args.batch, rate=args.rate, autocast=not args.float32, minutes=args.minutes
+    )
     train(source, directory, recipe, device, args.start)
 
 

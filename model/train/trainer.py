@@ -1,6 +1,5 @@
 """A net in training: its moving average, its optimiser, one update after another. `model.train.train` drives it."""
 
-import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,15 +12,16 @@ from torch import Tensor, distributed
 
 from model.checkpoint.load import read_header
 from model.errors import ModelRefused
+from model.fingerprint import file_digest
 from model.nets.config import Architecture
 from model.nets.unet import UNet
 from model.sampling.schedule import NoiseSchedule
 
-AVERAGE = "average."  # what the names of its tensors begin with in a state
+AVERAGE = "average."  # the prefix of its tensors' names in a state
 PROBE_T = (10, 100, 300, 600, 900)  # the held-out loss is taken at these levels of noise (thousandths of T)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
     """How to train. Lengths are counted in pictures seen."""
 
@@ -32,7 +32,7 @@ class Recipe:
     max_ema: float = 0.9995
     max_norm: float = 1.0
     autocast: bool = True  # bfloat16 in the net; parameters, loss and state stay float32
-    minutes: float = math.inf  # after so many it stops, though fewer pictures have been seen
+    minutes: float = math.inf  # after which it stops, even before all pictures have been seen
     log_every: int = 6_400
     save_every: int = 19_200
 
@@ -46,12 +46,12 @@ class Recipe:
             raise ValueError(f"minutes must be a positive number, got {self.minutes}")
 
     def rate_at(self, seen: int) -> float:
-        """Learning rate after `seen` pictures."""
+        """The learning rate after `seen` pictures."""
         progress = min(1.0, seen / self.images)
         return self.rate * min(1.0, seen / self.warm_up) * 0.5 * (1 + math.cos(math.pi * progress))
 
     def ema_at(self, step: int) -> float:
-        """Decay of the moving average at an update: short while everything still changes."""
+        """The decay of the moving average at an update: a short memory at first, while everything changes."""
         return float(min(self.max_ema, 1 - (1 + step) ** -0.75))
 
 
@@ -86,7 +86,7 @@ class Trainer:
         return (eps - out.float()).square().mean(dim=(1, 2, 3))
 
     def update(self, x0: Tensor) -> float:
-        """One step of the loop on a batch of clean pictures in [-1, 1]. Returns the mean loss of our share of it."""
+        """One update with a batch of clean pictures in [-1, 1]. Returns the mean loss of this process's share of it."""
         batch, share = len(x0), slice(self.rank, None, self.world)
         # One t from each of `batch` equal ranges: uniform, with less variance (Kingma et al. 2021, appendix I.1).
         t = ((torch.arange(batch) + torch.rand(1)) / batch % 1 * self.T).long()[torch.randperm(batch)] + 1
@@ -112,7 +112,7 @@ class Trainer:
 
     @torch.no_grad()
     def held_out_loss(self, pictures: Tensor) -> dict[int, float]:
-        """Loss of the moving average on pictures never trained on, with the same noise every time, by level."""
+        """The moving average's loss on pictures that are held out, by noise level. The noise is always the same."""
         kept = {name: p.detach().clone() for name, p in self.net.named_parameters()}
         self._assign(self.average)
         generator, losses = torch.Generator().manual_seed(1), {}
@@ -131,7 +131,7 @@ class Trainer:
 
     @torch.no_grad()
     def start_from(self, path: Path) -> None:
-        """Begin with these weights instead of random ones. Raises ModelRefused if they are not this net's."""
+        """Begins with these weights instead of random ones. Raises ModelRefused if they are not this net's."""
         shapes = {name: tuple(p.shape) for name, p in self.net.named_parameters()}
         if {name: shape for name, (_, shape) in read_header(path).items()} != shapes:
             raise ModelRefused(f"{path.name} does not hold the weights of this net, by their names of today")
@@ -140,16 +140,16 @@ class Trainer:
         self._assign(self.average)
 
     def time_is_up(self, seconds: float) -> bool:
-        """Whether anybody who shares the batch has trained for as long as was wanted."""
+        """Whether any process that shares the batch has trained for the minutes of the recipe."""
         up = seconds > 60 * self.recipe.minutes
         if self.world == 1 or self.recipe.minutes == math.inf:
             return up
-        anybody = torch.tensor(float(up), device=self.device)
-        distributed.all_reduce(anybody, distributed.ReduceOp.MAX)
-        return bool(anybody)
+        any_up = torch.tensor(float(up), device=self.device)
+        distributed.all_reduce(any_up, distributed.ReduceOp.MAX)
+        return bool(any_up)
 
     def save(self, path: Path) -> None:
-        """Everything needed to go on, in one safetensors file, replaced atomically."""
+        """Writes the whole state of the training to one safetensors file, which is replaced atomically."""
         tensors = {AVERAGE + name: tensor for name, tensor in self.average.items()}
         for name, p in self.net.named_parameters():
             tensors[f"net.{name}"] = p.detach()
@@ -159,14 +159,14 @@ class Trainer:
 
     @torch.no_grad()
     def resume(self, path: Path, weights: Path) -> None:
-        """Go on from what `save` wrote, or from what `split` made of it beside its weights.
+        """Resumes from a state that `save` wrote, or from the two files into which `split` divided it.
 
-        Raises ModelRefused if the average is not in the state and the weights are not the ones that go with it.
+        Raises ModelRefused if the average is not in the state and `weights` is not the file that belongs to it.
         """
         with safe_open(path, "pt", device=self.device) as file:
             metadata, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}
         if "weights" in metadata:
-            if not weights.is_file() or _digest(weights) != metadata["weights"]:
+            if not weights.is_file() or file_digest(weights) != metadata["weights"]:
                 raise ModelRefused(f"{path.name} needs the {weights.name} that it came with beside it")
             tensors |= {AVERAGE + name: tensor for name, tensor in load_file(weights, self.device).items()}
         self.seen, self.step = int(metadata["seen"]), int(metadata["step"])
@@ -178,31 +178,26 @@ class Trainer:
 
 
 def write(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """A safetensors file that everybody may read, replaced atomically."""
+    """Writes a safetensors file that all users may read. It is replaced atomically."""
     part = path.with_suffix(".part")
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part, metadata)
-    part.chmod(0o644)  # else it is its owner's alone, and a server may be somebody else
+    part.chmod(0o644)  # the server may be run by another user
     part.replace(path)
 
 
 def write_weights(average: Mapping[str, Tensor], path: Path) -> None:
-    """The moving average as what one serves."""
+    """Writes the moving average as a model's weights."""
     write(average, path, {"format": "pt"})
 
 
 def split(state: Path, weights: Path, rest: Path) -> None:
-    """Write a state that `Trainer.save` wrote as two smaller files: its average, as weights, and what is left.
+    """Divides a state that `Trainer.save` wrote into two smaller files: the average, as weights, and the rest.
 
-    `Trainer.resume` goes on from the two in the same bits.
+    `Trainer.resume` goes on from the two to the same bits.
     """
     with safe_open(state, "pt") as file:
         metadata, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}
     average = {key.removeprefix(AVERAGE): tensor for key, tensor in tensors.items() if key.startswith(AVERAGE)}
     write_weights(average, weights)
     left = {key: tensor for key, tensor in tensors.items() if not key.startswith(AVERAGE)}
-    write(left, rest, metadata | {"weights": _digest(weights)})
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    write(left, rest, metadata | {"weights": file_digest(weights)})

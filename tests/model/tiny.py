@@ -35,7 +35,9 @@ CPU = torch.device("cpu")
 
 def card(architecture: Architecture = ARCHITECTURE, process: Process = PROCESS) -> ModelCard:
     """A card with no directory behind it."""
-    return ModelCard("tiny", Path("tiny"), Path("tiny"), architecture, process)
+    return ModelCard(
+        name="tiny", directory=Path("tiny"), weights=Path("tiny"), architecture=architecture, process=process
+    )
 
 
 def tiny_model(dtype: torch.dtype = torch.float32, device: torch.device = CPU) -> Model:

@@ -132,7 +132,7 @@ def test_the_digest_changes_with_a_single_byte(tmp_path: Path, name: str) -> Non
     assert read_card(tmp_path).digest != before
 
 
-def test_the_readme_is_shown_but_not_whatever_it_links_to(tmp_path: Path) -> None:
+def test_the_readme_is_shown_but_no_file_outside_the_directory_that_it_links_to(tmp_path: Path) -> None:
     secret = tmp_path / "secret"
     secret.write_text("root:x:0:0")
     model = write_model(tmp_path / "model")
@@ -353,7 +353,7 @@ def test_hos_numbers_are_taken_where_they_are_meant(tmp_path: Path, scheduler: d
     assert np.array_equal(read_card(tmp_path).process.schedule.alpha_bar, linear(1000).alpha_bar)
 
 
-def test_what_changes_no_picture_is_passed_over(tmp_path: Path) -> None:
+def test_options_that_change_no_picture_are_ignored(tmp_path: Path) -> None:
     """The offset shifts `leading` alone, and only the step of DDIM asks where the last one ends."""
     harmless = {"timestep_spacing": "trailing", "steps_offset": 1, "set_alpha_to_one": False}
 
@@ -459,7 +459,7 @@ TEXTS: dict[str, tuple[bytes, str]] = {
 
 @pytest.mark.parametrize("kind", TEXTS)
 @pytest.mark.parametrize("name", ["config.json", "scheduler_config.json", "model_index.json"])
-def test_what_is_not_sound_json_is_refused(tmp_path: Path, name: str, kind: str) -> None:
+def test_malformed_json_is_refused(tmp_path: Path, name: str, kind: str) -> None:
     text, expected = TEXTS[kind]
     (write_model(tmp_path) / name).write_bytes(text)
 

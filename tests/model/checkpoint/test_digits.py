@@ -17,7 +17,7 @@ SAMPLERS = ("ddpm", "ddim", "greedy", "dpmpp_2m")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
-def test_digits_have_the_same_bytes_alone_and_in_company(dtype: torch.dtype) -> None:
+def test_digits_have_the_same_bytes_alone_and_in_a_batch(dtype: torch.dtype) -> None:
     model = load_model(read_card(DIGITS), torch.device("cpu"), dtype)
     process = model.card.process
     runner = prepared(model, 5)

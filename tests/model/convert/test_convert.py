@@ -83,7 +83,7 @@ GREY: dict[str, Any] = {"size": 64, "mult": (1, 1, 2), "blocks": 2, "channels": 
 
 
 @pytest.mark.parametrize("shape", [{}, GREY], ids=["32 x 32", "64 x 64, grey"])
-def test_a_port_of_hos_net_says_what_it_said(tmp_path: Path, shape: dict[str, Any]) -> None:
+def test_a_port_of_hos_net_converts_to_the_same_configuration(tmp_path: Path, shape: dict[str, Any]) -> None:
     net = PortedUNet(**shape)
     shake(net)
     directory = converted(written(tmp_path / "model.safetensors", net.state_dict()))
@@ -95,7 +95,9 @@ def test_a_port_of_hos_net_says_what_it_said(tmp_path: Path, shape: dict[str, An
     assert (directory / WEIGHTS).stat().st_mode & 0o777 == 0o644
 
 
-def test_a_checkpoint_in_the_format_of_2020_generates_what_diffusers_generates_of_the_result(tmp_path: Path) -> None:
+def test_a_checkpoint_in_the_format_of_2020_generates_the_pictures_that_diffusers_generates_from_the_result(
+    tmp_path: Path,
+) -> None:
     net = shake(PortedUNet())
     source = tmp_path / "model-790000.ckpt"
     torch.save(net.state_dict(), source, _use_new_zipfile_serialization=False)
@@ -131,7 +133,9 @@ def test_of_a_training_file_the_average_is_taken_and_the_card_says_so(
     assert str(tmp_path) not in readme
 
 
-def test_what_a_state_dict_cannot_tell_is_asked_for_by_flag(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_facts_that_a_state_dict_lacks_are_required_as_flags(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     source = written(tmp_path / "net.safetensors", shake(PortedUNet(attended=8)).state_dict())
     assert refused(capsys, source).startswith("--image-size must be given: ")
 
@@ -148,13 +152,13 @@ def test_a_variant_that_cannot_be_converted_is_named(tmp_path: Path, capsys: pyt
     assert refused(capsys, source).startswith("'down.1.block.0.conv_shortcut.weight' is not a tensor of Ho's U-Net")
 
 
-def test_tensors_of_nobody_we_know_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tensors_of_no_known_layout_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = written(tmp_path / "net.safetensors", {"all_modules.0.weight": torch.zeros(3), "b\n": torch.zeros(1)})
 
     assert "no known layout of a DDPM has tensors named 'all_modules.0.weight', 'b\\n'" in refused(capsys, source)
 
 
-def test_the_flat_port_says_what_it_said_and_knows_its_T(tmp_path: Path) -> None:
+def test_the_flat_port_converts_to_the_same_configuration_with_its_T(tmp_path: Path) -> None:
     net = shake(FlatUNet(T=50, blocks=2))
     directory = converted(written(tmp_path / "net.safetensors", net.state_dict()))
     x, timesteps = noise()
@@ -240,7 +244,7 @@ def old_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("folders", [False, True], ids=["flat", "folders"])
-def test_a_directory_of_2022_says_what_it_said(tmp_path: Path, folders: bool) -> None:
+def test_a_directory_of_2022_converts_to_the_same_configuration(tmp_path: Path, folders: bool) -> None:
     net = shaken(small(freq_shift=1, downsample_padding=0, flip_sin_to_cos=False, attention_head_dim=None))
     source = old_directory(tmp_path / "ddpm", net, folders, beta_schedule="squaredcos_cap_v2")
     directory = converted(source)
@@ -258,7 +262,7 @@ def test_a_directory_of_2022_says_what_it_said(tmp_path: Path, folders: bool) ->
     )
 
 
-def test_a_schedule_that_is_asked_for_goes_before_the_betas_of_a_directory(tmp_path: Path) -> None:
+def test_a_given_schedule_takes_precedence_over_the_betas_of_a_directory(tmp_path: Path) -> None:
     betas = DDPMScheduler(trained_betas=[0.01] * 100, num_train_timesteps=100)
     pipeline(shaken(small()), betas).save_pretrained(tmp_path / "ddpm")
     directory = converted(tmp_path / "ddpm", "--schedule", "squaredcos_cap_v2", "--timesteps", "50")
@@ -304,7 +308,7 @@ def test_shadow_parameters_are_named_by_the_net_beside_them() -> None:
     assert parts({"net": net, "ema": {"shadow_params": shadow[::-1]}}).keys() == {"net"}
 
 
-def test_the_average_goes_before_the_net_and_the_user_before_both() -> None:
+def test_the_average_takes_precedence_over_the_net_and_the_given_part_over_both() -> None:
     some = {"a": torch.zeros(1)}
 
     assert choose({"model": some, "ema": some}, None) == "ema"
@@ -318,7 +322,9 @@ def test_the_average_goes_before_the_net_and_the_user_before_both() -> None:
 # Hostile files
 
 
-def test_what_is_not_a_tensor_is_named_and_not_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_object_that_is_not_a_tensor_is_named_and_not_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     canary = tmp_path / "canary"
     source = tmp_path / "net.pt"
     torch.save({"net": {"a": torch.zeros(1)}, "hooks": Bomb(canary)}, source)

@@ -16,8 +16,8 @@ from model.checkpoint.card import noise_schedule, read_card
 from model.checkpoint.load import Model, load_model
 from model.convert.__main__ import write
 from model.convert.formats import convert
-from model.convert.frame import Options
 from model.convert.pickles import choose, parts
+from model.convert.protocol import Options
 from model.engine.engine import Engine
 from model.engine.events import Request
 from model.engine.runner import prepared
@@ -78,7 +78,7 @@ def inputs(channels: int = 3) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
-def test_a_converted_net_computes_what_the_original_does(tmp_path: Path, kind: dict[str, Any]) -> None:
+def test_a_converted_net_computes_the_same_as_the_original(tmp_path: Path, kind: dict[str, Any]) -> None:
     theirs = shaken(**kind)
     directory = converted(tmp_path, diffusion(theirs, T=T))
     model, (x, k) = opened(directory), inputs(kind.get("channels", 3))
@@ -104,7 +104,7 @@ def test_of_a_trainers_file_the_average_is_taken(tmp_path: Path) -> None:
     ("objective", "prediction"), [("pred_noise", "epsilon"), ("pred_x0", "sample"), ("pred_v", "v_prediction")]
 )
 @pytest.mark.parametrize("schedule", ["sigmoid", "cosine", "linear"])
-def test_the_schedule_and_what_is_predicted_are_read_from_the_tables(
+def test_the_schedule_and_the_prediction_are_read_from_the_tables(
     schedule: str, objective: str, prediction: str, gamma: float
 ) -> None:
     state = diffusion(shaken(), schedule, 100, objective, gamma=gamma)
@@ -115,7 +115,7 @@ def test_the_schedule_and_what_is_predicted_are_read_from_the_tables(
 
 
 @pytest.mark.parametrize("schedule", [None, "linear", "squaredcos_cap_v2"])
-def test_a_net_without_its_tables_has_the_packages_defaults_or_what_is_told(schedule: str | None) -> None:
+def test_a_net_without_its_tables_has_the_packages_defaults_or_the_options(schedule: str | None) -> None:
     made = convert(shaken().state_dict(), Options(image_size=SIZE, timesteps=50, schedule=schedule))
     name = {None: "sigmoid", "squaredcos_cap_v2": "cosine"}.get(schedule, "linear")
 
@@ -147,7 +147,7 @@ def test_a_picture_is_sampled_by_their_formulas(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_company_does_not_matter(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_a_picture_is_the_same_in_any_batch(tmp_path: Path, dtype: torch.dtype) -> None:
     """Samples of all lengths that come and go have the bytes that each has alone."""
     directory = converted(tmp_path, diffusion(shaken(learned_variance=True), T=T))
     model = load_model(read_card(directory), torch.device("cpu"), dtype)
@@ -220,7 +220,9 @@ REFUSED: dict[str, tuple[dict[str, Tensor], Options, str]] = {
 
 
 @pytest.mark.parametrize(("state", "options", "words"), REFUSED.values(), ids=REFUSED.keys())
-def test_what_cannot_be_converted_is_refused_by_name(state: dict[str, Tensor], options: Options, words: str) -> None:
+def test_a_net_that_cannot_be_converted_is_refused_by_name(
+    state: dict[str, Tensor], options: Options, words: str
+) -> None:
     assert words in refusal(lambda: convert(state, options))
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from model.checkpoint.card import WEIGHTS
 from model.checkpoint.load import Model
 from model.convert.formats import convert
-from model.convert.frame import Options
+from model.convert.protocol import Options
 from model.nets.config import OPENAI
 from model.sampling.noise import INITIAL, gaussian
 from model.sampling.plan import timesteps
@@ -70,7 +70,7 @@ def computed(model: Model, x: Tensor, k: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(("kind", "options", "in_diffusers"), KINDS.values(), ids=KINDS.keys())
-def test_a_converted_net_computes_what_the_original_does(
+def test_a_converted_net_computes_the_same_as_the_original(
     tmp_path: Path, kind: Kind, options: Options, in_diffusers: bool
 ) -> None:
     theirs, directory = shaken(kind), tmp_path / "model"
@@ -95,10 +95,17 @@ def test_the_wrong_number_of_heads_is_another_net(tmp_path: Path) -> None:
     assert relative_error(computed(model, x, k), theirs(x, k)) > 1e-3
 
 
-def test_a_line_tells_what_was_told_or_taken_to_be_so() -> None:
+def test_the_origin_names_the_options_that_were_given_or_assumed() -> None:
     state = shaken(Kind()).state_dict()
     usual = convert(state, Options(image_size=SIZE, heads=4)).origin
-    told = Options(SIZE, 4000, "squaredcos_cap_v2", heads=4, rescale_timesteps=True, new_attention_order=True)
+    told = Options(
+        image_size=SIZE,
+        timesteps=4000,
+        schedule="squaredcos_cap_v2",
+        heads=4,
+        rescale_timesteps=True,
+        new_attention_order=True,
+    )
 
     size = f"{SIZE} x {SIZE}"
     assert usual == (
@@ -178,7 +185,7 @@ REFUSED: dict[str, tuple[dict[str, Any], Options, str]] = {
 
 
 @pytest.mark.parametrize(("changes", "options", "words"), REFUSED.values(), ids=REFUSED.keys())
-def test_what_cannot_be_converted_is_refused_by_name(
+def test_a_net_that_cannot_be_converted_is_refused_by_name(
     changes: dict[str, Tensor | None], options: Options, words: str
 ) -> None:
     state = {k: v for k, v in (shaken(Kind()).state_dict() | changes).items() if v is not None}

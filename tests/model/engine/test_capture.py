@@ -274,7 +274,7 @@ def test_from_then_on_every_step_is_a_replay(cuda: FakeCuda) -> None:
     assert cuda.diary == [("replay", batch, "usual", "") for batch in (1, 4, 2, 3)]
 
 
-def test_others_go_on_after_each_batch_size_but_never_on_the_stream_of_the_capture(cuda: FakeCuda) -> None:
+def test_others_make_steps_after_each_batch_size_and_never_on_the_stream_of_the_capture(cuda: FakeCuda) -> None:
     prepare(on_a_gpu(tiny_model().module, 3), cuda)
     doings = [what for what, *_ in cuda.diary if what != "wait"]
 
@@ -337,7 +337,7 @@ def test_a_start_that_is_given_up_leaves_the_net_as_it_was(layers: nn.Module, pi
     assert [len(module._forward_pre_hooks) for module in layers.modules()] == [0] * 6
 
 
-def test_what_runs_beside_a_start_has_gradients_as_before(layers: nn.Module) -> None:
+def test_code_that_runs_between_two_pieces_of_a_start_is_not_in_inference_mode(layers: nn.Module) -> None:
     runner = on_a_gpu(layers, 2)
     with FakeTensorMode():
         modes = {torch.is_inference_mode_enabled() for _ in runner.prepare()}

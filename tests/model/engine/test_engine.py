@@ -157,7 +157,7 @@ def test_previews_come_at_exactly_the_frames_asked_for(frames: set[int]) -> None
         assert preview.x is not None and np.array_equal(preview.x, states[preview.step][0])
 
 
-def test_a_preview_holds_what_was_asked_for() -> None:
+def test_a_preview_holds_the_requested_pictures() -> None:
     def first_two(x: bool, x0: bool) -> list[tuple[bool, bool]]:
         request = a_request("a", 3, frames=frozenset({0, 2}), shows_x=x, shows_x0=x0)
         previews = [event for event in run(quick_engine(), request) if isinstance(event, Preview)]

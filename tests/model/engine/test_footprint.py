@@ -75,7 +75,7 @@ class Counting(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("arch", [ARCHITECTURE, WIDE, LUCIDRAINS], ids=["tiny", "wide", "lucidrains"])
-def test_no_more_is_alive_in_a_step_than_was_thought_and_not_much_less(arch: AnyArchitecture) -> None:
+def test_the_estimate_of_live_numbers_is_an_upper_bound_and_not_much_more(arch: AnyArchitecture) -> None:
     net, x = build(arch), torch.zeros(2, *arch.shape)
     embedding = torch.zeros(2, net.embedding_width)
     with torch.no_grad(), Counting() as counting:
@@ -84,7 +84,7 @@ def test_no_more_is_alive_in_a_step_than_was_thought_and_not_much_less(arch: Any
     assert counting.most <= 2 * 4 * alive(arch) <= 3 * counting.most
 
 
-def test_heads_take_as_much_however_they_are_told() -> None:
+def test_attention_heads_take_the_same_memory_however_they_are_configured() -> None:
     """Of 64 channels, four heads are heads of sixteen."""
     large = replace(WIDE, height=64, width=64)
     by_number, by_width = replace(large, attention_heads=4), replace(large, attention_head_dim=16)
@@ -93,7 +93,7 @@ def test_heads_take_as_much_however_they_are_told() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_loaded_model_takes_no_more_than_was_thought(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_a_loaded_model_takes_no_more_than_its_footprint(tmp_path: Path, dtype: torch.dtype) -> None:
     card = read_card(write_model(tmp_path / "tiny"))
     before = footprint(card, 4, CPU, dtype)
     model = load_model(card, CPU, dtype)
@@ -138,7 +138,7 @@ print(held() - before, resident_bytes(model, runner.slots), bound)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_process_grows_by_about_as_much_as_is_told_of_a_model(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_a_process_grows_by_about_the_footprint_of_a_model(tmp_path: Path, dtype: torch.dtype) -> None:
     if not supports(dtype):
         pytest.skip("this processor does not compute in such numbers")
     command = [sys.executable, "-c", TAKEN, str(dtype).removeprefix("torch."), str(write_model(tmp_path / "tiny"))]

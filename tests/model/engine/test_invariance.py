@@ -77,7 +77,7 @@ def bustle(engine: Engine, requests: list[Request], random: Random) -> list[Even
     return events
 
 
-def check_company_does_not_matter(
+def check_a_picture_is_the_same_in_any_batch(
     directory: Path, device: torch.device, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Runs the crowd together, then each survivor alone, on a runner of its own."""
@@ -111,14 +111,16 @@ def check_company_does_not_matter(
 
 @pytest.mark.parametrize("threads", [1, pytest.param(2, marks=(MANY_THREADS, pytest.mark.alone))], indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_company_does_not_matter(
+def test_a_picture_is_the_same_in_any_batch(
     dtype: torch.dtype, threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    check_company_does_not_matter(tmp_path, torch.device("cpu"), dtype, monkeypatch)
+    check_a_picture_is_the_same_in_any_batch(tmp_path, torch.device("cpu"), dtype, monkeypatch)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU on this machine")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_company_does_not_matter_on_a_gpu(dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    check_company_does_not_matter(tmp_path, torch.device("cuda"), dtype, monkeypatch)
+def test_a_picture_is_the_same_in_any_batch_on_a_gpu(
+    dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_a_picture_is_the_same_in_any_batch(tmp_path, torch.device("cuda"), dtype, monkeypatch)

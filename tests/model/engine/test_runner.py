@@ -74,7 +74,7 @@ def test_a_full_batch_always_has_a_bucket() -> None:
     assert prepared(function_model(), 6, buckets=[2, 4]).bucket_for(6) == 6
 
 
-def test_a_net_that_treats_everybody_alike_may_use_every_bucket() -> None:
+def test_a_net_that_treats_all_samples_alike_uses_every_bucket() -> None:
     runner = prepared(function_model(), 5)
 
     assert (runner.exact, runner.exact_buckets) == (True, [1, 2, 3, 4, 5])
@@ -94,14 +94,14 @@ def test_without_the_promise_every_bucket_is_used() -> None:
 
 
 @pytest.mark.parametrize("net", [nosy, seat_dependent])
-def test_a_net_that_sees_company_or_slots_is_found_out(net: Function) -> None:
+def test_a_net_that_depends_on_other_pictures_or_slots_is_not_exact(net: Function) -> None:
     runner = prepared(function_model(net), 6)
 
     assert not runner.exact
     assert runner.bucket_for(6) == 6
 
 
-def test_the_picture_alone_is_that_in_company_when_a_bucket_is_padded_away() -> None:
+def test_a_picture_alone_equals_that_in_a_batch_when_a_bucket_is_padded_away() -> None:
     requests = [a_request(i, 3 + i, seed=i) for i in range(4)]
     alone = {i: pictures(run(quick_engine(4, different_in(1, 3)), r))[i] for i, r in enumerate(requests)}
 
@@ -118,7 +118,7 @@ NOTES: list[tuple[Function, str | None]] = [
 
 
 @pytest.mark.parametrize(("net", "note"), NOTES)
-def test_what_the_promise_costs_is_said_and_logged_in_one_line(
+def test_the_cost_of_the_promise_is_noted_and_logged_in_one_line(
     net: Function, note: str | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
@@ -128,14 +128,14 @@ def test_what_the_promise_costs_is_said_and_logged_in_one_line(
     assert [(r.levelname, r.getMessage()) for r in caplog.records] == ([("WARNING", f"tiny: {note}")] if note else [])
 
 
-def test_who_asks_for_no_promise_hears_nothing_of_it() -> None:
+def test_a_runner_that_promises_nothing_has_no_note() -> None:
     runner = prepared(function_model(different_in(1)), 5, exact=False)
 
     assert (runner.note, runner.bits) == (None, "")
 
 
 @pytest.mark.parametrize(("numbers", "words"), [([], "none"), ([3], "3"), ([1, 2, 3, 4, 6, 8, 9], "1-4,6,8-9")])
-def test_batch_sizes_are_told_as_ranges(numbers: list[int], words: str) -> None:
+def test_batch_sizes_are_written_as_ranges(numbers: list[int], words: str) -> None:
     assert ranges(numbers) == words
 
 
@@ -150,7 +150,7 @@ def test_two_starts_that_compute_alike_have_one_hash(dtype: torch.dtype) -> None
     assert len(first) == 8 and int(first, 16) >= 0
 
 
-def test_a_start_in_which_a_library_chose_otherwise_has_another_hash() -> None:
+def test_a_start_in_which_a_library_chose_another_kernel_has_another_hash() -> None:
     """Every batch size agrees with all others, so that nothing else tells."""
     runners = [prepared(function_model(net), 5) for net in (halve, lambda x, k: halve(x, k) * (1 + 2**-20))]
 

@@ -105,7 +105,7 @@ def test_a_move_carries_everything() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, state(slots, 0), strict=True))
 
 
-def test_newcomers_sit_down_as_they_would_one_by_one() -> None:
+def test_seating_several_pictures_equals_seating_them_one_by_one() -> None:
     together, apart = Slots(3, SHAPE, T, CPU), Slots(3, SHAPE, T, CPU)
     brought, plan = TorchNoise(5, SHAPE).draw(), a_plan(4, noise="torch")
     together.seat_all([Seating(2, 2**63 - 1, a_plan(9)), Seating(0, 5, plan, brought), Seating(1, 8, a_plan(1))])
@@ -117,7 +117,7 @@ def test_newcomers_sit_down_as_they_would_one_by_one() -> None:
         assert all(torch.equal(a, b) for a, b in zip(state(together, slot), state(apart, slot), strict=True))
 
 
-def test_who_leaves_is_followed_by_another_of_whom_nothing_stays_where_it_was() -> None:
+def test_a_vacated_slot_gets_its_successor_whose_own_slot_keeps_nothing() -> None:
     slots = Slots(3, SHAPE, T, CPU)
     for slot in range(3):
         slots.seat(slot, slot, a_plan(4 + slot), x_T(slot))
@@ -134,7 +134,7 @@ def test_who_leaves_is_followed_by_another_of_whom_nothing_stays_where_it_was() 
     assert all(torch.equal(a, b) for a, b in zip(last, state(slots, 0), strict=True))
 
 
-def test_a_parked_picture_goes_on_where_it_was() -> None:
+def test_a_parked_picture_is_resumed_at_its_step() -> None:
     slots = Slots(2, SHAPE, T, CPU)
     slots.seat(0, 3, a_plan(9), x_T(3))
     slots.draw_ahead(0, 3, 0)
@@ -146,7 +146,7 @@ def test_a_parked_picture_goes_on_where_it_was() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, state(slots, 1), strict=True))
 
 
-def test_of_a_slot_that_is_only_checked_nothing_is_packed_but_whether_it_is_finite() -> None:
+def test_only_finiteness_is_packed_of_a_slot_that_is_checked() -> None:
     slots = Slots(4, SHAPE, T, CPU)
     slots.x.copy_(torch.randn(slots.x.shape))
     slots.x0.copy_(torch.randn(slots.x.shape))
@@ -172,7 +172,7 @@ def test_noise_drawn_ahead_is_the_noise_drawn_step_by_step() -> None:
         assert torch.equal(torch.as_tensor(slots.noise(2)), gaussian(slots.seed, slots.cursor, SHAPE))
 
 
-def test_a_large_picture_draws_few_steps_ahead_but_never_none() -> None:
+def test_a_large_picture_draws_the_noise_of_few_steps_ahead_and_of_one_at_least() -> None:
     assert Slots(1, (3, 256, 256), 4, CPU).ahead_steps == 1
     assert Slots(1, (3, 64, 64), 4, CPU).ahead_steps == 2
     assert Slots(1, SHAPE, 4, CPU).ahead_steps == 32

@@ -119,7 +119,7 @@ def test_a_mean_that_is_large_beside_the_deviation_costs_no_digits(
 
 
 @pytest.mark.parametrize("large", [False, True], ids=["in registers", "by moments"])
-def test_a_norm_sees_no_company(large: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_norm_does_not_depend_on_other_pictures(large: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if large:
         monkeypatch.setattr(norm, "IN_REGISTERS", 0)
         monkeypatch.setattr(norm, "SPLITS", 4)
@@ -303,7 +303,7 @@ def test_the_noise_of_a_step_is_ours() -> None:
     assert error(slots.x, expected.double()) < 1e-6
 
 
-def test_a_step_sees_neither_company_nor_slot() -> None:
+def test_a_step_depends_neither_on_other_pictures_nor_on_the_slot() -> None:
     net, table, slots = a_world((3, 5, 7), dtype=torch.bfloat16)
     before, elsewhere = twin(slots), Slots(5, (3, 5, 7), T, DEVICE)
     denoise_by_kernels(net, table, slots, 5)
@@ -317,7 +317,7 @@ def test_a_step_sees_neither_company_nor_slot() -> None:
         assert torch.equal(elsewhere.x0[4 - i], slots.x0[i])
 
 
-def test_what_is_not_a_number_stays_so_for_its_own_picture() -> None:
+def test_a_nan_stays_in_its_own_picture() -> None:
     net, table, slots = a_world((1, 8, 8))
     slots.x[1, 0, 2, 3] = torch.nan
     denoise_by_kernels(net, table, slots, 5)

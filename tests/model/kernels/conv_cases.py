@@ -135,7 +135,7 @@ def test_a_bias_that_was_taken_over_is_not_added() -> None:
     ("cut", "dtype"), [("large tiles", torch.bfloat16), ("split", torch.float32)], indirect=["cut"]
 )
 @pytest.mark.parametrize("layer", ["channels that fill no step", "one pixel", "stride 2, padded below"])
-def test_a_convolution_sees_neither_company_nor_slot(layer: str, dtype: torch.dtype) -> None:
+def test_a_convolution_depends_neither_on_other_pictures_nor_on_the_slot(layer: str, dtype: torch.dtype) -> None:
     conv, x = LAYERS[layer].conv(dtype), LAYERS[layer].picture(5, dtype)
     add = draw(*in_float64(conv, x).shape, dtype=dtype)
     together = conv(x, add=add)
@@ -203,7 +203,7 @@ def test_a_projection_with_a_bias_is_computed_by_itself() -> None:
 
 @pytest.mark.usefixtures("cut", "kernels_on")
 @pytest.mark.parametrize("cut", ["split"], indirect=True)
-def test_whoever_reads_a_split_convolution_may_add_its_ranges_up() -> None:
+def test_the_reader_of_a_split_convolution_may_add_its_ranges_up() -> None:
     layer = Layer(70, 20, 4, 4)
     conv, x = layer.conv(torch.bfloat16), layer.picture(2, torch.bfloat16)
 
@@ -334,7 +334,7 @@ def test_attention_whose_bits_differ_is_pinned_to_one_kernel(library: Library) -
     assert runner.exact_buckets == [1, 2, 3, 4]
 
 
-def test_who_does_not_ask_for_the_promise_gets_the_library_everywhere(library: Library) -> None:
+def test_without_the_promise_all_layers_keep_the_librarys_kernels(library: Library) -> None:
     library.differs = {20: {1, 3}, "attention": {2}}
     net = Layers()
     started(net)

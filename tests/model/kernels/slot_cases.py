@@ -74,7 +74,7 @@ def bits(slots: Slots, *, but: str = "") -> dict[str, list[Any]]:
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-def test_newcomers_sit_where_torch_would_seat_them_and_nothing_else_changes(shape: Shape) -> None:
+def test_seated_pictures_are_where_torch_would_put_them_and_nothing_else_changes(shape: Shape) -> None:
     ours, theirs = ruin(6, shape), ruin(6, shape)
     outside = a_plan(7, noise="torch")
     newcomers = [
@@ -171,7 +171,7 @@ def test_the_plan_cache_never_grows() -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-def test_a_parked_picture_is_put_back_as_it_was(shape: Shape) -> None:
+def test_a_parked_picture_is_resumed_unchanged(shape: Shape) -> None:
     ours, theirs, plan = lively(4, shape), lively(4, shape), a_plan(9)
     ours.resume(3, 2**62 + 1, plan, 5, ours.park(1))
     with plain_torch():
@@ -181,7 +181,7 @@ def test_a_parked_picture_is_put_back_as_it_was(shape: Shape) -> None:
     assert torch.equal(ours.x[3], ours.x[1]) and ours.cursor[3] == 5
 
 
-def test_what_is_parked_does_not_change_when_its_slot_does() -> None:
+def test_a_parked_state_does_not_change_with_its_slot() -> None:
     slots = lively(2, (1, 8, 8))
     kept, parked = slots.x0[1].clone(), slots.park(1)
     slots.clear(1)
@@ -191,7 +191,7 @@ def test_what_is_parked_does_not_change_when_its_slot_does() -> None:
 
 @pytest.mark.parametrize("source", [0, 1, 3])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-def test_a_move_carries_everything_and_nobody_else(shape: Shape, source: int) -> None:
+def test_a_move_copies_the_whole_slot_and_changes_no_other(shape: Shape, source: int) -> None:
     ours, theirs = lively(4, shape), lively(4, shape)
     ours.move(source, 2)
     with plain_torch():
@@ -214,7 +214,7 @@ def test_nothing_of_a_sick_picture_is_left_in_a_slot_that_is_cleared(shape: Shap
 
 @pytest.mark.parametrize(("slot", "successor"), [(0, 3), (2, 3), (1, 2), (3, None)])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-def test_the_last_takes_the_place_of_who_leaves_and_nobody_sits_in_its_own(
+def test_the_last_picture_moves_to_the_vacated_slot_and_its_own_is_freed(
     shape: Shape, slot: int, successor: int | None
 ) -> None:
     ours, theirs = lively(4, shape), lively(4, shape)
@@ -256,7 +256,7 @@ def test_pictures_are_shown_as_torch_rounds_them(
     assert len(ours[0]) == len(shown) and ours[2] == [True] * len([*shown, *checked])
 
 
-def test_halves_go_to_the_even_level_and_what_is_beyond_to_the_ends() -> None:
+def test_halves_are_rounded_to_even_levels_and_numbers_beyond_the_range_to_its_ends() -> None:
     levels = torch.arange(256.0)
     near = [levels + 0.5, levels, torch.tensor([-1.0, 256.0, -1e30, 1e30, -0.0])]
     values = torch.cat(near) / 255 * 2 - 1
@@ -274,7 +274,7 @@ def test_halves_go_to_the_even_level_and_what_is_beyond_to_the_ends() -> None:
 
 @pytest.mark.parametrize("evil", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("where", [0, 1023, 1024, 2696])
-def test_one_number_that_is_none_is_found_in_whose_picture_it_is(where: int, evil: float) -> None:
+def test_one_nan_is_found_in_the_right_picture(where: int, evil: float) -> None:
     slots = lively(4, (3, 29, 31))
     slots.x[2].view(-1)[where] = evil
     slots.x0[1] = torch.nan  # of no consequence
@@ -312,7 +312,7 @@ def test_a_warm_up_leaves_free_slots(capacity: int) -> None:
         assert not slots.rows[slot, int(slots.cursor[slot])].any()
 
 
-def test_nobody_is_seated_without_a_launch() -> None:
+def test_seating_no_picture_launches_nothing() -> None:
     slots = lively(2, (1, 8, 8))
     before = bits(slots)
     slots.seat_all([])

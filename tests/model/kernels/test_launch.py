@@ -45,7 +45,7 @@ def test_kernels_start_early_on_the_large_gpus_from_hopper_on(
 @pytest.mark.parametrize(
     "trial", [False, RuntimeError("CUDA error: invalid resource handle")], ids=["wrong", "refused"]
 )
-def test_where_a_graph_of_such_kernels_fails_they_wait_and_one_line_says_so(
+def test_where_a_graph_of_early_kernels_fails_they_wait_and_one_warning_says_so(
     trial: bool | Exception, given: Callable[..., dict[str, bool]], caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
@@ -54,7 +54,7 @@ def test_where_a_graph_of_such_kernels_fails_they_wait_and_one_line_says_so(
     assert [record.getMessage()[:42] for record in caplog.records] == ["no kernel starts before the one in front o"]
 
 
-def test_a_gpu_that_died_of_the_trial_is_not_taken_for_one_that_cannot(
+def test_a_gpu_that_died_in_the_trial_raises(
     given: Callable[..., dict[str, bool]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def died(device: torch.device) -> None:
@@ -67,7 +67,9 @@ def test_a_gpu_that_died_of_the_trial_is_not_taken_for_one_that_cannot(
         given((9, 0), torch.OutOfMemoryError("none left"))
 
 
-def test_a_benchmark_may_do_without(given: Callable[..., dict[str, bool]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_benchmark_may_switch_early_starts_off(
+    given: Callable[..., dict[str, bool]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("model.kernels.launch.WANTED", False)
 
     assert given((9, 0), True) == ALONE

@@ -60,7 +60,7 @@ def run_cases(file: str, *options: str, **environment: str) -> None:
 
 
 @pytest.mark.parametrize("file", CASES)
-def test_the_kernels_compute_what_torch_computes(file: str) -> None:
+def test_the_kernels_compute_the_same_as_torch(file: str) -> None:
     run_cases(file, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
 
 
@@ -220,7 +220,7 @@ BETWEEN_STEPS: dict[str, tuple[Callable[[Slots], object], dict[str, int]]] = {
 
 
 @pytest.mark.parametrize("doing", BETWEEN_STEPS)
-def test_what_is_done_between_two_steps_is_one_launch(launches: Counter[str], doing: str) -> None:
+def test_each_operation_between_two_steps_is_one_launch(launches: Counter[str], doing: str) -> None:
     slots, (do, expected) = Slots(64, (3, 8, 8), 1000, META), BETWEEN_STEPS[doing]
     with torch.inference_mode():
         slots.seat(0, 1, PLAN, torch.zeros(3, 8, 8))  # so its rows are there
@@ -244,7 +244,7 @@ def meta_engine(slots: int) -> Engine:
 
 
 @pytest.mark.usefixtures("arriving")
-def test_in_a_step_somebody_comes_and_somebody_leaves_by_three_launches(launches: Counter[str]) -> None:
+def test_a_step_with_one_arrival_and_one_departure_has_three_more_launches(launches: Counter[str]) -> None:
     engine = meta_engine(64)
     for number in range(63):
         engine.submit(a_request(number, 20, seed=number))
@@ -258,7 +258,7 @@ def test_in_a_step_somebody_comes_and_somebody_leaves_by_three_launches(launches
 
 
 @pytest.mark.usefixtures("arriving", "launches")
-def test_an_engine_has_compiled_all_that_it_launches_before_anybody_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_has_compiled_all_its_kernels_before_the_first_request(monkeypatch: pytest.MonkeyPatch) -> None:
     from triton.runtime.jit import JITFunction
 
     seen = set[tuple[object, ...]]()
@@ -504,7 +504,7 @@ def test_on_a_cpu_it_is_not_even_imported() -> None:
 
 @pytest.mark.parametrize("kind", ["default", "scale_shift"])
 @torch.inference_mode()
-def test_biases_that_were_taken_over_change_nothing_but_rounding(kind: str) -> None:
+def test_taking_over_biases_changes_only_the_rounding(kind: str) -> None:
     net = twin(shaken(small(resnet_time_scale_shift=kind)))
     x, embedding = torch.randn(2, 3, 8, 8), net.embed(torch.tensor([1, 800]))
     expected = net(x, embedding)

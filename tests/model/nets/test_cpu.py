@@ -127,7 +127,7 @@ def with_compiled(monkeypatch: pytest.MonkeyPatch, change: Callable[[Tensor, int
 
 @pytest.mark.parametrize("arch", KINDS.values(), ids=KINDS.keys())
 @torch.inference_mode()
-def test_every_kind_of_net_is_run_by_openvino_to_what_torch_computes(arch: AnyArchitecture) -> None:
+def test_openvino_computes_the_same_as_torch_for_every_kind_of_net(arch: AnyArchitecture) -> None:
     net = cpu_net(arch)
     given = inputs(net, 3)
 
@@ -156,7 +156,7 @@ def test_a_convolution_of_a_doubled_picture_reads_it_once() -> None:
 
 
 @torch.inference_mode()
-def test_a_batch_of_any_size_is_what_its_pictures_are_alone_before_the_net_grows_and_after() -> None:
+def test_pictures_in_a_batch_of_any_size_equal_those_alone_before_and_after_the_net_grows() -> None:
     net = cpu_net()
     x, embedding = inputs(net, 11)
     alone = torch.cat([net(x[i : i + 1], embedding[i : i + 1]) for i in range(11)])
@@ -169,7 +169,7 @@ def test_a_batch_of_any_size_is_what_its_pictures_are_alone_before_the_net_grows
         assert torch.equal(net(x[:count], embedding[:count]), alone[:count])
 
 
-def test_a_net_that_was_made_in_inference_may_be_used_outside_of_it() -> None:
+def test_a_net_made_in_inference_mode_may_be_used_outside_of_it() -> None:
     with torch.inference_mode():
         net = cpu_net()
     x, embedding = inputs(net, 1)
@@ -178,14 +178,14 @@ def test_a_net_that_was_made_in_inference_may_be_used_outside_of_it() -> None:
 
 
 @torch.inference_mode()
-def test_what_a_batch_gave_is_not_overwritten_by_the_next() -> None:
+def test_the_result_of_a_batch_is_not_overwritten_by_the_next() -> None:
     net = cpu_net()
     first, second = (net(*inputs(net, 1)), net(torch.zeros(1, *net.arch.shape), inputs(net, 1)[1]))
 
     assert not torch.equal(first, second)
 
 
-def test_sizes_come_one_by_one_the_smallest_first() -> None:
+def test_batch_sizes_are_compiled_one_by_one_smallest_first() -> None:
     net = cpu_net()
     seen = [net.sizes]
     while net.grow(6):
@@ -203,7 +203,7 @@ CONFIGURATIONS: list[tuple[dict[str, Any], torch.dtype, list[int]]] = [
 
 
 @pytest.mark.parametrize(("config", "dtype", "sizes"), CONFIGURATIONS)
-def test_there_are_as_many_sizes_as_there_is_memory_for(
+def test_there_are_as_many_batch_sizes_as_the_memory_allows(
     config: dict[str, Any], dtype: torch.dtype, sizes: list[int]
 ) -> None:
     arch = architecture(config)
@@ -230,7 +230,7 @@ def test_a_net_grows_in_one_thread_while_another_uses_it() -> None:
 
 
 @torch.inference_mode()
-def test_a_size_in_which_bits_differ_is_not_used_and_that_is_said(
+def test_a_batch_size_in_which_bits_differ_is_not_used_and_a_warning_says_so(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     with_compiled(monkeypatch, lambda out, batch: out * (1 + 2**-20 * (batch == 2)))
@@ -245,7 +245,7 @@ def test_a_size_in_which_bits_differ_is_not_used_and_that_is_said(
 
 
 @torch.inference_mode()
-def test_a_size_in_which_the_place_matters_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_size_in_which_the_slot_matters_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     def change(out: Tensor, batch: int) -> Tensor:
         return out * (1 + 2**-20 * (torch.arange(batch) == 3)[:, None, None, None])
 
@@ -256,7 +256,7 @@ def test_a_size_in_which_the_place_matters_is_not_used(monkeypatch: pytest.Monke
     assert net.sizes == [1, 2]
 
 
-def test_a_size_for_which_there_is_no_memory_ends_the_growth(
+def test_a_batch_size_that_exhausts_the_memory_ends_the_growth(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     usual = room().compile_net
@@ -275,7 +275,7 @@ def test_a_size_for_which_there_is_no_memory_ends_the_growth(
     assert "batches of 4 or more are not used, since OpenVINO has no memory for batches of 4" in caplog.text
 
 
-def test_torch_s_weights_are_gone_once_all_sizes_are_there() -> None:
+def test_torchs_weights_are_freed_after_the_last_batch_size() -> None:
     net = torch_net()
     table = table_of(net)
     net.fuse()
@@ -361,7 +361,7 @@ def test_without_openvino_torch_runs_it(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize(
     "error", [ImportError("undefined symbol: _ZN2ov4CoreC1Ev"), OSError("libtbb.so.12: not found")]
 )
-def test_an_openvino_that_cannot_be_imported_is_done_without(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_runs_the_net_if_openvino_cannot_be_imported(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     usual = builtins.__import__
 
     def importing(name: str, *rest: Any) -> Any:
@@ -376,14 +376,14 @@ def test_an_openvino_that_cannot_be_imported_is_done_without(error: Exception, m
     assert_run_by_torch(cpu_net(), f"cannot be imported: {error}")
 
 
-def test_a_net_that_is_converted_wrongly_is_not_run_by_openvino(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_net_that_openvino_computes_wrongly_is_run_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     with_compiled(monkeypatch, lambda out, batch: out * 1.001)
     net = cpu_net()
 
     assert_run_by_torch(net, "makes an error of 1.0e-03 beside torch in float32, where 1e-04 is allowed")
 
 
-def test_a_net_that_comes_to_no_numbers_is_not_run_by_openvino(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_net_whose_result_is_nan_is_not_run_by_openvino(monkeypatch: pytest.MonkeyPatch) -> None:
     with_compiled(monkeypatch, lambda out, batch: out * torch.nan)
 
     assert_run_by_torch(cpu_net(), "makes an error of nan beside torch in float32, where 1e-04 is allowed")
@@ -398,21 +398,21 @@ def test_a_net_that_openvino_refuses_is_run_by_torch(monkeypatch: pytest.MonkeyP
     assert_run_by_torch(cpu_net(), "refuses it: no such instruction")
 
 
-def test_a_net_that_does_what_no_symbol_can_is_run_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_net_with_an_operation_that_symbols_lack_is_run_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(openvino_symbols().MEANINGS, torch.nn.functional.silu)
     net = cpu_net()
 
     assert net.note is not None and "OpenVINO refuses it: Symbol does not support <function silu" in net.note
 
 
-def test_numbers_that_the_processor_does_not_compute_in_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_runs_the_net_in_a_dtype_that_the_processor_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(room(), "computes_in", lambda dtype: dtype == torch.float32)
     net = cpu_net(dtype=torch.bfloat16)
 
     assert net.note == "run by torch, since OpenVINO does not compute in bfloat16 on this processor"
 
 
-def test_torch_has_the_threads_the_net_was_made_with_and_whoever_calls_keeps_his(
+def test_torch_uses_the_threads_the_net_was_made_with_and_leaves_the_callers_unchanged(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     before = torch.get_num_threads()

@@ -32,7 +32,7 @@ def settings() -> Iterator[None]:
 
 @pytest.mark.usefixtures("settings")
 @pytest.mark.parametrize("exact", [True, False])
-def test_engines_are_timed_only_where_nothing_is_promised(exact: bool) -> None:
+def test_cudnn_times_its_engines_only_without_the_promise(exact: bool) -> None:
     prepare_gpu(exact, torch.bfloat16)
 
     assert (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark) == (exact, not exact)
@@ -52,7 +52,7 @@ def test_float32_keeps_all_its_bits_and_other_types_leave_the_choice_as_it_was(d
 # Errors in a trial
 
 
-def test_an_error_of_the_kernel_alone_is_let_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_one_kernel_is_not_fatal(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "synchronize", asked.append)
     raise_if_fatal(RuntimeError("out of resource: shared memory, Required: 300000"), GPU)
@@ -61,7 +61,7 @@ def test_an_error_of_the_kernel_alone_is_let_pass(monkeypatch: pytest.MonkeyPatc
     assert asked == [GPU]
 
 
-def test_a_gpu_that_has_died_is_found_out_whatever_the_error_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dead_gpu_raises_whatever_the_first_error_was(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "synchronize", died)
 
     with pytest.raises(torch.AcceleratorError):
@@ -106,12 +106,12 @@ def chosen(error: Exception) -> bool:
     return net.layer.invariant
 
 
-def test_a_kernel_that_does_not_run_leaves_the_librarys() -> None:
+def test_a_kernel_that_fails_is_replaced_by_the_librarys() -> None:
     assert not chosen(RuntimeError("out of resource: shared memory"))
 
 
 @pytest.mark.parametrize("name", FATAL)
-def test_an_error_after_which_there_is_nothing_to_choose_ends_the_start(name: str) -> None:
+def test_a_fatal_error_in_a_trial_ends_the_start(name: str) -> None:
     error, kind = FATAL[name]
 
     with pytest.raises(kind):
@@ -119,7 +119,7 @@ def test_an_error_after_which_there_is_nothing_to_choose_ends_the_start(name: st
 
 
 @pytest.mark.parametrize("name", FATAL)
-def test_it_is_not_taken_for_a_machine_without_triton_either(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_such_an_error_is_not_mistaken_for_a_machine_without_triton(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     error, kind = FATAL[name]
 
     def fails(*size: int, **how: object) -> Tensor:

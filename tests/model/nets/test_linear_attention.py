@@ -47,14 +47,14 @@ def pictures(count: int) -> Tensor:
 
 @pytest.mark.parametrize("batch", [1, 2, TOGETHER - 1, TOGETHER, TOGETHER + 1, 2 * TOGETHER, 2 * TOGETHER + 3])
 @torch.inference_mode()
-def test_products_in_groups_are_what_they_are_at_once(batch: int) -> None:
+def test_products_in_groups_equal_those_at_once(batch: int) -> None:
     x = pictures(batch)
 
     assert torch.allclose(layer(True)(x), layer(False)(x), rtol=ROUNDING, atol=ROUNDING)
 
 
 @torch.inference_mode()
-def test_a_library_is_asked_for_products_of_one_shape_and_layout_whatever_the_batch() -> None:
+def test_the_library_multiplies_tensors_of_one_shape_and_layout_for_any_batch() -> None:
     with Library() as library:
         for batch in (1, TOGETHER, 2 * TOGETHER + 3):
             layer(True)(pictures(batch))
@@ -73,7 +73,7 @@ def test_bits_depend_on_the_batch_where_products_are_made_at_once(invariant: boo
     assert bool((together[:3] - few).abs().max() < ROUNDING) == invariant
 
 
-def test_whoever_asks_for_the_promise_gets_it_in_groups() -> None:
+def test_the_promise_makes_linear_attention_multiply_in_groups() -> None:
     arch = LucidrainsArchitecture(
         height=8,
         width=8,

@@ -63,7 +63,7 @@ def run(code: str) -> tuple[str, list[str]]:
     return ran.stdout, [line.removeprefix(MET) for line in ran.stderr.splitlines() if line.startswith(MET)]
 
 
-def test_a_picture_is_made_without_a_word_to_anybody(home: Path) -> None:
+def test_a_picture_is_made_without_any_network_traffic(home: Path) -> None:
     assert run(MAKE) == (f"1 True {find_spec('openvino') is not None}\n", [])
     assert list(home.iterdir()) == []
 

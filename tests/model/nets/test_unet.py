@@ -80,11 +80,11 @@ def difference(config: dict[str, Any]) -> float:
 
 
 @pytest.mark.parametrize("config", CONFIGURATIONS.values(), ids=CONFIGURATIONS.keys())
-def test_a_small_net_computes_what_diffusers_computes(config: dict[str, Any]) -> None:
+def test_a_small_net_computes_the_same_as_in_diffusers(config: dict[str, Any]) -> None:
     assert difference(config) < 2e-5
 
 
-def test_the_cifar10_net_computes_what_diffusers_computes() -> None:
+def test_the_cifar10_net_computes_the_same_as_in_diffusers() -> None:
     assert difference(CIFAR10) < 2e-5
 
 

@@ -105,7 +105,7 @@ def test_steps_seeds_domains_and_neighbours_are_independent() -> None:
         assert abs(np.mean((z**2 - 1) * (other**2 - 1))) < 4 * 2 / math.sqrt(MILLION)
 
 
-def test_the_torch_twin_draws_what_diffusers_draws() -> None:
+def test_torch_noise_draws_the_same_as_diffusers() -> None:
     """7 x 7 is not a multiple of 16, where one draw of two pictures would differ from two draws of one."""
     twin, generator = TorchNoise(11, (1, 7, 7)), torch.Generator("cpu").manual_seed(11)
     expected = [torch.randn(1, 1, 7, 7, generator=generator)[0] for _ in range(3)]

@@ -124,7 +124,7 @@ def every_plan(process: Process) -> Iterator[Plan]:
         ("epsilon", "fixed_small", 2e-3),
     ],
 )
-def test_the_engine_makes_what_the_reference_makes_alone(
+def test_the_engine_makes_the_pictures_of_the_reference(
     tmp_path: Path, prediction: Prediction, variance_type: str, tolerance: float
 ) -> None:
     """All kinds of plans, all at once in three slots, so that samples come and go beside each other.
@@ -142,7 +142,7 @@ def test_the_engine_makes_what_the_reference_makes_alone(
         np.testing.assert_allclose(finished.floats, x[0].clamp(-1, 1).numpy(), rtol=0, atol=tolerance)
 
 
-def test_what_diffusers_saves_in_pieces_or_in_halves_makes_its_pictures(tmp_path: Path) -> None:
+def test_sharded_and_half_precision_weights_make_diffusers_pictures(tmp_path: Path) -> None:
     pipe = pipeline(shaken(small()).half().float(), DDPMScheduler(num_train_timesteps=60))
     pipe.unet.save_pretrained(tmp_path / "pieces" / "unet", max_shard_size="30KB")
     pipe.unet.half().save_pretrained(tmp_path / "halves" / "unet", variant="fp16")

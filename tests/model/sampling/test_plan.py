@@ -34,7 +34,7 @@ EVERY_SAMPLER: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)
-def test_any_number_of_steps_visits_that_many_levels_downwards(spacing: Spacing) -> None:
+def test_n_steps_visit_n_levels_in_descending_order(spacing: Spacing) -> None:
     for steps in range(1, 1001):
         t = timesteps(1000, steps, spacing)
         assert len(t) == steps and t[0] <= 1000 and t[-1] >= 1 and (np.diff(t) < 0).all()

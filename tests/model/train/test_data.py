@@ -28,7 +28,7 @@ def test_channels_may_be_first_last_or_one_alone(tmp_path: Path) -> None:
     assert np.array_equal(from_npz(tmp_path, grey[..., None], (1, 6, 8))[:, 0], grey)
 
 
-def test_what_is_smaller_is_surrounded_by_black(tmp_path: Path) -> None:
+def test_a_smaller_picture_is_surrounded_by_black(tmp_path: Path) -> None:
     given = random(2, 5, 6) | 1
     loaded = from_npz(tmp_path, given, (1, 8, 8))[:, 0]
 
@@ -37,7 +37,7 @@ def test_what_is_smaller_is_surrounded_by_black(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("shape", [(5, 9, 8), (5, 3, 8, 8), (5,), (0, 8, 8), (2, 2, 2, 2, 2)])
-def test_what_does_not_fit_is_refused_with_its_shape(tmp_path: Path, shape: tuple[int, ...]) -> None:
+def test_images_that_do_not_fit_are_refused_with_their_shape(tmp_path: Path, shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError) as refused:
         from_npz(tmp_path, np.zeros(shape, np.uint8), (1, 8, 8))
 
@@ -74,7 +74,7 @@ def test_a_broken_picture_is_named(tmp_path: Path, kept: int) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04 and no more"])
-def test_what_is_no_npz_is_named(tmp_path: Path, content: bytes) -> None:
+def test_a_file_that_is_no_npz_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "pictures.npz").write_bytes(content)
     with pytest.raises(ValueError, match="pictures.npz must be a sound .npz with an array `images`"):
         load_images(tmp_path / "pictures.npz", (1, 8, 8))

@@ -44,7 +44,7 @@ def untrained(directory: Path, config: dict[str, Any] | None = None, scheduler: 
         ({"_class_name": LUCIDRAINS}, {}, f"_class_name must be UNet2DModel or {OPENAI} to be trained"),
     ],
 )
-def test_what_would_be_served_otherwise_than_it_is_trained_is_refused(
+def test_a_net_that_would_be_served_otherwise_than_trained_is_refused(
     tmp_path: Path, config: dict[str, Any], scheduler: dict[str, Any], refusal: str
 ) -> None:
     directory = untrained(tmp_path, config, scheduler)
@@ -126,7 +126,7 @@ def moved(directory: Path, target: Path) -> Path:
 
 
 @pytest.mark.parametrize("elsewhere", [False, True], ids=["where it was", "elsewhere, from two files"])
-def test_training_that_was_stopped_goes_on_and_ends_in_the_same_bits(
+def test_an_interrupted_training_resumes_and_ends_in_the_same_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, elsewhere: bool
 ) -> None:
     whole, stopped = (untrained(tmp_path / name) for name in ("whole", "stopped"))
@@ -156,7 +156,7 @@ def test_training_that_was_stopped_goes_on_and_ends_in_the_same_bits(
 
 
 @pytest.mark.parametrize("beside", ["nothing", "others"])
-def test_a_state_without_its_average_goes_on_beside_its_own_weights_only(tmp_path: Path, beside: str) -> None:
+def test_a_state_without_its_average_resumes_only_beside_its_own_weights(tmp_path: Path, beside: str) -> None:
     directory, longer = untrained(tmp_path / "trained"), replace(RECIPE, images=128)
     train(directory / "pictures.npz", directory, RECIPE, "cpu")
     directory = moved(directory, tmp_path / "moved")
@@ -195,7 +195,7 @@ def test_training_that_starts_from_weights_begins_as_good_as_they_are(tmp_path: 
     assert [seen for seen, _ in held_out_losses(goes_on)] == [0, 32, 64, 96]
 
 
-def test_a_checkpoint_goes_before_weights_to_start_from(tmp_path: Path) -> None:
+def test_a_checkpoint_takes_precedence_over_weights_to_start_from(tmp_path: Path) -> None:
     directory = untrained(tmp_path)
     train(directory / "pictures.npz", directory, RECIPE, "cpu")
     train(directory / "pictures.npz", directory, replace(RECIPE, images=128), "cpu", directory / "not-there")
@@ -203,7 +203,7 @@ def test_a_checkpoint_goes_before_weights_to_start_from(tmp_path: Path) -> None:
     assert [seen for seen, _ in held_out_losses(directory)] == [32, 64, 96, 96, 128]
 
 
-def test_weights_of_another_net_are_no_start(tmp_path: Path) -> None:
+def test_weights_of_another_net_are_refused_as_a_start(tmp_path: Path) -> None:
     directory = untrained(tmp_path)
     save_file({"conv_in.weight": torch.zeros(1)}, tmp_path / "other.safetensors")
 
@@ -226,6 +226,6 @@ def test_when_its_minutes_are_over_training_stops_at_a_checkpoint(
 
 
 @pytest.mark.parametrize("minutes", [0.0, -1.0, float("nan")])
-def test_no_time_at_all_is_refused(minutes: float) -> None:
+def test_minutes_that_are_not_positive_are_refused(minutes: float) -> None:
     with pytest.raises(ValueError, match="minutes must be a positive number"):
         Recipe(minutes=minutes)

@@ -24,7 +24,9 @@ LEGAL = {
 
 def job(state: State) -> Job:
     """A job in this state."""
-    sampling = Sampling("ddpm", 4, "leading", True, "philox", "small", None)
+    sampling = Sampling(
+        sampler="ddpm", steps=4, spacing="leading", clip=True, noise="philox", variance="small", eta=None
+    )
     request = ResolvedRequest(model="tiny", T=30, shape=(1, 8, 8), seed=7, n=2, sampling=sampling)
     status = ModelStatus(
         digest="sha256:0",

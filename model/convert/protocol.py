@@ -1,7 +1,7 @@
-"""What the formats of foreign checkpoints have in common: what they are told, and what they give."""
+"""The protocol of a foreign checkpoint's format: options in, a model directory out; and what all formats share."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -9,16 +9,16 @@ from torch import Tensor
 from model.errors import ModelRefused
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """What a state dict cannot tell, as `ddpm convert` is told by its flags. None: the format's default, if it has one.
+    """Facts that are not in a state dict, from the flags of `ddpm convert`. None: the format's default, if it has one.
 
-    A format that has no default for what it needs calls `required`, which refuses by the flag's name.
+    A format without a default for an option that it needs calls `required`, which refuses by the flag's name.
     """
 
     image_size: int | None = None  # pixels of one side
     timesteps: int | None = None  # T
-    schedule: str | None = None  # a name in model.schedule.BY_NAME
+    schedule: str | None = None  # a name in model.sampling.schedule.BY_NAME
     beta_start: float | None = None
     beta_end: float | None = None
     prediction: str | None = None  # epsilon, v_prediction, sample
@@ -36,42 +36,42 @@ class Converted:
 
     config: dict[str, Any]  # config.json
     scheduler: dict[str, Any]  # scheduler_config.json
-    tensors: dict[str, Tensor]  # in the names that config.json's net has for them
-    origin: str  # one line: whose layout this was, and what was taken to be so
+    tensors: dict[str, Tensor]  # by their names in config.json's net
+    origin: str  # one line: whose layout this was, and what was assumed
 
 
-# What `asked` reads, and so every format.
+# The options that `requested` reads, and so every format.
 OF_THE_SCHEDULER = frozenset({"timesteps", "schedule", "beta_start", "beta_end", "prediction", "variance", "clip"})
 
 
 class Format(Protocol):
-    """A layout that checkpoints come in: a module with this constant and these two functions."""
+    """A layout of checkpoints: a module with this constant and these two functions."""
 
-    READS: frozenset[str]  # the options that it has a use for
+    READS: frozenset[str]  # the options that it uses
 
     def recognises(self, state: Mapping[str, Tensor]) -> bool:
-        """Whether these are the tensors of such a checkpoint, by their names."""
+        """Whether the names of these tensors are those of such a checkpoint."""
 
     def convert(self, state: Mapping[str, Tensor], options: Options) -> Converted:
-        """The same net in a model directory. Raises ModelRefused, naming what cannot be converted."""
+        """The same net as a model directory. Raises ModelRefused, naming what cannot be converted."""
 
 
 def required(value: Any, flag: str, why: str) -> Any:
-    """The option. Raises ModelRefused, naming its flag, if it was not given."""
+    """The option's value. Raises ModelRefused, naming its flag, if it was not given."""
     if value is None:
         raise ModelRefused(f"{flag} must be given: {why}")
     return value
 
 
 def refuse_unread(options: Options, read: frozenset[str], what: str) -> None:
-    """Raises ModelRefused, naming the flag, if something is told that `what` would pass over in silence."""
+    """Raises ModelRefused, naming the flag, if an option was given that `what` would ignore."""
     for name in (field.name for field in fields(options)):
         if name not in read and getattr(options, name) is not None:
             raise ModelRefused(f"--{name.replace('_', '-')} must not be given: {what} has no use for it")
 
 
-def asked(options: Options) -> dict[str, Any]:
-    """What was asked for, in the words of `scheduler_config.json`."""
+def requested(options: Options) -> dict[str, Any]:
+    """The options of a scheduler that were given, under their names in `scheduler_config.json`."""
     given = {
         "num_train_timesteps": options.timesteps,
         "beta_schedule": options.schedule,
@@ -85,7 +85,7 @@ def asked(options: Options) -> dict[str, Any]:
 
 
 def scheduler_config(options: Options, variance: str, schedule: str = "linear") -> dict[str, Any]:
-    """A `scheduler_config.json`: what was asked for, else Ho's numbers with this variance and schedule."""
+    """A `scheduler_config.json`: the given options, else Ho's numbers with this variance and schedule."""
     usual = {
         "_class_name": "DDPMScheduler",
         "num_train_timesteps": 1000,
@@ -97,4 +97,9 @@ def scheduler_config(options: Options, variance: str, schedule: str = "linear") 
         "variance_type": variance,
         "clip_sample": True,
     }
-    return usual | asked(options)
+    return usual | requested(options)
+
+
+def with_scaled_betas(options: Options, T: int) -> Options:
+    """The options with the betas with which a linear schedule adds the same noise for any T, unless they are given."""
+    return replace(options, beta_start=options.beta_start or 0.1 / T, beta_end=options.beta_end or 20 / T)
