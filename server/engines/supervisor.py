@@ -1,7 +1,4 @@
-"""The backend of one local engine process: spawns it, watches it, replaces it, and runs again what had not ended.
-
-A sample is a pure function of its spec, so running it again gives the same bytes.
-"""
+"""The backend of one local engine process: spawns it, watches it, replaces it, and runs again what had not ended."""
 
 import asyncio
 import logging
@@ -69,10 +66,8 @@ class EngineSupervisor:
     @property
     def trouble(self) -> str | None:
         """Why no work can be taken right now, or None."""
-        if self._trouble is not None:
-            return self._trouble
-        if self._process.stopped_s:
-            return "the engine process has been stopped"
+        if self._trouble is not None or self._process.stopped_s:
+            return self._trouble or "the engine process has been stopped"
         silence_s = time.monotonic() - self._process.heard_at
         limit_s = self._limit_s(self._patience.silence_s, self._patience.silence_steps)
         return f"the engine has not answered for {silence_s:.0f} s" if silence_s > limit_s else None
@@ -153,14 +148,12 @@ class EngineSupervisor:
                 kind = getattr(model_errors, process.refused.error)
                 return self._fail(EngineFailed(process.refused.message, EXIT_CODES[kind]))
             crash = self._in_flight.on_crash()
-            if crash.explained or self.health.stats.steps > steps_before:
-                failures = 0
-            if not crash.isolated:
-                failures += 1
+            failures = 0 if crash.explained or self.health.stats.steps > steps_before else failures
+            failures += 0 if crash.isolated else 1
             self._past, self._stats = replace(self._past + self._stats, seated=0, waiting=0), Stats()
             if failures > self._restarts:
-                why = NO_MEMORY if process.cause == "memory" else ""
-                return self._fail(EngineFailed(f"{DIED} ({self._restarts}){why}", EXIT_ENGINE))
+                why = f"{DIED} ({self._restarts})" + (NO_MEMORY if process.cause == "memory" else "")
+                return self._fail(EngineFailed(why, EXIT_ENGINE))
             self._replayed += crash.replayed
             self._note_death(process)
             logger.error("engine died", extra={"failures": failures, "jobs": len(self._in_flight.all)})
@@ -184,7 +177,7 @@ class EngineSupervisor:
         return silence_s > hang_s or self._process.stopped_s > patience.silence_s
 
     def _limit_s(self, seconds: float, steps: float) -> float:
-        """How long it may be silent now, if it may for so long while no model is being loaded."""
+        """How long it may be silent now, if it may for so long while no model loads."""
         load_s = self._patience.load_s if self._process.loading is not None else 0.0
         return max(seconds, steps * self._times.longest_s, load_s)
 

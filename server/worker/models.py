@@ -158,9 +158,8 @@ class Models:
         table = _plan(self._cards[spec.model].process, spec.sampling)
         same = {name: getattr(spec, name) for name in SAME}
         for id, seed in zip(message.ids, spec.seeds, strict=True):
-            request = Request(id, seed, table, **same)
+            self._held[spec.model][id] = request = Request(id, seed, table, **same)
             self._requests[id] = spec.model, request
-            self._held[spec.model][id] = request
         self._eviction.ask(spec.model, time.monotonic())
 
     def _cancel(self, id: int) -> None:
@@ -175,13 +174,8 @@ class Models:
         if not self._held[model] and model in self._eviction.wanted and model != self._coming:
             self._eviction.drop(model)
 
-    def _forget(self, id: int) -> None:
-        del self._requests[id]
-        self.watched.discard(id)
-
     def distribute(self) -> None:
-        """Gives loaded models what is held for them. One that must leave gets nothing more, and once its turn is over
-        it gives back what is not seated."""
+        """Gives loaded models what is held for them; one that must leave gives back what is not seated in its turn."""
         leaving = self._eviction.leaving(self.busy) if self._eviction.budget_bytes else ()
         for name in self._engines:
             if name not in leaving:
@@ -196,14 +190,15 @@ class Models:
 
     def _recall(self, name: str) -> None:
         """Takes back what an engine has not seated."""
-        engine = self._engines[name]
-        if not engine.stats.waiting:
-            return
-        seated = {id for id, _ in engine.progress}
+        seated = {id for id, _ in self._engines[name].progress}
         for id, (model, _) in self._requests.items():
             if model == name and id not in seated and id not in self._held[name]:
                 self._recalled.add(id)
-                engine.cancel(id)
+                self._engines[name].cancel(id)
+
+    def _forget(self, id: int) -> None:
+        del self._requests[id]
+        self.watched.discard(id)
 
     # Steps
 
