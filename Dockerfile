@@ -1,17 +1,17 @@
-# The server with its models. `docker build .` makes it for NVIDIA GPUs, `docker build --target cpu .` without CUDA.
-# Neither has a compiler, and either runs as nobody in particular, from a root that may be read-only: what is written
-# goes to /data, and what need not last to /tmp. docs/operations.md says more.
+# The server with its models. `docker build .` builds it for NVIDIA GPUs, `docker build --target cpu .` without CUDA.
+# Neither image has a compiler. Both run as an unprivileged user with a root that may be read-only, and write to /data
+# and, temporarily, to /tmp. See docs/operations.md.
 #
 # Where there is no network: --build-arg PIP_NO_INDEX=1 --build-arg PIP_FIND_LINKS=/wheels --volume ...:/wheels (buildah),
-# as tests/deploy/image.py does. To have the very bytes of a base: --build-arg PYTHON=python:...@sha256:...
-# To tell from an image what is in it: --build-arg REVISION=$(git rev-parse HEAD).
+# as tests/deploy/image.py does. To pin the bytes of the base: --build-arg PYTHON=python:...@sha256:...
+# To record the commit in the image: --build-arg REVISION=$(git rev-parse HEAD).
 ARG PYTHON=python:3.11.15-slim-bookworm
 
 
 FROM ${PYTHON} AS python
 
 
-# What is installed, at the versions of constraints.txt: a layer that changes only when they do.
+# The dependencies, at the versions of constraints.txt: a layer that changes only when they do.
 FROM python AS packages
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=ignore PIP_CONSTRAINT=/build/constraints.txt
 WORKDIR /build
@@ -23,8 +23,8 @@ RUN ["python", "-c", "import tomllib; project = tomllib.load(open('pyproject.tom
     print(*[line for line in lines if line.startswith('torch==')], file=open('torch.txt', 'w'))"]
 
 
-# torch comes first and alone, so that only torch comes from an index of its own. Of OpenVINO stays what runs a net on a
-# CPU: not what drives other devices or reads files of other frameworks, nor what tells its makers that it is used.
+# torch is installed first and alone, so that only torch comes from its own index. From OpenVINO the plugins for other
+# devices, the readers of other frameworks' files and the telemetry are removed.
 FROM packages AS packages-cpu
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 ARG PIP_FIND_LINKS
@@ -36,7 +36,7 @@ RUN python -m pip --python /venv install --no-deps --index-url "$TORCH_INDEX" --
         -o -name '*_frontend.so.*' ! -name '*_ir_frontend.so.*' ')' -print -delete
 
 
-# Triton compiles its kernels by itself, but for its way to the driver it wants a C compiler, once. Here is one.
+# Triton needs a C compiler once, for its extension that calls the driver. This stage has one.
 FROM packages AS packages-cuda
 ARG TORCH_INDEX=https://pypi.org/simple
 ARG PIP_FIND_LINKS
@@ -58,7 +58,7 @@ COPY server server
 RUN ["python", "-m", "pip", "--python", "/venv", "install", "--no-deps", "--target", "/app", "./client", "."]
 
 
-# What both images share, before anything large.
+# The common base of both images, before anything large.
 FROM python AS bare
 RUN ["groupadd", "--gid", "10001", "ddpm"]
 RUN ["useradd", "--uid", "10001", "--gid", "10001", "--no-create-home", "--home-dir", "/tmp", "--shell", "/usr/sbin/nologin", "ddpm"]
@@ -89,7 +89,7 @@ COPY weights /weights
 USER 10001:10001
 
 
-# Compiled kernels are kept beside the jobs, so that only the first start compiles them.
+# Compiled kernels are kept in /data, so that only the first start compiles them.
 FROM bare AS cuda
 ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility \
     TRITON_CACHE_DIR=/data/triton TRITON_CACHE_MANAGER=image_triton:ImageCache TRITON_LIBCUDA_PATH=/usr/lib

@@ -1,12 +1,12 @@
-# make serve | test | check | bench | gpu : see README.md. Everything is installed into .venv, nowhere else.
+# make serve | test | check | bench | gpu: see CONTRIBUTING.md. Everything is installed into .venv, nowhere else.
 PYTHON ?= python3
 HOST   ?= 127.0.0.1
 PORT   ?= 8000
 BIN    := .venv/bin
 PIP    := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-# TORCH=cpu or TORCH=cuda says which build of PyTorch is installed. Left out, it is the one without CUDA (0.2 GB instead
-# of 2.7) where there is no NVIDIA driver, if CPU_WHEELS can be reached and pip was not told where else to look.
+# TORCH=cpu or TORCH=cuda chooses the build of PyTorch. By default it is the build without CUDA (0.2 GB instead of 2.7)
+# where there is no NVIDIA driver, if CPU_WHEELS can be reached and pip was not told where else to look.
 CPU_WHEELS ?= https://download.pytorch.org/whl/cpu
 
 .PHONY: serve test test-avx2 check format bench bench-compile chaos fuzz soak image gpu gpu-wheels clean
@@ -14,12 +14,12 @@ CPU_WHEELS ?= https://download.pytorch.org/whl/cpu
 serve: .venv/serve.stamp
 	$(BIN)/ddpm serve --host $(HOST) --port $(PORT)
 
-# Side by side, and then those that measure, whatever became of the first.
+# First in parallel, the slowest files at the start; then the tests that measure, alone, even if one of the first failed.
 test: .venv/test.stamp
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not alone"; first=$$?; \
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not alone"; first=$$?; \
 	$(BIN)/python -m pytest -m alone && exit $$first
 
-# The same as on an x86 processor without AVX-512: what each library that computes is told to do without.
+# All tests as on an x86 processor without AVX-512: each variable limits the instructions of one library.
 test-avx2:
 	ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 OPENBLAS_CORETYPE=HASWELL \
 		NPY_DISABLE_CPU_FEATURES="X86_V4 AVX512_ICL AVX512_SPR" $(MAKE) test
@@ -40,11 +40,11 @@ bench: .venv/bench.stamp
 bench-compile: .venv/bench.stamp
 	$(BIN)/python -m benchmarks --compiled --out build/compiled.jsonl
 
-# Two hundred times kill -9 to the server, its engine or both, under sixteen clients: ten to twenty minutes.
+# Sends kill -9 to the server, its engine or both 200 times under 16 clients: ten to twenty minutes.
 chaos: .venv/test.stamp
 	$(BIN)/python -m tests.server.jobs.storm
 
-# What is told to break it, for longer than tests may take: minutes, and half an hour.
+# Hostile input, for longer than tests may take: `fuzz` runs for minutes, `soak` for half an hour.
 fuzz: .venv/test.stamp
 	$(PIP) --editable client --editable '.[test,fuzz]'
 	$(BIN)/python -m tests.fuzz.checkpoint --runs 100000
@@ -55,7 +55,8 @@ soak: .venv/test.stamp
 	ABORTS=10000 $(BIN)/python -m pytest tests/server/web/test_protocol.py -k thousands
 	$(BIN)/python -m tests.fuzz.soak --minutes 30
 
-# The Dockerfile, built and run without a Docker engine: as root, with buildah and debootstrap; minutes, and 10 GB.
+# Builds the Dockerfile and runs the image without a Docker engine: as root, with buildah and debootstrap; takes minutes
+# and 10 GB.
 image:
 	$(PYTHON) -m tests.deploy.image
 
@@ -74,13 +75,13 @@ image:
 	$(PIP) --editable client --editable '.[bench]'
 	touch $@
 
-# What only a GPU can show, with the Python that is there (torch 2.11 or later) and no network. `make gpu-wheels`,
-# where there is a network, first puts what that Python may lack into .gpu/, to be taken along.
+# Checks and measures everything that needs a GPU, with the Python of that machine (torch 2.11 or later) and no network.
+# `make gpu-wheels` beforehand, on a machine with a network, downloads the packages that Python may lack into .gpu/.
 gpu:
 	$(PYTHON) -m benchmarks.gpu
 
-# HAS=FILE: what that Python has, as `pip list --format=freeze` says there; default: torch, Triton and what they need.
-# KERNELS=PYTHON: a Python 3.12 with torch 2.11 and Triton 3.6, as there, which compiles kernels for that machine.
+# HAS=FILE: the packages of that Python, from `pip list --format=freeze`; default: torch, Triton and their requirements.
+# KERNELS=PYTHON: a Python 3.12 with torch 2.11 and Triton 3.6, like that one, which compiles kernels for that machine.
 KERNELS ?= $(PYTHON)
 
 gpu-wheels: .venv/test.stamp

@@ -1,9 +1,9 @@
-"""What lets Triton run in an image without a compiler.
+"""Lets Triton run in an image without a compiler.
 
-Triton translates its kernels with what it brings along. But it reaches the CUDA driver through a small C extension of
-its own, which it compiles the first time it sees a GPU and keeps in its cache. The source of that extension depends on
-Triton's version alone, not on the GPU; so it is compiled when the image is built (`python image_triton.py`), and looked
-up beside this file before the cache is (TRITON_CACHE_MANAGER=image_triton:ImageCache).
+Triton compiles its kernels itself. But it calls the CUDA driver through a small C extension, which it compiles with
+the system's compiler when it first sees a GPU, and keeps in its cache. The source of that extension depends only on
+Triton's version, not on the GPU. So `python image_triton.py` compiles it while the image is built, and
+TRITON_CACHE_MANAGER=image_triton:ImageCache looks beside this file before it looks into the cache.
 """
 
 import ctypes
@@ -21,16 +21,16 @@ DRIVER = "libcuda.so.1"
 
 
 class ImageCache(FileCacheManager):  # type: ignore[misc]
-    """Triton's cache, behind what the image brings. What is compiled later goes to TRITON_CACHE_DIR."""
+    """Triton's cache, after the files of the image. Later files go to TRITON_CACHE_DIR."""
 
     def get_file(self, filename: str) -> str | None:
-        """The path of a file, or None if it has not been made yet."""
+        """The path of a file, or None if it does not exist yet."""
         brought = BUILT / filename  # not by key: that depends on whether the program `file` is installed
         return str(brought) if brought.exists() else super().get_file(filename)
 
 
 def stub(source: str, folder: Path) -> Path:
-    """A library that has the name of CUDA's driver, and the functions that `source` calls, which do nothing."""
+    """Builds a library with the name of CUDA's driver, in which the functions that `source` calls do nothing."""
     functions = sorted(set(re.findall(r"\bcu[A-Z]\w*(?=\()", source)))
     code = "".join(f"int {name}(void) {{ return 1; }}\n" for name in functions)
     library = folder / DRIVER
@@ -40,7 +40,7 @@ def stub(source: str, folder: Path) -> Path:
 
 
 def build() -> None:
-    """Lets Triton compile its extension, load it, and keeps it. It takes a C compiler, and no driver."""
+    """Makes Triton compile and load its extension, and keeps the result. Needs a C compiler and no driver."""
     from triton.backends.nvidia import driver
 
     source = (Path(driver.__file__).parent / "driver.c").read_text()

@@ -1,10 +1,10 @@
-"""Installs PyTorch without CUDA's libraries where nothing could use them, before `make serve` installs the rest.
+"""Installs PyTorch without CUDA's libraries where there is no GPU, before `make serve` installs the rest.
 
     .venv/bin/python deploy/torch_build.py --index URL [--build cpu|cuda]
 
-On Linux the build of PyTorch that is found by default needs CUDA's libraries and Triton: 2.7 GB of wheels instead of
-0.2 GB. So where no NVIDIA driver is found, the build without them is taken from an index of its own. If it cannot be
-had there, if there is a driver, or if pip was told where to look, pip installs what it finds.
+On Linux the default build of PyTorch needs CUDA's libraries and Triton: 2.7 GB of wheels instead of 0.2 GB. So where
+there is no NVIDIA driver, the build without them is installed from its own index. If that index does not have it, if
+there is a driver, or if pip was told where to look, pip installs the build that it finds.
 """
 
 import argparse
@@ -17,8 +17,8 @@ import tomllib
 from pathlib import Path
 
 PYPROJECT = Path(__file__).parent.parent / "pyproject.toml"
-PLACES = ("index-url", "extra-index-url", "find-links", "no-index")  # of pip's options, those that say where to look
-PATIENCE_S = 20  # for an index that does not answer; a slow download has as long as pip gives it
+PLACES = ("index-url", "extra-index-url", "find-links", "no-index")  # pip's options for where to look
+PATIENCE_S = 20  # for an index that does not answer; a slow download is limited by pip only
 
 
 def has_driver() -> bool:
@@ -33,7 +33,7 @@ def has_driver() -> bool:
 
 
 def pip(*words: str, timeout_s: float | None = None) -> tuple[bool, str]:
-    """Whether pip could do something, and what it said, of errors the last line."""
+    """Runs pip. -> (whether it succeeded, its output, or the last line of its errors)"""
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *words]
     try:
         ran = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s)
@@ -43,20 +43,20 @@ def pip(*words: str, timeout_s: float | None = None) -> tuple[bool, str]:
 
 
 def told_where_to_look() -> list[str]:
-    """The options by which somebody has told pip where to look, in a file or in the environment."""
+    """The options in a file or in the environment that tell pip where to look."""
     _, lines = pip("config", "list")
     return sorted({name for name in re.findall(r"^\S*\.([\w-]+)=", lines, re.MULTILINE) if name in PLACES})
 
 
 def pinned() -> str:
-    """The version of torch that this project is for."""
+    """The version of torch that this project requires."""
     project = tomllib.loads(PYPROJECT.read_text())["project"]
     (version,) = [line.removeprefix("torch==") for line in project["dependencies"] if line.startswith("torch==")]
     return str(version)
 
 
 def why_not(build: str | None) -> str | None:
-    """Why the build without CUDA is not asked for, if it is not."""
+    """The reason not to install the build without CUDA, or None."""
     if build is not None:
         return None if build == "cpu" else "TORCH=cuda"
     if not sys.platform.startswith("linux"):
@@ -68,7 +68,7 @@ def why_not(build: str | None) -> str | None:
 
 
 def install_without_cuda(version: str, index: str) -> str | None:
-    """Installs the build without CUDA; what went wrong, if something did."""
+    """Installs the build without CUDA. -> the error, or None"""
     words = ("index", "versions", "torch", "--index-url", index, "--timeout", "5", "--retries", "0")
     reached, said = pip(*words, timeout_s=PATIENCE_S)
     if not reached:
@@ -80,7 +80,7 @@ def install_without_cuda(version: str, index: str) -> str | None:
 
 
 def main() -> None:
-    """Says what is installed; fails only if the build without CUDA was asked for by name, and cannot be had."""
+    """Prints what it installs. Fails only if `--build cpu` was given and that build cannot be installed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--index", required=True, help="where the build without CUDA is")
     parser.add_argument("--build", choices=["cpu", "cuda"], help="which to install, whatever this machine has")

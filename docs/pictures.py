@@ -1,4 +1,4 @@
-"""The pictures in docs/concepts.md, drawn with the engine alone from weights/digits. Takes minutes, and extra `bench`.
+"""Draws the pictures of docs/concepts.md from weights/digits with the engine alone, in minutes. Needs extra `bench`.
 
 python docs/pictures.py docs/pictures
 """
@@ -31,9 +31,11 @@ CARD = read_card(Path(__file__).parent.parent / "weights" / "digits")
 SEEDS = (42, 43, 44)
 INCH = 0.62  # the side of a picture on a sheet
 
-BUILDING = (1000, 900, 800, 700, 600, 500, 400, 300, 200, 100, 50, 0)  # levels t that are shown
+BUILDING = (1000, 900, 800, 700, 600, 500, 400, 300, 200, 100, 50, 0)  # shown levels t
 STEPS = (5, 10, 20, 50, 100, 250, 1000)
-SHEETS: dict[str, tuple[dict[str, Choices], dict[str, Choices]]] = {  # rows and columns: what each says of the request
+SHEETS: dict[
+    str, tuple[dict[str, Choices], dict[str, Choices]]
+] = {  # rows and columns, each with its fields of the request
     "steps": (
         {name: {"sampler": name} for name in ("ddpm", "ddim", "dpmpp_2m", "greedy")},
         {str(steps): {"steps": steps} for steps in STEPS},
@@ -67,11 +69,11 @@ SHEETS: dict[str, tuple[dict[str, Choices], dict[str, Choices]]] = {  # rows and
 }
 
 
-def make(orders: Iterable[tuple[int, Choices]], frames: frozenset[int] = frozenset()) -> tuple[list[Picture], Any]:
-    """The pictures of these seeds and choices, all in one engine; and (x_t, x0) by (number of the order, step)."""
+def make(requests: Iterable[tuple[int, Choices]], frames: frozenset[int] = frozenset()) -> tuple[list[Picture], Any]:
+    """The pictures of these seeds and choices, made in one engine; and (x_t, x0) by (number of the request, step)."""
     model = load_model(CARD, torch.device("cpu"), torch.float32)
     engine, made, shown = Engine(Runner(model, slots=16)), dict[int, Picture](), {}
-    for number, (seed, choices) in enumerate(orders):
+    for number, (seed, choices) in enumerate(requests):
         table = plan(CARD.process, resolve(CARD.process, **choices))
         engine.submit(Request(number, seed, table, frames=frames, shows_x0=True))
     while engine.busy:
@@ -85,7 +87,7 @@ def make(orders: Iterable[tuple[int, Choices]], frames: frozenset[int] = frozens
 
 
 def sheet(file: Path, rows: Mapping[str, Sequence[Picture | None]], columns: Sequence[str]) -> None:
-    """Pictures in rows, with words beside each row and above each column."""
+    """Draws pictures in rows, with a label beside each row and above each column."""
     high, wide = np.array(next(p for row in rows.values() for p in row if p is not None).shape) / 32 * INCH
     size = (wide * len(columns) + 1.3, (high + 0.06) * len(rows) + 0.25)
     figure, axes = pyplot.subplots(len(rows), len(columns), figsize=size, squeeze=False)
@@ -104,7 +106,7 @@ def sheet(file: Path, rows: Mapping[str, Sequence[Picture | None]], columns: Seq
 
 
 def draw_building(file: Path) -> None:
-    """One picture built up by 1000 steps of ddpm, what was expected of it on the way, and then taken apart again."""
+    """Draws a picture built up by 1000 steps of ddpm, the x0 predicted on the way, and the picture taken apart."""
     seed, T = SEEDS[0], CARD.process.schedule.T
     (picture,), shown = make([(seed, {"steps": T})], frozenset(T - t for t in BUILDING))
     built = [shown[0, T - t] for t in BUILDING]
@@ -122,7 +124,7 @@ def draw_building(file: Path) -> None:
 
 
 def draw_schedules(file: Path) -> None:
-    """How much is left of the picture, how much noise there is, and their ratio, at every t of three schedules."""
+    """Draws the remaining picture, the noise and their ratio at every t of three schedules."""
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(8.4, 2.7), layout="constrained")
     named = {"the article's": seed_article(), "Ho et al., linear": linear(), "cosine": cosine()}
     for colour, (name, schedule) in zip(("#b5442e", "#2e6fb5", "#5a8f3c"), named.items(), strict=True):
@@ -143,16 +145,16 @@ def draw_schedules(file: Path) -> None:
 
 
 def draw_sheets(folder: Path) -> None:
-    """A sheet for each choice: the same seeds in every cell."""
-    orders, places = list[tuple[int, Choices]](), list[tuple[str, str, str]]()
+    """Draws a sheet for each choice: the same seeds in every cell."""
+    requests, places = list[tuple[int, Choices]](), list[tuple[str, str, str]]()
     for name, (rows, columns) in SHEETS.items():
         for row, choices in rows.items():
             for column, more in columns.items():
                 for seed in SEEDS:
-                    orders.append((seed, choices | more))
+                    requests.append((seed, choices | more))
                     places.append((name, row, column))
     cells: dict[tuple[str, str, str], list[Picture]] = {}
-    for place, picture in zip(places, make(orders)[0], strict=True):
+    for place, picture in zip(places, make(requests)[0], strict=True):
         cells.setdefault(place, []).append(picture)
     for name, (rows, columns) in SHEETS.items():
         lines = {row: [np.concatenate(cells[name, row, column], axis=1) for column in columns] for row in rows}
@@ -160,7 +162,7 @@ def draw_sheets(folder: Path) -> None:
 
 
 def main() -> None:
-    """Draws them all."""
+    """Draws all pictures into a folder."""
     folder = Path(sys.argv[1])
     folder.mkdir(exist_ok=True)
     draw_schedules(folder / "schedules.png")

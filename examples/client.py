@@ -1,4 +1,4 @@
-"""One picture with the Python client: the picture, and what it looked like on its way.
+"""Makes one picture with the Python client and saves it, with a frame of every fifth step.
 
 python examples/client.py SEED FOLDER [URL]
 """

@@ -1,4 +1,4 @@
-"""The picture in the README: six digits on their way from noise to picture, drawn with the engine alone, no server.
+"""Draws the picture in the README, the denoising of six digits, with the engine alone and no server.
 
 python examples/denoising.py denoising.png [STEPS]
 """
@@ -11,20 +11,18 @@ import torch
 from PIL import Image
 
 from model.checkpoint import card, load
-from model.engine import engine, runner
-from model.engine.events import Preview, Request
+from model.engine import engine, events, runner
 from model.sampling import plan
 
 SEEDS, STEPS, ENLARGED = range(77, 83), int((sys.argv[2:] or [1000])[0]), 3
 
 digits = card.read_card(Path(__file__).parent.parent / "weights" / "digits")
-net = load.load_model(digits, torch.device("cpu"), torch.float32)
-machine = engine.Engine(runner.Runner(net, slots=len(SEEDS)))
+machine = engine.Engine(runner.Runner(load.load_model(digits, torch.device("cpu"), torch.float32), slots=len(SEEDS)))
 table = plan.plan(digits.process, plan.resolve(digits.process, "ddpm", STEPS))
 shown = range(0, STEPS + 1, STEPS // 10)
 for seed in SEEDS:
-    machine.submit(Request(seed, seed, table, frames=frozenset(shown)))
-seen = [event for _ in iter(lambda: machine.busy, False) for event in machine.step() if isinstance(event, Preview)]
-frames = {(event.id, event.step): event.x for event in seen if event.x is not None}
+    machine.submit(events.Request(seed, seed, table, frames=frozenset(shown)))
+told = [event for _ in iter(lambda: machine.busy, False) for event in machine.step()]
+frames = {(event.id, event.step): event.x for event in told if isinstance(event, events.Preview)}
 strip = Image.fromarray(np.block([[frames[seed, step][:, :, 0] for step in shown] for seed in SEEDS]))
 strip.resize((strip.width * ENLARGED, strip.height * ENLARGED), Image.Resampling.NEAREST).save(sys.argv[1])

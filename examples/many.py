@@ -1,4 +1,4 @@
-"""Many pictures at once with the asyncio client, each written down as soon as it is there.
+"""Makes many pictures at once with the asyncio client, and saves each as soon as it is finished.
 
 python examples/many.py COUNT FOLDER [URL]
 """

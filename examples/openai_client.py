@@ -1,4 +1,4 @@
-"""A picture by OpenAI's own package, with three states on its way: frames and picture are saved as they arrive.
+"""Makes one picture with OpenAI's own package, and saves it and three partial images as they arrive.
 
 python examples/openai_client.py SEED FOLDER [URL]
 """

@@ -1,4 +1,4 @@
-"""A picture over plain HTTP, with nothing of ours: httpx is enough.
+"""Makes one picture over plain HTTP, with httpx instead of the Python client.
 
 python examples/plain_http.py SEED FILE [URL]
 """

@@ -1,4 +1,4 @@
-"""Watches a picture come out of the noise: frames are saved as they arrive.
+"""Watches the denoising of one picture over a websocket, and saves frames as they arrive.
 
 python examples/watch.py SEED FOLDER [URL]
 """

@@ -1,4 +1,4 @@
-"""Logs as JSON lines on standard error: one line per record, whatever is in it."""
+"""Logs on standard error: one JSON object per line and record."""
 
 import asyncio
 import json
@@ -8,12 +8,12 @@ import time
 from contextvars import ContextVar
 
 logger = logging.getLogger(__name__)
-request_id: ContextVar[str] = ContextVar("request_id", default="")  # of the request that is being answered
+request_id: ContextVar[str] = ContextVar("request_id", default="")  # of the request that this task answers
 STANDARD = set(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "color_message"}
 
 
 class JsonLines(logging.Formatter):
-    """time, level, event and whatever `extra` carries."""
+    """Formats a record with time, level, event, request id and the fields of `extra`."""
 
     def format(self, record: logging.LogRecord) -> str:
         stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z"
@@ -27,15 +27,15 @@ class JsonLines(logging.Formatter):
 
 
 def report(task: "asyncio.Task[None]") -> None:
-    """Logs what nobody foresaw, when a task has ended that nobody must await."""
+    """Logs an unforeseen error of a task that nobody awaits. It is a done callback."""
     if not task.cancelled() and (error := task.exception()) is not None:
         logger.error("%s failed", task.get_name(), exc_info=error)
 
 
 def configure(level: str) -> None:
-    """Everything that is logged in this process goes out as JSON lines."""
+    """Sends all logs of this process, from this level on, to standard error."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-    for name in ("uvicorn.access", "uvicorn.error"):  # below errors, it logs what clients send, keys among it
+    for name in ("uvicorn.access", "uvicorn.error"):  # at lower levels they log what clients send, such as keys
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""Which models are served: the model directories, folders of them and hub ids that DDPM_WEIGHTS lists."""
+"""Finds the models to serve: DDPM_WEIGHTS lists model directories, folders of them, and hub ids."""
 
 import re
 from pathlib import Path
@@ -8,11 +8,11 @@ from model.errors import ModelRefused
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([A-Za-z0-9][\w./-]*))?", re.ASCII)
-LOST_AND_FOUND = "lost+found"  # at the top of every ext2 to ext4 file system, so of a volume that is mounted here
+LOST_AND_FOUND = "lost+found"  # a folder at the root of every ext4 volume
 
 
 def find_models(weights: str | Path) -> dict[str, ModelCard]:
-    """The models of all folders, model directories and hub ids in this list. Raises ModelRefused, naming the one."""
+    """The cards of all listed models by name. Raises ModelRefused, naming the model."""
     text = str(weights)
     places = [text] if Path(text).is_dir() else [place.strip() for place in text.split(",") if place.strip()]
     cards: dict[str, ModelCard] = {}
@@ -26,7 +26,7 @@ def find_models(weights: str | Path) -> dict[str, ModelCard]:
 
 
 def _find(place: str) -> list[ModelCard]:
-    """The model directories in a folder, or the one that it is, or the one that a hub has."""
+    """The cards of one entry of the list."""
     if Path(place).is_dir():
         return _find_here(Path(place))
     on_hub = HUB_ID.fullmatch(place)
@@ -35,7 +35,7 @@ def _find(place: str) -> list[ModelCard]:
     name = on_hub[1].split("/")[1]
     if not NAME.fullmatch(name):
         raise ModelRefused(f"{on_hub[1]} cannot be served under its name, which is not {NAME.pattern}")
-    from server import hub  # brings a client that takes most of a second, and most servers need none of it
+    from server import hub  # its import takes most of a second, and few servers need it
 
     return [hub.fetch(on_hub[1], on_hub[2] or "main", name)]
 

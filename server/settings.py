@@ -1,4 +1,4 @@
-"""Every knob: its unit, default and bounds. A frozen value, read once, from `DDPM_*` variables and flags."""
+"""All settings with their defaults and bounds: a frozen value, read once from `DDPM_*` variables and flags."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,93 +10,101 @@ from server.bounds import says
 from server.errors import SettingsError
 
 PREFIX = "DDPM_"
-FAULTS = "DDPM_FAULTS"  # no setting: what tests order to go wrong in an engine, see server/faults.py
 
 
 class Settings(BaseModel):
-    """The configuration of a server. Field `slots` is the variable DDPM_SLOTS and the flag --slots."""
+    """The configuration of a server. The field `slots` is the variable DDPM_SLOTS and the flag --slots."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     host: str = Field("127.0.0.1", description="address to listen on")
-    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes any free one")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0: any free port")
     weights: Annotated[str, BeforeValidator(str)] = Field(
-        "weights", description="folders of model directories, model directories, hub ids (org/name@revision), by commas"
+        "weights",
+        description="comma-separated model directories, folders of model directories, and hub ids (org/name@revision)",
     )
-    default_model: str = Field("", description="model of requests that name none; empty: the only one there is")
+    default_model: str = Field("", description="model of requests that name none; empty: the only one, if there is one")
     device: str = Field(
         "auto",
         pattern=r"^(auto|cpu|cuda(:\d{1,3}(,\d{1,3})*)?)$",
-        description="cpu, cuda (every GPU), cuda:N or cuda:N,M; auto: every GPU, else the CPU",
+        description="cpu, cuda (every GPU), cuda:N or cuda:N,M; auto: every GPU, or the CPU if there is none",
     )
-    engines: int = Field(1, ge=1, le=64, description="engine processes on a CPU; they share its threads equally")
+    engines: int = Field(1, ge=1, le=64, description="engine processes on a CPU, which share its threads equally")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="numbers inside the net; auto: bfloat16 where the device computes in it"
+        "auto", description="number format of the net; auto: bfloat16 if the device computes in it, else float32"
     )
-    slots: int = Field(0, ge=0, le=1024, description="pictures in one batch per model; 0: 64 on a GPU, 8 on a CPU")
+    slots: int = Field(0, ge=0, le=1024, description="pictures in one batch, per model; 0: 64 on a GPU, 8 on a CPU")
     model_memory_bytes: int = Field(
-        0, ge=0, description="bytes of a device that loaded models may take; 0: all are loaded at the start"
-    )
-    threads: int = Field(
         0,
         ge=0,
-        le=256,
-        description="threads of all engines on a CPU together; 0: one per core, and no more than a container may use",
+        description="device memory for loaded models, in bytes; 0: no limit, all models are loaded at the start",
     )
-    exact: bool = Field(True, description="only batch sizes in which a picture has the same bytes in any company")
-    data_dir: Path = Field(Path("data"), description="a folder for the jobs and their pictures; one server has it")
-    retention_days: float = Field(7.0, ge=0, le=36500, description="days for which a job that has ended is kept")
-    retention_bytes: int = Field(10 << 30, ge=0, description="bytes that jobs may take on disk; the oldest go first")
-    result_cache: bool = Field(True, description="answer a request that was made before with the pictures of then")
+    threads: int = Field(
+        0, ge=0, le=256, description="CPU threads of all engines together; 0: one per core that the container may use"
+    )
+    exact: bool = Field(
+        True, description="use only batch sizes that give a picture the same bytes whatever else is in the batch"
+    )
+    data_dir: Path = Field(Path("data"), description="folder of the journal and the pictures, for one server alone")
+    retention_days: float = Field(7.0, ge=0, le=36500, description="days that ended jobs are kept")
+    retention_bytes: int = Field(
+        10 << 30, ge=0, description="bytes of jobs on disk, beyond which the oldest ended jobs are deleted"
+    )
+    result_cache: bool = Field(True, description="answer a repeated request with the stored pictures of the first")
     max_n: int = Field(64, ge=1, le=4096, description="pictures per request")
     max_frames: int = Field(4096, ge=2, le=1 << 20, description="frames per request: pictures x points x kinds")
     max_queued_steps: int = Field(
-        1_000_000, ge=1, description="image-steps accepted and not yet done; more are answered with 429"
+        1_000_000, ge=1, description="image-steps left to do of all jobs; further jobs are answered with 429"
     )
     max_queued_jobs: int = Field(
-        4096, ge=1, le=1 << 20, description="jobs accepted and not yet ended; more are answered with 429"
+        4096, ge=1, le=1 << 20, description="unfinished jobs; further jobs are answered with 429"
     )
     max_live_bytes: int = Field(
         1 << 30,
         ge=1 << 20,
-        description="bytes that jobs not yet ended may come to hold; more are answered with 429",
+        description="bytes of memory that unfinished jobs may hold; further jobs are answered with 429",
     )
-    max_body_bytes: int = Field(65_536, ge=256, le=1 << 30, description="bytes of a request's body")
+    max_body_bytes: int = Field(65_536, ge=256, le=1 << 30, description="bytes of a request body")
     max_connections: int = Field(
-        4096, ge=1, le=1 << 20, description="connections at a time; of those beyond, only /healthz is answered"
+        4096, ge=1, le=1 << 20, description="simultaneous connections; further ones may only ask for /healthz"
     )
-    max_websockets: int = Field(3072, ge=1, le=1 << 20, description="websockets at a time; more are answered with 503")
+    max_websockets: int = Field(
+        3072, ge=1, le=1 << 20, description="simultaneous websockets; further ones are answered with 503"
+    )
     request_s: float = Field(
-        10.0, ge=0.1, le=3600, description="seconds within which a request's head, and then its body, must arrive"
+        10.0, ge=0.1, le=3600, description="seconds in which the head of a request, and then its body, must arrive"
     )
-    api_keys: str = Field("", description="file of keys, a line name:sha256[:quota] each; empty: no key is needed")
+    api_keys: str = Field("", description="file of keys, one name:sha256[:quota] per line; empty: no key is needed")
     metrics_key: SecretStr = Field(
-        SecretStr(""), description="key for /metrics; empty: open if no API keys are set, else closed"
+        SecretStr(""), description="key for /metrics; empty: open if there are no API keys, else closed"
     )
     allowed_hosts: str = Field(
-        "", description="hosts this server answers for, by commas, or *; empty: see docs/security.md"
+        "", description="comma-separated hosts that the server answers for, or *; empty: see docs/security.md"
     )
     allowed_origins: str = Field(
-        "", description="origins of other sites whose pages may use this server, by commas, or *"
+        "", description="comma-separated origins of other sites whose pages may use the server, or *"
     )
-    drain_s: float = Field(45.0, ge=0, le=3600, description="seconds that running requests get to end at shutdown")
+    drain_s: float = Field(
+        45.0, ge=0, le=3600, description="seconds that jobs get to end at shutdown, before they are parked"
+    )
     engine_restarts: int = Field(
         5,
         ge=2,
         le=1000,
-        description="restarts of the engine in a row without a step done, beside those of a suspect that is run alone",
+        description="consecutive engine restarts without progress before the server exits; restarts of a quarantined "
+        "job do not count",
     )
     engine_patience_s: float = Field(
-        8.0, ge=0.5, le=3600, description="seconds without a sign of life (or 40 steps) until the engine is replaced"
+        8.0, ge=0.5, le=3600, description="seconds (or 40 steps) without a heartbeat before an engine is replaced"
     )
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe level logged")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="lowest level that is logged")
 
     @classmethod
     def read(cls, environ: Mapping[str, str], flags: Mapping[str, object] | None = None) -> "Settings":
-        """Settings from the environment, overridden by flags. Raises SettingsError in one line that names the knob."""
+        """Settings from the environment, overridden by flags. Raises SettingsError, naming the variable."""
         values: dict[str, object] = {}
         for variable, text in environ.items():
-            if variable.startswith(PREFIX) and variable != FAULTS:
+            if variable.startswith(PREFIX):
                 name = variable.removeprefix(PREFIX).lower()
                 if name not in cls.model_fields:
                     raise SettingsError(f"{variable} is not a setting; there are {', '.join(cls.variables())}")

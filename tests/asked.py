@@ -9,12 +9,13 @@ from typing import Any
 
 from server.cli.generate import FIELDS
 from server.errors import Invalid, Malformed
-from server.jobs.schemas import GenerateRequest, parse_generate, validate
+from server.jobs.schemas import GenerateRequest, parse_object, validate
 from tests.test_docs import DOCUMENTS, ROOT
 
 EXAMPLES = ROOT / "examples"
 PAGE = ROOT / "server" / "static" / "index.html"
-PLACES = [*DOCUMENTS, *EXAMPLES.glob("*.py"), *EXAMPLES.glob("*.sh"), ROOT / "server" / "client.py", PAGE]
+CLIENT = (ROOT / "client" / "README.md", ROOT / "client" / "ddpm_client" / "__init__.py")
+PLACES = [*DOCUMENTS, *EXAMPLES.glob("*.py"), *EXAMPLES.glob("*.sh"), *CLIENT, PAGE]
 
 OBJECT = re.compile(r"\{(?:[^{}]|\{[^{}]*\})*\}")
 CALL = re.compile(r"\.(?:generate|stream|submit)(\((?:[^()]|\([^()]*\))*\))")
@@ -28,7 +29,7 @@ def _by_json(text: str) -> Iterator[GenerateRequest]:
     """JSON objects that `POST /generate` takes: others are answers, and what only looks like JSON."""
     for found in OBJECT.findall(text):
         try:
-            yield parse_generate(found.encode())
+            yield _request(parse_object(found.encode()))
         except (Malformed, Invalid):
             continue
 

@@ -1,4 +1,5 @@
-"""Documents keep their word: links lead somewhere, commands exist, code runs and prints what it is said to print."""
+"""Documents agree with the code: links lead somewhere, commands and files exist, code prints what it is said to print,
+and every message that docs/troubleshooting.md explains is one that the code can say."""
 
 import ast
 import contextlib
@@ -17,7 +18,7 @@ import pytest
 from PIL import Image
 
 from server.cli import main
-from server.jobs.schemas import parse_generate
+from server.jobs.schemas import GenerateRequest, parse_object, validate
 from server.settings import PREFIX, Settings
 from tests.model.convert.directories import write_model
 from tests.server.conftest import Server
@@ -26,10 +27,21 @@ ROOT = Path(__file__).parent.parent
 FOLDERS = ("docs", "deploy", "benchmarks", "weights", "examples")
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.md"))])
 QUICK_START = ROOT / "docs" / "quick-start.md"
+TROUBLESHOOTING = ROOT / "docs" / "troubleshooting.md"
 LINK = re.compile(r"\]\(([^)#:\s]*)(?:#([^)\s]+))?\)")
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 EXAMPLE = re.compile(r"^```python\n((?:(?!^```).)*)^```\n\n^```text\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 OURS = {"model", "server", "benchmarks", "tests"}
+PATH = re.compile(r"`((?:\.ci|benchmarks|client|deploy|docs|examples|model|server|tests|weights)/[\w./-]+)`")
+PAGE = re.compile(r"\bdocs/([\w-]+\.md)(?:#([\w-]+))?")
+SOURCES = sorted(
+    path
+    for folder in (".ci", "benchmarks", "client", "deploy", "examples", "model", "server", "tests")
+    for path in (ROOT / folder).rglob("*")
+    if path.suffix in (".py", ".js", ".html", ".conf", ".yml", ".yaml") or path.name == "run"
+)
+FILES = [*SOURCES, *(ROOT / name for name in ("Makefile", "Dockerfile", "docker-compose.yml", "pyproject.toml"))]
+GAP = "…"  # a part of a message that varies
 
 each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 
@@ -96,6 +108,38 @@ def _wrong_with_ddpm(words: list[str]) -> str | None:
     return ", ".join(f"no flag {word}" for word in words if re.match("--?[a-z]", word) and word not in flags) or None
 
 
+def messages(document: Path) -> list[str]:
+    """The messages that the tables of a document explain: all code in their first column."""
+    rows = [line.split("|")[1] for line in document.read_text().splitlines() if line.startswith("| `")]
+    return [message for row in rows for message in re.findall(r"`([^`]+)`", row)]
+
+
+@cache
+def said() -> tuple[str, ...]:
+    """Every string in the code that ships, with a gap for each part that is filled in."""
+    texts = list[str]()
+    for path in FILES:
+        if path.suffix != ".py":
+            texts += re.sub(r"\$\{[^}]*\}", GAP, path.read_text()).splitlines()
+        elif path.relative_to(ROOT).parts[0] in ("client", "deploy", "model", "server"):
+            texts += [text for node in ast.walk(ast.parse(path.read_text())) if (text := _text(node)) is not None]
+    return tuple(texts)
+
+
+def _text(node: ast.AST) -> str | None:
+    if isinstance(node, ast.JoinedStr):
+        return "".join(_text(part) or GAP for part in node.values)
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return re.sub(r"%[ds]", GAP, node.value)
+    return None
+
+
+def can_be_said(message: str) -> bool:
+    """Whether the code has a string in which the parts of this message follow each other."""
+    pattern = re.compile(".*".join(map(re.escape, message.split(GAP))))
+    return any(pattern.search(text) for text in said())
+
+
 def bodies(document: Path) -> list[str]:
     """What requests to `POST /generate` in a document send."""
     found = [words for words in commands(document) if "curl" in words and any(w.endswith("/generate") for w in words)]
@@ -118,13 +162,38 @@ def test_every_heading_that_is_linked_to_is_there(document: Path) -> None:
 
 
 @each_document
+def test_every_file_that_is_named_is_there(document: Path) -> None:
+    history = document.name in ("CHANGELOG.md", "RESULTS.md")  # names what was there then
+    named = [] if history else [path for path in PATH.findall(document.read_text()) if "NAME" not in path]
+
+    assert [path for path in named if not (ROOT / path).exists()] == []
+
+
+@pytest.mark.parametrize("file", [path for path in FILES if PAGE.search(path.read_text())], ids=lambda path: path.name)
+def test_every_page_that_the_code_names_is_there(file: Path) -> None:
+    named = [(ROOT / "docs" / page, name) for page, name in PAGE.findall(file.read_text())]
+
+    assert [page.name for page, _ in named if not page.is_file()] == []
+    assert [name for page, name in named if name and name not in headings(page)] == []
+
+
+def test_every_message_that_is_explained_is_one_that_the_code_can_say() -> None:
+    explained = messages(TROUBLESHOOTING)
+
+    assert len(explained) > 50
+    assert [message for message in explained if max(map(len, message.split(GAP))) < 8] == []
+    assert [message for message in explained if not can_be_said(message)] == []
+    assert not can_be_said("the engine is tired")
+
+
+@each_document
 def test_every_command_exists_with_its_flags(document: Path) -> None:
     assert [(words, wrong) for words in commands(document) if (wrong := wrong_with(words))] == []
 
 
 @each_document
 def test_every_request_is_one_that_the_server_takes(document: Path) -> None:
-    assert all(parse_generate(body.encode()) for body in bodies(document))
+    assert all(validate(parse_object(body.encode()), GenerateRequest) for body in bodies(document))
 
 
 @each_document

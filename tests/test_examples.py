@@ -1,4 +1,4 @@
-"""The examples do what they say, and are short."""
+"""The examples work as their docstrings say, and are short."""
 
 import runpy
 import shutil
@@ -28,23 +28,24 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 def run(example: str, *words: str | Path) -> str:
-    """What an example prints."""
+    """Runs an example and returns what it prints."""
     command = [sys.executable] if example.endswith(".py") else ["sh"]
     command += [str(EXAMPLES / example), *map(str, words)]
-    environ_of = {"PYTHONPATH": str(EXAMPLES.parent), "PATH": "/usr/bin:/bin"}
+    root = EXAMPLES.parent
+    environ_of = {"PYTHONPATH": f"{root}:{root / 'client'}", "PATH": "/usr/bin:/bin"}
     ran = subprocess.run(command, env=environ_of, capture_output=True, text=True, timeout=60)
     assert (ran.returncode, ran.stderr) == (0, "")
     return ran.stdout
 
 
 def seed_of(path: Path) -> str:
-    """The seed that a picture says it was made from."""
+    """The seed in the text chunks of a PNG."""
     with Image.open(path) as picture:
         return str(picture.info["seed"])
 
 
 @pytest.mark.parametrize("example", sorted(path.name for path in EXAMPLES.iterdir() if path.is_file()))
-def test_an_example_has_less_than_thirty_lines(example: str) -> None:
+def test_an_example_has_fewer_than_thirty_lines(example: str) -> None:
     assert len((EXAMPLES / example).read_text().splitlines()) < 30
 
 
@@ -66,7 +67,7 @@ def test_the_client_saves_a_picture_and_its_frames(server: Server, tmp_path: Pat
     assert said.startswith("(8, 8) sha256:")
 
 
-def test_many_at_once_and_plain_http_make_the_same_pictures(server: Server, tmp_path: Path) -> None:
+def test_the_asyncio_client_and_plain_http_get_the_same_bytes(server: Server, tmp_path: Path) -> None:
     url = f"http://127.0.0.1:{server.port}"
     many = run("many.py", "8", tmp_path / "many", url)
     run("plain_http.py", "7", tmp_path / "7.png", url)
@@ -75,7 +76,7 @@ def test_many_at_once_and_plain_http_make_the_same_pictures(server: Server, tmp_
     assert (tmp_path / "7.png").read_bytes() == (tmp_path / "many" / "7.png").read_bytes()
 
 
-def test_the_cells_of_a_notebook_run_one_after_the_other(server: Server) -> None:
+def test_the_cells_of_the_notebook_run_in_order(server: Server) -> None:
     said = run("notebook.py", f"http://127.0.0.1:{server.port}").splitlines()
 
     assert [line.split() for line in said[:-1]] == [[str(step), str(30 - step)] for step in STEPS]
@@ -83,7 +84,9 @@ def test_the_cells_of_a_notebook_run_one_after_the_other(server: Server) -> None
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
-def test_the_shell_gets_a_sheet_and_a_document(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_curl_gets_a_contact_sheet_and_a_document(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     said = run("generate.sh", f"http://127.0.0.1:{server.port}")
 

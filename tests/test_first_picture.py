@@ -30,13 +30,13 @@ FEW = 6  # pictures: of a request for more, which is a sheet, three in four must
 SMUDGE = GenerateRequest(seed=42, steps=100)  # what the documents asked for until somebody looked at it
 ASKING = {
     "README.md",
+    "client/README.md",
+    "client/ddpm_client/__init__.py",
     "docs/api.md",
     "docs/client.md",
-    "docs/openai.md",
     "docs/quick-start.md",
     "examples/generate.sh",
     "examples/notebook.py",
-    "server/client.py",
     "server/static/index.html",
     "weights/digits/README.md",
 }

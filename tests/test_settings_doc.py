@@ -1,4 +1,4 @@
-"""docs/settings.md says what the server reads, no more and no less."""
+"""docs/settings.md lists every setting with its default and bounds."""
 
 from pathlib import Path
 

@@ -106,6 +106,15 @@ sys.exit(3)
     assert names(tmp_path) == before
 
 
+def test_the_client_of_the_tree_can_be_imported_without_being_installed(tmp_path: Path, tree: Path) -> None:
+    (tree / "client" / "ddpm_client").mkdir(parents=True)
+    (tree / "client" / "ddpm_client" / "__init__.py").touch()
+    code = "import sys, ddpm_client; print(ddpm_client.__file__); sys.exit(3)"
+    (imported,) = run_with(tmp_path / "none", tree, "-c", code, PYTHONPATH="")
+
+    assert imported == str(tree / "client" / "ddpm_client" / "__init__.py")
+
+
 def test_what_came_compiled_with_this_python_is_not_compiled_again(tmp_path: Path, tree: Path) -> None:
     code = "import sys, json; print(json.__cached__); sys.exit(3)"
     (compiled,) = run_with(tmp_path / "none", tree, "-c", code, PYTHONPYCACHEPREFIX=str(tmp_path / "elsewhere"))

@@ -67,6 +67,18 @@ def install() -> None:
     sys.setprofile(recorder.profile)
 
 
+def busy(pid: int) -> bool:
+    """Whether a process computes: more than a tenth of the next half second."""
+
+    def ticks() -> int:
+        user, system = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+        return int(user) + int(system)
+
+    before = ticks()
+    time.sleep(0.5)
+    return ticks() - before > 0.05 * os.sysconf("SC_CLK_TCK")
+
+
 def record() -> dict[str, list[tuple[str, str]]]:
     """The way through the API process and through the engine process: (file, function) of every call."""
     from tests.server.conftest import Server
@@ -77,7 +89,8 @@ def record() -> dict[str, list[tuple[str, str]]]:
         server = Server(ROOT / "weights").wait_until_ready()
         pids = {"API": server.process.pid, "engine": server.engine_pid}
         server.client.post("/generate", json=BODY).raise_for_status()
-        time.sleep(1.0)  # the engine's last sign of life, and the larger batch sizes of its net
+        while busy(pids["engine"]):  # it compiles its net for larger batches
+            pass
         for pid in pids.values():
             os.kill(pid, signal.SIGUSR1)
         server.client.post("/generate", json=BODY).raise_for_status()

@@ -43,7 +43,7 @@ def algebra(net: Net | CpuNet, table: Tensor, slots: Slots, batch: int) -> None:
         picture = picture.to(table.dtype, memory_format=torch.channels_last)
     out = slots.array(net(picture, table[slots.index(k)]).float())  # [b, C, H, W], or [b, 2C, H, W]
     z = slots.noise(batch)
-    if net.arch.learned_variance:
+    if out.shape[1] > x.shape[1]:  # a learned variance
         out, f = out[:, : x.shape[1]], out[:, x.shape[1] :]
         z = library.exp(w * f) * z
     x0 = library.clip(p * x + q * out, -c, c)

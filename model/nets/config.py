@@ -1,7 +1,7 @@
 """The shape of a U-Net, read from the `config.json` that diffusers writes, with bounds for every number.
 
 OpenAI's improved- and guided-diffusion build nets that `UNet2DModel` cannot describe. Their `config.json` names the
-class `OpenAIUNet`: the same options and a few more (docs/nets.md), all of which must be known here.
+class `OpenAIUNet`: the same options and a few more (docs/models.md), all of which must be known here.
 """
 
 from dataclasses import dataclass, fields

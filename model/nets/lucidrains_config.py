@@ -1,7 +1,7 @@
 """The shape of lucidrains' U-Net (`denoising_diffusion_pytorch` 2), for which diffusers has no class.
 
 The `config.json` of its model directories names the class `LucidUNet`. The options are those of the original's
-constructor, and all of them must be known here. See docs/nets.md.
+constructor, and all of them must be known here. See docs/models.md.
 """
 
 from dataclasses import dataclass, fields

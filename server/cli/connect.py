@@ -27,9 +27,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("server")
     group.add_argument("--url", help="a running server (default: start one here, from the DDPM_* settings)")
     group.add_argument("--key-file", type=Path, metavar="FILE", help="file with the API key (default: no key)")
-    group.add_argument(
-        "--timeout", type=float, default=60.0, metavar="S", help="give up after S seconds of silence (60)"
-    )
+    group.add_argument("--timeout", type=float, default=60.0, metavar="S", help="seconds to wait in silence (60)")
 
 
 def progress_bar() -> "tqdm[None]":
@@ -64,7 +62,7 @@ def _private_server(timeout_s: float, bar: "tqdm[None]") -> Iterator[Client]:
     from server.settings import Settings
     from server.web import auth
     from server.web.app import create_app
-    from server.web.protocol import Caps, Config
+    from server.web.protocol import Config, Limits
 
     key, line = auth.make_key("here")
     failures: list[ServerError] = []
@@ -76,8 +74,8 @@ def _private_server(timeout_s: float, bar: "tqdm[None]") -> Iterator[Client]:
         logs.configure(settings.log_level)
         app = create_app(settings, on_failed=failures.append)
         body_bytes, request_s = settings.max_body_bytes, settings.request_s
-        caps = Caps(connections=64, body_bytes=body_bytes, request_s=request_s, refused=lambda code: None)
-        config = Config(app, caps, log_config=None, access_log=False, timeout_graceful_shutdown=1)
+        limits = Limits(connections=64, body_bytes=body_bytes, request_s=request_s, refused=lambda code: None)
+        config = Config(app, limits, log_config=None, access_log=False, timeout_graceful_shutdown=1)
         private = uvicorn.Server(config)
         thread = threading.Thread(target=private.run, args=([listening],), name="private server", daemon=True)
         thread.start()

@@ -20,7 +20,7 @@ from server.errors import EXIT_FAILED, ServerError, SettingsError
 from server.jobs.service import JobService
 from server.settings import Settings
 from server.web.app import create_app
-from server.web.protocol import Caps, Config
+from server.web.protocol import Config, Limits
 
 logger = logging.getLogger(__name__)
 GOODBYE_S = 1.0  # for telling subscribers that the server shuts down
@@ -80,18 +80,16 @@ class _Server(uvicorn.Server):
 
         uvicorn's own shutdown would start with closing every websocket.
         """
-        before = self.jobs.standing()
-        ended_before = sum(before.jobs.values())  # now, because the mapping changes
-        unended = {"jobs_running": before.jobs_running, "jobs_waiting": before.jobs_waiting}
+        running, waiting, ended_before = self.jobs.tally()
+        unended = {"jobs_running": running, "jobs_waiting": waiting}
         logger.info("draining", extra={"seconds": 0 if self.hurried else self.drain_s, **unended})
         await self.jobs.drain(self.drain_s, lambda: self.hurried)
         until = time.monotonic() + GOODBYE_S
         while self.jobs.counts.subscribers and time.monotonic() < until:
             await asyncio.sleep(0.01)
         await super().shutdown(sockets)
-        after = self.jobs.standing()
-        ended = sum(after.jobs.values()) - ended_before
-        logger.info("stopped", extra={"jobs_ended": ended, "jobs_parked": after.jobs_running + after.jobs_waiting})
+        running, waiting, ended = self.jobs.tally()
+        logger.info("stopped", extra={"jobs_ended": ended - ended_before, "jobs_parked": running + waiting})
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -126,7 +124,7 @@ def main(arguments: Sequence[str]) -> int:
         server.should_exit = server.hurried = True
 
     app = create_app(settings, on_failed=stop)
-    caps = Caps(
+    limits = Limits(
         connections=affordable(settings.max_connections),
         body_bytes=settings.max_body_bytes,
         request_s=settings.request_s,
@@ -134,7 +132,7 @@ def main(arguments: Sequence[str]) -> int:
     )
     config = Config(
         app,
-        caps,
+        limits,
         log_config=None,
         ws_max_size=settings.max_body_bytes,
         ws_per_message_deflate=False,  # PNGs are compressed already

@@ -1,4 +1,4 @@
-"""The seam between jobs and whatever runs samples. A cluster engine will stand behind it one day."""
+"""The interface between jobs and whatever makes their samples: one engine process, or a router over several."""
 
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,38 +24,38 @@ class Assigned:
 
 @dataclass(frozen=True, slots=True)
 class Restarting:
-    """What ran these samples is gone; they run again, to the same bytes, in about so many seconds."""
+    """The engine of these samples has died; they are made again, to the same bytes, in about so many seconds."""
 
     retry_after_s: float
 
 
-@dataclass(frozen=True, slots=True)
+# `id` is the index of a seed in its job.
+SampleEvent: TypeAlias = Preview | Finished | Cancelled | Failed | Progress | Assigned | Restarting
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineHealth:
     """How the engines are, and what they have done since the start."""
 
     stats: Stats
-    silence_s: float  # since the last sign of life
+    silence_s: float  # since the last message
     memory_bytes: int  # of a device, held
-    restarts: Mapping[str, int]  # engines that were replaced, by cause
-    replayed: int  # jobs that were run again for it
-
-
-# `id` is the index of a seed.
-SampleEvent: TypeAlias = Preview | Finished | Cancelled | Failed | Progress | Assigned | Restarting
+    restarts: Mapping[str, int]  # by cause
+    replayed: int  # jobs that were run again after a restart
 
 
 class Backend(Protocol):
-    """Runs samples. Everything here is called from one event loop."""
+    """Makes samples. All methods are called from one event loop."""
 
     async def start(self) -> None:
-        """Begin to load. Returns at once; `models` fills when they are ready."""
+        """Begins to load and returns at once; `models` fills when they are ready."""
 
     async def close(self) -> None:
-        """Stop. Streams that are still open end with an error."""
+        """Stops. Runs that are still open end with an error."""
 
     @property
     def models(self) -> dict[str, ModelStatus]:
-        """The models that can be asked for, by name, loaded or not; empty while nothing runs."""
+        """The models that can be asked for, by name, loaded or not; empty while there is no engine."""
 
     @property
     def replicas(self) -> Sequence[Mapping[str, ModelStatus]]:
@@ -71,13 +71,13 @@ class Backend(Protocol):
 
     def step_s(self, model: str, buckets: Sequence[int]) -> Sequence[float]:
         """Seconds of a step of a model by the number of pictures in it, 0 .. as many as all engines hold; zeros if
-        nothing is known. buckets: the batch sizes that an engine runs it at."""
+        nothing is known. buckets: the batch sizes at which an engine runs it."""
 
     def load_s(self, model: str) -> float:
-        """Seconds until steps of a model can be made: it, or the engine, has to be loaded. 0 if nothing has."""
+        """Seconds until steps of a model can be made, if it or an engine has to be loaded; else 0."""
 
     def run(self, spec: Spec) -> AsyncGenerator[SampleEvent]:
-        """Make the pictures of `spec`: their events in order, until each has ended. Closing the iterator cancels.
+        """The events of these samples, in order, until each has ended. Closing the iterator cancels the rest.
 
-        Who comes while nothing runs yet, or just now, waits. Raises NotReady if nothing ever will again.
+        It waits while there is no engine. Raises NotReady if there will never be one, and ServerErrors that end a job.
         """

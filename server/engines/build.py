@@ -1,12 +1,14 @@
-"""From the settings to the engines: one for each device, as many as are wanted on a CPU."""
+"""Builds the engines that the settings ask for: one for each device, or several on a CPU."""
 
 from collections.abc import Callable, Mapping
 
 from model.checkpoint.card import ModelCard
 from server.engines.backend import Backend
 from server.engines.devices import choose_devices, count_gpus
+from server.engines.process import Patience
+from server.engines.quarantine import Quarantine
 from server.engines.router import Router
-from server.engines.supervisor import EngineSupervisor, Patience
+from server.engines.supervisor import EngineSupervisor
 from server.errors import EngineFailed, SettingsError
 from server.settings import Settings
 from server.worker.cpus import cores
@@ -19,19 +21,19 @@ def build(
     on_failed: Callable[[EngineFailed], None],
     on_step: Callable[[int, float], None],
 ) -> Backend:
-    """What runs samples. Raises SettingsError if GPUs are to be shared, NoSuchDevice if their driver says nothing."""
-    patience = Patience(settings.engine_patience_s / 2, hang_s=settings.engine_patience_s)
-    starts = _starts(settings, cards)
+    """The backend of a server. Raises SettingsError if GPUs were to be shared, NoSuchDevice if their driver is mute."""
+    patience = Patience(silence_s=settings.engine_patience_s / 2, hang_s=settings.engine_patience_s)
+    starts, quarantine = _starts(settings, cards), Quarantine()
     if len(starts) == 1:
-        return EngineSupervisor(starts[0], settings.engine_restarts, on_failed, on_step, patience)
-    fleet = Router(on_failed)
+        return EngineSupervisor(starts[0], settings.engine_restarts, on_failed, on_step, patience, quarantine)
+    router = Router(on_failed, quarantine)
     for start in starts:
-        fleet.join(EngineSupervisor(start, settings.engine_restarts, fleet.lose, on_step, patience))
-    return fleet
+        router.join(EngineSupervisor(start, settings.engine_restarts, router.lose, on_step, patience, quarantine))
+    return router
 
 
 def _starts(settings: Settings, cards: Mapping[str, ModelCard]) -> list[Start]:
-    """What each engine is for."""
+    """What each engine is to run."""
     gpus = count_gpus() if settings.device in ("auto", "cuda") else 0
     devices, threads = choose_devices(settings.device, gpus), settings.threads
     if settings.engines > 1:

@@ -1,4 +1,4 @@
-"""Which devices there are to give engines to. Knows no torch: the API process holds no device."""
+"""Which devices engines can have. Knows no torch: the API process holds no device."""
 
 import ctypes
 import subprocess

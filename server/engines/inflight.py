@@ -1,117 +1,163 @@
-"""The jobs that an engine has on board or is to have: who reads their events, and what of them has not ended."""
+"""The runs that an engine has or is to have: which are next, whose events are whose, what a crash does to each."""
 
 import asyncio
 import itertools
-from collections.abc import Iterable, Sequence
+import math
+import time
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
 from typing import cast
 
 from model.engine.events import ENDS, Event
 from server.engines.backend import Progress, SampleEvent
-from server.engines.quarantine import Quarantine
+from server.engines.quarantine import Place, Quarantine, Record
 from server.errors import SampleLost
-from server.worker.messages import Spec
+from server.worker.messages import Report, Spec, Submit
+
+ALONE_WAIT_S = 300.0  # after so long a run that asked to be alone is waited for, as a suspect is
 
 
 @dataclass(slots=True, eq=False)
-class Stream:
-    """A spec that is being run."""
+class Run:
+    """A spec whose samples are being made."""
 
     spec: Spec
-    index: dict[int, int]  # sample id -> index of its seed, for samples that have not ended
+    record: Record
+    samples: dict[int, tuple[int, int]]  # sample id -> (index, seed), for samples that have not ended
     events: asyncio.Queue[SampleEvent | Exception] = field(default_factory=asyncio.Queue)
-    aboard: bool = False  # whether the engine that lives has been told of it
+    entered_at: float = field(default_factory=time.monotonic)
 
 
 @dataclass(frozen=True, slots=True)
-class Loss:
-    """What the death of an engine was to those on board."""
+class Crash:
+    """What the death of an engine did to its runs."""
 
-    again: int  # so many were there, and will be run again
-    tried: bool  # whether a suspect was seated, alone: then the death is held against it
-    explained: bool  # whether somebody has been found guilty
+    replayed: int  # runs that the engine had and the next one gets
+    isolated: bool  # whether an isolated job was seated: then the death counts against the job, not the engine
+    explained: bool  # whether a job is shown to have killed it
 
 
 @dataclass(slots=True)
 class InFlight:
-    """Of one engine, and of those that replace it."""
+    """The runs of one engine and of those that replace it."""
 
-    suspects: Quarantine[Stream] = field(default_factory=Quarantine)
-    _streams: dict[int, Stream] = field(default_factory=dict)  # by sample id
-    _seated: dict[int, int] = field(default_factory=dict)  # updates done, by sample, of those that are, as is known
+    quarantine: Quarantine
+    waiting: dict[Run, None] = field(default_factory=dict)
+    assigned: dict[Run, None] = field(default_factory=dict)  # that the engine process was given
+    _by_sample: dict[int, Run] = field(default_factory=dict)
+    _seated: dict[int, int] = field(default_factory=dict)  # updates done, by sample, of those known to be seated
+    _alone_at: float = -math.inf  # when a run that asked to be alone was assigned last
     _ids: "itertools.count[int]" = field(default_factory=itertools.count)
 
     @property
-    def all(self) -> list[Stream]:
-        """Those that have not ended."""
-        return list(dict.fromkeys(self._streams.values()))
+    def all(self) -> list[Run]:
+        """The runs that have not ended."""
+        return [*self.assigned, *self.waiting]
 
-    def of(self, model: str) -> list[Stream]:
-        """Those of a model."""
-        return [stream for stream in self.all if stream.spec.model == model]
+    @property
+    def isolated(self) -> list[Run]:
+        """The runs that have the engine to themselves, or wait to have it."""
+        alone = self.assigned if len(self.assigned) == 1 else {}
+        return [run for run in (*alone, *self.waiting) if run.record.isolated]
 
-    def enter(self, spec: Spec) -> Stream:
-        """A new one."""
-        stream = Stream(spec, {next(self._ids): i for i in range(len(spec.seeds))})
-        self._streams.update(dict.fromkeys(stream.index, stream))
-        return stream
+    def of(self, model: str) -> list[Run]:
+        """The runs of a model."""
+        return [run for run in self.all if run.spec.model == model]
 
-    def leave(self, stream: Stream) -> tuple[int, ...]:
-        """Nobody reads it any more. -> its samples that have not ended"""
-        left = tuple(stream.index)
-        for id in left:
-            del self._streams[id]
-        return left
+    def enter(self, spec: Spec) -> Run:
+        """A new run, which waits."""
+        samples = zip(spec.indices or range(len(spec.seeds)), spec.seeds, strict=True)
+        run = Run(spec, self.quarantine.record(spec), {next(self._ids): sample for sample in samples})
+        self._by_sample.update(dict.fromkeys(run.samples, run))
+        self.waiting[run] = None
+        return run
 
-    def next(self, waiting: Iterable[Stream]) -> list[Stream]:
-        """Who of those that wait may go on board; but while there are suspects, one of them at a time, nobody else."""
-        suspects = self.suspects.all
-        if any(stream.aboard for stream in suspects):
-            return []
-        return suspects[:1] or [stream for stream in waiting if not stream.aboard]
+    def leave(self, run: Run) -> tuple[int, ...]:
+        """Forgets a run that nobody reads any more. -> its samples that have not ended"""
+        self._drop(run)
+        for id in run.samples:
+            del self._by_sample[id]
+        return tuple(run.samples)
 
-    def hear(self, event: Event) -> Stream | None:
-        """Hands an event to its reader. -> the stream, if it has ended by it"""
-        id = cast(int, event.id)
-        stream = self._streams.get(id)
-        if stream is None:
-            return None
-        told = replace(event, id=stream.index[id])
-        if isinstance(event, ENDS):
-            del stream.index[id], self._streams[id]
-            self._seated.pop(id, None)
-        stream.events.put_nowait(told)
-        return None if stream.index else stream
+    def next(self) -> list[Run]:
+        """The waiting runs that the engine is to be given now. An isolated one has it to itself, once it is free: a
+        suspect is waited for, and a run that only asked to be alone lets others go first."""
+        isolated, overdue = self.isolated, time.monotonic() - ALONE_WAIT_S
+        others = [run for run in self.waiting if not run.record.isolated]
+        urgent = [
+            run
+            for run in isolated
+            if not run.spec.alone or max(run.entered_at, self._alone_at) < overdue or run in self.assigned
+        ]
+        if others and not urgent:
+            return others
+        return [] if self.assigned else (urgent or isolated)[:1]
 
-    def sit(self, progress: Sequence[tuple[int, int]], alone: bool) -> None:
-        """So far are these samples: (id, updates done). alone: nobody else is seated."""
-        if alone:
+    def assign(self, run: Run) -> Submit:
+        """Notes that the engine is given a run. -> the message that does it"""
+        del self.waiting[run]
+        self.assigned[run] = None
+        if run.spec.alone:
+            self._alone_at = time.monotonic()
+        seeds = tuple(seed for _, seed in run.samples.values())
+        return Submit(tuple(run.samples), replace(run.spec, seeds=seeds, alone=run.record.isolated))
+
+    def take(self, report: Report) -> bool:
+        """Hands each run its events, and how far its samples are. Returns whether a run has ended."""
+        running = len(self.assigned)
+        for event in report.events:
+            self._deliver(event)
+        progress = report.seated
+        if report.heartbeat is not None:
             self._seated.clear()
-        self._seated.update(progress)
-        steps: dict[Stream, dict[int, int]] = {}
+            progress = report.heartbeat.progress
+        steps: dict[Run, dict[int, int]] = {}
         for id, step in progress:
-            if (stream := self._streams.get(id)) is not None:
-                steps.setdefault(stream, {})[stream.index[id]] = step
-        for stream, of_samples in steps.items():
-            stream.events.put_nowait(Progress(of_samples))
+            if (run := self._by_sample.get(id)) is not None:
+                self._seated[id] = step
+                steps.setdefault(run, {})[run.samples[id][0]] = step
+        for run, of_run in steps.items():
+            run.events.put_nowait(Progress(of_run))
+        return len(self.assigned) < running
 
-    def perish(self) -> Loss:
-        """The engine has died. All will be run again, but for what has killed it."""
-        seated: dict[Stream, set[tuple[int, int]]] = {}
+    def _deliver(self, event: Event) -> None:
+        id = cast(int, event.id)
+        run = self._by_sample.get(id)
+        if run is None:
+            return  # it was cancelled
+        run.events.put_nowait(replace(event, id=run.samples[id][0]))
+        if isinstance(event, ENDS):
+            del run.samples[id], self._by_sample[id]
+            self._seated.pop(id, None)
+            if not run.samples:
+                self._drop(run)
+
+    def on_crash(self) -> Crash:
+        """The engine has died: its runs wait for the next one, but for those shown to have killed it, which fail."""
+        seated: dict[Record, Place] = {}
         for id, step in self._seated.items():
-            if (stream := self._streams.get(id)) is not None:
-                seated.setdefault(stream, set()).add((stream.index[id], step))
-        tried = not seated.keys().isdisjoint(self.suspects.all)
-        guilty = self.suspects.died({stream: frozenset(place) for stream, place in seated.items()})
+            if (run := self._by_sample.get(id)) is not None:
+                seated[run.record] = seated.get(run.record, frozenset()) | {(run.samples[id][0], step)}
+        alone = len(seated) == 1 and all(record.isolated for record in seated)
+        shown = self.quarantine.died(seated)
+        killers = [run for run in self.all if run.record in shown]
+        self.fail(killers, SampleLost("the engine died each time it came to the same step of this job"))
+        replayed = len(self.assigned)
+        self.waiting, self.assigned = self.assigned | self.waiting, {}
         self._seated.clear()
-        again = sum(stream.aboard and stream not in guilty for stream in self.all)
-        for stream in self.all:
-            stream.aboard = False
-        for stream in guilty:
-            stream.events.put_nowait(SampleLost("the engine died each time it came to the same step of this job"))
-        return Loss(again, tried, bool(guilty))
+        return Crash(replayed, alone, bool(shown))
 
-    def tell(self, streams: Iterable[Stream], event: SampleEvent | Exception) -> None:
-        """Tells these something."""
-        for stream in streams:
-            stream.events.put_nowait(event)
+    def tell(self, runs: Iterable[Run], event: SampleEvent) -> None:
+        """Tells the readers of these runs something."""
+        for run in runs:
+            run.events.put_nowait(event)
+
+    def fail(self, runs: Collection[Run], error: Exception) -> None:
+        """Ends these runs with an error."""
+        for run in runs:
+            self._drop(run)
+            run.events.put_nowait(error)
+
+    def _drop(self, run: Run) -> None:
+        self.waiting.pop(run, None)
+        self.assigned.pop(run, None)

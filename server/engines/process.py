@@ -1,79 +1,72 @@
-"""One engine process, from its spawn to its death. Two threads carry its letters: the event loop waits for no pipe."""
+"""One engine process, from its spawn to its exit. Two threads carry its messages: the event loop waits for no pipe."""
 
 import asyncio
 import logging
 import multiprocessing
 import queue
 import signal
-import threading
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
-from typing import TypeAlias
+from threading import Thread
 
 from server import logs
-from server.worker.messages import Cancel, Refused, Start, Submit
+from server.worker.messages import Cancel, Died, Refused, Start, Submit
 
 logger = logging.getLogger(__name__)
-Letter: TypeAlias = Submit | Cancel
-LOOK_S = 0.25  # how often it is looked at
+POLL_S = 0.25  # between two looks at the process
 
 
-def _is_stopped(pid: int | None) -> bool:
-    """Whether a process has been stopped by a signal, as Linux tells it."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
-    except OSError:
-        return False
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Patience:
+    """How long an engine may be silent, in seconds or in steps, whichever is longer."""
+
+    silence_s: float = 4.0  # then it is not ready; if a signal has stopped it, it is killed and replaced
+    silence_steps: float = 20.0
+    hang_s: float = 8.0  # then it is killed and replaced
+    hang_steps: float = 40.0
+    start_s: float = 600.0  # for all that it loads at its start
+    load_s: float = 60.0  # for a model that is loaded later: the others may have to wait meanwhile
 
 
-def _run(pipe: Connection, start: Start) -> None:
-    """The main function of the engine process."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group; they are for the API process to handle
-        signal.signal(number, signal.SIG_IGN)
-    logs.configure(start.log_level)
-    from server.worker import main  # the API process never imports torch
-
-    main.serve(pipe, start)
-
-
-class Life:
-    """An engine process. What it says is handed over on the event loop."""
+class EngineProcess:
+    """An engine process that runs once. Its messages are handed over on the event loop."""
 
     def __init__(self) -> None:
-        self.over = asyncio.Event()
-        self.refused: Refused | None = None  # why there is no sense in another one
-        self.signal = 0  # the number of the signal that ended it, if one did; SIGKILL may have been ours
-        self.cause = "died"  # of its end, unless something else is seen
-        self.stopped_s = 0.0  # for how long it has been stopped by a signal
-        self._outbox: queue.SimpleQueue[Letter | None] = queue.SimpleQueue()
+        self.over = asyncio.Event()  # set by what has read its last message
+        self.refused: Refused | None = None  # why it makes no sense to start another
+        self.signal = 0  # the signal that ended it, if one did; SIGKILL may have been ours
+        self.cause = "died"  # the label of its end in the metrics
+        self.stopped_s = 0.0  # for how long a signal has stopped it
+        self.heard_at = time.monotonic()  # when it sent its last message, or was made
+        self.loading: str | None = None  # the model that it is loading, once it is ready
+        self._outbox: queue.SimpleQueue[Submit | Cancel | None] = queue.SimpleQueue()
 
-    def send(self, letter: Letter) -> None:
-        """Says something to it, as soon as it listens."""
-        self._outbox.put(letter)
+    def send(self, message: Submit | Cancel) -> None:
+        """Queues a message, which the process gets as soon as it listens."""
+        self._outbox.put(message)
 
-    async def last(self, start: Start, receive: Callable[[object], None], hangs: Callable[[], bool]) -> None:
-        """Lives. Returns once the process is gone; it is killed when it hangs, and when this is cancelled."""
-        loop = asyncio.get_running_loop()
-        context = multiprocessing.get_context("spawn")
+    def end(self, reason: Died | Refused) -> None:
+        """Ends it: nothing more is to be expected of it, though it may never exit by itself."""
+        if isinstance(reason, Refused):
+            self.refused = reason
+        else:
+            self.cause = reason.cause
+            logger.error("engine failed", extra={"traceback": reason.traceback})
+        self.over.set()
+
+    async def run(self, start: Start, receive: Callable[[object], None], hangs: Callable[[], bool]) -> None:
+        """Spawns the process and returns after it has exited; kills it when hangs() is true or on cancellation."""
+        context, loop = multiprocessing.get_context("spawn"), asyncio.get_running_loop()
         ours, theirs = context.Pipe()
-        process = context.Process(target=_run, args=(theirs, start), name="ddpm-engine", daemon=True)
-
-        def read() -> None:
-            try:
-                while True:
-                    loop.call_soon_threadsafe(receive, ours.recv())
-            except (EOFError, OSError):
-                loop.call_soon_threadsafe(self.over.set)
-
-        def write() -> None:
-            try:
-                while (letter := self._outbox.get()) is not None:
-                    ours.send(letter)
-            except OSError:
-                return  # it has died, which the reader tells; all that was not finished is sent again
-
-        threads = [threading.Thread(target=work, name=f"engine {work.__name__}") for work in (read, write)]
+        process = context.Process(target=_serve, args=(theirs, start), name="ddpm-engine", daemon=True)
+        threads = [
+            Thread(target=self._read, args=(ours, loop, receive), name="engine reader"),
+            Thread(target=self._write, args=(ours,), name="engine writer"),
+        ]
         try:
             process.start()
         except OSError:
@@ -82,20 +75,56 @@ class Life:
         for thread in threads:
             thread.start()
         try:
-            while not self.over.is_set():
-                try:
-                    await asyncio.wait_for(self.over.wait(), LOOK_S)
-                except TimeoutError:
-                    self.stopped_s = self.stopped_s + LOOK_S if _is_stopped(process.pid) else 0.0
-                    if hangs():
-                        logger.error("engine hangs and is killed", extra={"pid": process.pid})
-                        self.cause = "hung"
-                        process.kill()
+            await self._watch(process, hangs)
         finally:
-            process.kill()  # it holds nothing that could be lost; what has killed it already remains the reason
+            process.kill()  # it holds nothing that could be lost; if it has been killed, that remains its cause
             self._outbox.put(None)
             for thread in threads:
                 await asyncio.to_thread(thread.join)
             ours.close()
             await asyncio.to_thread(process.join)
-            self.signal = max(0, -(process.exitcode or 0))  # not before: the pipe is closed earlier than a process ends
+            self.signal = max(0, -(process.exitcode or 0))  # known only now: a process closes its pipe before it ends
+
+    def _read(self, pipe: Connection, loop: asyncio.AbstractEventLoop, receive: Callable[[object], None]) -> None:
+        try:
+            while True:
+                message = pipe.recv()
+                loop.call_soon_threadsafe(self.end if isinstance(message, Died | Refused) else receive, message)
+        except (EOFError, OSError):
+            loop.call_soon_threadsafe(self.over.set)
+
+    def _write(self, pipe: Connection) -> None:
+        try:
+            while (message := self._outbox.get()) is not None:
+                pipe.send(message)
+        except OSError:
+            return  # the process has died, as the reader tells; whatever has not ended is sent to the next one
+
+    async def _watch(self, process: SpawnProcess, hangs: Callable[[], bool]) -> None:
+        while not self.over.is_set():
+            try:
+                await asyncio.wait_for(self.over.wait(), POLL_S)
+            except TimeoutError:
+                self.stopped_s = self.stopped_s + POLL_S if _is_stopped(process.pid) else 0.0
+                if hangs():
+                    logger.error("engine hangs and is killed", extra={"pid": process.pid})
+                    self.cause = "hung"
+                    process.kill()
+
+
+def _is_stopped(pid: int | None) -> bool:
+    """Whether a signal has stopped a process, as Linux tells it."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    except OSError:
+        return False
+
+
+def _serve(pipe: Connection, start: Start) -> None:
+    """The main function of the engine process."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group; they are for the API process to handle
+        signal.signal(number, signal.SIG_IGN)
+    logs.configure(start.log_level)
+    from server.worker import main  # the API process never imports torch
+
+    main.serve(pipe, start)

@@ -1,51 +1,66 @@
-"""Who is to blame for the death of an engine? Whoever was seated may have been it, and most of them were not.
+"""Which jobs are suspected of killing engines, and which are shown to: the one rule of blame, for all engines.
 
-A picture is a pure function of its request, so what kills an engine kills it at the same step again. Once a job was on
-board of two engines that died, it is run alone, each step of it being told. If the engine dies at the same step of it
-twice, it is guilty. Whoever was merely killed along with others is soon alone, and ends.
+A picture is a pure function of its request, so a job that kills an engine kills it at the same step again. A job that
+had samples seated at DEATHS_IN_COMPANY deaths is isolated: it has an engine to itself, which reports each of its steps.
+It fails when an engine dies at the same step of it again, or at its death number DEATHS_ALONE in isolation, whatever
+the step. A job that merely sat beside the killer completes. A model loads by itself, and is given up after
+DEATHS_LOADING deaths.
 """
 
-from collections.abc import Hashable, Mapping
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import TypeAlias
+from weakref import WeakValueDictionary
 
-COMPANY = 2  # deaths in company that bring a job before the court; the third is one that it suffers alone
-ALONE = 5  # deaths alone that condemn it, at whatever step
+from server.worker.messages import Spec
 
-J = TypeVar("J", bound=Hashable)
-Place = frozenset[tuple[int, int]]  # how far each seated picture of a job is: (index, updates done)
+DEATHS_IN_COMPANY = 2
+DEATHS_ALONE = 5
+DEATHS_LOADING = 3
 
-
-@dataclass(slots=True)
-class _Record:
-    deaths: int = 0
-    alone: list[Place] = field(default_factory=list)  # where it was when an engine died around it alone
+Place: TypeAlias = frozenset[tuple[int, int]]  # how far each seated sample of a job is: (index, updates done)
 
 
-@dataclass(slots=True)
-class Quarantine(Generic[J]):
-    """What is known against the jobs that have not ended."""
+@dataclass(eq=False)
+class Record:
+    """What is known against a job."""
 
-    _records: dict[J, _Record] = field(default_factory=dict)
+    isolated: bool  # whether the job is to have an engine to itself
+    deaths: int = 0  # of engines, while the job was seated
+    places: list[Place] = field(default_factory=list)  # where it was at the deaths that it met in isolation
 
-    @property
-    def all(self) -> list[J]:
-        """The jobs that are to be run alone, one after the other."""
-        return [job for job, record in self._records.items() if record.deaths >= COMPANY]
 
-    def died(self, seated: Mapping[J, Place]) -> list[J]:
-        """An engine died while these jobs had pictures seated. Returns those who are guilty of it."""
-        guilty = []
-        for job, place in seated.items():
-            record = self._records.setdefault(job, _Record())
-            if record.deaths >= COMPANY:
-                if place in record.alone or len(record.alone) + 1 >= ALONE:
-                    guilty.append(job)
-                record.alone.append(place)
+class Quarantine:
+    """What is known against jobs that have not ended, and against models. One for all engines of a server."""
+
+    def __init__(self) -> None:
+        self._records: WeakValueDictionary[str, Record] = WeakValueDictionary()  # kept by the runs of a job
+        self._loads: Counter[str] = Counter()  # deaths of engines while they loaded a model
+
+    def record(self, spec: Spec) -> Record:
+        """The record of a spec's job, the same for all of its runs; of this run only, if the spec names no job."""
+        fresh = Record(spec.alone)
+        return self._records.setdefault(spec.job, fresh) if spec.job else fresh
+
+    def died(self, seated: Mapping[Record, Place]) -> list[Record]:
+        """Counts the death of an engine with these jobs seated. -> those that are shown to have killed it"""
+        shown = []
+        for record, place in seated.items():
+            if len(seated) == 1 and record.isolated:
+                if place in record.places or len(record.places) + 1 >= DEATHS_ALONE:
+                    shown.append(record)
+                record.places.append(place)
             record.deaths += 1
-        return guilty
+            if record.deaths >= DEATHS_IN_COMPANY:
+                record.isolated = True
+        return shown
 
-    def forget(self, job: J) -> bool:
-        """It has ended. Whether it was one of those who are run alone."""
-        record = self._records.pop(job, None)
-        return record is not None and record.deaths >= COMPANY
+    def died_loading(self, model: str) -> bool:
+        """Counts the death of an engine that was loading a model. Returns whether the model is to be given up."""
+        self._loads[model] += 1
+        return self._loads[model] >= DEATHS_LOADING
+
+    def loaded(self, model: str) -> None:
+        """Forgets what was held against a model: it can be loaded."""
+        del self._loads[model]

@@ -1,111 +1,91 @@
-"""Many engines as one backend: each picture goes to where it is likely to be done first.
+"""Many engines as one backend: each sample goes to the engine that is likely to be done with it first.
 
-A picture depends on its request alone, so it may be made by any engine of the same numerics class; those of one job
-are all made within one class, as long as it has an engine left. An engine that dies is replaced by its own backend, and
-what it had runs there again. Only when it is lost for good do its pictures move.
-
-A job that had pictures seated when an engine died may be what killed it. From then on all of it is made there, so that
-it can kill no other; what becomes of it is for that engine's suspects to say. It moves only if the engine is lost by
-another death than one that it was there at again: its device may be gone.
+A sample depends on its request alone, so any engine of the same numerics class may make it; those of one job are made
+within one class, as long as that has an engine left. A run is split into shards, one for each engine. A shard stays
+with its engine through restarts, and moves when the engine is lost for good. An isolated job is one shard.
 """
 
 import asyncio
-from collections import Counter, defaultdict
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from contextlib import aclosing
+import secrets
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import TypeAlias
 
-from model.engine.events import Cancelled, Failed, Finished, Preview, Stats
-from server.engines.backend import Backend, EngineHealth, Progress, Restarting, SampleEvent
-from server.errors import EXIT_ENGINE, EngineFailed, ModelBroken, NotReady, SampleLost
+from model.engine.events import Stats
+from server.engines.backend import Backend, EngineHealth, Restarting, SampleEvent
+from server.engines.quarantine import Quarantine, Record
+from server.engines.shards import News, Shard, offers_of, spread
+from server.errors import EXIT_ENGINE, EngineFailed, ModelBroken, NotReady
 from server.worker.messages import ModelStatus, Spec
 
-LOADS = 4.0  # a load counts as so many times its seconds: others wait for it, too
-UNKNOWN_S = 1e-3  # of an image-step, as long as none was seen
-LOOK_S = 0.05  # how often it is looked whether an engine takes work again
+POLL_S = 0.05  # between two looks for an engine that takes work
 
 
 @dataclass(slots=True, eq=False)
-class _Part:
-    """Pictures of a job that are made by one engine."""
+class _Run:
+    """A spec that is being run, split into shards."""
 
-    engine: Backend
-    indices: list[int]  # of the job's seeds, in the order in which the engine knows them
-    left: dict[int, int]  # updates still to do, by index, of those that have not ended
-    begun: bool = False  # whether any of them has been seated since the engine was there
-    suspect: bool = False  # whether the engine has died before, while any of them was
-    task: "asyncio.Task[None] | None" = None
-
-
-News: TypeAlias = "asyncio.Queue[tuple[_Part, SampleEvent | BaseException]]"
-
-
-@dataclass(slots=True)
-class _Work:
-    """What an engine has before it."""
-
-    steps: Counter[str] = field(default_factory=Counter)  # image-steps, by owner
-    models: Counter[str] = field(default_factory=Counter)  # parts of jobs, by model
-
-    def before(self, owner: str) -> int:
-        """Image-steps that will be done before those of a newcomer are: owners have equal shares."""
-        owners = sum(steps > 0 for name, steps in self.steps.items() if name != owner)
-        return min(self.steps.total(), self.steps[owner] * (owners + 1))
+    spec: Spec
+    record: Record
+    shards: list[Shard] = field(default_factory=list)
+    news: News = field(default_factory=asyncio.Queue)
 
 
 class Router:
-    """Engines that are asked for pictures as if they were one."""
+    """Engines that are asked for samples as if they were one."""
 
-    def __init__(self, on_failed: Callable[[EngineFailed], None]) -> None:
+    def __init__(self, on_failed: Callable[[EngineFailed], None], quarantine: Quarantine) -> None:
+        """quarantine: the one that the engines have, too."""
         self._engines: list[Backend] = []
-        self._work: dict[Backend, _Work] = defaultdict(_Work)
-        self._on_failed = on_failed
+        self._shards: set[Shard] = set()  # of all runs
+        self._on_failed, self._quarantine = on_failed, quarantine
         self._failures: list[EngineFailed] = []
         self._closing = False
-        self._looking: asyncio.Task[None] | None = None  # for an engine that takes work
+        self._waiter: asyncio.Task[None] | None = None  # for an engine that takes work
 
     def join(self, engine: Backend) -> None:
-        """One more engine. Before the start."""
+        """Adds an engine, before the start."""
         self._engines.append(engine)
 
     def lose(self, failure: EngineFailed) -> None:
-        """One of the engines is down for good. So are all if none is left, or if they could not even start."""
+        """Notes that an engine is down for good. The router is if none is left, or if an engine refused to start."""
         self._failures.append(failure)
         refused = failure.exit_code != EXIT_ENGINE and not self.models
         if refused or len(self._failures) == len(self._engines):
             self._on_failed(failure)
 
     async def start(self) -> None:
-        """Begin to load, everywhere."""
+        """Begins to load, on every engine."""
         await asyncio.gather(*(engine.start() for engine in self._engines))
 
     async def close(self) -> None:
-        """Stop all of them."""
+        """Stops all engines."""
         self._closing = True
         await asyncio.gather(*(engine.close() for engine in self._engines))
-        if self._looking is not None:
-            await self._looking
+        if self._waiter is not None:
+            await self._waiter
 
     @property
     def _up(self) -> list[Backend]:
         return [engine for engine in self._engines if engine.trouble is None]
 
     @property
+    def _over(self) -> bool:
+        return self._closing or len(self._failures) == len(self._engines)
+
+    @property
     def models(self) -> dict[str, ModelStatus]:
-        """Of each model what an engine says that takes work: one that has it loaded, if there is one."""
+        """Each model as an engine has it that takes work: as the one that is readiest to make it."""
         best: dict[str, ModelStatus] = {}
-        for engine in self._up:
-            for name, served in engine.models.items():
-                if name not in best or _ability(served) > _ability(best[name]):
-                    best[name] = served
+        for name, status in (item for engine in self._up for item in engine.models.items()):
+            if name not in best or _readiness(status) > _readiness(best[name]):
+                best[name] = status
         return best
 
     @property
     def replicas(self) -> list[Mapping[str, ModelStatus]]:
-        """What each engine serves."""
-        return [place for engine in self._engines for place in engine.replicas]
+        """The models, engine by engine."""
+        return [models for engine in self._engines for models in engine.replicas]
 
     @property
     def trouble(self) -> str | None:
@@ -114,14 +94,15 @@ class Router:
 
     @property
     def health(self) -> EngineHealth:
-        """All together; the longest silence."""
+        """The sums over all engines, and the longest silence."""
         each = [engine.health for engine in self._engines]
-        stats = sum((health.stats for health in each), Stats())
-        restarts: Counter[str] = Counter()
-        for health in each:
-            restarts.update(health.restarts)
-        silence_s, memory_bytes = max(v.silence_s for v in each), sum(v.memory_bytes for v in each)
-        return EngineHealth(stats, silence_s, memory_bytes, dict(restarts), sum(v.replayed for v in each))
+        return EngineHealth(
+            stats=sum((health.stats for health in each), Stats()),
+            silence_s=max(health.silence_s for health in each),
+            memory_bytes=sum(health.memory_bytes for health in each),
+            restarts=sum((Counter(health.restarts) for health in each), Counter[str]()),
+            replayed=sum(health.replayed for health in each),
+        )
 
     def step_s(self, model: str, buckets: Sequence[int]) -> Sequence[float]:
         """Seconds of a step by how many pictures all engines that take work hold, 0 .. as many as they can."""
@@ -135,178 +116,85 @@ class Router:
         return min(engine.load_s(model) for engine in self._up or self._engines)
 
     async def run(self, spec: Spec) -> AsyncGenerator[SampleEvent]:
-        """The events of these samples, wherever they are made, until each has ended. Closing cancels the rest."""
+        """The events of these samples until each has ended, wherever they are made. Closing cancels the rest."""
         await self._until_up()
-        news: News = asyncio.Queue()
-        todo = dict.fromkeys(range(len(spec.seeds)), spec.sampling.steps)
-        parts = self._send(self._place(spec, todo), spec, news)
-        kind = _numerics(parts[0].engine.models[spec.model])
+        spec = replace(spec, job=spec.job or secrets.token_hex(8))
+        run = _Run(spec, self._quarantine.record(spec))
         try:
-            while any(part.left for part in parts):
-                part, event = await news.get()
-                if part not in parts:
-                    continue  # what it had is made elsewhere
+            kind = self._place(run, range(len(spec.seeds)))
+            while any(shard.left for shard in run.shards):
+                shard, event = await run.news.get()
+                if shard not in run.shards:
+                    continue  # its samples are made elsewhere
                 if isinstance(event, BaseException):
-                    if isinstance(event, EngineFailed) and part.suspect and part.begun:
-                        raise SampleLost("the engine is lost that this job may have killed, more than once")
                     await self._require_others(event)
-                    self._take_back([part], spec)
-                    parts.remove(part)
-                    todo = dict.fromkeys(part.left, spec.sampling.steps)
-                    parts += self._send(self._place(spec, todo, kind), spec, news)
+                    self._place(run, self._close(run, [shard]), kind)
                     continue
-                if isinstance(event, Restarting) and part.begun:
-                    parts = self._gather_at(part, parts, spec, news)
-                self._note(part, event, spec)
-                yield _by_index(part, event)
+                shard.note(event)
+                if isinstance(event, Restarting) and run.record.isolated and len(run.shards) > 1:
+                    self._open(run, shard.engine, self._close(run, list(run.shards)))
+                yield event
         finally:
-            self._take_back(parts, spec)
-            await asyncio.gather(*(part.task for part in parts if part.task is not None), return_exceptions=True)
+            tasks = [shard.task for shard in run.shards]
+            self._close(run, list(run.shards))
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _require_others(self, error: BaseException) -> None:
-        """Waits until an engine takes what another has lost. Raises the error if none ever will."""
+        """Waits for an engine that takes what another has lost. Raises the error, or NotReady, if none ever will."""
         if not isinstance(error, NotReady | EngineFailed | ModelBroken) or self._over:
             raise error
-        try:
-            await self._until_up()
-        except NotReady:
-            raise error from None
+        await self._until_up()
 
     async def _until_up(self) -> None:
-        """Until an engine takes work. Raises NotReady if none ever will. However many wait, one looks."""
+        """Waits until an engine takes work. Raises NotReady if none ever will. One task polls, for all who wait."""
         while not self._up:
             if self._over:
                 raise NotReady(self.trouble or "")
-            if self._looking is None or self._looking.done():
-                self._looking = asyncio.create_task(self._look(), name="look for an engine")
-            await asyncio.shield(self._looking)
+            if self._waiter is None or self._waiter.done():
+                self._waiter = asyncio.create_task(self._poll(), name="wait for an engine")
+            await asyncio.shield(self._waiter)
 
-    async def _look(self) -> None:
+    async def _poll(self) -> None:
         while not self._up and not self._over:
-            await asyncio.sleep(LOOK_S)
+            await asyncio.sleep(POLL_S)
 
-    @property
-    def _over(self) -> bool:
-        return self._closing or len(self._failures) == len(self._engines)
-
-    def _place(self, spec: Spec, todo: Mapping[int, int], kind: str | None = None) -> list[_Part]:
-        """Where each picture is likely to be done first, all within one numerics class, of this `kind` if there is one.
-        Raises NotReady, ModelBroken."""
-        able = {engine: engine.models[spec.model] for engine in self._up if spec.model in engine.models}
+    def _place(self, run: _Run, indices: Iterable[int], kind: str | None = None) -> str:
+        """Opens shards for these samples where each is likely to be done first, within one numerics class: this `kind`
+        if it has an engine. -> the class. Raises NotReady, ModelBroken."""
+        able = {engine: engine.models[run.spec.model] for engine in self._up if run.spec.model in engine.models}
         if not able:
             raise NotReady(self.trouble or "the model is not served")
-        sound = {engine: served for engine, served in able.items() if served.trouble is None}
+        sound = {engine: status for engine, status in able.items() if status.trouble is None}
         if not sound:
             raise ModelBroken(str(next(iter(able.values())).trouble))
-        sound = {engine: served for engine, served in sound.items() if _numerics(served) == kind} or sound
-        costs = {engine: self._cost(engine, spec) for engine in sound}
-        first = min(costs, key=lambda engine: costs[engine].due_s)
-        group = [engine for engine in sound if _numerics(sound[engine]) == _numerics(sound[first])]
-        parts: dict[Backend, _Part] = {}
-        for index, steps in todo.items():
-            engine = min(group, key=lambda engine: costs[engine].due_s)
-            part = parts.setdefault(engine, _Part(engine, [], {}))
-            part.indices.append(index)
-            part.left[index] = steps
-            costs[engine].add(steps)
-        return list(parts.values())
+        offers, steps = offers_of(sound, run.spec, self._shards), run.spec.sampling.steps
+        offers = [offer for offer in offers if offer.numerics == kind] or offers
+        first = min(offers, key=lambda offer: offer.due_s(steps))
+        if run.record.isolated:
+            offers = [first]
+        offers = [offer for offer in offers if offer.numerics == first.numerics]
+        spread(offers, indices, steps)
+        for offer in offers:
+            if offer.indices:
+                self._open(run, offer.engine, offer.indices)
+        return first.numerics
 
-    def _cost(self, engine: Backend, spec: Spec) -> "_Cost":
-        """What an engine has to do before it can make pictures of this kind."""
-        work, times = self._work[engine], engine.step_s(spec.model, engine.models[spec.model].admitted)
-        pace_s = times[-1] / (len(times) - 1) or UNKNOWN_S
-        load_s = 0.0 if work.models[spec.model] else LOADS * engine.load_s(spec.model)
-        return _Cost(pace_s, work.before(spec.owner), load_s)
+    def _open(self, run: _Run, engine: Backend, indices: list[int]) -> None:
+        """Has an engine make these samples."""
+        seeds = tuple(run.spec.seeds[index] for index in indices)
+        shard = Shard(engine, replace(run.spec, indices=tuple(indices), seeds=seeds), run.news)
+        run.shards.append(shard)
+        self._shards.add(shard)
 
-    def _send(self, parts: list[_Part], spec: Spec, news: News) -> list[_Part]:
-        """Gives the engines their parts."""
-        for part in parts:
-            self._work[part.engine].steps[spec.owner] += sum(part.left.values())
-            self._work[part.engine].models[spec.model] += 1
-            own = replace(spec, seeds=tuple(spec.seeds[index] for index in part.indices))
-            part.task = asyncio.create_task(_carry(part, own, news), name="part of a job")
-            part.task.add_done_callback(partial(_tell_of_failure, part, news))
-        return parts
-
-    def _take_back(self, parts: Sequence[_Part], spec: Spec) -> None:
-        """Gives up what is left of these."""
-        for part in parts:
-            assert part.task is not None
-            part.task.cancel()
-            self._work[part.engine].steps[spec.owner] -= sum(part.left.values())
-            self._work[part.engine].models[spec.model] -= 1
-
-    def _gather_at(self, here: _Part, parts: list[_Part], spec: Spec, news: News) -> list[_Part]:
-        """All that is left of a job is made by the engine that has one part of it."""
-        others = [part for part in parts if part.engine is not here.engine and part.left]
-        self._take_back(others, spec)
-        indices = [index for part in others for index in part.left]
-        kept = [part for part in parts if part not in others]
-        if not indices:
-            return kept
-        moved = _Part(here.engine, indices, dict.fromkeys(indices, spec.sampling.steps))
-        return kept + self._send([moved], spec, news)
-
-    def _note(self, part: _Part, event: SampleEvent, spec: Spec) -> None:
-        """Keeps count of what is left to do."""
-        before = sum(part.left.values())
-        match event:
-            case Progress(steps):
-                part.begun = True
-                for id, step in steps.items():
-                    part.left[part.indices[id]] = spec.sampling.steps - step
-            case Restarting():
-                part.suspect, part.begun = part.suspect or part.begun, False
-                part.left = dict.fromkeys(part.left, spec.sampling.steps)
-            case Finished(int(id)) | Cancelled(int(id)) | Failed(int(id)):
-                part.left.pop(part.indices[id], None)
-        self._work[part.engine].steps[spec.owner] += sum(part.left.values()) - before
+    def _close(self, run: _Run, shards: Iterable[Shard]) -> list[int]:
+        """Gives up these shards. -> the indices of samples that have not ended"""
+        for shard in shards:
+            shard.task.cancel()
+            run.shards.remove(shard)
+            self._shards.discard(shard)
+        return [index for shard in shards for index in shard.left]
 
 
-@dataclass(slots=True)
-class _Cost:
-    """When an engine would be done with a picture: seconds that an image-step takes, steps before, seconds to load."""
-
-    pace_s: float
-    steps: int
-    load_s: float
-
-    @property
-    def due_s(self) -> float:
-        """Seconds from now."""
-        return self.load_s + self.steps * self.pace_s
-
-    def add(self, steps: int) -> None:
-        """One more picture. Who loads for one has loaded for all."""
-        self.steps, self.load_s = self.steps + steps, 0.0
-
-
-async def _carry(part: _Part, spec: Spec, news: News) -> None:
-    async with aclosing(part.engine.run(spec)) as events:
-        async for event in events:
-            news.put_nowait((part, event))
-
-
-def _tell_of_failure(part: _Part, news: News, task: "asyncio.Task[None]") -> None:
-    if not task.cancelled() and (error := task.exception()) is not None:
-        news.put_nowait((part, error))
-
-
-def _by_index(part: _Part, event: SampleEvent) -> SampleEvent:
-    """An event of a part as one of its job."""
-    match event:
-        case Progress(steps):
-            return Progress({part.indices[id]: step for id, step in steps.items()})
-        case Preview(int(id)) | Finished(int(id)) | Cancelled(int(id)) | Failed(int(id)):
-            return replace(event, id=part.indices[id])
-    return event
-
-
-def _numerics(served: ModelStatus) -> str:
-    """The class of its bytes. A model that has never been loaded is taken to be like others on such a device."""
-    return served.numerics or served.device.partition(" ")[2]
-
-
-def _ability(served: ModelStatus) -> int:
-    """How well an engine can make pictures of a model."""
-    return (served.trouble is None) + (served.trouble is None and served.loaded)
+def _readiness(status: ModelStatus) -> int:
+    """How soon an engine can make pictures of a model, larger is sooner."""
+    return 0 if status.trouble is not None else 2 if status.loaded else 1

@@ -11,24 +11,13 @@ from dataclasses import dataclass
 
 from model.errors import PlanError
 from server.engines.backend import Backend
-from server.errors import (
-    DeadlinePassed,
-    Invalid,
-    ModelBroken,
-    NotReady,
-    ServerError,
-    StorageFull,
-    TooBusy,
-    problem,
-)
+from server.errors import Invalid, ModelBroken, NotReady, ServerError, StorageFull, TooBusy, problem
 from server.jobs.job import Job
 from server.jobs.repository import JobRepository
 from server.jobs.request import ResolvedRequest
-from server.jobs.tenants import Tenant
+from server.jobs.tenants import Quota
 from server.metrics import Metrics
 from server.settings import Settings
-
-CERTAIN = 0.5  # of the time a step usually takes: no step will be faster than this
 
 
 @dataclass(slots=True)
@@ -53,34 +42,24 @@ class Capacity:
         if size_bytes > self.most_bytes:
             most = f"pictures and frames may take {self.most_bytes} bytes of memory, these would take {size_bytes}"
             raise Invalid(("frames", most))
-        if self.steps + steps > self.most_steps:
+        missing: float = self.steps + steps - self.most_steps  # image-steps that must be done first
+        size_missing = self.size_bytes + size_bytes - self.most_bytes
+        if missing > 0:
             detail = f"{self.steps} of {self.most_steps} image-steps are taken, {steps} more were asked for"
-            raise self._busy(detail, self.steps + steps - self.most_steps, step_s, load_s)
-        if self.jobs >= self.most_jobs:
+        elif self.jobs >= self.most_jobs:
             detail = f"{self.jobs} jobs have been accepted and have not ended, as many as may be"
-            raise self._busy(detail, self.steps / self.jobs, step_s, load_s)
-        if self.size_bytes + size_bytes > self.most_bytes:
-            detail = f"{self.size_bytes} of {self.most_bytes} bytes for pictures and frames are promised"
-            missing = (self.size_bytes + size_bytes - self.most_bytes) / self.size_bytes
-            raise self._busy(f"{detail}, {size_bytes} more were asked for", missing * self.steps, step_s, load_s)
-        self.add(steps, size_bytes)
+            missing = self.steps / self.jobs
+        elif size_missing > 0:
+            promised = f"{self.size_bytes} of {self.most_bytes} bytes for pictures and frames are promised"
+            detail = f"{promised}, {size_bytes} more were asked for"
+            missing = size_missing / self.size_bytes * self.steps
+        else:
+            return self.add(steps, size_bytes)
+        raise TooBusy(detail, max(1, math.ceil(load_s + missing * step_s)))
 
     def add(self, steps: int, size_bytes: int) -> None:
         """Counts a job that is accepted already, whether there is room or not."""
         self.steps, self.jobs, self.size_bytes = self.steps + steps, self.jobs + 1, self.size_bytes + size_bytes
-
-    @staticmethod
-    def _busy(detail: str, steps: float, step_s: float, load_s: float) -> TooBusy:
-        """There will be room when so many image-steps have been done."""
-        return TooBusy(detail, max(1, math.ceil(load_s + steps * step_s)))
-
-
-def check_deadline(left_s: float, steps: int, step_s: float) -> None:
-    """Raises DeadlinePassed if what is due in `left_s` seconds cannot be done in them, whatever happens: `steps` steps,
-    one after the other. step_s: seconds that the shortest step usually takes."""
-    at_least = CERTAIN * steps * step_s
-    if left_s < at_least:
-        raise DeadlinePassed(f"the deadline cannot be met: {left_s:.3g} s are left, at least {at_least:.3g} s needed")
 
 
 class Admission:
@@ -117,7 +96,7 @@ class Admission:
         """Counts a refusal."""
         self.rejected[code] += 1
 
-    def admit(self, request: ResolvedRequest, tenant: Tenant | None) -> Job:
+    def admit(self, request: ResolvedRequest, quota: Quota | None) -> Job:
         """A job that there is room for. Raises NotReady, StorageFull, ModelBroken, Invalid if it can never fit, TooBusy
         if it does not now."""
         if (trouble := self.trouble) is not None:
@@ -129,19 +108,13 @@ class Admission:
             raise ModelBroken(model.trouble)
         times = self._backend.step_s(request.model, model.admitted)
         step_s, load_s = times[-1] / (len(times) - 1), self._backend.load_s(request.model)
-        quota = tenant.quota if tenant is not None else None
         if quota is not None:
             quota.require(request.image_steps)
         self.capacity.take(request.image_steps, step_s, request.size_bytes, load_s)
         if quota is not None:
             quota.take(request.image_steps)
-        repository = self._repository
-        id, arrived = secrets.token_hex(12), repository.clock.now()
-        return Job(id=id, request=request, model=model, counts=repository.counts, arrived=arrived)
-
-    def readmit(self, job: Job) -> None:
-        """Counts a job that another server has accepted."""
-        self.capacity.add(job.request.image_steps, job.request.size_bytes)
+        id, arrived = secrets.token_hex(12), self._repository.clock.now()
+        return Job(id=id, request=request, model=model, counts=self._repository.counts, arrived=arrived)
 
     def advance(self, job: Job, index: int, step: int) -> None:
         """Notes how many updates a picture has had, and that so much less is left to do."""
@@ -150,12 +123,12 @@ class Admission:
 
     def release(self, job: Job) -> None:
         """A job has ended: what is left of its work will not be done, and its memory is free."""
-        self.capacity.steps -= job.request.image_steps - sum(job.steps)
+        self.capacity.steps -= job.image_steps - sum(job.steps)
         self.capacity.jobs -= 1
         self.capacity.size_bytes -= job.request.size_bytes
 
-    def revoke(self, job: Job, tenant: Tenant | None) -> None:
+    def revoke(self, job: Job, quota: Quota | None) -> None:
         """A job that was admitted makes no work after all."""
         self.release(job)
-        if tenant is not None and tenant.quota is not None:
-            tenant.quota.give_back(job.request.image_steps)
+        if quota is not None:
+            quota.give_back(job.image_steps)

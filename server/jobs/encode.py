@@ -15,15 +15,22 @@ from model.engine.events import Floats, Picture
 FRAME_MS, HOLD_MS = 60, 2000  # of an animation: each frame, and the picture at its end
 
 
+def _image(picture: Picture) -> Image.Image:
+    return Image.fromarray(picture[:, :, 0] if picture.shape[2] == 1 else picture)
+
+
+def _file(image: Image.Image, **options: Any) -> bytes:
+    out = io.BytesIO()
+    image.save(out, **options)
+    return out.getvalue()
+
+
 def png(picture: Picture, texts: Mapping[str, str]) -> bytes:
     """A PNG with text chunks. picture: [H, W, C] uint8, C = 1 or 3"""
     info = PngInfo()
     for key, text in texts.items():
         info.add_text(key, text)
-    out = io.BytesIO()
-    image = Image.fromarray(picture[:, :, 0] if picture.shape[2] == 1 else picture)
-    image.save(out, "PNG", pnginfo=info, compress_level=6)
-    return out.getvalue()
+    return _file(_image(picture), format="PNG", pnginfo=info, compress_level=6)
 
 
 def pixels(data: bytes) -> Picture:
@@ -39,10 +46,8 @@ def still(data: bytes, media: str, quality: int) -> bytes:
         "image/webp": {"format": "WEBP", "lossless": quality == 100, "quality": quality},
         "image/jpeg": {"format": "JPEG", "quality": quality, "subsampling": 0},
     }[media]
-    out = io.BytesIO()
     with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
-        image.save(out, **options)
-    return out.getvalue()
+        return _file(image, **options)
 
 
 def contact_sheet(pictures: Sequence[Picture]) -> Picture:
@@ -59,16 +64,14 @@ def contact_sheet(pictures: Sequence[Picture]) -> Picture:
 
 def animation(pictures: Sequence[Picture], media: str) -> bytes:
     """Pictures one after the other, the last one held, again and again. media: image/gif, image/apng or image/webp"""
-    frames = [Image.fromarray(picture[:, :, 0] if picture.shape[2] == 1 else picture) for picture in pictures]
-    times = [FRAME_MS] * (len(frames) - 1) + [HOLD_MS]
+    first, *others = map(_image, pictures)
+    times = [FRAME_MS] * len(others) + [HOLD_MS]
     options: dict[str, Any] = {
         "image/gif": {"format": "GIF", "optimize": False},
         "image/apng": {"format": "PNG", "default_image": False},
         "image/webp": {"format": "WEBP", "lossless": True},
     }[media]
-    out = io.BytesIO()
-    frames[0].save(out, save_all=True, append_images=frames[1:], duration=times, loop=0, **options)
-    return out.getvalue()
+    return _file(first, save_all=True, append_images=others, duration=times, loop=0, **options)
 
 
 def npy(arrays: Sequence[Floats]) -> bytes:

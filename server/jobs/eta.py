@@ -36,7 +36,7 @@ class Work:
     @classmethod
     def of(cls, job: Job) -> "Work":
         """What is left of this job."""
-        steps = job.request.steps
+        steps = job.request.sampling.steps
         begun = [steps - done for i, done in enumerate(job.steps) if done and i not in job.images]
         waiting = job.request.n - len(job.images) - len(begun)
         rank = job.rank + steps / (job.request.T + 1)  # as the scheduler has it: of equals, the shortest first

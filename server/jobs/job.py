@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
-from functools import cached_property, lru_cache, partial
+from functools import cache, cached_property, lru_cache, partial
 from hashlib import sha256
 from typing import Any, Literal
 
@@ -55,54 +55,44 @@ class Eta:
     eta_s: float = 0.0
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, kw_only=True)
 class Image:
-    """A finished picture and the files made of it."""
+    """A finished picture: in memory since it was made, or on disk."""
 
     index: int
     seed: int
-    picture: Picture
-    floats: Floats | None
-    texts: Mapping[str, str]
+    read: Callable[[], bytes]  # makes its PNG at the first call, or reads it from disk at each
+    known_sha256: str = ""  # of a PNG on disk
+    pixels: Picture | None = None  # in memory
+    floats: Floats | None = None
+    texts: Mapping[str, str] = field(default_factory=dict)  # in the PNG that is to be made
     message: int = 0  # its number in the stream
 
-    @cached_property
-    def png(self) -> bytes:
-        """The PNG, with what made it. Slow at first: call it in a thread."""
-        return encode.png(self.picture, self.texts)
-
-    @cached_property
-    def sha256(self) -> str:
-        """Hash of the PNG."""
-        return sha256(self.png).hexdigest()
-
-    @property
-    def size_bytes(self) -> int:
-        """Memory that it holds, without its PNG."""
-        return self.picture.nbytes + (self.floats.nbytes if self.floats is not None else 0)
-
-
-@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
-class StoredImage:
-    """A finished picture on disk."""
-
-    index: int
-    seed: int
-    sha256: str
-    message: int
-    read: Callable[[], bytes]
-    floats: None = None  # are not kept
-    size_bytes: int = 0  # in memory
+    @classmethod
+    def made(cls, index: int, seed: int, picture: Picture, floats: Floats | None, texts: Mapping[str, str]) -> "Image":
+        """A picture that has just been made. texts: what made it."""
+        read = cache(partial(encode.png, picture, texts))
+        return cls(index=index, seed=seed, read=read, pixels=picture, floats=floats, texts=texts)
 
     @property
     def png(self) -> bytes:
         """The PNG. Slow: call it in a thread. Raises Gone."""
         return self.read()
 
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of the PNG. Slow at first."""
+        return self.known_sha256 or sha256(self.read()).hexdigest()
+
     @property
     def picture(self) -> Picture:
         """Its pixels. Slow: call it in a thread. Raises Gone."""
-        return encode.pixels(self.read())
+        return self.pixels if self.pixels is not None else encode.pixels(self.read())
+
+    @property
+    def size_bytes(self) -> int:
+        """Memory that it holds, without its PNG."""
+        return sum(array.nbytes for array in (self.pixels, self.floats) if array is not None)
 
 
 @lru_cache(64)
@@ -131,7 +121,7 @@ class Job:
     started_at: float | None = None
     finished_at: float | None = None
     steps: list[int] = field(init=False)  # updates that each picture has had, as far as is known
-    images: dict[int, Image | StoredImage] = field(default_factory=dict)  # by index; complete if it has succeeded
+    images: dict[int, Image] = field(default_factory=dict)  # by index; complete if it has succeeded
     frames: dict[tuple[int, int, Kind], Picture] = field(default_factory=dict)  # by index, step and kind
     failure: Exception | None = None  # why it ends, unless it succeeds
     error: dict[str, Any] | None = None  # the failure as clients see it
@@ -141,9 +131,10 @@ class Job:
 
     def __post_init__(self) -> None:
         self.steps, self.stream = [0] * self.request.n, Stream(self.id, self.counts)
-        self.levels = _levels(self.request.T, self.request.steps, self.request.sampling.spacing)
+        self.image_steps = self.request.image_steps
+        self.levels = _levels(self.request.T, self.request.sampling.steps, self.request.sampling.spacing)
         messages = 2 + self.request.n * (1 + self.request.frame_count)  # started, frames, images, the end
-        self.stream.skip((self.attempt - 1) * messages)  # no number is used twice
+        self.stream.skip_to((self.attempt - 1) * messages + 1)  # no number is used twice
 
     def move(self, to: State) -> None:
         """Changes its state. Only the runner does."""
@@ -166,10 +157,8 @@ class Job:
         """All that decides a picture, as text chunks of its PNG."""
         decides = {"model": self.request.model, "digest": self.model.digest, "seed": seed}
         decides |= asdict(self.request.sampling) | {"numerics": self.model.numerics}
-        words = {True: "true", False: "false"}
-        return {
-            key: words.get(v, str(v)) if isinstance(v, bool) else str(v) for key, v in decides.items() if v is not None
-        }
+        known = {key: value for key, value in decides.items() if value is not None}
+        return {key: str(value).lower() if isinstance(value, bool) else str(value) for key, value in known.items()}
 
     def show_frame(self, index: int, step: int, kind: Kind, picture: Picture | None) -> None:
         """Sends a frame to subscribers, once: a sample that is run again shows nothing twice."""
@@ -177,31 +166,22 @@ class Job:
             return
         self.frames[index, step, kind] = picture
         header = self._header(index, step, self.levels[step if kind == "x_t" else step - 1], kind)
-        self.stream.show(header, True, partial(encode.png, picture, {}), picture.nbytes <= SMALL_BYTES)
+        self.stream.keep_picture(header, True, partial(encode.png, picture, {}), picture.nbytes <= SMALL_BYTES)
 
     def finish(self, image: Image) -> None:
         """A picture is made."""
         self.images[image.index] = image
-        self.stream.show(self.header_of(image), False, lambda: image.png)
+        self.stream.keep_picture(self._header(image.index, self.request.sampling.steps, 0, "image"), False, image.read)
         image.message = len(self.stream.kept)
 
-    def header_of(self, image: Image | StoredImage) -> dict[str, Any]:
-        """What goes with a finished picture where it is sent."""
-        return self._header(image.index, self.request.steps, 0, "image")
-
     def _header(self, index: int, step: int, level: int, kind: str) -> dict[str, Any]:
-        place = {"index": index, "seed": self.request.seed + index, "step": step, "steps": self.request.steps}
+        place = {"index": index, "seed": self.request.seed + index, "step": step, "steps": self.request.sampling.steps}
         return place | {"t": level, "kind": kind, "image_type": "image/png"}
 
     @property
     def rank(self) -> float:
         """Its place in the queue, smaller first: the minute it arrived, less its priority."""
         return self.arrived / 60 - self.request.priority
-
-    @property
-    def progress(self) -> dict[str, Any]:
-        """Image-steps done, of all, and the noise level of the picture furthest behind."""
-        return {"step": sum(self.steps), "steps": self.request.image_steps, "t": self.levels[min(self.steps)]}
 
     @property
     def size_bytes(self) -> int:
@@ -214,12 +194,10 @@ class Job:
         """The job as clients see it; with `pictures`, each image as base64 too. eta: unless it has ended."""
         images = []
         for index, image in sorted(self.images.items()) if self.state is State.SUCCEEDED else []:
-            entry = {"index": index, "seed": image.seed, "url": f"/jobs/{self.id}/images/{index}"}
-            entry["sha256"] = image.sha256
-            if pictures:
-                entry["b64_png"] = base64.b64encode(image.png).decode()
-            images.append(entry)
-        progress = {"step": sum(self.steps), "steps": self.request.image_steps} | asdict(eta or Eta())
+            where = {"index": index, "seed": image.seed, "url": f"/jobs/{self.id}/images/{index}"}
+            png = {"b64_png": base64.b64encode(image.png).decode()} if pictures else {}
+            images.append({**where, "sha256": image.sha256, **png})
+        progress = {"step": sum(self.steps), "steps": self.image_steps} | asdict(eta or Eta())
         return {
             "id": self.id,
             "status": self.status,

@@ -81,8 +81,8 @@ class JobRepository:
         again: cached pictures are not accepted. Raises StorageFull.
         """
         cached, known = None, list[str]()
-        may_be_cached = self._settings.result_cache and job.model.exact and not again
-        if may_be_cached and job.request.frames is None and not job.request.floats:
+        plain = job.request.frames is None and not job.request.floats
+        if self._settings.result_cache and job.model.exact and plain and not again:
             cached, known = answered_from_cache(job, time.time(), self.clock.now()), identities(job)
         made = await self.store.insert(to_record(job), cached, known)
         if isinstance(made, IdempotentHit):
@@ -125,10 +125,8 @@ class JobRepository:
         return self.live.get(id) or self._ended.get(id)
 
     def _forget(self, ids: Iterable[str]) -> None:
-        """Drops ended jobs from memory."""
         for id in ids:
-            job = self._ended.pop(id, None)
-            if job is not None:
+            if (job := self._ended.pop(id, None)) is not None:
                 self._ended_bytes -= job.size_bytes
 
     async def find(self, id: str, owner: str | None) -> Job:

@@ -76,14 +76,9 @@ class ResolvedRequest:
     owner: str | None = None  # the tenant by whose key it came, who alone may see it
 
     @property
-    def steps(self) -> int:
-        """Updates of each picture."""
-        return self.sampling.steps
-
-    @property
     def image_steps(self) -> int:
         """The work in it: updates of all pictures."""
-        return self.n * self.steps
+        return self.n * self.sampling.steps
 
     @property
     def frame_count(self) -> int:
@@ -148,8 +143,8 @@ def resolve_request(
 def _largest(value: Mapping[str, object], cards: Mapping[str, ModelCard], settings: Settings) -> dict[str, int]:
     """The largest number that each field may be, as far as the fields beside it tell."""
     n, model = value.get("n"), value.get("model") or default_model(cards, settings)
-    largest = {"n": settings.max_n}
-    largest["seed"] = MAX_SEED - (n if type(n) is int and 1 <= n <= settings.max_n else 1)
+    pictures = n if type(n) is int and 1 <= n <= settings.max_n else 1
+    largest = {"n": settings.max_n, "seed": MAX_SEED - pictures}
     if isinstance(model, str) and model in cards:
         largest["steps"] = cards[model].process.schedule.T
     return largest

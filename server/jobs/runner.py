@@ -5,8 +5,8 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 
 from model.checkpoint.card import ModelCard
@@ -23,7 +23,7 @@ from server.errors import (
     StorageFull,
     problem,
 )
-from server.jobs.admission import Admission, check_deadline
+from server.jobs.admission import Admission
 from server.jobs.eta import EtaEstimator
 from server.jobs.job import Image, Job, State
 from server.jobs.repository import JobRepository
@@ -32,14 +32,8 @@ from server.metrics import Metrics
 from server.worker.messages import ModelStatus, Spec
 
 logger = logging.getLogger(__name__)
+CERTAIN = 0.5  # of the time a step usually takes: no step will be faster than this
 DEATHS = 2  # of servers while a job was running: from then on it runs alone, and after the others
-
-
-def _outcome(failure: ServerError) -> State:
-    """The state of a job that this has stopped. What is wrong with the server is not the job's failure."""
-    if isinstance(failure, JobCancelled):
-        return State.CANCELLED
-    return State.PARKED if isinstance(failure, NotReady | EngineFailed) else State.FAILED
 
 
 @dataclass(slots=True, kw_only=True)
@@ -53,22 +47,18 @@ class JobRunner:
     etas: EtaEstimator
     metrics: Metrics
     outcomes: Counter[str] = field(default_factory=lambda: Counter({"succeeded": 0, "failed": 0, "cancelled": 0}))
-    _alone: asyncio.Lock = field(default_factory=asyncio.Lock)  # held by a job that runs alone
-    _before: list["asyncio.Task[None]"] = field(default_factory=list)  # of jobs that end before any runs alone
 
     def resume(self, jobs: Sequence[Job]) -> None:
         """Runs what the last server has not ended. Jobs that were running at several deaths of a server may be what
-        killed it: they run alone, when the others have ended. None of them fails for it."""
+        killed it: their engine runs them alone, after the others. None of them fails for it."""
         for job in sorted(jobs, key=lambda job: job.deaths >= DEATHS):
-            self.admission.readmit(job)
+            self.admission.capacity.add(job.image_steps, job.request.size_bytes)
             self.start(job)
-            if job.deaths < DEATHS and job.task is not None:
-                self._before.append(job.task)
 
     def start(self, job: Job) -> None:
         """Runs an accepted job."""
-        steps = job.request.image_steps
-        logger.info("job accepted", extra={"job": job.id, "model": job.request.model, "image_steps": steps})
+        extra = {"job": job.id, "model": job.request.model, "image_steps": job.image_steps}
+        logger.info("job accepted", extra=extra)
         job.task = asyncio.create_task(self._run(job), name=f"job {job.id}")
         job.task.add_done_callback(report)
 
@@ -77,27 +67,30 @@ class JobRunner:
         if job.task is None or job.ended or job.state is State.PARKED:
             return
         if job.state is not State.ENDING:
-            job.failure = cancelled
+            job.failure = job.failure or cancelled  # a drain does not revoke what a client has cancelled
             job.task.cancel()
         await asyncio.wait([job.task])
         if job.state is State.QUEUED:  # its task had not begun
-            await self._end(job, State.PARKED if cancelled is None else State.CANCELLED)
-
-    def record_success(self, job: Job) -> None:
-        """Counts a job that was answered from the cache."""
-        self._count(job, State.SUCCEEDED)
+            outcome = State.PARKED if job.failure is None else State.CANCELLED
+            job.failure = job.failure or NotReady("the server is shutting down")
+            await self._end(job, outcome)
 
     async def _run(self, job: Job) -> None:
         outcome = State.FAILED  # also if a bug stops it
         try:
             await self._make(job)
             outcome = State.SUCCEEDED
+        except JobCancelled as failure:
+            outcome, job.failure = State.CANCELLED, failure
+        except (NotReady, EngineFailed) as failure:  # what is wrong with the server is not the job's failure
+            outcome, job.failure = State.PARKED, failure
         except ServerError as failure:
-            outcome, job.failure = _outcome(failure), failure
+            job.failure = failure
         except asyncio.CancelledError:
-            outcome = State.PARKED if job.failure is None else State.CANCELLED
-            job.failure = job.failure or NotReady("the server is shutting down")
-            raise
+            if job.failure is None:
+                outcome, job.failure = State.PARKED, NotReady("the server is shutting down")
+                raise
+            outcome = State.CANCELLED  # by the client, which ends here: a traceback would hold the job's frames
         finally:
             await self._end(job, outcome)
 
@@ -105,37 +98,21 @@ class JobRunner:
         """Makes all pictures of a job and their PNGs. Raises the ServerError that stops it."""
         if job.attached and job.attempt > 1:
             raise JobCancelled("its caller went away with the server before")
+        left_s = job.request.deadline_s
+        if left_s is not None:  # counted from the acceptance, even if that was by another server
+            left_s = max(0.0, left_s - (self.repository.clock.now() - job.arrived))
         try:
-            async with asyncio.timeout(self._left_s(job)) as deadline:
+            async with asyncio.timeout(left_s) as deadline:
                 job.due = deadline.when() or math.inf
                 self._check_deadline(job)
-                async with self._turn(job):
-                    await self._collect(job)
+                await self._collect(job)
         except TimeoutError:
             if not deadline.expired():
                 raise
             raise DeadlinePassed(f"the deadline of {job.request.deadline_s:g} s was not met") from None
-        await asyncio.to_thread(_encode, job)
-
-    def _left_s(self, job: Job) -> float | None:
-        """Seconds until the deadline, counted from the acceptance, even if that was by another server."""
-        if job.request.deadline_s is None:
-            return None
-        return max(0.0, job.request.deadline_s - (self.repository.clock.now() - job.arrived))
-
-    @asynccontextmanager
-    async def _turn(self, job: Job) -> AsyncIterator[None]:
-        """Lets a job run at once; or alone and last, if several servers died while it was running."""
-        if job.deaths < DEATHS:
-            yield
-            return
-        if self._before:
-            await asyncio.wait(self._before)
-        async with self._alone:
-            yield
+        await asyncio.to_thread(lambda: [image.sha256 for image in job.images.values()])  # makes the PNGs
 
     async def _collect(self, job: Job) -> None:
-        """Takes all events of a job's samples."""
         if job.request.model not in self.cards:
             raise ModelChanged("the model that this job was accepted for is not served any more")
         if (model := self.backend.models.get(job.request.model)) is not None:  # else `Assigned` tells it
@@ -161,16 +138,19 @@ class JobRunner:
                 self._check_deadline(job)
                 if job.stream.subscribers:
                     self.tell_progress(job)
+                else:
+                    job.stream.drop_transient()
             case Finished(int(index), picture, floats):
-                self.admission.advance(job, index, job.request.steps)
+                self.admission.advance(job, index, job.request.sampling.steps)
                 seed = job.request.seed + index
-                job.finish(Image(index, seed, picture, floats, job.texts(seed)))
+                job.finish(Image.made(index, seed, picture, floats, job.texts(seed)))
             case Assigned(model):
                 self._note_model(job, model)
             case Restarting(retry_after_s):
-                for index in set(range(job.request.n)) - job.images.keys():
-                    self.admission.advance(job, index, 0)
-                job.stream.tell("restarting", urgent=True, retry_after_s=retry_after_s)
+                for index in range(job.request.n):
+                    if index not in job.images:
+                        self.admission.advance(job, index, 0)
+                job.stream.send_transient("restarting", urgent=True, retry_after_s=retry_after_s)
             case Failed(_, reason):
                 raise SampleLost(reason)
             case Cancelled():
@@ -182,15 +162,16 @@ class JobRunner:
         self.metrics.queue_seconds.observe(self.repository.clock.now() - job.arrived)
         if not job.deaths:
             self.repository.store.mark_running(job.id)
-        job.stream.say("started", steps=job.request.image_steps)
+        job.stream.keep_text("started", steps=job.image_steps)
 
     def tell_progress(self, job: Job) -> None:
         """Tells subscribers how far a job is, or how long it has to wait."""
         eta = self.etas.of(job)
         if job.state is State.QUEUED:
-            job.stream.tell("queued", position=eta.position, eta_s=eta.eta_s)
+            job.stream.send_transient("queued", position=eta.position, eta_s=eta.eta_s)
         else:
-            job.stream.tell("progress", **job.progress, eta_s=eta.eta_s)
+            level = job.levels[min(job.steps)]  # of the picture furthest behind
+            job.stream.send_transient("progress", step=sum(job.steps), steps=job.image_steps, t=level, eta_s=eta.eta_s)
 
     def _note_model(self, job: Job, model: ModelStatus) -> None:
         """Notes what makes the pictures. Raises ModelChanged."""
@@ -205,8 +186,11 @@ class JobRunner:
         """Gives up, and frees the slots, as soon as it is certain that the deadline cannot be met."""
         if job.due < math.inf:
             left_s = job.due - asyncio.get_running_loop().time()
-            steps = job.request.steps - min(job.steps)
-            check_deadline(left_s, steps, self.backend.step_s(job.request.model, job.model.admitted)[1])
+            step_s = self.backend.step_s(job.request.model, job.model.admitted)[1]
+            at_least = CERTAIN * (job.request.sampling.steps - min(job.steps)) * step_s
+            if left_s < at_least:
+                detail = f"{left_s:.3g} s are left, at least {at_least:.3g} s needed"
+                raise DeadlinePassed(f"the deadline cannot be met: {detail}")
 
     async def _end(self, job: Job, outcome: State) -> None:
         """Writes down the end of a job, then tells it. Or parks the job, also if its end cannot be written any more."""
@@ -225,16 +209,16 @@ class JobRunner:
         job.finished_at, job.error = finished_at, error
         logger.info("job ended", extra={"job": job.id, "outcome": str(outcome), "code": error and error["code"]})
         job.stream.end(outcome, document=job.document())
-        self._count(job, outcome)
+        self.count(job, outcome)
 
-    def _count(self, job: Job, outcome: State) -> None:
+    def count(self, job: Job, outcome: State) -> None:
+        """Counts a job that has ended, and moves it to those."""
         self.outcomes[outcome] += 1
         self.metrics.job_seconds.observe(self.repository.clock.now() - job.arrived)
         self.repository.retire(job)
 
 
 def _spec(job: Job) -> Spec:
-    """What the backend is asked for."""
     request = job.request
     return Spec(
         model=request.model,
@@ -249,9 +233,3 @@ def _spec(job: Job) -> Spec:
         job=job.id,
         alone=job.deaths >= DEATHS,
     )
-
-
-def _encode(job: Job) -> None:
-    """Makes the PNGs and their hashes. Slow: call it in a thread."""
-    for image in job.images.values():
-        image.sha256  # noqa: B018

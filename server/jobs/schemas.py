@@ -1,9 +1,9 @@
 """What clients may send. Unknown fields are refused, numbers are strict; bounds that the model sets are in orders."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from itertools import chain
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema, model_validator
 
@@ -17,8 +17,6 @@ MAX_SEED = 2**53  # what every JSON reader keeps exactly
 MAX_DEPTH = 32
 TOO_DEEP = f"brackets nest deeper than {MAX_DEPTH}"
 Form = TypeVar("Form", bound=BaseModel)
-
-
 STATUSES = ("queued", "running", "succeeded", "failed", "cancelled")
 MOST_JOBS, JOBS = 200, 50  # in one answer: at most, and unless told otherwise
 # What stands in a URL is text, and is read by its route; this is what it may be.
@@ -31,30 +29,25 @@ After = Annotated[str | None, WithJsonSchema({"type": "string", "description": "
 Index = Annotated[str, WithJsonSchema({"type": "integer", "minimum": 0, "description": "of a picture of the job"})]
 
 
-def without_nulls(value: Any, form: type[BaseModel], but: str = "") -> Any:
-    """What was sent, without the fields of this form that are null, which is as good as leaving them out."""
-    if not isinstance(value, dict):
-        return value
-    return {
-        name: given
-        for name, given in value.items()
-        if given is not None or name == but or name not in form.model_fields
-    }
+class _Fields(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    null_is_said: ClassVar[str] = ""  # the field that may be null; any other is then as good as left out
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_nulls_out(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        as_good = cls.model_fields.keys() - {cls.null_is_said}
+        return {name: given for name, given in value.items() if given is not None or name not in as_good}
 
 
-class Frames(BaseModel):
+class Frames(_Fields):
     """Which states of a picture are shown on its way."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     every: int | None = Field(None, ge=1, lt=MAX_SEED, description="after so many updates each, and after the last")
     count: int | None = Field(None, ge=2, lt=MAX_SEED, description="so many, evenly spread from noise to picture")
     kind: Literal["x_t", "x0", "both"] = Field("x_t", description="the noisy picture, the one predicted from it, both")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _nulls_are_left_out(cls, value: Any) -> Any:
-        return without_nulls(value, cls)
 
     @model_validator(mode="after")
     def _one_of(self) -> "Frames":
@@ -63,10 +56,10 @@ class Frames(BaseModel):
         return self
 
 
-class GenerateRequest(BaseModel):
+class GenerateRequest(_Fields):
     """The body of `POST /generate`."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, title="GenerateRequest")
+    null_is_said = "frames"  # that there are none
 
     model: str | None = Field(None, min_length=1, max_length=64, description="name of a model directory")
     seed: int | None = Field(None, ge=0, lt=MAX_SEED, description="drawn at random if not given, and always told")
@@ -82,27 +75,19 @@ class GenerateRequest(BaseModel):
     priority: int = Field(0, ge=-10, le=10, description="higher is seated first")
     deadline_s: float | None = Field(None, gt=0, le=1e6, description="give up after this many seconds")
 
-    @model_validator(mode="before")
-    @classmethod
-    def _nulls_are_left_out(cls, value: Any) -> Any:
-        return without_nulls(value, cls, but="frames")  # of which null says that there are none
-
 
 def _constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
 
 
-def _containers(values: Iterable[object]) -> list[Any]:
-    return [value.values() if isinstance(value, dict) else value for value in values if isinstance(value, dict | list)]
-
-
 def _check_depth(value: object) -> None:
     """Raises ValueError if lists and objects nest deeper than MAX_DEPTH."""
-    level = _containers([value])
-    for _ in range(MAX_DEPTH):
-        level = _containers(chain.from_iterable(level))
-    if level:
-        raise ValueError(TOO_DEEP)
+    level, depth = [value], 0  # all values inside so many lists and objects
+    while containers := [each for each in level if isinstance(each, dict | list)]:
+        depth += 1
+        if depth > MAX_DEPTH:
+            raise ValueError(TOO_DEEP)
+        level = [*chain.from_iterable(each.values() if isinstance(each, dict) else each for each in containers)]
 
 
 def parse_json(body: bytes) -> object:
@@ -124,11 +109,6 @@ def parse_json(body: bytes) -> object:
         detail = "a number has too many digits" if "digits" in str(error) else str(error)
         raise Malformed(f"the body is not valid JSON: {detail}") from None
     return value
-
-
-def parse_generate(body: bytes) -> GenerateRequest:
-    """The body of `POST /generate`. Raises Malformed if it is not JSON, Invalid naming each field that is wrong."""
-    return validate(parse_object(body), GenerateRequest)
 
 
 def parse_object(body: bytes) -> dict[str, Any]:

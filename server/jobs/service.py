@@ -5,7 +5,6 @@ unless the route cancels it.
 """
 
 import asyncio
-import logging
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -22,12 +21,11 @@ from server.jobs.request import RequestContext, fingerprints, resolve_request
 from server.jobs.runner import JobRunner
 from server.jobs.stream import StreamCounts, Subscriber
 from server.logs import report
-from server.metrics import Metrics, Standing
+from server.metrics import Family, Metrics, counter, gauge
 from server.settings import Settings
 from server.store.rows import IdempotentHit
 from server.store.store import Store
 
-logger = logging.getLogger(__name__)
 ANIMATIONS = 2  # so many are drawn at once: the other threads encode frames
 TICK_S = 0.25  # between two messages to those who wait
 PARKING_S = 5.0  # within which every job is parked at the end
@@ -37,20 +35,13 @@ class JobService:
     """All jobs of this server."""
 
     def __init__(
-        self,
-        settings: Settings,
-        cards: Mapping[str, ModelCard],
-        backend: Backend,
-        store: Store,
-        metrics: Metrics | None = None,
+        self, settings: Settings, cards: Mapping[str, ModelCard], backend: Backend, store: Store, metrics: Metrics
     ) -> None:
-        self.cards, self.backend, self._settings = cards, backend, settings
+        self.cards, self.backend, self.metrics, self._settings = cards, backend, metrics, settings
         self.drawing = asyncio.Semaphore(ANIMATIONS)
         self.counts = StreamCounts()
         self.repository = JobRepository(store, settings, self.counts)
-        self.metrics = metrics or Metrics()
-        self.metrics.watch(self.standing)
-        self.admission = Admission(settings, backend, self.repository, self.metrics)
+        self.admission = Admission(settings, backend, self.repository, metrics)
         self._etas = EtaEstimator(self.repository.live, backend)
         self._runner = JobRunner(
             cards=cards,
@@ -58,8 +49,9 @@ class JobService:
             repository=self.repository,
             admission=self.admission,
             etas=self._etas,
-            metrics=self.metrics,
+            metrics=metrics,
         )
+        metrics.watch(self.metric_values)
         self._accepted, self._accepting, self._cache_hits = 0, 0, 0
         self._ticker: asyncio.Task[None] | None = None
 
@@ -101,28 +93,26 @@ class JobService:
         request, prints = resolve_request(body, self.cards, self._settings, context), list[str]()
         if context.key is not None:
             prints = fingerprints(body, context)
-            before = await self.repository.store.by_key(context.owner, context.key)
-            if before is not None:
+            if (before := await self.repository.store.by_key(context.owner, context.key)) is not None:
                 return await self._same_key(before, prints, context)
-        job = self.admission.admit(request, context.tenant)
+        quota = context.tenant.quota if context.tenant is not None else None
+        job = self.admission.admit(request, quota)
         job.key, job.fingerprint = context.key, next(iter(prints), None)
         job.attached = context.attached and context.key is None
+        accepted = None
         self._accepting += 1
         try:
             accepted = await self.repository.accept(job, context.again)
-        except BaseException:
-            self.admission.revoke(job, context.tenant)
-            raise
         finally:
             self._accepting -= 1
+            if accepted is not job:  # there is nothing to run
+                self.admission.revoke(job, quota)
         if isinstance(accepted, IdempotentHit):  # it came while this one was on its way to the disk
-            self.admission.revoke(job, context.tenant)
             return await self._same_key(accepted, prints, context)
         self._accepted += 1
         if accepted.cached:
             self._cache_hits += 1
-            self.admission.revoke(job, context.tenant)
-            self._runner.record_success(accepted)
+            self._runner.count(accepted, State.SUCCEEDED)
         else:
             self._runner.start(accepted)
         return accepted
@@ -167,7 +157,9 @@ class JobService:
 
     def watch(self, job: Job, after: int = 0) -> Subscriber:
         """A new subscriber, from message `after` + 1 on. The first one is told at once how far the job is."""
-        if job.state in (State.QUEUED, State.RUNNING) and not job.stream.subscribers:
+        told = job.stream.transient(len(job.stream.kept))
+        restarting = told is not None and told.body["type"] == "restarting"
+        if job.state in (State.QUEUED, State.RUNNING) and not job.stream.subscribers and not restarting:
             self._runner.tell_progress(job)
         return Subscriber(job.stream, after)
 
@@ -175,35 +167,45 @@ class JobService:
         """The job as clients see it."""
         return job.document(None if job.ended else self._etas.of(job))
 
-    def standing(self) -> Standing:
-        """The state of the server, for its metrics."""
-        live, health = self.repository.live.values(), self.backend.health
+    def tally(self) -> tuple[int, int, int]:
+        """How many jobs are running, are waiting, and have ended."""
+        live = self.repository.live.values()
         running = sum(job.started_at is not None for job in live)
-        replicas = [model for replica in self.backend.replicas for model in replica.values()]
-        return Standing(
-            jobs_running=running,
-            jobs_waiting=len(live) - running,
-            steps_waiting=self.admission.capacity.steps,
-            slots=sum(model.slots for model in replicas if model.loaded),
-            slots_used=health.stats.seated,
-            viewers=self.counts.subscribers,
-            ready=self.admission.trouble is None,
-            engine_up=self.backend.trouble is None,
-            engine_heartbeat_age_seconds=health.silence_s,
-            gpu_memory_bytes=health.memory_bytes,
-            storage_full=self.repository.store.trouble is not None,
-            store_bytes=self.repository.store.size_bytes,
-            jobs_accepted=self._accepted,
-            jobs=self._runner.outcomes,
-            rejected=self.admission.rejected,
-            sample_steps=health.stats.sample_steps,
-            engine_steps=health.stats.steps,
-            padded_slots=health.stats.padded,
-            out_of_memory=health.stats.exhausted,
-            engine_restarts=health.restarts,
-            jobs_replayed=health.replayed,
-            frames=self.counts.frames,
-            frames_dropped=self.counts.dropped,
-            replay_mismatch=self.repository.mismatches,
-            cache_hits=self._cache_hits,
-        )
+        return running, len(live) - running, self._runner.outcomes.total()
+
+    def metric_values(self) -> list[Family]:
+        """All gauges and counters at this moment. jobs_accepted = the sum of jobs + jobs_running + jobs_waiting."""
+        running, waiting, _ = self.tally()
+        admission, store, backend, counts = self.admission, self.repository.store, self.backend, self.counts
+        health, stats, steps = backend.health, backend.health.stats, admission.capacity.steps
+        slots = sum(model.slots for replica in backend.replicas for model in replica.values() if model.loaded)
+        differ = self.repository.mismatches
+        return [
+            gauge("jobs_running", "Jobs with a picture that has been started.", running),
+            gauge("jobs_waiting", "Jobs that wait for a slot.", waiting),
+            gauge("steps_waiting", "Image-steps left to do of all accepted jobs, waiting and running.", steps),
+            gauge("slots", "Slots of all loaded models: pictures that can be denoised at once.", slots),
+            gauge("slots_used", "Slots in use: pictures being denoised.", stats.seated),
+            gauge("viewers", "Clients that watch a job.", counts.subscribers),
+            gauge("ready", "1 if jobs are accepted, as /readyz reports.", admission.trouble is None),
+            gauge("engine_up", "1 if the engine accepts jobs.", backend.trouble is None),
+            gauge("engine_heartbeat_age_seconds", "Seconds since the last heartbeat of the engine.", health.silence_s),
+            gauge("gpu_memory_bytes", "Device memory that the engine holds.", health.memory_bytes),
+            gauge("storage_full", "1 if the store cannot be written.", store.trouble is not None),
+            gauge("store_bytes", "Size of jobs and pictures on disk.", store.size_bytes),
+            counter("jobs_accepted", "Accepted jobs.", self._accepted),
+            counter("jobs", "Ended jobs by outcome.", self._runner.outcomes, "outcome"),
+            counter("rejected", "Refused requests by error code.", admission.rejected, "reason"),
+            counter("sample_steps", "Denoising steps of single pictures.", stats.sample_steps),
+            counter("engine_steps", "Denoising steps of a batch.", stats.steps),
+            counter("padded_slots", "Slots that were computed as padding of a batch.", stats.padded),
+            counter(
+                "out_of_memory", "Times that device memory ran out, which reduces the batch size.", stats.exhausted
+            ),
+            counter("engine_restarts", "Engine restarts by cause.", health.restarts, "cause"),
+            counter("jobs_replayed", "Jobs that were run again after an engine restart.", health.replayed),
+            counter("frames", "Frames kept for clients that watch.", counts.frames),
+            counter("frames_dropped", "Frames that slow clients missed.", counts.dropped),
+            counter("replay_mismatch", "Pictures with other bytes than the same picture had before.", differ),
+            counter("cache_hits", "Jobs answered with stored pictures of an equal job.", self._cache_hits),
+        ]

@@ -22,7 +22,7 @@ TRANSIENT_PER_S = 500.0  # transient messages, to all subscribers of all jobs to
 
 
 @dataclass(slots=True, eq=False)
-class Text:
+class TextMessage:
     """A JSON message. A transient one carries the number of the last kept message before it."""
 
     seq: int
@@ -38,7 +38,7 @@ class Text:
 
 
 @dataclass(slots=True, eq=False)
-class Shown:
+class PictureMessage:
     """A message with a picture: a frame, or a finished image. It is encoded when the first subscriber needs it."""
 
     seq: int
@@ -63,7 +63,7 @@ class Shown:
         self._packed = pack(self.header, self._encode())
 
 
-Message: TypeAlias = Text | Shown
+Message: TypeAlias = TextMessage | PictureMessage
 
 
 @dataclass(slots=True)
@@ -89,24 +89,26 @@ class Stream:
     closed: bool = False  # this server adds no more messages
     subscribers: "set[Subscriber]" = field(default_factory=set)
     transients: int = 0  # how many transient messages there were
-    _transient: Text | None = None
+    _transient: TextMessage | None = None
 
-    def say(self, type: str, **body: Any) -> None:
+    def text(self, seq: int, type: str, **body: Any) -> TextMessage:
+        """A JSON message with this number."""
+        return TextMessage(seq, {"type": type, "job": self.job, "seq": seq, **body})
+
+    def keep_text(self, type: str, **body: Any) -> None:
         """Keeps a JSON message."""
-        seq = len(self.kept) + 1
-        self._keep(Text(seq, {"type": type, "job": self.job, "seq": seq, **body}))
+        self._keep(self.text(len(self.kept) + 1, type, **body))
 
-    def show(self, header: Body, passing: bool, encode: Callable[[], bytes], small: bool = False) -> None:
+    def keep_picture(self, header: Body, passing: bool, encode: Callable[[], bytes], small: bool = False) -> None:
         """Keeps a message with a picture."""
         seq = len(self.kept) + 1
         if passing:
             self.counts.frames += 1
-        self._keep(Shown(seq, {"job": self.job, "seq": seq, **header}, passing, small, encode))
+        self._keep(PictureMessage(seq, {"job": self.job, "seq": seq, **header}, passing, small, encode))
 
-    def tell(self, type: str, urgent: bool = False, **body: Any) -> None:
+    def send_transient(self, type: str, urgent: bool = False, **body: Any) -> None:
         """A transient message, for subscribers that are not behind. urgent: for those that had one lately, too."""
-        seq, now = len(self.kept), time.monotonic()
-        self._transient = Text(seq, {"type": type, "job": self.job, "seq": seq, **body})
+        self._transient, now = self.text(len(self.kept), type, **body), time.monotonic()
         self.transients += 1
         for subscriber in self.subscribers:
             if urgent or subscriber.due <= now:
@@ -115,25 +117,28 @@ class Stream:
 
     def remind(self) -> None:
         """Wakes subscribers that were not due when the last transient message came, and are now."""
-        now = time.monotonic()
         for subscriber in self.subscribers:
-            if subscriber.due <= now and subscriber.heard < self.transients:
+            if subscriber.is_due():
                 subscriber.news.set()
 
-    def transient(self, cursor: int) -> Text | None:
+    def transient(self, cursor: int) -> TextMessage | None:
         """The last transient message, for a subscriber at this cursor."""
         if self._transient is not None and self._transient.seq != cursor:
-            self._transient = Text(cursor, self._transient.body | {"seq": cursor})
+            self._transient = TextMessage(cursor, self._transient.body | {"seq": cursor})
         return self._transient
+
+    def drop_transient(self) -> None:
+        """Forgets the last transient message, which is not true any more."""
+        self._transient = None
 
     def end(self, type: str, **body: Any) -> None:
         """Keeps the last message."""
         self.closed = True
-        self.say(type, **body)
+        self.keep_text(type, **body)
 
-    def skip(self, count: int) -> None:
-        """Numbers that were given to messages which are no longer held."""
-        self.kept += [None] * count
+    def skip_to(self, seq: int) -> None:
+        """The next message has this number: those before it are no longer held."""
+        self.kept += [None] * (seq - 1 - len(self.kept))
 
     def close(self) -> None:
         """Ends the stream of a job that has not ended: this server adds no more to it."""
@@ -151,10 +156,10 @@ class Stream:
             subscriber.news.set()
 
 
-def told_of(error: Exception, request_id: str, stream: Stream | None = None) -> Text:
+def error_message(error: Exception, request_id: str, stream: Stream | None = None) -> TextMessage:
     """The transient message that says why there is no stream; or, with a stream, why it goes no further."""
     job, seq = (stream.job, len(stream.kept)) if stream is not None else (None, 0)
-    return Text(seq, {"type": "error", "job": job, "seq": seq, "problem": problem(error).body(request_id)})
+    return TextMessage(seq, {"type": "error", "job": job, "seq": seq, "problem": problem(error).body(request_id)})
 
 
 class Subscriber:
@@ -187,7 +192,7 @@ class Subscriber:
                     yield stream.kept[self._cursor - 1] or self._resync()
                 elif stream.closed:
                     return
-                elif self._is_due() and (now := stream.transient(self._cursor)) is not None:
+                elif self.is_due() and (now := stream.transient(self._cursor)) is not None:
                     self.heard, self.due = stream.transients, time.monotonic() + stream.counts.pause_s()
                     yield now
                 else:
@@ -196,26 +201,25 @@ class Subscriber:
             stream.subscribers.discard(self)
             stream.counts.subscribers -= 1
 
-    def _is_due(self) -> bool:
+    def is_due(self) -> bool:
         """Whether there is a transient message that it may be sent now."""
         return self.heard < self.stream.transients and self.due <= time.monotonic()
 
-    def _resync(self) -> Text:
+    def _resync(self) -> TextMessage:
         """Passes the messages that are no longer held; the message that stands in for them."""
         while self._cursor < len(self.stream.kept) and self.stream.kept[self._cursor] is None:
             self._cursor += 1
-        return Text(self._cursor, {"type": "resync", "job": self.stream.job, "seq": self._cursor})
+        return self.stream.text(self._cursor, "resync")
 
-    def _gap(self) -> Text | None:
+    def _gap(self) -> TextMessage | None:
         """Passes the frames that are not worth sending; the message that says which."""
         first = self._cursor
         while self._cursor < self._skip_to:
             message = self.stream.kept[self._cursor]
-            if not (isinstance(message, Shown) and message.passing):
+            if not (isinstance(message, PictureMessage) and message.passing):
                 break
             self._cursor += 1
         if self._cursor == first:
             return None
         self.stream.counts.dropped += self._cursor - first
-        body = {"type": "dropped", "job": self.stream.job, "seq": self._cursor, "from": first + 1, "to": self._cursor}
-        return Text(self._cursor, body)
+        return self.stream.text(self._cursor, "dropped", **{"from": first + 1, "to": self._cursor})

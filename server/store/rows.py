@@ -54,29 +54,37 @@ class IdempotentHit:
     fingerprint: str
 
 
+@dataclass(frozen=True, slots=True)
+class Expired:
+    """The ids of deleted jobs, the names of blobs that no job has any more, and whether more jobs may be due."""
+
+    ids: list[str]
+    blobs: list[str]
+    more: bool
+
+
 FIELDS = tuple(name for name in Record.__slots__ if name not in ("number", "images"))
-COLUMNS = ", ".join((*FIELDS, "number"))
+SELECT = f"SELECT number, {', '.join(FIELDS)} FROM jobs"
 INSERT = f"INSERT INTO jobs ({', '.join(FIELDS)}) VALUES ({', '.join('?' * len(FIELDS))}) RETURNING number"
 RESULT = ("status", "started_at", "finished_at", "ended", "served", "steps", "error", "messages")
 FINISH = (
     f"UPDATE jobs SET {', '.join(f'{name} = ?' for name in RESULT)}, running = 0"
     " WHERE id = ? AND attempt = ? AND status IS NULL RETURNING number"
 )
+IMAGES = """SELECT place AS "index", seed, sha256, size, message FROM images JOIN files USING (sha256)
+    WHERE job = ? ORDER BY place"""
+KNOWN = "SELECT sha256, size FROM known LEFT JOIN files USING (sha256) WHERE identity = ?"
 
 
 def insert(
     db: sqlite3.Connection,
     record: Record,
-    cached: Record | None = None,
-    identities: Sequence[str] = (),
-    has_blob: Callable[[str, int], bool] = lambda name, size_bytes: False,
+    cached: Record | None,
+    identities: Sequence[str],
+    has_blob: Callable[[str, int], bool],
 ) -> IdempotentHit | Record:
-    """Inserts a job -> the record inserted; or, without inserting, the job that its Idempotency-Key was used for.
-
-    cached: the same job as succeeded, which is inserted instead if images with all of its `identities` are stored.
-    """
-    hit = by_key(db, record.owner, record.key)
-    if hit is not None:
+    """Inserts a job: see `Store.insert`."""
+    if (hit := by_key(db, record.owner, record.key)) is not None:
         return hit
     if cached is not None and (images := _stored_images(db, cached.images, identities, has_blob)):
         record = replace(cached, images=images)
@@ -90,17 +98,16 @@ def mark_running(db: sqlite3.Connection, id: str) -> None:
     db.execute("UPDATE jobs SET running = 1 WHERE id = ?", (id,))
 
 
-def finish(db: sqlite3.Connection, record: Record, identities: Sequence[str] = ()) -> Record | None:
-    """Writes the result of a job -> the record with the images that count; None if the job has ended already or
-    belongs to another attempt. identities: see `Store.finish`."""
+def finish(db: sqlite3.Connection, record: Record, identities: Sequence[str]) -> Record | None:
+    """Writes the result of a job: see `Store.finish`."""
     row = db.execute(FINISH, [getattr(record, name) for name in (*RESULT, "id", "attempt")]).fetchone()
     if row is None:
         return None
-    images = record.images
     if identities:
-        images = tuple(_first_made(db, *pair) for pair in zip(identities, images, strict=True))
-    _insert_images(db, row[0], images)
-    return replace(record, images=images)
+        firsts = (_first_made(db, *pair) for pair in zip(identities, record.images, strict=True))
+        record = replace(record, images=tuple(firsts))
+    _insert_images(db, row[0], record.images)
+    return record
 
 
 def _insert_images(db: sqlite3.Connection, number: int, images: Iterable[ImageRow]) -> None:
@@ -112,8 +119,7 @@ def _insert_images(db: sqlite3.Connection, number: int, images: Iterable[ImageRo
 def _first_made(db: sqlite3.Connection, identity: str, made: ImageRow) -> ImageRow:
     """The first image that was stored with this identity: `made`, or one with other bytes."""
     db.execute("INSERT OR IGNORE INTO known VALUES (?, ?)", (identity, made.sha256))
-    query = "SELECT sha256, size FROM known LEFT JOIN files USING (sha256) WHERE identity = ?"
-    sha256, size = db.execute(query, (identity,)).fetchone()
+    sha256, size = db.execute(KNOWN, (identity,)).fetchone()
     return replace(made, sha256=sha256, size=made.size if size is None else size)
 
 
@@ -121,13 +127,10 @@ def _stored_images(
     db: sqlite3.Connection, images: Sequence[ImageRow], identities: Sequence[str], has_blob: Callable[[str, int], bool]
 ) -> tuple[ImageRow, ...]:
     """The images with the hashes and sizes that are stored for their identities; nothing unless all are stored."""
-    query, stored = "SELECT sha256, size FROM known JOIN files USING (sha256) WHERE identity = ?", list[ImageRow]()
-    for image, identity in zip(images, identities, strict=True):
-        row = db.execute(query, (identity,)).fetchone()
-        if row is None or not has_blob(*row):
-            return ()
-        stored.append(replace(image, sha256=row[0], size=row[1]))
-    return tuple(stored)
+    found = [db.execute(KNOWN, (identity,)).fetchone() for identity in identities]
+    if not all(row is not None and has_blob(*row) for row in found):
+        return ()
+    return tuple(replace(image, **row) for image, row in zip(images, found, strict=True))
 
 
 def by_key(db: sqlite3.Connection, owner: str | None, key: str | None) -> IdempotentHit | None:
@@ -139,7 +142,7 @@ def by_key(db: sqlite3.Connection, owner: str | None, key: str | None) -> Idempo
 
 def find(db: sqlite3.Connection, id: str, owner: str | None) -> Record:
     """An owner's job. Raises NotFound, or Gone if it was deleted."""
-    row = db.execute(f"SELECT {COLUMNS} FROM jobs WHERE id = ? AND owner IS ?", (id, owner)).fetchone()
+    row = db.execute(f"{SELECT} WHERE id = ? AND owner IS ?", (id, owner)).fetchone()
     if row is not None:
         return _read(db, row)
     if db.execute("SELECT 1 FROM expired WHERE id = ? AND owner IS ?", (id, owner)).fetchone():
@@ -151,9 +154,8 @@ def page(db: sqlite3.Connection, owner: str | None, status: str | None, after: s
     """An owner's jobs, newest first, older than the job `after`. Raises NotFound or Gone of `after`."""
     before = 1 << 62 if after is None else find(db, after, owner).number
     where = "number < :before AND owner IS :owner AND (:status IS NULL OR status = :status)"
-    query = f"SELECT {COLUMNS} FROM jobs WHERE {where} ORDER BY number DESC LIMIT :limit"
     values = {"before": before, "owner": owner, "status": status, "limit": limit}
-    return [_read(db, row) for row in db.execute(query, values).fetchall()]
+    return [_read(db, row) for row in db.execute(f"{SELECT} WHERE {where} ORDER BY number DESC LIMIT :limit", values)]
 
 
 def recover(db: sqlite3.Connection, crashed: bool) -> list[Record]:
@@ -164,8 +166,7 @@ def recover(db: sqlite3.Connection, crashed: bool) -> list[Record]:
     if crashed:
         db.execute("UPDATE jobs SET deaths = deaths + running WHERE status IS NULL")
     db.execute("UPDATE jobs SET running = 0, attempt = attempt + 1 WHERE status IS NULL")
-    rows = db.execute(f"SELECT {COLUMNS} FROM jobs WHERE status IS NULL ORDER BY number").fetchall()
-    return [_read(db, row) for row in rows]
+    return [_read(db, row) for row in db.execute(f"{SELECT} WHERE status IS NULL ORDER BY number")]
 
 
 def park(db: sqlite3.Connection) -> None:
@@ -175,13 +176,12 @@ def park(db: sqlite3.Connection) -> None:
 
 def latest(db: sqlite3.Connection) -> float:
     """The latest arrival or end of a job; 0 if there is none."""
-    query = "SELECT max(ifnull((SELECT max(arrived) FROM jobs), 0), ifnull((SELECT max(ended) FROM jobs), 0))"
-    return float(db.execute(query).fetchone()[0])
+    return float(max(db.execute("SELECT ifnull(max(arrived), 0), ifnull(max(ended), 0) FROM jobs").fetchone()))
 
 
-def expire(db: sqlite3.Connection, before: float, most_bytes: int, limit: int) -> tuple[list[str], list[str]]:
+def expire(db: sqlite3.Connection, before: float, most_bytes: int, limit: int) -> Expired:
     """Deletes up to `limit` jobs: those that ended before a time, and the oldest while all take more than `most_bytes`.
-    -> the ids of these jobs, and the names of blobs that no job has any more"""
+    Their blobs must be deleted after this is on disk."""
     query = "SELECT number, id, ended FROM jobs WHERE status IS NOT NULL ORDER BY ended, number LIMIT ?"
     ids, unused = list[str](), list[str]()
     for number, id, ended in db.execute(query, (limit,)).fetchall():
@@ -189,12 +189,11 @@ def expire(db: sqlite3.Connection, before: float, most_bytes: int, limit: int) -
             break
         unused += _delete(db, number)
         ids.append(id)
-    return ids, unused
+    return Expired(ids, unused, more=len(ids) == limit)
 
 
 def _delete(db: sqlite3.Connection, number: int) -> list[str]:
-    names = {name for (name,) in db.execute("SELECT sha256 FROM images WHERE job = ?", (number,))}
-    db.execute("DELETE FROM images WHERE job = ?", (number,))
+    names = {name for (name,) in db.execute("DELETE FROM images WHERE job = ? RETURNING sha256", (number,))}
     db.execute("INSERT INTO expired (id, owner) SELECT id, owner FROM jobs WHERE number = ?", (number,))
     db.execute("DELETE FROM jobs WHERE number = ?", (number,))
     db.execute("DELETE FROM expired WHERE number <= (SELECT max(number) FROM expired) - ?", (EXPIRED,))
@@ -217,9 +216,8 @@ def has_job(db: sqlite3.Connection, blob: str) -> bool:
 
 def size_bytes(db: sqlite3.Connection) -> int:
     """The size of rows and blobs on disk."""
-    query = "SELECT bytes + (page_count - freelist_count) * page_size"
-    query += " FROM total, pragma_page_count, pragma_freelist_count, pragma_page_size"
-    return int(db.execute(query).fetchone()[0])
+    tables = "total, pragma_page_count, pragma_freelist_count, pragma_page_size"
+    return int(db.execute(f"SELECT bytes + (page_count - freelist_count) * page_size FROM {tables}").fetchone()[0])
 
 
 def probe(db: sqlite3.Connection, size: int) -> None:
@@ -228,13 +226,6 @@ def probe(db: sqlite3.Connection, size: int) -> None:
     db.execute("DELETE FROM scratch")
 
 
-def _read(db: sqlite3.Connection, row: tuple[object, ...]) -> Record:
-    *fields, number = row
-    values = dict(zip(FIELDS, fields, strict=True))
-    values["attached"] = bool(values["attached"])
-    query = (
-        "SELECT place, seed, sha256, size, message FROM images JOIN files USING (sha256) WHERE job = ? ORDER BY place"
-    )
-    names = ("index", "seed", "sha256", "size", "message")
-    images = tuple(ImageRow(**dict(zip(names, image, strict=True))) for image in db.execute(query, (number,)))
-    return Record(**values, number=number, images=images)  # type: ignore[arg-type]  # as the schema has them
+def _read(db: sqlite3.Connection, row: sqlite3.Row) -> Record:
+    values = dict(row) | {"attached": bool(row["attached"])}
+    return Record(**values, images=tuple(ImageRow(**image) for image in db.execute(IMAGES, (row["number"],))))

@@ -91,20 +91,14 @@ def make_directory(directory: Path) -> None:
         raise SettingsError(f"DDPM_DATA_DIR {directory} cannot be used: {reason.lower()}") from None
 
 
-def take_lock(directory: Path) -> int:
-    """Locks the store for this process -> the open lock file. Raises StoreInUse, naming the process that holds it."""
-    lock = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+def take_lock(lock: int, directory: Path) -> None:
+    """Locks the store for this process. lock: its open file. Raises StoreInUse, naming the process that holds it."""
     try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            holder = os.pread(lock, MARK, 0).decode("ascii", "replace").strip()
-            raise StoreInUse(f"the store {directory} is in use by another server, process {holder}") from None
-        os.pwrite(lock, f"{os.getpid()}".ljust(MARK).encode(), 0)
-    except BaseException:
-        os.close(lock)
-        raise
-    return lock
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        holder = os.pread(lock, MARK, 0).decode("ascii", "replace").strip()
+        raise StoreInUse(f"the store {directory} is in use by another server, process {holder}") from None
+    os.pwrite(lock, f"{os.getpid()}".ljust(MARK).encode(), 0)
 
 
 def was_parked(lock: int) -> bool:
@@ -127,6 +121,7 @@ def open_journal(directory: Path) -> sqlite3.Connection:
         else:
             _create(path)
         db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        db.row_factory = sqlite3.Row
         for pragma in ("locking_mode = EXCLUSIVE", "journal_mode = WAL", "synchronous = FULL"):
             db.execute(f"PRAGMA {pragma}")
         return db

@@ -8,29 +8,19 @@ import logging
 import os
 import sqlite3
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from server.errors import StoreRefused
 from server.store import rows
 from server.store.blobs import Blobs
-from server.store.rows import IdempotentHit, Record
-from server.store.schema import as_storage_full, make_directory, mark_parked, open_journal, take_lock, was_parked
+from server.store.rows import Expired, IdempotentHit, Record
+from server.store.schema import LOCK, as_storage_full, make_directory, mark_parked, open_journal, take_lock, was_parked
 from server.store.writer import Writer
 
 logger = logging.getLogger(__name__)
 PROBE_BYTES = 256 << 10  # that must be writable again before the store counts as writable
 BATCH = 200  # jobs, or blobs, that are deleted in one transaction
-
-
-@dataclass(frozen=True, slots=True)
-class Expired:
-    """The ids of deleted jobs, the names of blobs that no job has any more, and whether more jobs may be due."""
-
-    ids: list[str]
-    blobs: list[str]
-    more: bool
 
 
 class Store:
@@ -47,21 +37,18 @@ class Store:
     ) -> None:
         make_directory(directory)
         with as_storage_full(directory):
-            self._lock = take_lock(directory)
+            self._lock = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
             try:
+                take_lock(self._lock, directory)
                 self._db = open_journal(directory)
-                self.blobs = Blobs(directory / "pictures", self._on_write_error)
+                self.blobs = Blobs(directory / "pictures", lambda error: self._writer.write_failed(error))
             except BaseException:
                 os.close(self._lock)
                 raise
-
-        def failed(error: BaseException) -> None:
-            on_failed(StoreRefused(f"the store {directory} has failed: {error}"))
-
-        self._writer = Writer(self._db, self._probe, on_commit, failed)
-
-    def _on_write_error(self, error: OSError) -> None:
-        self._writer.write_failed(error)
+        failed = f"the store {directory} has failed"
+        self._writer = Writer(
+            self._db, self._probe, on_commit, lambda error: on_failed(StoreRefused(f"{failed}: {error}"))
+        )
 
     def _probe(self) -> None:
         """Raises OSError or sqlite3.Error unless blobs and rows can be written."""
@@ -102,7 +89,8 @@ class Store:
 
     def mark_running(self, id: str) -> None:
         """Marks a job as running: if the server dies, the job may be why. Nobody waits until this is on disk."""
-        self._writer.post(partial(rows.mark_running, id=id))
+        marked = self._writer.ask(partial(rows.mark_running, id=id))
+        marked.add_done_callback(asyncio.Future.exception)  # or asyncio would report that nobody retrieved it
 
     def mark_running_durably(self, id: str) -> "asyncio.Future[None]":
         """Marks a job as running, on disk before it runs: it was running when a server died. Waits for room on disk."""
@@ -153,11 +141,10 @@ class Store:
         """The latest arrival or end of a job, by the clock that does not jump; 0 if there is none."""
         return await self._writer.ask(rows.latest)
 
-    async def expire(self, before: float, most_bytes: int) -> Expired:
+    def expire(self, before: float, most_bytes: int) -> "asyncio.Future[Expired]":
         """Deletes some of the jobs that ended before this time, and of the oldest while all take more than
         `most_bytes`. Pass the blobs to `delete` when this is certainly on disk."""
-        ids, blobs = await self._writer.ask(partial(rows.expire, before=before, most_bytes=most_bytes, limit=BATCH))
-        return Expired(ids, blobs, more=len(ids) == BATCH)
+        return self._writer.ask(partial(rows.expire, before=before, most_bytes=most_bytes, limit=BATCH))
 
     async def delete(self, blobs: Sequence[str]) -> None:
         """Deletes blobs, except those that a new job has been given meanwhile. Raises StorageFull.

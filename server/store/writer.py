@@ -12,7 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
 from server.errors import ServerError, StorageFull
 from server.store import rows
@@ -28,10 +28,7 @@ MAX_BATCH = 1024  # requests in one transaction
 class _Request:
     work: Callable[[sqlite3.Connection], Any]
     durable: bool  # retried until it can be written
-    answer: "asyncio.Future[Any] | None"  # None: nobody waits
-
-
-Answers: TypeAlias = list[tuple[_Request, Any]]  # requests with their results or exceptions
+    answer: "asyncio.Future[Any]"
 
 
 class Writer:
@@ -75,16 +72,9 @@ class Writer:
         if self.failed:
             answer.set_exception(StorageFull(self.trouble or ""))
         else:
-            self._put(_Request(work, durable, answer))
+            self._queue.append(_Request(work, durable, answer))
+            self._news.set()
         return answer
-
-    def post(self, work: Callable[[sqlite3.Connection], object]) -> None:
-        """Does `work` soon, if it can be done. Nobody waits for it."""
-        self._put(_Request(work, False, None))
-
-    def _put(self, request: _Request) -> None:
-        self._queue.append(request)
-        self._news.set()
 
     def write_failed(self, error: Exception) -> None:
         """Notes that the disk is full or cannot be written, until a write succeeds."""
@@ -123,8 +113,9 @@ class Writer:
         for request in self._batch:
             self._settle(request, StorageFull(self.trouble or ""))
 
-    def _commit(self, batch: list[_Request]) -> Answers:
-        """Does all requests in one transaction; if that fails, each in its own. Runs in the thread."""
+    def _commit(self, batch: list[_Request]) -> list[tuple[_Request, Any]]:
+        """Does all requests in one transaction; if that fails, each in its own -> each with its result or exception.
+        Runs in the thread."""
         if not batch:
             return []
         began, changes = time.perf_counter(), self._db.total_changes
@@ -151,8 +142,8 @@ class Writer:
             return refusal
 
     def _settle(self, request: _Request, answer: Any) -> bool:
-        """Tells whoever waits the answer -> False if the request must be retried. Raises what a durable request cannot
-        survive."""
+        """Delivers the answer to the caller -> False if the request must be retried instead. Raises an error that a
+        durable request cannot survive."""
         if isinstance(answer, sqlite3.Error | OSError):
             if is_full(answer):
                 self.write_failed(answer)
@@ -161,7 +152,7 @@ class Writer:
                 answer = StorageFull(self.trouble or "")
             elif request.durable:
                 raise answer
-        if request.answer is not None and not request.answer.done():
+        if not request.answer.done():
             if isinstance(answer, Exception):
                 request.answer.set_exception(answer)
             else:
@@ -176,6 +167,6 @@ class Writer:
         logger.critical("the store has failed", exc_info=error)
         self.failed, self.trouble = True, "the store has failed"
         for request in self._batch + self._queue:
-            if request.answer is not None and not request.answer.done():
+            if not request.answer.done():
                 request.answer.set_exception(StorageFull(self.trouble))
         self._on_failed(error)

@@ -1,4 +1,4 @@
-"""Builds everything and wires it, once."""
+"""The application: builds every part and connects them, once."""
 
 import logging
 from collections.abc import AsyncIterator, Callable
@@ -20,11 +20,12 @@ from server.metrics import Metrics
 from server.models import find_models
 from server.settings import Settings
 from server.store.store import Store
-from server.web import generate, info, jobs, middleware, openai, openapi, scrape, watch
-from server.web.http import Heads, RequestIds, refusal
+from server.web import generate, info, jobs, openai, openapi, watch
+from server.web.http import refusal
+from server.web.middleware import Access, Middleware
 
 logger = logging.getLogger(__name__)
-ROOMS = (generate, jobs, watch, info, openai, scrape)
+ROUTERS = [module.router for module in (generate, jobs, watch, info, openai)]
 CODES = {404: "not-found", 405: "method-not-allowed"}
 
 
@@ -33,7 +34,7 @@ async def _on_error(request: Request, error: Exception) -> JSONResponse:
 
 
 async def _on_unforeseen(request: Request, error: Exception) -> JSONResponse:
-    """A bug. This answer is made outside of all middleware, so it brings its request id itself."""
+    """The answer to a bug. It is sent outside of all middleware, so it adds the request id itself."""
     id = getattr(request.state, "request_id", "")
     logger.error("unforeseen error", extra={"request_id": id, "path": request.url.path}, exc_info=error)
     answer = refusal(request.scope, problem(error))
@@ -50,10 +51,22 @@ async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
 
 
 def _methods(request: Request) -> list[str]:
-    """What can be done with this path, by all routes together."""
-    routes = [route for room in ROOMS for route in room.router.routes if route.matches(request.scope)[0] != Match.NONE]
+    """The methods of a path, of all its routes together."""
+    routes = [route for each in ROUTERS for route in each.routes if route.matches(request.scope)[0] != Match.NONE]
     methods = {method for route in routes for method in getattr(route, "methods", ())} or {"GET"}
     return sorted(methods | ({"HEAD"} if "GET" in methods else set()))
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    """Starts the jobs before the first request and closes them after the last one."""
+    try:
+        await app.state.jobs.start()
+    except StorageFull as error:
+        app.state.on_failed(error)
+        raise
+    yield
+    await app.state.jobs.close()
 
 
 def create_app(
@@ -61,47 +74,34 @@ def create_app(
     backend: Backend | None = None,
     on_failed: Callable[[ServerError], None] = lambda failure: None,
 ) -> FastAPI:
-    """The application. `on_failed` hears of what ends it for good. Raises ModelRefused, SettingsError, StoreRefused,
-    StoreInUse, StorageFull."""
+    """The application. on_failed: is called with the error that ends the server for good. Raises ModelRefused,
+    SettingsError, StoreRefused, StoreInUse, StorageFull."""
     cards = find_models(settings.weights)
     if settings.default_model and settings.default_model not in cards:
         raise SettingsError(f"DDPM_DEFAULT_MODEL must be one of {', '.join(cards)}")
-    metrics = Metrics()
+    metrics, access = Metrics(), Access.read(settings)
     if backend is None:
-        backend = build(settings, cards, on_failed, metrics.took)
+        backend = build(settings, cards, on_failed, metrics.observe_step)
     store = Store(settings.data_dir, metrics.journal_commit_seconds.observe, on_failed)
-    made = JobService(settings, cards, backend, store, metrics)
-
-    @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        try:
-            await made.start()
-        except StorageFull as error:
-            on_failed(error)
-            raise
-        yield
-        await made.close()
-
+    service = JobService(settings, cards, backend, store, metrics)
     app = FastAPI(
         title="ddpm-server",
         version=__version__,
         description="Pictures from pixel-space diffusion models: a seed and a step count in, a picture out.",
-        lifespan=lifespan,
-        docs_url=None,  # ours is server/static/docs.html: FastAPI's load programs from elsewhere
+        lifespan=_lifespan,
+        docs_url=None,  # FastAPI's page loads scripts from other servers; ours is server/static/docs.html
         redoc_url=None,
-        redirect_slashes=False,  # a redirect would repeat the Host it was sent
+        redirect_slashes=False,  # a redirect would repeat the Host header
     )
-    app.state.settings = settings
-    app.state.jobs = made
-    for error in (ServerError, PlanError):
-        app.add_exception_handler(error, _on_error)
+    app.state.settings, app.state.jobs, app.state.on_failed = settings, service, on_failed
+    for kind in (ServerError, PlanError):
+        app.add_exception_handler(kind, _on_error)
     app.add_exception_handler(Exception, _on_unforeseen)
     app.add_exception_handler(HTTPException, _on_http_error)
-    middleware.install(app, settings, made.admission.count_refusal)
-    app.add_middleware(Heads)
-    app.add_middleware(RequestIds)
+    refused = service.admission.count_refusal
+    app.add_middleware(Middleware, access=access, max_websockets=settings.max_websockets, refused=refused)
     app.mount("/static", StaticFiles(directory=info.STATIC), name="static")
-    for room in ROOMS:
-        app.include_router(room.router)
-    openapi.describe(app, made, settings)
+    for router in ROUTERS:
+        app.include_router(router)
+    openapi.describe(app, service, settings)
     return app

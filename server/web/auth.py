@@ -1,7 +1,7 @@
-"""Who may: API keys, of which only hashes are kept, and whoever they belong to.
+"""API keys, of which the server has only hashes, and the tenants they belong to.
 
-A file of keys has a line `name:sha256[:quota]` for each: the owner's name, the SHA-256 of the key in hex, and perhaps
-how many image-steps the owner may ask for in a minute. A name may stand there twice, while its key is being changed.
+A file of keys has one line `name:sha256[:quota]` per key: the tenant's name, the SHA-256 of the key in hex, and the
+image-steps that the tenant may request per minute. A name may have two lines while its key is being changed.
 """
 
 import base64
@@ -19,18 +19,18 @@ from server.jobs.tenants import Quota, Tenant
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 LINE = re.compile(rf"({NAME.pattern}):([0-9a-f]{{64}})(?::([1-9][0-9]{{0,14}}))?")
 MAX_FILE_BYTES = 1 << 20
-MAX_KEY_BYTES = 1024  # of what a client offers
-SUBPROTOCOL = "ddpm.key."  # under which a browser's websocket brings its key
-SAME_FOR_ALL = "a valid key is needed, as Authorization: Bearer KEY"  # whether it was missing, ill-formed or wrong
+MAX_KEY_BYTES = 1024
+SUBPROTOCOL = "ddpm.key."  # prefix of the subprotocol in which a browser's websocket sends its key
+SAME_FOR_ALL = "a valid key is needed, as Authorization: Bearer KEY"  # for a missing, an ill-formed and a wrong key
 
 
 def fingerprint(key: bytes) -> bytes:
-    """What is kept of a key. Keys are drawn at random, so a fast hash is enough."""
+    """The hash of a key. Keys are random, so a fast hash is enough."""
     return hashlib.sha256(key).digest()
 
 
 def make_key(name: str, quota: int | None = None) -> tuple[str, str]:
-    """A new key, and the line for the file of keys."""
+    """A new key and its line for the file of keys. Raises SettingsError."""
     key = f"ddpm_{secrets.token_urlsafe(32)}"
     line = f"{name}:{fingerprint(key.encode()).hex()}" + (f":{quota}" if quota is not None else "")
     if not LINE.fullmatch(line):
@@ -45,7 +45,7 @@ class Keyring:
         self._owners = tuple(owners)
 
     def owner(self, key: bytes | None) -> Tenant:
-        """Whom a key belongs to. Raises Unauthenticated. Every key is compared with, so that time tells nothing."""
+        """The tenant of a key. Raises Unauthenticated. It compares with every key, so that its time reveals nothing."""
         given, found = fingerprint((key or b"")[:MAX_KEY_BYTES]), None
         for digest, owner in self._owners:
             if hmac.compare_digest(given, digest):
@@ -56,7 +56,7 @@ class Keyring:
 
     @classmethod
     def read(cls, path: Path) -> "Keyring":
-        """The keys in a file. Raises SettingsError in one line that shows nothing of what is in it."""
+        """The keys of a file. Raises SettingsError, with a message that repeats nothing of the file."""
         try:
             with path.open("rb") as file:
                 text = file.read(MAX_FILE_BYTES + 1)
@@ -85,12 +85,12 @@ class Keyring:
 
     @classmethod
     def of_one(cls, key: str) -> "Keyring":
-        """A single key."""
+        """A keyring of a single key."""
         return cls([(fingerprint(key.encode()), Tenant("metrics"))])
 
 
 def offered(headers: Sequence[tuple[bytes, bytes]], subprotocols: Sequence[str] = ()) -> bytes | None:
-    """The key that a request brings, by its Authorization header or as a subprotocol of its websocket."""
+    """The key of a request: from its Authorization header, or from a subprotocol of its websocket."""
     given = [value for name, value in headers if name == b"authorization"]
     if given:
         scheme, _, key = given[0].strip().partition(b" ")

@@ -1,4 +1,4 @@
-"""`POST /generate`: a seed and a step count in, a picture out, in whatever form `Accept` asks for."""
+"""`POST /generate`: a request in, pictures out, in the media type that `Accept` asks for."""
 
 import asyncio
 import base64
@@ -17,43 +17,34 @@ from server.jobs import encode
 from server.jobs.job import Job, Kind, State
 from server.jobs.request import RequestContext
 from server.jobs.service import JobService
-from server.jobs.stream import Message, Subscriber, Text, told_of
-from server.web.http import (
-    header,
-    idempotency_key,
-    makes_again,
-    negotiate,
-    owner_of,
-    prefers,
-    read_json_body,
-    unless_gone,
-)
+from server.jobs.stream import Message, Subscriber, TextMessage, error_message
+from server.web.http import header, idempotency_key, negotiate, read_json_body, tenant_of, words
 
 router = APIRouter()
 PNG, JSON, NPY, ZIP = "image/png", "application/json", "application/x-npy", "application/zip"
 EVENTS = "text/event-stream"
 ANIMATIONS = ("image/gif", "image/apng", "image/webp")
 ANSWERS = (PNG, JSON, NPY, ZIP, EVENTS, *ANIMATIONS)
-CLIENT_CLOSED_REQUEST = 499  # nobody is there to read it; for the log
+CLIENT_CLOSED_REQUEST = 499  # nobody reads it
 PROBLEM = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
 PROBLEMS: dict[int | str, dict[str, Any]] = {
     status: {"description": text, "content": PROBLEM}
     for status, text in {
-        400: "the body is not JSON",
-        406: "no such answer",
-        409: "the job that came with this Idempotency-Key has not ended; Location, Retry-After",
-        413: "the body is too large",
-        415: "the body is not declared as JSON",
-        422: "a field is out of bounds; `errors` names it. Or the Idempotency-Key came with another body before",
-        429: "the queue is full; Retry-After says for how long",
-        503: "not ready, or the disk is full; Retry-After",
-        504: "the deadline has passed",
+        400: "The body is not valid JSON.",
+        406: "No media type that `Accept` allows can be produced.",
+        409: "The job with this Idempotency-Key has not ended: see the headers Location and Retry-After.",
+        413: "The body is too large.",
+        415: "The body is not declared as JSON.",
+        422: "A field is out of bounds (`errors` names it), or the Idempotency-Key was used with another body.",
+        429: "The queue is full, or the quota is used up: see the header Retry-After.",
+        503: "The server is not ready, or its disk is full: see the header Retry-After.",
+        504: "The deadline was missed, or cannot be met.",
     }.items()
 }
 
 
 def picture(job: Job) -> bytes:
-    """The picture, or all of them on a contact sheet."""
+    """The PNG of a job: its picture, or a contact sheet of several."""
     if job.request.n == 1:
         return job.images[0].png
     sheet = encode.contact_sheet([job.images[i].picture for i in range(job.request.n)])
@@ -61,12 +52,12 @@ def picture(job: Job) -> bytes:
 
 
 def archive(job: Job) -> bytes:
-    """The pictures as PNGs in a zip."""
+    """A zip of PNGs."""
     return encode.archive({f"{i:04d}-seed-{job.images[i].seed}.png": job.images[i].png for i in range(job.request.n)})
 
 
 def array(job: Job) -> bytes:
-    """The pictures as one array."""
+    """The unrounded pictures as one npy array, [n, C, H, W] float32. Raises Gone."""
     floats = [image.floats for _, image in sorted(job.images.items()) if image.floats is not None]
     if len(floats) < job.request.n:
         raise Gone("the unrounded pictures of this job are no longer held")
@@ -74,20 +65,20 @@ def array(job: Job) -> bytes:
 
 
 def animation(job: Job, media: str) -> bytes:
-    """The denoising, all pictures side by side, ending on the finished ones."""
-    chosen = job.request.frames
-    assert chosen is not None
+    """The animation of the denoising, on contact sheets, up to the finished pictures. Raises Gone."""
+    watched = job.request.frames
+    assert watched is not None
     if not job.frames:
         raise Gone("the frames of this job are no longer held; the same request makes them again")
-    kind: Kind = "x0" if chosen.frames.kind == "x0" else "x_t"
-    points = [step for step in chosen.points if (0, step, kind) in job.frames and step < job.request.sampling.steps]
+    kind: Kind = "x0" if watched.frames.kind == "x0" else "x_t"
+    points = [step for step in watched.points if (0, step, kind) in job.frames and step < job.request.sampling.steps]
     sheets = [encode.contact_sheet([job.frames[i, step, kind] for i in range(job.request.n)]) for step in points]
     last = encode.contact_sheet([job.images[i].picture for i in range(job.request.n)])
     return encode.animation([*sheets, last], media)
 
 
 async def draw(jobs: JobService, job: Job, media: str) -> bytes:
-    """The animation. Few are drawn at once, so that frames of others need not wait for a thread."""
+    """The animation. A semaphore leaves threads free to encode the frames of other jobs."""
     async with jobs.drawing:
         return await asyncio.to_thread(animation, job, media)
 
@@ -103,14 +94,13 @@ ENCODERS: dict[str, Callable[[Job], bytes]] = {PNG: picture, NPY: array, ZIP: ar
     openapi_extra={"requestBody": {"content": {JSON: {"schema": {"$ref": "#/components/schemas/GenerateRequest"}}}}},
 )
 async def generate(request: Request) -> Response:
-    """Makes `n` pictures and answers as `Accept` asks: a PNG (or a contact sheet), the job as JSON, the unrounded
-    float32 array as npy, a zip of PNGs, the denoising as an animation, or all that happens as server-sent events.
-    The same request gives the same bytes. A caller that leaves cancels, unless it asked by `Prefer: respond-async`
-    for an answer at once."""
+    """Makes `n` pictures. `Accept` chooses the answer: a PNG (a contact sheet if `n` > 1), the job as JSON, the
+    unrounded float32 array as npy, a zip of PNGs, an animation of the denoising, or server-sent events of all that
+    happens. The same request gives the same bytes. A client that disconnects cancels the job, unless it asked for an
+    immediate answer with `Prefer: respond-async`."""
     jobs: JobService = request.app.state.jobs
-    later = prefers(request, "respond-async")
     with jobs.admission.counting_refusals():
-        media = negotiate(header(request, "accept"), ANSWERS)
+        media, later = negotiate(header(request, "accept"), ANSWERS), "respond-async" in words(request, "prefer")
         body = await read_json_body(request, request.app.state.settings.max_body_bytes)
         context = RequestContext(
             floats=media == NPY,
@@ -118,9 +108,7 @@ async def generate(request: Request) -> Response:
             draws=media in ANIMATIONS and not later,
             later=later,
             attached=not later and media != EVENTS,
-            again=makes_again(request),
-            key=idempotency_key(request),
-            tenant=owner_of(request),
+            **from_headers(request),
         )
         job = await jobs.submit(body or b"{}", context)
     headers = {"X-Job-Id": job.id, "X-Seed": str(job.request.seed), "Vary": "Accept, Prefer"}
@@ -131,11 +119,8 @@ async def generate(request: Request) -> Response:
         return JSONResponse(jobs.document(job), 202, headers)
     if media == EVENTS:
         return ServerSent(jobs, job, _events(job, jobs.watch(job), request.state.request_id), headers)
-    try:
-        if await unless_gone(request, jobs.result(job)) is None:
-            return Response(status_code=CLIENT_CLOSED_REQUEST)
-    finally:
-        await jobs.leave(job)
+    if not await succeeds(request, jobs, job):
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
     if media == JSON:
         return await asyncio.to_thread(lambda: JSONResponse(job.document(pictures=True), headers=headers))
     if media in ANIMATIONS:
@@ -143,8 +128,36 @@ async def generate(request: Request) -> Response:
     return Response(await asyncio.to_thread(ENCODERS[media], job), media_type=media, headers=headers)
 
 
+def from_headers(request: Request) -> dict[str, Any]:
+    """What the headers of a request say about its job: fields of RequestContext. Raises Malformed."""
+    again = "no-cache" in words(request, "cache-control")
+    return {"again": again, "key": idempotency_key(request), "tenant": tenant_of(request)}
+
+
+async def succeeds(request: Request, jobs: JobService, job: Job) -> bool:
+    """Waits until a job has succeeded -> False if the client disconnects before, which leaves the job. Raises what the
+    job failed with."""
+
+    async def watch_client() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        result.cancel()
+
+    result, client = asyncio.create_task(jobs.result(job)), asyncio.create_task(watch_client())
+    try:
+        await result
+    except asyncio.CancelledError:
+        if not client.done():  # the server ends
+            raise
+        return False
+    finally:
+        client.cancel()
+        await jobs.leave(job)
+    return True
+
+
 class ServerSent(StreamingResponse):
-    """What happens to a job, as server-sent events. Whoever stops reading cancels it."""
+    """Server-sent events of a job. A client that stops reading leaves the job, which may cancel it."""
 
     def __init__(self, jobs: JobService, job: Job, events: AsyncGenerator[bytes], headers: dict[str, str]) -> None:
         super().__init__(events, media_type=EVENTS, headers=headers | {"Cache-Control": "no-store"})
@@ -153,22 +166,22 @@ class ServerSent(StreamingResponse):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
-        finally:  # here, not in the generator: of a caller who leaves at once, that is never begun
+        finally:  # not in the generator, which never starts if the client disconnects at once
             await self._jobs.leave(self._job)
 
 
-async def _events(job: Job, viewer: Subscriber, request_id: str) -> AsyncGenerator[bytes]:
-    """Everything that happens; or, at the end, why no more of it will be told by this server."""
-    async with aclosing(viewer.messages()) as messages:
+async def _events(job: Job, subscriber: Subscriber, request_id: str) -> AsyncGenerator[bytes]:
+    """Every message of the job; at the end, if the job was parked, the reason."""
+    async with aclosing(subscriber.messages()) as messages:
         async for message in messages:
             yield await _event(message)
-            await asyncio.sleep(0)  # a long replay must not keep the others waiting
+            await asyncio.sleep(0)  # a long replay must not starve other tasks
     if job.state is State.PARKED and job.failure is not None:
-        yield await _event(told_of(job.failure, request_id, job.stream))
+        yield await _event(error_message(job.failure, request_id, job.stream))
 
 
 async def _event(message: Message) -> bytes:
-    if isinstance(message, Text):
+    if isinstance(message, TextMessage):
         name, data = message.body["type"], message.json
     else:
         name, (header, png) = "frame" if message.passing else "image", unpack(await message.packed())

@@ -1,8 +1,8 @@
-"""Which Host and Origin headers are answered: what stands between this server and other people's web pages.
+"""Checks of the headers Host and Origin: they keep web pages of other sites from using this server.
 
-A browser shows every page to whoever its name leads to, and sends along where a request comes from. So a page of a
-stranger may reach a server that only its own machine or network can, in two ways: by sending requests across origins,
-which the Origin header tells, or by changing what its own name leads to (DNS rebinding), which the Host header tells.
+A page in a browser can reach a server that only the browser's machine or network can, in two ways. It can send
+requests across origins, which shows in the Origin header; or it can point its own domain name to the server's address
+(DNS rebinding), which shows in the Host header.
 """
 
 import ipaddress
@@ -14,8 +14,8 @@ from server.errors import BadHost, Forbidden, SettingsError
 HOST = re.compile(r"(\[[0-9A-Fa-f:.]{2,45}\]|[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*)\.?(?::([0-9]{1,5}))?")
 PATTERN = re.compile(r"\*|(\*\.)?[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*|\[[0-9A-Fa-f:.]+\]")
 ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/\s,]+")
-NOBODYS = (".localhost", ".local", ".internal")  # names under which no stranger can have one
-LONGEST = 255
+PRIVATE = (".localhost", ".local", ".internal")  # domains under which nobody can register a name
+MAX_HOST = 255
 
 
 def _words(text: str) -> list[str]:
@@ -32,29 +32,29 @@ def _is_address(name: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """Whom this server answers for, and to whose pages. None: every host."""
+    """The hosts that the server answers for (None: all), and the origins of other sites that may use it."""
 
     hosts: tuple[str, ...] | None
     origins: tuple[str, ...]
 
     @classmethod
     def read(cls, hosts: str, origins: str, keys_needed: bool) -> "Rules":
-        """The rules that settings spell out. Raises SettingsError.
+        """The rules of the settings. Raises SettingsError.
 
-        If no host is named, and no key is needed, those are answered for which no stranger can make a name lead to:
-        addresses, names without a dot, and names under .localhost, .local and .internal.
+        Without named hosts and keys, it answers for hosts that an attacker cannot register: addresses, names without
+        a dot, and names under .localhost, .local and .internal.
         """
-        named, pages = _words(hosts), _words(origins)
+        named, sites = _words(hosts), _words(origins)
         if not all(PATTERN.fullmatch(word) for word in named):
             raise SettingsError("DDPM_ALLOWED_HOSTS must be names like a.example, *.a.example or *, without ports")
-        if not all(ORIGIN.fullmatch(word) for word in pages):
+        if not all(ORIGIN.fullmatch(word) for word in sites):
             raise SettingsError("DDPM_ALLOWED_ORIGINS must be origins like https://a.example or *")
         anything = "*" in named or (not named and keys_needed)
-        return cls(None if anything else tuple(named), tuple(pages))
+        return cls(None if anything else tuple(named), tuple(sites))
 
     def check_host(self, given: list[bytes]) -> None:
-        """Raises BadHost unless there is one Host header and this server answers for it."""
-        text = given[0].decode("latin-1") if len(given) == 1 and len(given[0]) <= LONGEST else ""
+        """Raises BadHost unless there is one Host header, of a host that this server answers for."""
+        text = given[0].decode("latin-1") if len(given) == 1 and len(given[0]) <= MAX_HOST else ""
         match = HOST.fullmatch(text)
         if match is None or int(match[2] or 0) > 65535:
             raise BadHost("a request needs one Host header that is a name or an address, and perhaps a port")
@@ -66,10 +66,10 @@ class Rules:
             return True
         if self.hosts:
             return any(name == host or (host[0] == "*" and name.endswith(host[1:])) for host in self.hosts)
-        return "." not in name or _is_address(name) or name.endswith(NOBODYS)
+        return "." not in name or _is_address(name) or name.endswith(PRIVATE)
 
     def check_origin(self, origins: list[bytes], host: bytes) -> None:
-        """Raises Forbidden if the page of a stranger sent this. Without an Origin header no page did."""
+        """Raises Forbidden if a page of another site sent the request. Requests without Origin come from no page."""
         if not origins or "*" in self.origins:
             return
         origin = origins[0].decode("latin-1").lower() if len(origins) == 1 else ""

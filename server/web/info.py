@@ -1,4 +1,4 @@
-"""`GET /models`: what is served, where, and what it promises. `GET /healthz`, `GET /readyz`: whether it is."""
+"""What the server says about itself: `/models`, `/healthz`, `/readyz`, `/metrics`, and the two pages."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -13,11 +13,12 @@ from server.engines.backend import Backend
 from server.errors import NotFound
 from server.jobs.request import default_model
 from server.jobs.service import JobService
+from server.metrics import MEDIA
 from server.settings import Settings
-from server.web.http import already_has
+from server.web.http import has_current
 
 router = APIRouter()
-ONLY_OURS = (
+CONTENT_POLICY = (
     "default-src 'self'; img-src 'self' blob: data:; connect-src 'self' blob:; "
     "base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
 )
@@ -48,27 +49,26 @@ def _document(card: ModelCard, backend: Backend) -> dict[str, Any]:
 
 
 def _page(request: Request, name: str) -> Response:
-    """A page of ours, which runs what this server sends it and nothing else."""
-    path, policy = STATIC / name, {"Content-Security-Policy": ONLY_OURS}
+    """A page, which may load nothing from other servers."""
+    path, policy = STATIC / name, {"Content-Security-Policy": CONTENT_POLICY}
     page = FileResponse(path, headers=policy, stat_result=path.stat())
     tag = page.headers["etag"]
-    return Response(status_code=304, headers=policy | {"ETag": tag}) if already_has(request, tag) else page
+    return Response(status_code=304, headers=policy | {"ETag": tag}) if has_current(request, tag) else page
 
 
-@router.get("/models", summary="The models that are served")
+@router.get("/models", summary="List models")
 async def models(request: Request) -> JSONResponse:
-    """Every model, without its card; which of them is made with if a request names none; and how many pictures a
-    request may ask for."""
+    """All models without their cards, the default model of requests that name none, and the limit of `n`."""
     jobs: JobService = request.app.state.jobs
     settings: Settings = request.app.state.settings
-    served = [_document(card, jobs.backend) for card in jobs.cards.values()]
-    usual = {"default": default_model(jobs.cards, settings), "max_n": settings.max_n}
-    return JSONResponse({"models": served} | usual)
+    documents = [_document(card, jobs.backend) for card in jobs.cards.values()]
+    default = default_model(jobs.cards, settings)
+    return JSONResponse({"models": documents, "default": default, "max_n": settings.max_n})
 
 
-@router.get("/models/{name}", summary="One model and its card")
+@router.get("/models/{name}", summary="Get a model and its card")
 async def model(request: Request, name: str) -> JSONResponse:
-    """One model, with its card: the README of its directory."""
+    """A model with its card, the README of its directory."""
     jobs: JobService = request.app.state.jobs
     if name not in jobs.cards:
         raise NotFound(f"there is no such model; there are {', '.join(jobs.cards)}")
@@ -76,28 +76,35 @@ async def model(request: Request, name: str) -> JSONResponse:
     return JSONResponse(_document(card, jobs.backend) | {"card": card.readme})
 
 
-@router.get("/healthz", summary="Alive?")
+@router.get("/healthz", summary="Check that the server is alive")
 async def healthz() -> JSONResponse:
-    """The API process answers."""
+    """200 if the API process answers, whatever its engines do."""
     return JSONResponse({"status": "ok"})
 
 
-@router.get("/readyz", summary="Ready to take work?")
+@router.get("/readyz", summary="Check that the server accepts jobs")
 async def readyz(request: Request) -> JSONResponse:
-    """200 if work is taken, else 503 with the reason."""
+    """200 if jobs are accepted, else 503 with the reason."""
     jobs: JobService = request.app.state.jobs
     if jobs.admission.trouble is not None:
         raise jobs.admission.trouble
     return JSONResponse({"status": "ready"})
 
 
+@router.get("/metrics", summary="Get metrics in Prometheus' text format", response_class=Response)
+async def scrape(request: Request) -> Response:
+    """Counters, gauges and histograms named `ddpm_*`, all read at one moment."""
+    jobs: JobService = request.app.state.jobs
+    return Response(jobs.metrics.render(), headers={"Content-Type": MEDIA, "Cache-Control": "no-store"})
+
+
 @router.get("/", include_in_schema=False)
-async def front_door(request: Request) -> Response:
-    """The viewer page."""
+async def index_page(request: Request) -> Response:
+    """The page on which jobs are made and watched."""
     return _page(request, "index.html")
 
 
 @router.get("/docs", include_in_schema=False)
-async def reference(request: Request) -> Response:
-    """What `/openapi.json` says, to be read."""
+async def docs_page(request: Request) -> Response:
+    """A readable `/openapi.json`."""
     return _page(request, "docs.html")

@@ -1,8 +1,9 @@
-"""`/jobs`: what is running and what has come of it."""
+"""`/jobs`: the jobs of a tenant, running and ended, their images and their animations."""
 
 import asyncio
 
 from fastapi import APIRouter, Request, Response
+from starlette.requests import HTTPConnection
 from starlette.responses import JSONResponse
 
 from server.bounds import whole_number
@@ -11,66 +12,73 @@ from server.jobs.job import Job
 from server.jobs.schemas import JOBS, MOST_JOBS, STATUSES, After, Index, Limit, Status
 from server.jobs.service import JobService
 from server.web.generate import ANIMATIONS, PNG, draw
-from server.web.http import already_has, header, name_of_owner, negotiate
+from server.web.http import has_current, header, negotiate, tenant_of
 
 router = APIRouter()
-FOR_EVER = "max-age=31536000, immutable"
+IMMUTABLE = "max-age=31536000, immutable"
 
 
-def _kept(job: Job) -> str:
-    """The Cache-Control of a picture. Caches between us and an owner must not show it to others."""
-    return f"{'public' if job.request.owner is None else 'private'}, {FOR_EVER}"
+def _cache_control(job: Job) -> str:
+    """The Cache-Control of an image: shared caches must not show a tenant's image to others."""
+    return f"{'public' if job.request.owner is None else 'private'}, {IMMUTABLE}"
 
 
-@router.get("/jobs", summary="JobService, newest first")
+def _owner(request: HTTPConnection) -> str | None:
+    tenant = tenant_of(request)
+    return None if tenant is None else tenant.name
+
+
+async def find_job(request: HTTPConnection, id: str) -> Job:
+    """A job of the tenant that asks. Raises NotFound, Gone."""
+    jobs: JobService = request.app.state.jobs
+    return await jobs.repository.find(id, _owner(request))
+
+
+@router.get("/jobs", summary="List jobs, newest first")
 async def job_list(request: Request, status: Status = None, limit: Limit = None, after: After = None) -> JSONResponse:
-    """The jobs that are kept. `after` is the id of the last job of the page before."""
+    """One page of the jobs that are kept. `after` is the id of the last job of the previous page."""
     if status is not None and status not in STATUSES:
         raise Invalid(("status", f"status must be one of {', '.join(STATUSES)}"))
     most = JOBS if limit is None else whole_number("limit", limit, 1, MOST_JOBS)
     jobs: JobService = request.app.state.jobs
-    page = await jobs.repository.page(name_of_owner(request), status, after, most)
+    page = await jobs.repository.page(_owner(request), status, after, most)
     documents = [jobs.document(job) for job in page]
     return await asyncio.to_thread(JSONResponse, {"jobs": documents})
 
 
-@router.get("/jobs/{id}", summary="A job")
+@router.get("/jobs/{id}", summary="Get a job")
 async def job_document(request: Request, id: str) -> JSONResponse:
-    """The job document."""
+    """The job document: status, progress, request, images, error."""
     jobs: JobService = request.app.state.jobs
-    return JSONResponse(jobs.document(await jobs.repository.find(id, name_of_owner(request))))
+    return JSONResponse(jobs.document(await find_job(request, id)))
 
 
 @router.delete("/jobs/{id}", summary="Cancel a job")
 async def job_cancel(request: Request, id: str) -> JSONResponse:
-    """Gives a job up; a job that has ended stays as it is. Answers the document."""
+    """Cancels a job and returns its document. A job that has ended stays as it is."""
     jobs: JobService = request.app.state.jobs
-    return JSONResponse(jobs.document(await jobs.cancel(await jobs.repository.find(id, name_of_owner(request)))))
+    return JSONResponse(jobs.document(await jobs.cancel(await find_job(request, id))))
 
 
-@router.get("/jobs/{id}/images/{index}", summary="One picture of a job", response_class=Response)
+@router.get("/jobs/{id}/images/{index}", summary="Get an image of a job", response_class=Response)
 async def job_image(request: Request, id: str, index: Index) -> Response:
-    """The PNG, immutable."""
-    jobs: JobService = request.app.state.jobs
-    job = await jobs.repository.find(id, name_of_owner(request))
+    """The PNG. It never changes."""
+    job = await find_job(request, id)
     if not (index.isascii() and index.isdigit() and len(index) < 6 and int(index) in job.images):
         raise NotFound(f"this job has {len(job.images)} of its images 0..{job.request.n - 1}")
     image = job.images[int(index)]
     tag = f'"{await asyncio.to_thread(lambda: image.sha256)}"'
-    headers = {"ETag": tag, "Cache-Control": _kept(job)}
-    if already_has(request, tag):
+    headers = {"ETag": tag, "Cache-Control": _cache_control(job)}
+    if has_current(request, tag):
         return Response(status_code=304, headers=headers)
     return Response(await asyncio.to_thread(lambda: image.png), media_type=PNG, headers=headers)
 
 
-@router.get("/jobs/{id}/trajectory", summary="The denoising of a job as an animation", response_class=Response)
+@router.get("/jobs/{id}/trajectory", summary="Get the denoising of a job as an animation", response_class=Response)
 async def job_trajectory(request: Request, id: str) -> Response:
-    """GIF, APNG or WebP as `Accept` asks, from the frames that were kept."""
-    media = negotiate(header(request, "accept"), ANIMATIONS)
-    jobs: JobService = request.app.state.jobs
-    job = await jobs.repository.find(id, name_of_owner(request))
+    """A GIF, APNG or WebP, as `Accept` asks, of the frames that are in memory."""
+    media, job = negotiate(header(request, "accept"), ANIMATIONS), await find_job(request, id)
     if job.request.frames is None or job.status != "succeeded":
         raise NotFound("this job has no frames" if job.request.frames is None else f"this job is {job.status}")
-    return Response(
-        await draw(jobs, job, media), media_type=media, headers={"Cache-Control": _kept(job), "Vary": "Accept"}
-    )
+    data = await draw(request.app.state.jobs, job, media)
+    return Response(data, media_type=media, headers={"Cache-Control": _cache_control(job), "Vary": "Accept"})

@@ -1,134 +1,161 @@
-"""The door: what every request, over HTTP or for a websocket, has to pass before any route hears of it.
+"""The one ASGI middleware: every HTTP request and every websocket passes it before a route.
 
-Everything is closed unless it is named here. Nothing is accepted first and refused later: a websocket is refused with
-an HTTP status, like everybody else.
+It gives each request an id, checks Host, Origin and key, counts websockets, and answers HEAD. All paths need a key
+unless they are named here. A websocket is refused with an HTTP status, before it is accepted.
 """
 
+import re
+import secrets
 from collections.abc import Callable, Set
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 
-from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server import logs
 from server.errors import NotFound, ServerError, TooManyConnections, Unauthenticated, problem
+from server.jobs.tenants import Tenant
 from server.settings import Settings
 from server.web.auth import SAME_FOR_ALL, Keyring, offered
 from server.web.hosts import Rules
 from server.web.http import refusal
 
-PROTOCOL = "ddpm.v1"  # what a websocket that offers it is answered with: its key is not to be echoed
+PROTOCOL = "ddpm.v1"  # the subprotocol of a websocket whose other offered subprotocol is its key
 OPEN = {"/", "/healthz", "/readyz"}
-PROBES = {"/healthz", "/readyz"}  # asked by addresses that nobody knows beforehand
+PROBES = {"/healthz", "/readyz"}  # load balancers ask for them by address, so any Host will do
 STATIC = "/static/"
 METRICS = "/metrics"
-SAFE = {"GET", "HEAD"}
-OTHER_SITES_MAY_READ = (
+SAFE_METHODS = {"GET", "HEAD"}
+STARTS = ("http.response.start", "websocket.accept", "websocket.http.response.start")  # messages with headers
+REQUEST_ID = re.compile(r"[\w-]{1,64}", re.ASCII)
+CORS_METHODS = ("GET", "POST", "DELETE")
+CORS_EXPOSED_HEADERS = (
     *("X-Job-Id", "X-Seed", "X-Request-Id", "X-Cache", "Location", "ETag", "Preference-Applied"),
     *("Retry-After", "RateLimit", "RateLimit-Policy", "X-Should-Retry"),
 )
-OTHER_SITES_MAY_SEND = (
+CORS_HEADERS = (
     *("Authorization", "Accept", "Cache-Control", "Content-Type", "Idempotency-Key", "Prefer", "X-Request-Id"),
 )
 
 
-def headers_of(scope: Scope, name: bytes) -> list[bytes]:
+def _values(scope: Scope, name: bytes) -> list[bytes]:
     """All values of a header."""
     return [value for given, value in scope["headers"] if given == name]
 
 
-async def refuse(error: ServerError, scope: Scope, receive: Receive, send: Send) -> None:
-    """Answers with a problem; a websocket that was not accepted yet, too."""
-    await refusal(scope, problem(error))(scope, receive, send)
+@dataclass(frozen=True, slots=True)
+class Access:
+    """Which requests may pass. keys: None if no key is needed. any_host: paths that are answered for every Host."""
+
+    rules: Rules
+    keys: Keyring | None
+    metrics_key: Keyring | None
+    any_host: Set[str]
+
+    @classmethod
+    def read(cls, settings: Settings) -> "Access":
+        """What the settings say. Raises SettingsError."""
+        keys = Keyring.read(Path(settings.api_keys)) if settings.api_keys else None
+        secret = settings.metrics_key.get_secret_value()
+        rules = Rules.read(settings.allowed_hosts, settings.allowed_origins, keys is not None)
+        if not secret:
+            return cls(rules, keys, None, PROBES)
+        return cls(rules, keys, Keyring.of_one(secret), PROBES | {METRICS})  # a page in a browser has no such key
+
+    def check_source(self, scope: Scope) -> None:
+        """Checks Host and Origin. Raises BadHost, Forbidden."""
+        hosts, origins = _values(scope, b"host"), _values(scope, b"origin")
+        if scope["type"] == "websocket" or scope["path"] not in self.any_host:
+            self.rules.check_host(hosts)
+        if scope["type"] == "websocket" or scope["method"] not in SAFE_METHODS:
+            self.rules.check_origin(origins, hosts[0] if hosts else b"")
+
+    def tenant(self, scope: Scope) -> Tenant | None:
+        """The tenant whose key the request brings; None if it needs none. Raises Unauthenticated."""
+        path, subprotocols = scope["path"], scope.get("subprotocols", ())
+        if path == METRICS and self.metrics_key is not None:
+            self.metrics_key.owner(offered(scope["headers"]))
+            return None
+        if self.keys is None or (scope["type"] == "http" and (path in OPEN or path.startswith(STATIC))):
+            return None
+        if path == METRICS:
+            raise Unauthenticated(SAME_FOR_ALL)
+        return self.keys.owner(offered(scope["headers"], subprotocols))
 
 
-class Door:
-    """ASGI middleware that lets through whatever `check` does not raise a ServerError for. `refused` hears the code."""
+class Middleware:
+    """ASGI middleware. refused: is called with the code of every refusal."""
 
-    def __init__(self, app: ASGIApp, check: Callable[[Scope], None], refused: Callable[[str], None]) -> None:
-        self.app, self._check, self._refused = app, check, refused
+    def __init__(self, app: ASGIApp, access: Access, max_websockets: int, refused: Callable[[str], None]) -> None:
+        self._app, self._access, self._max_websockets, self._refused = app, access, max_websockets, refused
+        self._websockets = 0  # open ones
+        self._next: ASGIApp = self._authenticate
+        if access.rules.origins:
+            self._next = CORSMiddleware(
+                self._authenticate,
+                allow_origins=access.rules.origins,
+                allow_methods=CORS_METHODS,
+                allow_headers=CORS_HEADERS,
+                expose_headers=CORS_EXPOSED_HEADERS,
+            )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] in ("http", "websocket"):
-            try:
-                self._check(scope)
-            except ServerError as error:
-                self._refused(problem(error).code)
-                return await refuse(error, scope, receive, send)
-        await self.app(scope, receive, send)
-
-
-class WebSockets:
-    """ASGI middleware that counts websockets, and answers those that fit no route, or are too many, with a problem."""
-
-    def __init__(self, app: ASGIApp, most: int, refused: Callable[[str], None]) -> None:
-        self.app, self._most, self._refused = app, most, refused
-        self._open = 0
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "websocket":
-            return await self.app(scope, receive, send)
-        if self._open >= self._most:
-            full = TooManyConnections(f"there are {self._most} websockets, as many as may be")
-            self._refused(problem(full).code)
-            return await refuse(full, scope, receive, send)
-        accepted = False
+        if scope["type"] not in ("http", "websocket"):
+            return await self._app(scope, receive, send)
+        given = (_values(scope, b"x-request-id") or [b""])[-1].decode("latin-1")
+        id = given if REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
+        scope.setdefault("state", {})["request_id"] = id
+        logs.request_id.set(id)
+        head = scope["type"] == "http" and scope["method"] == "HEAD"
 
         async def answer(message: Message) -> None:
-            nonlocal accepted
-            if message["type"] == "websocket.close" and not accepted:  # no route of ours closes before it accepts
-                return await refuse(NotFound("there is no such websocket"), scope, receive, send)
-            if message["type"] == "websocket.accept":
-                accepted = True
-                if PROTOCOL in scope["subprotocols"]:
-                    message = {**message, "subprotocol": PROTOCOL}
+            if message["type"] in STARTS:
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", id.encode())]
+            elif head and message["type"] == "http.response.body":
+                message = {**message, "body": b""}
             await send(message)
 
-        self._open += 1
         try:
-            await self.app(scope, receive, answer)
+            self._access.check_source(scope)
+        except ServerError as error:
+            return await self._refuse(error, scope, receive, answer)
+        await self._next({**scope, "method": "GET"} if head else scope, receive, answer)
+
+    async def _authenticate(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The second half, behind CORS: a page of another site may read why it was refused."""
+        try:
+            scope["state"]["tenant"] = self._access.tenant(scope)
+            if scope["type"] == "websocket" and self._websockets >= self._max_websockets:
+                raise TooManyConnections(f"there are {self._max_websockets} websockets, as many as may be")
+        except ServerError as error:
+            return await self._refuse(error, scope, receive, send)
+        if scope["type"] == "http":
+            return await self._app(scope, receive, send)
+        self._websockets += 1
+        try:
+            await self._app(scope, receive, _websocket_answer(scope, receive, send))
         finally:
-            self._open -= 1
+            self._websockets -= 1
+
+    async def _refuse(self, error: ServerError, scope: Scope, receive: Receive, send: Send) -> None:
+        answer = problem(error)
+        self._refused(answer.code)
+        await refusal(scope, answer)(scope, receive, send)
 
 
-def check_whereabouts(rules: Rules, for_all: Set[str], scope: Scope) -> None:
-    """From whose page it comes, and for which host, unless it is a path for all. Raises BadHost, Forbidden."""
-    hosts = headers_of(scope, b"host")
-    if scope["type"] == "websocket" or scope["path"] not in for_all:
-        rules.check_host(hosts)
-    if scope["type"] == "websocket" or scope["method"] not in SAFE:
-        rules.check_origin(headers_of(scope, b"origin"), hosts[0] if hosts else b"")
+def _websocket_answer(scope: Scope, receive: Receive, send: Send) -> Send:
+    """`send` for a websocket: agrees to our subprotocol, and answers a path without a route with a problem."""
+    accepted = False
 
+    async def answer(message: Message) -> None:
+        nonlocal accepted
+        if message["type"] == "websocket.close" and not accepted:  # routes of ours accept before they close
+            return await refusal(scope, problem(NotFound("there is no such websocket")))(scope, receive, send)
+        if message["type"] == "websocket.accept":
+            accepted = True
+            if PROTOCOL in scope["subprotocols"]:
+                message = {**message, "subprotocol": PROTOCOL}
+        await send(message)
 
-def check_key(keys: Keyring | None, metrics_key: Keyring | None, scope: Scope) -> None:
-    """Who sent it, which is kept in the request's state as `owner`. Raises Unauthenticated."""
-    path, key = scope["path"], offered(scope["headers"], scope.get("subprotocols", ()))
-    if path == METRICS and metrics_key is not None:
-        metrics_key.owner(key)
-    elif keys is None or (scope["type"] == "http" and (path in OPEN or path.startswith(STATIC))):
-        return
-    elif path == METRICS:
-        raise Unauthenticated(SAME_FOR_ALL)
-    else:
-        scope["state"]["owner"] = keys.owner(key)
-
-
-def install(app: FastAPI, settings: Settings, refused: Callable[[str], None]) -> None:
-    """Puts the door before all routes of `app`. Raises SettingsError."""
-    keys = Keyring.read(Path(settings.api_keys)) if settings.api_keys else None
-    secret = settings.metrics_key.get_secret_value()
-    metrics_key = Keyring.of_one(secret) if secret else None
-    rules = Rules.read(settings.allowed_hosts, settings.allowed_origins, keys is not None)
-    for_all = PROBES | ({METRICS} if metrics_key is not None else set())  # whoever has that key is no page
-    app.add_middleware(WebSockets, most=settings.max_websockets, refused=refused)  # the innermost comes first
-    app.add_middleware(Door, check=partial(check_key, keys, metrics_key), refused=refused)
-    if rules.origins:
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=rules.origins,
-            allow_methods=("GET", "POST", "DELETE"),
-            allow_headers=OTHER_SITES_MAY_SEND,
-            expose_headers=OTHER_SITES_MAY_READ,
-        )
-    app.add_middleware(Door, check=partial(check_whereabouts, rules, for_all), refused=refused)
+    return answer

@@ -1,6 +1,6 @@
-"""OpenAI's images API, as far as models that know no words can speak it: what may be asked, and errors in its form.
+"""The request body and the error object of OpenAI's images API, as far as models without text can speak it.
 
-The fields of `POST /generate` may stand beside OpenAI's own. They are checked where those of all requests are.
+The body may also have the fields of `POST /generate`, which are checked as those of all requests.
 """
 
 import json
@@ -11,50 +11,56 @@ from pydantic import BaseModel, ConfigDict, Field
 from server.errors import Invalid, Problem
 from server.jobs.schemas import Frames, GenerateRequest, parse_object, validate
 
-PREFIX = "/v1/"  # of paths whose errors speak this language, too
-MOST_PARTIAL = 3
-INVALID, TOO_MANY, OURS = "invalid_request_error", "rate_limit_error", "server_error"
+PREFIX = "/v1/"  # of paths whose errors have OpenAI's form, too
+MAX_PARTIAL = 3
+INVALID, RATE_LIMIT, SERVER = "invalid_request_error", "rate_limit_error", "server_error"
 
 
 class ImagesRequest(BaseModel):
-    """The body of `POST /v1/images/generations`. What is not named here is a field of `POST /generate`, or refused."""
+    """The body of `POST /v1/images/generations`. Extra fields must be those of `POST /generate`."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
-    prompt: str | None = Field(None, max_length=32_000, description="has no effect: these models know no words")
-    size: str | None = Field(None, max_length=16, description="auto, or the size of the model's pictures, as 32x32")
-    response_format: Literal["b64_json", "url"] | None = Field(None, description="b64_json if not given")
-    output_format: Literal["png", "webp", "jpeg"] | None = Field(None, description="png if not given")
-    output_compression: int | None = Field(None, ge=0, le=100, description="of webp, 100: lossless; of jpeg")
-    stream: bool | None = Field(None, description="whether the answer is server-sent events")
-    partial_images: int | None = Field(None, ge=0, le=MOST_PARTIAL, description="so many x0 of each picture; streams")
-    background: Literal["auto", "opaque"] | None = Field(None, description="pictures are opaque")
-    quality: Literal["auto", "standard"] | None = Field(None, description="has no effect; `steps` has")
-    moderation: Literal["auto", "low"] | None = Field(None, description="has no effect: there is nothing to moderate")
-    user: str | None = Field(None, description="has no effect")
-    safety_identifier: str | None = Field(None, description="has no effect")
+    prompt: str | None = Field(None, max_length=32_000, description="No effect: these models take no text.")
+    size: str | None = Field(
+        None, max_length=16, description="`auto` or the size of the model's pictures, such as `32x32`."
+    )
+    response_format: Literal["b64_json", "url"] | None = Field(None, description="Default: b64_json.")
+    output_format: Literal["png", "webp", "jpeg"] | None = Field(None, description="Default: png.")
+    output_compression: int | None = Field(
+        None, ge=0, le=100, description="Quality of jpeg and webp; 100: lossless webp."
+    )
+    stream: bool | None = Field(None, description="Whether to answer with server-sent events.")
+    partial_images: int | None = Field(
+        None, ge=0, le=MAX_PARTIAL, description="Predictions of x0 per picture, for streams."
+    )
+    background: Literal["auto", "opaque"] | None = Field(None, description="Pictures are opaque.")
+    quality: Literal["auto", "standard"] | None = Field(None, description="No effect: `steps` decides quality.")
+    moderation: Literal["auto", "low"] | None = Field(None, description="No effect.")
+    user: str | None = Field(None, description="No effect.")
+    safety_identifier: str | None = Field(None, description="No effect.")
 
     @property
     def format(self) -> str:
-        """The kind of file that pictures are answered as."""
+        """The image format."""
         return self.output_format or "png"
 
     def generate(self) -> bytes:
         """The same as a body of `POST /generate`."""
         fields = dict(self.model_extra or {})
-        if self.partial_images:  # so many between noise and picture, evenly spread
+        if self.partial_images:  # evenly spaced between noise and picture
             frames = Frames(count=self.partial_images + 2, kind="x0")
             fields["frames"] = frames.model_dump(exclude_none=True)
         return json.dumps(fields).encode()
 
     def check_size(self, width: int, height: int) -> None:
-        """Raises Invalid if another size is asked for."""
+        """Raises Invalid for another size."""
         if self.size not in (None, "auto", f"{width}x{height}"):
             raise Invalid(("size", f"size must be auto or {width}x{height}, the size of this model's pictures"))
 
 
 def parse_images(body: bytes) -> ImagesRequest:
-    """A request in OpenAI's words. Raises Malformed, or Invalid naming what is wrong."""
+    """A request in OpenAI's form. Raises Malformed, or Invalid naming each wrong field."""
     request = validate(parse_object(body), ImagesRequest)
     known = [*ImagesRequest.model_fields, *GenerateRequest.model_fields]
     if request.model_extra and not request.model_extra.keys() <= set(known):
@@ -72,7 +78,7 @@ def parse_images(body: bytes) -> ImagesRequest:
 
 def error_object(problem: Problem) -> dict[str, Any]:
     """An error in OpenAI's form."""
-    kind = TOO_MANY if problem.status == 429 else OURS if problem.status >= 500 else INVALID
+    kind = RATE_LIMIT if problem.status == 429 else SERVER if problem.status >= 500 else INVALID
     named = [error["pointer"].removeprefix("/") for error in problem.errors if error["pointer"]]
     param = named[0] if named else None
     return {"message": problem.detail, "type": kind, "param": param, "code": problem.code}

@@ -1,6 +1,6 @@
-"""What `/openapi.json` says, completed: problems as they are answered, keys, and the bounds this server was given."""
+"""`/openapi.json`: FastAPI's document, with our problems, API keys, and the bounds of this server's settings."""
 
-from collections.abc import Iterable
+from itertools import chain
 from typing import Any
 
 from fastapi import FastAPI
@@ -12,36 +12,27 @@ from server.jobs.service import JobService
 from server.settings import Settings
 from server.web.openai_schema import ImagesRequest
 
+TEXT = {"type": "string"}
+FIELD_ERROR = {"type": "object", "properties": {"pointer": TEXT, "message": TEXT}, "required": ["pointer", "message"]}
 PROBLEM: dict[str, Any] = {
     "type": "object",
-    "description": "RFC 9457",
+    "description": "A problem document (RFC 9457).",
     "properties": {
-        "type": {"type": "string"},
-        "title": {"type": "string"},
+        **dict.fromkeys(("type", "title", "detail", "code", "request_id"), TEXT),
         "status": {"type": "integer"},
-        "detail": {"type": "string"},
-        "code": {"type": "string"},
-        "request_id": {"type": "string"},
-        "errors": {
-            "type": "array",
-            "items": {
-                "type": "object",
-                "properties": {"pointer": {"type": "string"}, "message": {"type": "string"}},
-                "required": ["pointer", "message"],
-            },
-        },
+        "errors": {"type": "array", "items": FIELD_ERROR},
     },
     "required": ["type", "title", "status", "detail", "code", "request_id"],
 }
 REFUSAL = {
-    "description": "a problem; its `code` and `detail` say which",
+    "description": "A problem; `code` names it, `detail` explains it.",
     "content": {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}},
 }
-KEY = {"type": "http", "scheme": "bearer", "description": "an API key; needed if this server was given any"}
+KEY = {"type": "http", "scheme": "bearer", "description": "An API key, if the server has any."}
 
 
 def _bounded(jobs: JobService, settings: Settings) -> dict[str, Any]:
-    """The schema of a request, and those it refers to, with what depends on settings and models."""
+    """The schemas of all bodies, with the bounds that depend on settings and models."""
     request = GenerateRequest.model_json_schema(ref_template="#/components/schemas/{model}")
     schemas: dict[str, Any] = request.pop("$defs")
     fields = request["properties"]
@@ -52,7 +43,7 @@ def _bounded(jobs: JobService, settings: Settings) -> dict[str, Any]:
         fields[field]["anyOf"][0] |= bounds
     for properties in (fields, schemas["Frames"]["properties"]):
         for name, field in properties.items():
-            if "anyOf" not in field:  # null is as good as leaving it out
+            if "anyOf" not in field:  # null means that the field is not set
                 about = {word: field.pop(word) for word in ("title", "description", "default")}
                 properties[name] = about | {"anyOf": [field, {"type": "null"}]}
     images = ImagesRequest.model_json_schema() | {"additionalProperties": False}
@@ -60,21 +51,17 @@ def _bounded(jobs: JobService, settings: Settings) -> dict[str, Any]:
     return schemas | {"GenerateRequest": request, "ImagesRequest": images, "Problem": PROBLEM}
 
 
-def _operations(document: dict[str, Any]) -> Iterable[dict[str, Any]]:
-    return (operation for path in document["paths"].values() for operation in path.values())
-
-
 def describe(app: FastAPI, jobs: JobService, settings: Settings) -> None:
-    """Lets `app` tell all of this at `/openapi.json`."""
+    """Makes `app` serve this document."""
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
             document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
             document["components"] = {"schemas": _bounded(jobs, settings), "securitySchemes": {"key": KEY}}
             document["security"] = [{"key": []}] if settings.api_keys else [{}]
-            for operation in _operations(document):
+            for operation in chain.from_iterable(path.values() for path in document["paths"].values()):
                 answers = operation["responses"]
-                if "HTTPValidationError" in str(answers.get("422")):  # FastAPI's own idea of it
+                if "HTTPValidationError" in str(answers.get("422")):  # FastAPI's own, which is never sent
                     del answers["422"]
                 answers["default"] = REFUSAL
             app.openapi_schema = document

@@ -1,7 +1,7 @@
-"""Connections: what uvicorn leaves unbounded is bounded here, before any of it becomes a request.
+"""uvicorn's protocols for HTTP and websockets, with limits that uvicorn does not have.
 
-uvicorn has one timeout (between two requests) and no cap on heads, on pipelines, or on what a websocket may say. These
-are its own protocols with a time for each part of a request, and a number of bytes for all of it.
+uvicorn limits only the time between two requests. Here each part of a request has a time and a size, a pipeline has a
+length, and a websocket may send only so much.
 """
 
 import asyncio
@@ -20,217 +20,213 @@ from websockets.datastructures import Headers
 from websockets.http11 import Response
 from websockets.server import ServerProtocol
 
-from server.errors import HeadTooLarge, Malformed, Problem, ServerError, TargetTooLong, TooManyConnections, TooSlow
-from server.errors import problem as problem_of
+from server import errors
 
 MAX_TARGET_BYTES = 4096  # path and query
-MAX_HEADER_BYTES, MAX_HEADERS_BYTES, MAX_HEADERS = 8000, 32 << 10, 100  # one of them, all of them, how many
+MAX_HEADER_BYTES, MAX_HEADERS_BYTES, MAX_HEADERS = 8000, 32 << 10, 100  # one header, all headers, their number
 MAX_HEAD_BYTES = MAX_TARGET_BYTES + MAX_HEADERS_BYTES
-SLACK_BYTES = 1 << 20  # of a body that is too large, read so that the answer can be, and of what chunks are wrapped in
-PIPELINED = 16  # requests of one connection that wait for their turn
-RESERVE, RESERVE_S = 64, 2.0  # connections beyond the cap that may ask for /healthz, and how long they may take
+SLACK_BYTES = 1 << 20  # of a refused body that are read before the connection is cut, and of chunk headers
+MAX_PIPELINED = 16  # requests of a connection that wait for the response before theirs
+RESERVED, RESERVED_S = 64, 2.0  # connections beyond the limit, for health checks alone, and their time
 PROBE = b"/healthz"
-SAID_AT_ONCE, SAID_PER_S = 64 << 10, 16 << 10  # bytes that a websocket may say, besides two bodies
-POLICY = 1008
+BURST_BYTES, BYTES_PER_S = 64 << 10, 16 << 10  # that a websocket may send besides two bodies
+INVALID_TEXT, POLICY = 1007, 1008
 
 
-@dataclass(slots=True, eq=False)
-class Caps:
-    """What connections may take. `refused` hears the code of everything that is refused."""
+@dataclass(slots=True, eq=False, kw_only=True)
+class Limits:
+    """The limits of all connections together and of each. refused: is called with the code of every refusal."""
 
     connections: int
     body_bytes: int
-    request_s: float
+    request_s: float  # for the head of a request, and again for its body
     refused: Callable[[str], None]
-    beyond: "dict[Connection, None]" = field(default_factory=dict)  # connections beyond the cap, the oldest first
+    reserved: "dict[Connection, None]" = field(default_factory=dict)  # connections beyond the limit, oldest first
 
 
 class Config(uvicorn.Config):
-    """uvicorn's configuration, and the caps of its connections."""
+    """uvicorn's configuration with limits."""
 
-    def __init__(self, app: Any, caps: Caps, **knobs: Any) -> None:
-        super().__init__(app, http=Connection, ws=Socket, **knobs)
-        self.caps = caps
+    def __init__(self, app: Any, limits: Limits, **others: Any) -> None:
+        super().__init__(app, http=Connection, ws=Socket, **others)
+        self.limits = limits
 
 
-def _document(answer: Problem) -> tuple[list[tuple[str, str]], bytes]:
-    """The headers and the body of a problem whose connection is closed after it."""
+def _response(answer: errors.Problem) -> tuple[list[tuple[str, str]], bytes]:
+    """The headers and the body of a problem, after which the connection is closed."""
     id = secrets.token_hex(8)
     body = json.dumps(answer.body(id)).encode()
-    headers = {
-        "date": formatdate(usegmt=True),
-        "content-type": "application/problem+json",
-        "content-length": str(len(body)),
-        "cache-control": "no-store",
-        "connection": "close",
-        "x-request-id": id,
-    }
-    return [*(headers | answer.headers).items()], body
+    headers = {"content-type": "application/problem+json", "cache-control": "no-store", "connection": "close"}
+    headers |= {"content-length": str(len(body)), "date": formatdate(usegmt=True), "x-request-id": id} | answer.headers
+    return [*headers.items()], body
 
 
 class Connection(HttpToolsProtocol):
-    """A connection over which requests come, one after the other."""
+    """An HTTP connection."""
 
     def __init__(self, config: Config, *more: Any, **others: Any) -> None:
         super().__init__(config, *more, **others)
-        self._caps = config.caps
-        self._refusal: ServerError | None = None  # why the parser was stopped; None: it stopped by itself
-        self._clock: asyncio.TimerHandle | None = None
-        self._in_head, self._received, self._headers_bytes = True, 0, 0  # of the request that is being read
-        self._running: RequestResponseCycle | None = None  # the request that is being answered
+        self._limits = config.limits
+        self._refusal: errors.ServerError | None = None  # the error that a parser callback raised; None: a parser error
+        self._timer: asyncio.TimerHandle | None = None
+        self._in_head, self._received, self._headers_bytes = True, 0, 0  # of the request being read
+        self._running: RequestResponseCycle | None = None  # the request being answered
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        caps = self._caps
-        if len(self.connections) <= caps.connections:
-            return self._start_clock(caps.request_s)
-        caps.beyond[self] = None
-        if len(caps.beyond) > RESERVE:
-            next(iter(caps.beyond)).transport.abort()
-        self._start_clock(min(RESERVE_S, caps.request_s))
+        reserved = self._limits.reserved
+        if len(self.connections) > self._limits.connections:
+            reserved[self] = None
+            if len(reserved) > RESERVED:
+                next(iter(reserved)).transport.abort()
+        self._start_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._stop_clock()
-        self._caps.beyond.pop(self, None)
+        self._stop_timer()
+        self._limits.reserved.pop(self, None)
         self.pipeline.clear()
-        if self._running is not None and self._running is not self.cycle:  # which uvicorn would not tell of it
-            self._running.disconnected = True
-            self._running.message_event.set()
+        if self._running is not self.cycle:  # uvicorn tells only the last request of a pipeline
+            self._disconnect_running()
         super().connection_lost(exc)
 
-    def _start_clock(self, seconds: float) -> None:
-        self._stop_clock()
-        self._clock = self.loop.call_later(seconds, self._too_slow)
+    def _disconnect_running(self) -> None:
+        if self._running is not None:
+            self._running.disconnected = True
+            self._running.message_event.set()
 
-    def _stop_clock(self) -> None:
-        if self._clock is not None:
-            self._clock.cancel()
-            self._clock = None
+    def _start_timer(self) -> None:
+        self._stop_timer()
+        request_s = self._limits.request_s
+        seconds = min(RESERVED_S, request_s) if self in self._limits.reserved else request_s
+        self._timer = self.loop.call_later(seconds, self._on_timeout)
 
-    def _too_slow(self) -> None:
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _on_timeout(self) -> None:
         if self._received == 0:
-            return self.transport.close()  # nothing was asked, nothing is answered
+            return self.transport.close()
         part = "head" if self._in_head else "body"
-        self._refuse(TooSlow(f"the {part} of a request must arrive within {self._caps.request_s:g} s"))
+        self._refuse(errors.TooSlow(f"the {part} of a request must arrive within {self._limits.request_s:g} s"))
 
-    def _refuse(self, error: ServerError) -> None:
-        """Answers, if it is this request's turn, and closes."""
-        self._stop_clock()
-        answer = problem_of(error)
-        self._caps.refused(answer.code)
-        running = self._running
+    def _refuse(self, error: errors.ServerError) -> None:
+        """Answers, if no response to an earlier request is due or under way, and closes the connection."""
+        self._stop_timer()
+        answer, running = errors.problem(error), self._running
+        self._limits.refused(answer.code)
         if running is None or running.response_complete or (running is self.cycle and not running.response_started):
-            headers, body = _document(answer)
+            headers, body = _response(answer)
             lines = [f"HTTP/1.1 {answer.status} {http.HTTPStatus(answer.status).phrase}"]
             lines += [f"{name}: {value}" for name, value in headers]
             self.transport.write("\r\n".join([*lines, "", ""]).encode() + body)
-        if running is not None:
-            running.disconnected = True
-            running.message_event.set()
+        self._disconnect_running()
         self.pipeline.clear()
         self.transport.close()
 
-    def _stop(self, error: ServerError) -> None:
-        """Ends parsing, from within one of the parser's callbacks: it comes back to `send_400_response`."""
+    def _stop(self, error: errors.ServerError) -> None:
+        """Ends parsing, from a callback of the parser, which then calls `send_400_response`."""
         self._refusal = error
         raise error
 
     def send_400_response(self, msg: str) -> None:
-        self._refuse(self._refusal or Malformed("this is not a request as RFC 9112 has it"))
+        self._refuse(self._refusal or errors.Malformed("this is not a request as RFC 9112 has it"))
 
     def data_received(self, data: bytes) -> None:
         self._received += len(data)
         super().data_received(data)
         if self.transport.is_closing():
             return
-        if self._in_head and self._received > MAX_HEAD_BYTES + SAID_AT_ONCE:
-            self._refuse(HeadTooLarge(f"the head of a request must have at most {MAX_HEAD_BYTES} bytes"))
-        elif self._received > MAX_HEAD_BYTES + 8 * self._caps.body_bytes + SLACK_BYTES:
-            self.transport.close()  # it has been refused, and goes on all the same
+        if self._in_head and self._received > MAX_HEAD_BYTES + BURST_BYTES:
+            self._refuse(errors.HeadTooLarge(f"the head of a request must have at most {MAX_HEAD_BYTES} bytes"))
+        elif self._received > MAX_HEAD_BYTES + 8 * self._limits.body_bytes + SLACK_BYTES:
+            self.transport.close()  # the body was refused, and the client goes on sending
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._in_head, self._received, self._headers_bytes = True, 1, 0
-        self._start_clock(RESERVE_S if self in self._caps.beyond else self._caps.request_s)
+        self._start_timer()
 
     def on_url(self, url: bytes) -> None:
         super().on_url(url)
         if len(self.url) > MAX_TARGET_BYTES:
-            self._stop(TargetTooLong(f"path and query must have at most {MAX_TARGET_BYTES} bytes together"))
+            self._stop(errors.TargetTooLong(f"path and query must have at most {MAX_TARGET_BYTES} bytes together"))
 
     def on_header(self, name: bytes, value: bytes) -> None:
         size = len(name) + len(value) + 4
         self._headers_bytes += size
         if size > MAX_HEADER_BYTES or self._headers_bytes > MAX_HEADERS_BYTES or len(self.headers) >= MAX_HEADERS:
             limits = f"{MAX_HEADERS} headers, of {MAX_HEADER_BYTES} bytes each and {MAX_HEADERS_BYTES} in all"
-            self._stop(HeadTooLarge(f"a request may have at most {limits}"))
-        if self._in_head:  # what comes behind a body must not change what was decided before it
+            self._stop(errors.HeadTooLarge(f"a request may have at most {limits}"))
+        if self._in_head:  # a trailer behind the body must not change what was decided before it
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         self._in_head = False
-        self._stop_clock()
+        self._stop_timer()
         self._check_target()
-        if len(self.pipeline) >= PIPELINED:
-            self._stop(Malformed(f"at most {PIPELINED} requests may wait for the answer to the one before"))
-        spare = self in self._caps.beyond
-        if spare and self.url != PROBE:
-            most = self._caps.connections
-            self._stop(TooManyConnections(f"there are {most} connections, as many as may be"))
+        if len(self.pipeline) >= MAX_PIPELINED:
+            self._stop(errors.Malformed(f"at most {MAX_PIPELINED} requests may wait for the answer to the one before"))
+        reserved = self in self._limits.reserved
+        if reserved and self.url != PROBE:
+            self._stop(
+                errors.TooManyConnections(f"there are {self._limits.connections} connections, as many as may be")
+            )
         super().on_headers_complete()
-        if spare:
+        if reserved:
             self.cycle.keep_alive = False
 
     def _check_target(self) -> None:
-        """A path, or a whole URL of the host that the request is for (RFC 9112, 3.2.2), over HTTP 1.0 or 1.1."""
+        """Requires HTTP 1.0 or 1.1, and a path or a whole URL with the host of the Host header (RFC 9112, 3.2.2)."""
         if self.parser.get_http_version() not in ("1.0", "1.1"):
-            self._stop(Malformed("requests are HTTP/1.1"))
+            self._stop(errors.Malformed("requests are HTTP/1.1"))
         hosts = [value.lower() for name, value in self.headers if name == b"host"]
-        start = b"" if self.url.startswith(b"/") else self.url.lower().partition(b"://")[2].partition(b"/")[0]
-        if not self.url.isascii() or (not self.url.startswith(b"/") and [start] != hosts):
-            self._stop(Malformed("the target of a request must be a path, in ASCII"))
+        host = self.url.lower().partition(b"://")[2].partition(b"/")[0]
+        if not self.url.isascii() or not (self.url.startswith(b"/") or [host] == hosts):
+            self._stop(errors.Malformed("the target of a request must be a path, in ASCII"))
 
     def on_message_complete(self) -> None:
-        self._stop_clock()
+        self._stop_timer()
         super().on_message_complete()
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._running = cycle
         if cycle.more_body:
-            self._start_clock(self._caps.request_s)
+            self._start_timer()
         super()._start_asgi_task(cycle, app)
 
     def handle_websocket_upgrade(self) -> None:
-        self._stop_clock()
-        self._caps.beyond.pop(self, None)
+        self._stop_timer()
+        self._limits.reserved.pop(self, None)
         super().handle_websocket_upgrade()
 
 
 class _Handshake(ServerProtocol):
-    """The websocket protocol, which does not repeat what is wrong with a handshake."""
+    """The websocket protocol, with refusals of a handshake that do not repeat it."""
 
     def reject(self, status: Any, text: str) -> Response:
         status = http.HTTPStatus(status)
         words = "this is not a websocket handshake as RFC 6455 has it" if status < 500 else "an error, which was logged"
-        headers, body = _document(Problem(status.value, "malformed" if status < 500 else "internal", words))
+        headers, body = _response(errors.Problem(status.value, "malformed" if status < 500 else "internal", words))
         return Response(status.value, status.phrase, Headers(headers), body)
 
 
 class Socket(WebSocketsSansIOProtocol):
-    """A websocket, which may say little: two bodies, and so many bytes a second."""
+    """A websocket, which may send two bodies and so many bytes a second."""
 
     def __init__(self, config: Config, *more: Any, **others: Any) -> None:
         super().__init__(config, *more, **others)
-        self._caps = config.caps
+        self._limits = config.limits
         self.conn = _Handshake(max_size=config.ws_max_size, logger=self.logger)
-        self._may_say = float(MAX_HEAD_BYTES + 2 * config.caps.body_bytes + SAID_AT_ONCE)  # bytes, as of `_heard_at`
-        self._most, self._heard_at = self._may_say, self.loop.time()
+        self._capacity = float(MAX_HEAD_BYTES + 2 * config.limits.body_bytes + BURST_BYTES)
+        self._allowance, self._as_of = self._capacity, self.loop.time()  # bytes, a bucket that fills evenly
 
     def data_received(self, data: bytes) -> None:
         now = self.loop.time()
-        self._may_say = min(self._most, self._may_say + (now - self._heard_at) * SAID_PER_S) - len(data)
-        self._heard_at = now
-        if self._may_say >= 0:
+        self._allowance = min(self._capacity, self._allowance + (now - self._as_of) * BYTES_PER_S) - len(data)
+        self._as_of = now
+        if self._allowance >= 0:
             super().data_received(data)
         elif not self.transport.is_closing():
             self._end(POLICY, "more was said than is listened to")
@@ -239,16 +235,16 @@ class Socket(WebSocketsSansIOProtocol):
         if self.curr_msg_data_type == "text":
             try:
                 b"".join(self.frames).decode()
-            except UnicodeDecodeError:  # uvicorn would log where it came from
-                return self._end(1007, "messages are UTF-8")
+            except UnicodeDecodeError:  # uvicorn would log the message
+                return self._end(INVALID_TEXT, "messages are UTF-8")
         super().send_receive_event_to_app()
 
     def _end(self, code: int, reason: str) -> None:
-        """Says why, if it was not said already, and closes without listening to the end."""
+        """Closes the websocket with a code, without waiting for the client's close."""
         if self.handshake_complete and not self.close_sent:
             self.conn.send_close(code, reason)
             self.transport.write(b"".join(self.conn.data_to_send()))
             self.close_sent = True
-            self._caps.refused("malformed")
+            self._limits.refused("malformed")
         self.queue.put_nowait({"type": "websocket.disconnect", "code": code, "reason": reason})
         self.transport.close()

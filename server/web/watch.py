@@ -1,4 +1,4 @@
-"""Watching over a websocket: any number of viewers of a job, or a job that lives as long as its viewer does."""
+"""Websockets: watch a job, any number of clients at once, or create a job that lives as long as its websocket."""
 
 import asyncio
 import json
@@ -16,22 +16,24 @@ from server.jobs.job import Job, State
 from server.jobs.request import RequestContext
 from server.jobs.schemas import parse_json
 from server.jobs.service import JobService
-from server.jobs.stream import Subscriber, Text, told_of
-from server.web.http import first_of, name_of_owner, owner_of
+from server.jobs.stream import Subscriber, TextMessage, error_message
+from server.web.http import tenant_of
+from server.web.jobs import find_job
 
 router = APIRouter()
-MESSAGES_AT_A_TIME = 8  # are sent before others have their turn: a long replay must not keep them waiting
-MESSAGE_S, MESSAGES_AT_ONCE = 0.1, 50  # a viewer may say something so often, and so much without a pause
-MOST_MESSAGES = 10**9 - 1  # that a job could ever have
-FIRST_MESSAGE_S = 10.0  # within which a new socket has to say what it wants
-SLOW_S = 1.0  # a message that takes longer to send has cost its viewer the frames of that time
-STALLED_S = 10.0  # and one that takes longer than this, its viewer
-DONE, WRONG_KIND, GONE, POLICY, ENGINE_FAILED, RESTARTING, TRY_LATER = 1000, 1003, 1006, 1008, 1011, 1012, 1013
+BATCH = 8  # messages sent before other tasks have their turn: a long replay must not starve them
+MESSAGE_S, BURST = 0.1, 50  # a client may send one message in this time on average, and so many at once
+MAX_SEQ = 10**9 - 1
+FIRST_MESSAGE_S = 10.0  # within which a new websocket must send its request
+SLOW_S = 1.0  # a subscriber whose message takes longer to send misses the frames of that time
+STALLED_S = 10.0  # a subscriber whose message takes longer is disconnected
+DONE, WRONG_KIND, ABNORMAL_CLOSURE = 1000, 1003, 1006
+POLICY, ENGINE_FAILED, RESTARTING, TRY_LATER = 1008, 1011, 1012, 1013
 BAD_REQUEST, UNKNOWN_JOB = 4400, 4404
 
 
-class _Closed(Exception):
-    """This socket is to be closed with a code."""
+class _Close(Exception):
+    """The websocket must be closed with a code."""
 
     def __init__(self, code: int, reason: str = "") -> None:
         super().__init__(reason)
@@ -39,119 +41,127 @@ class _Closed(Exception):
 
 
 @asynccontextmanager
-async def _talk(socket: WebSocket) -> AsyncIterator[None]:
-    """An accepted socket. Whatever ends the talk closes it, with the code that says why."""
+async def _accepted(socket: WebSocket) -> AsyncIterator[None]:
+    """Accepts a websocket, and closes it at the end, or for an error, with the code that says why."""
     await socket.accept()
     try:
         try:
             yield
         except (NotFound, Gone) as error:
-            raise _Closed(UNKNOWN_JOB, str(error)) from None
+            raise _Close(UNKNOWN_JOB, str(error)) from None
         except (BadInput, PlanError, TooBusy, NotReady, StorageFull, EngineFailed) as error:
             answer = problem(error)
-            await _send(socket, told_of(error, socket.state.request_id).json)
-            raise _Closed(BAD_REQUEST if answer.status < 429 else TRY_LATER, answer.code) from None
-    except _Closed as closed:
+            await _send(socket, error_message(error, socket.state.request_id).json)
+            raise _Close(BAD_REQUEST if answer.status < 429 else TRY_LATER, answer.code) from None
+    except _Close as close:
         try:
             async with asyncio.timeout(STALLED_S):
-                await socket.close(closed.code, closed.reason[:120])
+                await socket.close(close.code, close.reason[:120])
         except (TimeoutError, RuntimeError, WebSocketDisconnect):
-            return  # it is gone already
+            return  # the client has disconnected
     except WebSocketDisconnect:
         return
 
 
 @router.websocket("/jobs/{id}/stream")
 async def watch_job(socket: WebSocket, id: str) -> None:
-    """Watch a job from its start, or from message `after` + 1 on."""
-    jobs: JobService = socket.app.state.jobs
-    async with _talk(socket):
-        after = whole_number("after", socket.query_params.get("after", "0"), 0, MOST_MESSAGES)
-        await _watch(socket, jobs, await jobs.repository.find(id, name_of_owner(socket)), after)
+    """Sends the messages of a job, from number `after` + 1 on."""
+    async with _accepted(socket):
+        after = whole_number("after", socket.query_params.get("after", "0"), 0, MAX_SEQ)
+        await _watch(socket, await find_job(socket, id), after)
 
 
 @router.websocket("/generate/stream")
 async def watch_new_job(socket: WebSocket) -> None:
-    """The first message is the body of `POST /generate`; then watch. Closing the socket cancels the job."""
+    """Creates a job from the first message, a body of `POST /generate`, and sends its messages. A disconnect cancels
+    it."""
     jobs: JobService = socket.app.state.jobs
-    async with _talk(socket):
+    async with _accepted(socket):
         try:
             text = await asyncio.wait_for(_receive(socket), FIRST_MESSAGE_S)
         except TimeoutError:
-            raise _Closed(POLICY, f"no request within {FIRST_MESSAGE_S:g} s") from None
+            raise _Close(POLICY, f"no request within {FIRST_MESSAGE_S:g} s") from None
         with jobs.admission.counting_refusals():
-            job = await jobs.submit(text.encode(), RequestContext(shows=True, tenant=owner_of(socket)))
+            job = await jobs.submit(text.encode(), RequestContext(shows=True, tenant=tenant_of(socket)))
         try:
-            await _watch(socket, jobs, job, 0)
+            await _watch(socket, job, 0)
         finally:
             await jobs.cancel(job)
 
 
-async def _watch(socket: WebSocket, jobs: JobService, job: Job, after: int) -> NoReturn:
-    """Sends what happens, does what the viewer says, to the end. Raises _Closed or WebSocketDisconnect."""
-    sending = asyncio.create_task(_send_all(socket, jobs.watch(job, after)))
-    listening = asyncio.create_task(_listen(socket, jobs, job))
-    for task in await first_of(sending, listening):
+async def _watch(socket: WebSocket, job: Job, after: int) -> NoReturn:
+    """Sends messages and obeys the client's, to the end. Raises _Close or WebSocketDisconnect."""
+    sending = asyncio.create_task(_send_all(socket, socket.app.state.jobs.watch(job, after)))
+    listening = asyncio.create_task(_listen(socket, job))
+    for task in await _first_of(sending, listening):
         task.result()
     if job.state is not State.PARKED:
-        raise _Closed(DONE)
-    raise _Closed(ENGINE_FAILED if isinstance(job.failure, EngineFailed) else RESTARTING)
+        raise _Close(DONE)
+    raise _Close(ENGINE_FAILED if isinstance(job.failure, EngineFailed) else RESTARTING)
 
 
-async def _send_all(socket: WebSocket, viewer: Subscriber) -> None:
-    async with aclosing(viewer.messages()) as messages:
+async def _first_of(*tasks: "asyncio.Task[None]") -> "set[asyncio.Task[None]]":
+    """The tasks that have ended, as soon as there is one; the others are cancelled and have ended on return."""
+    try:
+        return (await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED))[0]
+    finally:
+        for task in tasks:
+            task.cancel()
+            await asyncio.wait({task})
+            if not task.cancelled():
+                task.exception()  # or asyncio would report that nobody retrieved it
+
+
+async def _send_all(socket: WebSocket, subscriber: Subscriber) -> None:
+    async with aclosing(subscriber.messages()) as messages:
         async for message in messages:
-            data = message.json if isinstance(message, Text) else await message.packed()
+            data = message.json if isinstance(message, TextMessage) else await message.packed()
             began = time.monotonic()
             try:
                 async with asyncio.timeout(STALLED_S):
                     await _send(socket, data)
             except TimeoutError:
-                raise _Closed(TRY_LATER, "too slow") from None
+                raise _Close(TRY_LATER, "too slow") from None
             if time.monotonic() - began > SLOW_S:
-                viewer.fell_behind()
-            if message.seq % MESSAGES_AT_A_TIME == 0:
+                subscriber.fell_behind()
+            if message.seq % BATCH == 0:
                 await asyncio.sleep(0)
 
 
-async def _listen(socket: WebSocket, jobs: JobService, job: Job) -> NoReturn:
-    earliest = 0.0  # when the next message would be in time, if all had kept the pace
+async def _listen(socket: WebSocket, job: Job) -> None:
+    due = 0.0  # when the next message is in time, if all came at an even pace
     while True:
-        said = _understand(await _receive(socket))
+        try:
+            said = parse_json((await _receive(socket)).encode())
+        except BadInput as error:
+            raise _Close(POLICY, str(error)) from None
         now = time.monotonic()
-        earliest = max(earliest, now - MESSAGES_AT_ONCE * MESSAGE_S) + MESSAGE_S
-        if earliest > now:
-            raise _Closed(POLICY, f"at most {1 / MESSAGE_S:g} messages a second are listened to")
+        due = max(due, now - BURST * MESSAGE_S) + MESSAGE_S
+        if due > now:
+            raise _Close(POLICY, f"at most {1 / MESSAGE_S:g} messages a second are listened to")
         if said == {"type": "cancel"}:
-            await jobs.cancel(job)
+            await socket.app.state.jobs.cancel(job)
         elif said == {"type": "ping"}:
             await _send(socket, json.dumps({"type": "pong", "job": job.id, "seq": len(job.stream.kept)}))
         else:
-            raise _Closed(POLICY, 'only {"type": "cancel"} and {"type": "ping"} are understood')
+            raise _Close(POLICY, 'only {"type": "cancel"} and {"type": "ping"} are understood')
         await asyncio.sleep(0)
 
 
-def _understand(text: str) -> object:
-    try:
-        return parse_json(text.encode())
-    except BadInput as error:
-        raise _Closed(POLICY, str(error)) from None
-
-
 async def _send(socket: WebSocket, data: str | bytes) -> None:
-    """One message. Raises WebSocketDisconnect if nobody is there any more."""
+    """Sends one message. Raises WebSocketDisconnect if the client has disconnected."""
     try:
         await (socket.send_text(data) if isinstance(data, str) else socket.send_bytes(data))
-    except RuntimeError:  # what starlette and uvicorn say of a socket that has been closed
-        raise WebSocketDisconnect(GONE) from None
+    except RuntimeError:  # of starlette and uvicorn, for a closed websocket
+        raise WebSocketDisconnect(ABNORMAL_CLOSURE) from None
 
 
 async def _receive(socket: WebSocket) -> str:
-    """The next message in words. Raises WebSocketDisconnect, or _Closed for one in bytes."""
+    """The next text message. Raises WebSocketDisconnect, or _Close for a binary message."""
     message = await socket.receive()
     if message["type"] == "websocket.disconnect":
         raise WebSocketDisconnect(message.get("code", DONE))
     text = message.get("text")
     if text is None:
-        raise _Closed(WRONG_KIND, "messages are JSON in words")
+        raise _Close(WRONG_KIND, "messages are JSON in words")
     return str(text)

@@ -1,4 +1,4 @@
-"""The device that an engine process has: which one, what numbers it computes in, how much memory of it is held."""
+"""The device of an engine process: which one, the numbers it computes in, and its memory."""
 
 import ctypes
 import gc
@@ -38,10 +38,10 @@ def choose_device(wanted: str) -> torch.device:
 
 
 def choose_dtype(wanted: str, device: torch.device, unusable: str = "") -> torch.dtype:
-    """Numbers inside the net: bfloat16 wherever the device computes in it, unless told otherwise.
+    """The numbers inside the net: unless the settings name them, bfloat16 where the device computes in it.
 
-    unusable: why OpenVINO is not tried on a CPU, if it is not. Then it is not asked either, since the answer takes the
-    same instructions; and float32 needs none that only some processors have.
+    unusable: why OpenVINO is not used on a CPU, if it is not. Then it is not asked either: the answer takes the same
+    instructions, and float32 needs none that only some processors have.
     """
     if wanted != "auto":
         return DTYPES[wanted]
@@ -51,12 +51,12 @@ def choose_dtype(wanted: str, device: torch.device, unusable: str = "") -> torch
 
 
 def usual_slots(device: torch.device) -> int:
-    """How many pictures share a batch, unless told otherwise."""
+    """How many pictures share a batch, if the settings do not say."""
     return 64 if device.type == "cuda" else 8
 
 
 def device_name(device: torch.device) -> str:
-    """What the device calls itself."""
+    """The name that the device gives itself."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")
@@ -66,7 +66,7 @@ def device_name(device: torch.device) -> str:
 
 
 def describe(runner: Runner, model: Model, load_s: float, grown_bytes: int) -> ModelStatus:
-    """What the world may know of a loaded model. grown_bytes: by how much more of a GPU is held since it was not."""
+    """The status of a loaded model. grown_bytes: of a GPU, held since the load began."""
     device, net, name = runner.device, model.net, device_name(runner.device)
     computes_in = net.dtype if isinstance(net, CpuNet) else model.table.dtype
     dtype, exact = str(computes_in).removeprefix("torch."), f"exact {ranges(runner.exact_buckets)}"
@@ -100,7 +100,7 @@ def held_bytes(device: torch.device) -> int:
 
 
 def announce(card: ModelCard, device: torch.device, dtype: torch.dtype, slots: int, size: Footprint) -> ModelStatus:
-    """What the world may know of a model that is not loaded. Its numerics class shows only when it runs."""
+    """The status of a model that is not loaded. Its numerics class is known only when it runs."""
     buckets = usual_buckets(slots)
     return ModelStatus(
         digest=card.digest,
@@ -119,13 +119,13 @@ def announce(card: ModelCard, device: torch.device, dtype: torch.dtype, slots: i
 
 
 def has_room(size_bytes: int) -> bool:
-    """Whether a CPU's memory has room for so much, and as much again for everybody else."""
+    """Whether a CPU's memory has room for so much, and as much again for all other processes."""
     return 2 * size_bytes <= available_bytes(Path("/proc/meminfo"), Path("/sys/fs/cgroup"))
 
 
 def available_bytes(meminfo: Path, group: Path) -> int:
-    """Memory that this process may still take, by what Linux says and by its control group; where neither says
-    anything, more than there is."""
+    """Memory that this process may still take, according to Linux and to its control group; UNLIMITED if neither says
+    anything."""
     known = [UNLIMITED]
     try:
         known += [int(line.split()[1]) << 10 for line in meminfo.read_text().splitlines() if "MemAvailable" in line]
@@ -137,7 +137,7 @@ def available_bytes(meminfo: Path, group: Path) -> int:
 
 
 def give_back(device: torch.device) -> None:
-    """What nothing refers to any more goes back to the system."""
+    """Returns memory that nothing refers to any more to the system."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -1,11 +1,10 @@
-"""Which models are in memory, when there is not room for all. Numbers only; this is the whole rule:
+"""Which models are in memory when there is not room for all: the whole policy, in numbers only.
 
-A model that is asked for and not here is loaded as soon as there is room; of several, the one asked for first. Room is
-made by models with nothing to do, the least recently used first. If that is not enough, busy ones must leave too, the
-one that has been here longest first. Who is to leave takes nobody new on, and finishes what it had been asked for
-before; but after its turn (TURN_S, or LOADS times what it took to load, from when it was here and another was waiting)
-only what is seated. What it had to put down is asked for anew as soon as it is gone. So each gets its turn, and at most
-a fraction of the time goes into loading.
+A model that is asked for is loaded as soon as there is room; of several, the one asked for first. Idle models make
+room, the least recently used first. If that is not enough, busy ones must leave too, the one that was loaded first. A
+model that must leave gets no new requests, and finishes those it has; but once its turn is over (TURN_S, or LOADS times
+what its load took, since it was loaded and another was waiting), it finishes only what is seated. The rest is asked for
+anew as soon as it is gone. So each model gets its turn, and at most a fraction of the time is spent on loading.
 """
 
 from collections.abc import Collection
@@ -17,7 +16,7 @@ LOADS = 4.0
 
 @dataclass(frozen=True, slots=True)
 class Stay:
-    """Since when a model is here, and how long it may stay when another wants its place."""
+    """Since when a model is loaded, and how long it may stay when another needs its room."""
 
     since: float
     turn_s: float
@@ -25,42 +24,42 @@ class Stay:
 
 @dataclass(slots=True)
 class Eviction:
-    """The models of one device."""
+    """The models of one device, by name."""
 
     budget_bytes: int  # 0: there is room for all
-    sizes: dict[str, int]  # of every model, bounded; measured once it has been here
-    here: dict[str, Stay] = field(default_factory=dict)  # the least recently used first
-    wanted: dict[str, float] = field(default_factory=dict)  # not here; since when, the first first
+    sizes: dict[str, int]  # bytes of every model: a bound, or what was measured once it was loaded
+    here: dict[str, Stay] = field(default_factory=dict)  # loaded models, the least recently used first
+    wanted: dict[str, float] = field(default_factory=dict)  # since when the others are asked for, in that order
 
     def fits(self, name: str) -> bool:
         """Whether there is room for one more."""
         return self._missing(name) <= 0
 
     def ask(self, name: str, now: float) -> None:
-        """Somebody wants a model."""
+        """Notes a request for a model."""
         if name in self.here:
             self.here[name] = self.here.pop(name)
         else:
             self.wanted.setdefault(name, now)
 
     def came(self, name: str, size_bytes: int, now: float, load_s: float) -> None:
-        """It is loaded, and takes so much."""
+        """Notes that a model is loaded, and what it takes."""
         self.wanted.pop(name, None)
         self.here[name] = Stay(now, max(TURN_S, LOADS * load_s))
         self.sizes[name] = size_bytes
 
     def drop(self, name: str) -> None:
-        """It is not here any more, or not wanted any more."""
+        """Notes that a model is unloaded, or not asked for any more."""
         self.here.pop(name, None)
         self.wanted.pop(name, None)
 
     @property
     def next(self) -> str | None:
-        """Who is to be loaded."""
+        """The model that is to be loaded."""
         return next(iter(self.wanted), None)
 
     def leaving(self, busy: Collection[str]) -> list[str]:
-        """Who must go for the next one, or because more is here than may be."""
+        """The models that must make room for the next one, or because those here take more than the budget."""
         chosen, missing = list[str](), self._missing(self.next)
         if missing <= 0:
             return []
@@ -73,7 +72,7 @@ class Eviction:
         return chosen
 
     def turn_is_over(self, name: str, now: float) -> bool:
-        """Whether one that is leaving must put down what is not seated."""
+        """Whether a model that must leave is to give back what is not seated."""
         stay = self.here[name]
         return now >= max(stay.since, next(iter(self.wanted.values()), stay.since)) + stay.turn_s
 

@@ -1,4 +1,4 @@
-"""What the API process and an engine process say to each other, over a pipe between parent and child."""
+"""The messages between the API process and an engine process, over a pipe between parent and child."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -6,12 +6,12 @@ from pathlib import Path
 from model.engine.events import Event, Stats
 from model.sampling.plan import Sampling
 
-CHANGED = "the weights were changed while they were served"  # said by whichever of the two finds it out
+CHANGED = "the weights were changed while they were served"  # either process may find it out
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spec:
-    """What a backend is asked to make: one picture per seed."""
+    """The samples that a backend is asked to make: one picture per seed."""
 
     model: str
     seeds: tuple[int, ...]
@@ -22,13 +22,14 @@ class Spec:
     shows_x0: bool = False
     wants_floats: bool = False
     owner: str = ""  # owners have equal shares
+    indices: tuple[int, ...] = ()  # of the seeds in their job, by which events name them; empty: 0, 1, ...
     job: str = ""  # the id by which quarantine knows it; without one it is known for this run only
-    alone: bool = False  # it runs by itself on its engine, and every step of it is told
+    alone: bool = False  # it has an engine to itself, once others are done, and each of its steps is reported
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelStatus:
-    """What a backend says of a model that it runs, or can load."""
+    """A model that a backend runs or can load, as `GET /models` shows it."""
 
     digest: str  # of the weights and configurations that were loaded
     device: str
@@ -39,17 +40,17 @@ class ModelStatus:
     exact_buckets: list[int]
     admitted: list[int]  # the buckets that are used
     exact: bool
-    numerics: str  # the class within which bytes are the same; empty as long as it has never been loaded
+    numerics: str  # the class within which bytes are the same; empty before it is first loaded
     load_s: float = field(default=0.0, compare=False)
-    loaded: bool = field(default=True, compare=False)  # in memory now; else it is loaded when it is asked for
-    memory_bytes: int = field(default=0, compare=False)  # of the device, that it takes when it is loaded
+    loaded: bool = field(default=True, compare=False)  # in memory now; else a request loads it
+    memory_bytes: int = field(default=0, compare=False)  # of the device, which it takes when it is loaded
     trouble: str | None = field(default=None, compare=False)  # why it cannot be loaded
-    note: str | None = field(default=None, compare=False)  # what `exact` costs it, why it is not, or why torch runs it
+    note: str | None = field(default=None, compare=False)  # what `exact` costs, why it is not, or why torch runs it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Start:
-    """What an engine process is for. Its first message is Ready or Refused."""
+    """What an engine process is to run. Its first message is Ready or Refused."""
 
     models: tuple[tuple[str, Path], ...]
     device: str
@@ -58,30 +59,29 @@ class Start:
     threads: int
     exact: bool
     log_level: str
-    memory_bytes: int = 0  # that its models may take together; 0: they are all loaded
-    unusable: str = ""  # why OpenVINO is not tried on a CPU, if it is not, in words that go on behind its name
-    again: bool = False  # in the place of one that served: what is refused now is left out, and the others go on
+    memory_bytes: int = 0  # that loaded models may take together; 0: all are loaded
+    unusable: str = ""  # why OpenVINO is not tried on a CPU, if it is not: words that follow its name
+    again: bool = False  # it replaces an engine that served: a model refused now is left out, and the others go on
 
 
 @dataclass(frozen=True, slots=True)
 class Submit:
-    """Make these pictures: ids[i] is the sample of seed spec.seeds[i]."""
+    """Asks for samples: ids[i] is the sample of seed spec.seeds[i]."""
 
     ids: tuple[int, ...]
     spec: Spec
-    watched: bool = False  # whether every single step is told of while they are there
 
 
 @dataclass(frozen=True, slots=True)
 class Cancel:
-    """Give these samples up, those that have not ended."""
+    """Gives up those of these samples that have not ended."""
 
     ids: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A step that was done: of which model, with how many slots, in how many seconds."""
+    """A step that was done: of a model, with so many slots, in so many seconds."""
 
     model: str
     bucket: int
@@ -92,28 +92,28 @@ class Step:
 class Ready:
     """All models are loaded, or as many as there is room for."""
 
-    served: dict[str, ModelStatus]
-    steps: list[Step]  # of the smallest and the largest batch of each model that is loaded
+    models: dict[str, ModelStatus]
+    steps: list[Step]  # of the smallest and the largest batch of each loaded model
 
 
 @dataclass(frozen=True, slots=True)
 class Loading:
-    """A model is being loaded, until it is told of in `Changed`. Signs of life may come late meanwhile."""
+    """A model is being loaded, until `Changed` names it. Meanwhile heartbeats may be late."""
 
     model: str
 
 
 @dataclass(frozen=True, slots=True)
 class Changed:
-    """A model has been loaded, or has gone, or could not be loaded. What was asked of the last kind is forgotten."""
+    """A model has been loaded or unloaded, or could not be loaded: then samples that it was asked for are dropped."""
 
     model: str
-    served: ModelStatus
+    status: ModelStatus
 
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """The engine cannot start, whatever is tried: the error's type by name, and its message."""
+    """The engine can never start: the error's type by name, and its message."""
 
     error: str
     message: str
@@ -121,26 +121,26 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class Died:
-    """What killed the engine process: the end of its last words."""
+    """What ends the engine process."""
 
     cause: str  # memory, cuda or failed
     traceback: str
 
 
 @dataclass(frozen=True, slots=True)
-class Happened:
-    """Events of samples, in order, and where the engine stands after them."""
+class Heartbeat:
+    """Where an engine stands, sent every now and then between two steps."""
 
-    events: list[Event]
-    stats: Stats
-    begun: list[tuple[int, int]] = field(default_factory=list)  # (sample, updates done) of those just seated
+    steps: list[Step]  # done since the last one
+    progress: list[tuple[int, int]]  # (sample, updates done) of all seated samples
+    memory_bytes: int  # of the device, held
 
 
 @dataclass(frozen=True, slots=True)
-class Beat:
-    """A sign of life between two steps."""
+class Report:
+    """What has happened since the last report, at most one per step."""
 
     stats: Stats
-    steps: list[Step]  # done since the last beat
-    progress: list[tuple[int, int]]  # (sample, updates done) of those that are seated
-    memory_bytes: int  # of the device, held
+    events: list[Event]  # of samples, in order
+    seated: list[tuple[int, int]]  # (sample, updates done) of those just seated, before their first step
+    heartbeat: Heartbeat | None = None

@@ -1,11 +1,11 @@
-"""The engines of one device, by model: `server.worker.eviction` says which are loaded, and who waits is held here.
+"""The models of one device: which are loaded, what each is asked for, and their steps.
 
-A model is read and built in a thread, while the others make their steps. Captures and checks are made between those
-steps, one at a time.
+When there is not room for all, `server.worker.eviction` decides which are loaded; requests for others are held here. A
+load is a generator that `arrange` advances by one piece per turn of the main loop: the others make a step meanwhile.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from functools import lru_cache
 from typing import cast
@@ -18,10 +18,14 @@ from model.engine.events import ENDS, Cancelled, Event, Request, Stats
 from model.errors import ModelRefused
 from model.sampling.plan import Plan, Sampling, plan
 from model.sampling.schedule import Process
-from server.worker import device
+from server.worker.device import give_back, held_bytes
 from server.worker.eviction import Eviction
-from server.worker.loader import Arrival, Loader
-from server.worker.messages import Cancel, Changed, Loading, ModelStatus, Start, Step, Submit
+from server.worker.loader import Loader
+from server.worker.messages import Cancel, Changed, Heartbeat, Loading, ModelStatus, Start, Step, Submit
+
+HEARTBEAT_S = 0.25
+
+SAME = ("rank", "frames", "shows_x", "shows_x0", "wants_floats", "owner")  # in a spec and in its requests
 
 
 @lru_cache(256)
@@ -29,252 +33,218 @@ def _plan(process: Process, sampling: Sampling) -> Plan:
     return plan(process, sampling)
 
 
-class Engines:
-    """The engines of one device. `tell`: to the API process. `between`: between two pieces of a load."""
+class Models:
+    """The models of one device. `tell` sends a message to the API process."""
 
-    def __init__(self, start: Start, tell: Callable[[Loading | Changed], None], between: Callable[[], None]) -> None:
-        self._loader, self._tell = Loader(start, between), tell
-        self.device = self._loader.device
-        self.engines: dict[str, Engine] = {}
-        self.served: dict[str, ModelStatus] = {}
-        self.taken: list[Step] = []  # since they were last told
-        self.watched: set[int] = set()  # samples of which every step is told
+    def __init__(self, start: Start, tell: Callable[[Loading | Changed], None]) -> None:
+        self._start, self._tell, self._loader = start, tell, Loader(start)
+        self.statuses: dict[str, ModelStatus] = {}
+        self.watched: set[int] = set()  # samples of which every step is reported
+        self.pause_s = HEARTBEAT_S  # for which an idle loop may wait for messages
+        self._engines: dict[str, Engine] = {}
         self._cards: dict[str, ModelCard] = {}
-        self._requests: dict[int, Request] = {}  # that have not ended
-        self._models: dict[int, str] = {}  # which model they are of
+        self._requests: dict[int, tuple[str, Request]] = {}  # (model, request) of each sample that has not ended
         self._held: dict[str, dict[int, Request]] = {}  # by model: what its engine has not been given
         self._recalled: set[int] = set()  # what an engine was given, and is to give back
+        self._steps: list[Step] = []  # that have not been reported
         self._past = Stats()  # of engines that are gone
-        self._arrival: Arrival | None = None
-        self.eviction = Eviction(start.memory_bytes, {})
-        for name, directory in start.models:
-            try:
-                self._cards[name], self._held[name] = read_card(directory, name), {}
-                self.served[name] = self._announce(name)
-            except ModelRefused:
-                if not start.again:
-                    raise
-                self._cards.pop(name, None)  # the others go on; whoever started this one again misses it
-        for name in self._cards:
-            if self.eviction.fits(name):
-                try:
-                    self._settle(self._send_for(name))
-                except ModelRefused as error:
-                    if not start.again:
-                        raise
-                    self._give_up(name, str(error))
-
-    def _announce(self, name: str) -> ModelStatus:
-        """What is known of a model before it is loaded. Raises ModelRefused if it never can be."""
-        served = self._loader.announce(self._cards[name])
-        self._require_room(name, served.memory_bytes)
-        self.eviction.sizes[name] = served.memory_bytes
-        return served
-
-    def _require_room(self, name: str, size_bytes: int) -> None:
-        budget_bytes = self.eviction.budget_bytes
-        if budget_bytes and size_bytes > budget_bytes:
-            raise ModelRefused(f"{name} takes {size_bytes} bytes, models may take {budget_bytes}")
+        self._load: Iterator[float] | None = None
+        self._coming: str | None = None  # the model that is being loaded
+        self._eviction = Eviction(start.memory_bytes, {})
 
     # Loading and unloading
 
-    def _send_for(self, name: str) -> Arrival:
-        return self._loader.begin(self._cards[name], self.served[name].digest)
+    def start(self) -> Iterator[float]:
+        """Loads all models there is room for; yields how long to wait before the next piece. Raises ModelRefused, but
+        in an engine that replaces another: there the model is left out, or cannot be loaded."""
+        for name, directory in self._start.models:
+            try:
+                card, self._held[name] = read_card(directory, name), {}
+                status = self._loader.announce(card)
+                self._require_room(name, status.memory_bytes)
+            except ModelRefused:
+                if not self._start.again:
+                    raise
+                continue
+            self._cards[name], self.statuses[name] = card, status
+            self._eviction.sizes[name] = status.memory_bytes
+        for name in self._cards:
+            if self._eviction.fits(name):
+                try:
+                    yield from self._bring(name)
+                except ModelRefused as error:
+                    if not self._start.again:
+                        raise
+                    self._give_up(name, str(error))
 
-    def _settle(self, arrival: Arrival) -> None:
-        """Ends a load. Raises ModelRefused or torch.OutOfMemoryError."""
-        name, arrived = arrival.name, self._loader.finish(arrival)
-        self._require_room(name, arrived.served.memory_bytes)
-        self.served[name], self.engines[name] = arrived.served, arrived.engine
-        self.eviction.came(name, arrived.served.memory_bytes, time.monotonic(), arrived.served.load_s)
-        self.taken += arrived.steps
+    def _require_room(self, name: str, size_bytes: int) -> None:
+        budget_bytes = self._eviction.budget_bytes
+        if budget_bytes and size_bytes > budget_bytes:
+            raise ModelRefused(f"{name} takes {size_bytes} bytes, models may take {budget_bytes}")
 
-    def _unload(self, name: str) -> None:
-        """Forgets an engine that has nothing to do. What is held for it is asked for anew."""
-        self._past = _sum([self._past, replace(self.engines.pop(name).stats, seated=0, waiting=0)])
-        self.eviction.drop(name)
-        device.give_back(self.device)
-        self.served[name] = replace(self.served[name], loaded=False)
-        self._tell(Changed(name, self.served[name]))
-        if self._held[name]:
-            self.eviction.ask(name, time.monotonic())
+    def _bring(self, name: str) -> Iterator[float]:
+        """Loads a model. Raises ModelRefused or torch.OutOfMemoryError."""
+        loaded = yield from self._loader.load(self._cards[name], self.statuses[name].digest)
+        self._require_room(name, loaded.status.memory_bytes)
+        self.statuses[name], self._engines[name] = loaded.status, loaded.engine
+        self._eviction.came(name, loaded.status.memory_bytes, time.monotonic(), loaded.status.load_s)
+        self._steps += loaded.steps
 
-    def _give_up(self, name: str, reason: str) -> None:
-        """A model cannot be loaded, and whoever asked for it hears of it."""
-        for id in self._held[name]:
-            self._forget(id)
-        self._held[name].clear()
-        self.eviction.drop(name)
-        device.give_back(self.device)
-        self.served[name] = replace(self.served[name], trouble=reason)
-
-    def arrange(self) -> None:
-        """Between two steps: lets models come and go."""
-        arrival = self._arrival
-        if arrival is not None:
-            if arrival.net.done():
-                self._let_in(arrival)
-                self._arrival = None
-            return
-        leaving = self.eviction.leaving(self._busy)
-        if not self._busy.intersection(leaving):
-            for name in leaving:
-                self._unload(name)
-            if (wanted := self.eviction.next) is not None:
-                self._tell(Loading(wanted))
-                self._arrival = self._send_for(wanted)
-
-    def _let_in(self, arrival: Arrival) -> None:
-        name, reason = arrival.name, None
+    def _bring_for_requests(self, name: str) -> Iterator[float]:
+        """Loads a model that is asked for, or gives it up."""
+        self._tell(Loading(name))
+        reason = ""
         try:
-            self._settle(arrival)
-            self._hand_over(name, self.engines[name])  # at once: one with nothing to do would be the first to leave
+            yield from self._bring(name)
+            self._hand_over(name)  # at once: a model with nothing to do would be the first to leave
         except ModelRefused as error:
             reason = str(error)
         except torch.OutOfMemoryError:
-            reason = "the memory of the device is too small for it"
-            if self.engines and self.eviction.budget_bytes:  # it gets one more chance, alone
-                self.eviction.sizes[name], reason = self.eviction.budget_bytes, None
-        if reason is not None:
+            if self._engines:  # it is tried once more, alone
+                self._eviction.sizes[name] = self._eviction.budget_bytes
+            else:
+                reason = "the memory of the device is too small for it"
+        if reason:  # only now, when no traceback holds the model's memory
             self._give_up(name, reason)
-        self._tell(Changed(name, self.served[name]))
+        self._load = self._coming = None
+        self._tell(Changed(name, self.statuses[name]))
 
-    def distribute(self) -> None:
-        """Gives models that are here what is held for them, but for those who must leave; their turn may be over."""
-        leaving = self.eviction.leaving(self._busy)
-        for name, engine in self.engines.items():
-            if name not in leaving:
-                self._hand_over(name, engine)
-            elif self.eviction.turn_is_over(name, time.monotonic()):
-                self._recall(name, engine)
+    def _unload(self, name: str) -> None:
+        """Forgets an engine that has nothing to do. If requests are held for it, it is asked for anew."""
+        self._past += replace(self._engines.pop(name).stats, seated=0, waiting=0)
+        self._eviction.drop(name)
+        give_back(self._loader.device)
+        self.statuses[name] = replace(self.statuses[name], loaded=False)
+        self._tell(Changed(name, self.statuses[name]))
+        if self._held[name]:
+            self._eviction.ask(name, time.monotonic())
 
-    def _hand_over(self, name: str, engine: Engine) -> None:
-        for request in self._held[name].values():
-            engine.submit(request)
+    def _give_up(self, name: str, reason: str) -> None:
+        """Notes that a model cannot be loaded, and drops the requests for it."""
+        for id in self._held[name]:
+            self._forget(id)
         self._held[name].clear()
+        self._eviction.drop(name)
+        give_back(self._loader.device)
+        self.statuses[name] = replace(self.statuses[name], trouble=reason)
 
-    def _recall(self, name: str, engine: Engine) -> None:
-        """Takes back what an engine has not seated."""
-        if not engine.stats.waiting:
-            return
-        seated = {id for id, _ in engine.progress}
-        for id, model in self._models.items():
-            if model == name and id not in seated and id not in self._held[name]:
-                self._recalled.add(id)
-                engine.cancel(id)
+    def arrange(self) -> None:
+        """Between two steps: advances a load by one piece, or begins one; unloads what must make room."""
+        if self._load is None and self._eviction.budget_bytes:  # without a budget all were loaded at the start
+            self._make_room()
+        if self._load is not None:
+            self.pause_s = next(self._load, HEARTBEAT_S)
 
-    # What is asked, and what comes of it
+    def _make_room(self) -> None:
+        leaving = self._eviction.leaving(self.busy)
+        if set(self.busy).isdisjoint(leaving):
+            for name in leaving:
+                self._unload(name)
+            if (wanted := self._eviction.next) is not None:
+                self._load, self._coming = self._bring_for_requests(wanted), wanted
 
-    @property
-    def _busy(self) -> set[str]:
-        return {name for name, engine in self.engines.items() if engine.busy}
-
-    @property
-    def busy(self) -> bool:
-        """Whether any engine has something to do."""
-        return any(engine.busy for engine in self.engines.values())
-
-    @property
-    def loading(self) -> bool:
-        """Whether a model is on its way into memory."""
-        return self._arrival is not None
-
-    @property
-    def stats(self) -> Stats:
-        """The sum over all engines there are and were. Who is held waits, too."""
-        held = Stats(waiting=sum(map(len, self._held.values())))
-        return _sum([self._past, held, *(engine.stats for engine in self.engines.values())])
-
-    @property
-    def progress(self) -> list[tuple[int, int]]:
-        """(sample, updates done) of all that are seated."""
-        return [(cast(int, id), step) for engine in self.engines.values() for id, step in engine.progress]
+    # Requests
 
     def handle(self, message: Submit | Cancel) -> None:
-        """What the API process wants."""
+        """Does what the API process asks."""
         if isinstance(message, Cancel):
             for id in message.ids:
                 self._cancel(id)
             return
         spec = message.spec
-        if self.served[spec.model].trouble is not None:
+        if self.statuses[spec.model].trouble is not None:
             return  # its sender hears of that, if it has not yet
-        self.watched.update(message.ids if message.watched else ())
+        self.watched.update(message.ids if spec.alone else ())
         table = _plan(self._cards[spec.model].process, spec.sampling)
+        same = {name: getattr(spec, name) for name in SAME}
         for id, seed in zip(message.ids, spec.seeds, strict=True):
-            self._models[id] = spec.model
-            self._requests[id] = Request(
-                id,
-                seed,
-                table,
-                rank=spec.rank,
-                frames=spec.frames,
-                shows_x=spec.shows_x,
-                shows_x0=spec.shows_x0,
-                wants_floats=spec.wants_floats,
-                owner=spec.owner,
-            )
-            self._held[spec.model][id] = self._requests[id]
-        self.eviction.ask(spec.model, time.monotonic())
+            self._held[spec.model][id] = request = Request(id, seed, table, **same)
+            self._requests[id] = spec.model, request
+        self._eviction.ask(spec.model, time.monotonic())
 
     def _cancel(self, id: int) -> None:
-        model = self._models.get(id)
-        if model is None:
+        if id not in self._requests:
             return
+        model, _ = self._requests[id]
         self._recalled.discard(id)
         if self._held[model].pop(id, None) is not None:
             self._forget(id)
-        elif model in self.engines:
-            self.engines[model].cancel(id)
-        if not self._held[model] and model in self.eviction.wanted and not self._is_coming(model):
-            self.eviction.drop(model)
+        elif model in self._engines:
+            self._engines[model].cancel(id)
+        if not self._held[model] and model in self._eviction.wanted and model != self._coming:
+            self._eviction.drop(model)
 
-    def _is_coming(self, model: str) -> bool:
-        return self._arrival is not None and self._arrival.name == model
+    def distribute(self) -> None:
+        """Gives loaded models what is held for them; one that must leave gives back what is not seated in its turn."""
+        leaving = self._eviction.leaving(self.busy) if self._eviction.budget_bytes else ()
+        for name in self._engines:
+            if name not in leaving:
+                self._hand_over(name)
+            elif self._eviction.turn_is_over(name, time.monotonic()):
+                self._recall(name)
+
+    def _hand_over(self, name: str) -> None:
+        for request in self._held[name].values():
+            self._engines[name].submit(request)
+        self._held[name].clear()
+
+    def _recall(self, name: str) -> None:
+        """Takes back what an engine has not seated."""
+        seated = {id for id, _ in self._engines[name].progress}
+        for id, (model, _) in self._requests.items():
+            if model == name and id not in seated and id not in self._held[name]:
+                self._recalled.add(id)
+                self._engines[name].cancel(id)
 
     def _forget(self, id: int) -> None:
-        del self._models[id], self._requests[id]
+        del self._requests[id]
         self.watched.discard(id)
 
+    # Steps
+
     @property
-    def memory_bytes(self) -> int:
-        """Memory of the device that is held."""
-        return device.held_bytes(self.device)
+    def busy(self) -> list[str]:
+        """The models that have something to do."""
+        return [name for name, engine in self._engines.items() if engine.busy]
 
-    def tell_steps(self) -> list[Step]:
-        """The steps done since this was last asked."""
-        told, self.taken = self.taken, []
-        return told
+    def seat(self, models: Collection[str]) -> list[tuple[int, int]]:
+        """Seats what waits for these models. -> (sample, updates done) of those just seated"""
+        return [(cast(int, id), step) for name in models for id, step in self._engines[name].seat()]
 
-    def seat(self) -> list[tuple[int, int]]:
-        """Seats who waits. -> (sample, updates done) of those who have just sat down"""
-        return [(cast(int, id), step) for engine in self.engines.values() for id, step in engine.seat()]
-
-    def step(self) -> list[Event]:
-        """One step of every engine that is busy. -> what happened"""
+    def step(self, models: Collection[str]) -> list[Event]:
+        """One step of each of these models. -> what happened"""
         events = list[Event]()
-        for name, engine in self.engines.items():
-            if engine.busy:
-                before, began = engine.stats, time.monotonic()
-                events += engine.step()
-                if engine.stats.steps > before.steps:
-                    bucket = engine.stats.slot_steps - before.slot_steps
-                    self.taken.append(Step(name, bucket, time.monotonic() - began))
+        for name in models:
+            engine, began = self._engines[name], time.monotonic()
+            before = engine.stats
+            events += engine.step()
+            if engine.stats.steps > before.steps:
+                bucket = engine.stats.slot_steps - before.slot_steps
+                self._steps.append(Step(name, bucket, time.monotonic() - began))
         return [event for event in events if self._conclude(event)]
 
     def _conclude(self, event: Event) -> bool:
-        """Notes what an event ends. Whether anybody else need hear of it: not if a sample was only taken back."""
+        """Notes what an event ends. Returns whether it is to be reported: a sample that was only taken back is not."""
         id = cast(int, event.id)
         if not isinstance(event, ENDS):
             return True
-        if isinstance(event, Cancelled) and id in self._recalled:
-            self._held[self._models[id]][id] = self._requests[id]
-            self._recalled.discard(id)
-            return False
+        taken_back = isinstance(event, Cancelled) and id in self._recalled
         self._recalled.discard(id)
-        self._forget(id)
-        return True
+        if taken_back:
+            model, request = self._requests[id]
+            self._held[model][id] = request
+        else:
+            self._forget(id)
+        return not taken_back
 
+    @property
+    def stats(self) -> Stats:
+        """The sum over all engines, present and past. Requests that are held wait, too."""
+        held = Stats(waiting=sum(map(len, self._held.values())))
+        return sum((engine.stats for engine in self._engines.values()), self._past + held)
 
-def _sum(each: list[Stats]) -> Stats:
-    return sum(each, Stats())
+    def heartbeat(self) -> Heartbeat:
+        """How far the samples are, and which steps were done since this was last called."""
+        progress = [(cast(int, id), step) for engine in self._engines.values() for id, step in engine.progress]
+        steps, self._steps = self._steps, []
+        return Heartbeat(steps, progress, held_bytes(self._loader.device))

@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -30,14 +29,14 @@ def hangs() -> Iterator[Fact]:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     yield Fact("before", True)
     while True:
-        time.sleep(60)
+        signal.pause()
 
 
 def waits() -> Iterator[Fact]:
     """Never ends, but may be asked to."""
     yield Fact("before", True)
     try:
-        time.sleep(3600)
+        signal.pause()
     finally:
         print("tidied up", flush=True)
 
@@ -50,7 +49,7 @@ def dies() -> Iterator[Fact]:
 
 def leaves_a_child(folder: Path) -> Iterator[Fact]:
     """Ends well, and leaves a process behind that says whether it lives by holding a pipe open."""
-    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)"])
+    child = subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"])
     yield Fact("child", child.pid)
 
 

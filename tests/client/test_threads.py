@@ -69,6 +69,17 @@ def test_a_stream_gives_every_event_in_order(client: Client) -> None:
     assert any(isinstance(event, Progress) for event in events)
 
 
+def test_the_result_of_a_stream_is_that_of_generate_and_each_event_is_passed_on(client: Client) -> None:
+    events: list[Event] = []
+    made = client.stream(seed=3, steps=4, frames={"every": 2}).pictures(events.append)
+
+    expected = client.generate(seed=3, steps=4, frames={"every": 2})
+    assert made.png == expected.png
+    assert [frame.png for frame in made.frames] == [frame.png for frame in expected.frames]
+    assert [event for event in events if isinstance(event, Frame | Picture)] == [*made.frames, *made.pictures]
+    assert isinstance(events[-1], Ended)
+
+
 def test_a_connection_that_keeps_breaking_loses_and_repeats_no_event(server: Server, client: Client) -> None:
     with line(server.port, most_bytes=4000) as bad, Client(bad.url, timeout_s=30) as far:
         stream = far.stream(seed=9, steps=30, frames={"every": 1, "kind": "both"})
@@ -162,7 +173,7 @@ def test_a_job_whose_server_is_gone_displays_its_last_known_state(grey: Threaded
 
 
 def test_a_broken_model_is_refused_at_once(grey: Threaded, backend: FakeBackend) -> None:
-    backend.models["tiny"] = replace(backend.served["tiny"], trouble="its weights are cut off")
+    backend.models["tiny"] = replace(backend.models["tiny"], trouble="its weights are cut off")
     with Client(grey.url, timeout_s=5) as client, pytest.raises(Refused, match="cut off") as refused:
         client.generate(seed=1)
 

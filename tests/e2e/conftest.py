@@ -31,10 +31,9 @@ class Site(Server):
 
 @pytest.fixture(scope="package")
 def site() -> Iterator[Site]:
-    """One server for all tests; it may have been restarted since the last one."""
+    """One server for all tests, which starts while the browser does; it may have been restarted since the last one."""
     running = Site(ROOT / "weights")
     try:
-        running.wait_until_ready()
         yield running
     finally:
         running.stop()
@@ -59,6 +58,7 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
 
 
 @pytest.fixture
-def page(driver: Chrome, site: Site) -> Page:
+def page(site: Site, driver: Chrome) -> Page:
     """The page, opened by somebody who was never here."""
+    site.wait_until_ready()
     return Page(driver, f"http://127.0.0.1:{site.port}/").open_anew()

@@ -1,4 +1,4 @@
-"""The viewer page in a real browser, beside what `POST /generate` gives for the same request."""
+"""The pages in a real browser that has nothing but this server, beside what `POST /generate` gives."""
 
 import hashlib
 import os
@@ -9,6 +9,7 @@ import pytest
 from selenium.webdriver import Chrome
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import WebDriverWait
 
 from tests.e2e.conftest import ROOT, Site
 from tests.e2e.page import Page
@@ -259,3 +260,20 @@ def test_a_server_that_needs_a_key_is_asked_with_it_once_it_was_given(driver: Ch
         assert not page.find("api").is_displayed()  # a link brings no key
     finally:
         site.stop()
+
+
+def test_the_reference_shows_what_the_server_says_of_itself(driver: Chrome, site: Site) -> None:
+    site.wait_until_ready()
+    driver.get_log("browser")  # type: ignore[no-untyped-call]  # what was logged before is gone with this
+    driver.get(f"http://127.0.0.1:{site.port}/docs#GenerateRequest")
+    WebDriverWait(driver, 20).until(lambda _: driver.find_elements(By.ID, "GenerateRequest"))
+    document = site.client.get("/openapi.json").json()
+    routes = [f"{method.upper()} {path}" for path, methods in document["paths"].items() for method in methods]
+    titles = [title.text for title in driver.find_elements(By.CSS_SELECTOR, "#reference h2")]
+    rows = [row.text for row in driver.find_elements(By.CSS_SELECTOR, "#GenerateRequest tr")]
+
+    assert titles == [*routes, *document["components"]["schemas"]]
+    assert [row for row in rows if row.startswith("n integer 1 … 64 or null 1 pictures")]
+    assert [row for row in rows if row.startswith("seed integer 0 … 9007199254740991 or null drawn")]
+    assert [row for row in rows if row.startswith("frames Frames or null")]
+    assert driver.get_log("browser") == []  # type: ignore[no-untyped-call]

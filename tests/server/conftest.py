@@ -17,6 +17,7 @@ from server.settings import Settings
 from server.web.app import create_app
 from tests.model.convert.directories import write_model
 from tests.server.fakes import FakeBackend
+from tests.waiting import until
 
 
 @pytest.fixture(scope="session")
@@ -68,26 +69,24 @@ class Server:
         self.process.kill()
         self.process.wait(60)
 
-    def until(self, condition: Callable[[], bool], patience_s: float = 60) -> None:
+    def until(self, condition: Callable[[], object], patience_s: float = 60) -> None:
         """Waits for a condition."""
-        deadline = time.monotonic() + patience_s
-        while not condition():
-            assert time.monotonic() < deadline, f"it has not come true for {patience_s} s"
-            time.sleep(0.02)
+        until(condition, patience_s)
 
     def wait_until_ready(self) -> "Server":
-        """Comes back once the engine takes work; fails after a minute."""
+        """Comes back once the engine takes work; fails after a minute, or when the process has ended."""
         began = time.monotonic()
-        deadline = began + 60
-        while time.monotonic() < deadline and self.process.poll() is None:
-            try:
-                if self.client.get("/readyz").status_code == 200:
-                    self.started_s = time.monotonic() - began
-                    return self
-            except httpx.TransportError:
-                pass
-            time.sleep(0.05)
-        raise AssertionError("the server did not become ready")
+        until(lambda: self.is_ready() or self.process.poll() is not None, pause_s=0.05)  # each look costs the start
+        assert self.process.poll() is None, "the server did not become ready"
+        self.started_s = time.monotonic() - began
+        return self
+
+    def is_ready(self) -> bool:
+        """Whether it takes work now."""
+        try:
+            return self.client.get("/readyz").status_code == 200
+        except httpx.TransportError:
+            return False
 
     @property
     def engine_pids(self) -> list[int]:

@@ -1,4 +1,4 @@
-"""A backend without an engine (pictures of one grey level, and buttons to press), and a reader of PNGs."""
+"""A backend without an engine, which makes pictures of one grey level and which tests control; a reader of PNGs."""
 
 import asyncio
 import io
@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Sequence
 import numpy as np
 from PIL import Image
 
-from model.engine.events import Finished, Preview, Stats
+from model.engine.events import Finished, Picture, Preview, Stats
 from server.engines.backend import EngineHealth, SampleEvent
 from server.errors import NotReady
 from server.worker.messages import ModelStatus, Spec
@@ -17,6 +17,11 @@ def read_texts(data: bytes) -> dict[str, str]:
     """The text chunks of a PNG."""
     with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
         return {str(key): value for key, value in image.info.items() if isinstance(value, str)}
+
+
+def grey(level: int) -> Picture:
+    """A picture of one grey level (modulo 256)."""
+    return np.full((8, 8, 1), level % 256, np.uint8)
 
 
 class FakeBackend:
@@ -37,7 +42,7 @@ class FakeBackend:
         )
         self.models = {"tiny": tiny}
         self.trouble: str | None = None
-        self.health = EngineHealth(Stats(), 0.0, 0, {}, 0)
+        self.health = EngineHealth(stats=Stats(), silence_s=0.0, memory_bytes=0, restarts={}, replayed=0)
         self.gate = asyncio.Event()
         self.gate.set()
         self.specs: list[Spec] = []
@@ -48,7 +53,7 @@ class FakeBackend:
         """Nothing to load."""
 
     async def close(self) -> None:
-        """Whoever still waits is told that it is over."""
+        """Runs that wait end with NotReady."""
         self.failure = NotReady("the server is shutting down")
         self.gate.set()
 
@@ -68,20 +73,19 @@ class FakeBackend:
     async def run(self, spec: Spec) -> AsyncGenerator[SampleEvent]:
         """All pictures of `spec`."""
         self.specs.append(spec)
-        done = False
+        done, samples = False, list(zip(spec.indices or range(len(spec.seeds)), spec.seeds, strict=True))
         try:
             await self.gate.wait()
             for step in sorted(spec.frames):
-                for i, seed in enumerate(spec.seeds):
-                    noisy = np.full((8, 8, 1), (seed + step) % 256, np.uint8)
+                for i, seed in samples:
+                    noisy = grey(seed + step)
                     yield Preview(i, step, noisy if spec.shows_x else None, noisy if spec.shows_x0 and step else None)
                     await asyncio.sleep(0)
             if self.failure is not None:
                 raise self.failure
-            for i, seed in enumerate(spec.seeds):
-                grey = np.full((8, 8, 1), seed % 256, np.uint8)
+            for i, seed in samples:
                 floats = np.full((1, 8, 8), seed / 256, np.float32) if spec.wants_floats else None
-                yield Finished(i, grey, floats)
+                yield Finished(i, grey(seed), floats)
             done = True
         finally:
             if not done:

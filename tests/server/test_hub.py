@@ -1,4 +1,4 @@
-"""Hub ids as models: fetched once, pinned, served from the cache without a hub, and refused in one line."""
+"""Hub ids as models: fetched once, pinned, served from the cache without a hub, or refused in one line."""
 
 import json
 import socket
@@ -59,7 +59,7 @@ def unplug(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
 # Good ones
 
 
-def test_a_model_is_fetched_and_told_by_its_commit(hub: Hub, tmp_path: Path) -> None:
+def test_a_model_is_fetched_and_pinned_to_its_commit(hub: Hub, tmp_path: Path) -> None:
     card = find_models(ID)["tiny"]
 
     assert card.source == Source(ID, hub.commits[ID]["main"])
@@ -67,7 +67,7 @@ def test_a_model_is_fetched_and_told_by_its_commit(hub: Hub, tmp_path: Path) -> 
     assert (card.directory / WEIGHTS).read_bytes() == (tmp_path / "model" / WEIGHTS).read_bytes()
 
 
-def test_only_what_a_model_directory_needs_is_fetched(hub: Hub, tmp_path: Path) -> None:
+def test_only_the_files_of_a_model_directory_are_fetched(hub: Hub, tmp_path: Path) -> None:
     for name in (
         "diffusion_pytorch_model.bin",
         "diffusion_pytorch_model.fp16.safetensors",
@@ -81,7 +81,7 @@ def test_only_what_a_model_directory_needs_is_fetched(hub: Hub, tmp_path: Path) 
     assert sorted(hub.fetched) == sorted(["config.json", "scheduler_config.json", "README.md", WEIGHTS])
 
 
-def test_folders_and_several_files_are_fetched_as_they_are(hub: Hub, tmp_path: Path) -> None:
+def test_folders_and_shards_are_fetched(hub: Hub, tmp_path: Path) -> None:
     directory = write_model(tmp_path / "folders", folders=True)
     shard = "diffusion_pytorch_model-00001-of-00001.safetensors"
     (directory / "unet" / WEIGHTS).rename(directory / "unet" / shard)
@@ -91,14 +91,14 @@ def test_folders_and_several_files_are_fetched_as_they_are(hub: Hub, tmp_path: P
     assert find_models(ID)["tiny"].shards[0].name == shard
 
 
-def test_what_is_here_is_not_fetched_again(hub: Hub) -> None:
+def test_files_in_the_cache_are_not_fetched_again(hub: Hub) -> None:
     first, sent = find_models(ID)["tiny"], list(hub.fetched)
 
     assert find_models(ID)["tiny"].digest == first.digest
     assert hub.fetched == sent
 
 
-def test_a_branch_is_looked_up_at_every_start_and_a_commit_never_again(hub: Hub, tmp_path: Path) -> None:
+def test_a_branch_is_looked_up_at_every_start_and_a_commit_only_once(hub: Hub, tmp_path: Path) -> None:
     old = hub.commits[ID]["main"]
     find_models(ID)
     asked = len(hub.asked)
@@ -123,14 +123,14 @@ def test_two_models_of_one_name_are_refused(hub: Hub, tmp_path: Path) -> None:
     assert "two of the models of DDPM_WEIGHTS are called tiny" in refusal(f"{tmp_path / 'tiny'},{ID}")
 
 
-def test_what_a_file_system_puts_into_a_volume_is_no_model(tmp_path: Path) -> None:
+def test_lost_and_found_is_not_a_model(tmp_path: Path) -> None:
     write_model(tmp_path / "tiny")
     (tmp_path / "lost+found").mkdir()
 
     assert find_models(tmp_path).keys() == {"tiny"}
 
 
-def test_a_directory_that_no_model_can_be_named_after_is_told(tmp_path: Path) -> None:
+def test_a_directory_whose_name_no_model_can_have_is_refused(tmp_path: Path) -> None:
     write_model(tmp_path / "a model")
 
     assert "'a model'" in refusal(str(tmp_path))
@@ -140,7 +140,7 @@ def test_a_directory_that_no_model_can_be_named_after_is_told(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("how", ["unplugged", "told to be offline", "broken"])
-def test_without_a_hub_the_cache_is_served_and_what_is_not_in_it_is_refused_at_once(
+def test_without_a_hub_models_are_served_from_the_cache_or_refused_at_once(
     hub: Hub, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
     pinned = find_models(ID)["tiny"]
@@ -163,33 +163,33 @@ def test_without_a_hub_the_cache_is_served_and_what_is_not_in_it_is_refused_at_o
 # What a hub refuses, or gets wrong
 
 
-def test_what_the_hub_does_not_have_is_said(hub: Hub) -> None:
+def test_a_missing_model_or_revision_is_refused(hub: Hub) -> None:
     assert refusal("somebody/else").startswith("there is no somebody/else on the hub, or it is private")
     assert refusal(f"{ID}@v9") == f"{ID} has no revision v9"
     assert refusal(f"{ID}@{commit('nothing')}") == f"{ID} has no revision {commit('nothing')}"
     assert refusal("./nothing/here") == "./nothing/here is not a directory"
 
 
-def test_a_gated_model_takes_a_token(hub: Hub) -> None:
+def test_a_gated_model_needs_a_token(hub: Hub) -> None:
     hub.gated.add(ID)
 
     assert refusal(ID) == f"{ID} is gated: accept its terms on the hub, and set HF_TOKEN to a token of yours"
 
 
-def test_what_is_in_the_cache_is_not_served_against_the_word_of_the_hub(hub: Hub) -> None:
+def test_the_cache_does_not_overrule_a_refusal_of_the_hub(hub: Hub) -> None:
     find_models(ID)
     hub.status = 403
 
     assert refusal(ID) == f"{ID}@main cannot be fetched: the hub answers 403"
 
 
-def test_a_model_of_another_kind_is_refused_by_its_id(hub: Hub, tmp_path: Path) -> None:
+def test_an_unsupported_model_is_refused_by_its_id(hub: Hub, tmp_path: Path) -> None:
     hub.add(ID, write_model(tmp_path / "fourier", {"time_embedding_type": "fourier"}))
 
     assert refusal(ID).startswith(f"{ID}: config.json: time_embedding_type must be ")
 
 
-def test_a_file_that_is_listed_and_not_there_is_named(hub: Hub) -> None:
+def test_a_file_that_is_listed_and_missing_is_named(hub: Hub) -> None:
     hub.lost.add("scheduler_config.json")
 
     assert refusal(ID) == f"{ID}: scheduler_config.json is listed by the hub, and is not there"
@@ -203,7 +203,7 @@ def test_pickles_are_not_fetched_and_the_refusal_says_what_to_do(hub: Hub, tmp_p
     assert hub.fetched == []
 
 
-def test_weights_that_are_not_what_the_hub_says_are_thrown_away(hub: Hub, tmp_path: Path) -> None:
+def test_weights_with_another_digest_are_deleted(hub: Hub, tmp_path: Path) -> None:
     sound = hub.files[ID][WEIGHTS]
     hub.lies[WEIGHTS] = sound[:-4] + b"\0\0\0\1"
 
@@ -212,7 +212,7 @@ def test_weights_that_are_not_what_the_hub_says_are_thrown_away(hub: Hub, tmp_pa
     assert (find_models(ID)["tiny"].directory / WEIGHTS).read_bytes() == sound
 
 
-def test_a_file_that_was_cut_short_is_never_served(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_truncated_file_is_never_served(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.cut.add(WEIGHTS)
     monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)
 

@@ -9,6 +9,7 @@ import pytest
 
 from tests.server.conftest import Server
 from tests.server.fakes import read_texts
+from tests.server.faults import faulty
 
 NOTE = "run by torch, since OpenVINO ended an engine by an instruction that this processor lacks"
 JOB = {"seed": 7, "steps": 12}
@@ -16,7 +17,7 @@ JOB = {"seed": 7, "steps": 12}
 
 @pytest.fixture
 def deadly(tmp_path: Path) -> Iterator[str]:
-    """A folder for PYTHONPATH with an OpenVINO that kills whoever imports it."""
+    """A folder for PYTHONPATH with an OpenVINO that kills each process that imports it."""
     package = tmp_path / "deadly" / "openvino"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGILL)\n")
@@ -38,7 +39,7 @@ def test_an_engine_that_dies_of_an_illegal_instruction_is_replaced_by_one_of_tor
     weights: Path, tmp_path: Path
 ) -> None:
     fault = {"do": "illegal", "seed": JOB["seed"], "step": 3, "once": str(tmp_path / "happened")}
-    server = Server(weights, DDPM_FAULTS=json.dumps([fault])).wait_until_ready()
+    server = Server(weights, **faulty(fault)).wait_until_ready()
     try:
         before = served(server)
         made = server.client.post("/generate", json=JOB)
@@ -51,9 +52,7 @@ def test_an_engine_that_dies_of_an_illegal_instruction_is_replaced_by_one_of_tor
     assert (levels(log), code) == (["warning"], 0)
 
 
-def test_an_openvino_that_kills_whoever_imports_it_does_not_keep_a_server_from_starting(
-    weights: Path, deadly: str
-) -> None:
+def test_a_server_starts_though_openvino_kills_each_process_that_imports_it(weights: Path, deadly: str) -> None:
     server = Server(weights, PYTHONPATH=deadly, DDPM_ENGINE_RESTARTS="2").wait_until_ready()
     try:
         runs, made = served(server), server.client.post("/generate", json=JOB)

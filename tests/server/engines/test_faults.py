@@ -1,7 +1,6 @@
-"""An engine that suffers what it is ordered to suffer: innocent jobs come out right, and only the guilty one fails."""
+"""Faults in an engine: every job comes out right, and only one that kills engines fails."""
 
 import asyncio
-import json
 import os
 import signal
 import time
@@ -13,13 +12,15 @@ import httpx
 import pytest
 
 from tests.server.conftest import Server
+from tests.server.faults import faulty
 from tests.server.jobs.test_metrics import balance, read
 from tests.server.jobs.test_stream import understand, watching
+from tests.waiting import until_async
 
 POISON = 666
 WATCHED = {"seed": 1000, "steps": 30, "n": 16}
 JOBS = [{"seed": seed, "steps": 12 + seed % 19} for seed in range(100, 120)]
-AWAY_S = 5.0  # until work is taken again, besides the start of an engine
+AWAY_S = 5.0  # until work is taken again, in addition to the start of an engine
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +30,8 @@ def expected(server: Server) -> list[bytes]:
 
 
 class Outcome:
-    """What became of all jobs; what a viewer of a long one heard; after how long the server said that it takes no work,
-    and until when it did, counted from the blow."""
+    """What all jobs came to. `seen_s`, `down_s`: seconds from the signal until the server first and last said that it
+    takes no work. `heard`: what a subscriber of the long job was sent."""
 
     def __init__(self) -> None:
         self.answers: list[httpx.Response] = []
@@ -40,8 +41,8 @@ class Outcome:
         self.metrics: dict[str, float] = {}
 
 
-async def suffer(server: Server, jobs: Sequence[dict[str, Any]], blow: int | None = None) -> Outcome:
-    """All jobs at once, and one long one with a viewer; `blow`, a signal for the engine once it works."""
+async def run(server: Server, jobs: Sequence[dict[str, Any]], kill: int | None = None) -> Outcome:
+    """Runs all jobs at once, and a long one with a subscriber. kill: a signal for the engine, once it works."""
     outcome, limits = Outcome(), httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=server.client.base_url, timeout=60, limits=limits) as client:
 
@@ -53,6 +54,9 @@ async def suffer(server: Server, jobs: Sequence[dict[str, Any]], blow: int | Non
             async with watching(server, f"{path}/stream") as socket:
                 outcome.heard = [understand(text) async for text in socket]
 
+        async def slots_are_full() -> bool:
+            return read((await client.get("/metrics")).text)["ddpm_slots_used"] == 4
+
         async def probe() -> None:
             since = time.monotonic()
             while True:
@@ -63,10 +67,9 @@ async def suffer(server: Server, jobs: Sequence[dict[str, Any]], blow: int | Non
 
         viewing = asyncio.create_task(view(WATCHED))
         making = [asyncio.create_task(make(job)) for job in jobs]
-        if blow is not None:
-            while read((await client.get("/metrics")).text)["ddpm_slots_used"] < 4:
-                await asyncio.sleep(0.01)
-            os.kill(server.engine_pid, blow)
+        if kill is not None:
+            await until_async(slots_are_full)
+            os.kill(server.engine_pid, kill)
         probing = asyncio.create_task(probe())
         outcome.answers = list(await asyncio.gather(*making))
         await viewing
@@ -75,9 +78,9 @@ async def suffer(server: Server, jobs: Sequence[dict[str, Any]], blow: int | Non
     return outcome
 
 
-def faulty(weights: Path, *faults: dict[str, Any], **variables: str) -> Server:
-    """A server whose engine suffers these."""
-    return Server(weights, DDPM_FAULTS=json.dumps(faults), **variables).wait_until_ready()
+def faulty_server(weights: Path, *faults: dict[str, Any], **variables: str) -> Server:
+    """A server whose engine has these faults."""
+    return Server(weights, **faulty(*faults), **variables).wait_until_ready()
 
 
 @pytest.fixture
@@ -95,15 +98,15 @@ def once(tmp_path: Path) -> Iterator[str]:
     ],
     ids=lambda value: str(value["do"] if isinstance(value, dict) else value),
 )
-def test_an_engine_that_dies_once_costs_nobody_a_picture(
+def test_an_engine_that_dies_once_costs_no_job_a_picture(
     fault: "dict[str, Any] | signal.Signals", cause: str, weights: Path, once: str, expected: list[bytes]
 ) -> None:
     if isinstance(fault, dict):
-        server, blow = faulty(weights, fault | {"once": once}), None
+        server, kill = faulty_server(weights, fault | {"once": once}), None
     else:
-        server, blow = faulty(weights), int(fault)
+        server, kill = Server(weights).wait_until_ready(), int(fault)
     try:
-        outcome = asyncio.run(suffer(server, JOBS, blow))
+        outcome = asyncio.run(run(server, JOBS, kill))
     finally:
         code, _ = server.stop()
 
@@ -113,18 +116,18 @@ def test_an_engine_that_dies_once_costs_nobody_a_picture(
     types = [message["type"] for message in outcome.heard if "type" in message]
     assert (types.count("restarting"), types[-1]) == (1, "succeeded")
     assert 0 < outcome.down_s < AWAY_S + server.started_s
-    if blow == signal.SIGKILL:
+    if kill == signal.SIGKILL:
         assert outcome.seen_s < 1
     assert balance(outcome.metrics)[0] == balance(outcome.metrics)[1]
     assert code == 0
 
 
-def test_memory_that_runs_out_makes_the_batch_smaller_and_nobody_fails(weights: Path, expected: list[bytes]) -> None:
-    server = faulty(weights, {"do": "memory", "bucket": 4})
+def test_memory_that_runs_out_makes_the_batch_smaller_and_no_job_fails(weights: Path, expected: list[bytes]) -> None:
+    server = faulty_server(weights, {"do": "memory", "bucket": 4})
     try:
-        outcome = asyncio.run(suffer(server, JOBS))
+        outcome = asyncio.run(run(server, JOBS))
         pid = server.engine_pid
-        assert asyncio.run(suffer(server, JOBS)).metrics["ddpm_out_of_memory_total"] == 1  # it has been remembered
+        assert asyncio.run(run(server, JOBS)).metrics["ddpm_out_of_memory_total"] == 1  # it has been remembered
         assert server.engine_pid == pid
     finally:
         server.stop()
@@ -134,35 +137,35 @@ def test_memory_that_runs_out_makes_the_batch_smaller_and_nobody_fails(weights: 
     assert outcome.metrics["ddpm_out_of_memory_total"] == 1
 
 
-def test_a_picture_that_is_not_finite_fails_and_its_neighbours_do_not_notice(
+def test_a_picture_that_is_not_finite_fails_and_its_neighbours_keep_their_bytes(
     weights: Path, expected: list[bytes]
 ) -> None:
-    server = faulty(weights, {"do": "nan", "seed": 107, "step": 7})
+    server = faulty_server(weights, {"do": "nan", "seed": 107, "step": 7})
     try:
-        outcome = asyncio.run(suffer(server, JOBS))
+        outcome = asyncio.run(run(server, JOBS))
     finally:
         server.stop()
 
-    sick = outcome.answers[7]
-    assert (sick.status_code, sick.json()["code"]) == (500, "sample-failed")
-    assert "not finite" in sick.json()["detail"]
-    healthy = [answer.content for answer in outcome.answers[:7] + outcome.answers[8:]]
-    assert healthy == expected[:7] + expected[8:]
+    broken = outcome.answers[7]
+    assert (broken.status_code, broken.json()["code"]) == (500, "sample-failed")
+    assert "not finite" in broken.json()["detail"]
+    others = [answer.content for answer in outcome.answers[:7] + outcome.answers[8:]]
+    assert others == expected[:7] + expected[8:]
 
 
 @pytest.mark.parametrize("step", [0, 9])
-def test_of_twenty_innocents_and_a_poison_job_one_fails(step: int, weights: Path, expected: list[bytes]) -> None:
-    server = faulty(weights, {"do": "die", "seed": POISON, "step": step}, DDPM_ENGINE_RESTARTS="2")
+def test_of_twenty_jobs_beside_a_poison_job_none_fails(step: int, weights: Path, expected: list[bytes]) -> None:
+    server = faulty_server(weights, {"do": "die", "seed": POISON, "step": step}, DDPM_ENGINE_RESTARTS="2")
     try:
-        outcome = asyncio.run(suffer(server, [*JOBS, {"seed": POISON, "steps": 30}]))
+        outcome = asyncio.run(run(server, [*JOBS, {"seed": POISON, "steps": 30}]))
         pid = server.wait_until_ready().engine_pid
-        after = asyncio.run(suffer(server, JOBS))
+        after = asyncio.run(run(server, JOBS))
         assert server.engine_pid == pid
     finally:
         server.stop()
 
-    *innocents, poison = outcome.answers
-    assert [answer.content for answer in innocents] == expected
+    *others, poison = outcome.answers
+    assert [answer.content for answer in others] == expected
     assert (poison.status_code, poison.json()["code"]) == (500, "sample-failed")
     assert outcome.metrics["ddpm_engine_restarts_total{died}"] <= 4
     assert [answer.content for answer in after.answers] == expected

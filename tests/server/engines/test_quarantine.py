@@ -1,43 +1,100 @@
-"""Who is to blame for the death of an engine."""
+"""Which jobs are blamed for the death of an engine."""
 
-from server.engines.quarantine import Place, Quarantine
+from model.sampling.plan import resolve
+from server.engines.quarantine import DEATHS_LOADING, Place, Quarantine, Record
+from server.worker.messages import Spec
+from tests.model.tiny import PROCESS
+
+SAMPLING = resolve(PROCESS, steps=5)
 
 
 def at(step: int) -> Place:
-    """A job of one picture that is so far."""
+    """A job of one sample that is so far."""
     return frozenset({(0, step)})
 
 
+def records(quarantine: Quarantine, *jobs: str) -> list[Record]:
+    """The records of these jobs."""
+    return [quarantine.record(Spec(model="tiny", seeds=(1,), sampling=SAMPLING, job=job)) for job in jobs]
+
+
 def test_one_death_in_company_changes_nothing() -> None:
-    court: Quarantine[str] = Quarantine()
+    quarantine = Quarantine()
+    a, b = records(quarantine, "a", "b")
 
-    assert court.died({"a": at(3), "b": at(5)}) == []
-    assert court.all == []
-
-
-def test_who_was_there_twice_is_to_be_run_alone() -> None:
-    court: Quarantine[str] = Quarantine()
-    court.died({"a": at(3), "b": at(5), "c": at(7)})
-    court.died({"a": at(0), "c": at(1), "d": at(2)})
-
-    assert court.all == ["a", "c"]
-    assert [court.forget(job) for job in "abcd"] == [True, False, True, False]
-    assert court.all == []
+    assert quarantine.died({a: at(3), b: at(5)}) == []
+    assert (a.isolated, b.isolated) == (False, False)
 
 
-def test_who_dies_alone_at_the_same_step_twice_is_guilty() -> None:
-    court: Quarantine[str] = Quarantine()
+def test_a_job_that_was_seated_at_two_deaths_is_run_alone() -> None:
+    quarantine = Quarantine()
+    a, b, c, d = records(quarantine, "a", "b", "c", "d")
+    quarantine.died({a: at(3), b: at(5), c: at(7)})
+    quarantine.died({a: at(0), c: at(1), d: at(2)})
+
+    assert [record.isolated for record in (a, b, c, d)] == [True, False, True, False]
+
+
+def test_a_job_that_dies_alone_at_the_same_step_twice_has_killed_the_engine() -> None:
+    quarantine = Quarantine()
+    a, b = records(quarantine, "a", "b")
     for _ in range(2):
-        court.died({"a": at(9), "b": at(9)})
+        quarantine.died({a: at(9), b: at(9)})
 
-    assert court.died({"a": at(7)}) == []
-    assert court.died({"a": at(7)}) == ["a"]
+    assert quarantine.died({a: at(7)}) == []
+    assert quarantine.died({a: at(7)}) == [a]
 
 
-def test_who_is_killed_at_another_step_each_time_is_spared_for_long() -> None:
-    court: Quarantine[str] = Quarantine()
+def test_a_job_that_dies_at_another_step_each_time_is_spared_for_long() -> None:
+    quarantine = Quarantine()
+    (a,) = records(quarantine, "a")
     for _ in range(2):
-        court.died({"a": at(9)})
+        quarantine.died({a: at(9)})
 
-    assert [court.died({"a": at(step)}) for step in (1, 2, 3, 4)] == [[], [], [], []]
-    assert court.died({"a": at(5)}) == ["a"]
+    assert [quarantine.died({a: at(step)}) for step in (1, 2, 3, 4)] == [[], [], [], []]
+    assert quarantine.died({a: at(5)}) == [a]
+
+
+def test_a_death_in_company_is_no_evidence_against_an_isolated_job() -> None:
+    quarantine = Quarantine()
+    a, b = records(quarantine, "a", "b")
+    for _ in range(2):
+        quarantine.died({a: at(9)})
+
+    assert [quarantine.died({a: at(7), b: at(step)}) for step in range(9)] == [[]] * 9
+
+
+def test_deaths_count_on_whichever_engine_a_job_was_seated_until_its_last_run_ends() -> None:
+    quarantine = Quarantine()
+    on_one, on_another = records(quarantine, "a", "a")
+    quarantine.died({on_one: at(3)})
+    del on_one
+    quarantine.died({on_another: at(3)})
+
+    assert on_another.isolated
+    del on_another
+    assert [record.isolated for record in records(quarantine, "a")] == [False]
+
+
+def test_runs_without_a_job_are_known_apart() -> None:
+    a, b = records(Quarantine(), "", "")
+
+    assert a is not b
+
+
+def test_a_job_that_asks_to_be_alone_is_isolated_and_nothing_is_held_against_it() -> None:
+    quarantine = Quarantine()
+    record = quarantine.record(Spec(model="tiny", seeds=(1,), sampling=SAMPLING, job="a", alone=True))
+
+    assert (record.isolated, record.deaths, record.places) == (True, 0, [])
+    assert quarantine.died({record: at(7)}) == []
+    assert quarantine.died({record: at(7)}) == [record]
+
+
+def test_a_model_is_given_up_after_some_deaths_in_a_row_during_its_load() -> None:
+    quarantine = Quarantine()
+
+    assert [quarantine.died_loading("a") for _ in range(DEATHS_LOADING)] == [False] * (DEATHS_LOADING - 1) + [True]
+    quarantine.loaded("a")
+    assert [quarantine.died_loading("a") for _ in range(DEATHS_LOADING)] == [False] * (DEATHS_LOADING - 1) + [True]
+    assert not quarantine.died_loading("b")

@@ -1,13 +1,12 @@
-"""Several engines as one backend: over fakes with buttons to press, and over two engines on a CPU."""
+"""Several engines as one backend: over fakes that a test controls, and over two engines on a CPU."""
 
 import asyncio
-import json
 import os
 import signal
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine
-from contextlib import aclosing, nullcontext
+from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,19 +17,24 @@ import pytest
 from model.engine.events import Finished
 from model.sampling.plan import resolve
 from server.engines.backend import Progress, Restarting, SampleEvent
+from server.engines.quarantine import DEATHS_IN_COMPANY, Quarantine
 from server.engines.router import Router
-from server.errors import EXIT_ENGINE, EXIT_NO_DEVICE, EngineFailed, NotReady, SampleLost
+from server.errors import EXIT_ENGINE, EXIT_NO_DEVICE, EngineFailed, NotReady
 from server.worker.messages import Spec
 from tests.model.tiny import PROCESS
 from tests.server.conftest import Server
 from tests.server.fakes import FakeBackend
+from tests.server.faults import faulty
 from tests.server.jobs.test_metrics import read
 
 SAMPLING = resolve(PROCESS, steps=10)
 
 
 class Engine(FakeBackend):
-    """A fake whose streams can be told something before they go on."""
+    """A fake whose runs hear `say` before they go on. Each `Restarting` counts as `deaths` with the job seated."""
+
+    quarantine = Quarantine()
+    deaths = 0
 
     def __init__(self, numerics: str = "fake") -> None:
         super().__init__()
@@ -39,31 +43,34 @@ class Engine(FakeBackend):
         self.say: list[SampleEvent] = []
 
     async def run(self, spec: Spec) -> AsyncGenerator[SampleEvent]:
-        """What is to be said, and then all pictures of `spec`."""
+        """The events of `say`, and then all pictures of `spec`."""
+        record = self.quarantine.record(spec)
         for event in self.say:
+            for _ in range(self.deaths if isinstance(event, Restarting) else 0):
+                self.quarantine.died({record: frozenset({(0, 3)})})
             yield event
         async with aclosing(super().run(spec)) as events:
             async for event in events:
                 yield event
 
 
-def fleet_of(*engines: Engine, on_failed: Callable[[EngineFailed], None] = print) -> Router:
-    """These engines as one."""
-    made = Router(on_failed)
+def router_of(*engines: Engine, on_failed: Callable[[EngineFailed], None] = print) -> Router:
+    """A router over these engines."""
+    made = Router(on_failed, Engine.quarantine)
     for engine in engines:
         made.join(engine)
     return made
 
 
-async def collect(fleet: Router, spec: Spec, heard: list[SampleEvent]) -> None:
-    """Hears all of it."""
-    async with aclosing(fleet.run(spec)) as events:
+async def collect(router: Router, spec: Spec, heard: list[SampleEvent]) -> None:
+    """Appends all events of a run."""
+    async with aclosing(router.run(spec)) as events:
         async for event in events:
             heard.append(event)
 
 
 async def settle() -> None:
-    """Lets everybody do what they can."""
+    """Lets every task run until it has to wait."""
     for _ in range(20):
         await asyncio.sleep(0)
 
@@ -74,7 +81,7 @@ def play(scene: Coroutine[Any, Any, None]) -> None:
 
 
 def seeds(engine: Engine) -> list[int]:
-    """Of all that it was asked for."""
+    """The seeds that an engine was asked for."""
     return [seed for spec in engine.specs for seed in spec.seeds]
 
 
@@ -83,11 +90,11 @@ def pictures(heard: list[SampleEvent]) -> dict[object, int]:
     return {event.id: int(event.picture[0, 0, 0]) for event in heard if isinstance(event, Finished)}
 
 
-def test_the_pictures_of_a_job_are_shared_out_and_come_back_in_their_places() -> None:
+def test_the_pictures_of_a_job_are_split_over_engines_and_keep_their_indices() -> None:
     async def scene() -> None:
         a, b, heard = Engine(), Engine(), list[SampleEvent]()
         running = asyncio.create_task(
-            collect(fleet_of(a, b), Spec(model="tiny", seeds=(5, 6, 7, 8, 9), sampling=SAMPLING), heard)
+            collect(router_of(a, b), Spec(model="tiny", seeds=(5, 6, 7, 8, 9), sampling=SAMPLING), heard)
         )
         await settle()
         b.gate.set()
@@ -102,12 +109,12 @@ def test_the_pictures_of_a_job_are_shared_out_and_come_back_in_their_places() ->
     play(scene())
 
 
-def test_a_picture_goes_where_the_least_work_waits() -> None:
+def test_a_picture_goes_to_the_engine_with_the_least_work() -> None:
     async def scene() -> None:
         a, b = Engine(), Engine()
-        fleet, heard = fleet_of(a, b), list[SampleEvent]()
+        router, heard = router_of(a, b), list[SampleEvent]()
         long, short = (Spec(model="tiny", seeds=(1,), sampling=resolve(PROCESS, steps=steps)) for steps in (30, 3))
-        running = [asyncio.create_task(collect(fleet, spec, heard)) for spec in (long, *[short] * 4)]
+        running = [asyncio.create_task(collect(router, spec, heard)) for spec in (long, *[short] * 4)]
         await settle()
 
         assert (len(a.specs), len(b.specs)) == (1, 4)
@@ -118,18 +125,20 @@ def test_a_picture_goes_where_the_least_work_waits() -> None:
     play(scene())
 
 
-def test_an_owner_who_waits_for_little_is_not_sent_behind_its_own_work() -> None:
-    """One floods both engines; the other's two pictures have a share of each, though one has more before it."""
+def test_a_tenant_with_little_work_is_spread_over_engines_that_another_floods() -> None:
+    """Its two pictures get a share of each engine, though one engine has more work before them."""
 
     async def scene() -> None:
         a, b = Engine(), Engine()
-        fleet, heard = fleet_of(a, b), list[SampleEvent]()
+        router, heard = router_of(a, b), list[SampleEvent]()
         flood = [Spec(model="tiny", seeds=tuple(range(40)), sampling=SAMPLING, owner="many") for _ in range(3)]
         flood.append(Spec(model="tiny", seeds=(1,), sampling=resolve(PROCESS, steps=30), owner="many"))
-        running = [asyncio.create_task(collect(fleet, spec, heard)) for spec in flood]
+        running = [asyncio.create_task(collect(router, spec, heard)) for spec in flood]
         await settle()
         running.append(
-            asyncio.create_task(collect(fleet, Spec(model="tiny", seeds=(1, 2), sampling=SAMPLING, owner="few"), heard))
+            asyncio.create_task(
+                collect(router, Spec(model="tiny", seeds=(1, 2), sampling=SAMPLING, owner="few"), heard)
+            )
         )
         await settle()
 
@@ -141,23 +150,23 @@ def test_an_owner_who_waits_for_little_is_not_sent_behind_its_own_work() -> None
     play(scene())
 
 
-def test_however_many_wait_for_an_engine_one_looks_for_it() -> None:
+def test_one_task_looks_for_an_engine_however_many_runs_wait_for_it() -> None:
     async def scene() -> None:
         a, b, heard = Engine(), Engine(), list[SampleEvent]()
         a.trouble = b.trouble = "loading"
-        fleet = fleet_of(a, b)
+        router = router_of(a, b)
         running = [
-            asyncio.create_task(collect(fleet, Spec(model="tiny", seeds=(i,), sampling=SAMPLING), heard))
+            asyncio.create_task(collect(router, Spec(model="tiny", seeds=(i,), sampling=SAMPLING), heard))
             for i in range(50)
         ]
         await settle()
-        assert [task.get_name() for task in asyncio.all_tasks()].count("look for an engine") == 1
+        assert [task.get_name() for task in asyncio.all_tasks()].count("wait for an engine") == 1
         b.trouble = None
         b.gate.set()
         await asyncio.gather(*running)
 
         assert (len(a.specs), len(b.specs)) == (0, 50)
-        await fleet.close()
+        await router.close()
 
     play(scene())
 
@@ -165,9 +174,9 @@ def test_however_many_wait_for_an_engine_one_looks_for_it() -> None:
 def test_a_job_stays_within_one_numerics_class() -> None:
     async def scene() -> None:
         a, b, heard = Engine("one class"), Engine("another"), list[SampleEvent]()
-        fleet = fleet_of(a, b)
+        router = router_of(a, b)
         running = [
-            asyncio.create_task(collect(fleet, Spec(model="tiny", seeds=(1, 2, 3), sampling=SAMPLING), heard))
+            asyncio.create_task(collect(router, Spec(model="tiny", seeds=(1, 2, 3), sampling=SAMPLING), heard))
             for _ in range(2)
         ]
         await settle()
@@ -180,14 +189,14 @@ def test_a_job_stays_within_one_numerics_class() -> None:
     play(scene())
 
 
-def test_what_a_lost_engine_had_moves_to_another() -> None:
+def test_the_samples_of_a_lost_engine_move_to_another() -> None:
     async def scene() -> None:
         a, b, heard, failures = Engine(), Engine(), list[SampleEvent](), list[EngineFailed]()
-        fleet = fleet_of(a, b, on_failed=failures.append)
-        running = asyncio.create_task(collect(fleet, Spec(model="tiny", seeds=(1, 2, 3, 4), sampling=SAMPLING), heard))
+        router = router_of(a, b, on_failed=failures.append)
+        running = asyncio.create_task(collect(router, Spec(model="tiny", seeds=(1, 2, 3, 4), sampling=SAMPLING), heard))
         await settle()
         a.failure, a.trouble = EngineFailed("gone", EXIT_ENGINE), "gone"
-        fleet.lose(a.failure)
+        router.lose(a.failure)
         a.gate.set()
         await settle()
         b.gate.set()
@@ -195,51 +204,70 @@ def test_what_a_lost_engine_had_moves_to_another() -> None:
 
         assert pictures(heard) == {0: 1, 1: 2, 2: 3, 3: 4}
         assert sorted(seeds(b)) == [1, 2, 3, 4]
-        assert (fleet.trouble, failures) == (None, [])
+        assert (router.trouble, failures) == (None, [])
 
     play(scene())
 
 
-def test_all_is_lost_when_the_last_engine_is() -> None:
+def test_the_router_fails_with_its_last_engine() -> None:
     async def scene() -> None:
         engines, heard, failures = (Engine(), Engine()), list[SampleEvent](), list[EngineFailed]()
-        fleet = fleet_of(*engines, on_failed=failures.append)
-        running = asyncio.create_task(collect(fleet, Spec(model="tiny", seeds=(1, 2), sampling=SAMPLING), heard))
+        router = router_of(*engines, on_failed=failures.append)
+        running = asyncio.create_task(collect(router, Spec(model="tiny", seeds=(1, 2), sampling=SAMPLING), heard))
         await settle()
         for engine in engines:
             engine.failure, engine.trouble = EngineFailed("gone", EXIT_ENGINE), "gone"
-            fleet.lose(engine.failure)
+            router.lose(engine.failure)
             engine.gate.set()
 
         with pytest.raises(EngineFailed):
             await running
-        assert fleet.trouble == "gone"
+        assert router.trouble == "gone"
         assert [failure.exit_code for failure in failures] == [EXIT_ENGINE]
 
     play(scene())
 
 
-def test_a_device_that_is_not_there_ends_the_start() -> None:
+def test_a_missing_device_ends_the_start() -> None:
     a, b, failures = Engine(), Engine(), list[EngineFailed]()
     a.models, b.models = {}, {}
-    fleet = fleet_of(a, b, on_failed=failures.append)
+    router = router_of(a, b, on_failed=failures.append)
 
-    fleet.lose(EngineFailed("no such device", EXIT_NO_DEVICE))
+    router.lose(EngineFailed("no such device", EXIT_NO_DEVICE))
 
     assert [failure.exit_code for failure in failures] == [EXIT_NO_DEVICE]
 
 
-def test_a_job_that_was_seated_when_an_engine_died_can_kill_no_other() -> None:
+def test_a_job_that_was_seated_at_one_death_stays_where_it_is() -> None:
     async def scene() -> None:
         a, b, heard = Engine(), Engine(), list[SampleEvent]()
-        a.say = [Progress({0: 3}), Restarting(1.0)]
+        a.say, a.deaths = [Progress({0: 3}), Restarting(1.0)], 1
         running = asyncio.create_task(
-            collect(fleet_of(a, b), Spec(model="tiny", seeds=(1, 2, 3, 4), sampling=SAMPLING), heard)
+            collect(router_of(a, b), Spec(model="tiny", seeds=(1, 2, 3, 4), sampling=SAMPLING), heard)
         )
         await settle()
 
-        assert sorted(seeds(a)) == [1, 2, 3, 4]
-        assert sorted(seed for spec in b.given_up for seed in spec.seeds) == sorted(seeds(b))
+        assert (len(seeds(a)), len(seeds(b)), b.given_up) == (2, 2, [])
+        for engine in (a, b):
+            engine.gate.set()
+        await running
+        assert pictures(heard) == {0: 1, 1: 2, 2: 3, 3: 4}
+
+    play(scene())
+
+
+def test_an_isolated_job_is_made_by_the_engine_that_it_was_seated_on() -> None:
+    async def scene() -> None:
+        a, b, heard = Engine(), Engine(), list[SampleEvent]()
+        a.say, a.deaths = [Progress({0: 3}), Restarting(1.0)], DEATHS_IN_COMPANY
+        router = router_of(a, b)
+        running = asyncio.create_task(
+            collect(router, Spec(model="tiny", seeds=(1, 2, 3, 4), sampling=SAMPLING, job="suspect"), heard)
+        )
+        await settle()
+
+        assert sorted(a.specs[-1].seeds) == [1, 2, 3, 4]
+        assert sorted(seed for spec in a.given_up + b.given_up for seed in spec.seeds) == [1, 2, 3, 4]
         a.say = []
         a.gate.set()
         await running
@@ -248,39 +276,50 @@ def test_a_job_that_was_seated_when_an_engine_died_can_kill_no_other() -> None:
     play(scene())
 
 
-@pytest.mark.parametrize(
-    ("again", "pictures_made"),
-    [([], {0: 1, 1: 2, 2: 3, 3: 4}), ([Progress({0: 3})], {})],
-    ids=["only before", "both times"],
-)
-def test_a_job_is_to_blame_for_the_loss_of_an_engine_if_it_sat_there_at_its_last_death_and_one_before(
-    again: list[SampleEvent], pictures_made: dict[object, int]
-) -> None:
+def test_a_job_that_asks_to_be_alone_is_made_by_one_engine() -> None:
     async def scene() -> None:
         a, b, heard = Engine(), Engine(), list[SampleEvent]()
-        a.say = [Progress({0: 3}), Restarting(1.0), *again]
-        fleet = fleet_of(a, b)
-        running = asyncio.create_task(collect(fleet, Spec(model="tiny", seeds=(1, 2, 3, 4), sampling=SAMPLING), heard))
+        spec = Spec(model="tiny", seeds=(1, 2, 3, 4), sampling=SAMPLING, alone=True)
+        running = asyncio.create_task(collect(router_of(a, b), spec, heard))
         await settle()
-        a.failure, a.trouble = EngineFailed("gone", EXIT_ENGINE), "gone"
-        fleet.lose(a.failure)
-        for engine in (a, b):
-            engine.gate.set()
 
-        with pytest.raises(SampleLost) if again else nullcontext():
-            await running
-        assert pictures(heard) == pictures_made
-        assert (fleet.trouble, fleet.models) == (None, b.models)
+        assert (seeds(a), seeds(b)) == ([1, 2, 3, 4], [])
+        a.gate.set()
+        await running
 
     play(scene())
 
 
-def test_a_job_that_only_waited_when_an_engine_died_stays_where_it_is() -> None:
+def test_an_isolated_job_moves_from_a_lost_engine_as_one_shard_and_keeps_its_record() -> None:
+    async def scene() -> None:
+        a, b, heard = Engine(), Engine(), list[SampleEvent]()
+        a.say, a.deaths = [Progress({0: 3}), Restarting(1.0)], DEATHS_IN_COMPANY
+        router = router_of(a, b)
+        spec = Spec(model="tiny", seeds=(1, 2, 3, 4), sampling=SAMPLING, job="moves")
+        running = asyncio.create_task(collect(router, spec, heard))
+        await settle()
+        deaths = Engine.quarantine.record(spec).deaths
+        a.failure, a.trouble = EngineFailed("gone", EXIT_ENGINE), "gone"
+        router.lose(a.failure)
+        a.gate.set()
+        await settle()
+
+        assert sorted(b.specs[-1].seeds) == [1, 2, 3, 4]
+        assert Engine.quarantine.record(b.specs[-1]).deaths == deaths >= DEATHS_IN_COMPANY
+        b.gate.set()
+        await running
+        assert pictures(heard) == {0: 1, 1: 2, 2: 3, 3: 4}
+        assert (router.trouble, router.models) == (None, b.models)
+
+    play(scene())
+
+
+def test_a_job_that_waited_when_an_engine_died_stays_where_it_is() -> None:
     async def scene() -> None:
         a, b, heard = Engine(), Engine(), list[SampleEvent]()
         a.say = [Restarting(1.0)]
         running = asyncio.create_task(
-            collect(fleet_of(a, b), Spec(model="tiny", seeds=(1, 2), sampling=SAMPLING), heard)
+            collect(router_of(a, b), Spec(model="tiny", seeds=(1, 2), sampling=SAMPLING), heard)
         )
         await settle()
 
@@ -292,16 +331,16 @@ def test_a_job_that_only_waited_when_an_engine_died_stays_where_it_is() -> None:
     play(scene())
 
 
-def test_who_leaves_gives_up_all_parts_and_their_work_is_not_counted_any_more() -> None:
+def test_closing_a_run_gives_up_all_shards_and_their_work_is_not_counted_any_more() -> None:
     async def scene() -> None:
         a, b = Engine(), Engine()
-        fleet = fleet_of(a, b)
-        running = asyncio.create_task(collect(fleet, Spec(model="tiny", seeds=(1, 2, 3), sampling=SAMPLING), []))
+        router = router_of(a, b)
+        running = asyncio.create_task(collect(router, Spec(model="tiny", seeds=(1, 2, 3), sampling=SAMPLING), []))
         await settle()
         running.cancel()
         await asyncio.wait([running])
         heard = list[SampleEvent]()
-        after = asyncio.create_task(collect(fleet, Spec(model="tiny", seeds=(7,), sampling=SAMPLING), heard))
+        after = asyncio.create_task(collect(router, Spec(model="tiny", seeds=(7,), sampling=SAMPLING), heard))
         await settle()
         a.gate.set()
         await after
@@ -312,17 +351,17 @@ def test_who_leaves_gives_up_all_parts_and_their_work_is_not_counted_any_more() 
     play(scene())
 
 
-def test_while_no_engine_takes_work_it_waits_and_is_told_when_none_ever_will() -> None:
+def test_a_run_waits_while_no_engine_takes_work_and_fails_when_none_ever_will() -> None:
     async def scene() -> None:
         a, b = Engine(), Engine()
         a.trouble, b.trouble = "one thing", "another"
-        fleet = fleet_of(a, b)
+        router = router_of(a, b)
 
-        assert (fleet.trouble, fleet.models) == ("one thing; another", {})
-        waiting = asyncio.create_task(collect(fleet, Spec(model="tiny", seeds=(1,), sampling=SAMPLING), []))
+        assert (router.trouble, router.models) == ("one thing; another", {})
+        waiting = asyncio.create_task(collect(router, Spec(model="tiny", seeds=(1,), sampling=SAMPLING), []))
         await settle()
         assert not waiting.done()
-        await fleet.close()
+        await router.close()
         with pytest.raises(NotReady):
             await waiting
 
@@ -330,20 +369,19 @@ def test_while_no_engine_takes_work_it_waits_and_is_told_when_none_ever_will() -
 
 
 def test_a_step_of_two_engines_holds_twice_as_many() -> None:
-    assert fleet_of(Engine(), Engine()).step_s("tiny", [1, 2]) == [0.0, 0.1, 0.1, 0.2, 0.2]
+    assert router_of(Engine(), Engine()).step_s("tiny", [1, 2]) == [0.0, 0.1, 0.1, 0.2, 0.2]
 
 
 def test_two_engines_make_what_one_makes_and_one_that_is_killed_is_replaced(server: Server, weights: Path) -> None:
     job = {"seed": 5, "steps": 30, "n": 32}
     expected = server.client.post("/generate", json=job).content
     two = Server(weights, DDPM_DEVICE="cpu", DDPM_ENGINES="2", DDPM_THREADS="2").wait_until_ready()
-    while None in two.client.get("/models").json()["models"][0]["engines"]:
-        time.sleep(0.05)
+    two.until(lambda: None not in two.client.get("/models").json()["models"][0]["engines"])
     first = two.engine_pids
     answers: list[httpx.Response] = []
     caller = threading.Thread(target=lambda: answers.append(two.client.post("/generate", json=job)))
     caller.start()
-    time.sleep(0.05)
+    two.until(lambda: read(two.client.get("/metrics").text)["ddpm_slots_used"] > 0)
     os.kill(first[0], signal.SIGKILL)
     ready = set[int]()
     while caller.is_alive():
@@ -357,21 +395,20 @@ def test_two_engines_make_what_one_makes_and_one_that_is_killed_is_replaced(serv
     assert two.stop()[0] == 0
 
 
-def test_a_job_that_kills_every_engine_fails_alone_and_is_made_by_one(weights: Path) -> None:
-    faults = json.dumps([{"do": "die", "seed": seed, "step": 3} for seed in (1, 2)])
-    knobs = {"DDPM_DEVICE": "cpu", "DDPM_ENGINES": "2", "DDPM_THREADS": "2", "DDPM_FAULTS": faults}
+def test_a_job_that_kills_engines_fails_on_one_of_them_and_no_other_job_fails(weights: Path) -> None:
+    faults = faulty(*({"do": "die", "seed": seed, "step": 3} for seed in (1, 2)))
+    knobs = {"DDPM_DEVICE": "cpu", "DDPM_ENGINES": "2", "DDPM_THREADS": "2"} | faults
     two = Server(weights, **knobs).wait_until_ready()
-    while None in two.client.get("/models").json()["models"][0]["engines"]:
-        time.sleep(0.05)
+    two.until(lambda: None not in two.client.get("/models").json()["models"][0]["engines"])
     later = {"prefer": "respond-async"}
     poison = two.client.post("/generate", json={"seed": 1, "steps": 30, "n": 2}, headers=later).headers["location"]
-    innocents = [
+    others = [
         two.client.post("/generate", json={"seed": 100 + i, "steps": 30}, headers=later).headers["location"]
         for i in range(4)
     ]
 
     two.until(lambda: two.client.get(poison).json()["status"] == "failed", 120)
-    two.until(lambda: all(two.client.get(job).json()["status"] == "succeeded" for job in innocents))
+    two.until(lambda: all(two.client.get(job).json()["status"] == "succeeded" for job in others))
     restarts = read(two.client.get("/metrics").text)
     assert sum(count for name, count in restarts.items() if name.startswith("ddpm_engine_restarts")) <= 8
     assert two.stop()[0] == 0

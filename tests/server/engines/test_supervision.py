@@ -1,4 +1,4 @@
-"""Engines that die of what they are given: over lives without a process, to see what is held against whom."""
+"""Engines that die of what they are given: over processes that are played, to see what is held against which job."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
@@ -10,10 +10,10 @@ import pytest
 from model.engine.events import Stats
 from model.sampling.plan import resolve
 from server.engines import supervisor
-from server.engines.process import Letter, Life
+from server.engines.process import EngineProcess
 from server.engines.supervisor import EngineSupervisor
 from server.errors import EXIT_ENGINE, EngineFailed, SampleLost
-from server.worker.messages import Died, Happened, Ready, Spec, Start, Submit
+from server.worker.messages import Cancel, Died, Ready, Report, Spec, Start, Submit
 from tests.model.tiny import PROCESS
 from tests.server.fakes import FakeBackend
 
@@ -26,30 +26,40 @@ START = Start(
     exact=True,
     log_level="info",
 )
+SAMPLING = resolve(PROCESS, steps=5)
 
 
-class Frail(Life):
-    """An engine that dies as soon as somebody is seated, before the first step."""
+class Played(EngineProcess):
+    """An engine process without a process: a test reads what it is sent, and says what it reports."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.letters: asyncio.Queue[Letter] = asyncio.Queue()
+        self.messages: asyncio.Queue[Submit | Cancel] = asyncio.Queue()
 
-    def send(self, letter: Letter) -> None:
-        self.letters.put_nowait(letter)
+    def send(self, message: Submit | Cancel) -> None:
+        self.messages.put_nowait(message)
 
-    async def last(self, start: Start, receive: Callable[[object], None], hangs: Callable[[], bool]) -> None:
-        receive(Ready(FakeBackend().models, []))
-        while not isinstance(letter := await self.letters.get(), Submit):
+    async def submitted(self) -> Submit:
+        """What it is to make next."""
+        while not isinstance(message := await self.messages.get(), Submit):
             pass
-        receive(Happened([], Stats(), [(id, 0) for id in letter.ids]))
+        return message
 
 
-class Stillborn(Life):
+class Frail(Played):
+    """An engine that dies as soon as a sample is seated, before the first step."""
+
+    async def run(self, start: Start, receive: Callable[[object], None], hangs: Callable[[], bool]) -> None:
+        receive(Ready(FakeBackend().models, []))
+        submitted = await self.submitted()
+        receive(Report(Stats(), [], [(id, 0) for id in submitted.ids]))
+
+
+class Stillborn(EngineProcess):
     """An engine that dies before it is ready, of want of memory."""
 
-    async def last(self, start: Start, receive: Callable[[object], None], hangs: Callable[[], bool]) -> None:
-        receive(Died("memory", ""))
+    async def run(self, start: Start, receive: Callable[[object], None], hangs: Callable[[], bool]) -> None:
+        self.end(Died("memory", ""))
 
 
 @asynccontextmanager
@@ -63,9 +73,9 @@ async def supervised(restarts: int, failures: list[EngineFailed]) -> AsyncIterat
         await backend.close()
 
 
-async def run(backend: EngineSupervisor, seed: int) -> None:
+async def run(backend: EngineSupervisor, seed: int, alone: bool = False) -> None:
     """A job of one picture."""
-    async for _ in backend.run(Spec(model="tiny", seeds=(seed,), sampling=resolve(PROCESS, steps=5))):
+    async for _ in backend.run(Spec(model="tiny", seeds=(seed,), sampling=SAMPLING, alone=alone)):
         pass
 
 
@@ -80,12 +90,12 @@ def test_any_number_of_jobs_that_kill_at_their_first_step_fail_one_by_one_and_th
                     await asyncio.wait_for(run(backend, seed), 30)
         return failures
 
-    monkeypatch.setattr(supervisor, "Life", Frail)
+    monkeypatch.setattr(supervisor, "EngineProcess", Frail)
 
     assert asyncio.run(scene()) == []
 
 
-def test_an_engine_that_dies_with_nobody_on_it_is_given_up_and_what_helps_is_named(
+def test_an_engine_that_dies_with_no_sample_on_it_is_given_up_and_what_helps_is_named(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     async def scene() -> list[EngineFailed]:
@@ -95,7 +105,7 @@ def test_an_engine_that_dies_with_nobody_on_it_is_given_up_and_what_helps_is_nam
                 await asyncio.wait_for(run(backend, 1), 30)
         return failures
 
-    monkeypatch.setattr(supervisor, "Life", Stillborn)
+    monkeypatch.setattr(supervisor, "EngineProcess", Stillborn)
 
     (failure,) = asyncio.run(scene())
 

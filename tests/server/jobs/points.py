@@ -10,8 +10,8 @@ import json
 import os
 import shutil
 import sys
-import time
 from pathlib import Path
+from typing import Any
 
 from starlette.testclient import TestClient
 
@@ -19,6 +19,7 @@ from server.settings import Settings
 from server.store.store import Store
 from server.web.app import create_app
 from tests.server.fakes import FakeBackend
+from tests.waiting import until
 
 SOURCE = r"""
 #define _GNU_SOURCE
@@ -75,9 +76,13 @@ def accepting(weights: Path, directory: Path) -> None:
         request = {"seed": 1, "steps": 2, "n": 2, "frames": None}
         job = client.post("/generate", json=request, headers={"prefer": "respond-async"}).json()
         told(log, id=job["id"], seed=1, n=2)
-        while (document := client.get(f"/jobs/{job['id']}").json())["status"] != "succeeded":
-            time.sleep(0.002)
-        told(log, id=job["id"], seed=1, n=2, document=document)
+
+        def document() -> dict[str, Any]:
+            found: dict[str, Any] = client.get(f"/jobs/{job['id']}").json()
+            return found
+
+        until(lambda: document()["status"] == "succeeded", pause_s=0.002)
+        told(log, id=job["id"], seed=1, n=2, document=document())
         answer = client.post("/generate", json={"seed": 3}, headers={"idempotency-key": "k"})
         told(log, id=answer.headers["x-job-id"], seed=3, n=1)
 

@@ -25,6 +25,7 @@ import httpx
 from tests.model.convert.directories import write_model
 from tests.server.conftest import Server
 from tests.server.jobs.test_metrics import balance, read
+from tests.waiting import until
 
 LATER = {"prefer": "respond-async"}
 Request = tuple[int, int, int]  # seed, steps, n
@@ -59,7 +60,7 @@ class Storm:
         self.server, self.log, self.draw = server, Log(), random.Random(seed)
         self._clients = [threading.Thread(target=self._ask, args=(i,), daemon=True) for i in range(clients)]
         self._lock = threading.Lock()
-        self._struck_at = 0.0
+        self._struck: set[str] = set()  # jobs that ran when the engine was killed, under the server that runs now
         self.expected: dict[Request, list[str]] = {}
 
     def learn(self) -> None:
@@ -85,36 +86,31 @@ class Storm:
         victim = self.draw.choice(("server", "engine", "both", "loading", "loading", "loading"))
         if victim != "loading":  # else whatever has been started is killed before it is ready
             self.server.wait_until_ready()
-            self._let_end_what_was_struck()
+            if victim == "engine":
+                self._let_end_what_was_struck()
             time.sleep(self.draw.expovariate(3))
         else:
             time.sleep(self.draw.random())
-            if self._is_ready():  # it was quicker
-                self._let_end_what_was_struck()
         if victim in ("engine", "both"):
+            (engine,) = until(lambda: self.server.engine_pids)  # the one before may have been killed a moment ago
             try:
-                os.kill(self.server.engine_pid, signal.SIGKILL)
-            except (AssertionError, OSError):
+                os.kill(engine, signal.SIGKILL)
+            except OSError:
                 pass  # it is on its way already
-        if victim != "engine":
+        if victim == "engine":
+            self._struck = self._ids("running")
+        else:
             self.server.kill()
             self.server.start()
-        self._struck_at = time.time()
-
-    def _is_ready(self) -> bool:
-        try:
-            return self.server.client.get("/readyz").status_code == 200
-        except httpx.TransportError:
-            return False
+            self._struck = set()  # no death of a server is held against a job
 
     def _let_end_what_was_struck(self) -> None:
-        """A job that runs at three deaths is given up, as it should be. So none is struck more often than twice."""
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            live = [self.server.client.get(f"/jobs?status={s}&limit=200").json()["jobs"] for s in ("queued", "running")]
-            if all(job["created_at"] > self._struck_at for jobs in live for job in jobs):
-                return
-            time.sleep(0.05)
+        """A job that is alone on two engines which die at the same step of it fails, as it should. So none is."""
+        until(lambda: not self._struck & (self._ids("queued") | self._ids("running")))
+
+    def _ids(self, status: str) -> set[str]:
+        """The jobs of this status, of two hundred at most."""
+        return {job["id"] for job in self.server.client.get(f"/jobs?status={status}&limit=200").json()["jobs"]}
 
     def _ask(self, number: int) -> None:
         draw = random.Random(number)
@@ -179,12 +175,11 @@ class Storm:
         return wrong
 
     def _settle(self) -> None:
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline:
+        def is_idle() -> bool:
             seen = read(self.server.client.get("/metrics").text)
-            if seen["ddpm_jobs_running"] + seen["ddpm_jobs_waiting"] == 0:
-                return
-            time.sleep(0.1)
+            return seen["ddpm_jobs_running"] + seen["ddpm_jobs_waiting"] == 0
+
+        until(is_idle, 120)
 
     def _all(self, client: httpx.Client) -> Iterator[dict[str, Any]]:
         after = ""

@@ -25,6 +25,7 @@ from tests.model.convert.directories import write_model
 from tests.server.conftest import Server
 from tests.server.fakes import FakeBackend
 from tests.server.jobs.test_metrics import balance, read
+from tests.waiting import until, until_async
 
 pytestmark = pytest.mark.alone
 
@@ -52,16 +53,21 @@ def full(weights: Path, tmp_path: Path) -> Iterator[TestClient]:
         backend.gate.set()
 
 
+def is_idle(seen: dict[str, float]) -> bool:
+    """Whether a scrape shows no work. A job whose steps are done runs on until its end is on disk."""
+    return not (seen["ddpm_steps_waiting"] or seen["ddpm_jobs_running"])
+
+
 def test_a_thousand_at_once_are_all_answered_and_those_for_whom_there_is_room_are_served(long_weights: Path) -> None:
     server = Server(long_weights, DDPM_MAX_QUEUED_STEPS=str(ROOM * STEPS), DDPM_SLOTS="8").wait_until_ready()
     try:
         replies = asyncio.run(flood(server.port, 1000, STEPS))
-        while (seen := read(server.client.get("/metrics").text))["ddpm_steps_waiting"] or seen["ddpm_jobs_running"]:
-            time.sleep(0.02)  # a job whose steps are done runs on until its end is on disk
+        until(lambda: is_idle(read(server.client.get("/metrics").text)))
         text = server.client.get("/metrics").text
     finally:
         server.stop()
 
+    seen = read(text)
     refused = [reply for reply in replies if reply.status == 429]
     accepted = [reply for reply in replies if reply.status in (200, 202)]
     assert len(refused) + len(accepted) == 1000
@@ -93,8 +99,7 @@ def test_a_job_holds_no_more_than_was_reserved_for_it(client: TestClient) -> Non
     body = {"steps": 30, "n": 4, "frames": {"every": 1, "kind": "both"}}
     id = client.post("/generate", json=body, headers=LATER).json()["id"]
     jobs = client.app.state.jobs  # type: ignore[attr-defined]
-    while client.get(f"/jobs/{id}").json()["status"] != "succeeded":
-        time.sleep(0.01)
+    until(lambda: client.get(f"/jobs/{id}").json()["status"] == "succeeded")
     job = jobs.repository.in_memory(id)
 
     assert 0.8 * job.request.size_bytes < job.size_bytes <= job.request.size_bytes
@@ -168,9 +173,12 @@ def test_beside_five_thousand_pictures_of_another_owner_one_picture_hardly_waits
 
     async def compare(rounds: int) -> list[float]:
         backend = EngineSupervisor(start, 3, print)
+
+        async def ready() -> bool:
+            return backend.trouble is None
+
         await backend.start()
-        while backend.trouble is not None:
-            await asyncio.sleep(0.05)
+        await until_async(ready)
         ratios = []
         for _ in range(rounds):
             fair_s = await make_beside(backend, [three], short, 3)

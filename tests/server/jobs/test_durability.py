@@ -23,13 +23,14 @@ from server.jobs.repository import Clock
 from server.jobs.request import RequestContext
 from server.jobs.service import JobService
 from server.settings import Settings
+from server.store.rows import Expired
 from server.store.schema import JOURNAL, LOCK
-from server.store.store import Expired
 from server.web.app import create_app
 from tests.server.fakes import FakeBackend
 from tests.server.jobs.records import without_room
 from tests.server.jobs.test_metrics import balance, read
 from tests.server.web.test_watch import kept, watch
+from tests.waiting import until
 
 LATER = {"prefer": "respond-async"}
 Start = Callable[..., AbstractContextManager[TestClient]]
@@ -65,12 +66,12 @@ def later(client: TestClient, **body: Any) -> dict[str, Any]:
 
 def ended(client: TestClient, id: str) -> dict[str, Any]:
     """A job's document once it has ended."""
-    deadline = time.monotonic() + 10
-    while (job := client.get(f"/jobs/{id}").json())["status"] in ("queued", "running"):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    found: dict[str, Any] = job
-    return found
+
+    def found() -> dict[str, Any] | None:
+        job: dict[str, Any] = client.get(f"/jobs/{id}").json()
+        return None if job["status"] in ("queued", "running") else job
+
+    return until(found, 10, pause_s=0.01)
 
 
 def pictures(client: TestClient, job: dict[str, Any]) -> list[tuple[bytes, str]]:
@@ -481,10 +482,7 @@ def test_a_disk_that_was_full_for_a_while_does_not_end_retention(start: Start, m
 
         monkeypatch.setattr(store, "expire", expire)
         job = later(client, seed=1)
-        deadline = time.monotonic() + 10
-        while client.get(f"/jobs/{job['id']}").status_code != 410:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        until(lambda: client.get(f"/jobs/{job['id']}").status_code == 410, 10)
 
 
 def test_a_full_disk_is_told_by_every_door_and_passes(start: Start) -> None:
@@ -496,10 +494,7 @@ def test_a_full_disk_is_told_by_every_door_and_passes(start: Start) -> None:
         scraped = [read(client.get("/metrics").text)]
         assert client.get("/healthz").status_code == 200
         writer._probe = probe
-        deadline = time.monotonic() + 10
-        while client.get("/readyz").status_code != 200:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        until(lambda: client.get("/readyz").status_code == 200, 10)
         assert client.post("/generate").status_code == 200
         scraped.append(read(client.get("/metrics").text))
 
@@ -540,8 +535,7 @@ def test_a_job_that_waits_for_its_engine_has_the_grace_of_a_drain_too(start: Sta
     with start(open_gate=False, backend=loading) as client:
         assert client.portal is not None
         drained = client.portal.start_task_soon(jobs_of(client).drain, 10)
-        while not jobs_of(client).admission.closing:
-            time.sleep(0.01)
+        until(lambda: jobs_of(client).admission.closing)
         loading.models, loading.trouble = served, None
         call(client, loading.gate.set)
         drained.result(10)

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import pytest
 
 from model.engine.scheduler import Scheduler
-from server.engines.step_times import Pace
 from server.jobs.eta import Work, estimate
 
 
@@ -133,16 +132,3 @@ def test_a_thousand_owners_cost_little_more_than_one() -> None:
         return min(took_s)
 
     assert cost_s(1000) < 5 * cost_s(1)
-
-
-def test_a_step_time_is_learned_and_a_batch_takes_what_its_bucket_takes() -> None:
-    pace = Pace()
-    assert pace.step_s([1, 2]) == [0.0, 0.0, 0.0]
-
-    pace.learn(1, 0.1)
-    pace.learn(4, 0.4)
-    assert pace.step_s([1, 3, 4]) == pytest.approx([0.1, 0.1, 0.3, 0.3, 0.4])
-
-    for _ in range(200):
-        pace.learn(4, 0.5)
-    assert pace.step_s([4])[1] == pytest.approx(0.5)

@@ -1,4 +1,4 @@
-"""The store: what it has said is kept is kept, once, in order, by one server; and it says so when it cannot."""
+"""The store: durable, in order, for one server alone; and it reports a full or damaged disk."""
 
 import asyncio
 import os
@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -26,7 +27,7 @@ def files(directory: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in directory.rglob("*") if p.is_file() and p.name != "lock"}
 
 
-def test_what_was_kept_is_there_when_it_is_opened_again(tmp_path: Path) -> None:
+def test_jobs_and_blobs_are_there_when_the_store_is_opened_again(tmp_path: Path) -> None:
     async def story() -> tuple[Record, list[Record], bytes]:
         async with a_store(tmp_path) as store:
             await keep(store, "a", b"png", created_at=5.0)
@@ -53,7 +54,7 @@ def test_a_thousand_callers_at_once_share_a_few_commits(tmp_path: Path) -> None:
     assert len(commits) < 20
 
 
-def test_one_request_that_cannot_be_done_spoils_nothing_for_those_it_shares_a_commit_with(tmp_path: Path) -> None:
+def test_a_failing_request_does_not_affect_the_others_of_its_transaction(tmp_path: Path) -> None:
     async def story() -> tuple[list[Record | IdempotentHit | BaseException], list[str]]:
         async with a_store(tmp_path) as store:
             ids = ["a", "b", "a", "c"]
@@ -80,7 +81,7 @@ def test_a_result_is_taken_once_and_only_from_the_latest_attempt(tmp_path: Path)
     assert taken == ended("a", attempt=2)
 
 
-def test_of_two_pictures_that_should_be_the_same_the_first_counts(tmp_path: Path) -> None:
+def test_of_two_pictures_with_one_identity_the_first_counts(tmp_path: Path) -> None:
     async def story() -> Record | None:
         async with a_store(tmp_path) as store:
             await keep(store, "a", b"first", identities=("same",))
@@ -92,7 +93,7 @@ def test_of_two_pictures_that_should_be_the_same_the_first_counts(tmp_path: Path
     assert [(image.sha256, image.size) for image in second.images] == [(name(b"first"), 5)]
 
 
-def test_a_key_leads_to_the_job_that_came_with_it_for_its_owner_alone(tmp_path: Path) -> None:
+def test_an_idempotency_key_finds_its_job_for_its_owner_alone(tmp_path: Path) -> None:
     async def story() -> list[Record | IdempotentHit | None]:
         async with a_store(tmp_path) as store:
             mine, theirs = record("a", key="k", fingerprint="f"), record("b", key="k", fingerprint="g", owner="them")
@@ -111,7 +112,7 @@ def test_a_key_leads_to_the_job_that_came_with_it_for_its_owner_alone(tmp_path: 
     assert (mine, theirs, nobody) == (IdempotentHit("a", "f"), IdempotentHit("b", "g"), None)
 
 
-def test_the_oldest_go_first_and_a_picture_stays_as_long_as_one_job_has_it(tmp_path: Path) -> None:
+def test_the_oldest_jobs_expire_first_and_a_blob_stays_while_a_job_has_it(tmp_path: Path) -> None:
     async def story() -> tuple[list[str], list[bool], list[object]]:
         async with a_store(tmp_path) as store:
             for i, pngs in enumerate([(b"x", b"y"), (b"y",), (b"z",)]):
@@ -129,7 +130,7 @@ def test_the_oldest_go_first_and_a_picture_stays_as_long_as_one_job_has_it(tmp_p
     assert asyncio.run(story()) == (["0"], [False, True, True], [Gone, NotFound])
 
 
-def test_bytes_are_kept_within_bounds_by_deleting_the_oldest(tmp_path: Path) -> None:
+def test_the_size_is_limited_by_deleting_the_oldest_jobs(tmp_path: Path) -> None:
     async def story() -> tuple[list[str], int, int]:
         async with a_store(tmp_path) as store:
             for i in range(5):
@@ -145,7 +146,7 @@ def test_bytes_are_kept_within_bounds_by_deleting_the_oldest(tmp_path: Path) -> 
     assert 200_000 <= after <= before - 250_000
 
 
-def test_a_picture_that_is_about_to_be_named_is_not_deleted_with_the_job_that_had_it(tmp_path: Path) -> None:
+def test_a_pinned_blob_is_not_deleted_with_its_job(tmp_path: Path) -> None:
     async def story() -> bytes:
         async with a_store(tmp_path) as store:
             await keep(store, "a", b"png")
@@ -159,7 +160,7 @@ def test_a_picture_that_is_about_to_be_named_is_not_deleted_with_the_job_that_ha
     assert asyncio.run(story()) == b"png"
 
 
-def test_a_picture_that_another_job_has_been_given_is_not_deleted_with_the_job_that_had_it(tmp_path: Path) -> None:
+def test_a_blob_that_another_job_has_is_not_deleted_with_its_job(tmp_path: Path) -> None:
     async def story() -> bytes:
         async with a_store(tmp_path) as store:
             await keep(store, "a", b"png")
@@ -171,7 +172,7 @@ def test_a_picture_that_another_job_has_been_given_is_not_deleted_with_the_job_t
     assert asyncio.run(story()) == b"png"
 
 
-def test_pictures_of_no_job_are_gone_after_a_restart_and_damaged_ones_are_told(tmp_path: Path) -> None:
+def test_blobs_without_a_job_are_deleted_at_the_start_and_damaged_ones_are_refused(tmp_path: Path) -> None:
     async def story() -> dict[str, bytes]:
         async with a_store(tmp_path) as store:
             await keep(store, "a", b"good")
@@ -187,12 +188,24 @@ def test_pictures_of_no_job_are_gone_after_a_restart_and_damaged_ones_are_told(t
     assert asyncio.run(story()) == {name(b"good"): b"evil"}
 
 
+def counted(monkeypatch: pytest.MonkeyPatch, module: ModuleType, name: str) -> list[str]:
+    """A list that grows with every call of this function."""
+    calls, usual = list[str](), getattr(module, name)
+
+    def call(*arguments: Any, **others: Any) -> Any:
+        calls.append(name)
+        return usual(*arguments, **others)
+
+    monkeypatch.setattr(module, name, call)
+    return calls
+
+
 def fill_up(store: Store) -> None:
     """From now on the journal finds no room for another page."""
     store._db.execute("PRAGMA max_page_count = 1")
 
 
-def test_a_full_disk_refuses_jobs_keeps_results_waiting_and_recovers_by_itself(
+def test_a_full_disk_refuses_jobs_makes_results_wait_and_recovers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(writer, "RETRY_S", 0.02)
@@ -205,8 +218,10 @@ def test_a_full_disk_refuses_jobs_keeps_results_waiting_and_recovers_by_itself(
             with pytest.raises(StorageFull):
                 await store.insert(record("b", request=big))
             said = store.trouble
+            attempts = counted(monkeypatch, rows, "finish")
             result = store.finish(ended("a", error=big))
-            await asyncio.sleep(0.1)
+            while len(attempts) < 3:
+                await asyncio.sleep(0.01)
             waited = not result.done()
             store._db.execute("PRAGMA max_page_count = 1000000")
             done = await asyncio.wait_for(result, 5)
@@ -220,7 +235,7 @@ def test_a_full_disk_refuses_jobs_keeps_results_waiting_and_recovers_by_itself(
     assert unfinished == ["c"]
 
 
-def test_a_job_that_may_have_killed_a_server_does_not_run_before_that_is_on_disk(
+def test_a_durable_mark_of_a_running_job_waits_for_room_on_the_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(writer, "RETRY_S", 0.02)
@@ -243,7 +258,7 @@ def test_a_job_that_may_have_killed_a_server_does_not_run_before_that_is_on_disk
 
 
 @pytest.mark.parametrize("why", [sqlite3.DatabaseError("database disk image is malformed"), KeyError("a bug")])
-def test_a_result_that_can_never_be_written_is_not_dropped_but_ends_the_server(
+def test_a_result_that_can_never_be_written_ends_the_server(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, why: Exception
 ) -> None:
     failures = list[StoreRefused]()
@@ -266,7 +281,7 @@ def test_a_result_that_can_never_be_written_is_not_dropped_but_ends_the_server(
     assert [str(failure) for failure in failures] == [f"the store {tmp_path} has failed: {why}"]
 
 
-def test_a_figure_that_cannot_be_read_after_a_commit_spoils_nothing(
+def test_a_size_that_cannot_be_read_after_a_commit_does_no_harm(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def story() -> list[str]:
@@ -279,22 +294,22 @@ def test_a_figure_that_cannot_be_read_after_a_commit_spoils_nothing(
     assert asyncio.run(story()) == ["a"]
 
 
-def test_that_there_is_room_again_is_found_out_without_anybody_asking(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_free_space_is_noticed_without_a_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writer, "RETRY_S", 0.02)
 
     async def story() -> None:
         async with a_store(tmp_path) as store:
-            full, room = OSError(28, "No space left on device"), asyncio.Event()
+            full, room, probes = OSError(28, "No space left on device"), asyncio.Event(), list[int]()
 
             def probe(size_bytes: int) -> None:
+                probes.append(size_bytes)
                 if not room.is_set():
                     raise full
 
             monkeypatch.setattr(store.blobs, "probe", probe)
             store._writer.write_failed(full)
-            await asyncio.sleep(0.1)
+            while len(probes) < 3:
+                await asyncio.sleep(0.01)
             assert store.trouble is not None
             room.set()
             async with asyncio.timeout(5):
@@ -304,7 +319,7 @@ def test_that_there_is_room_again_is_found_out_without_anybody_asking(
     asyncio.run(story())
 
 
-def test_a_second_server_on_the_same_store_is_refused_and_told_who_has_it(tmp_path: Path) -> None:
+def test_a_second_server_on_the_same_store_is_refused_by_the_first_ones_process(tmp_path: Path) -> None:
     async def story() -> None:
         async with a_store(tmp_path):
             with pytest.raises(StoreInUse, match=f"process {os.getpid()}"):
@@ -329,7 +344,7 @@ asyncio.run(story())
 
 
 @pytest.mark.parametrize("wrong", ["garbage", "page", "newer", "other"])
-def test_a_store_that_cannot_be_trusted_is_refused_and_left_as_it_is(tmp_path: Path, wrong: str) -> None:
+def test_a_damaged_or_unknown_store_is_refused_and_unchanged(tmp_path: Path, wrong: str) -> None:
     some_jobs(tmp_path)
     journal = tmp_path / JOURNAL
     if wrong == "garbage":
@@ -356,7 +371,7 @@ def test_a_store_that_cannot_be_trusted_is_refused_and_left_as_it_is(tmp_path: P
 
 
 @pytest.mark.parametrize("bytes_", [0, 8192])  # for not even the lock; for no index of the log
-def test_a_sound_store_on_a_full_disk_is_not_called_damaged_and_left_as_it_is(tmp_path: Path, bytes_: int) -> None:
+def test_a_sound_store_on_a_full_disk_is_not_called_damaged_and_unchanged(tmp_path: Path, bytes_: int) -> None:
     some_jobs(tmp_path)
     before, (soft, hard) = files(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_, hard))
@@ -371,7 +386,7 @@ def test_a_sound_store_on_a_full_disk_is_not_called_damaged_and_left_as_it_is(tm
     asyncio.run(Store(tmp_path).close())
 
 
-def test_a_store_whose_server_was_killed_opens_with_all_that_was_promised(tmp_path: Path) -> None:
+def test_a_store_whose_server_was_killed_opens_with_all_jobs(tmp_path: Path) -> None:
     some_jobs(tmp_path)
 
     async def story() -> int:
@@ -381,7 +396,7 @@ def test_a_store_whose_server_was_killed_opens_with_all_that_was_promised(tmp_pa
     assert asyncio.run(story()) == 300
 
 
-def test_a_picture_is_on_disk_before_the_row_that_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_blob_is_on_disk_before_the_row_that_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[str] = []
 
     def noting(word: str, call: str) -> None:

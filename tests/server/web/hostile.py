@@ -1,4 +1,4 @@
-"""Requests that nobody means well with, by the status they deserve. `tests/server/test_hostile.py` sends them."""
+"""Hostile requests, by the status that they must get. `test_hostile.py` sends them."""
 
 from tests.server.web.raw import request
 

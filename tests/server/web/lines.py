@@ -1,4 +1,4 @@
-"""What lies between a client and a server: a line that breaks on order, and a server without an engine, in a thread."""
+"""A TCP proxy that breaks connections on demand, and a server without an engine in a thread."""
 
 import asyncio
 import select
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import uvicorn
 from fastapi import FastAPI
 
-from server.web.protocol import Caps, Config
+from server.web.protocol import Config, Limits
 
 
 class Line:
@@ -89,7 +89,8 @@ def threaded(app: FastAPI) -> Iterator[Threaded]:
     """This application over real connections."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
         port = listening.getsockname()[1]
-        config = Config(app, Caps(64, 1 << 16, 10, lambda code: None), log_config=None, timeout_graceful_shutdown=1)
+        limits = Limits(connections=64, body_bytes=1 << 16, request_s=10, refused=lambda code: None)
+        config = Config(app, limits, log_config=None, timeout_graceful_shutdown=1)
         server, up, loop = uvicorn.Server(config), threading.Event(), asyncio.new_event_loop()
 
         def run() -> None:

@@ -1,4 +1,4 @@
-"""Bytes to a server and bytes back, with nothing between that would put them right."""
+"""Raw bytes to a server and back, without a library that would correct them."""
 
 import json
 import os

@@ -4,10 +4,13 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from starlette.testclient import TestClient
 
+from model.sampling.plan import NOISES, SAMPLERS, SPACINGS
+from model.sampling.schedule import Variance
 from server.errors import ANSWERS, UNFORESEEN
 from server.jobs.schemas import STATUSES, GenerateRequest
 from server.web import watch
@@ -28,6 +31,13 @@ def test_every_route_is_there(client: TestClient) -> None:
     assert [route for route in routes if f"`{route}`" not in TEXT] == []
 
 
+def test_every_word_that_a_field_may_be_is_there() -> None:
+    choices = {"sampler": SAMPLERS, "variance": get_args(Variance), "spacing": SPACINGS, "noise": NOISES}
+    rows = {name: re.findall(rf"^\| `{name}` \|.*$", TEXT, re.MULTILINE)[0] for name in choices}
+
+    assert [word for name, words in choices.items() for word in words if f"`{word}`" not in rows[name]] == []
+
+
 def test_every_field_status_code_and_kind_of_answer_is_there(client: TestClient) -> None:
     codes = [f"| {status} | `{code}` |" for status, code in {*ANSWERS.values(), UNFORESEEN}]
     listed = client.get("/models").json()
@@ -38,7 +48,7 @@ def test_every_field_status_code_and_kind_of_answer_is_there(client: TestClient)
 
     assert [row for row in codes if row not in TEXT] == []
     assert [word for word in words if not re.search(rf"[`\"]{re.escape(word)}[`\"]", TEXT)] == []
-    assert [code for code in closing if code != str(watch.GONE) and code not in TEXT] == []
+    assert [code for code in closing if code != str(watch.ABNORMAL_CLOSURE) and code not in TEXT] == []
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")

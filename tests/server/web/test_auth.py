@@ -1,4 +1,4 @@
-"""Keys: who comes in, what is seen of others, how much may be asked for."""
+"""API keys: access, separation of tenants, quotas."""
 
 import base64
 import hashlib
@@ -55,12 +55,12 @@ def locked(weights: Path, keys: Path, tmp_path: Path) -> Iterator[TestClient]:
 
 
 @pytest.mark.parametrize("path", OPEN)
-def test_what_a_browser_needs_to_ask_for_a_key_and_what_probes_ask_is_open(locked: TestClient, path: str) -> None:
+def test_the_page_and_the_probes_need_no_key(locked: TestClient, path: str) -> None:
     assert locked.get(path).status_code == 200
 
 
 @pytest.mark.parametrize("path", CLOSED)
-def test_everything_else_is_closed_whether_it_exists_or_not(locked: TestClient, path: str) -> None:
+def test_every_other_path_needs_a_key_whether_it_exists_or_not(locked: TestClient, path: str) -> None:
     answer = locked.get(path)
 
     assert (answer.status_code, answer.json()["code"]) == (401, "unauthenticated")
@@ -70,7 +70,7 @@ def test_everything_else_is_closed_whether_it_exists_or_not(locked: TestClient, 
 @pytest.mark.parametrize(
     "path", ["/static/../jobs", "/static/..%2fjobs", "/healthz/../jobs", "/Healthz", "/%2e%2e/jobs"]
 )
-def test_no_spelling_of_an_open_path_leads_to_a_closed_room(locked: TestClient, path: str) -> None:
+def test_no_spelling_of_an_open_path_reaches_a_closed_one(locked: TestClient, path: str) -> None:
     assert locked.get(path).status_code in (401, 404)
     assert "jobs" not in locked.get(path).text
 
@@ -94,27 +94,27 @@ def test_no_spelling_of_an_open_path_leads_to_a_closed_room(locked: TestClient, 
         {"cookie": f"key={ALICE}"},
     ],
 )
-def test_a_missing_an_ill_formed_and_a_wrong_key_are_told_the_same(locked: TestClient, given: dict[str, str]) -> None:
+def test_a_missing_an_ill_formed_and_a_wrong_key_get_the_same_answer(locked: TestClient, given: dict[str, str]) -> None:
     answer, missing = locked.get("/jobs", headers=given), locked.get("/jobs")
 
     assert answer.status_code == 401
     assert answer.json() | {"request_id": ""} == missing.json() | {"request_id": ""}
 
 
-def test_a_key_opens_and_its_scheme_may_be_written_in_any_case(locked: TestClient) -> None:
+def test_a_valid_key_is_accepted_with_its_scheme_in_any_case(locked: TestClient) -> None:
     assert locked.get("/jobs", headers=bearer(ALICE)).json() == {"jobs": []}
     assert locked.get("/jobs", headers={"authorization": f"bEARER {BOB}"}).status_code == 200
     assert locked.get("/nothing", headers=bearer(BOB)).status_code == 404
 
 
-def test_two_authorization_headers_are_one_too_many() -> None:
+def test_two_authorization_headers_are_no_key() -> None:
     given = [(b"authorization", b"Bearer a"), (b"authorization", b"Bearer b")]
 
     assert offered(given[:1]) == b"a"
     assert offered(given) is None
 
 
-def test_a_job_of_another_key_does_not_exist(locked: TestClient) -> None:
+def test_a_job_of_another_tenant_does_not_exist(locked: TestClient) -> None:
     made = locked.post("/generate", headers=bearer(BOB) | {"prefer": "respond-async"})
     job, mine = f"/jobs/{made.json()['id']}", bearer(ALICE)
 
@@ -130,7 +130,7 @@ def test_a_job_of_another_key_does_not_exist(locked: TestClient) -> None:
     assert len(locked.get("/jobs", headers=bearer(BOB)).json()["jobs"]) == 1
 
 
-def test_a_picture_that_needed_a_key_is_not_for_caches_between_us(locked: TestClient, client: TestClient) -> None:
+def test_shared_caches_may_not_keep_the_picture_of_a_tenant(locked: TestClient, client: TestClient) -> None:
     kept = []
     for server, headers in ((locked, bearer(BOB)), (client, {})):
         made = server.post("/generate", headers=headers | {"accept": "application/json"}).json()
@@ -144,7 +144,7 @@ def watching(client: TestClient, path: str, key: str, *more: str) -> WebSocketTe
     return client.websocket_connect(path, subprotocols=[*more, subprotocol(key)])
 
 
-def test_a_websocket_brings_its_key_as_a_subprotocol_which_is_never_repeated(locked: TestClient) -> None:
+def test_a_websocket_sends_its_key_as_a_subprotocol_which_is_never_echoed(locked: TestClient) -> None:
     with watching(locked, "/generate/stream", ALICE, "ddpm.v1") as socket:
         assert socket.accepted_subprotocol == "ddpm.v1"
         socket.send_text("{}")
@@ -173,14 +173,14 @@ def test_metrics_take_a_key_of_their_own(weights: Path, keys: Path, tmp_path: Pa
                 assert (wrong, right) == ((401, 200) if metrics_key else (status, status))
 
 
-def test_who_was_refused_is_counted(locked: TestClient) -> None:
+def test_refusals_are_counted(locked: TestClient) -> None:
     locked.get("/jobs")
-    rejected = locked.app.state.jobs.standing().rejected  # type: ignore[attr-defined]
+    rejected = locked.app.state.jobs.admission.rejected  # type: ignore[attr-defined]
 
     assert rejected == {"unauthenticated": 1}
 
 
-def test_a_quota_is_so_many_image_steps_a_minute(locked: TestClient) -> None:
+def test_a_quota_limits_the_image_steps_per_minute(locked: TestClient) -> None:
     def ask(steps: int, key: str = ALICE) -> tuple[int, str]:
         answer = locked.post("/generate", json={"steps": steps, "n": 2}, headers=bearer(key))
         return answer.status_code, answer.headers.get("retry-after", "")
@@ -194,7 +194,7 @@ def test_a_quota_is_so_many_image_steps_a_minute(locked: TestClient) -> None:
     assert refused.headers["ratelimit"] == '"image-steps";r=0;t=30'
 
 
-def test_a_bucket_fills_evenly_up_to_a_minutes_worth() -> None:
+def test_a_quota_refills_evenly_up_to_one_minute() -> None:
     now = [0.0]
     quota = Quota(60, clock=lambda: now[0])
     quota.take(60)
@@ -209,14 +209,12 @@ def test_a_bucket_fills_evenly_up_to_a_minutes_worth() -> None:
     assert quota.left == 60
 
 
-def test_a_job_larger_than_a_quota_can_never_be_made() -> None:
+def test_a_job_larger_than_the_quota_is_invalid() -> None:
     with pytest.raises(Invalid, match="at most 60, the quota of this key, got 61"):
         Quota(60).require(61)
 
 
-def test_a_job_that_is_refused_for_another_reason_takes_nothing_of_the_quota(
-    weights: Path, keys: Path, tmp_path: Path
-) -> None:
+def test_a_job_that_is_refused_for_another_reason_uses_no_quota(weights: Path, keys: Path, tmp_path: Path) -> None:
     settings = Settings(weights=weights, data_dir=tmp_path, api_keys=str(keys), max_queued_steps=50)
     with TestClient(create_app(settings, FakeBackend())) as client:
         assert client.post("/generate", json={"steps": 30, "n": 2}, headers=bearer(ALICE)).status_code == 422
@@ -250,7 +248,7 @@ def test_a_name_may_have_two_keys_while_one_is_being_changed(tmp_path: Path) -> 
         ("x" * (1 << 20) + "\n\n", "at most 1048576 bytes"),
     ],
 )
-def test_a_file_of_keys_that_is_wrong_is_refused_by_its_line(tmp_path: Path, text: str, reason: str) -> None:
+def test_an_error_in_a_file_of_keys_names_the_line(tmp_path: Path, text: str, reason: str) -> None:
     path = tmp_path / "keys"
     path.write_text(text)
     with pytest.raises(SettingsError, match=reason) as refusal:
@@ -259,12 +257,12 @@ def test_a_file_of_keys_that_is_wrong_is_refused_by_its_line(tmp_path: Path, tex
     assert len(str(refusal.value)) < 120
 
 
-def test_a_file_of_keys_that_is_not_there_is_told_by_its_variable(tmp_path: Path) -> None:
+def test_a_missing_file_of_keys_is_refused_by_its_variable(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="DDPM_API_KEYS: the file could not be read: FileNotFoundError"):
         Keyring.read(tmp_path / "nothing")
 
 
-def test_the_command_makes_a_key_that_fits_its_line(tmp_path: Path) -> None:
+def test_the_command_makes_a_key_and_its_line(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "server", "key", "alice", "--quota", "500"]
     made = subprocess.run(command, capture_output=True, text=True, check=True)
     path = tmp_path / "keys"
@@ -277,7 +275,7 @@ def test_the_command_makes_a_key_that_fits_its_line(tmp_path: Path) -> None:
         Keyring.read(path).owner(made.stderr.strip().encode()[:-1])
 
 
-def test_the_command_refuses_a_name_that_no_file_could_hold() -> None:
+def test_the_command_refuses_a_name_that_no_file_can_hold() -> None:
     for arguments in (["al:ice"], ["alice", "--quota", "0"]):
         made = subprocess.run([sys.executable, "-m", "server", "key", *arguments], capture_output=True, text=True)
         assert (made.returncode, made.stdout) == (2, "")

@@ -9,7 +9,7 @@ from tests.fuzz import api, checkpoint, soak, sockets
 from tests.server.conftest import Server
 
 
-def test_no_mutant_of_a_model_directory_does_anything_but_load_or_be_refused(tmp_path: Path) -> None:
+def test_every_mutant_of_a_model_directory_loads_or_is_refused(tmp_path: Path) -> None:
     lines, parents = checkpoint.fuzz(runs=250, seed=1, folder=tmp_path)
 
     assert lines > 120  # it is guided: most of the readers were reached
@@ -21,7 +21,7 @@ def test_no_bytes_on_any_route_make_the_server_fail(server: Server) -> None:
 
 
 @pytest.mark.skipif(find_spec("schemathesis") is None, reason="needs schemathesis: pip install -e '.[fuzz]'")
-def test_what_is_served_is_what_openapi_says(server: Server) -> None:
+def test_the_server_answers_as_its_openapi_document_says(server: Server) -> None:
     code, cases, said = api.run(server, cases=50, seed=1)
 
     assert code == 0, said

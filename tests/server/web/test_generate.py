@@ -52,7 +52,7 @@ def test_a_contact_sheet_has_no_gaps_and_is_filled_up_with_black(server: Server)
     assert np.array_equal(sheet, expected)
 
 
-def test_json_is_the_job_with_every_choice_made(server: Server) -> None:
+def test_json_is_the_job_with_all_defaults_filled_in(server: Server) -> None:
     job = generate(server, "application/json", seed=3, steps=5, n=2, sampler="ddim").json()
 
     assert job["status"] == "succeeded"
@@ -90,7 +90,7 @@ def test_npy_is_unrounded_and_rounds_to_the_png(server: Server) -> None:
     assert np.array_equal(rounded[1, 0], pixels(generate(server, seed=10, steps=5).content))
 
 
-def test_a_picture_can_be_made_again_from_itself(server: Server) -> None:
+def test_a_picture_can_be_made_again_from_its_own_text_chunks(server: Server) -> None:
     picture = generate(server, sampler="ddim", eta=0.5, steps=4, clip=False, noise="torch").content
     texts = read_texts(picture)
     numbers: dict[str, Callable[[str], Any]] = {
@@ -104,20 +104,20 @@ def test_a_picture_can_be_made_again_from_itself(server: Server) -> None:
     assert generate(server, **request).content == picture
 
 
-def test_a_seed_is_drawn_and_told_if_none_is_given(server: Server) -> None:
+def test_a_missing_seed_is_drawn_and_reported(server: Server) -> None:
     picture = generate(server, steps=2)
 
     assert picture.content == generate(server, steps=2, seed=int(picture.headers["x-seed"])).content
 
 
-def test_an_empty_request_is_the_checkpoints_own_way(server: Server) -> None:
+def test_an_empty_request_uses_the_defaults_of_the_model(server: Server) -> None:
     job = server.client.post("/generate", headers={"accept": "application/json"}).json()
 
     assert (job["request"]["steps"], job["request"]["variance"]) == (30, "small")
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "greedy", "ddim", "dpmpp_2m"])
-def test_company_changes_nothing(server: Server, sampler: str) -> None:
+def test_other_pictures_in_the_batch_change_nothing(server: Server, sampler: str) -> None:
     alone = generate(server, seed=1, steps=9, sampler=sampler).content
     many = zipfile.ZipFile(
         io.BytesIO(generate(server, "application/zip", seed=0, steps=9, n=7, sampler=sampler).content)
@@ -126,7 +126,7 @@ def test_company_changes_nothing(server: Server, sampler: str) -> None:
     assert many.read(many.namelist()[1]) == alone
 
 
-def test_models_say_what_they_are_and_what_they_promise(server: Server) -> None:
+def test_models_describe_themselves_and_their_numerics(server: Server) -> None:
     (model,) = server.client.get("/models").json()["models"]
     whole = server.client.get("/models/tiny").json()
 
@@ -137,7 +137,7 @@ def test_models_say_what_they_are_and_what_they_promise(server: Server) -> None:
     assert whole.keys() - model.keys() == {"card"}
 
 
-def test_a_caller_that_leaves_frees_its_slots(server: Server) -> None:
+def test_a_client_that_disconnects_frees_its_slots(server: Server) -> None:
     """Twenty callers ask for 64 pictures each and leave; the next one is served as if they had never been."""
     body = json.dumps({"steps": 30, "n": 64}).encode()
     head = (
@@ -159,7 +159,7 @@ def _seconds(work: Any) -> float:
     return time.perf_counter() - began
 
 
-def test_the_documentation_knows_the_request(server: Server) -> None:
+def test_the_openapi_document_describes_the_request(server: Server) -> None:
     spec = server.client.get("/openapi.json").json()
 
     body = spec["paths"]["/generate"]["post"]["requestBody"]["content"]["application/json"]["schema"]

@@ -1,4 +1,4 @@
-"""A served process and everything that nobody means well with: it answers as documented, and goes on answering."""
+"""A server process under hostile requests: it answers as documented, and goes on answering."""
 
 import json
 import re
@@ -40,23 +40,23 @@ def test_bodies_that_are_not_strict_json_are_malformed(server: Server) -> None:
     assert wrong(server, [request(body=body) for body in hostile.NOT_JSON], [400]) == []
 
 
-def test_bodies_that_say_what_cannot_be_are_refused_by_their_fields(server: Server) -> None:
+def test_bodies_out_of_bounds_are_refused(server: Server) -> None:
     assert wrong(server, [request(body=body) for body in hostile.NOT_A_REQUEST], [422]) == []
 
 
-def test_the_same_bodies_fare_no_better_in_openais_words(server: Server) -> None:
+def test_the_same_bodies_are_refused_under_openais_paths(server: Server) -> None:
     bodies = hostile.NOT_JSON + hostile.NOT_A_REQUEST
 
     assert wrong(server, [request("/v1/images/generations", body) for body in bodies], [400]) == []
 
 
-def test_no_path_leads_out_of_the_house(server: Server) -> None:
+def test_no_path_leads_out_of_the_static_folder_and_the_routes(server: Server) -> None:
     targets = hostile.NOT_THERE + hostile.LOST_IN_LISTS
 
     assert wrong(server, [request(target, method="GET") for target in targets], [404]) == []
 
 
-def test_queries_are_refused_by_their_names(server: Server) -> None:
+def test_bad_query_parameters_are_refused(server: Server) -> None:
     assert wrong(server, [request(target, method="GET") for target in hostile.BAD_QUERIES], [422]) == []
 
 
@@ -65,7 +65,7 @@ def test_other_methods_are_not_allowed(server: Server, path: str) -> None:
     assert wrong(server, [request(path, method=method) for method in hostile.METHODS], [404, 405]) == []
 
 
-def test_headers_that_cannot_be_followed_are_refused(server: Server) -> None:
+def test_bad_headers_are_refused_and_harmless_ones_ignored(server: Server) -> None:
     def head(headers: dict[str, str]) -> bytes:
         lines = {"Host": "localhost", "Connection": "close", "Content-Type": "application/json"} | headers
         text = "".join(f"{name}: {value}\r\n" for name, value in lines.items())
@@ -80,15 +80,15 @@ def test_headers_that_cannot_be_followed_are_refused(server: Server) -> None:
     assert wrong(server, [head(headers) for headers in hostile.HARMLESS_HEADERS], [200]) == []
 
 
-def test_what_is_not_http_is_refused_and_the_connection_closed(server: Server) -> None:
+def test_malformed_http_is_refused_and_the_connection_closed(server: Server) -> None:
     assert wrong(server, hostile.NOT_HTTP, [400]) == []
 
 
-def test_a_request_names_one_host(server: Server) -> None:
+def test_a_request_must_name_exactly_one_host(server: Server) -> None:
     assert wrong(server, hostile.HEADLESS, [400]) == []
 
 
-def test_what_is_too_large_is_refused_while_it_comes(server: Server) -> None:
+def test_too_large_requests_are_refused_while_they_arrive(server: Server) -> None:
     given = answers(server, [data for data, _ in hostile.TOO_LARGE])
 
     assert [
@@ -99,7 +99,7 @@ def test_what_is_too_large_is_refused_while_it_comes(server: Server) -> None:
     assert sum(found == [] for found in given) <= len(given) // 2
 
 
-def test_whatever_refuses_says_so_in_a_problem_that_repeats_nothing(server: Server) -> None:
+def test_every_refusal_is_a_problem_that_echoes_nothing(server: Server) -> None:
     requests = [
         request(f"/{ECHO}", method="GET"),
         request(f"/models/{ECHO}", method="GET"),
@@ -126,7 +126,7 @@ def test_whatever_refuses_says_so_in_a_problem_that_repeats_nothing(server: Serv
         assert ECHO.encode() not in answer
 
 
-def test_a_request_id_of_ours_replaces_one_that_is_not_plain(server: Server) -> None:
+def test_an_ill_formed_request_id_is_replaced(server: Server) -> None:
     for given in ("a b", "x" * 65, "<script>", "\u00ff"):
         answer = ask(server.port, request("/healthz", method="GET", X_Request_Id=given))
         assert re.search(rb"x-request-id: [0-9a-f]{16}\r\n", answer)
@@ -184,7 +184,7 @@ HANDSHAKES: list[tuple[bytes, int]] = [
 
 
 @pytest.mark.parametrize(("data", "expected"), HANDSHAKES, ids=range(len(HANDSHAKES)))
-def test_a_handshake_that_is_wrong_is_refused_with_a_status(server: Server, data: bytes, expected: int) -> None:
+def test_a_bad_handshake_is_refused_with_an_http_status(server: Server, data: bytes, expected: int) -> None:
     with connected(server.port) as connection:
         say(connection, data)
         assert statuses(connection.recv(1 << 16)) == [expected]
@@ -245,7 +245,7 @@ FRAMES: list[tuple[str, bytes, list[int]]] = [
 
 
 @pytest.mark.parametrize(("said", "codes"), [case[1:] for case in FRAMES], ids=[case[0] for case in FRAMES])
-def test_a_websocket_that_misbehaves_is_closed_with_the_code_that_says_why(
+def test_a_websocket_that_misbehaves_is_closed_with_the_right_code(
     server: Server, said: bytes, codes: list[int]
 ) -> None:
     with upgraded(server.port) as connection:
@@ -257,7 +257,7 @@ def test_a_websocket_that_misbehaves_is_closed_with_the_code_that_says_why(
     assert found and found[0] in codes
 
 
-def test_there_are_as_many_hostile_requests_as_were_asked_for() -> None:
+def test_there_are_at_least_300_hostile_requests() -> None:
     tables: list[Sequence[object]] = [
         hostile.NOT_JSON,
         hostile.NOT_A_REQUEST,

@@ -1,4 +1,4 @@
-"""Host and Origin: other people's pages cannot make a browser use this server, whatever their names lead to."""
+"""Host and Origin: pages of other sites cannot make a browser use the server."""
 
 import itertools
 from collections.abc import Callable, Iterator
@@ -66,29 +66,29 @@ def answers_for(host: str, found: Rules) -> bool:
 
 
 @pytest.mark.parametrize("host", NOBODYS)
-def test_names_that_no_stranger_can_have_are_answered_for(host: str) -> None:
+def test_private_names_and_addresses_are_allowed_hosts(host: str) -> None:
     assert answers_for(host, rules())
 
 
 @pytest.mark.parametrize("host", STRANGERS)
-def test_names_that_a_stranger_may_lead_anywhere_are_not_unless_a_key_is_needed(host: str) -> None:
+def test_public_names_are_allowed_hosts_only_if_a_key_is_needed(host: str) -> None:
     assert not answers_for(host, rules())
     assert answers_for(host, rules(keys_needed=True))
     assert answers_for(host, rules("*"))
 
 
 @pytest.mark.parametrize("host", ILL_FORMED)
-def test_what_is_no_host_is_never_answered_for(host: str) -> None:
+def test_ill_formed_hosts_are_never_allowed(host: str) -> None:
     assert not answers_for(host, rules("*"))
 
 
-def test_there_must_be_one_host() -> None:
+def test_there_must_be_exactly_one_host() -> None:
     for given in ([], [b"localhost", b"localhost"]):
         with pytest.raises(BadHost, match="one Host header"):
             rules("*").check_host(given)
 
 
-def test_hosts_that_are_named_are_the_only_ones() -> None:
+def test_named_hosts_are_the_only_allowed_ones() -> None:
     named = rules("Pictures.example, *.lab.example")
 
     assert [
@@ -104,13 +104,13 @@ def test_hosts_that_are_named_are_the_only_ones() -> None:
 
 
 @pytest.mark.parametrize("text", ["a b", "http://a.example", "a.example:80", "a*.example", "*.", ",a/b"])
-def test_hosts_that_are_none_stop_the_start(text: str) -> None:
+def test_ill_formed_allowed_hosts_stop_the_start(text: str) -> None:
     with pytest.raises(SettingsError, match="DDPM_ALLOWED_HOSTS"):
         rules(hosts=text)
 
 
 @pytest.mark.parametrize("text", ["a.example", "https://a.example/", "//a", "https://", "null"])
-def test_origins_that_are_none_stop_the_start(text: str) -> None:
+def test_ill_formed_allowed_origins_stop_the_start(text: str) -> None:
     with pytest.raises(SettingsError, match="DDPM_ALLOWED_ORIGINS"):
         rules(origins=text)
 
@@ -130,7 +130,7 @@ OTHERS = [
 
 
 @pytest.mark.parametrize(("origin", "allowed"), [(o, True) for o in OURS] + [(o, False) for o in OTHERS])
-def test_only_pages_of_our_own_change_anything(serve: Clients, origin: str | None, allowed: bool) -> None:
+def test_only_pages_of_the_server_itself_may_change_anything(serve: Clients, origin: str | None, allowed: bool) -> None:
     client, headers = serve(), {} if origin is None else {"origin": origin}
 
     assert client.post("/generate", headers=headers).status_code == (200 if allowed else 403)
@@ -152,12 +152,12 @@ def opens(client: TestClient, path: str, headers: dict[str, str]) -> bool:
         return False
 
 
-def test_two_origins_are_nobodys() -> None:
+def test_two_origin_headers_are_forbidden() -> None:
     with pytest.raises(Forbidden):
         rules().check_origin([b"http://localhost", b"http://localhost"], b"localhost")
 
 
-def test_a_page_whose_name_was_made_to_lead_here_reaches_nothing_but_the_probes(serve: Clients) -> None:
+def test_dns_rebinding_reaches_only_the_probes(serve: Clients) -> None:
     client, rebound = serve(), {"host": "evil.example:8000", "origin": "http://evil.example:8000"}
 
     for path in ("/", "/models", "/jobs", "/metrics", "/openapi.json", "/static/app.js", "/nothing"):
@@ -170,7 +170,7 @@ def test_a_page_whose_name_was_made_to_lead_here_reaches_nothing_but_the_probes(
     assert client.get("/readyz", headers=rebound).status_code == 200
 
 
-def test_whoever_has_the_key_of_the_metrics_finds_them_by_address(serve: Clients) -> None:
+def test_metrics_with_their_key_are_answered_for_every_host(serve: Clients) -> None:
     client = serve(allowed_hosts="pictures.example", metrics_key="a-key-for-metrics")
     found = client.get("/metrics", headers={"host": "10.0.0.7:8000", "authorization": "Bearer a-key-for-metrics"})
 
@@ -179,7 +179,7 @@ def test_whoever_has_the_key_of_the_metrics_finds_them_by_address(serve: Clients
     assert client.get("/models", headers={"host": "10.0.0.7:8000"}).status_code == 400
 
 
-def test_an_origin_that_was_named_may_use_and_read_everything(serve: Clients) -> None:
+def test_an_allowed_origin_may_use_and_read_everything(serve: Clients) -> None:
     client, page = serve(allowed_origins="https://page.example"), {"origin": "https://page.example"}
     preflight = {
         "access-control-request-method": "POST",
@@ -200,7 +200,7 @@ def test_an_origin_that_was_named_may_use_and_read_everything(serve: Clients) ->
     assert (other.status_code, other.json()["code"]) == (403, "origin-not-allowed")
 
 
-def test_a_page_that_may_use_it_hears_that_its_key_is_wrong(serve: Clients, tmp_path: Path) -> None:
+def test_a_page_of_an_allowed_origin_can_read_that_its_key_is_wrong(serve: Clients, tmp_path: Path) -> None:
     (tmp_path / "keys").write_text(f"a:{'0' * 64}\n")
     client = serve(allowed_origins="https://page.example", api_keys=str(tmp_path / "keys"))
     answer = client.get("/jobs", headers={"origin": "https://page.example"})
@@ -209,7 +209,7 @@ def test_a_page_that_may_use_it_hears_that_its_key_is_wrong(serve: Clients, tmp_
     assert answer.headers["access-control-allow-origin"] == "https://page.example"
 
 
-def test_every_origin_may_be_let_in(serve: Clients) -> None:
+def test_every_origin_may_be_allowed(serve: Clients) -> None:
     client = serve(allowed_origins="*")
 
     assert client.post("/generate", headers={"origin": "https://any.example"}).status_code == 200

@@ -1,4 +1,4 @@
-"""Several models in one server that has not room for all of them."""
+"""Several models in one server whose memory does not hold all of them."""
 
 import os
 import shutil
@@ -74,7 +74,7 @@ def loaded(server: Server) -> set[str]:
     return {model["name"] for model in models(server) if model["loaded"]}
 
 
-def test_three_models_share_room_for_two_and_no_request_fails(
+def test_three_models_share_memory_for_two_and_no_request_fails(
     server: Server, budget: int, expected: list[bytes]
 ) -> None:
     assert loaded(server) == {"a", "b"}
@@ -98,7 +98,7 @@ def test_three_models_share_room_for_two_and_no_request_fails(
     assert set().union(*seen, loaded(server)) == {"a", "b", "c"}
 
 
-def test_the_model_that_was_used_last_stays(server: Server) -> None:
+def test_the_most_recently_used_model_stays_loaded(server: Server) -> None:
     for name in "ba":
         server.client.post("/generate", json={"model": name, "steps": 2})
 
@@ -111,7 +111,7 @@ def test_the_model_that_was_used_last_stays(server: Server) -> None:
     assert loaded(server) == {"a", "c"}
 
 
-def test_a_model_that_turns_out_broken_fails_its_own_jobs(server: Server) -> None:
+def test_a_broken_model_fails_only_its_own_jobs(server: Server) -> None:
     answers = [server.client.post("/generate", json={"model": name, "steps": 2}) for name in "zabz"]
 
     assert [answer.status_code for answer in answers] == [503, 200, 200, 503]
@@ -120,7 +120,7 @@ def test_a_model_that_turns_out_broken_fails_its_own_jobs(server: Server) -> Non
     assert server.client.get("/readyz").status_code == 200
 
 
-def test_a_model_larger_than_the_room_for_all_is_refused_by_name(folder: Path) -> None:
+def test_a_model_larger_than_the_memory_limit_is_refused_by_name(folder: Path) -> None:
     code, line = exit_of(DDPM_WEIGHTS=str(folder), DDPM_MODEL_MEMORY_BYTES="100000", DDPM_SLOTS="4")
 
     assert (code, line.startswith("ddpm: a takes ")) == (3, True), line
@@ -137,7 +137,7 @@ def ask_the_deaf(server: Server, name: str) -> str:
         server.wait_until_ready()
 
 
-def test_two_models_that_take_turns_in_room_for_one_both_get_theirs_and_one_that_is_gone_takes_none_along(
+def test_two_models_take_turns_in_memory_for_one_and_a_deleted_one_fails_alone(
     folder: Path, budget: int, tmp_path: Path
 ) -> None:
     for name in "ab":
@@ -164,7 +164,7 @@ def test_two_models_that_take_turns_in_room_for_one_both_get_theirs_and_one_that
     assert server.stop()[0] == 0
 
 
-def test_a_model_that_is_broken_as_the_engine_is_replaced_takes_none_along(tmp_path: Path) -> None:
+def test_a_model_that_breaks_before_an_engine_restart_fails_alone(tmp_path: Path) -> None:
     for name in "ab":
         write_model(tmp_path / name)
     server = Server(tmp_path).wait_until_ready()

@@ -1,4 +1,4 @@
-"""deploy/nginx/nginx.conf, as it is but for addresses, in front of servers: what it lets through, and what it ends."""
+"""deploy/nginx/nginx.conf, with other addresses, in front of servers: what it passes on and what it refuses."""
 
 import io
 import json
@@ -124,14 +124,14 @@ def deaf() -> Iterator[tuple[int, list[bytes]]]:
             thread.join()
 
 
-def test_pictures_pass_as_they_are(hasty: Server, client: httpx.Client) -> None:
+def test_pictures_pass_unchanged(hasty: Server, client: httpx.Client) -> None:
     direct, proxied = (c.post("/generate", json=ORDER) for c in (hasty.client, client))
 
     assert (proxied.status_code, proxied.content) == (200, direct.content)
     assert proxied.headers["x-seed"] == "5"
 
 
-def test_refusals_of_the_server_pass_as_they_are(client: httpx.Client) -> None:
+def test_refusals_of_the_server_pass_unchanged(client: httpx.Client) -> None:
     answer = client.post("/generate", json={"steps": 0}, headers={"x-request-id": "mine"})
 
     assert code_of(answer) == (422, "invalid-request")
@@ -147,7 +147,7 @@ def test_a_websocket_is_watched_to_its_end(front: int) -> None:
     assert len([m for m in messages if isinstance(m, bytes)]) > 20
 
 
-def test_events_come_as_they_happen(client: httpx.Client, hasty: Server) -> None:
+def test_events_are_not_buffered(client: httpx.Client, hasty: Server) -> None:
     with client.stream("POST", "/generate", json=MUCH, headers={"accept": "text/event-stream"}) as answer:
         next(answer.iter_raw())
         status = hasty.client.get(f"/jobs/{answer.headers['x-job-id']}").json()["status"]
@@ -155,7 +155,7 @@ def test_events_come_as_they_happen(client: httpx.Client, hasty: Server) -> None
     assert status in ("queued", "running")
 
 
-def test_who_leaves_gives_up_the_job(client: httpx.Client, hasty: Server) -> None:
+def test_a_client_that_disconnects_cancels_its_job(client: httpx.Client, hasty: Server) -> None:
     with client.stream("POST", "/generate", json=MUCH, headers={"accept": "text/event-stream"}) as answer:
         job = answer.headers["x-job-id"]
     deadline = time.monotonic() + 5
@@ -165,7 +165,7 @@ def test_who_leaves_gives_up_the_job(client: httpx.Client, hasty: Server) -> Non
     assert hasty.client.get(f"/jobs/{job}").json()["status"] == "cancelled"
 
 
-def test_metrics_are_not_for_everybody(client: httpx.Client) -> None:
+def test_metrics_are_not_public(client: httpx.Client) -> None:
     assert code_of(client.get("/metrics")) == (404, "not-found")
 
 
@@ -186,7 +186,7 @@ def test_a_slow_head_is_cut_off(front: int) -> None:
     assert time.monotonic() - began < 5
 
 
-def test_a_body_that_drips_is_refused_however_steadily(front: int) -> None:
+def test_a_slow_body_is_refused(front: int) -> None:
     with connected(front) as connection:
         say(connection, head("/generate", 1000))
         for _ in range(60):
@@ -204,14 +204,14 @@ def test_a_body_that_drips_is_refused_however_steadily(front: int) -> None:
     assert b"request-timeout" in received
 
 
-def test_what_is_not_http_gets_no_further(front: int) -> None:
+def test_malformed_http_is_not_passed_on(front: int) -> None:
     smuggled = b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\nGET "
 
     assert statuses(ask(front, b"\x16\x03\x01\x00\r\n\r\n")) in ([], [400])
     assert statuses(ask(front, smuggled)) == [400]
 
 
-def test_a_request_that_failed_is_not_sent_again(tmp_path: Path) -> None:
+def test_a_failed_request_is_not_retried(tmp_path: Path) -> None:
     with deaf() as (upstream, heard), before(upstream, tmp_path) as port:
         answer = httpx.post(f"http://127.0.0.1:{port}/generate", json=ORDER)
 
@@ -235,19 +235,19 @@ def busy(folder: Path, addresses: Sequence[str], **words: str) -> Iterator[int]:
         yield port
 
 
-def test_one_address_can_not_have_all_connections(tmp_path: Path) -> None:
+def test_one_address_cannot_use_all_connections(tmp_path: Path) -> None:
     with busy(tmp_path, ["9.9.9.9", "8.8.8.8", "7.7.7.7"]) as port:  # nobody was named who may say so
         answer = httpx.get(f"http://127.0.0.1:{port}/healthz")
 
     assert code_of(answer) == (503, "not-ready")
 
 
-def test_everybody_behind_a_private_address_can_have_more(tmp_path: Path) -> None:
+def test_a_private_address_may_use_more_connections(tmp_path: Path) -> None:
     with busy(tmp_path, ["9.9.9.9"] * 5, **{"172.16.0.0/12 1;": "127.0.0.0/8 1;"}):
         pass
 
 
-def test_a_proxy_that_is_named_is_believed_whom_it_speaks_for(tmp_path: Path) -> None:
+def test_a_trusted_proxy_names_the_address_of_its_client(tmp_path: Path) -> None:
     believed = {"# set_real_ip_from 172.16.0.0/12;": "set_real_ip_from 127.0.0.0/8;", "# real_ip": "real_ip"}
     with busy(tmp_path, ["8.8.8.8", "9.9.9.9", "9.9.9.9", "9.9.9.9"], **believed) as port:
         answer = httpx.get(f"http://127.0.0.1:{port}/healthz", headers={"x-forwarded-for": "9.9.9.9"})
@@ -280,7 +280,7 @@ def names() -> Iterator[tuple[int, set[bytes]]]:
             thread.join()
 
 
-def test_it_starts_before_the_server_and_finds_it_once_it_is_there(hasty: Server, tmp_path: Path) -> None:
+def test_nginx_starts_before_the_server_and_finds_it_later(hasty: Server, tmp_path: Path) -> None:
     with names() as (dns, known):
         resolver = {"127.0.0.11 valid=5s": f"127.0.0.1:{dns} valid=1s", "ddpm:8000": f"ddpm:{hasty.port}"}
         with before(hasty.port, tmp_path, **resolver) as port:
@@ -291,7 +291,7 @@ def test_it_starts_before_the_server_and_finds_it_once_it_is_there(hasty: Server
     assert code_of(alone) == (503, "not-ready")
 
 
-def test_logs_are_json_and_repeat_no_query(client: httpx.Client, tmp_path: Path) -> None:
+def test_logs_are_json_without_query_strings(client: httpx.Client, tmp_path: Path) -> None:
     with deaf() as (upstream, _), before(upstream, tmp_path) as port:
         httpx.get(f"http://127.0.0.1:{port}/jobs?secret=1", headers={"user-agent": '"\n'.strip()})
     lines = [json.loads(line) for line in io.StringIO((tmp_path / "access.log").read_text())]

@@ -56,7 +56,7 @@ def generated(server: Server, accept: str = "image/png", **body: Any) -> httpx.R
     return answer
 
 
-def test_the_picture_is_the_very_bytes_of_generate(server: Server, talk: OpenAI) -> None:
+def test_the_picture_has_the_same_bytes_as_that_of_generate(server: Server, talk: OpenAI) -> None:
     answer = talk.images.generate(model="tiny", prompt="", size="8x8", extra_body=FIELDS)
 
     assert pngs(answer) == [generated(server, **FIELDS).content]
@@ -64,7 +64,7 @@ def test_the_picture_is_the_very_bytes_of_generate(server: Server, talk: OpenAI)
     assert answer.usage is not None and answer.usage.total_tokens == 0
 
 
-def test_n_pictures_are_those_of_the_seeds_that_follow(server: Server, talk: OpenAI) -> None:
+def test_n_pictures_have_consecutive_seeds(server: Server, talk: OpenAI) -> None:
     answer = talk.images.generate(prompt="", n=3, extra_body=FIELDS)
 
     archive = zipfile.ZipFile(io.BytesIO(generated(server, "application/zip", n=3, **FIELDS).content))
@@ -72,7 +72,7 @@ def test_n_pictures_are_those_of_the_seeds_that_follow(server: Server, talk: Ope
     assert [image.model_extra for image in answer.data or ()] == [{"seed": 7}, {"seed": 8}, {"seed": 9}]
 
 
-def test_a_prompt_changes_nothing_and_the_answer_says_that_none_of_it_was_used(talk: OpenAI) -> None:
+def test_a_prompt_has_no_effect_and_the_answer_says_so(talk: OpenAI) -> None:
     silent, wordy = (talk.images.generate(prompt=prompt, extra_body=FIELDS) for prompt in ("", "a cat, seed=8"))
 
     assert pngs(silent) == pngs(wordy)
@@ -93,7 +93,7 @@ def test_partial_images_are_x0_evenly_spread_and_the_stream_ends_on_the_picture(
     assert (last.size, last.output_format, last.usage.total_tokens) == ("8x8", "png", 0)
 
 
-def test_fewer_partial_images_come_where_there_are_not_as_many_steps(talk: OpenAI) -> None:
+def test_there_are_fewer_partial_images_than_steps(talk: OpenAI) -> None:
     def kinds(steps: int, partial: int, n: int = 1) -> list[str]:
         asked = FIELDS | {"steps": steps}
         stream = talk.images.generate(prompt="", n=n, stream=True, partial_images=partial, extra_body=asked)
@@ -105,7 +105,7 @@ def test_fewer_partial_images_come_where_there_are_not_as_many_steps(talk: OpenA
     assert sorted(kinds(steps=9, partial=2, n=2)) == ["completed"] * 2 + ["partial_image"] * 4
 
 
-def test_a_caller_who_closes_the_stream_gives_the_job_up(server: Server, talk: OpenAI) -> None:
+def test_closing_the_stream_cancels_the_job(server: Server, talk: OpenAI) -> None:
     body = {"seed": 1, "steps": 30}
     stream = talk.images.generate(prompt="", n=64, stream=True, partial_images=3, extra_body=body)
     next(iter(stream))
@@ -118,7 +118,7 @@ def test_a_caller_who_closes_the_stream_gives_the_job_up(server: Server, talk: O
     assert status == "cancelled"
 
 
-def test_a_url_is_that_of_the_jobs_picture(server: Server, talk: OpenAI) -> None:
+def test_a_url_leads_to_the_picture_of_the_job(server: Server, talk: OpenAI) -> None:
     answer = talk.images.generate(prompt="", n=2, response_format="url", extra_body=FIELDS)
 
     urls = [image.url or "" for image in answer.data or ()]
@@ -128,7 +128,7 @@ def test_a_url_is_that_of_the_jobs_picture(server: Server, talk: OpenAI) -> None
     ]
 
 
-def test_webp_loses_nothing_and_jpeg_is_one(server: Server, talk: OpenAI) -> None:
+def test_webp_is_lossless_and_jpeg_has_a_quality(server: Server, talk: OpenAI) -> None:
     def made(format: Literal["webp", "jpeg"], quality: int | None = None) -> bytes:
         asked = talk.images.generate(prompt="", output_format=format, output_compression=quality, extra_body=FIELDS)
         return pngs(asked)[0]
@@ -141,7 +141,7 @@ def test_webp_loses_nothing_and_jpeg_is_one(server: Server, talk: OpenAI) -> Non
     assert len(coarse) < len(jpeg)
 
 
-def test_null_is_as_good_as_nothing_for_a_field_of_openai(talk: OpenAI) -> None:
+def test_null_means_not_set_for_the_fields_of_openai(talk: OpenAI) -> None:
     answer = talk.images.generate(
         model=None, prompt="", n=None, size=None, quality=None, background=None, extra_body=FIELDS | {"prompt": None}
     )
@@ -172,7 +172,7 @@ REFUSED: list[tuple[dict[str, Any], str | None, str]] = [
 
 
 @pytest.mark.parametrize(("asked", "field", "limit"), REFUSED)
-def test_what_would_mislead_or_cannot_be_is_a_bad_request_that_names_its_field(
+def test_unsupported_fields_are_bad_requests_that_name_the_field(
     client: TestClient, asked: dict[str, Any], field: str | None, limit: str
 ) -> None:
     with pytest.raises(openai.BadRequestError) as refusal:
@@ -187,7 +187,7 @@ def test_what_would_mislead_or_cannot_be_is_a_bad_request_that_names_its_field(
     assert backend_of(client).specs == []
 
 
-def test_a_full_queue_is_a_rate_limit_and_the_package_waits_as_long_as_it_is_told(
+def test_a_full_queue_is_a_rate_limit_and_the_package_waits_as_told(
     client: TestClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     capacity, waited = client.app.state.jobs.admission.capacity, []  # type: ignore[attr-defined]
@@ -208,7 +208,7 @@ def test_a_full_queue_is_a_rate_limit_and_the_package_waits_as_long_as_it_is_tol
     assert waited == [17.0]
 
 
-def test_what_would_only_fail_again_is_not_tried_again(client: TestClient) -> None:
+def test_a_permanent_failure_is_not_retried(client: TestClient) -> None:
     backend_of(client).failure = SampleLost("the picture was not finite after 7 steps")
 
     with pytest.raises(openai.InternalServerError, match="not finite") as refusal:
@@ -218,7 +218,7 @@ def test_what_would_only_fail_again_is_not_tried_again(client: TestClient) -> No
     assert len(backend_of(client).specs) == 1
 
 
-def test_a_failure_in_the_middle_of_a_stream_is_raised_there(client: TestClient) -> None:
+def test_a_failure_in_the_middle_of_a_stream_is_raised_by_the_package(client: TestClient) -> None:
     backend_of(client).failure = SampleLost("the picture was not finite after 7 steps")
     stream = over(client).images.generate(prompt="", stream=True, partial_images=2)
 
@@ -246,7 +246,7 @@ def test_a_wrong_key_is_an_authentication_error(locked: TestClient) -> None:
     assert [model.id for model in over(locked, key=ALICE).models.list()] == ["tiny"]
 
 
-def test_a_url_needs_the_key_that_its_picture_was_made_with(locked: TestClient) -> None:
+def test_a_url_needs_the_key_of_its_job(locked: TestClient) -> None:
     answer = over(locked, key=ALICE).images.generate(prompt="", response_format="url")
 
     url = (answer.data or [])[0].url or ""
@@ -254,7 +254,7 @@ def test_a_url_needs_the_key_that_its_picture_was_made_with(locked: TestClient) 
     assert locked.get(url, headers=bearer(ALICE)).headers["content-type"] == "image/png"
 
 
-def test_a_request_that_is_repeated_with_its_key_is_the_same_job(client: TestClient) -> None:
+def test_a_request_repeated_with_its_idempotency_key_is_the_same_job(client: TestClient) -> None:
     def job(key: str, **asked: Any) -> str:
         answer = over(client).images.with_raw_response.generate(
             prompt="", extra_headers={"Idempotency-Key": key}, **asked
@@ -292,7 +292,7 @@ def test_errors_are_in_openais_form_under_its_paths_and_nowhere_else(client: Tes
 @pytest.mark.parametrize(
     "body", [b"{", b"[]", b'{"prompt": NaN}', b'{"prompt": "a", "prompt": "b"}', b'{"seed": 1e400}']
 )
-def test_a_body_that_is_no_request_is_a_bad_request(client: TestClient, body: bytes) -> None:
+def test_a_malformed_body_is_a_bad_request(client: TestClient, body: bytes) -> None:
     answer = client.post("/v1/images/generations", content=body, headers={"content-type": "application/json"})
 
     assert (answer.status_code, answer.json()["status"]) == (400, 400)

@@ -1,4 +1,4 @@
-"""Connections: slow ones, too many of them, pipelines, and clients who come and go by the thousand."""
+"""Limits of connections: slow ones, too many, pipelines, and thousands that are aborted."""
 
 import os
 import random
@@ -72,7 +72,7 @@ SLOW = {
 
 
 @pytest.mark.parametrize("data", SLOW.values(), ids=SLOW)
-def test_what_does_not_arrive_in_time_is_told_so_and_let_go(narrow: Server, data: bytes) -> None:
+def test_a_request_that_does_not_arrive_in_time_is_answered_with_408(narrow: Server, data: bytes) -> None:
     began = time.monotonic()
     answer = ask(narrow.port, data)
 
@@ -80,7 +80,7 @@ def test_what_does_not_arrive_in_time_is_told_so_and_let_go(narrow: Server, data
     assert REQUEST_S * 0.9 < time.monotonic() - began < REQUEST_S + 3
 
 
-def test_drop_by_drop_is_not_in_time(narrow: Server) -> None:
+def test_single_bytes_do_not_extend_the_time(narrow: Server) -> None:
     with connected(narrow.port) as connection:
         began = time.monotonic()
         for byte in request(body=b'{"steps": 1}'):
@@ -91,17 +91,17 @@ def test_drop_by_drop_is_not_in_time(narrow: Server) -> None:
         assert statuses(rest(connection)) == [408]
 
 
-def test_who_says_nothing_is_let_go_without_a_word(narrow: Server) -> None:
+def test_a_silent_connection_is_closed_without_an_answer(narrow: Server) -> None:
     assert ask(narrow.port, b"") == b""
 
 
-def test_an_answer_may_take_as_long_as_it_takes(narrow: Server) -> None:
+def test_an_answer_has_no_time_limit(narrow: Server) -> None:
     with connected(narrow.port) as connection:
         connection.sendall(request(body=b'{"steps": 30, "n": 64}'))
         assert statuses(rest(connection)) == [200]
 
 
-def test_of_connections_beyond_the_cap_only_health_is_answered(narrow: Server) -> None:
+def test_connections_beyond_the_limit_may_only_ask_for_health(narrow: Server) -> None:
     with ExitStack() as held:
         for _ in range(MOST):
             connection = held.enter_context(connected(narrow.port))
@@ -117,7 +117,7 @@ def test_of_connections_beyond_the_cap_only_health_is_answered(narrow: Server) -
     assert eventually(lambda: statuses(ask(narrow.port, request("/models", method="GET"))) == [200])
 
 
-def test_health_is_answered_beside_any_number_of_connections_that_say_nothing(narrow: Server) -> None:
+def test_health_is_answered_beside_any_number_of_silent_connections(narrow: Server) -> None:
     before = open_files(narrow.process.pid)
     with ExitStack() as held:
         for _ in range(MOST + 300):
@@ -127,7 +127,7 @@ def test_health_is_answered_beside_any_number_of_connections_that_say_nothing(na
     assert settles(before, narrow.process.pid)
 
 
-def test_websockets_have_a_cap_of_their_own(narrow: Server) -> None:
+def test_websockets_have_their_own_limit(narrow: Server) -> None:
     shake = HANDSHAKE.format(path="/generate/stream").encode()
     with ExitStack() as held:
         for _ in range(SOCKETS):
@@ -144,14 +144,14 @@ def test_websockets_have_a_cap_of_their_own(narrow: Server) -> None:
     assert eventually(opens)
 
 
-def test_pipelined_requests_are_answered_in_their_order(server: Server) -> None:
+def test_pipelined_requests_are_answered_in_order(server: Server) -> None:
     first = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
     second = b"GET /nothing HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
     assert statuses(ask(server.port, first + second + first + PROBE)) == [200, 404, 200, 200]
 
 
-def test_a_pipeline_has_an_end(server: Server) -> None:
+def test_the_length_of_a_pipeline_is_limited(server: Server) -> None:
     before = resident_bytes(server.process.pid)
     answer = ask(server.port, b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n" * 20_000)
 
@@ -159,7 +159,7 @@ def test_a_pipeline_has_an_end(server: Server) -> None:
     assert resident_bytes(server.process.pid) - before < 8 * MIB
 
 
-def test_what_follows_a_broken_request_is_not_a_request(server: Server) -> None:
+def test_bytes_after_a_broken_request_are_not_a_request(server: Server) -> None:
     smuggled = b"GET /nothing HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
     post = b"POST /generate HTTP/1.1\r\nHost: localhost\r\n"
     for data in (
@@ -187,7 +187,7 @@ def running_jobs(server: Server) -> float:
     return sum(float(line.split()[1]) for line in text.splitlines() if line.startswith(("ddpm_jobs_r", "ddpm_jobs_w")))
 
 
-def test_who_leaves_a_pipeline_leaves_all_of_it(server: Server) -> None:
+def test_a_disconnect_cancels_every_request_of_a_pipeline(server: Server) -> None:
     with connected(server.port) as connection:
         connection.sendall(request(body=b'{"steps": 30, "n": 64}').replace(b"Connection: close\r\n", b"") + PROBE)
         assert eventually(lambda: running_jobs(server) == 1)
@@ -201,7 +201,7 @@ def test_who_leaves_a_pipeline_leaves_all_of_it(server: Server) -> None:
     assert time.monotonic() - began < 2
 
 
-def test_who_goes_on_talking_after_a_close_is_not_listened_to(server: Server) -> None:
+def test_data_after_a_close_is_not_read(server: Server) -> None:
     with upgraded(server.port) as connection:
         connection.sendall(frame(2, b"x"))
         heard = b""
@@ -239,7 +239,7 @@ def come_and_go(port: int, chance: random.Random) -> None:
             abort(connection)
 
 
-def test_thousands_who_connect_and_abort_leave_nothing_behind(busy: Server) -> None:
+def test_thousands_of_aborted_connections_leak_nothing(busy: Server) -> None:
     chance, pid = random.Random(1), busy.process.pid
     idle = open_files(pid)
     for _ in range(1000):

@@ -1,4 +1,4 @@
-"""What is refused at the door: every bound of the contract, in an answer that names the field and the limit."""
+"""Refusals: each names the field and its bounds."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from server.errors import SampleLost
-from server.jobs.schemas import GenerateRequest
+from server.jobs.schemas import MAX_DEPTH, GenerateRequest
 from server.settings import Settings
 from server.web.app import create_app
 from tests.model.convert.directories import write_model
@@ -57,7 +57,7 @@ INVALID: list[tuple[dict[str, Any], str, str]] = [
 
 
 @pytest.mark.parametrize(("body", "pointer", "limit"), INVALID)
-def test_a_field_out_of_bounds_is_named_with_its_limit(
+def test_a_field_out_of_bounds_is_named_with_its_bounds(
     client: TestClient, body: dict[str, Any], pointer: str, limit: str
 ) -> None:
     answer = client.post("/generate", json=body)
@@ -68,7 +68,7 @@ def test_a_field_out_of_bounds_is_named_with_its_limit(
     assert limit in answer.json()["errors"][0]["message"]
 
 
-def test_everything_that_is_out_of_bounds_is_said_at_once(client: TestClient) -> None:
+def test_all_fields_out_of_bounds_are_named_at_once(client: TestClient) -> None:
     answer = client.post("/generate", json={"steps": 31, "eta": 2, "n": 9, "frames": {"count": 1}, "foo": 1}).json()
 
     assert {error["pointer"] for error in answer["errors"]} == {"/steps", "/eta", "/n", "/frames/count", ""}
@@ -87,7 +87,7 @@ def test_a_number_in_a_url_is_refused_like_one_in_a_body(client: TestClient, lim
 
 
 @pytest.mark.parametrize("field", sorted(GenerateRequest.model_fields.keys() - {"frames"}))
-def test_null_is_as_good_as_leaving_a_field_out(client: TestClient, field: str) -> None:
+def test_null_means_not_set(client: TestClient, field: str) -> None:
     request = {"seed": 1, "steps": 2} | {field: None}
     spelled, left_out = (
         client.post("/generate", json=body, headers={"accept": "application/json"}).json()["request"]
@@ -97,7 +97,7 @@ def test_null_is_as_good_as_leaving_a_field_out(client: TestClient, field: str) 
     assert spelled | {"seed": 0} == left_out | {"seed": 0}  # which is drawn if it is not given
 
 
-def test_null_for_frames_is_none_and_inside_of_them_nothing(client: TestClient) -> None:
+def test_null_means_no_frames_and_inside_frames_it_means_not_set(client: TestClient) -> None:
     def frames(given: object) -> Any:
         return client.post("/generate", json={"frames": given}, headers={"prefer": "respond-async"}).json()
 
@@ -119,14 +119,22 @@ MALFORMED = [
 
 
 @pytest.mark.parametrize("body", MALFORMED)
-def test_what_is_not_strict_json_is_malformed(client: TestClient, body: bytes) -> None:
+def test_a_body_that_is_not_strict_json_is_malformed(client: TestClient, body: bytes) -> None:
     answer = client.post("/generate", content=body, headers={"content-type": "application/json"})
 
     assert answer.status_code in (400, 422)
     assert answer.json()["request_id"] == answer.headers["x-request-id"]
 
 
-def test_what_was_sent_is_never_echoed(client: TestClient) -> None:
+def test_brackets_may_nest_as_deep_as_the_limit_and_no_deeper(client: TestClient) -> None:
+    def code(depth: int) -> str:
+        body = b'{"seed": ' + b"[" * (depth - 1) + b"]" * (depth - 1) + b"}"
+        return str(client.post("/generate", content=body).json()["code"])
+
+    assert [code(MAX_DEPTH), code(MAX_DEPTH + 1)] == ["invalid-request", "malformed"]
+
+
+def test_input_is_never_echoed(client: TestClient) -> None:
     secret = "gx7-unlikely"
     for body in ({secret: 1}, {"sampler": secret}, {"model": secret}, {"variance": secret}, {"seed": secret}):
         assert secret not in client.post("/generate", json=body).text
@@ -134,7 +142,7 @@ def test_what_was_sent_is_never_echoed(client: TestClient) -> None:
     assert secret not in client.get(f"/jobs/{secret}").text
 
 
-def test_an_unpaired_surrogate_is_no_word_in_a_value_nor_in_a_name(client: TestClient) -> None:
+def test_an_unpaired_surrogate_is_malformed_in_values_and_names(client: TestClient) -> None:
     for body in (rb'{"sampler": "\ud800"}', rb'{"\ud800": 1}', rb'{"frames": {"\udfff": 1}}'):
         answer = client.post("/generate", content=body, headers={"content-type": "application/json"})
         assert (answer.status_code, answer.json()["code"]) == (400, "malformed")
@@ -152,7 +160,7 @@ def test_an_unpaired_surrogate_is_no_word_in_a_value_nor_in_a_name(client: TestC
         ({"accept": "image/png;q=0"}, b"", 406),
     ],
 )
-def test_bodies_and_answers_have_to_be_of_a_kind_we_know(
+def test_unsupported_media_types_and_sizes_are_refused(
     client: TestClient, headers: dict[str, str], body: bytes, status: int
 ) -> None:
     assert client.post("/generate", content=body, headers=headers).status_code == status
@@ -161,7 +169,7 @@ def test_bodies_and_answers_have_to_be_of_a_kind_we_know(
 @pytest.mark.parametrize(
     ("names", "chosen", "usual"), [(["a"], "", "a"), (["a", "b"], "", None), (["a", "b"], "b", "b")]
 )
-def test_models_are_listed_with_the_one_that_is_made_with_if_none_is_named(
+def test_models_are_listed_with_the_default_model(
     tmp_path: Path, names: list[str], chosen: str, usual: str | None
 ) -> None:
     for name in names:
@@ -181,7 +189,7 @@ def test_unknown_routes_and_methods_are_problems_too(client: TestClient) -> None
     assert (wrong.status_code, wrong.json()["code"], wrong.headers["allow"]) == (405, "method-not-allowed", "POST")
 
 
-def test_what_is_not_allowed_is_told_with_all_that_is(client: TestClient) -> None:
+def test_a_forbidden_method_is_answered_with_the_allowed_ones(client: TestClient) -> None:
     assert client.put("/jobs/x").headers["allow"] == "DELETE, GET, HEAD"
     assert client.post("/static/app.js").headers["allow"] == "GET, HEAD"
     assert client.head("/generate").headers["allow"] == "POST"
@@ -209,7 +217,7 @@ def test_head_is_answered_like_get_without_the_body(client: TestClient, path: st
         ([], 200),
     ],
 )
-def test_what_a_caller_has_is_not_sent_again(client: TestClient, given: list[str], status: int) -> None:
+def test_a_current_etag_is_answered_with_304(client: TestClient, given: list[str], status: int) -> None:
     job = client.post("/generate").headers["x-job-id"]
     for path in (f"/jobs/{job}/images/0", "/", "/docs"):
         tag = client.get(path).headers["etag"]
@@ -245,7 +253,7 @@ def backend_of(client: TestClient) -> FakeBackend:
     return backend
 
 
-def test_no_work_is_taken_while_the_engine_is_down(client: TestClient) -> None:
+def test_no_job_is_accepted_while_the_engine_is_down(client: TestClient) -> None:
     backend_of(client).trouble = "the engine is loading"
 
     for answer in (client.post("/generate"), client.get("/readyz")):
@@ -254,7 +262,7 @@ def test_no_work_is_taken_while_the_engine_is_down(client: TestClient) -> None:
     assert client.get("/healthz").status_code == 200
 
 
-def test_a_full_queue_says_when_to_come_back(client: TestClient) -> None:
+def test_a_full_queue_says_when_to_retry(client: TestClient) -> None:
     client.app.state.jobs.admission.capacity.steps = 190  # type: ignore[attr-defined]
 
     answer = client.post("/generate", json={"steps": 30, "n": 6})
@@ -264,7 +272,7 @@ def test_a_full_queue_says_when_to_come_back(client: TestClient) -> None:
     assert client.post("/generate", json={"steps": 10}).status_code == 200
 
 
-def test_a_deadline_that_passes_gives_the_job_up(client: TestClient) -> None:
+def test_a_job_that_misses_its_deadline_is_cancelled(client: TestClient) -> None:
     backend = backend_of(client)
     backend.gate.clear()
 
@@ -275,7 +283,7 @@ def test_a_deadline_that_passes_gives_the_job_up(client: TestClient) -> None:
     assert client.app.state.jobs.admission.capacity.steps == 0  # type: ignore[attr-defined]
 
 
-def test_a_picture_that_cannot_be_made_is_a_failure_with_its_reason(client: TestClient) -> None:
+def test_a_lost_sample_fails_the_job_with_the_reason(client: TestClient) -> None:
     backend_of(client).failure = SampleLost("the picture was not finite after 7 steps")
 
     answer = client.post("/generate")
@@ -284,7 +292,7 @@ def test_a_picture_that_cannot_be_made_is_a_failure_with_its_reason(client: Test
     assert "not finite" in answer.json()["detail"]
 
 
-def test_an_error_nobody_thought_of_shows_nothing_of_itself(client: TestClient) -> None:
+def test_an_unforeseen_error_reveals_nothing(client: TestClient) -> None:
     backend_of(client).failure = RuntimeError("the secret path")
 
     answer = client.post("/generate")

@@ -1,4 +1,4 @@
-"""Watching a job: what is sent, in which order, to how many, and what becomes of those who are slow or leave."""
+"""Watching a job: which messages are sent, in which order, and what happens to slow subscribers."""
 
 import asyncio
 import base64
@@ -18,13 +18,13 @@ from starlette.websockets import WebSocketDisconnect
 
 from server.errors import EngineFailed
 from server.jobs import repository
-from server.jobs.stream import Message, Shown, Stream, Subscriber
+from server.jobs.stream import Message, PictureMessage, Stream, Subscriber
 from server.web import watch as web_watch
 from tests.server.conftest import Server
 from tests.server.fakes import FakeBackend
 
 
-def test_a_picture_on_the_wire_is_what_comfyui_sends() -> None:
+def test_a_picture_message_has_the_format_of_comfyui() -> None:
     message = pack({"seq": 3}, b"png")
 
     assert message == b"\x00\x00\x00\x04\x00\x00\x00\x0a" + b'{"seq": 3}' + b"png"
@@ -32,7 +32,7 @@ def test_a_picture_on_the_wire_is_what_comfyui_sends() -> None:
 
 
 @pytest.mark.parametrize("message", [b"", b"\x00\x00\x00\x04", pack({}, b"")[:9], b"\x00\x00\x00\x05" + b"\x00" * 4])
-def test_what_is_no_picture_is_told_apart(message: bytes) -> None:
+def test_a_malformed_picture_message_is_refused(message: bytes) -> None:
     with pytest.raises(ValueError, match="picture"):
         unpack(message)
 
@@ -60,7 +60,7 @@ def kept(heard: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [message for message in heard if message.get("type") not in passing]
 
 
-def test_a_job_tells_its_start_its_frames_its_pictures_and_its_end(client: TestClient) -> None:
+def test_a_job_sends_its_start_its_frames_its_pictures_and_its_end(client: TestClient) -> None:
     heard, code = watch(client, "/generate/stream", {"seed": 5, "steps": 4, "n": 2, "frames": {"count": 3}})
 
     numbered = kept(heard)
@@ -83,7 +83,7 @@ def test_both_kinds_are_sent_from_the_first_update_on(client: TestClient) -> Non
     assert frames == [("x_t", 0, 21), ("x_t", 2, 1), ("x0", 2, 11), ("x_t", 3, 0), ("x0", 3, 1)]
 
 
-def test_every_viewer_hears_the_same_from_any_place_on(client: TestClient) -> None:
+def test_every_subscriber_gets_the_same_messages_from_any_number_on(client: TestClient) -> None:
     job = client.post("/generate", json={"steps": 9, "n": 3}, headers={"prefer": "respond-async"}).json()
     whole, _ = watch(client, f"/jobs/{job['id']}/stream")
 
@@ -93,7 +93,7 @@ def test_every_viewer_hears_the_same_from_any_place_on(client: TestClient) -> No
         assert code == 1000
 
 
-def test_an_asynchronous_job_is_answered_at_once_and_lives_on(client: TestClient) -> None:
+def test_an_asynchronous_job_is_answered_at_once_and_goes_on(client: TestClient) -> None:
     backend = backend_of(client)
     backend.gate.clear()
     answer = client.post("/generate", json={"seed": 1}, headers={"prefer": "respond-async"})
@@ -121,7 +121,7 @@ def test_a_job_ends_once_however_often_it_is_cancelled(client: TestClient) -> No
     assert (code, queue_taken(client)) == (1000, 0)
 
 
-def test_a_viewer_may_cancel_and_one_that_leaves_does_not(client: TestClient) -> None:
+def test_a_subscriber_may_cancel_and_a_disconnect_does_not(client: TestClient) -> None:
     backend_of(client).gate.clear()
     job = client.post("/generate", headers={"prefer": "respond-async"}).json()
     with client.websocket_connect(f"/jobs/{job['id']}/stream") as socket:
@@ -132,7 +132,7 @@ def test_a_viewer_may_cancel_and_one_that_leaves_does_not(client: TestClient) ->
     assert heard[-1]["type"] == "cancelled"
 
 
-def test_leaving_the_stream_of_a_new_job_cancels_it(client: TestClient) -> None:
+def test_disconnecting_from_a_new_job_cancels_it(client: TestClient) -> None:
     backend = backend_of(client)
     backend.gate.clear()
     with client.websocket_connect("/generate/stream") as socket:
@@ -166,7 +166,7 @@ def test_a_bad_request_is_explained_before_the_socket_closes(
 
 
 @pytest.mark.parametrize("after", ["x", "-1", "", "1.0", str(10**15)])
-def test_a_number_that_no_message_can_have_is_explained_too(client: TestClient, after: str) -> None:
+def test_an_impossible_message_number_is_explained_too(client: TestClient, after: str) -> None:
     job = client.post("/generate", headers={"prefer": "respond-async"}).json()["id"]
     (error,), closed = watch(client, f"/jobs/{job}/stream?after={after}")
 
@@ -174,7 +174,7 @@ def test_a_number_that_no_message_can_have_is_explained_too(client: TestClient, 
     assert error["problem"]["detail"].startswith("after must be an integer in 0..999999999")
 
 
-def test_unknown_jobs_and_senseless_messages_close_the_socket(client: TestClient) -> None:
+def test_unknown_jobs_and_unknown_messages_close_the_socket(client: TestClient) -> None:
     backend_of(client).gate.clear()
     job = client.post("/generate", headers={"prefer": "respond-async"}).json()["id"]
 
@@ -186,7 +186,7 @@ def test_unknown_jobs_and_senseless_messages_close_the_socket(client: TestClient
     assert closed.value.code == 1003
 
 
-def test_viewers_hear_of_an_engine_that_has_failed_for_good(client: TestClient) -> None:
+def test_subscribers_learn_that_the_engine_has_failed_for_good(client: TestClient) -> None:
     backend_of(client).failure = EngineFailed("the engine died 6 times", 70)
 
     heard, code = watch(client, "/generate/stream", {"steps": 2})
@@ -208,7 +208,7 @@ def test_server_sent_events_end_with_the_reason_if_the_server_cannot_go_on(clien
     assert error["problem"]["request_id"] == answer.headers["x-request-id"]
 
 
-def test_a_message_of_the_moment_is_gone_with_the_moment(client: TestClient) -> None:
+def test_a_transient_message_is_not_replayed(client: TestClient) -> None:
     backend = backend_of(client)
     backend.gate.clear()
     job = client.post("/generate", json={"steps": 2}, headers={"prefer": "respond-async"}).json()
@@ -226,7 +226,7 @@ def test_a_message_of_the_moment_is_gone_with_the_moment(client: TestClient) -> 
     ]
 
 
-def test_frames_have_a_limit_in_all(client: TestClient) -> None:
+def test_the_number_of_frames_is_limited(client: TestClient) -> None:
     client.app.state.jobs._settings = client.app.state.settings.model_copy(update={"max_frames": 20})  # type: ignore[attr-defined]
 
     refused = client.post("/generate", json={"n": 3, "steps": 10, "frames": {"every": 1}})
@@ -236,7 +236,7 @@ def test_frames_have_a_limit_in_all(client: TestClient) -> None:
     assert allowed.status_code == 200
 
 
-def test_server_sent_events_are_the_same_story(client: TestClient) -> None:
+def test_server_sent_events_are_the_same_messages(client: TestClient) -> None:
     answer = client.post(
         "/generate", json={"steps": 3, "frames": {"count": 2}}, headers={"accept": "text/event-stream"}
     )
@@ -272,7 +272,7 @@ def test_an_animation_ends_on_the_picture_and_holds_it(server: Server, media: st
     assert again.content == answer.content
 
 
-def test_a_page_of_jobs_goes_on_where_the_last_one_ended(client: TestClient) -> None:
+def test_a_page_of_jobs_continues_the_previous_page(client: TestClient) -> None:
     made = [client.post("/generate", json={"seed": i}).headers["x-job-id"] for i in range(5)]
 
     first = [job["id"] for job in client.get("/jobs?limit=2").json()["jobs"]]
@@ -283,18 +283,18 @@ def test_a_page_of_jobs_goes_on_where_the_last_one_ended(client: TestClient) -> 
         assert client.get(f"/jobs?{query}").status_code == 422
 
 
-def feed_of(frames: int) -> Stream:
-    feed = Stream("j")
-    feed.say("started")
+def stream_of(frames: int) -> Stream:
+    stream = Stream("j")
+    stream.keep_text("started")
     for i in range(frames):
-        feed.show({"index": i}, True, lambda: b"png")
-    return feed
+        stream.keep_picture({"index": i}, True, lambda: b"png")
+    return stream
 
 
-def heard_by(viewer: Subscriber, before: Any = None) -> list[Message]:
+def heard_by(subscriber: Subscriber, before: Any = None) -> list[Message]:
     async def listen() -> list[Message]:
         heard = []
-        async with aclosing(viewer.messages()) as messages:
+        async with aclosing(subscriber.messages()) as messages:
             async for message in messages:
                 heard.append(message)
                 if before is not None:
@@ -304,35 +304,35 @@ def heard_by(viewer: Subscriber, before: Any = None) -> list[Message]:
     return asyncio.run(listen())
 
 
-def test_who_fell_behind_is_told_what_it_missed_and_gets_the_newest_frame_and_the_end() -> None:
-    feed = feed_of(3)
-    viewer = Subscriber(feed)
+def test_a_slow_subscriber_is_told_what_it_missed_and_gets_the_newest_frame_and_the_end() -> None:
+    stream = stream_of(3)
+    subscriber = Subscriber(stream)
 
     def late(count: int) -> None:
         if count == 2:  # while the first frame was being sent, all of this happened
             for _ in range(5):
-                feed.show({}, True, lambda: b"png")
-            viewer.fell_behind()
-            feed.show({}, False, lambda: b"image")
-            feed.end("succeeded")
+                stream.keep_picture({}, True, lambda: b"png")
+            subscriber.fell_behind()
+            stream.keep_picture({}, False, lambda: b"image")
+            stream.end("succeeded")
 
-    heard = heard_by(viewer, late)
+    heard = heard_by(subscriber, late)
 
-    assert [m.seq for m in heard if isinstance(m, Shown)] == [2, 9, 10]
-    dropped = [m.body for m in heard if not isinstance(m, Shown) and m.body["type"] == "dropped"]
+    assert [m.seq for m in heard if isinstance(m, PictureMessage)] == [2, 9, 10]
+    dropped = [m.body for m in heard if not isinstance(m, PictureMessage) and m.body["type"] == "dropped"]
     assert dropped == [{"type": "dropped", "job": "j", "seq": 8, "from": 3, "to": 8}]
-    assert feed.counts.dropped == 6
+    assert stream.counts.dropped == 6
 
 
-def test_a_picture_is_encoded_once_however_many_ask_and_never_if_nobody_does() -> None:
+def test_a_picture_is_encoded_once_for_all_subscribers_and_never_for_none() -> None:
     asked: list[int] = []
 
     async def many() -> list[bytes]:
-        feed = Stream("j")
-        feed.show({}, True, lambda: asked.append(1) or b"png")  # type: ignore[func-returns-value]
-        feed.show({}, True, lambda: asked.append(2) or b"png")  # type: ignore[func-returns-value]
-        first = feed.kept[0]
-        assert isinstance(first, Shown)
+        stream = Stream("j")
+        stream.keep_picture({}, True, lambda: asked.append(1) or b"png")  # type: ignore[func-returns-value]
+        stream.keep_picture({}, True, lambda: asked.append(2) or b"png")  # type: ignore[func-returns-value]
+        first = stream.kept[0]
+        assert isinstance(first, PictureMessage)
         return await asyncio.gather(*(first.packed() for _ in range(10)))
 
     assert [unpack(message)[1] for message in asyncio.run(many())] == [b"png"] * 10
@@ -353,20 +353,20 @@ class Slow:
     send_bytes = send_text
 
 
-def test_a_viewer_who_takes_nothing_is_let_go_and_a_slow_one_misses_frames(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stalled_subscriber_is_disconnected_and_a_slow_one_misses_frames(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(web_watch, "STALLED_S", 0.2)
     monkeypatch.setattr(web_watch, "SLOW_S", 0.01)
 
     async def send(seconds: float) -> list[str | bytes]:
-        feed, socket = feed_of(10), Slow(seconds)
-        ending = asyncio.get_running_loop().call_later(0.15, feed.end, "succeeded")
+        stream, socket = stream_of(10), Slow(seconds)
+        ending = asyncio.get_running_loop().call_later(0.15, stream.end, "succeeded")
         try:
-            await web_watch._send_all(socket, Subscriber(feed))  # type: ignore[arg-type]
+            await web_watch._send_all(socket, Subscriber(stream))  # type: ignore[arg-type]
         finally:
             ending.cancel()
         return socket.sent
 
-    with pytest.raises(web_watch._Closed) as closed:
+    with pytest.raises(web_watch._Close) as closed:
         asyncio.run(send(0.5))
     assert closed.value.code == 1013
     slow = [json.loads(m) if isinstance(m, str) else unpack(m)[0] for m in asyncio.run(send(0.05))]
@@ -374,7 +374,7 @@ def test_a_viewer_who_takes_nothing_is_let_go_and_a_slow_one_misses_frames(monke
     assert len(asyncio.run(send(0.001))) == 12
 
 
-def test_a_viewer_who_talks_too_much_is_let_go(client: TestClient) -> None:
+def test_a_subscriber_that_sends_too_much_is_disconnected(client: TestClient) -> None:
     backend_of(client).gate.clear()
     job = client.post("/generate", headers={"prefer": "respond-async"}).json()["id"]
     with client.websocket_connect(f"/jobs/{job}/stream") as socket:
@@ -386,7 +386,7 @@ def test_a_viewer_who_talks_too_much_is_let_go(client: TestClient) -> None:
     assert message["code"] == 1008
 
 
-def test_where_a_job_stands_is_told_to_those_who_ask(client: TestClient) -> None:
+def test_position_and_eta_are_shown_to_those_who_ask(client: TestClient) -> None:
     backend_of(client).gate.clear()
     for _ in range(2):
         client.post("/generate", json={"steps": 20}, headers={"prefer": "respond-async"})
@@ -406,7 +406,7 @@ def test_where_a_job_stands_is_told_to_those_who_ask(client: TestClient) -> None
     assert queued["eta_s"] == pytest.approx(job["progress"]["eta_s"], abs=0.5)
 
 
-def test_frames_are_kept_as_long_as_there_is_room_and_jobs_longer(
+def test_frames_are_kept_in_memory_within_a_limit_and_jobs_longer(
     client: TestClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(repository, "KEPT_JOBS", 2)
@@ -418,9 +418,7 @@ def test_frames_are_kept_as_long_as_there_is_room_and_jobs_longer(
     assert [client.get(f"/jobs/{job}/trajectory", headers=gif).status_code for job in made] == [410, 410, 200, 200]
 
 
-def test_what_ended_jobs_hold_stays_within_its_bound_however_many_have_ended(
-    client: TestClient, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_memory_of_ended_jobs_stays_within_its_limit(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
     bound, ended = 50_000, client.app.state.jobs.repository  # type: ignore[attr-defined]
     monkeypatch.setattr(repository, "KEPT_BYTES", bound)
     made = [client.post("/generate", json={"steps": 1}).headers["x-job-id"] for _ in range(40)]
@@ -435,13 +433,13 @@ def test_an_animation_needs_frames(client: TestClient) -> None:
     assert (answer.status_code, answer.json()["errors"][0]["pointer"]) == (422, "/frames")
 
 
-def test_only_the_last_message_of_the_moment_counts() -> None:
-    feed = Stream("j")
+def test_only_the_last_transient_message_is_sent() -> None:
+    stream = Stream("j")
     for step in range(10):
-        feed.tell("progress", step=step)
-    viewer = Subscriber(feed)
+        stream.send_transient("progress", step=step)
+    subscriber = Subscriber(stream)
 
-    heard = heard_by(viewer, lambda count: feed.end("succeeded") if count == 1 else None)
+    heard = heard_by(subscriber, lambda count: stream.end("succeeded") if count == 1 else None)
 
     assert [getattr(m, "body", {}).get("step") for m in heard] == [9, None]
 

@@ -1,4 +1,4 @@
-"""What an engine tells the world of a model that it has loaded, and which numbers it computes in."""
+"""The status of a loaded model, and the numbers that an engine computes in."""
 
 import os
 import platform
@@ -34,7 +34,7 @@ def test_the_numerics_class_ends_with_a_hash_of_what_was_computed_at_the_start(t
     assert served.numerics.split("; ")[-2:] == ["exact 1-3", f"bits {runner.bits}"]
 
 
-def test_where_nothing_is_promised_nothing_was_computed(tmp_path: Path) -> None:
+def test_the_numerics_class_has_no_hash_if_nothing_is_promised(tmp_path: Path) -> None:
     _, served = described(tmp_path, 3, exact=False)
 
     assert served.numerics.endswith("; float32; exact none")
@@ -99,7 +99,7 @@ def test_a_net_is_run_in_bfloat16_where_the_processor_says_it_can_and_openvino_c
 
 
 @pytest.mark.parametrize("has", [True, False])
-def test_without_openvino_it_is_torch_that_is_asked(has: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_openvino_torch_is_asked(has: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "model.nets.openvino_graph")
     monkeypatch.delattr("model.nets.openvino_graph")
     monkeypatch.setitem(sys.modules, "openvino", None)
@@ -118,7 +118,7 @@ def test_an_openvino_that_has_ended_an_engine_is_not_asked(monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize(("wanted", "dtype"), device.DTYPES.items())
-def test_numbers_that_are_asked_for_are_taken_whatever_the_processor_can_do(
+def test_numbers_that_the_settings_name_are_taken_whatever_the_processor_can_do(
     wanted: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     core = Core([], [])
@@ -163,5 +163,5 @@ def test_memory_is_what_linux_says_and_a_container_leaves(
     assert device.available_bytes(meminfo, tmp_path) == available
 
 
-def test_where_nobody_tells_how_much_memory_there_is_it_is_enough(tmp_path: Path) -> None:
+def test_memory_counts_as_enough_if_neither_linux_nor_a_container_tells_it(tmp_path: Path) -> None:
     assert device.available_bytes(tmp_path / "none", tmp_path) > 1 << 50

@@ -6,7 +6,7 @@ from server.worker.eviction import LOADS, TURN_S, Eviction
 
 
 def eviction(here: str = "", budget: int = 20, size: int = 10) -> Eviction:
-    """Models of one letter; those that are here came at 0, 1, 2, ..."""
+    """Models of one letter; those that are `here` were loaded at 0, 1, 2, ..."""
     made = Eviction(budget, dict.fromkeys("abcd", size))
     for now, name in enumerate(here):
         made.came(name, size, now, 0.1)
@@ -21,7 +21,7 @@ def test_where_no_budget_is_set_there_is_room_for_all() -> None:
     assert made.leaving(busy=["a"]) == []
 
 
-def test_a_model_goes_that_nobody_has_asked_for_longest() -> None:
+def test_the_least_recently_used_model_makes_room() -> None:
     made = eviction("ab")
     made.ask("a", 5)
     made.ask("c", 6)
@@ -38,7 +38,7 @@ def test_the_model_that_was_asked_for_first_is_loaded_first() -> None:
     assert made.next == "d"
 
 
-def test_a_model_at_work_stays_while_idle_ones_make_room() -> None:
+def test_idle_models_make_room_before_busy_ones() -> None:
     made = eviction("ab")
     made.ask("b", 5)
     made.ask("c", 6)
@@ -46,7 +46,7 @@ def test_a_model_at_work_stays_while_idle_ones_make_room() -> None:
     assert made.leaving(busy=["a"]) == ["b"]
 
 
-def test_of_models_at_work_the_one_goes_that_has_been_here_longest() -> None:
+def test_of_busy_models_the_one_loaded_first_makes_room() -> None:
     made = eviction("ba")
     made.ask("b", 5)  # used last, and here first
     made.ask("c", 6)
@@ -54,7 +54,7 @@ def test_of_models_at_work_the_one_goes_that_has_been_here_longest() -> None:
     assert made.leaving(busy=["a", "b"]) == ["b"]
 
 
-def test_a_large_model_drives_out_several() -> None:
+def test_a_large_model_evicts_several() -> None:
     made = eviction("ab")
     made.sizes["c"] = 15
     made.ask("c", 6)
@@ -70,7 +70,7 @@ def test_a_turn_ends_some_time_after_another_was_asked_for() -> None:
     assert made.turn_is_over("a", 100 + TURN_S)
 
 
-def test_who_waited_while_a_model_was_loaded_waits_a_turn_of_it() -> None:
+def test_a_request_that_waited_for_a_load_waits_for_a_turn_of_that_model() -> None:
     made = eviction("a")
     made.ask("c", 100)
     made.came("b", 10, 150, load_s=TURN_S)
@@ -79,15 +79,15 @@ def test_who_waited_while_a_model_was_loaded_waits_a_turn_of_it() -> None:
     assert made.turn_is_over("b", 150 + LOADS * TURN_S)
 
 
-def test_whoever_turns_out_larger_than_was_thought_drives_out_others() -> None:
+def test_a_model_that_turns_out_larger_than_its_bound_evicts_others() -> None:
     made = eviction("a")
     made.came("b", 15, 1, 0.1)
 
     assert made.leaving(busy=["b"]) == ["a"]
 
 
-def test_no_model_starves_when_two_that_do_not_fit_together_are_always_wanted() -> None:
-    """A clock, one seat, and work that never ends for either."""
+def test_two_models_that_do_not_fit_together_and_are_always_asked_for_get_equal_time() -> None:
+    """Played over a clock, with room for one and endless work for both."""
     made, served = eviction("a", budget=10), {"a": 0, "b": 0}
     for now in range(1000):
         made.ask("a", now)

@@ -2,7 +2,8 @@
 
 import gc
 import threading
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from model.nets.build import Net
 from model.nets.cpu import CpuNet
 from model.nets.openvino_graph import Run
 from server.worker import device
-from server.worker.loader import Arrival, Arrived, Loader
+from server.worker.loader import Loaded, Loader
 from server.worker.messages import Start
 from tests.model.convert.directories import write_model
 from tests.model.tiny import a_request as request
@@ -25,7 +26,7 @@ PATIENCE_S = 60.0
 
 
 class Gate:
-    """Holds up whoever compiles a batch of two or more, until it is opened. `compiled`: the batches, in order."""
+    """Holds up the compilation of batches of two or more until it is opened. `compiled`: the batch sizes, in order."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.compiled, self.reached, self.opened = list[int](), threading.Event(), threading.Event()
@@ -45,14 +46,14 @@ class Gate:
 
 @pytest.fixture
 def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
-    """A gate, open at the end at the latest; and torch's threads as they were."""
+    """A gate, which the end of the test opens; torch's threads are as before then."""
     before, made = torch.get_num_threads(), Gate(monkeypatch)
     yield made
     made.opened.set()
     torch.set_num_threads(before)
 
 
-def load(directory: Path) -> tuple[Arrival, Arrived]:
+def load(directory: Path) -> Loaded:
     """A model with eight slots, as an engine process loads it."""
     card = read_card(write_model(directory / "tiny"))
     start = Start(
@@ -64,58 +65,76 @@ def load(directory: Path) -> tuple[Arrival, Arrived]:
         exact=True,
         log_level="warning",
     )
-    loader = Loader(start, lambda: None)
-    arrival = loader.begin(card, card.digest)
-    return arrival, loader.finish(arrival)
+    return driven(Loader(start).load(card, card.digest))
 
 
-def net(arrived: Arrived) -> CpuNet:
+def driven(load: Generator[float, None, Loaded]) -> Loaded:
+    """What a load comes to, if nothing else is to be done meanwhile."""
+    while True:
+        try:
+            time.sleep(next(load))
+        except StopIteration as end:
+            loaded: Loaded = end.value
+            return loaded
+
+
+def growing() -> list[threading.Thread]:
+    """The threads that go on to compile larger batch sizes."""
+    return [thread for thread in threading.enumerate() if thread.name.startswith("loader")]
+
+
+def wait_until_grown() -> None:
+    """Waits until larger batch sizes are there, or never will be."""
+    for thread in growing():
+        thread.join(PATIENCE_S)
+
+
+def net(loaded: Loaded) -> CpuNet:
     """What computes its steps."""
-    made = arrived.engine.runner.model.net
+    made = loaded.engine.runner.model.net
     assert isinstance(made, CpuNet)
     return made
 
 
 def test_a_model_is_served_before_the_larger_batches_are_compiled(tmp_path: Path, gate: Gate) -> None:
-    arrival, arrived = load(tmp_path)
+    loaded = load(tmp_path)
     assert gate.reached.wait(PATIENCE_S)
 
-    assert net(arrived).sizes == [1]
-    assert (arrived.served.loaded, arrived.served.admitted) == (True, [1, 2, 3, 4, 5, 6, 7, 8])
-    early = run(arrived.engine, *(request(seed, seed=seed) for seed in range(3)))
-    assert net(arrived).sizes == [1]
+    assert net(loaded).sizes == [1]
+    assert (loaded.status.loaded, loaded.status.admitted) == (True, [1, 2, 3, 4, 5, 6, 7, 8])
+    early = run(loaded.engine, *(request(seed, seed=seed) for seed in range(3)))
+    assert net(loaded).sizes == [1]
 
     gate.opened.set()
-    arrival.thread.shutdown(wait=True)
-    assert net(arrived).sizes == [1, 2, 4, 8]
-    late = run(arrived.engine, *(request(seed, seed=seed) for seed in range(3)))
+    wait_until_grown()
+    assert net(loaded).sizes == [1, 2, 4, 8]
+    late = run(loaded.engine, *(request(seed, seed=seed) for seed in range(3)))
     assert pictures(early) == pictures(late)
 
 
 def test_a_model_that_has_been_unloaded_grows_no_further(tmp_path: Path, gate: Gate) -> None:
-    arrival, arrived = load(tmp_path)
+    loaded = load(tmp_path)
     assert gate.reached.wait(PATIENCE_S)
-    del arrived
+    del loaded
     gc.collect()
     gate.opened.set()
-    arrival.thread.shutdown(wait=True)
+    wait_until_grown()
 
     assert gate.compiled[-1] == 2
 
 
 def test_the_thread_of_a_load_ends_once_all_sizes_are_there(tmp_path: Path, gate: Gate) -> None:
-    _, arrived = load(tmp_path)
-    loading = [thread for thread in threading.enumerate() if thread.name.startswith("loader")]
+    loaded = load(tmp_path)
+    assert len(growing()) == 1
     gate.opened.set()
-    for thread in loading:
-        thread.join(PATIENCE_S)
+    wait_until_grown()
 
-    assert net(arrived).sizes == [1, 2, 4, 8]
-    assert [thread.is_alive() for thread in loading] == [False]
+    assert net(loaded).sizes == [1, 2, 4, 8]
+    assert growing() == []
 
 
 def test_an_engine_has_no_weights_file_mapped(server: Server, weights: Path) -> None:
-    """Whoever writes to the file later must not change what is served."""
+    """A write to the file must not change what is served."""
     maps = Path(f"/proc/{server.engine_pid}/maps").read_text()
 
     assert "libtorch" in maps
@@ -127,13 +146,13 @@ def test_a_machine_short_of_memory_serves_one_picture_at_a_time_and_says_so(
 ) -> None:
     monkeypatch.setattr(device, "available_bytes", lambda *_: 0)
     with caplog.at_level("WARNING"):
-        arrival, arrived = load(tmp_path)
-        arrival.thread.shutdown(wait=True)
-    net = arrived.engine.runner.model.net
+        loaded = load(tmp_path)
+        wait_until_grown()
+    net = loaded.engine.runner.model.net
     assert isinstance(net, CpuNet)
 
     assert net.sizes == [1] and gate.compiled == [1]
     assert [record.getMessage().partition(" the next")[0] for record in caplog.records] == [
         "tiny: larger batch sizes are not compiled:"
     ]
-    assert len(pictures(run(arrived.engine, *(request(i, 3, seed=i) for i in range(3))))) == 3
+    assert len(pictures(run(loaded.engine, *(request(i, 3, seed=i) for i in range(3))))) == 3

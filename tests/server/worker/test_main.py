@@ -1,4 +1,4 @@
-"""What an engine process does to itself before it makes a step."""
+"""The memory and the threads of an engine process between two steps."""
 
 import subprocess
 import sys
@@ -25,7 +25,7 @@ print(statistics.median(faults))
 """
 
 
-def test_an_engine_on_a_cpu_does_not_fetch_its_memory_anew_at_every_step() -> None:
+def test_an_engine_on_a_cpu_keeps_its_memory_from_step_to_step() -> None:
     """glibc gives large blocks back to the system as soon as they are free: a net has to keep those it works in."""
     command = [sys.executable, "-c", STEPS, str(Path(__file__).parents[3] / "weights" / "digits")]
     faults = float(subprocess.run(command, capture_output=True, check=True).stdout)
@@ -34,7 +34,7 @@ def test_an_engine_on_a_cpu_does_not_fetch_its_memory_anew_at_every_step() -> No
 
 
 LOADED = """
-import sys, threading
+import sys, threading, time
 from pathlib import Path
 from model.checkpoint.card import read_card
 from server.worker.loader import Loader
@@ -43,13 +43,14 @@ from server.worker.messages import Start
 card = read_card(Path(sys.argv[1]), "tiny")
 models = (("tiny", card.directory),)
 numbers = dict(device="cpu", dtype="float32", slots=1, threads=2, exact=True)
-loader = Loader(Start(models=models, log_level="warning", **numbers), lambda: None)
-loader.finish(loader.begin(card, card.digest))
+loader = Loader(Start(models=models, log_level="warning", **numbers))
+for pause_s in loader.load(card, card.digest):
+    time.sleep(pause_s)
 print(*(thread.name for thread in threading.enumerate()))
 """
 
 
-def test_no_thread_stays_behind_a_load_that_would_slow_down_those_of_a_step(tmp_path: Path) -> None:
+def test_a_load_leaves_no_thread_that_would_slow_down_those_of_a_step(tmp_path: Path) -> None:
     command = [sys.executable, "-c", LOADED, str(write_model(tmp_path / "tiny"))]
     ran = subprocess.run(command, capture_output=True, check=True, text=True)
 

@@ -1,0 +1,75 @@
+"""The other commands that ask a server or train: models, bench, train."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from server.cli import main
+
+
+def test_models_are_listed_with_and_without_a_server(
+    weights: Path, url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("DDPM_WEIGHTS", str(weights))
+    assert main.main(["models"]) == main.main(["models", "--url", url]) == 0
+
+    _, here, _, there = (line.split() for line in capsys.readouterr().out.splitlines())
+    assert here[:5] == there[:5] == ["tiny", "1x8x8", "30", "30", "epsilon"]
+    assert here[5:] == ["-", "-", "-", there[-1]]
+    assert (there[5], there[-2]) == ("cpu", "yes")
+
+
+def test_a_benchmark_goes_up_to_all_slots(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main(["bench", "--url", url, "--steps", "3", "--times", "1"]) == 0
+
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[0] for row in rows] == ["1", "2", "4"]
+    assert all(float(rate) > 0 for _, _, rate in rows)
+
+
+def test_a_model_is_trained_into_a_directory_that_can_be_served(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    np.savez(tmp_path / "pictures.npz", images=np.random.default_rng(0).integers(0, 256, (40, 8, 8), np.uint8))
+    source, config = str(tmp_path / "pictures.npz"), str(weights / "tiny")
+    knobs = ["--images", "16", "--batch", "8", "--device", "cpu", "--float32"]
+    monkeypatch.setenv("DDPM_WEIGHTS", str(tmp_path / "new"))
+
+    assert main.main(["train", source, "--out", str(tmp_path / "new"), "--config", config, *knobs]) == 0
+    assert json.JSONDecoder().raw_decode(capsys.readouterr().out.splitlines()[-1])[0]["images"] == 16
+    assert main.main(["models"]) == 0
+    assert capsys.readouterr().out.splitlines()[1].startswith("new ")
+    assert main.main(["train", source, "--out", str(tmp_path / "newer"), *knobs]) == 2
+    assert "--config must name one" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arrays", "flags", "named"),
+    [
+        ({"x": (40, 8, 8)}, [], "pictures.npz"),
+        ({"images": (40,)}, [], "pictures.npz"),
+        ({"images": (1, 8, 8)}, [], "pictures.npz"),
+        ({"images": (40, 8, 8)}, ["--batch", "0"], "batch"),
+        ({"images": (40, 8, 8)}, ["--images", "0"], "images"),
+        ({"images": (40, 8, 8)}, ["--rate", "nan"], "rate"),
+    ],
+)
+def test_an_error_in_training_is_one_line(
+    arrays: dict[str, tuple[int, ...]],
+    flags: list[str],
+    named: str,
+    weights: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    source, out = tmp_path / "pictures.npz", str(tmp_path / "new")
+    made: dict[str, Any] = {name: np.zeros(shape, np.uint8) for name, shape in arrays.items()}
+    np.savez(source, **made)
+    words = ["train", str(source), "--out", out, "--config", str(weights / "tiny"), "--device", "cpu", *flags]
+
+    assert main.main(words) == 2
+    line = capsys.readouterr().err
+    assert line.startswith(f"ddpm: {named} ") and line.count("\n") == 1

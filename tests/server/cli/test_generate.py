@@ -1,0 +1,188 @@
+"""ddpm generate: the same bytes with and without a server, repeated pictures, progress and errors."""
+
+import io
+import sys
+from pathlib import Path
+
+import pytest
+from ddpm_client import Client
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from server.cli import main
+from server.cli.generate import FIELDS
+from server.jobs.schemas import GenerateRequest
+from tests.server.cli.conftest import ddpm
+from tests.server.conftest import Server
+from tests.server.fakes import read_texts
+
+ASKED = ["--seed", "42", "--steps", "9", "--sampler", "ddim", "--eta", "0.5", "--no-clip"]
+
+
+def test_every_field_of_a_request_has_a_flag() -> None:
+    assert {*FIELDS, "clip", "frames"} == GenerateRequest.model_fields.keys()
+
+
+def test_the_command_makes_the_same_bytes_with_and_without_a_server(
+    weights: Path, server: Server, url: str, tmp_path: Path
+) -> None:
+    files = ["-o", str(tmp_path / "alone.png"), "--frames", str(tmp_path / "alone.gif")]
+    knobs = {"DDPM_WEIGHTS": str(weights), "DDPM_THREADS": "1", "DDPM_SLOTS": "4"}
+    alone = ddpm("generate", *ASKED, *files, **knobs)
+    assert (alone.returncode, alone.stderr.splitlines()) == (
+        0,
+        [f"{tmp_path / 'alone.png'}: tiny, seed 42, 9 steps", f"{tmp_path / 'alone.gif'}: 10 frames"],
+    )
+    assert main.main(["generate", *ASKED, "-o", str(tmp_path / "asked.png"), "--url", url]) == 0
+
+    assert (tmp_path / "alone.png").read_bytes() == (tmp_path / "asked.png").read_bytes()
+    with Image.open(tmp_path / "alone.gif") as animation:
+        assert getattr(animation, "n_frames", 1) == 10
+
+
+def test_a_picture_can_be_repeated_from_its_png(url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = tmp_path / "first.png", tmp_path / "second.png"
+    asked = ["--seed", "7", "--steps", "11", "--variance", "large", "--spacing", "trailing", "--noise", "torch"]
+    assert main.main(["generate", *asked, "-o", str(first), "--url", url]) == 0
+    assert main.main(["generate", "--like", str(first), "-o", str(second), "--url", url]) == 0
+
+    assert second.read_bytes() == first.read_bytes()
+    assert len(capsys.readouterr().err.splitlines()) == 2
+
+
+def test_repeating_a_picture_of_other_weights_or_another_machine_warns(
+    url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = {
+        "model": "tiny",
+        "digest": "sha256:0",
+        "seed": "7",
+        "steps": "3",
+        "sampler": "ddpm",
+        "numerics": "an abacus",
+    }
+    info, path = PngInfo(), tmp_path / "old.png"
+    for key, text in told.items():
+        info.add_text(key, text)
+    Image.new("L", (8, 8)).save(path, pnginfo=info)
+
+    assert main.main(["generate", "--like", str(path), "-o", str(tmp_path / "new.png"), "--url", url]) == 0
+    said = capsys.readouterr().err
+    assert "another picture: model tiny has other weights" in said
+    assert "it was made in an abacus" in said
+
+    before = path.read_bytes()
+    assert main.main(["generate", "--like", str(path), "-o", str(path), "--url", url]) == 2
+    assert path.read_bytes() == before
+
+
+def test_flags_override_the_request_of_a_repeated_picture(url: str, tmp_path: Path) -> None:
+    with Client(url) as client:
+        (tmp_path / "one.png").write_bytes(client.generate(seed=7, steps=5).png)
+        expected = client.generate(seed=8, steps=5, n=2)
+    asked = ["--like", str(tmp_path / "one.png"), "--seed", "8", "--n", "2", "-o", str(tmp_path / "more.png")]
+
+    assert main.main(["generate", *asked, "--url", url]) == 0
+    assert [(tmp_path / f"more-{seed}.png").read_bytes() for seed in (8, 9)] == [made.png for made in expected]
+    assert main.main(["generate", *asked, "--sampler", "ddim", "--url", url]) == 0  # which has no variance
+
+
+def test_an_animation_of_several_pictures_has_one_frame_per_step_shown(
+    url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, frames = tmp_path / "out.png", tmp_path / "out.gif"
+    asked = ["--seed", "3", "--n", "2", "--steps", "9", "--frames-count", "6", "--frames", str(frames)]
+
+    assert main.main(["generate", *asked, "-o", str(out), "--url", url]) == 0
+    assert capsys.readouterr().err.splitlines()[-1] == f"{frames}: 6 frames"
+    with Image.open(frames) as animation:
+        assert getattr(animation, "n_frames", 1) == 6
+
+
+def test_a_random_seed_is_printed(url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main(["generate", "--steps", "2", "-o", str(tmp_path / "any.png"), "--url", url]) == 0
+
+    assert f"seed {read_texts((tmp_path / 'any.png').read_bytes())['seed']}," in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["--steps", "31"], 2, "steps must lie in 1..30, got 31"),
+        (["--model", "other"], 2, "model must be one of tiny"),
+        (["--like", "nothing.png"], 2, "nothing.png could not be read"),
+        (["--like", __file__], 2, "is not a PNG"),
+        (["--frames", "out.mp4"], 2, ".gif"),
+        (["--frames-count", "3"], 2, "need --frames"),
+        (["-o", "nowhere/out.png"], 2, "nowhere is not a folder"),
+        (["-o", "-", "--n", "2"], 2, "one picture"),
+        (["--key-file", "nothing"], 2, "--key-file could not be read"),
+        (["--key-file", __file__], 2, "a key consists of"),
+        (["--url", "http://[::1"], 2, "http://127.0.0.1:8000"),
+        (["--url", "http://127.0.0.1:9", "--timeout", "0.2"], 1, "cannot be reached"),
+    ],
+)
+def test_an_error_is_one_line_and_an_exit_code(
+    url: str, capsys: pytest.CaptureFixture[str], words: list[str], code: int, said: str
+) -> None:
+    assert main.main(["generate", "--url", url, *words]) == code
+
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("ddpm: ")
+    assert said in line
+
+
+def test_a_picture_of_another_program_cannot_be_repeated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Image.new("L", (8, 8)).save(tmp_path / "black.png")
+
+    assert main.main(["generate", "--like", str(tmp_path / "black.png")]) == 2
+    assert "does not say what made it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("variables", "code", "said"),
+    [
+        ({"DDPM_WEIGHTS": "nowhere"}, 3, "nowhere is not a directory"),
+        ({"DDPM_SLOTS": "many"}, 2, "DDPM_SLOTS"),
+    ],
+)
+def test_a_private_server_fails_with_the_exit_code_of_ddpm_serve(
+    weights: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    variables: dict[str, str],
+    code: int,
+    said: str,
+) -> None:
+    for name, value in ({"DDPM_WEIGHTS": str(weights)} | variables).items():
+        monkeypatch.setenv(name, value)
+
+    assert main.main(["generate", "--seed", "1", "--steps", "1"]) == code
+    assert said in capsys.readouterr().err.splitlines()[-1]
+
+
+class Terminal(io.StringIO):
+    """A standard error that is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_is_drawn_on_a_terminal_and_disappears(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    assert main.main(["generate", "--steps", "30", "-o", str(tmp_path / "out.png"), "--url", url]) == 0
+
+    bar, told = terminal.getvalue().rstrip("\n").rsplit("\r", 1)
+    assert told.startswith(f"{tmp_path / 'out.png'}: tiny, seed ")
+    assert "/30, about " in bar
+    assert bar.rsplit("\r", 1)[1].strip() == ""
+
+
+def test_progress_is_not_drawn_elsewhere(url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main(["generate", "--steps", "30", "-o", str(tmp_path / "out.png"), "--url", url]) == 0
+
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{tmp_path / 'out.png'}: tiny, seed ")

@@ -1,0 +1,45 @@
+"""The `ddpm` command itself: its version, its help and its usage errors."""
+
+import subprocess
+import sys
+
+import pytest
+
+from server import __version__
+from server.cli import main
+from tests.server.cli.conftest import ddpm
+from tests.server.conftest import Server
+
+
+def test_command_and_server_report_the_same_version(server: Server) -> None:
+    assert ddpm("--version").stdout == f"ddpm-server {__version__}\n"
+    assert server.client.get("/openapi.json").json()["info"]["version"] == __version__
+    assert f'ddpm_build_info{{version="{__version__}"}} 1.0' in server.client.get("/metrics").text
+
+
+def test_help_names_every_command_and_imports_none() -> None:
+    helped = ddpm("--help")
+
+    assert [name for name in main.COMMANDS if f"    {name} " not in helped.stdout] == []
+    slow = {"PIL", "fastapi", "httpx", "numpy", "pydantic", "torch", "tqdm", "uvicorn", "websockets"}
+    code = f"import sys, server.cli.main; print(*{slow} & sys.modules.keys())"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "\n"
+
+
+@pytest.mark.parametrize("command", [name for name in main.COMMANDS if name != "train"])
+def test_every_command_has_a_help_text(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    if command == "convert":
+        pytest.importorskip("model.convert.__main__")
+    with pytest.raises(SystemExit) as ended:
+        main.main([command, "--help"])
+
+    assert ended.value.code == 0
+    assert "usage: " in capsys.readouterr().out
+
+
+def test_an_unknown_command_or_flag_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in ([], ["dance"], ["generate", "--sed", "1"]):
+        with pytest.raises(SystemExit) as ended:
+            main.main(words)
+        assert ended.value.code == 2
+        assert "usage: ddpm" in capsys.readouterr().err

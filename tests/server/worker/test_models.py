@@ -1,0 +1,110 @@
+"""Models come and go between the steps of others."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from model.checkpoint.card import read_card
+from model.engine.events import Event, Finished
+from model.engine.footprint import footprint
+from model.sampling.plan import resolve
+from server.worker.messages import Cancel, Changed, Loading, Spec, Start, Submit
+from server.worker.models import Models
+from tests.model.convert.directories import write_model
+from tests.model.tiny import CPU, PROCESS
+
+SAMPLING = resolve(PROCESS, steps=30)
+
+
+@pytest.fixture(autouse=True)
+def threads_of_torch() -> Iterator[None]:
+    """Torch's threads, which an engine process sets, are as before."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+class Played:
+    """Three models with room for two, and the loop that drives them. `told`: what the API process would be told."""
+
+    def __init__(self, folder: Path) -> None:
+        directories = tuple((name, write_model(folder / name)) for name in "abc")
+        size_bytes = footprint(read_card(folder / "a"), 4, CPU, torch.float32).size_bytes
+        start = Start(
+            models=directories,
+            device="cpu",
+            dtype="float32",
+            slots=4,
+            threads=1,
+            exact=True,
+            log_level="warning",
+            memory_bytes=size_bytes * 5 // 2,
+        )
+        self.told: list[Loading | Changed] = []
+        self.models = Models(start, self.told.append)
+        for pause_s in self.models.start():
+            time.sleep(pause_s)
+
+    def submit(self, model: str, first: int, n: int = 1) -> None:
+        """Asks for samples, whose ids are their seeds."""
+        seeds = tuple(range(first, first + n))
+        self.models.handle(Submit(seeds, Spec(model=model, seeds=seeds, sampling=SAMPLING)))
+
+    def turn(self) -> list[Event]:
+        """One turn of the loop."""
+        self.models.distribute()
+        busy = self.models.busy
+        self.models.seat(busy)
+        self.models.arrange()
+        return self.models.step(busy)
+
+    @property
+    def loaded(self) -> set[str]:
+        """The models in memory."""
+        return {name for name, status in self.models.statuses.items() if status.loaded}
+
+
+def test_a_model_is_loaded_while_another_makes_its_steps(tmp_path: Path) -> None:
+    played = Played(tmp_path)
+    assert (played.loaded, played.told) == ({"a", "b"}, [])
+    played.submit("a", 0, 64)
+    played.turn()
+    played.submit("c", 100)
+    steps = 0
+    while "c" not in played.loaded:
+        before = played.models.stats.steps
+        played.turn()
+        steps += played.models.stats.steps - before
+
+    assert steps > 1
+    assert [(type(message), message.model) for message in played.told] == [
+        (Changed, "b"),
+        (Loading, "c"),
+        (Changed, "c"),
+    ]
+    assert played.loaded == {"a", "c"}
+
+
+def test_a_sample_that_is_held_for_a_model_waits_and_is_made_once_it_is_loaded(tmp_path: Path) -> None:
+    played = Played(tmp_path)
+    played.submit("c", 100)
+    assert played.models.stats.waiting == 1
+
+    ended = list[Event]()
+    while not ended:
+        ended += played.turn()
+
+    assert [(type(event), event.id) for event in ended] == [(Finished, 100)]
+    assert (played.models.stats.waiting, played.models.stats.seated) == (0, 0)
+
+
+def test_a_model_is_not_loaded_for_samples_that_were_given_up_before(tmp_path: Path) -> None:
+    played = Played(tmp_path)
+    played.submit("c", 100)
+    played.models.handle(Cancel((100,)))
+    played.turn()
+
+    assert (played.loaded, played.told) == ({"a", "b"}, [])
