@@ -24,6 +24,7 @@ SLOWEST = (
     "e2e/test_page.py",
     "benchmarks/test_gpu_command.py",
     "model/kernels/test_triton.py",
+    "model/kernels/test_compilation.py",
     "model/sampling",
     "server/web/test_info.py",
     "server/web/test_fuzz.py",

@@ -2,6 +2,7 @@
 
 import builtins
 import gc
+import os
 import sys
 import weakref
 from collections.abc import Callable, Sequence
@@ -128,6 +129,8 @@ def with_compiled(monkeypatch: pytest.MonkeyPatch, change: Callable[[Tensor, int
 @pytest.mark.parametrize("arch", KINDS.values(), ids=KINDS.keys())
 @torch.inference_mode()
 def test_openvino_computes_the_same_as_torch_for_every_kind_of_net(arch: AnyArchitecture) -> None:
+    if arch is KINDS["not square"] and os.environ.get("ONEDNN_MAX_CPU_ISA", "").startswith("AVX2"):
+        pytest.skip("OpenVINO's MVN crashes if oneDNN is limited on a processor with AVX-512: benchmarks/README.md")
     net = cpu_net(arch)
     given = inputs(net, 3)
 
