@@ -17,7 +17,7 @@ from model.checkpoint.card import read_card
 from model.checkpoint.load import load_model
 from model.engine.engine import Engine
 from model.engine.events import Finished, Preview, Request
-from model.engine.runner import Runner
+from model.engine.runner import prepared
 from model.sampling.noise import INITIAL, gaussian
 from model.sampling.plan import plan, resolve
 from model.sampling.schedule import cosine, linear, seed_article
@@ -72,7 +72,7 @@ SHEETS: dict[
 def make(requests: Iterable[tuple[int, Choices]], frames: frozenset[int] = frozenset()) -> tuple[list[Picture], Any]:
     """The pictures of these seeds and choices, made in one engine; and (x_t, x0) by (number of the request, step)."""
     model = load_model(CARD, torch.device("cpu"), torch.float32)
-    engine, made, shown = Engine(Runner(model, slots=16)), dict[int, Picture](), {}
+    engine, made, shown = Engine(prepared(model, 16)), dict[int, Picture](), {}
     for number, (seed, choices) in enumerate(requests):
         table = plan(CARD.process, resolve(CARD.process, **choices))
         engine.submit(Request(number, seed, table, frames=frames, shows_x0=True))

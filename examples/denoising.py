@@ -17,7 +17,7 @@ from model.sampling import plan
 SEEDS, STEPS, ENLARGED = range(77, 83), int((sys.argv[2:] or [1000])[0]), 3
 
 digits = card.read_card(Path(__file__).parent.parent / "weights" / "digits")
-machine = engine.Engine(runner.Runner(load.load_model(digits, torch.device("cpu"), torch.float32), slots=len(SEEDS)))
+machine = engine.Engine(runner.prepared(load.load_model(digits, torch.device("cpu"), torch.float32), len(SEEDS)))
 table = plan.plan(digits.process, plan.resolve(digits.process, "ddpm", STEPS))
 shown = range(0, STEPS + 1, STEPS // 10)
 for seed in SEEDS:

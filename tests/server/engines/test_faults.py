@@ -89,6 +89,7 @@ def once(tmp_path: Path) -> Iterator[str]:
     yield str(tmp_path / "happened")
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     ("fault", "cause"),
     [
