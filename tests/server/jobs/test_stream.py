@@ -216,6 +216,7 @@ def test_a_cancelled_job_frees_its_slots_at_once(
             began = time.monotonic()
             cancel()
             took.append(until_metric(long, "ddpm_slots_used", 0) - began)
+    until(lambda: read(long.client.get("/metrics").text)["ddpm_step_seconds_count"] > 0)  # told by the next heartbeat
     seen = read(long.client.get("/metrics").text)
     step_s = seen["ddpm_step_seconds_sum"] / seen["ddpm_step_seconds_count"]
 
