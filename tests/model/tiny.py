@@ -13,6 +13,7 @@ from model.engine.engine import Engine
 from model.engine.events import Cancelled, Event, Failed, Finished, Request
 from model.engine.runner import prepared
 from model.nets.config import Architecture
+from model.nets.lucidrains_config import LucidrainsArchitecture
 from model.nets.unet import UNet
 from model.sampling.plan import Plan, plan, resolve
 from model.sampling.schedule import Process, linear
@@ -29,6 +30,18 @@ ARCHITECTURE = Architecture(
     up_block_types=("AttnUpBlock2D", "UpBlock2D"),
     layers_per_block=1,
     norm_num_groups=4,
+)
+LUCIDRAINS = LucidrainsArchitecture(
+    height=16,
+    width=24,
+    in_channels=3,
+    out_channels=3,
+    dim=16,
+    init_dim=16,
+    dim_mults=(1, 2, 4),
+    full_attn=(False, False, True),
+    attn_heads=(4, 4, 4),
+    attn_dim_head=(8, 8, 8),
 )
 CPU = torch.device("cpu")
 

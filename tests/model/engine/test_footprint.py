@@ -20,9 +20,9 @@ from model.nets.activations import alive
 from model.nets.build import build
 from model.nets.config import Architecture
 from model.nets.cpu import supports
-from model.nets.lucidrains_config import AnyArchitecture, LucidrainsArchitecture
+from model.nets.lucidrains_config import AnyArchitecture
 from tests.model.convert.directories import write_model
-from tests.model.tiny import ARCHITECTURE, CPU
+from tests.model.tiny import ARCHITECTURE, CPU, LUCIDRAINS
 
 WIDE = Architecture(
     height=16,
@@ -31,18 +31,6 @@ WIDE = Architecture(
     down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
     up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
     norm_num_groups=8,
-)
-LUCIDRAINS = LucidrainsArchitecture(
-    height=16,
-    width=24,
-    in_channels=3,
-    out_channels=3,
-    dim=16,
-    init_dim=16,
-    dim_mults=(1, 2, 4),
-    full_attn=(False, False, True),
-    attn_heads=(4, 4, 4),
-    attn_dim_head=(8, 8, 8),
 )
 
 

@@ -22,25 +22,13 @@ from model.nets.activations import sizes_up_to
 from model.nets.build import Net, build
 from model.nets.config import architecture
 from model.nets.cpu import CpuNet, checked_shape, grow_up
-from model.nets.lucidrains_config import AnyArchitecture, LucidrainsArchitecture
+from model.nets.lucidrains_config import AnyArchitecture
 from tests.model.convert.directories import write_model
-from tests.model.tiny import ARCHITECTURE, CPU
+from tests.model.tiny import ARCHITECTURE, CPU, LUCIDRAINS
 from tests.model.worlds import CIFAR10, relative_error, small
 
 pytestmark = pytest.mark.skipif(find_spec("openvino") is None, reason="openvino is not installed")
 
-LUCIDRAINS = LucidrainsArchitecture(
-    height=16,
-    width=24,
-    in_channels=3,
-    out_channels=3,
-    dim=16,
-    init_dim=16,
-    dim_mults=(1, 2, 4),
-    full_attn=(False, False, True),
-    attn_heads=(4, 4, 4),
-    attn_dim_head=(8, 8, 8),
-)
 WIDE = architecture(small(sample_size=[32, 32], block_out_channels=[32, 64]))
 LARGE = CIFAR10 | {
     "sample_size": 256,

@@ -1,11 +1,14 @@
 """The store: durable, in order, for one server alone; and it reports a full or damaged disk."""
 
 import asyncio
+import contextlib
 import os
 import resource
+import signal
 import sqlite3
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -370,16 +373,26 @@ def test_a_damaged_or_unknown_store_is_refused_and_unchanged(tmp_path: Path, wro
     assert files(tmp_path).items() >= before.items()
 
 
+@contextlib.contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """No file of this process can grow beyond so many bytes: writing more fails with EFBIG. The signal that comes with
+    it is ignored, as Python does anyway; where Triton has compiled something, LLVM has put a handler in its place."""
+    (soft, hard), handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        if handler is not None:  # None: not one of Python's, which cannot be put back
+            signal.signal(signal.SIGXFSZ, handler)
+
+
 @pytest.mark.parametrize("bytes_", [0, 8192])  # for not even the lock; for no index of the log
 def test_a_sound_store_on_a_full_disk_is_not_called_damaged_and_unchanged(tmp_path: Path, bytes_: int) -> None:
     some_jobs(tmp_path)
-    before, (soft, hard) = files(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_, hard))
-    try:
-        with pytest.raises(StorageFull, match="the disk may be full") as refusal:
-            Store(tmp_path)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    before = files(tmp_path)
+    with files_of_at_most(bytes_), pytest.raises(StorageFull, match="the disk may be full") as refusal:
+        Store(tmp_path)
 
     assert "damaged" not in str(refusal.value)
     assert files(tmp_path) == before
