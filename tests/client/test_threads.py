@@ -61,12 +61,17 @@ def test_frames_come_with_the_picture_if_requested(client: Client) -> None:
 
 
 def test_a_stream_gives_every_event_in_order(client: Client) -> None:
-    events = list(client.stream(seed=3, steps=4, frames={"every": 2}))
+    kept = [e for e in client.stream(seed=3, steps=4, frames={"every": 2}) if isinstance(e, NUMBERED)]
 
-    kept = [event for event in events if isinstance(event, NUMBERED)]
     assert [type(event) for event in kept] == [Started, Frame, Frame, Frame, Picture, Ended]
     assert [event.seq for event in kept] == [1, 2, 3, 4, 5, 6]
-    assert any(isinstance(event, Progress) for event in events)
+
+
+def test_a_stream_tells_how_far_a_job_is(client: Client) -> None:
+    told = [event for event in client.stream(seed=3, steps=30, n=64) if isinstance(event, Progress)]
+
+    assert told and {event.steps for event in told} == {30 * 64}
+    assert [event.step for event in told] == sorted(event.step for event in told)
 
 
 def test_the_result_of_a_stream_is_that_of_generate_and_each_event_is_passed_on(client: Client) -> None:

@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import httpx
 import pytest
@@ -41,6 +42,8 @@ def client(weights: Path, tmp_path: Path) -> Iterator[TestClient]:
 class Server:
     """A server process over a folder of models."""
 
+    running: ClassVar[set["Server"]] = set()
+
     def __init__(self, weights: Path, **variables: str) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -63,6 +66,7 @@ class Server:
         """The process; again, at the same address, once it has died."""
         command = [sys.executable, "-m", "server", "serve", "--port", str(self.port)]
         self.process = subprocess.Popen(command, env=self._environ, stderr=self._log)
+        self.running.add(self)
 
     def kill(self) -> None:
         """SIGKILL to the server. Its engine ends by itself."""
@@ -109,10 +113,21 @@ class Server:
         """The exit code and what was logged, once it has ended."""
         self.client.close()
         code = self.process.wait(60)
+        self.running.discard(self)
         self._data.cleanup()
         with self._log as log:
             log.seek(0)
             return code, log.read()
+
+
+@pytest.fixture(autouse=True)
+def no_server_is_left() -> Iterator[None]:
+    """Kills the servers of a test that failed before it had ended them: tests after it are to fail for nothing else."""
+    before = set(Server.running)
+    yield
+    for left in Server.running - before:
+        left.kill()
+        left.ended()
 
 
 @pytest.fixture(scope="session")

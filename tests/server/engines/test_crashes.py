@@ -57,7 +57,7 @@ def check(client: TestClient, place: Path) -> None:
         assert again.headers["x-job-id"] == json.loads(lines[-1])["id"]
     known = client.get("/jobs").json()["jobs"]
     assert len({job["id"] for job in known}) == len(known) <= 3
-    assert {job["status"] for job in known} == {"succeeded"}
+    assert {ended(client, job["id"])["status"] for job in known} == {"succeeded"}
     assert not list((place / "data" / "pictures").glob("*.part"))
 
 

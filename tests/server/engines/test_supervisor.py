@@ -126,11 +126,12 @@ def test_weights_that_change_under_a_server_are_not_served_by_it(tmp_path: Path)
 
 def test_a_drain_that_runs_out_says_so_to_waiting_callers(weights: Path) -> None:
     server = Server(weights, DDPM_DRAIN_S="0.5", DDPM_THREADS="1").wait_until_ready()
-    os.kill(server.engine_pid, signal.SIGSTOP)  # so that nothing ends by itself
     answers: list[httpx.Response] = []
-    caller = threading.Thread(target=lambda: answers.append(server.client.post("/generate", json={"steps": 30})))
+    request = {"steps": 30, "n": 64}
+    caller = threading.Thread(target=lambda: answers.append(server.client.post("/generate", json=request)))
     caller.start()
-    server.until(lambda: read(server.client.get("/metrics").text)["ddpm_jobs_waiting"] == 1)
+    server.until(lambda: read(server.client.get("/metrics").text)["ddpm_jobs_accepted_total"] == 1)
+    os.kill(server.engine_pid, signal.SIGSTOP)  # so that nothing ends by itself
     server.process.terminate()
     server.process.wait(5)
     caller.join()
