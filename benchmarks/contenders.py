@@ -102,7 +102,7 @@ class BareNet:
 
     @torch.inference_mode()
     def run(self, batch: int, steps: int) -> None:
-        x = torch.randn(batch, *self.model.card.architecture.shape).to(self.model.table.dtype)
+        x = torch.randn(batch, *self.model.card.shape).to(self.model.table.dtype)
         rows = self.model.table[torch.arange(batch) % len(self.model.table)]
         for _ in range(steps):
             self.model.net(x, rows)

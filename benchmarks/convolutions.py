@@ -68,7 +68,7 @@ def kinds_of(model: Model) -> list[Kind]:
     device = model.table.device
     if device.type == "cuda":
         prepare_gpu(True, model.table.dtype)  # or the library would be judged by what a server never does
-    slots = Slots(1, model.card.architecture.shape, model.card.process.schedule.T, device)
+    slots = Slots(1, model.card.shape, model.card.process.schedule.T, device)
     layers = [module for module in model.module.modules() if isinstance(module, Conv | SelfAttention)]
     for layer in layers:
         layer.use("invariant")

@@ -150,8 +150,8 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     args = arguments()
     card = read_card(args.directory)
-    if card.architecture.shape != SHAPE:
-        raise SystemExit(f"the judge reads {list(SHAPE)}, but {card.name} makes {list(card.architecture.shape)}")
+    if card.shape != SHAPE:
+        raise SystemExit(f"the judge reads {list(SHAPE)}, but {card.name} makes {list(card.shape)}")
     if args.pictures < 1 or args.slots < 1:
         raise SystemExit("--pictures and --slots must be at least 1")
     choice = resolve(card.process, args.sampler, args.steps)

@@ -109,7 +109,7 @@ def step_times(
     if way == "plain torch":
         model.nets.layers.TRITON_ON = frozenset()
     loaded = load_layers(read_card(directory), device, choose_dtype("auto", device))
-    slots, step = Slots(max(batches), loaded.card.architecture.shape, loaded.card.process.schedule.T, device), None
+    slots, step = Slots(max(batches), loaded.card.shape, loaded.card.process.schedule.T, device), None
     yield f"{directory.name}, by {way}: loaded in", time.perf_counter() - began, "s"
     if way == "a graph":
         runner = prepared(loaded, max(batches), exact=False, buckets=batches)

@@ -84,6 +84,11 @@ class ModelCard:
     shards: tuple[Path, ...] = ()  # the files of an index, ordered by name
     source: Source | None = None  # None: a directory of this machine
 
+    @cached_property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of a picture."""
+        return self.architecture.shape
+
     @property
     def weight_files(self) -> tuple[Path, ...]:
         """All files that hold weights."""

@@ -87,6 +87,8 @@ class Engine:
     def seat(self) -> list[tuple[Hashable, int]]:
         """Seats waiting samples: (id, updates done) of those seated now. `step` does so too; this is for callers that
         need to know them before their first step."""
+        if not self.scheduler.waiting:
+            return []
         before = set(self.scheduler.seated)
         within_memory(self, self._seat)
         return [(s.request.id, s.step) for s in self.scheduler.seated if s not in before]
@@ -118,6 +120,8 @@ class Engine:
 
     def _seat(self) -> None:
         """Fills free slots, preempts seated samples for waiting ones of lower rank, and writes all these to slots."""
+        if not self.scheduler.waiting:
+            return
         slots, new = self.runner.slots, self.scheduler.admit()
         while (preemption := self.scheduler.preempt()) is not None:
             preemption.preempted.parked = slots.park(preemption.slot)

@@ -36,7 +36,7 @@ def footprint(card: ModelCard, slots: int, device: torch.device, dtype: torch.dt
     with torch.device("meta"):
         net = build(card.architecture)
     count, T = sum(p.numel() for p in net.parameters()), card.process.schedule.T
-    batch = batch_bytes(Slots(1, card.architecture.shape, T, device))
+    batch = batch_bytes(Slots(1, card.shape, T, device))
     if device.type == "cpu":
         table, float32 = 4 * net.embedding_width * T, torch.float32
         checked = 4 * count + cpu_bytes(card.architecture, count, 1, float32)

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from model.checkpoint.load import Model
 from model.engine.exactness import find_exact, noise_bytes
+from model.engine.readout import warm_up
 from model.engine.slots import Slots
-from model.engine.snapshot import warm_up
 from model.engine.step import denoise
 from model.fingerprint import fingerprint
 from model.kernels.gpu import prepare_gpu
@@ -60,7 +60,7 @@ class Runner:
         every batch, and so to use only batch sizes that keep them"""
         self.model, self.device = model, model.table.device
         schedule = model.card.process.schedule
-        self.slots = Slots(slots, model.card.architecture.shape, schedule.T, self.device)
+        self.slots = Slots(slots, model.card.shape, schedule.T, self.device)
         if isinstance(model.net, CpuNet):
             self.buckets = list(range(1, slots + 1))
         else:

@@ -24,12 +24,12 @@ class Sample:
 
     def __post_init__(self) -> None:
         self.rank, self.owner = self.request.rank, self.request.owner
-        self.stops = self.request.frames | {len(self.request.plan)}
+        self.stops = self.request.frames | {self.request.plan.steps}
 
     @property
     def left(self) -> int:
         """Updates still to do."""
-        return len(self.request.plan) - self.step
+        return self.request.plan.steps - self.step
 
     @property
     def ended(self) -> bool:

@@ -54,13 +54,13 @@ class PlanCache:
         their rows in place, since the stream overwrites them only later.
         """
         missing = [plan for plan in dict.fromkeys(plans) if plan not in self._starts]
-        if self._used + sum(map(len, missing)) > len(self.rows):
+        if self._used + sum(plan.steps for plan in missing) > len(self.rows):
             self._starts, self._used, missing = {}, 0, list(dict.fromkeys(plans))
         if missing:
             rows = np.concatenate([plan.rows for plan in missing], dtype=np.float32, casting="same_kind")
             upload(self.rows[self._used : self._used + len(rows)], torch.from_numpy(rows))
         for plan in missing:
-            self._starts[plan], self._used = self._used, self._used + len(plan)
+            self._starts[plan], self._used = self._used, self._used + plan.steps
         return [self._starts[plan] for plan in plans]
 
 
@@ -145,7 +145,7 @@ class Slots:
         self.seat_all([Seating(slot, seed, plan, x)])
 
     def _seat(self, new: Seating, x: Tensor) -> None:
-        slot, steps = new.slot, len(new.plan)
+        slot, steps = new.slot, new.plan.steps
         upload(self.x[slot], x)
         self.x0[slot].zero_()
         self.given[slot].zero_()
@@ -167,7 +167,7 @@ class Slots:
 
         starts, sources = self.plans.starts([new.plan for new in seatings]), itertools.count()
         orders = [
-            (new.slot, new.seed, len(new.plan), start, step, -1 if new.x is None else next(sources))
+            (new.slot, new.seed, new.plan.steps, start, step, -1 if new.x is None else next(sources))
             for new, start in zip(seatings, starts, strict=True)
         ]
         kernels.seat(send(orders, self.device), pictures, self.plans.rows, self._state, self._columns)

@@ -15,14 +15,13 @@ from model.nets.layers import uses_triton
 
 def denoise(net: Net | CpuNet, table: Tensor, slots: Slots, batch: int) -> None:
     """One denoising step of the first `batch` slots, in place: by Triton kernels where they run, else by `algebra`."""
-    if uses_triton(slots.x):
-        denoise_by_kernels(net, table, slots, batch)
-    else:
-        with np.errstate(all="ignore"):  # the engine looks for pictures that are not finite later
-            algebra(net, table, slots, batch)
+    if not isinstance(net, CpuNet) and uses_triton(slots.x):
+        return denoise_by_kernels(net, table, slots, batch)
+    with np.errstate(all="ignore"):  # the engine looks for pictures that are not finite later
+        algebra(net, table, slots, batch)
 
 
-def denoise_by_kernels(net: Net | CpuNet, table: Tensor, slots: Slots, batch: int) -> None:
+def denoise_by_kernels(net: Net, table: Tensor, slots: Slots, batch: int) -> None:
     """`algebra` and its noise, as one kernel before the net and one behind it."""
     from model.kernels import step as kernels
 

@@ -1,6 +1,6 @@
 """The Triton kernels between two steps on a GPU, which seat, vacate and show samples with one launch each.
 
-`model.engine.slots` and `model.engine.snapshot` have in plain torch what they compute. Numbers that differ from launch
+`model.engine.slots` and `model.engine.readout` have in plain torch what they compute. Numbers that differ from launch
 to launch are either in a tensor on the device or not specialised, so that no slot or seed needs a kernel of its own.
 Importing this module imports Triton.
 """
@@ -145,7 +145,7 @@ def _show(x, x0, slots, out, shown, elements, pixels, channels, FLOATS: tl.const
 
 
 def show(x: Tensor, x0: Tensor, slots: Tensor, shown: int, floats: bool) -> Tensor:
-    """The buffer of `model.engine.snapshot.pack`, with a flag for each block of a sample's numbers instead of one.
+    """The buffer of `model.engine.readout.pack`, with a flag for each block of a sample's numbers instead of one.
 
     x, x0: [B, C, H, W], slots: [n] int64, of which the first `shown` are shown -> uint8
     """

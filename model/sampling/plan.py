@@ -12,7 +12,7 @@ A sampler is a pure function of a `Walk` that fills columns; rows are computed o
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, TypeAlias, get_args
 
 import numpy as np
@@ -37,14 +37,12 @@ class Plan:
     rows: FloatArray  # [steps, 11]
     t: IntArray  # [steps + 1] the noise level before each step; the last is 0
     noise: Noise = "philox"  # where x_T and the noise of the steps come from
+    steps: int = field(init=False)
+    draws: bool = field(init=False)  # whether any step adds noise that `model.sampling.noise.gaussian` draws
 
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    @property
-    def draws(self) -> bool:
-        """Whether any step adds noise that `model.sampling.noise.gaussian` draws."""
-        return bool(self.rows[:, S].any())
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "steps", len(self.rows))
+        object.__setattr__(self, "draws", bool(self.rows[:, S].any()))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,10 +174,10 @@ def resolve(
     steps = process.default_steps if steps is None else steps
     if not 1 <= steps <= T:
         raise PlanError("steps", f"steps must lie in 1..{T}, got {steps}")
-    for field, given in (("variance", variance), ("eta", eta)):
-        if given is not None and field not in fields:
-            owners = ", ".join(name for name, s in SAMPLERS.items() if field in s.fields)
-            raise PlanError(field, f"{field} applies to {owners} only, not to {sampler}")
+    for name, given in (("variance", variance), ("eta", eta)):
+        if given is not None and name not in fields:
+            owners = ", ".join(owner for owner, s in SAMPLERS.items() if name in s.fields)
+            raise PlanError(name, f"{name} applies to {owners} only, not to {sampler}")
     if "variance" in fields:
         variance = _resolve_variance(process, steps, variance, noise)
     if "eta" in fields and not 0 <= (eta := 0.0 if eta is None else float(eta)) <= 1:

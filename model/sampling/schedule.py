@@ -26,6 +26,7 @@ Spacing = Literal["leading", "linspace", "trailing"]
 class NoiseSchedule:
     """The amplitudes of the picture and of the noise at each t."""
 
+    T: int  # steps from the clean picture to noise
     alpha_bar: FloatArray  # [T + 1] amplitude of the picture, alpha_bar[0] = 1
     beta_bar: FloatArray  # [T + 1] amplitude of the noise, beta_bar[0] = 0
 
@@ -38,12 +39,7 @@ class NoiseSchedule:
         squared = np.concatenate([[1.0], np.cumprod(1.0 - variances)])
         alpha_bar, beta_bar = np.sqrt(squared), np.sqrt(1.0 - squared)
         alpha_bar.flags.writeable = beta_bar.flags.writeable = False
-        return cls(alpha_bar, beta_bar)
-
-    @property
-    def T(self) -> int:
-        """Number of steps from the clean picture to noise."""
-        return len(self.alpha_bar) - 1
+        return cls(len(variances), alpha_bar, beta_bar)
 
 
 def linear(T: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> NoiseSchedule:

@@ -44,7 +44,7 @@ def _local_rows() -> list[tuple[str, ...]]:
 
     rows: list[tuple[str, ...]] = []
     for card in find_models(Settings.read(os.environ).weights).values():
-        channels, height, width = card.architecture.shape
+        channels, height, width = card.shape
         process = card.process
         known = (str(process.schedule.T), str(process.default_steps), process.prediction)
         rows.append((card.name, f"{channels}x{height}x{width}", *known, "-", "-", "-", card.digest[:DIGEST]))

@@ -77,7 +77,8 @@ class Backend(Protocol):
         """Seconds until steps of a model can be made, if it or an engine has to be loaded; else 0."""
 
     def run(self, spec: Spec) -> AsyncGenerator[SampleEvent]:
-        """The events of these samples, in order, until each has ended. Closing the iterator cancels the rest.
+        """The events of these samples, in order, until each has ended; before any picture, the model that makes them.
+        Closing the iterator cancels the rest.
 
         It waits while there is no engine. Raises NotReady if there will never be one, and ServerErrors that end a job.
         """

@@ -60,14 +60,20 @@ class InFlight:
         alone = self.assigned if len(self.assigned) == 1 else {}
         return [run for run in (*alone, *self.waiting) if run.record.isolated]
 
+    @property
+    def suspected(self) -> bool:
+        """Whether an isolated run is suspected of killing engines: one that only asked to be alone is not."""
+        return any(not run.spec.alone for run in self.isolated)
+
     def of(self, model: str) -> list[Run]:
         """The runs of a model."""
         return [run for run in self.all if run.spec.model == model]
 
     def enter(self, spec: Spec) -> Run:
         """A new run, which waits."""
-        samples = zip(spec.indices or range(len(spec.seeds)), spec.seeds, strict=True)
-        run = Run(spec, self.quarantine.record(spec), {next(self._ids): sample for sample in samples})
+        indices = spec.indices or range(len(spec.seeds))
+        samples = {next(self._ids): sample for sample in zip(indices, spec.seeds, strict=True)}
+        run = Run(spec, self.quarantine.record(spec), samples)
         self._by_sample.update(dict.fromkeys(run.samples, run))
         self.waiting[run] = None
         return run

@@ -89,8 +89,8 @@ class EngineSupervisor:
 
     def load_s(self, model: str) -> float:
         """Seconds until steps of this model can be made; with a suspect in flight, one more start of the engine."""
-        suspects = any(not run.spec.alone for run in self._in_flight.isolated)
-        return self._times.load_s(model, self.models.get(model)) + (self._times.start_s if suspects else 0.0)
+        status, one_more = self.models.get(model), self._in_flight.suspected
+        return self._times.load_s(model, status) + (self._times.start_s if one_more else 0.0)
 
     async def start(self) -> None:
         """Begins to load."""
@@ -131,7 +131,7 @@ class EngineSupervisor:
             self._assign()
 
     def _assign(self) -> None:
-        for run in self._in_flight.next() if self._trouble is None else ():
+        for run in self._in_flight.next() if self._trouble is None and self._in_flight.waiting else ():
             status = self._models[run.spec.model]
             if status.loaded:
                 self._in_flight.tell([run], Assigned(status))

@@ -1,6 +1,7 @@
 """Jobs as rows of the journal, and back: everything that must outlive the server."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -43,15 +44,21 @@ def to_record(job: Job, **end: Any) -> Record:
     """The row of a job. end: the fields that are known when it has ended."""
     fields: dict[str, Any] = {name: getattr(job, name) for name in COMMON}
     request = job.request
-    document = request.document() | {"T": request.T, "shape": request.shape, "floats": request.floats}
+    document = request.document | {"T": request.T, "shape": request.shape, "floats": request.floats}
     fields |= {"owner": request.owner, "request": _json(document), "served": _json(asdict(job.model))}
     return Record(**fields | end)
 
 
-def concluded(job: Job, status: str, finished_at: float, ended: float, error: dict[str, Any] | None) -> Record:
+def concluded(
+    job: Job,
+    pngs: Mapping[str, bytes],
+    status: str,
+    finished_at: float,
+    ended: float,
+    error: dict[str, Any] | None,
+) -> Record:
     """The row of a job that has ended, by the wall clock and by the one that does not jump. Its last message, which is
-    sent when the row is on disk, is counted already."""
-    made = sorted(job.images.items()) if status == "succeeded" else []
+    sent when the row is on disk, is counted already. pngs: those that are kept, by their hashes"""
     return to_record(
         job,
         status=status,
@@ -61,8 +68,8 @@ def concluded(job: Job, status: str, finished_at: float, ended: float, error: di
         error=_json(error) if error is not None else None,
         messages=len(job.stream.kept) + 1,
         images=tuple(
-            ImageRow(index=i, seed=image.seed, sha256=image.sha256, size=len(image.png), message=image.message)
-            for i, image in made
+            ImageRow(index=i, seed=image.seed, sha256=image.sha256, size=len(pngs[image.sha256]), message=image.message)
+            for i, image in sorted(job.images.items() if pngs else ())
         ),
     )
 

@@ -132,6 +132,7 @@ class Job:
     def __post_init__(self) -> None:
         self.steps, self.stream = [0] * self.request.n, Stream(self.id, self.counts)
         self.image_steps = self.request.image_steps
+        self.rank = self.arrived / 60 - self.request.priority  # smaller is seated first
         self.levels = _levels(self.request.T, self.request.sampling.steps, self.request.sampling.spacing)
         messages = 2 + self.request.n * (1 + self.request.frame_count)  # started, frames, images, the end
         self.stream.skip_to((self.attempt - 1) * messages + 1)  # no number is used twice
@@ -179,11 +180,6 @@ class Job:
         return place | {"t": level, "kind": kind, "image_type": "image/png"}
 
     @property
-    def rank(self) -> float:
-        """Its place in the queue, smaller first: the minute it arrived, less its priority."""
-        return self.arrived / 60 - self.request.priority
-
-    @property
     def size_bytes(self) -> int:
         """About how much memory it holds: pictures, as much again for their PNGs, and the objects around them."""
         pictures = sum(frame.nbytes for frame in self.frames.values())
@@ -203,7 +199,7 @@ class Job:
             "status": self.status,
             "model": self.request.model,
             "digest": self.model.digest,
-            "request": self.request.document(),
+            "request": self.request.document,
             "created_at": self.created_at,
             "started_at": self.started_at,
             "finished_at": self.finished_at,

@@ -95,8 +95,9 @@ class JobRepository:
 
     async def end(self, job: Job, status: str, finished_at: float, error: dict[str, Any] | None) -> None:
         """Writes down the end of a job, its pictures first. Waits for room on the disk."""
-        record = concluded(job, status, finished_at, self.clock.now(), error)
-        pngs = {image.sha256: image.png for image in job.images.values()} if record.images else {}
+        ended = self.clock.now()
+        pngs = {image.sha256: image.png for image in job.images.values()} if status == "succeeded" else {}
+        record = concluded(job, pngs, status, finished_at, ended, error)
         if pngs:
             await self.store.blobs.save(pngs)
         try:

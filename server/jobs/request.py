@@ -4,6 +4,7 @@ import json
 import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from hashlib import sha256
 from typing import Any
 
@@ -59,7 +60,7 @@ class FramePoints:
         return len(self.points) * (2 if self.frames.kind == "both" else 1)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class ResolvedRequest:
     """A request with every choice made."""
 
@@ -75,7 +76,7 @@ class ResolvedRequest:
     floats: bool = False  # the unrounded pictures are kept as long as the job is in memory
     owner: str | None = None  # the tenant by whose key it came, who alone may see it
 
-    @property
+    @cached_property
     def image_steps(self) -> int:
         """The work in it: updates of all pictures."""
         return self.n * self.sampling.steps
@@ -85,7 +86,7 @@ class ResolvedRequest:
         """Frames of each picture."""
         return self.frames.count if self.frames is not None else 0
 
-    @property
+    @cached_property
     def size_bytes(self) -> int:
         """About how much memory it comes to hold at most: pictures and frames, as much again for their PNGs, and the
         objects around them."""
@@ -94,8 +95,9 @@ class ResolvedRequest:
         pictures = self.n * channels * height * width * of_a_picture
         return pictures + MESSAGE_BYTES * self.n * (self.frame_count + 1) + JOB_BYTES
 
+    @cached_property
     def document(self) -> dict[str, Any]:
-        """Every field of the request, defaults filled in."""
+        """Every field of the request, defaults filled in. It is shared: nobody changes it."""
         fields = {"model": self.model, "seed": self.seed, "n": self.n, **asdict(self.sampling)}
         fields["frames"] = self.frames.frames.model_dump(exclude_none=True) if self.frames is not None else None
         return fields | {"priority": self.priority, "deadline_s": self.deadline_s}
@@ -128,7 +130,7 @@ def resolve_request(
     return ResolvedRequest(
         model=card.name,
         T=card.process.schedule.T,
-        shape=card.architecture.shape,
+        shape=card.shape,
         seed=secrets.randbelow(MAX_SEED - request.n) if request.seed is None else request.seed,
         n=request.n,
         sampling=sampling,

@@ -103,8 +103,9 @@ class JobRunner:
             left_s = max(0.0, left_s - (self.repository.clock.now() - job.arrived))
         try:
             async with asyncio.timeout(left_s) as deadline:
-                job.due = deadline.when() or math.inf
-                self._check_deadline(job)
+                if left_s is not None:
+                    job.due = asyncio.get_running_loop().time() + left_s
+                    self._check_deadline(job)
                 await self._collect(job)
         except TimeoutError:
             if not deadline.expired():
@@ -115,8 +116,6 @@ class JobRunner:
     async def _collect(self, job: Job) -> None:
         if job.request.model not in self.cards:
             raise ModelChanged("the model that this job was accepted for is not served any more")
-        if (model := self.backend.models.get(job.request.model)) is not None:  # else `Assigned` tells it
-            self._note_model(job, model)
         unmarked = job.deaths > 0  # others are marked as running when they start, without waiting for the disk
         async with aclosing(self.backend.run(_spec(job))) as events:
             async for event in events:
@@ -135,7 +134,8 @@ class JobRunner:
             case Progress(steps):
                 for index, step in steps.items():
                     self.admission.advance(job, index, step)
-                self._check_deadline(job)
+                if job.due < math.inf:
+                    self._check_deadline(job)
                 if job.stream.subscribers:
                     self.tell_progress(job)
                 else:
@@ -184,13 +184,12 @@ class JobRunner:
 
     def _check_deadline(self, job: Job) -> None:
         """Gives up, and frees the slots, as soon as it is certain that the deadline cannot be met."""
-        if job.due < math.inf:
-            left_s = job.due - asyncio.get_running_loop().time()
-            step_s = self.backend.step_s(job.request.model, job.model.admitted)[1]
-            at_least = CERTAIN * (job.request.sampling.steps - min(job.steps)) * step_s
-            if left_s < at_least:
-                detail = f"{left_s:.3g} s are left, at least {at_least:.3g} s needed"
-                raise DeadlinePassed(f"the deadline cannot be met: {detail}")
+        left_s = job.due - asyncio.get_running_loop().time()
+        step_s = self.backend.step_s(job.request.model, job.model.admitted)[1]
+        at_least = CERTAIN * (job.request.sampling.steps - min(job.steps)) * step_s
+        if left_s < at_least:
+            detail = f"{left_s:.3g} s are left, at least {at_least:.3g} s needed"
+            raise DeadlinePassed(f"the deadline cannot be met: {detail}")
 
     async def _end(self, job: Job, outcome: State) -> None:
         """Writes down the end of a job, then tells it. Or parks the job, also if its end cannot be written any more."""
@@ -207,8 +206,8 @@ class JobRunner:
         if outcome is State.PARKED:
             return job.stream.close()
         job.finished_at, job.error = finished_at, error
-        logger.info("job ended", extra={"job": job.id, "outcome": str(outcome), "code": error and error["code"]})
         job.stream.end(outcome, document=job.document())
+        logger.info("job ended", extra={"job": job.id, "outcome": str(outcome), "code": error and error["code"]})
         self.count(job, outcome)
 
     def count(self, job: Job, outcome: State) -> None:

@@ -18,7 +18,7 @@ from server.jobs.job import Job, Kind, State
 from server.jobs.request import RequestContext
 from server.jobs.service import JobService
 from server.jobs.stream import Message, Subscriber, TextMessage, error_message
-from server.web.http import header, idempotency_key, negotiate, read_json_body, tenant_of, words
+from server.web.http import from_headers, header, negotiate, read_json_body, words
 
 router = APIRouter()
 PNG, JSON, NPY, ZIP = "image/png", "application/json", "application/x-npy", "application/zip"
@@ -128,12 +128,6 @@ async def generate(request: Request) -> Response:
     return Response(await asyncio.to_thread(ENCODERS[media], job), media_type=media, headers=headers)
 
 
-def from_headers(request: Request) -> dict[str, Any]:
-    """What the headers of a request say about its job: fields of RequestContext. Raises Malformed."""
-    again = "no-cache" in words(request, "cache-control")
-    return {"again": again, "key": idempotency_key(request), "tenant": tenant_of(request)}
-
-
 async def succeeds(request: Request, jobs: JobService, job: Job) -> bool:
     """Waits until a job has succeeded -> False if the client disconnects before, which leaves the job. Raises what the
     job failed with."""
@@ -147,12 +141,12 @@ async def succeeds(request: Request, jobs: JobService, job: Job) -> bool:
     try:
         await result
     except asyncio.CancelledError:
+        await jobs.leave(job)
         if not client.done():  # the server ends
             raise
         return False
     finally:
         client.cancel()
-        await jobs.leave(job)
     return True
 
 

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from starlette.requests import ClientDisconnect, HTTPConnection, Request
 from starlette.responses import JSONResponse
@@ -58,6 +59,12 @@ def idempotency_key(request: Request) -> str | None:
     if len(given) > 1 or not all(KEY.fullmatch(key) for key in given):
         raise Malformed("Idempotency-Key must be there once, with 1 to 255 visible ASCII characters")
     return given[0] if given else None
+
+
+def from_headers(request: Request) -> dict[str, Any]:
+    """What the headers of a request say about its job: fields of RequestContext. Raises Malformed."""
+    again = "no-cache" in words(request, "cache-control")
+    return {"again": again, "key": idempotency_key(request), "tenant": tenant_of(request)}
 
 
 async def read_json_body(request: Request, limit: int) -> bytes:

@@ -27,7 +27,7 @@ STATIC = Path(__file__).parent.parent / "static"
 
 def _document(card: ModelCard, backend: Backend) -> dict[str, Any]:
     served = backend.models.get(card.name)
-    process, (channels, height, width) = card.process, card.architecture.shape
+    process, (channels, height, width) = card.process, card.shape
     variances = ["small", "large", "learned"] if process.learned_variance else ["small", "large"]
     return {
         "name": card.name,

@@ -18,8 +18,8 @@ from server.jobs.job import Image, Job
 from server.jobs.request import RequestContext, resolve_request
 from server.jobs.service import JobService
 from server.jobs.stream import PictureMessage, Subscriber, TextMessage
-from server.web.generate import CLIENT_CLOSED_REQUEST, EVENTS, JSON, PROBLEMS, ServerSent, from_headers, succeeds
-from server.web.http import read_json_body
+from server.web.generate import CLIENT_CLOSED_REQUEST, EVENTS, JSON, PROBLEMS, ServerSent, succeeds
+from server.web.http import from_headers, read_json_body
 from server.web.openai_schema import ImagesRequest, error_object, parse_images
 
 router = APIRouter(prefix="/v1")

@@ -24,7 +24,6 @@ from server.worker.loader import Loader
 from server.worker.messages import Cancel, Changed, Heartbeat, Loading, ModelStatus, Start, Step, Submit
 
 HEARTBEAT_S = 0.25
-
 SAME = ("rank", "frames", "shows_x", "shows_x0", "wants_floats", "owner")  # in a spec and in its requests
 
 
@@ -160,7 +159,8 @@ class Models:
         for id, seed in zip(message.ids, spec.seeds, strict=True):
             self._held[spec.model][id] = request = Request(id, seed, table, **same)
             self._requests[id] = spec.model, request
-        self._eviction.ask(spec.model, time.monotonic())
+        if self._eviction.budget_bytes:
+            self._eviction.ask(spec.model, time.monotonic())
 
     def _cancel(self, id: int) -> None:
         if id not in self._requests:

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from model.engine.events import Finished, Picture, Preview, Stats
-from server.engines.backend import EngineHealth, SampleEvent
+from server.engines.backend import Assigned, EngineHealth, SampleEvent
 from server.errors import NotReady
 from server.worker.messages import ModelStatus, Spec
 
@@ -75,6 +75,9 @@ class FakeBackend:
         self.specs.append(spec)
         done, samples = False, list(zip(spec.indices or range(len(spec.seeds)), spec.seeds, strict=True))
         try:
+            if not self.models:  # a run waits for its engine
+                await self.gate.wait()
+            yield Assigned(self.models[spec.model])
             await self.gate.wait()
             for step in sorted(spec.frames):
                 for i, seed in samples:

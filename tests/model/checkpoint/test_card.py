@@ -90,7 +90,7 @@ def test_the_options_of_the_summer_of_2022_are_those_of_today(tmp_path: Path) ->
 
 @pytest.mark.parametrize("size", [[16, 24], (16.0, 24.0)])
 def test_a_picture_may_be_higher_than_wide(tmp_path: Path, size: object) -> None:
-    assert read_card(write_model(tmp_path, {"sample_size": size})).architecture.shape == (1, 16, 24)
+    assert read_card(write_model(tmp_path, {"sample_size": size})).shape == (1, 16, 24)
 
 
 def test_whole_numbers_may_be_written_as_floats(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 import numpy as np
 
 from model.engine.events import Picture, Request
-from model.engine.snapshot import as_bytes
+from model.engine.readout import as_bytes
 from model.sampling.plan import P, Plan
 from model.sampling.reference import sample_alone
 from tests.model.tiny import (

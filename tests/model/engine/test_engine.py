@@ -12,7 +12,7 @@ from torch import Tensor
 
 from model.engine.engine import Engine
 from model.engine.events import Cancelled, Event, Failed, Finished, Preview, Request
-from model.engine.snapshot import Snapshot
+from model.engine.readout import Snapshot
 from model.sampling.reference import sample_alone
 from tests.model.engine.alone import MIXED, alone_picture, poisoned
 from tests.model.tiny import (

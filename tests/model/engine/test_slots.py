@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from model.engine.readout import as_bytes, pack, unpack
 from model.engine.slots import Seating, Slots
-from model.engine.snapshot import as_bytes, pack, unpack
 from model.engine.step import denoise
 from model.sampling.noise import INITIAL, TorchNoise, gaussian
 from model.sampling.plan import K

@@ -14,8 +14,8 @@ from torch import Tensor
 
 import model.engine.slots
 import model.nets.layers
+from model.engine.readout import Frames, Snapshot, pack, unpack, warm_up
 from model.engine.slots import PlanCache, Seating, Slots
-from model.engine.snapshot import Frames, Snapshot, pack, unpack, warm_up
 from model.sampling.noise import TorchNoise
 from tests.model.kernels.world import DEVICE
 from tests.model.tiny import T, a_plan
@@ -117,8 +117,8 @@ def test_rows_behind_a_short_plan_are_zero_in_the_only_slot() -> None:
     slots = ruin(1, (1, 8, 8))
     for plan in (a_plan(T), a_plan(3), a_plan(1)):
         slots.seat(0, 1, plan, torch.ones(1, 8, 8))
-        assert torch.equal(slots.rows[0, : len(plan)].cpu(), torch.tensor(plan.rows).float())
-        assert not slots.rows[0, len(plan) :].any()
+        assert torch.equal(slots.rows[0, : plan.steps].cpu(), torch.tensor(plan.rows).float())
+        assert not slots.rows[0, plan.steps :].any()
 
 
 # Plans that are on the device already
@@ -164,7 +164,7 @@ def test_the_plan_cache_never_grows() -> None:
         plan = a_plan(steps)
         (start,) = cache.starts([plan])
         assert torch.equal(cache.rows[start : start + steps].cpu(), torch.tensor(plan.rows).float())
-        assert sum(map(len, cache._starts)) <= len(cache.rows) == 2 * T
+        assert sum(plan.steps for plan in cache._starts) <= len(cache.rows) == 2 * T
 
 
 # Parking and moving

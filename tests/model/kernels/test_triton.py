@@ -26,9 +26,9 @@ import model.nets.layers
 import model.nets.unet
 from model.checkpoint.load import Model
 from model.engine.engine import Engine
+from model.engine.readout import Snapshot, pack, unpack
 from model.engine.runner import prepared
 from model.engine.slots import Parked, Seating, Slots
-from model.engine.snapshot import Snapshot, pack, unpack
 from model.engine.step import denoise
 from model.nets.blocks import Attention, Resnet
 from model.nets.config import architecture

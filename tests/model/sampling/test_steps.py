@@ -114,8 +114,8 @@ def walk(process: Process, plan: Plan) -> list[Step]:
 
     states = [x for x, _ in sample_alone(net, plan, seed=8, shape=SHAPE)]
     ks = [*(plan.t - 1).tolist()]
-    z = [gaussian(torch.tensor([8]), torch.tensor([i]), SHAPE) for i in range(len(plan))]
-    return [Step(ks[i], ks[i + 1], states[i], answers[i], z[i], states[i + 1]) for i in range(len(plan))]
+    z = [gaussian(torch.tensor([8]), torch.tensor([i]), SHAPE) for i in range(plan.steps)]
+    return [Step(ks[i], ks[i + 1], states[i], answers[i], z[i], states[i + 1]) for i in range(plan.steps)]
 
 
 def far(given: Tensor, expected: Tensor) -> float:
