@@ -58,11 +58,10 @@ def _private_server(timeout_s: float, bar: "tqdm[None]") -> Iterator[Client]:
     import uvicorn
 
     from server import logs
-    from server.cli.serve import listen
+    from server.cli.serve import configure, listen
     from server.settings import Settings
     from server.web import auth
     from server.web.app import create_app
-    from server.web.protocol import Config, Limits
 
     key, line = auth.make_key("here")
     failures: list[ServerError] = []
@@ -73,10 +72,7 @@ def _private_server(timeout_s: float, bar: "tqdm[None]") -> Iterator[Client]:
         settings = Settings.read(os.environ, {**ours, "metrics_key": "", "allowed_hosts": "", "allowed_origins": ""})
         logs.configure(settings.log_level)
         app = create_app(settings, on_failed=failures.append)
-        body_bytes, request_s = settings.max_body_bytes, settings.request_s
-        limits = Limits(connections=64, body_bytes=body_bytes, request_s=request_s, refused=lambda code: None)
-        config = Config(app, limits, log_config=None, access_log=False, timeout_graceful_shutdown=1)
-        private = uvicorn.Server(config)
+        private = uvicorn.Server(configure(app, settings))
         thread = threading.Thread(target=private.run, args=([listening],), name="private server", daemon=True)
         thread.start()
         try:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 import uvicorn
+from fastapi import FastAPI
 
 from server import logs
 from server.bounds import listed
@@ -62,6 +63,26 @@ def affordable(connections: int) -> int:
         return connections
     logger.warning("too few file descriptors for max_connections", extra={"descriptors": soft, "wanted": wanted})
     return max(1, soft - OTHER_FILES)
+
+
+def configure(app: FastAPI, settings: Settings) -> Config:
+    """uvicorn's configuration."""
+    limits = Limits(
+        connections=affordable(settings.max_connections),
+        body_bytes=settings.max_body_bytes,
+        request_s=settings.request_s,
+        refused=app.state.jobs.admission.count_refusal,
+    )
+    return Config(
+        app,
+        limits,
+        log_config=None,
+        ws_max_size=settings.max_body_bytes,
+        ws_per_message_deflate=False,  # PNGs are compressed already
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=5,
+    )
 
 
 class _Server(uvicorn.Server):
@@ -124,23 +145,7 @@ def main(arguments: Sequence[str]) -> int:
         server.should_exit = server.hurried = True
 
     app = create_app(settings, on_failed=stop)
-    limits = Limits(
-        connections=affordable(settings.max_connections),
-        body_bytes=settings.max_body_bytes,
-        request_s=settings.request_s,
-        refused=app.state.jobs.admission.count_refusal,
-    )
-    config = Config(
-        app,
-        limits,
-        log_config=None,
-        ws_max_size=settings.max_body_bytes,
-        ws_per_message_deflate=False,  # PNGs are compressed already
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=5,
-    )
-    server = _Server(config, app.state.jobs, settings.drain_s)
+    server = _Server(configure(app, settings), app.state.jobs, settings.drain_s)
     with listen(settings.host, settings.port) as listening:
         logger.info("listening", extra={"host": settings.host, "port": listening.getsockname()[1]})
         server.run([listening])
