@@ -11,9 +11,9 @@ from argparse import SUPPRESS, ArgumentParser
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 import uvicorn
-from fastapi import FastAPI
 
 from server import logs
 from server.bounds import listed
@@ -65,8 +65,8 @@ def affordable(connections: int) -> int:
     return max(1, soft - OTHER_FILES)
 
 
-def configure(app: FastAPI, settings: Settings) -> Config:
-    """uvicorn's configuration."""
+def configure(app: Any, settings: Settings) -> Config:
+    """uvicorn's configuration. app: as `create_app` builds it"""
     limits = Limits(
         connections=affordable(settings.max_connections),
         body_bytes=settings.max_body_bytes,
