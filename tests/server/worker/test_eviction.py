@@ -2,7 +2,7 @@
 
 import pytest
 
-from server.worker.eviction import LOADS, TURN_S, Eviction
+from server.worker.eviction import TURN_PER_LOAD, TURN_S, Eviction
 
 
 def eviction(here: str = "", budget: int = 20, size: int = 10) -> Eviction:
@@ -75,8 +75,8 @@ def test_a_request_that_waited_for_a_load_waits_for_a_turn_of_that_model() -> No
     made.ask("c", 100)
     made.came("b", 10, 150, load_s=TURN_S)
 
-    assert not made.turn_is_over("b", 150 + LOADS * TURN_S - 0.1)
-    assert made.turn_is_over("b", 150 + LOADS * TURN_S)
+    assert not made.turn_is_over("b", 150 + TURN_PER_LOAD * TURN_S - 0.1)
+    assert made.turn_is_over("b", 150 + TURN_PER_LOAD * TURN_S)
 
 
 def test_a_model_that_turns_out_larger_than_its_bound_evicts_others() -> None:
