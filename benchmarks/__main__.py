@@ -16,7 +16,7 @@ from server.worker.cpus import cores
 
 DIGITS = Path(__file__).parent.parent / "weights" / "digits"
 NETS = {"digits": "digits", "cifar10": "CIFAR-10 configuration", "large": LARGEST}
-SERVED = {
+SERVER = {
     "busy": busy,
     "full": full,
     "exactness": exactness,
@@ -31,7 +31,7 @@ SERVED = {
 def main() -> None:
     """Runs every benchmark of this machine, or those that are named."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", nargs="+", choices=[*NETS, *SERVED], metavar="PART", help=", ".join([*NETS, *SERVED]))
+    parser.add_argument("--only", nargs="+", choices=[*NETS, *SERVER], metavar="PART", help=", ".join([*NETS, *SERVER]))
     parser.add_argument("--compiled", action="store_true", help="the nets alone, beside torch.compile, too")
     parser.add_argument("--out", type=Path, default=Path("build/benchmarks.jsonl"), help="(default: %(default)s)")
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin nothing after these (default: no end)")
@@ -42,7 +42,7 @@ def main() -> None:
         part: partial(engine.measures, device, DIGITS, name, args.compiled) for part, name in NETS.items()
     }
     if not args.compiled:
-        parts |= {part: partial(module.measures, device, DIGITS) for part, module in SERVED.items()}
+        parts |= {part: partial(module.measures, device, DIGITS) for part, module in SERVER.items()}
     wanted = [part for part in parts if part in (args.only or parts)]
     report(chain.from_iterable(parts[part]() for part in wanted), args.out, args.minutes)
 

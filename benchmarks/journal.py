@@ -18,7 +18,7 @@ from server.store.rows import Record
 from server.store.store import Store
 
 JOBS, AT_ONCE, ROUNDS = 4000, 256, 5
-REQUEST, SERVED = '{"model":"digits","seed":1,"steps":100}' + " " * 200, "{}" + " " * 400  # as long as they are
+REQUEST, STATUS = '{"model":"digits","seed":1,"steps":100}' + " " * 200, "{}" + " " * 400  # as long as they are
 
 
 def a_job(id: str) -> Record:
@@ -31,7 +31,7 @@ def a_job(id: str) -> Record:
         created_at=0.0,
         arrived=0.0,
         request=REQUEST,
-        served=SERVED,
+        served=STATUS,
         attached=False,
     )
 

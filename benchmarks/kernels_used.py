@@ -73,7 +73,7 @@ def run(use: Use, invariant: bool, device: torch.device) -> None:
             frames = frozenset({0, 1} if seed == 0 else ())
             engine.submit(Request(seed, seed, table, frames=frames, wants_floats=seed == 0))
         engine.step()
-        runner.slots.resume(0, 0, table, 1, runner.slots.park(0))
+        runner.slots.resume(0, 0, table, 1, runner.slots.save(0))
         engine.cancel(0)
         while engine.busy:
             engine.step()

@@ -1,4 +1,4 @@
-"""What being watched costs a server, what a viewer who never reads costs the others, and how right an ETA is."""
+"""What being watched costs a server, what a subscriber that never reads costs the others, and how right an ETA is."""
 
 import asyncio
 import json
@@ -24,9 +24,9 @@ MIXTURE = (50, 50, 50, 50, 100, 100, 100, 250, 250, 500)  # steps, as benchmarks
 async def watch(url: str, request: dict[str, Any]) -> list[tuple[float, float]]:
     """Makes a job and reads all that is sent. -> (when, seconds left as told), and (when it ended, 0) last."""
     told = []
-    async with connect(f"{url.replace('http', 'ws', 1)}/generate/stream", compression=None) as viewer:
-        await viewer.send(json.dumps(request))
-        async for message in viewer:
+    async with connect(f"{url.replace('http', 'ws', 1)}/generate/stream", compression=None) as subscriber:
+        await subscriber.send(json.dumps(request))
+        async for message in subscriber:
             if isinstance(message, str):
                 heard = json.loads(message)
                 if "eta_s" in heard:
@@ -58,26 +58,26 @@ def what_watching_costs(url: str) -> Iterator[Measure]:
 
 
 def stall(url: str, job: str) -> socket.socket:
-    """A viewer who never reads."""
+    """A subscriber that never reads."""
     host, _, port = url.removeprefix("http://").partition(":")
-    viewer = socket.socket()
-    viewer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    viewer.connect((host, int(port)))
+    subscriber = socket.socket()
+    subscriber.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    subscriber.connect((host, int(port)))
     head = f"GET /jobs/{job}/stream HTTP/1.1\r\nhost: x\r\nupgrade: websocket\r\nconnection: upgrade\r\n"
     key = "sec-websocket-version: 13\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
-    viewer.sendall((head + key).encode())
-    return viewer
+    subscriber.sendall((head + key).encode())
+    return subscriber
 
 
-def what_a_stalled_viewer_costs(url: str) -> Iterator[Measure]:
-    """A job of 64 pictures with every frame of both kinds, read by one viewer, with and without one who never reads."""
+def what_a_stalled_subscriber_costs(url: str) -> Iterator[Measure]:
+    """A job of 64 pictures with every frame of both kinds, read by one subscriber, with and without one that stalls."""
     request = {"n": 64, "steps": 10, "frames": {"every": 1, "kind": "both"}}
 
     async def job(stalled: int) -> None:
-        async with connect(f"{url.replace('http', 'ws', 1)}/generate/stream", compression=None) as viewer:
-            await viewer.send(json.dumps(request))
+        async with connect(f"{url.replace('http', 'ws', 1)}/generate/stream", compression=None) as subscriber:
+            await subscriber.send(json.dumps(request))
             lazy: list[socket.socket] = []
-            async for message in viewer:
+            async for message in subscriber:
                 if stalled and not lazy and isinstance(message, str):
                     lazy = [stall(url, json.loads(message)["job"]) for _ in range(stalled)]
             for each in lazy:
@@ -115,5 +115,5 @@ def measures(device: torch.device, digits: Path) -> Iterator[Measure]:
     """Everything this file measures."""
     with a_server(digits, SLOTS, device) as url:
         yield from what_watching_costs(url)
-        yield from what_a_stalled_viewer_costs(url)
+        yield from what_a_stalled_subscriber_costs(url)
         yield from how_right_an_eta_is(url)

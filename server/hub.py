@@ -5,7 +5,6 @@ without asking the hub; a branch or tag is looked up at every start, or served a
 `snapshot_download` would do less: its listing has no timeout, and it checks no digests.
 """
 
-import hashlib
 import logging
 import re
 from contextlib import suppress
@@ -18,6 +17,7 @@ from huggingface_hub.hf_api import RepoSibling
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from model.checkpoint.card import ModelCard, Source, read_card, shard_names, weights_names
+from model.digests import file_digest
 from model.errors import ModelRefused
 from model.options import MAX_CONFIG_BYTES, read_json
 
@@ -119,11 +119,8 @@ def _fetch_file(id: str, revision: str, commit: str, file: RepoSibling) -> Path:
         raise _answered(id, revision, error) or failed from error
     if commit not in path.parts:
         raise ModelRefused(f"{id}: {revision} was changed while it was fetched; start again")
-    if file.lfs is not None:
-        with path.open("rb") as data:
-            digest = hashlib.file_digest(data, "sha256").hexdigest()
-        if digest != file.lfs.sha256:
-            path.resolve().unlink()
-            path.unlink()
-            raise ModelRefused(f"{id}: {file.rfilename} is not what the hub says it is, and was thrown away")
+    if file.lfs is not None and file_digest(path) != file.lfs.sha256:
+        path.resolve().unlink()
+        path.unlink()
+        raise ModelRefused(f"{id}: {file.rfilename} is not what the hub says it is, and was thrown away")
     return path

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 TESTS = sorted(f"tests.model.{path.stem}" for path in (ROOT / "tests" / "model").glob("test_*.py"))
 MEASURED = [f"benchmarks.{name}" for name in ("__main__", "contenders", "convolutions", "exactness", "streams")]
 STAGES = sorted(f"benchmarks.gpu.{path.stem}" for path in (ROOT / "benchmarks" / "gpu").glob("[!_]*.py"))
-SERVED = ["server.web.app", "server.cli.serve", "server.worker.main", "server.hub"]
+SERVER = ["server.web.app", "server.cli.serve", "server.worker.main", "server.hub"]
 IMPORT = """
 import importlib.util, sys
 from importlib.metadata import packages_distributions
@@ -60,14 +60,14 @@ def import_with(packages: Iterable[str], modules: Sequence[str]) -> str:
 def test_server_benchmarks_and_tests_import_nothing_but_what_is_given_along_and_torch() -> None:
     packages = lacking([*listed(), *THERE], installed, present(None)) + list(present(None))
 
-    assert import_with(packages, [*SERVED, *MEASURED, *STAGES, *TESTS, "pytest_timeout", "xdist.plugin"]) == ""
+    assert import_with(packages, [*SERVER, *MEASURED, *STAGES, *TESTS, "pytest_timeout", "xdist.plugin"]) == ""
 
 
 def test_a_package_that_only_another_one_imports_is_missed() -> None:
     packages = {*lacking([*listed(), *THERE], installed, present(None)), *present(None)}
 
     assert (
-        import_with(packages - {"opentelemetry-api"}, SERVED) == "ModuleNotFoundError: No module named 'opentelemetry'"
+        import_with(packages - {"opentelemetry-api"}, SERVER) == "ModuleNotFoundError: No module named 'opentelemetry'"
     )
 
 

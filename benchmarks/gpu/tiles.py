@@ -1,5 +1,5 @@
-"""Stage tiles: what tiles of each shape and walks in so many ranges cost, layer by layer, and what is gained by kernels
-that start early: the numbers that `model.kernels.conv` should choose by.
+"""Stage tiles: what tiles of each shape and reductions in so many ranges cost, layer by layer, and what is gained by
+kernels that start early: the numbers that `model.kernels.conv` should choose by.
 """
 
 import time
@@ -59,7 +59,7 @@ def _convolutions(model: Model) -> list[tuple[Kind, Conv]]:
 
 
 def _sources(kind: Kind, conv: Conv) -> tuple[int, ...]:
-    """The channels that its walk goes through, source by source."""
+    """The channels that its reduction goes through, source by source."""
     projected = kind.given.added if kind.given.shortcut is not None else ()
     return (conv.in_channels, *(each.shape[1] for each in projected))
 
@@ -78,12 +78,12 @@ def choices(setting: Setting, net: Callable[[Setting], Path], batches: Sequence[
     model = _model(setting, net)
     for kind, conv in _convolutions(model):
         pixels, number_bytes = _pixels(kind, conv), model.table.element_size()
-        path = kernels.walk(_sources(kind, conv), conv.out_channels, pixels, conv.kernel_size[0], number_bytes)
+        order = kernels.reduction(_sources(kind, conv), conv.out_channels, pixels, conv.kernel_size[0], number_bytes)
         for batch in batches:
             rows, room = batch * pixels, shared_bytes(model.table.device)
-            cut = kernels.tile(rows, conv.out_channels, path, number_bytes, room)
-            programs = -(-rows // cut.pixels) * -(-conv.out_channels // cut.channels) * path.splits
-            more = {"tile": f"{cut.pixels} x {cut.channels}", "splits": path.splits, "depth": path.depth}
+            cut = kernels.tile(rows, conv.out_channels, order, number_bytes, room)
+            programs = -(-rows // cut.pixels) * -(-conv.out_channels // cut.channels) * order.splits
+            more = {"tile": f"{cut.pixels} x {cut.channels}", "splits": order.splits, "depth": order.depth}
             yield Fact(f"{name_of(kind)}, batch {batch}", programs, "programs", more=more)
 
 
@@ -140,8 +140,8 @@ def each_way(setting: Setting, net: Callable[[Setting], Path], batches: Sequence
         for shape, ranges in product(kernels.HALF, splits):
             if shape.channels > max(16, conv.out_channels) or setting.left_s < KEPT_S:
                 continue
-            path = kernels.Walk(64, ranges)
-            with patch.multiple(kernels, walk=lambda *_, p=path: p, tile=lambda *_, s=shape: s):
+            order = kernels.Reduction(64, ranges)
+            with patch.multiple(kernels, reduction=lambda *_, o=order: o, tile=lambda *_, s=shape: s):
                 began = time.perf_counter()
                 took = [round(microseconds(partial(kind.call, each), device), 2) for each in given]
             how = f"{shape.pixels} x {shape.channels}, {ranges} ranges"

@@ -12,8 +12,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import get_args
 
+from model.digests import file_digest
 from model.errors import ModelRefused
-from model.fingerprint import file_digest
 from model.nets.config import architecture
 from model.nets.lucidrains_config import LUCIDRAINS, AnyArchitecture, lucidrains_architecture
 from model.options import MAX_CONFIG_BYTES, Json, Options, read_json, require_file

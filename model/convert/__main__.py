@@ -21,8 +21,8 @@ from model.checkpoint.load import load_model
 from model.convert import directories, formats
 from model.convert.protocol import Converted, Options
 from model.convert.sources import read_state
+from model.digests import file_digest
 from model.errors import ModelRefused
-from model.fingerprint import file_digest
 from model.sampling.schedule import BY_NAME, Prediction
 
 EXIT_FAILED, EXIT_MODEL_REFUSED = 1, 3

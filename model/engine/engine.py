@@ -124,13 +124,13 @@ class Engine:
             return
         slots, new = self.runner.slots, self.scheduler.admit()
         while (preemption := self.scheduler.preempt()) is not None:
-            preemption.preempted.parked = slots.park(preemption.slot)
+            preemption.preempted.saved = slots.save(preemption.slot)
             new.append(preemption.seated)
-        slots.seat_all([self._seating(sample) for sample in new if sample.parked is None])
+        slots.seat_all([self._seating(sample) for sample in new if sample.saved is None])
         for sample in new:
-            if sample.parked is not None:
-                slots.resume(sample.seat, sample.request.seed, sample.request.plan, sample.step, sample.parked)
-                sample.parked = None
+            if sample.saved is not None:
+                slots.resume(sample.seat, sample.request.seed, sample.request.plan, sample.step, sample.saved)
+                sample.saved = None
         self._readout.copy([sample for sample in new if sample.step == 0 and 0 in sample.request.frames], [])
 
     def _seating(self, sample: Sample) -> Seating:

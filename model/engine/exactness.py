@@ -5,8 +5,8 @@ from collections.abc import Callable, Generator
 import torch
 from torch import Tensor
 
+from model.digests import short_digest
 from model.engine.slots import Slots
-from model.fingerprint import fingerprint
 from model.sampling.noise import gaussian
 from model.sampling.plan import COLUMNS, C, K
 
@@ -56,7 +56,7 @@ def find_exact(
 
     step: makes one denoising step of the first slots, given their number
     -> the buckets in which each sample has the bits it has in the largest one, in any slot and beside any others; and
-    the fingerprint of those bits, which is the same at another start only if it computes alike
+    the digest of those bits, which is the same at another start only if it computes alike
     """
     generator = torch.Generator().manual_seed(0)
     trial, exact = _Trial(slots, T, step, generator), list[int]()
@@ -70,4 +70,4 @@ def find_exact(
         if agree:
             exact.append(bucket)
     trial.clear()
-    return exact, fingerprint(expected.cpu().numpy().tobytes())
+    return exact, short_digest(expected.cpu().numpy().tobytes())

@@ -63,7 +63,7 @@ def cpu_bytes(arch: AnyArchitecture, parameters: int, slots: int, dtype: torch.d
 
 
 def batch_bytes(slots: Slots) -> int:
-    """What the slots take, twice: for parked states, and for the plans' rows on a GPU."""
+    """What the slots take, twice: for saved states, and for the plans' rows on a GPU."""
     return 2 * sum(
         tensor.numel() * tensor.element_size() for tensor in vars(slots).values() if isinstance(tensor, Tensor)
     )

@@ -48,8 +48,8 @@ def within_memory(batch: Batch, work: Callable[[], None]) -> None:
     else:
         _restart(batch, seated)
     for sample in batch.samples.values():
-        if sample.step and sample.slot is None and sample.parked is None and not sample.leaving:
-            sample.restart()  # memory ran out while it was being parked, and its state was lost
+        if sample.step and sample.slot is None and sample.saved is None and not sample.leaving:
+            sample.restart()  # memory ran out while its state was being saved, and was lost
     if batch.runner.device.type == "cuda":
         torch.cuda.empty_cache()
 

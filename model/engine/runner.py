@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from model.checkpoint.load import Model
+from model.digests import short_digest
 from model.engine.exactness import find_exact, noise_bytes
 from model.engine.readout import warm_up
 from model.engine.slots import Slots
 from model.engine.step import denoise
-from model.fingerprint import fingerprint
 from model.kernels.gpu import prepare_gpu
 from model.nets.build import Net
 from model.nets.cpu import CpuNet
@@ -67,7 +67,7 @@ class Runner:
             self.buckets = sorted({*buckets, slots}) if buckets else usual_buckets(slots)
         self.exact_buckets: list[int] = []  # in which a picture's bits are always the same
         self.admitted: list[int] = []  # that are used
-        self.bits = ""  # fingerprint of what the check computed, where something is promised
+        self.bits = ""  # digest of what the check computed, where something is promised
         self.chosen: Chosen | None = None  # on a GPU that promises something
         self.note: str | None = None  # a sentence about the promise, or about the net
         self._promises = exact
@@ -80,7 +80,7 @@ class Runner:
         if not isinstance(net, CpuNet):
             yield from self._prepare_layers(net)
         elif self._promises:
-            self.exact_buckets, self.bits = self.buckets, fingerprint(net.bits.encode(), noise_bytes(self.slots.shape))
+            self.exact_buckets, self.bits = self.buckets, short_digest(net.bits.encode(), noise_bytes(self.slots.shape))
         # A full batch needs a bucket, even one that promises nothing.
         self.admitted = sorted({*self.exact_buckets, self.slots.capacity}) if self._promises else self.buckets
         self.note = self._note()

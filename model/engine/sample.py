@@ -3,13 +3,13 @@
 from dataclasses import dataclass, field
 
 from model.engine.events import Request
-from model.engine.slots import Parked
+from model.engine.slots import SavedState
 from model.sampling.noise import TorchNoise
 
 
 @dataclass(slots=True, eq=False)
 class Sample:
-    """A request that has not ended. It waits, is seated in a slot, perhaps is parked, and is then copied out."""
+    """A request that has not ended. It waits, is seated in a slot, perhaps is preempted, and is then copied out."""
 
     request: Request
     rank: float = field(init=False)
@@ -19,7 +19,7 @@ class Sample:
     slot: int | None = field(init=False, default=None)
     arrival: int = field(init=False, default=-1)  # the scheduler's
     step: int = field(init=False, default=0)  # updates done; the device's cursor equals it, and is never read
-    parked: Parked | None = field(init=False, default=None)  # its state, if it was preempted
+    saved: SavedState | None = field(init=False, default=None)  # its state, if it was preempted
     leaving: bool = field(init=False, default=False)  # finished, but still being copied off the device
 
     def __post_init__(self) -> None:
@@ -44,4 +44,4 @@ class Sample:
 
     def restart(self) -> None:
         """Forgets all progress: the sample begins with the noise of its seed again, and comes to the same bytes."""
-        self.step, self.source, self.parked = 0, None, None
+        self.step, self.source, self.saved = 0, None, None

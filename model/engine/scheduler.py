@@ -5,8 +5,8 @@ seats) is balanced over time, in image-steps. Among the samples of one owner the
 minute of its arrival, less its priority. So priority counts, and a minute of waiting is worth one more. Ties are broken
 by the remaining steps, fewest first: the longest sample there is counts as if it had arrived a minute later.
 
-Where no slot is free, a waiting sample preempts the seated one of highest rank. A parked state costs memory, so at any
-time at most as many samples are parked as there are slots, and one for each owner.
+Where no slot is free, a waiting sample preempts the seated one of highest rank. A saved state costs memory, so at any
+time at most as many samples are preempted as there are slots, and one for each owner.
 """
 
 import heapq
@@ -92,7 +92,7 @@ class Scheduler(Generic[S]):
     seated: list[S] = field(init=False, default_factory=list)  # seated[i].slot == i, always
     waiting: int = field(init=False, default=0)
     _shares: dict[str, _Share[S]] = field(init=False, default_factory=dict)  # by owner
-    _preempted: set[int] = field(init=False, default_factory=set)  # arrivals of the waiting samples that are parked
+    _preempted: set[int] = field(init=False, default_factory=set)  # arrivals of the waiting samples that are preempted
     _arrivals: int = field(init=False, default=0)
     _changed: bool = field(init=False, default=False)  # whether a sample was added since `preempt` returned None
 

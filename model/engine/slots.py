@@ -32,7 +32,7 @@ class Seating:
 
 
 @dataclass(frozen=True, slots=True)
-class Parked:
+class SavedState:
     """The state of a preempted picture, without its plan."""
 
     pictures: Tensor  # [3, C, H, W] x, x0, given
@@ -172,19 +172,19 @@ class Slots:
         ]
         kernels.seat(send(orders, self.device), pictures, self.plans.rows, self._state, self._columns)
 
-    def park(self, slot: int) -> Parked:
+    def save(self, slot: int) -> SavedState:
         """A copy of the state of a picture that is preempted, for `resume`."""
-        return Parked(torch.stack([self.x[slot], self.x0[slot], self.given[slot]]), self.ahead[slot].clone())
+        return SavedState(torch.stack([self.x[slot], self.x0[slot], self.given[slot]]), self.ahead[slot].clone())
 
-    def resume(self, slot: int, seed: int, plan: Plan, step: int, parked: Parked) -> None:
-        """Writes a parked picture that has had `step` updates to any slot."""
-        seating = Seating(slot, seed, plan, parked.pictures[0])
+    def resume(self, slot: int, seed: int, plan: Plan, step: int, saved: SavedState) -> None:
+        """Writes a preempted picture that has had `step` updates to any slot."""
+        seating = Seating(slot, seed, plan, saved.pictures[0])
         if self.by_kernels:
-            return self._seat_by_kernel([seating], step, parked.pictures[None])
-        self._seat(seating, parked.pictures[0])
-        self.x0[slot].copy_(parked.pictures[1])
-        self.given[slot].copy_(parked.pictures[2])
-        self.ahead[slot].copy_(parked.ahead)
+            return self._seat_by_kernel([seating], step, saved.pictures[None])
+        self._seat(seating, saved.pictures[0])
+        self.x0[slot].copy_(saved.pictures[1])
+        self.given[slot].copy_(saved.pictures[2])
+        self.ahead[slot].copy_(saved.ahead)
         self.cursor[slot] = step
 
     def vacate(self, slot: int, successor: int | None) -> None:

@@ -1,4 +1,4 @@
-"""The hot loop: one denoising step of a batch as a function of its slots, which a GPU captures as a CUDA graph.
+"""One denoising step of a batch as a function of its slots, which a GPU captures as a CUDA graph.
 
 `model.sampling.plan` explains the letters. Nothing here reads the host, branches on a request or allocates per sample.
 """

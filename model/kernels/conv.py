@@ -1,14 +1,14 @@
 """A convolution on a GPU as one matrix product, in which a picture's bits do not depend on the batch.
 
 The result is a matrix with a row for each pixel of each picture and a column for each channel. A program computes a
-tile of it: it walks along the product's third dimension, tap by tap and, in each tap, through the channels, always in
-the same order. The number of ranges of a split walk and the depth of a step follow from the layer alone (`walk`), where
-a library chooses by the whole problem; the bits depend on nothing else. The size of the tiles follows from the batch as
-well (`tile`): small ones share a few pictures among more programs, large ones reuse more of what they read. A trial at
-the start shows, layer by layer, whether tiles of two sizes give the same bits (`model.nets.exact`); if not, one size
-serves every batch. The ranges of a split walk are added up in order by a second kernel, or by the norm behind it
-(`model.kernels.norm`). There are no atomics. `model.nets.convolution` has in plain torch what it computes. Importing
-this module imports Triton.
+tile of it: it goes along the product's third dimension, tap by tap and, in each tap, through the channels, always in
+the same order. Into how many ranges this reduction is split, and how deep a step is, follow from the layer alone
+(`reduction`), where a library chooses by the whole problem; the bits depend on nothing else. The size of the tiles
+follows from the batch as well (`tile`): small ones share a few pictures among more programs, large ones reuse more of
+what they read. A trial at the start shows, layer by layer, whether tiles of two sizes give the same bits
+(`model.nets.exact`); if not, one size serves every batch. The ranges of a split reduction are added up in order by a
+second kernel, or by the norm behind it (`model.kernels.norm`). There are no atomics. `model.nets.convolution` has in
+plain torch what it computes. Importing this module imports Triton.
 """
 
 # A tensor that is None and all UPPERCASE arguments are constants of the compilation. Numbers that grow with the batch
@@ -25,9 +25,9 @@ from torch import Tensor
 
 from model.kernels.launch import dependent, ready, shared_bytes
 
-KNEE = 8  # pictures in the batch for which walks are split and pinned tiles are chosen
+KNEE = 8  # pictures in the batch for which reductions are split and pinned tiles are chosen
 PROGRAMS = 128  # about the number of a large GPU's multiprocessors: with fewer, some of them are idle
-FEW_PIXELS = 64  # up to which the walk is split, since there would be too few tiles
+FEW_PIXELS = 64  # up to which the reduction is split, since there would be too few tiles
 DEEP = 8  # the least steps in a range: adding ranges up costs as much as several steps
 MOST_SPLITS = 8
 MOST_BY_PIECES = 32 << 10  # the most bytes of a step that are not fetched 16 at a time
@@ -58,7 +58,7 @@ FULL = (Tile(64, 64, 4, 4), Tile(64, 32, 4, 4))  # without matrix units, registe
 
 
 @dataclass(frozen=True, slots=True)
-class Walk:
+class Reduction:
     """The order in which a layer's products are added up. depth: channels in one step; splits: ranges of steps
 
     lines: whether each pixel's channels can be fetched 16 bytes at a time; if not, large tiles lack registers
@@ -70,29 +70,29 @@ class Walk:
 
 
 @cache
-def walk(sources: tuple[int, ...], outs: int, pixels: int, size: int, number_bytes: int) -> Walk:
-    """The walk of a layer with a result of so many pixels: by a kernel of size x size through the channels of the first
-    source, and through those of the others at the pixel itself."""
+def reduction(sources: tuple[int, ...], outs: int, pixels: int, size: int, number_bytes: int) -> Reduction:
+    """The reduction of a layer with a result of so many pixels: by a kernel of size x size through the channels of the
+    first source, and through those of the others at the pixel itself."""
     half = number_bytes == 2
     depth = max(16, min(64 if half else 16, triton.next_power_of_2(sources[0])))
     steps = (size * size - 1) * triton.cdiv(sources[0], depth) + sum(triton.cdiv(each, depth) for each in sources)
     programs, splits = triton.cdiv(KNEE * pixels, 64) * triton.cdiv(outs, 64), 1
     while pixels <= FEW_PIXELS and programs * splits < PROGRAMS and steps >= 2 * splits * DEEP and splits < MOST_SPLITS:
         splits *= 2
-    return Walk(depth, splits, lines=all(each * number_bytes % 16 == 0 for each in sources))
+    return Reduction(depth, splits, lines=all(each * number_bytes % 16 == 0 for each in sources))
 
 
 @cache
-def tile(rows: int, outs: int, path: Walk, number_bytes: int, room: int) -> Tile:
+def tile(rows: int, outs: int, order: Reduction, number_bytes: int, room: int) -> Tile:
     """The largest tile with which a result of so many rows has enough programs, or the smallest. None is wider than the
     result, or takes more than `room` bytes of shared memory."""
     wide = max(16, triton.next_power_of_2(outs))
     shapes = HALF if number_bytes == 2 else FULL
     smallest = replace(shapes[-1], channels=min(shapes[-1].channels, wide))
     for shape in shapes:
-        step = (shape.pixels + shape.channels) * path.depth * number_bytes
-        programs = triton.cdiv(rows, shape.pixels) * triton.cdiv(outs, shape.channels) * path.splits
-        fits = shape.channels <= wide and step * shape.stages <= room and (path.lines or step <= MOST_BY_PIECES)
+        step = (shape.pixels + shape.channels) * order.depth * number_bytes
+        programs = triton.cdiv(rows, shape.pixels) * triton.cdiv(outs, shape.channels) * order.splits
+        fits = shape.channels <= wide and step * shape.stages <= room and (order.lines or step <= MOST_BY_PIECES)
         if fits and programs >= PROGRAMS:
             return shape
     return smallest
@@ -103,7 +103,7 @@ def _through(
     total, source, weights, row, exists, known, first, stop,
     CHANNELS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """The part of a walk that goes through a source's channels at the pixel itself. source: [rows, CHANNELS]"""
+    """The part of a reduction that goes through a source's channels at the pixel itself. source: [rows, CHANNELS]"""
     for step in range(first, stop):
         channel = step * DEPTH + tl.arange(0, DEPTH)
         inside, there = exists[:, None], known[None, :]
@@ -122,7 +122,7 @@ def _convolve(
     SIZE: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, TIMES: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, SPLITS: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """One tile of the result, or, of a split walk, one range's terms of it. weight: [outs, SIZE, SIZE, CHANNELS]
+    """One tile of the result, or, of a split reduction, one range's terms of it. weight: [outs, SIZE, SIZE, CHANNELS]
 
     second, third: [rows, SECOND] and [rows, THIRD], or None; projection: [outs, SECOND + THIRD]
     """
@@ -184,7 +184,7 @@ def _convolve(
 def _add_up(
     parts, bias, add, out, rows, outs, SPLITS: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr
 ):  # fmt: skip
-    """Adds up the ranges of a split walk in order, the bias and `add`. parts: [SPLITS, rows, outs]"""
+    """Adds up the ranges of a split reduction in order, the bias and `add`. parts: [SPLITS, rows, outs]"""
     start, size = tl.program_id(0).to(tl.int64) * BLOCK, rows.to(tl.int64) * outs
     offset = tl.arange(0, BLOCK)
     inside = offset < size - start
@@ -222,29 +222,29 @@ def convolve(
     projection: [out, sum of channels, 1, 1] of one or two sources, [B, channels, H', W'] each -> [B, out, H', W']
 
     pinned: with tiles of one size for any batch
-    whole: if false and the walk is split, the ranges' terms in float32, without bias -> [S, B, out, H', W']
+    whole: if false and the reduction is split, the ranges' terms in float32, without bias -> [S, B, out, H', W']
     """
     (B, C, H, W), (outs, _, size, _) = x.shape, weight.shape
     height, width = ((times * side + 2 * padding + below - size) // stride + 1 for side in (H, W))
     channels, rows = [source.shape[1] for source in sources] + [0, 0], B * height * width
-    path = walk((C, *channels[: len(sources)]), outs, height * width, size, x.element_size())
-    cut = tile(KNEE * height * width if pinned else rows, outs, path, x.element_size(), shared_bytes(x.device))
+    order = reduction((C, *channels[: len(sources)]), outs, height * width, size, x.element_size())
+    cut = tile(KNEE * height * width if pinned else rows, outs, order, x.element_size(), shared_bytes(x.device))
     shape = (B, outs, height, width)
     out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     matrix = weight.permute(0, 2, 3, 1).contiguous()  # which copies nothing if it is channels-last
     pictures = (*sources, None, None)[:2]
-    grid = (triton.cdiv(rows, cut.pixels) * triton.cdiv(outs, cut.channels), path.splits)
+    grid = (triton.cdiv(rows, cut.pixels) * triton.cdiv(outs, cut.channels), order.splits)
     shapes = (rows, H, W, height * width, width, outs)
     kind = {"CHANNELS": C, "SECOND": channels[0], "THIRD": channels[1], "SIZE": size, "STRIDE": stride}
-    kind |= {"PADDING": padding, "TIMES": times, "ROWS": cut.pixels, "COLUMNS": cut.channels, "DEPTH": path.depth}
-    kind |= {"SPLITS": path.splits, "num_warps": cut.warps, "num_stages": cut.stages} | dependent(x.device)
-    if path.splits == 1:
+    kind |= {"PADDING": padding, "TIMES": times, "ROWS": cut.pixels, "COLUMNS": cut.channels, "DEPTH": order.depth}
+    kind |= {"SPLITS": order.splits, "num_warps": cut.warps, "num_stages": cut.stages} | dependent(x.device)
+    if order.splits == 1:
         _convolve[grid](x, matrix, bias, add, *pictures, projection, out, *shapes, **kind)
         return out
-    parts = torch.empty(path.splits, rows, outs, dtype=torch.float32, device=x.device)
+    parts = torch.empty(order.splits, rows, outs, dtype=torch.float32, device=x.device)
     _convolve[grid](x, matrix, None, None, *pictures, projection, parts, *shapes, **kind)
     if not whole:
-        return parts.view(path.splits, B, height, width, outs).permute(0, 1, 4, 2, 3)
-    kind = {"SPLITS": path.splits, "BLOCK": BLOCK} | dependent(x.device)
+        return parts.view(order.splits, B, height, width, outs).permute(0, 1, 4, 2, 3)
+    kind = {"SPLITS": order.splits, "BLOCK": BLOCK} | dependent(x.device)
     _add_up[(triton.cdiv(out.numel(), BLOCK),)](parts, bias, add, out, rows, outs, **kind)
     return out

@@ -55,7 +55,7 @@ def _seat(
 def seat(
     orders: Tensor, pictures: Tensor | None, tables: Tensor, state: tuple[Tensor, ...], columns: tuple[Tensor, ...]
 ) -> None:
-    """Writes new or parked pictures to cleared slots.
+    """Writes new or preempted pictures to cleared slots.
 
     orders: [n, 6] int64, pictures: [m, 1 or 3, C, H, W], tables: [R, 11], state: x, x0, given [B, C, H, W] and
     rows [B, S + 1, 11], columns: cursor, last, seed [B]

@@ -16,8 +16,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from model.digests import short_digest
 from model.errors import attempt
-from model.fingerprint import fingerprint
 from model.nets.activations import size_bytes, sizes_up_to
 from model.nets.build import Net
 from model.nets.lucidrains_config import AnyArchitecture
@@ -170,7 +170,7 @@ class CpuNet:
         program, given = compile_net(shape, 1, self.dtype), self._test_inputs(1, shape)
         run = program()
         self._test_result = run(*given).clone()
-        self.bits = fingerprint(self._test_result.numpy().tobytes())  # other machines may compute others
+        self.bits = short_digest(self._test_result.numpy().tobytes())  # other machines may compute others
         began = time.perf_counter()
         run(*given)
         smaller = math.prod(shape) / math.prod(self.arch.shape)

@@ -75,7 +75,8 @@ def timesteps(T: int, steps: int, spacing: Spacing) -> IntArray:
 class Walk:
     """The coefficients of samplers along chosen noise levels, from noise down to the picture.
 
-    Letters are those of the seed article; `_next` is the level after a step (0 after the last). All arrays are [steps].
+    Letters are those of Su's article (kexue.fm/archives/9119); `_next` is the level after a step (0 after the last).
+    All arrays are [steps].
     """
 
     def __init__(self, process: Process, t: IntArray) -> None:
@@ -111,7 +112,7 @@ def ddpm(walk: Walk, rows: FloatArray, choice: Sampling) -> None:
 
 
 def greedy(walk: Walk, rows: FloatArray, choice: Sampling) -> None:
-    """The seed article's eq. 16: the mean of `ddpm`, without noise. It tends to the mean of the data: low diversity."""
+    """Su's eq. 16: the mean of `ddpm`, without noise. It tends to the mean of the data: low diversity."""
     weight = -walk.beta_squared / (walk.alpha * walk.beta_bar)
     rows[:, N] = 1 / walk.alpha + weight * walk.eps_x
     rows[:, E] = weight * walk.eps_out

@@ -1,4 +1,4 @@
-"""Noise schedules as frozen float64 tables, in the notation of the seed article.
+"""Noise schedules as frozen float64 tables, in the notation of Su Jianlin's article (kexue.fm/archives/9119).
 
 Taking a picture apart, t = 0 (clean) ... T (noise):
 
@@ -48,7 +48,7 @@ def linear(T: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> N
 
 
 def seed_article(T: int = 1000) -> NoiseSchedule:
-    """alpha_t = sqrt(1 - 0.02 t / T), the seed article's eq. 18: `linear` from 0.02 / T to 0.02."""
+    """alpha_t = sqrt(1 - 0.02 t / T), Su's eq. 18 (kexue.fm/archives/9119): `linear` from 0.02 / T to 0.02."""
     return linear(T, 0.02 / T, 0.02)
 
 

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, distributed
 
 from model.checkpoint.load import read_header
+from model.digests import file_digest
 from model.errors import ModelRefused
-from model.fingerprint import file_digest
 from model.nets.config import Architecture
 from model.nets.unet import UNet
 from model.sampling.schedule import NoiseSchedule

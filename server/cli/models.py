@@ -39,7 +39,7 @@ def _row(model: Document) -> tuple[str, ...]:
 
 
 def _local_rows() -> list[tuple[str, ...]]:
-    from server.models import find_models
+    from server.catalog import find_models
     from server.settings import Settings
 
     rows: list[tuple[str, ...]] = []

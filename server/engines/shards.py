@@ -12,7 +12,7 @@ from server.engines.backend import Backend, Progress, Restarting, SampleEvent
 from server.engines.shares import steps_before
 from server.worker.messages import ModelStatus, Spec
 
-LOADS = 4.0  # a load counts as so many times its seconds, since others wait for it too
+LOAD_WEIGHT = 4.0  # a load counts as so many times its seconds, since others wait for it too
 UNKNOWN_S = 1e-3  # of an image-step, before one was seen
 
 News: TypeAlias = "asyncio.Queue[tuple[Shard, SampleEvent | BaseException]]"
@@ -87,7 +87,7 @@ def offers_of(engines: Mapping[Backend, ModelStatus], spec: Spec, shards: Collec
         offer = Offer(
             engine=engine,
             status=status,
-            load_s=0.0 if engine in loaded else LOADS * engine.load_s(spec.model),
+            load_s=0.0 if engine in loaded else LOAD_WEIGHT * engine.load_s(spec.model),
             image_step_s=times[-1] / (len(times) - 1) or UNKNOWN_S,
             own=own,
             others=work[engine].values(),

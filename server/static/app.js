@@ -1,4 +1,4 @@
-// The viewer page. It uses the same public API as everybody; no build step, no framework.
+// The page. It uses the same public API as everybody; no build step, no framework.
 
 import { Refused, ask, sentence, submit, wait } from "./api.js";
 import * as form from "./form.js";

@@ -8,9 +8,9 @@ function fill(select, words, chosen) {
 }
 
 /** What `GET /models` answers; it may say which model is the default, and how many pictures there may be. */
-export function offer({ models: served, default: preferred, max_n = form.n.max }) {
+export function offer({ models: listed, default: preferred, max_n = form.n.max }) {
   const first = models.length === 0;
-  models = served;
+  models = listed;
   fill(form.model, models.map((model) => model.name), form.model.value || preferred || models[0]?.name);
   form.n.max = max_n;
   if (first) form.n.value = Math.min(form.n.value, max_n);

@@ -22,7 +22,7 @@ class ImageRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
-    """A job as it is on disk. request, served, steps and error are JSON."""
+    """A job as it is on disk. request, served (a ModelStatus), steps and error are JSON."""
 
     id: str
     owner: str | None

@@ -12,12 +12,12 @@ from starlette.staticfiles import StaticFiles
 
 from model.errors import PlanError
 from server import __version__
+from server.catalog import find_models
 from server.engines.backend import Backend
 from server.engines.build import build
 from server.errors import Problem, ServerError, SettingsError, StorageFull, problem
 from server.jobs.service import JobService
 from server.metrics import Metrics
-from server.models import find_models
 from server.settings import Settings
 from server.store.store import Store
 from server.web import generate, info, jobs, openai, openapi, watch

@@ -24,7 +24,7 @@ SUBPROTOCOL = "ddpm.key."  # prefix of the subprotocol in which a browser's webs
 SAME_FOR_ALL = "a valid key is needed, as Authorization: Bearer KEY"  # for a missing, an ill-formed and a wrong key
 
 
-def fingerprint(key: bytes) -> bytes:
+def hash_of_key(key: bytes) -> bytes:
     """The hash of a key. Keys are random, so a fast hash is enough."""
     return hashlib.sha256(key).digest()
 
@@ -32,7 +32,7 @@ def fingerprint(key: bytes) -> bytes:
 def make_key(name: str, quota: int | None = None) -> tuple[str, str]:
     """A new key and its line for the file of keys. Raises SettingsError."""
     key = f"ddpm_{secrets.token_urlsafe(32)}"
-    line = f"{name}:{fingerprint(key.encode()).hex()}" + (f":{quota}" if quota is not None else "")
+    line = f"{name}:{hash_of_key(key.encode()).hex()}" + (f":{quota}" if quota is not None else "")
     if not LINE.fullmatch(line):
         raise SettingsError(f"a key's name must be {NAME.pattern}, its quota a positive number of image-steps")
     return key, line
@@ -46,7 +46,7 @@ class Keyring:
 
     def owner(self, key: bytes | None) -> Tenant:
         """The tenant of a key. Raises Unauthenticated. It compares with every key, so that its time reveals nothing."""
-        given, found = fingerprint((key or b"")[:MAX_KEY_BYTES]), None
+        given, found = hash_of_key((key or b"")[:MAX_KEY_BYTES]), None
         for digest, owner in self._owners:
             if hmac.compare_digest(given, digest):
                 found = owner
@@ -72,7 +72,7 @@ class Keyring:
             if (match := LINE.fullmatch(line.strip())) is None:
                 raise SettingsError(f"DDPM_API_KEYS: line {number} must be name:sha256 or name:sha256:quota")
             name, digest, quota = match.groups()
-            if bytes.fromhex(digest) == fingerprint(b""):
+            if bytes.fromhex(digest) == hash_of_key(b""):
                 raise SettingsError(f"DDPM_API_KEYS: line {number} has the hash of an empty key")
             owner = owners.setdefault(name, Tenant(name, Quota(int(quota)) if quota else None))
             if (owner.quota.capacity if owner.quota else None) != (int(quota) if quota else None):
@@ -86,7 +86,7 @@ class Keyring:
     @classmethod
     def of_one(cls, key: str) -> "Keyring":
         """A keyring of a single key."""
-        return cls([(fingerprint(key.encode()), Tenant("metrics"))])
+        return cls([(hash_of_key(key.encode()), Tenant("metrics"))])
 
 
 def offered(headers: Sequence[tuple[bytes, bytes]], subprotocols: Sequence[str] = ()) -> bytes | None:

@@ -26,12 +26,12 @@ STATIC = Path(__file__).parent.parent / "static"
 
 
 def _document(card: ModelCard, backend: Backend) -> dict[str, Any]:
-    served = backend.models.get(card.name)
+    status = backend.models.get(card.name)
     process, (channels, height, width) = card.process, card.shape
     variances = ["small", "large", "learned"] if process.learned_variance else ["small", "large"]
     return {
         "name": card.name,
-        "digest": served.digest if served is not None else None,
+        "digest": status.digest if status is not None else None,
         "source": asdict(card.source) if card.source is not None else None,
         "shape": {"channels": channels, "height": height, "width": width},
         "T": process.schedule.T,
@@ -42,8 +42,8 @@ def _document(card: ModelCard, backend: Backend) -> dict[str, Any]:
         "samplers": list(SAMPLERS),
         "variances": variances,
         "spacings": list(SPACINGS),
-        "loaded": served is not None and served.loaded,
-        "runs": asdict(served) if served is not None else None,
+        "loaded": status is not None and status.loaded,
+        "runs": asdict(status) if status is not None else None,
         "engines": [asdict(place[card.name]) if card.name in place else None for place in backend.replicas],
     }
 

@@ -2,16 +2,17 @@
 
 A model that is asked for is loaded as soon as there is room; of several, the one asked for first. Idle models make
 room, the least recently used first. If that is not enough, busy ones must leave too, the one that was loaded first. A
-model that must leave gets no new requests, and finishes those it has; but once its turn is over (TURN_S, or LOADS times
-what its load took, since it was loaded and another was waiting), it finishes only what is seated. The rest is asked for
-anew as soon as it is gone. So each model gets its turn, and at most a fraction of the time is spent on loading.
+model that must leave gets no new requests, and finishes those it has; but once its turn is over (TURN_S, or
+TURN_PER_LOAD times what its load took, since it was loaded and another was waiting), it finishes only what is seated.
+The rest is asked for anew as soon as it is gone. So each model gets its turn, and at most a fraction of the time is
+spent on loading.
 """
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
-TURN_S = 10.0
-LOADS = 4.0
+TURN_S = 10.0  # the shortest turn
+TURN_PER_LOAD = 4.0  # how many times as long as its load a turn lasts, if that is more than TURN_S
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +46,7 @@ class Eviction:
     def came(self, name: str, size_bytes: int, now: float, load_s: float) -> None:
         """Notes that a model is loaded, and what it takes."""
         self.wanted.pop(name, None)
-        self.here[name] = Stay(now, max(TURN_S, LOADS * load_s))
+        self.here[name] = Stay(now, max(TURN_S, TURN_PER_LOAD * load_s))
         self.sizes[name] = size_bytes
 
     def drop(self, name: str) -> None:

@@ -63,7 +63,7 @@ def test_nginx_lets_them_end_too() -> None:
     assert Settings.model_fields["drain_s"].default < seconds(shutdown[1]) < seconds(service["stop_grace_period"])
 
 
-def test_nginx_is_not_stopped_before_the_server_has_told_its_viewers() -> None:
+def test_nginx_is_not_stopped_before_the_server_has_told_its_subscribers() -> None:
     assert "depends_on" not in compose()["services"]["nginx"]
 
 

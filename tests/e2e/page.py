@@ -1,4 +1,4 @@
-"""The viewer page as a person has it: what it says, what it shows, what can be pressed."""
+"""The page as a person has it: what it says, what it shows, what can be pressed."""
 
 import base64
 from collections.abc import Callable

@@ -53,8 +53,8 @@ def test_a_model_of_every_format_is_served(tmp_path: Path, monkeypatch: pytest.M
             assert made.status_code == 200, made.text
             model = opened(tmp_path / "weights" / name)
             (alone,) = pictures(model, [(5, planned(model.card.process, steps=3))])
-            served = np.asarray(Image.open(io.BytesIO(made.content)))
-            assert np.abs(served.astype(int) - alone.picture.squeeze()).max() <= 1, name
+            over_http = np.asarray(Image.open(io.BytesIO(made.content)))
+            assert np.abs(over_http.astype(int) - alone.picture.squeeze()).max() <= 1, name
         variances = {m["name"]: m["variances"] for m in server.client.get("/models").json()["models"]}
         assert ("learned" in variances["improved"], "learned" in variances["ho"]) == (True, False)
     finally:

@@ -11,7 +11,7 @@ from huggingface_hub import close_session, constants
 
 from model.checkpoint.card import INDEX, WEIGHTS, Source
 from model.errors import ModelRefused
-from server.models import find_models
+from server.catalog import find_models
 from tests.model.convert.directories import write_model
 from tests.server.conftest import Server
 from tests.server.hub import Hub, commit, running

@@ -18,7 +18,7 @@ from model.checkpoint.load import load_model
 from model.engine.engine import Engine
 from model.engine.events import Event, Request
 from model.engine.runner import prepared
-from model.engine.slots import Parked
+from model.engine.slots import SavedState
 from model.sampling.plan import Plan
 from tests.model.convert.directories import write_model
 from tests.model.tiny import PROCESS, a_plan, endings, pictures, run
@@ -86,9 +86,9 @@ def check_a_picture_is_the_same_in_any_batch(
     together, alone, resumed = prepared(model, SLOTS), prepared(model, SLOTS), list[int]()
     usual = together.slots.resume
 
-    def count(slot: int, seed: int, plan: Plan, step: int, parked: Parked) -> None:
+    def count(slot: int, seed: int, plan: Plan, step: int, saved: SavedState) -> None:
         resumed.append(step)
-        usual(slot, seed, plan, step, parked)
+        usual(slot, seed, plan, step, saved)
 
     monkeypatch.setattr(together.slots, "resume", count)
     assert together.exact and together.exact_buckets == alone.exact_buckets

@@ -55,7 +55,7 @@ def test_a_picture_for_which_memory_never_suffices_fails_alone() -> None:
     assert not engine.busy
 
 
-def test_memory_that_runs_out_while_a_sample_is_parked_costs_only_its_steps(
+def test_memory_that_runs_out_while_a_sample_is_preempted_costs_only_its_steps(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     engine, requests = quick_engine(2), [a_request("long", 9, seed=1), a_request("longer", 10, seed=2)]
@@ -65,10 +65,10 @@ def test_memory_that_runs_out_while_a_sample_is_parked_costs_only_its_steps(
     engine.step()
     with monkeypatch.context() as patch:
 
-        def park(slot: int) -> None:
+        def save(slot: int) -> None:
             raise torch.OutOfMemoryError("out of memory")
 
-        patch.setattr(engine.runner.slots, "park", park)
+        patch.setattr(engine.runner.slots, "save", save)
         engine.submit(short)
         events = engine.step()
     events += run(engine)

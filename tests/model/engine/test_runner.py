@@ -139,7 +139,7 @@ def test_batch_sizes_are_written_as_ranges(numbers: list[int], words: str) -> No
     assert ranges(numbers) == words
 
 
-# The fingerprint of the check
+# The digest of the check
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,4 +1,4 @@
-"""The batch on the device: seating, moving, parking, clearing, and the noise."""
+"""The batch on the device: seating, moving, preempting, clearing, and the noise."""
 
 import numpy as np
 import pytest
@@ -134,14 +134,14 @@ def test_a_vacated_slot_gets_its_successor_whose_own_slot_keeps_nothing() -> Non
     assert all(torch.equal(a, b) for a, b in zip(last, state(slots, 0), strict=True))
 
 
-def test_a_parked_picture_is_resumed_at_its_step() -> None:
+def test_a_preempted_picture_is_resumed_at_its_step() -> None:
     slots = Slots(2, SHAPE, T, CPU)
     slots.seat(0, 3, a_plan(9), x_T(3))
     slots.draw_ahead(0, 3, 0)
     slots.x0[0], slots.given[0], slots.cursor[0] = 0.25, 0.5, 4
-    before, parked = state(slots, 0), slots.park(0)
+    before, saved = state(slots, 0), slots.save(0)
     slots.clear(0)
-    slots.resume(1, 3, a_plan(9), 4, parked)
+    slots.resume(1, 3, a_plan(9), 4, saved)
 
     assert all(torch.equal(a, b) for a, b in zip(before, state(slots, 1), strict=True))
 

@@ -89,10 +89,10 @@ def cut_up(**how: Any) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in how.items():
             patch.setattr(conv, name, value)
-        for decided in (conv.walk, conv.tile):
+        for decided in (conv.reduction, conv.tile):
             decided.cache_clear()
         yield
-    for decided in (conv.walk, conv.tile):
+    for decided in (conv.reduction, conv.tile):
         decided.cache_clear()
 
 
@@ -175,7 +175,7 @@ def projections(conv: Conv, sources: list[int], dtype: torch.dtype, x: Tensor) -
     indirect=["cut"],
 )
 @pytest.mark.parametrize("sources", [[40], [64, 24], [19, 70]])
-def test_a_projection_of_one_or_two_pictures_joins_the_walk(sources: list[int], dtype: torch.dtype) -> None:
+def test_a_projection_of_one_or_two_pictures_joins_the_reduction(sources: list[int], dtype: torch.dtype) -> None:
     layer = Layer(35, 70, 5, 6)
     conv, x = layer.conv(dtype), layer.picture(3, dtype)
     add = projections(conv, sources, dtype, x)
@@ -240,17 +240,17 @@ def test_a_convolution_that_was_widened_reads_zeros_beside_the_colours() -> None
     ],
 )
 def test_a_small_batch_makes_programs_enough(channels: int, outs: int, side: int, programs: dict[int, int]) -> None:
-    path, made = conv.walk((channels,), outs, side * side, 3, 2), {}
+    order, made = conv.reduction((channels,), outs, side * side, 3, 2), {}
     for batch in programs:
-        cut = conv.tile(batch * side * side, outs, path, 2, 227 << 10)
-        made[batch] = -(-batch * side * side // cut.pixels) * -(-outs // cut.channels) * path.splits
+        cut = conv.tile(batch * side * side, outs, order, 2, 227 << 10)
+        made[batch] = -(-batch * side * side // cut.pixels) * -(-outs // cut.channels) * order.splits
 
     assert made == programs
 
 
 def test_a_tile_takes_no_more_shared_memory_than_there_is() -> None:
-    path = conv.walk((256,), 256, 1024, 3, 2)
-    tiles = [conv.tile(10**6, 256, path, 2, room << 10) for room in (227, 192, 99, 64, 0)]
+    order = conv.reduction((256,), 256, 1024, 3, 2)
+    tiles = [conv.tile(10**6, 256, order, 2, room << 10) for room in (227, 192, 99, 64, 0)]
 
     assert [(each.pixels, each.channels) for each in tiles] == [(128, 256), (128, 256), (128, 128), (64, 64), (64, 32)]
 
@@ -390,13 +390,13 @@ def test_layers_are_tried_as_a_step_calls_them(library: Library, monkeypatch: py
     assert {whole for *_, whole in called["step"]} == {True, False}
     assert runner.exact_buckets == [1, 2]
     shortcuts = [name for name, _ in net.named_modules() if name.endswith("conv_shortcut")]
-    assert not set(shortcuts) & set(chosen_in(net))  # each joins a walk, and does not count
+    assert not set(shortcuts) & set(chosen_in(net))  # each joins a reduction, and does not count
     convolutions = [layer for layer in net.modules() if isinstance(layer, Conv)]
     assert runner.chosen is not None and runner.chosen.cudnn == 0
     assert runner.chosen.triton == len(convolutions) - len(shortcuts)
 
 
-def test_a_shortcut_is_tried_by_itself_where_it_joins_no_walk(
+def test_a_shortcut_is_tried_by_itself_where_it_joins_no_reduction(
     library: Library, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     usual = conv.convolve

@@ -167,26 +167,26 @@ def test_the_plan_cache_never_grows() -> None:
         assert sum(plan.steps for plan in cache._starts) <= len(cache.rows) == 2 * T
 
 
-# Parking and moving
+# Preempting and moving
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-def test_a_parked_picture_is_resumed_unchanged(shape: Shape) -> None:
+def test_a_preempted_picture_is_resumed_unchanged(shape: Shape) -> None:
     ours, theirs, plan = lively(4, shape), lively(4, shape), a_plan(9)
-    ours.resume(3, 2**62 + 1, plan, 5, ours.park(1))
+    ours.resume(3, 2**62 + 1, plan, 5, ours.save(1))
     with plain_torch():
-        theirs.resume(3, 2**62 + 1, plan, 5, theirs.park(1))
+        theirs.resume(3, 2**62 + 1, plan, 5, theirs.save(1))
 
     assert bits(ours) == bits(theirs)
     assert torch.equal(ours.x[3], ours.x[1]) and ours.cursor[3] == 5
 
 
-def test_a_parked_state_does_not_change_with_its_slot() -> None:
+def test_a_saved_state_does_not_change_with_its_slot() -> None:
     slots = lively(2, (1, 8, 8))
-    kept, parked = slots.x0[1].clone(), slots.park(1)
+    kept, saved = slots.x0[1].clone(), slots.save(1)
     slots.clear(1)
 
-    assert torch.equal(parked.pictures[1], kept)
+    assert torch.equal(saved.pictures[1], kept)
 
 
 @pytest.mark.parametrize("source", [0, 1, 3])

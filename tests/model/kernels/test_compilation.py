@@ -140,7 +140,7 @@ def test_kernels_between_two_steps_compile_without_spilling(compiled: Counter[st
     assert compiled == {"_seat": 9, "_vacate": 9, "_show": 6}
 
 
-# (from channels, to channels, side of the picture, what else) as in nets for 32 x 32 and 256 x 256: each walk once
+# (from channels, to channels, side of the picture, what else) as in nets for 32 x 32 and 256 x 256: each reduction once
 CONVOLUTIONS: list[tuple[int, int, int, dict[str, Any]]] = [
     (16, 128, 32, {}),
     (128, 128, 32, {}),

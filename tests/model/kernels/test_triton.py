@@ -28,7 +28,7 @@ from model.checkpoint.load import Model
 from model.engine.engine import Engine
 from model.engine.readout import Snapshot, pack, unpack
 from model.engine.runner import prepared
-from model.engine.slots import Parked, Seating, Slots
+from model.engine.slots import SavedState, Seating, Slots
 from model.engine.step import denoise
 from model.nets.blocks import Attention, Resnet
 from model.nets.config import architecture
@@ -203,15 +203,15 @@ def a_seating(slot: int, brings: bool = False) -> Seating:
 
 
 PLAN = a_plan(20)
-PARKED = Parked(torch.zeros(3, 3, 8, 8, device=META), torch.zeros(0, 3, 8, 8, device=META))
+SAVED = SavedState(torch.zeros(3, 3, 8, 8, device=META), torch.zeros(0, 3, 8, 8, device=META))
 BETWEEN_STEPS: dict[str, tuple[Callable[[Slots], object], dict[str, int]]] = {
     "seating many": (lambda slots: slots.seat_all([a_seating(i) for i in range(64)]), {"_seat": 1}),
     "seating one that brings its x_T": (lambda slots: slots.seat_all([a_seating(1, brings=True)]), {"_seat": 1}),
     "a move": (lambda slots: slots.move(5, 1), {"_vacate": 1}),
     "a slot that is cleared": (lambda slots: slots.clear(1), {"_vacate": 1}),
     "vacating a slot to which another moves": (lambda slots: slots.vacate(1, 63), {"_vacate": 1}),
-    "parking": (lambda slots: slots.park(1), {"stack": 1}),
-    "resuming": (lambda slots: slots.resume(1, 7, PLAN, 3, PARKED), {"_seat": 1}),
+    "preempting": (lambda slots: slots.save(1), {"stack": 1}),
+    "resuming": (lambda slots: slots.resume(1, 7, PLAN, 3, SAVED), {"_seat": 1}),
     "frames, floats, and whether all are finite": (lambda slots: pack(slots, [7, 1], [2, 3], True), {"_show": 1}),
 }
 

@@ -270,11 +270,11 @@ def test_torchs_weights_are_freed_after_the_last_batch_size() -> None:
     net = torch_net()
     table = table_of(net)
     net.fuse()
-    there, served = weakref.ref(net), CpuNet(net, table, torch.float32, 5000)
+    there, compiled = weakref.ref(net), CpuNet(net, table, torch.float32, 5000)
     del net
     gc.collect()
     assert there() is not None
-    grow_up(served, 2)
+    grow_up(compiled, 2)
     gc.collect()
 
     assert there() is None
@@ -410,10 +410,10 @@ def test_torch_uses_the_threads_the_net_was_made_with_and_leaves_the_callers_unc
     torch.set_num_threads(2)
     net, seen = torch_net(), list[int]()
     net.register_forward_pre_hook(lambda *_: seen.append(torch.get_num_threads()))
-    served = CpuNet(net, table_of(net), torch.float32, 5000, "is not wanted")
+    on_cpu = CpuNet(net, table_of(net), torch.float32, 5000, "is not wanted")
     torch.set_num_threads(1)
     with torch.inference_mode():
-        served(*inputs(served, 1))
+        on_cpu(*inputs(on_cpu, 1))
     after = torch.get_num_threads()
     torch.set_num_threads(before)
 

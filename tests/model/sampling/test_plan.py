@@ -120,7 +120,7 @@ def test_a_learned_variance_has_no_noise_of_torch_to_go_with() -> None:
     assert resolve(learned, noise="torch", variance="small").variance == "small"
 
 
-def test_ddpm_without_clipping_is_the_seed_article_s_random_sample() -> None:
+def test_ddpm_without_clipping_is_the_random_sample_of_the_article() -> None:
     """x_{t-1} = (x_t - beta_t^2 / beta_bar_t eps) / alpha_t + sigma z (eq. 17), for any way to say what eps is."""
     schedule = seed_article()
     a, b = schedule.alpha_bar, schedule.beta_bar
@@ -182,7 +182,7 @@ CHOICES: dict[str, dict[str, Any]] = {
     "ddim": {"sampler": "ddim"},
     "greedy": {"sampler": "greedy"},
 }
-TABLE = [  # s^2, steps, and the variance made: seed article's schedule, leading, no clipping
+TABLE = [  # s^2, steps, and the variance made: the article's schedule, leading, no clipping
     (1.0, 1000, {"large": 0.99998, "small": 0.99116, "ddim": 0.99633, "greedy": 4e-5}),
     (1.0, 100, {"large": 0.99998, "small": 0.92168, "ddim": 0.96411, "greedy": 5e-5}),
     (1.0, 50, {"large": 0.99998, "small": 0.85749, "ddim": 0.92951, "greedy": 6e-5}),
@@ -205,7 +205,7 @@ def test_a_sampler_makes_gaussian_data_of_the_variance_in_the_table(
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("name", CHOICES)
-@pytest.mark.parametrize("schedule", [linear(), cosine(), seed_article()], ids=["linear", "cosine", "seed"])
+@pytest.mark.parametrize("schedule", [linear(), cosine(), seed_article()], ids=["linear", "cosine", "article"])
 def test_a_sampler_makes_gaussian_data_of_the_variance_in_theory(
     schedule: NoiseSchedule, name: str, prediction: Prediction
 ) -> None:

@@ -25,7 +25,7 @@ def test_a_step_has_the_variance_diffusers_gives_it(name: str) -> None:
     np.testing.assert_allclose(1 - (alpha_bar[1:] / alpha_bar[:-1]) ** 2, theirs.betas.numpy(), rtol=1e-4)
 
 
-def test_the_seed_articles_schedule_is_its_equation_18() -> None:
+def test_the_schedule_of_the_article_is_its_equation_18() -> None:
     schedule, t = seed_article(), np.arange(1, 1001)
     alpha = schedule.alpha_bar[1:] / schedule.alpha_bar[:-1]
     np.testing.assert_allclose(alpha, np.sqrt(1 - 0.02 * t / 1000), rtol=1e-12)

@@ -174,7 +174,7 @@ def half_log_snr(a: Tensor) -> Tensor:
 
 
 def greedy_formula(world: World, step: Step) -> Tensor:
-    """The seed article's eq. 16, in the paper's eps. It knows no clipping."""
+    """Su's eq. 16, in the paper's eps. It knows no clipping."""
     x, out, _ = step.double()
     a, a_next = world.alpha_squared(step.k), world.alpha_squared(step.k_next)
     _, eps = world.read(step.k, x, out)
@@ -237,7 +237,7 @@ def test_a_dpm_solver_step_is_diffusers_formula_and_its_scheduler(world: World) 
 
 
 @every_world
-def test_a_greedy_step_is_the_seed_article_s_formula(world: World) -> None:
+def test_a_greedy_step_is_the_formula_of_the_article(world: World) -> None:
     process = world.process()
     for steps in STEP_COUNTS:
         for step in walk(process, planned(process, "greedy", steps)):

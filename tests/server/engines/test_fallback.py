@@ -29,7 +29,7 @@ def levels(log: str) -> list[str]:
     return [json.loads(line)["level"] for line in log.splitlines() if "OpenVINO" in line]
 
 
-def served(server: Server) -> dict[str, Any]:
+def model_status(server: Server) -> dict[str, Any]:
     """What `GET /models` says of how the only model is run."""
     runs: dict[str, Any] = server.client.get("/models/tiny").json()["runs"]
     return runs
@@ -41,9 +41,9 @@ def test_an_engine_that_dies_of_an_illegal_instruction_is_replaced_by_one_of_tor
     fault = {"do": "illegal", "seed": JOB["seed"], "step": 3, "once": str(tmp_path / "happened")}
     server = Server(weights, **faulty(fault)).wait_until_ready()
     try:
-        before = served(server)
+        before = model_status(server)
         made = server.client.post("/generate", json=JOB)
-        after = served(server)
+        after = model_status(server)
     finally:
         code, log = server.stop()
 
@@ -55,7 +55,7 @@ def test_an_engine_that_dies_of_an_illegal_instruction_is_replaced_by_one_of_tor
 def test_a_server_starts_though_openvino_kills_each_process_that_imports_it(weights: Path, deadly: str) -> None:
     server = Server(weights, PYTHONPATH=deadly, DDPM_ENGINE_RESTARTS="2").wait_until_ready()
     try:
-        runs, made = served(server), server.client.post("/generate", json=JOB)
+        runs, made = model_status(server), server.client.post("/generate", json=JOB)
     finally:
         code, log = server.stop()
 

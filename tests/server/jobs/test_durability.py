@@ -531,18 +531,18 @@ def test_a_job_that_waits_for_its_engine_has_the_grace_of_a_drain_too(start: Sta
     with start(open_gate=False) as client:
         job = later(client, seed=1)
     loading = FakeBackend()
-    served, loading.models, loading.trouble = loading.models, {}, "the engine is being restarted"
+    models, loading.models, loading.trouble = loading.models, {}, "the engine is being restarted"
     with start(open_gate=False, backend=loading) as client:
         assert client.portal is not None
         drained = client.portal.start_task_soon(jobs_of(client).drain, 10)
         until(lambda: jobs_of(client).admission.closing)
-        loading.models, loading.trouble = served, None
+        loading.models, loading.trouble = models, None
         call(client, loading.gate.set)
         drained.result(10)
         assert client.get(f"/jobs/{job['id']}").json()["status"] == "succeeded"
 
 
-def test_viewers_of_a_job_that_is_parked_are_told_to_come_back(start: Start) -> None:
+def test_subscribers_of_a_job_that_is_parked_are_told_to_come_back(start: Start) -> None:
     with start(open_gate=False) as client:
         job = later(client, seed=1)
         with client.websocket_connect(f"/jobs/{job['id']}/stream") as socket:

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from server.catalog import find_models
 from server.engines.backend import Progress, Restarting, SampleEvent
 from server.jobs.job import State
 from server.jobs.request import RequestContext
 from server.jobs.service import JobService
 from server.jobs.stream import TextMessage
 from server.metrics import Metrics
-from server.models import find_models
 from server.settings import Settings
 from server.store.store import Store
 from server.worker.messages import Spec

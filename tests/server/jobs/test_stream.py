@@ -90,7 +90,7 @@ def until_metric(server: Server, name: str, value: float) -> float:
     return time.monotonic()
 
 
-def test_each_of_four_viewers_of_each_of_64_jobs_sees_the_same(server: Server) -> None:
+def test_each_of_four_subscribers_of_each_of_64_jobs_sees_the_same(server: Server) -> None:
     async def view(job: str, delay_s: float) -> list[dict[str, Any]]:
         await asyncio.sleep(delay_s)
         async with watching(server, f"/jobs/{job}/stream") as socket:
@@ -296,7 +296,7 @@ def stall(server: Server, job: str) -> socket.socket:
 
 
 @pytest.mark.alone
-def test_viewers_that_never_read_cost_little_and_are_let_go(tmp_path: Path) -> None:
+def test_subscribers_that_never_read_cost_little_and_are_let_go(tmp_path: Path) -> None:
     """The net is tiny, its pictures are not: they are what the server holds for a subscriber."""
     request = {"n": 64, "steps": 16, "frames": {"every": 1, "kind": "both"}}
     large = write_model(tmp_path / "large", {"sample_size": 32})
@@ -335,7 +335,7 @@ def test_viewers_that_never_read_cost_little_and_are_let_go(tmp_path: Path) -> N
 
 
 @pytest.mark.alone
-def test_two_thousand_idle_viewers_are_hardly_noticed(weights: Path) -> None:
+def test_two_thousand_idle_subscribers_are_hardly_noticed(weights: Path) -> None:
     server = Server(DIGITS, DDPM_SLOTS="1").wait_until_ready()
 
     async def crowd() -> tuple[int, list[float]]:

@@ -29,22 +29,22 @@ def described(directory: Path, slots: int, net: Function = halve, exact: bool = 
 
 
 def test_the_numerics_class_ends_with_a_hash_of_what_was_computed_at_the_start(tmp_path: Path) -> None:
-    runner, served = described(tmp_path, 3)
+    runner, status = described(tmp_path, 3)
 
-    assert served.numerics.split("; ")[-2:] == ["exact 1-3", f"bits {runner.bits}"]
+    assert status.numerics.split("; ")[-2:] == ["exact 1-3", f"bits {runner.bits}"]
 
 
 def test_the_numerics_class_has_no_hash_if_nothing_is_promised(tmp_path: Path) -> None:
-    _, served = described(tmp_path, 3, exact=False)
+    _, status = described(tmp_path, 3, exact=False)
 
-    assert served.numerics.endswith("; float32; exact none")
+    assert status.numerics.endswith("; float32; exact none")
 
 
 def test_a_picture_that_is_padded_when_it_is_alone_is_a_note_of_its_model(tmp_path: Path) -> None:
-    _, served = described(tmp_path, 4, different_in(1, 2))
+    _, status = described(tmp_path, 4, different_in(1, 2))
 
-    assert served.note == "a picture alone takes a batch of 3, since bits are others in batches of 1-2"
-    assert (served.exact, served.admitted) == (True, [3, 4])
+    assert status.note == "a picture alone takes a batch of 3, since bits are others in batches of 1-2"
+    assert (status.exact, status.admitted) == (True, [3, 4])
 
 
 # Which numbers

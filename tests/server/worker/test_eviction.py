@@ -2,7 +2,7 @@
 
 import pytest
 
-from server.worker.eviction import LOADS, TURN_S, Eviction
+from server.worker.eviction import TURN_PER_LOAD, TURN_S, Eviction
 
 
 def eviction(here: str = "", budget: int = 20, size: int = 10) -> Eviction:
@@ -75,8 +75,8 @@ def test_a_request_that_waited_for_a_load_waits_for_a_turn_of_that_model() -> No
     made.ask("c", 100)
     made.came("b", 10, 150, load_s=TURN_S)
 
-    assert not made.turn_is_over("b", 150 + LOADS * TURN_S - 0.1)
-    assert made.turn_is_over("b", 150 + LOADS * TURN_S)
+    assert not made.turn_is_over("b", 150 + TURN_PER_LOAD * TURN_S - 0.1)
+    assert made.turn_is_over("b", 150 + TURN_PER_LOAD * TURN_S)
 
 
 def test_a_model_that_turns_out_larger_than_its_bound_evicts_others() -> None:
@@ -88,16 +88,16 @@ def test_a_model_that_turns_out_larger_than_its_bound_evicts_others() -> None:
 
 def test_two_models_that_do_not_fit_together_and_are_always_asked_for_get_equal_time() -> None:
     """Played over a clock, with room for one and endless work for both."""
-    made, served = eviction("a", budget=10), {"a": 0, "b": 0}
+    made, turns = eviction("a", budget=10), {"a": 0, "b": 0}
     for now in range(1000):
         made.ask("a", now)
         made.ask("b", now)
         (here,) = made.here
-        served[here] += 1
+        turns[here] += 1
         if made.leaving(busy=[here]) == [here] and made.turn_is_over(here, now):
             made.drop(here)
             assert made.next is not None
             made.came(made.next, 10, now, 0.1)
 
-    assert served["a"] == pytest.approx(served["b"], abs=2 * TURN_S)
-    assert min(served.values()) > 400
+    assert turns["a"] == pytest.approx(turns["b"], abs=2 * TURN_S)
+    assert min(turns.values()) > 400

@@ -1,10 +1,10 @@
-"""SHA-256 of bytes and files, as hexadecimal digits: the one spelling for all content addresses."""
+"""SHA-256 of bytes and files, as hexadecimal digits."""
 
 import hashlib
 from pathlib import Path
 
 
-def fingerprint(*parts: bytes) -> str:
+def short_digest(*parts: bytes) -> str:
     """The first 8 digits of the SHA-256 of these bytes, one after another."""
     return hashlib.sha256(b"".join(parts)).hexdigest()[:8]
 

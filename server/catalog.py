@@ -1,4 +1,4 @@
-"""Finds the models to serve: DDPM_WEIGHTS lists model directories, folders of them, and hub ids."""
+"""The catalog of models to serve: DDPM_WEIGHTS lists model directories, folders of them, and hub ids."""
 
 import re
 from pathlib import Path
