@@ -16,6 +16,7 @@ from server.store.blobs import Blobs
 from server.store.rows import ImageRow, Record
 from server.worker.messages import ModelStatus
 
+_json = json.JSONEncoder(separators=(",", ":")).encode
 # Fields that a job and its row have in common
 COMMON = "id key fingerprint created_at arrived attached attempt deaths started_at finished_at".split()
 
@@ -26,10 +27,6 @@ def identities(job: Job) -> list[str]:
     seeds = range(job.request.seed, job.request.seed + job.request.n)
     texts = [job.images[i].texts if i in job.images else job.texts(seed) for i, seed in enumerate(seeds)]
     return [fingerprint({**each, "owner": job.request.owner}) for each in texts]
-
-
-def _json(value: object) -> str:
-    return json.dumps(value, separators=(",", ":"))
 
 
 def _request(text: str, owner: str | None) -> ResolvedRequest:

@@ -81,7 +81,7 @@ class ResolvedRequest:
         """The work in it: updates of all pictures."""
         return self.n * self.sampling.steps
 
-    @property
+    @cached_property
     def frame_count(self) -> int:
         """Frames of each picture."""
         return self.frames.count if self.frames is not None else 0
