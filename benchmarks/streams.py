@@ -85,7 +85,7 @@ def what_a_stalled_subscriber_costs(url: str) -> Iterator[Measure]:
 
     seconds = interleaved({"alone": lambda: asyncio.run(job(0)), "beside": lambda: asyncio.run(job(1))}, 7)
     ratio, spread = median_ratio(seconds["beside"], seconds["alone"])
-    yield Measure("a job beside a viewer who never reads", ratio, "times as long", spread)
+    yield Measure("a job beside a subscriber who never reads", ratio, "times as long", spread)
 
 
 def how_right_an_eta_is(url: str) -> Iterator[Measure]:

@@ -20,7 +20,7 @@ from model.engine.events import Finished, Preview, Request
 from model.engine.runner import prepared
 from model.sampling.noise import INITIAL, gaussian
 from model.sampling.plan import plan, resolve
-from model.sampling.schedule import cosine, linear, seed_article
+from model.sampling.schedule import cosine, linear, su_2022
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -126,7 +126,7 @@ def draw_building(file: Path) -> None:
 def draw_schedules(file: Path) -> None:
     """Draws the remaining picture, the noise and their ratio at every t of three schedules."""
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(8.4, 2.7), layout="constrained")
-    named = {"the article's": seed_article(), "Ho et al., linear": linear(), "cosine": cosine()}
+    named = {"the article's": su_2022(), "Ho et al., linear": linear(), "cosine": cosine()}
     for colour, (name, schedule) in zip(("#b5442e", "#2e6fb5", "#5a8f3c"), named.items(), strict=True):
         t = np.arange(schedule.T + 1)
         left.plot(t, schedule.alpha_bar, color=colour, label=name)

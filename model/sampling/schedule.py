@@ -47,7 +47,7 @@ def linear(T: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> N
     return NoiseSchedule.of(np.linspace(beta_start, beta_end, T))
 
 
-def seed_article(T: int = 1000) -> NoiseSchedule:
+def su_2022(T: int = 1000) -> NoiseSchedule:
     """alpha_t = sqrt(1 - 0.02 t / T), Su's eq. 18 (kexue.fm/archives/9119): `linear` from 0.02 / T to 0.02."""
     return linear(T, 0.02 / T, 0.02)
 

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from server.errors import EXIT_FAILED, EngineFailed, ServerError, SettingsError
 
+CONNECTIONS = 64  # of the one command that a private server is for
 STARTUP_S, SHUTDOWN_S = 600.0, 30.0  # for a private server with its engine
 
 
@@ -72,7 +73,7 @@ def _private_server(timeout_s: float, bar: "tqdm[None]") -> Iterator[Client]:
         settings = Settings.read(os.environ, {**ours, "metrics_key": "", "allowed_hosts": "", "allowed_origins": ""})
         logs.configure(settings.log_level)
         app = create_app(settings, on_failed=failures.append)
-        private = uvicorn.Server(configure(app, settings))
+        private = uvicorn.Server(configure(app, settings, CONNECTIONS))
         thread = threading.Thread(target=private.run, args=([listening],), name="private server", daemon=True)
         thread.start()
         try:

@@ -65,10 +65,10 @@ def affordable(connections: int) -> int:
     return max(1, soft - OTHER_FILES)
 
 
-def configure(app: Any, settings: Settings) -> Config:
-    """uvicorn's configuration. app: as `create_app` builds it"""
+def configure(app: Any, settings: Settings, connections: int) -> Config:
+    """uvicorn's configuration. connections: that may be open at once"""
     limits = Limits(
-        connections=affordable(settings.max_connections),
+        connections=connections,
         body_bytes=settings.max_body_bytes,
         request_s=settings.request_s,
         refused=app.state.jobs.admission.count_refusal,
@@ -145,7 +145,7 @@ def main(arguments: Sequence[str]) -> int:
         server.should_exit = server.hurried = True
 
     app = create_app(settings, on_failed=stop)
-    server = _Server(configure(app, settings), app.state.jobs, settings.drain_s)
+    server = _Server(configure(app, settings, affordable(settings.max_connections)), app.state.jobs, settings.drain_s)
     with listen(settings.host, settings.port) as listening:
         logger.info("listening", extra={"host": settings.host, "port": listening.getsockname()[1]})
         server.run([listening])

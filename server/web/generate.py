@@ -141,8 +141,9 @@ async def succeeds(request: Request, jobs: JobService, job: Job) -> bool:
     try:
         await result
     except asyncio.CancelledError:
+        has_left = client.done()  # else the server ends
         await jobs.leave(job)
-        if not client.done():  # the server ends
+        if not has_left:
             raise
         return False
     finally:

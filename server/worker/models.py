@@ -129,7 +129,7 @@ class Models:
 
     def arrange(self) -> None:
         """Between two steps: advances a load by one piece, or begins one; unloads what must make room."""
-        if self._load is None and self._eviction.budget_bytes:  # without a budget all were loaded at the start
+        if self._load is None and self._eviction.budget_bytes:
             self._make_room()
         if self._load is not None:
             self.pause_s = next(self._load, HEARTBEAT_S)
@@ -159,7 +159,7 @@ class Models:
         for id, seed in zip(message.ids, spec.seeds, strict=True):
             self._held[spec.model][id] = request = Request(id, seed, table, **same)
             self._requests[id] = spec.model, request
-        if self._eviction.budget_bytes:
+        if self._eviction.budget_bytes:  # without a budget all were loaded at the start
             self._eviction.ask(spec.model, time.monotonic())
 
     def _cancel(self, id: int) -> None:

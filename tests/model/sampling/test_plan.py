@@ -18,7 +18,7 @@ from model.sampling.schedule import (
     Variance,
     cosine,
     linear,
-    seed_article,
+    su_2022,
 )
 from tests.model.worlds import PREDICTIONS, planned
 
@@ -122,7 +122,7 @@ def test_a_learned_variance_has_no_noise_of_torch_to_go_with() -> None:
 
 def test_ddpm_without_clipping_is_the_random_sample_of_the_article() -> None:
     """x_{t-1} = (x_t - beta_t^2 / beta_bar_t eps) / alpha_t + sigma z (eq. 17), for any way to say what eps is."""
-    schedule = seed_article()
+    schedule = su_2022()
     a, b = schedule.alpha_bar, schedule.beta_bar
     alpha = a[1:] / a[:-1]
     rows = planned(Process(schedule), steps=1000, variance="large").rows[::-1]
@@ -198,14 +198,14 @@ TABLE = [  # s^2, steps, and the variance made: the article's schedule, leading,
 def test_a_sampler_makes_gaussian_data_of_the_variance_in_the_table(
     name: str, s2: float, steps: int, published: dict[str, float]
 ) -> None:
-    schedule = seed_article()
+    schedule = su_2022()
     variance = variance_of(planned(Process(schedule), steps=steps, **CHOICES[name]).rows, schedule, s2)
     assert abs(variance - published[name]) <= 5.001e-6  # half of the last digit that is printed
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("name", CHOICES)
-@pytest.mark.parametrize("schedule", [linear(), cosine(), seed_article()], ids=["linear", "cosine", "article"])
+@pytest.mark.parametrize("schedule", [linear(), cosine(), su_2022()], ids=["linear", "cosine", "article"])
 def test_a_sampler_makes_gaussian_data_of_the_variance_in_theory(
     schedule: NoiseSchedule, name: str, prediction: Prediction
 ) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from model.sampling.schedule import BY_NAME, NoiseSchedule, cosine, linear, seed_article
+from model.sampling.schedule import BY_NAME, NoiseSchedule, cosine, linear, su_2022
 
 
 @pytest.mark.parametrize("name", BY_NAME)
@@ -26,7 +26,7 @@ def test_a_step_has_the_variance_diffusers_gives_it(name: str) -> None:
 
 
 def test_the_schedule_of_the_article_is_its_equation_18() -> None:
-    schedule, t = seed_article(), np.arange(1, 1001)
+    schedule, t = su_2022(), np.arange(1, 1001)
     alpha = schedule.alpha_bar[1:] / schedule.alpha_bar[:-1]
     np.testing.assert_allclose(alpha, np.sqrt(1 - 0.02 * t / 1000), rtol=1e-12)
     assert math.isclose(math.log(schedule.alpha_bar[1000]), -5.0387, abs_tol=5e-5)

@@ -40,6 +40,14 @@ def test_the_command_makes_the_same_bytes_with_and_without_a_server(
         assert getattr(animation, "n_frames", 1) == 10
 
 
+def test_the_limits_of_a_public_server_are_not_those_of_a_private_one(weights: Path, tmp_path: Path) -> None:
+    knobs = {"DDPM_WEIGHTS": str(weights), "DDPM_THREADS": "1", "DDPM_SLOTS": "4", "DDPM_MAX_CONNECTIONS": "1"}
+    asked = ["--n", "64", "--steps", "30", "--timeout", "5"]  # a stream, and the requests beside it
+    made = ddpm("generate", *asked, "-o", str(tmp_path / "out.png"), **knobs)
+
+    assert (made.returncode, len(made.stderr.splitlines())) == (0, 64)
+
+
 def test_a_picture_can_be_repeated_from_its_png(url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first, second = tmp_path / "first.png", tmp_path / "second.png"
     asked = ["--seed", "7", "--steps", "11", "--variance", "large", "--spacing", "trailing", "--noise", "torch"]
