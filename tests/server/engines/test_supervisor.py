@@ -28,14 +28,6 @@ from tests.server.conftest import Server
 from tests.server.jobs.test_metrics import read
 from tests.waiting import until_async
 
-THOUSAND = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02}
-
-
-@pytest.fixture(scope="module")
-def long_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with one tiny model of a thousand steps: a job of it runs until a test has come to its next line."""
-    return write_model(tmp_path_factory.mktemp("weights") / "long", scheduler=THOUSAND).parent
-
 
 @pytest.fixture(scope="module")
 def patient(long_weights: Path) -> Iterator[Server]:

@@ -17,6 +17,7 @@ from websockets.sync.client import connect
 
 from tests.server.conftest import Server
 from tests.server.web.raw import ask, connected, rest, say, statuses
+from tests.waiting import until
 
 CONFIGURATION = Path(__file__).parents[3] / "deploy" / "nginx" / "nginx.conf"
 ORDER = {"seed": 5, "steps": 30}
@@ -158,9 +159,7 @@ def test_events_are_not_buffered(client: httpx.Client, hasty: Server) -> None:
 def test_a_client_that_disconnects_cancels_its_job(client: httpx.Client, hasty: Server) -> None:
     with client.stream("POST", "/generate", json=MUCH, headers={"accept": "text/event-stream"}) as answer:
         job = answer.headers["x-job-id"]
-    deadline = time.monotonic() + 5
-    while hasty.client.get(f"/jobs/{job}").json()["status"] in ("queued", "running") and time.monotonic() < deadline:
-        time.sleep(0.02)
+    until(lambda: hasty.client.get(f"/jobs/{job}").json()["status"] not in ("queued", "running"))
 
     assert hasty.client.get(f"/jobs/{job}").json()["status"] == "cancelled"
 
