@@ -25,7 +25,7 @@ def jobs(server: Server, count: int, n: int = 4, steps: int = 30) -> list[str]:
 
 def test_what_does_not_fit_into_the_grace_is_done_by_the_next_server(long_weights: Path, tmp_path: Path) -> None:
     server = Server(long_weights, DDPM_DRAIN_S="0.1", DDPM_DATA_DIR=str(tmp_path)).wait_until_ready()
-    asked = jobs(server, 15, steps=200)
+    asked = jobs(server, 15, steps=100)
     os.kill(server.engine_pid, signal.SIGSTOP)  # so that the last does not end by itself
     with connect(f"ws://127.0.0.1:{server.port}/jobs/{asked[-1]}/stream") as socket:
         server.process.terminate()
