@@ -16,25 +16,29 @@ gc.disable()  # until all is imported: else a quarter of that time goes by
 
 ROOT = Path(__file__).parent
 # The files that take longest, the longest first, as `pytest --durations` tells. A worker that began one of them last
-# would still be at it when the others have nothing left to do.
+# would still be at it when the others have nothing left to do. Those that mostly wait stand beside those that compute.
 SLOWEST = (
     "server/engines/test_crashes.py",
-    "server/engines/test_faults.py",
-    "server/engines/test_supervisor.py",
-    "e2e/test_page.py",
     "benchmarks/test_gpu_command.py",
     "model/kernels/test_triton.py",
+    "e2e/test_page.py",
+    "server/engines/test_supervisor.py",
     "model/kernels/test_compilation.py",
-    "model/sampling",
+    "server/engines/test_faults.py",
+    "test_first_picture.py",
+    "server/jobs/test_stream.py",
     "server/web/test_info.py",
     "server/web/test_fuzz.py",
+    "model/sampling",
     "server/engines/test_router.py",
-    "server/jobs/test_stream.py",
-    "server/test_converted.py",
-    "model/checkpoint/test_load.py",
+    "client/test_threads.py",
     "server/jobs/test_endings.py",
+    "server/test_converted.py",
     "model/convert",
     "model/nets",
+    "model/checkpoint/test_load.py",
+    "benchmarks/test_contenders.py",
+    "model/engine/test_footprint.py",
     "deploy/test_torch_build.py",
     "server/worker",
 )

@@ -1,6 +1,7 @@
 """One engine process, from its spawn to its exit. Two threads carry its messages: the event loop waits for no pipe."""
 
 import asyncio
+import gc
 import logging
 import multiprocessing
 import queue
@@ -125,6 +126,8 @@ def _serve(pipe: Connection, start: Start) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group; they are for the API process to handle
         signal.signal(number, signal.SIG_IGN)
     logs.configure(start.log_level)
+    gc.disable()  # while torch is imported, where it would take a sixth of the time and find nothing
     from server.worker import main  # the API process never imports torch
 
+    gc.enable()
     main.serve(pipe, start)

@@ -9,6 +9,7 @@ from ddpm_client import Client
 from server.settings import Settings
 from server.web.app import create_app
 from tests.server.conftest import Server
+from tests.server.conftest import long_weights as long_weights
 from tests.server.conftest import no_server_is_left as no_server_is_left
 from tests.server.conftest import server as server
 from tests.server.conftest import weights as weights

@@ -209,9 +209,9 @@ def test_models_are_described(client: Client) -> None:
 
 
 @pytest.fixture(scope="module")
-def mortal(weights: Path) -> Iterator[Server]:
+def mortal(long_weights: Path) -> Iterator[Server]:
     """A server that may be killed."""
-    made = Server(weights)
+    made = Server(long_weights)
     try:
         yield made.wait_until_ready()
     finally:
@@ -220,9 +220,9 @@ def mortal(weights: Path) -> Iterator[Server]:
 
 def test_killing_engine_and_server_changes_no_picture(mortal: Server) -> None:
     with Client(f"http://127.0.0.1:{mortal.port}") as client:
-        expected = client.generate(seed=6, steps=30, n=48)
+        expected = client.generate(seed=6, steps=1000, n=8)
         events: list[Event] = []
-        with client.stream(seed=6, steps=30, n=48, frames=None) as stream:
+        with client.stream(seed=6, steps=1000, n=8, frames=None) as stream:
             for event in stream:
                 restarting = any(isinstance(before, Restarting) for before in events)
                 events.append(event)

@@ -88,7 +88,7 @@ def test_a_reload_in_the_middle_of_a_job_goes_on_watching_it(page: Page, site: S
 
 
 def test_a_server_that_is_killed_and_started_again_ends_with_the_same_picture(page: Page, site: Site) -> None:
-    page.build(seed=8, steps=200, n=1)
+    page.build(seed=8, steps=400, n=1)
     page.until_half_done()
     job = page.job
     site.kill()
@@ -99,7 +99,7 @@ def test_a_server_that_is_killed_and_started_again_ends_with_the_same_picture(pa
 
     assert page.until_words("Built in").endswith("although the server was restarted on the way")
     assert page.job == job
-    assert page.pictures() == site.made(seed=8, steps=200)
+    assert page.pictures() == site.made(seed=8, steps=400)
     assert page.history == ["8"]
 
 
@@ -155,13 +155,13 @@ def test_the_form_begins_with_the_default_model_and_no_more_pictures_than_may_be
 
 
 def test_an_engine_that_is_killed_is_told_of_and_the_picture_is_the_same(page: Page, site: Site) -> None:
-    page.build(seed=10, steps=200, n=1)
+    page.build(seed=10, steps=400, n=1)
     page.until_half_done()
     os.kill(site.engine_pid, signal.SIGKILL)
     page.until_words("The engine failed and is being replaced")
 
     assert page.until_words("Built in").endswith("although the engine was replaced on the way")
-    assert page.pictures() == site.made(seed=10, steps=200)
+    assert page.pictures() == site.made(seed=10, steps=400)
 
 
 def test_everything_can_be_done_with_keys_alone(page: Page) -> None:

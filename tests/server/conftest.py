@@ -29,6 +29,13 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def long_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with one tiny model of a thousand steps, `long`, whose jobs still run when a test does what is next."""
+    scheduler = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02}
+    return write_model(tmp_path_factory.mktemp("weights") / "long", scheduler=scheduler).parent
+
+
 @pytest.fixture
 def client(weights: Path, tmp_path: Path) -> Iterator[TestClient]:
     """The application over a backend that makes flat grey pictures at once."""

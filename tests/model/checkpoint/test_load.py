@@ -120,8 +120,8 @@ def write_shards(directory: Path, halves: tuple[Tensors, Tensors], changes: dict
 
 def halves() -> tuple[Tensors, Tensors]:
     """The tiny net's weights in two parts."""
-    names = sorted(weights())
-    return {n: weights()[n] for n in names[:20]}, {n: weights()[n] for n in names[20:]}
+    tensors = sorted(weights().items())
+    return dict(tensors[:20]), dict(tensors[20:])
 
 
 def test_weights_in_several_files_are_the_same_net(tmp_path: Path) -> None:

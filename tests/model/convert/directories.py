@@ -3,6 +3,7 @@
 import json
 import struct
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +40,16 @@ SCHEDULER: dict[str, Any] = {
 }
 
 
-def weights() -> dict[str, Tensor]:
-    """The tiny net's weights, the same ones every time."""
+@cache
+def _drawn() -> dict[str, Tensor]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return {name: tensor.detach() for name, tensor in UNet(ARCHITECTURE).state_dict().items()}
+
+
+def weights() -> dict[str, Tensor]:
+    """The tiny net's weights, the same ones every time. They may be written to."""
+    return {name: tensor.clone() for name, tensor in _drawn().items()}
 
 
 def write_model(

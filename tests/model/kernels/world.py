@@ -11,8 +11,9 @@ import pytest
 import torch
 import triton.language as tl
 from torch import Tensor
+from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
-from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, _LangPatchScope
 
 import model.nets.layers
 
@@ -95,3 +96,42 @@ def indices(monkeypatch: pytest.MonkeyPatch) -> None:
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
     monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch)
+
+
+@pytest.fixture(autouse=True)
+def overflows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each sum, difference and product of integers is checked for an overflow, as the interpreter does by itself, but
+    by numpy: by Triton's own operations this check takes half of the time."""
+    if DEVICE.type != "cpu":
+        return  # for a GPU, a kernel is compiled without the check
+    operations = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
+
+    def check(semantic: Any, a: Any, b: Any, operation: Any) -> None:
+        kind = a.type.scalar
+        assert kind == b.type.scalar and kind.is_int()
+        if kind.int_bitwidth < 64:
+            exact = operations[operation.__name__](a.handle.data, b.handle.data, dtype=np.int64)
+            fits = (exact >= kind.get_int_min_value()) & (exact <= kind.get_int_max_value())
+            assert fits.all(), f"int{kind.int_bitwidth} overflow detected for operation {operation.__name__}"
+
+    monkeypatch.setattr(TritonSemantic, "binary_op_sanitize_overflow_impl", check)
+
+
+@pytest.fixture(autouse=True)
+def calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launch prepares Triton's language once for each module whose functions a kernel calls: the interpreter would
+    prepare it anew for each call."""
+    prepared, usual, end = set[str](), interpreter._patch_lang, _LangPatchScope.restore
+
+    def patch(function: Any) -> Any:
+        if function.__module__ in prepared:
+            return _LangPatchScope()
+        prepared.add(function.__module__)
+        return usual(function)
+
+    def restore(scope: Any) -> None:
+        prepared.clear()
+        end(scope)
+
+    monkeypatch.setattr(interpreter, "_patch_lang", patch)
+    monkeypatch.setattr(_LangPatchScope, "restore", restore)

@@ -18,7 +18,7 @@ from tests.server.jobs.test_stream import understand, watching
 from tests.waiting import until_async
 
 POISON = 666
-WATCHED = {"seed": 1000, "steps": 30, "n": 16}
+WATCHED = {"seed": 1000, "steps": 30, "n": 64}  # it still runs when an engine is killed
 JOBS = [{"seed": seed, "steps": 12 + seed % 19} for seed in range(100, 120)]
 AWAY_S = 5.0  # until work is taken again, in addition to the start of an engine
 

@@ -4,8 +4,7 @@ import asyncio
 import os
 import signal
 import threading
-import time
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
 from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
@@ -372,34 +371,52 @@ def test_a_step_of_two_engines_holds_twice_as_many() -> None:
     assert router_of(Engine(), Engine()).step_s("tiny", [1, 2]) == [0.0, 0.1, 0.1, 0.2, 0.2]
 
 
-def test_two_engines_make_what_one_makes_and_one_that_is_killed_is_replaced(server: Server, weights: Path) -> None:
-    job = {"seed": 5, "steps": 30, "n": 32}
-    expected = server.client.post("/generate", json=job).content
-    two = Server(weights, DDPM_DEVICE="cpu", DDPM_ENGINES="2", DDPM_THREADS="2").wait_until_ready()
+@pytest.fixture(scope="module")
+def two(weights: Path) -> Iterator[Server]:
+    """A server with two engines, which die at the third step of the pictures with the seeds 1 and 2."""
+    faults = faulty(*({"do": "die", "seed": seed, "step": 3} for seed in (1, 2)))
+    made = Server(weights, **({"DDPM_DEVICE": "cpu", "DDPM_ENGINES": "2", "DDPM_THREADS": "2"} | faults))
+    try:
+        yield made.wait_until_ready()
+    finally:
+        code = made.stop()[0]
+    assert code == 0
+
+
+def until_both_are_there(two: Server) -> None:
+    """Waits until each of the two engines has the model."""
     two.until(lambda: None not in two.client.get("/models").json()["models"][0]["engines"])
+
+
+def test_two_engines_make_what_one_makes_and_one_that_is_killed_is_replaced(server: Server, two: Server) -> None:
+    job = {"seed": 5, "steps": 30, "n": 64}
+    expected = server.client.post("/generate", json=job).content
+    until_both_are_there(two)
     first = two.engine_pids
     answers: list[httpx.Response] = []
     caller = threading.Thread(target=lambda: answers.append(two.client.post("/generate", json=job)))
     caller.start()
     two.until(lambda: read(two.client.get("/metrics").text)["ddpm_slots_used"] > 0)
     os.kill(first[0], signal.SIGKILL)
-    ready = set[int]()
+    ready = {two.client.get("/readyz").status_code}
     while caller.is_alive():
         ready.add(two.client.get("/readyz").status_code)
-        time.sleep(0.02)
-    caller.join()
+        caller.join(0.02)
 
     assert [answer.content for answer in answers] == [expected]
     assert ready == {200}
     assert first[1] in two.engine_pids
-    assert two.stop()[0] == 0
 
 
-def test_a_job_that_kills_engines_fails_on_one_of_them_and_no_other_job_fails(weights: Path) -> None:
-    faults = faulty(*({"do": "die", "seed": seed, "step": 3} for seed in (1, 2)))
-    knobs = {"DDPM_DEVICE": "cpu", "DDPM_ENGINES": "2", "DDPM_THREADS": "2"} | faults
-    two = Server(weights, **knobs).wait_until_ready()
-    two.until(lambda: None not in two.client.get("/models").json()["models"][0]["engines"])
+def restarts(server: Server) -> float:
+    """How many engines have been replaced."""
+    seen = read(server.client.get("/metrics").text)
+    return sum(count for name, count in seen.items() if name.startswith("ddpm_engine_restarts"))
+
+
+def test_a_job_that_kills_engines_fails_on_one_of_them_and_no_other_job_fails(two: Server) -> None:
+    until_both_are_there(two)
+    before = restarts(two)
     later = {"prefer": "respond-async"}
     poison = two.client.post("/generate", json={"seed": 1, "steps": 30, "n": 2}, headers=later).headers["location"]
     others = [
@@ -409,6 +426,4 @@ def test_a_job_that_kills_engines_fails_on_one_of_them_and_no_other_job_fails(we
 
     two.until(lambda: two.client.get(poison).json()["status"] == "failed", 120)
     two.until(lambda: all(two.client.get(job).json()["status"] == "succeeded" for job in others))
-    restarts = read(two.client.get("/metrics").text)
-    assert sum(count for name, count in restarts.items() if name.startswith("ddpm_engine_restarts")) <= 8
-    assert two.stop()[0] == 0
+    assert restarts(two) - before <= 8

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Iterator
 from contextlib import aclosing
 from pathlib import Path
 
@@ -25,75 +26,67 @@ from tests.model.convert.directories import write_model
 from tests.model.tiny import PROCESS
 from tests.server.conftest import Server
 from tests.server.jobs.test_metrics import read
+from tests.waiting import until_async
 
 
-def test_a_killed_engine_is_replaced_and_its_pictures_come_out_the_same(weights: Path) -> None:
-    server = Server(weights).wait_until_ready()
-    request = {"seed": 5, "steps": 30, "n": 64}
-    expected = server.client.post("/generate", json=request).content
+@pytest.fixture(scope="module")
+def patient(long_weights: Path) -> Iterator[Server]:
+    """A server for tests that stop or kill its engine and leave it when it is ready again."""
+    server = Server(long_weights, DDPM_ENGINE_PATIENCE_S="60")
+    try:
+        yield server.wait_until_ready()
+    finally:
+        code = server.stop()[0]
+    assert code == 0
+
+
+def test_a_killed_engine_is_replaced_and_its_pictures_come_out_the_same(patient: Server) -> None:
+    request = {"seed": 5, "steps": 1000, "n": 8}
+    expected = patient.client.post("/generate", json=request).content
     answers: list[httpx.Response] = []
-    caller = threading.Thread(target=lambda: answers.append(server.client.post("/generate", json=request)))
-    first = server.engine_pid
+    caller = threading.Thread(target=lambda: answers.append(patient.client.post("/generate", json=request)))
+    first = patient.engine_pid
 
     caller.start()
-    server.until(lambda: read(server.client.get("/metrics").text)["ddpm_slots_used"] > 0)
+    patient.until(lambda: read(patient.client.get("/metrics").text)["ddpm_slots_used"] > 0)
     os.kill(first, signal.SIGKILL)
     caller.join()
 
     assert [answer.content for answer in answers] == [expected]
-    assert server.engine_pid != first
-    assert server.stop()[0] == 0
+    assert patient.engine_pid != first
 
 
-def test_a_stopped_engine_is_seen_within_seconds(weights: Path) -> None:
-    server = Server(weights, DDPM_ENGINE_PATIENCE_S="8").wait_until_ready()
-    engine = server.engine_pid
+def test_a_stopped_engine_is_seen_within_seconds(patient: Server) -> None:
+    engine = patient.engine_pid
     os.kill(engine, signal.SIGSTOP)
-    server.until(lambda: server.client.get("/readyz").status_code != 200, 10)
+    patient.until(lambda: patient.client.get("/readyz").status_code != 200, 10)
 
-    assert "has been stopped" in server.client.get("/readyz").json()["detail"]
-    assert server.client.get("/healthz").status_code == 200
+    assert "has been stopped" in patient.client.get("/readyz").json()["detail"]
+    assert patient.client.get("/healthz").status_code == 200
 
     os.kill(engine, signal.SIGCONT)
-    server.wait_until_ready()
-    server.stop()
+    patient.wait_until_ready()
 
 
-def test_a_stopped_engine_never_stops_the_api(weights: Path) -> None:
+def test_a_stopped_engine_never_stops_the_api(patient: Server) -> None:
     """Three hundred callers connect and leave while the engine does not read its pipe, which cannot hold their jobs."""
-    server = Server(weights, DDPM_ENGINE_PATIENCE_S="60").wait_until_ready()
     body = json.dumps({"steps": 30, "n": 64}).encode()
     head = (
         f"POST /generate HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
     )
-    os.kill(server.engine_pid, signal.SIGSTOP)
+    os.kill(patient.engine_pid, signal.SIGSTOP)
     for _ in range(300):
-        with socket.create_connection(("127.0.0.1", server.port)) as caller:
+        with socket.create_connection(("127.0.0.1", patient.port)) as caller:
             caller.sendall(head.encode() + body)
 
-    assert server.client.get("/healthz", timeout=2).status_code == 200
+    assert patient.client.get("/healthz", timeout=2).status_code == 200
 
-    os.kill(server.engine_pid, signal.SIGCONT)
-    server.wait_until_ready()
-    assert server.client.post("/generate", json={"seed": 1, "steps": 2}).status_code == 200
-    assert server.stop()[0] == 0
+    os.kill(patient.engine_pid, signal.SIGCONT)
+    patient.wait_until_ready()
+    assert patient.client.post("/generate", json={"seed": 1, "steps": 2}).status_code == 200
 
 
 def test_an_engine_that_hangs_is_killed_and_its_pictures_come_out_the_same(weights: Path) -> None:
-    async def pictures(backend: EngineSupervisor, hang: bool) -> list[Finished]:
-        await backend.start()
-        while backend.trouble is not None:
-            await asyncio.sleep(0.05)
-        sampling = resolve(PROCESS, steps=30)
-        if hang:
-            (engine,) = multiprocessing.active_children()
-            assert engine.pid is not None
-            os.kill(engine.pid, signal.SIGSTOP)
-        async with aclosing(backend.run(Spec(model="tiny", seeds=(1, 2, 3), sampling=sampling))) as events:
-            made = [event async for event in events if isinstance(event, Finished)]
-        await backend.close()
-        return sorted(made, key=lambda event: str(event.id))
-
     start = Start(
         models=(("tiny", weights / "tiny"),),
         device="cpu",
@@ -103,10 +96,30 @@ def test_an_engine_that_hangs_is_killed_and_its_pictures_come_out_the_same(weigh
         exact=True,
         log_level="info",
     )
-    patience = Patience(silence_s=60, hang_s=1, hang_steps=1)
-    expected, made = (
-        asyncio.run(pictures(EngineSupervisor(start, 3, print, patience=patience), hang)) for hang in (False, True)
-    )
+    spec = Spec(model="tiny", seeds=(1, 2, 3), sampling=resolve(PROCESS, steps=30))
+
+    async def pictures(backend: EngineSupervisor) -> list[Finished]:
+        async with aclosing(backend.run(spec)) as events:
+            made = [event async for event in events if isinstance(event, Finished)]
+        return sorted(made, key=lambda event: str(event.id))
+
+    async def scene() -> tuple[list[Finished], list[Finished]]:
+        backend = EngineSupervisor(start, 3, print, patience=Patience(silence_s=60, hang_s=1, hang_steps=1))
+
+        async def ready() -> bool:
+            return backend.trouble is None
+
+        await backend.start()
+        await until_async(ready)
+        expected = await pictures(backend)
+        (engine,) = multiprocessing.active_children()
+        assert engine.pid is not None
+        os.kill(engine.pid, signal.SIGSTOP)
+        made = await pictures(backend)
+        await backend.close()
+        return expected, made
+
+    expected, made = asyncio.run(scene())
 
     assert [event.picture.tolist() for event in made] == [event.picture.tolist() for event in expected]
     assert len(made) == 3
@@ -124,10 +137,10 @@ def test_weights_that_change_under_a_server_are_not_served_by_it(tmp_path: Path)
     assert log.strip().splitlines()[-1] == "ddpm: the weights were changed while they were served"
 
 
-def test_a_drain_that_runs_out_says_so_to_waiting_callers(weights: Path) -> None:
-    server = Server(weights, DDPM_DRAIN_S="0.5", DDPM_THREADS="1").wait_until_ready()
+def test_a_drain_that_runs_out_says_so_to_waiting_callers(long_weights: Path) -> None:
+    server = Server(long_weights, DDPM_DRAIN_S="0.5", DDPM_THREADS="1").wait_until_ready()
     answers: list[httpx.Response] = []
-    request = {"steps": 30, "n": 64}
+    request = {"steps": 1000, "n": 64}
     caller = threading.Thread(target=lambda: answers.append(server.client.post("/generate", json=request)))
     caller.start()
     server.until(lambda: read(server.client.get("/metrics").text)["ddpm_jobs_accepted_total"] == 1)

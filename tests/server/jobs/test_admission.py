@@ -21,7 +21,6 @@ from server.engines.supervisor import EngineSupervisor
 from server.settings import Settings
 from server.web.app import create_app
 from server.worker.messages import Spec, Start
-from tests.model.convert.directories import write_model
 from tests.server.conftest import Server
 from tests.server.fakes import FakeBackend
 from tests.server.jobs.test_metrics import balance, read
@@ -30,16 +29,7 @@ from tests.waiting import until, until_async
 pytestmark = pytest.mark.alone
 
 LATER = {"prefer": "respond-async"}
-THOUSAND = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02}
 ROOM, STEPS = 64, 40  # jobs that fit, and their steps
-
-
-@pytest.fixture(scope="module")
-def long_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with one tiny model of a thousand steps."""
-    folder = tmp_path_factory.mktemp("weights")
-    write_model(folder / "long", scheduler=THOUSAND)
-    return folder
 
 
 @pytest.fixture

@@ -17,15 +17,16 @@ from tests.waiting import until
 LATER = {"prefer": "respond-async"}
 
 
-def jobs(server: Server, count: int, n: int = 4) -> list[str]:
+def jobs(server: Server, count: int, n: int = 4, steps: int = 30) -> list[str]:
     """So many jobs of n pictures each that nobody waits for."""
-    body = {"steps": 30, "n": n, "frames": None}
+    body = {"steps": steps, "n": n, "frames": None}
     return [server.client.post("/generate", json=body, headers=LATER).json()["id"] for _ in range(count)]
 
 
-def test_what_does_not_fit_into_the_grace_is_done_by_the_next_server(weights: Path, tmp_path: Path) -> None:
-    server = Server(weights, DDPM_DRAIN_S="0.1", DDPM_DATA_DIR=str(tmp_path)).wait_until_ready()
-    asked = jobs(server, 15)
+def test_what_does_not_fit_into_the_grace_is_done_by_the_next_server(long_weights: Path, tmp_path: Path) -> None:
+    server = Server(long_weights, DDPM_DRAIN_S="0.1", DDPM_DATA_DIR=str(tmp_path)).wait_until_ready()
+    asked = jobs(server, 15, steps=100)
+    os.kill(server.engine_pid, signal.SIGSTOP)  # so that the last does not end by itself
     with connect(f"ws://127.0.0.1:{server.port}/jobs/{asked[-1]}/stream") as socket:
         server.process.terminate()
         with pytest.raises(ConnectionClosed) as closed:
@@ -57,9 +58,9 @@ def test_all_that_fits_into_the_grace_is_done_by_this_one(weights: Path, tmp_pat
     assert '"type": "succeeded"' in heard[-1]
 
 
-def test_a_second_signal_parks_at_once(weights: Path) -> None:
-    server = Server(weights, DDPM_DRAIN_S="600").wait_until_ready()
-    jobs(server, 1, n=64)
+def test_a_second_signal_parks_at_once(long_weights: Path) -> None:
+    server = Server(long_weights, DDPM_DRAIN_S="600").wait_until_ready()
+    jobs(server, 1, n=64, steps=1000)
     os.kill(server.engine_pid, signal.SIGSTOP)  # so that nothing ends by itself
     server.process.terminate()
     until(lambda: server.client.get("/readyz").json()["detail"] == "the server is shutting down")
@@ -69,10 +70,10 @@ def test_a_second_signal_parks_at_once(weights: Path) -> None:
     server.ended()
 
 
-def test_it_says_what_it_waits_for_and_what_came_of_that(weights: Path, tmp_path: Path) -> None:
-    server = Server(weights, DDPM_DRAIN_S="0.1", DDPM_DATA_DIR=str(tmp_path)).wait_until_ready()
+def test_it_says_what_it_waits_for_and_what_came_of_that(long_weights: Path, tmp_path: Path) -> None:
+    server = Server(long_weights, DDPM_DRAIN_S="0.1", DDPM_DATA_DIR=str(tmp_path)).wait_until_ready()
     server.client.post("/generate", json={"steps": 1})
-    jobs(server, 2, n=64)
+    jobs(server, 2, n=64, steps=1000)
     os.kill(server.engine_pid, signal.SIGSTOP)  # so that nothing ends by itself
     logged = [json.loads(line) for line in server.stop()[1].splitlines()]
     draining, stopped = (line for line in logged if line["event"] in ("draining", "stopped"))

@@ -65,7 +65,7 @@ def settled(server: Server) -> dict[str, float]:
         seen = read(server.client.get("/metrics").text)
         return seen if seen["ddpm_bucket_size_count"] == seen["ddpm_engine_steps_total"] else None
 
-    return until(scrape, 5)
+    return until(scrape)
 
 
 def test_the_engine_counts_what_it_does(server: Server) -> None:

@@ -30,10 +30,9 @@ MIB = 1 << 20
 
 
 @pytest.fixture(scope="module")
-def long(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def long(long_weights: Path) -> Iterator[Server]:
     """A server of a tiny model with a thousand steps."""
-    scheduler = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02}
-    running = Server(write_model(tmp_path_factory.mktemp("weights") / "long", scheduler=scheduler))
+    running = Server(long_weights)
     try:
         yield running.wait_until_ready()
     finally:
@@ -295,7 +294,6 @@ def stall(server: Server, job: str) -> socket.socket:
     return connection
 
 
-@pytest.mark.alone
 def test_subscribers_that_never_read_cost_little_and_are_let_go(tmp_path: Path) -> None:
     """The net is tiny, its pictures are not: they are what the server holds for a subscriber."""
     request = {"n": 64, "steps": 16, "frames": {"every": 1, "kind": "both"}}

@@ -17,10 +17,11 @@ from websockets.sync.client import connect
 
 from tests.server.conftest import Server
 from tests.server.web.raw import ask, connected, rest, say, statuses
+from tests.waiting import until
 
 CONFIGURATION = Path(__file__).parents[3] / "deploy" / "nginx" / "nginx.conf"
 ORDER = {"seed": 5, "steps": 30}
-MUCH = {"seed": 5, "steps": 30, "n": 64}  # of four slots: more than a second
+MUCH = {"seed": 5, "steps": 1000, "n": 64}  # it does not end by itself within a test
 pytestmark = pytest.mark.skipif(shutil.which("nginx") is None, reason="nginx is not installed")
 
 
@@ -61,9 +62,9 @@ def before(upstream: int, folder: Path, **others: str) -> Iterator[int]:
 
 
 @pytest.fixture(scope="module")
-def hasty(weights: Path) -> Iterator[Server]:
+def hasty(long_weights: Path) -> Iterator[Server]:
     """A server that gives a request's body a second and a half to arrive."""
-    running = Server(weights, DDPM_REQUEST_S="1.5")
+    running = Server(long_weights, DDPM_REQUEST_S="1.5")
     try:
         yield running.wait_until_ready()
     finally:
@@ -149,7 +150,8 @@ def test_a_websocket_is_watched_to_its_end(front: int) -> None:
 
 def test_events_are_not_buffered(client: httpx.Client, hasty: Server) -> None:
     with client.stream("POST", "/generate", json=MUCH, headers={"accept": "text/event-stream"}) as answer:
-        next(answer.iter_raw())
+        chunks = answer.iter_raw()  # kept: who lets it go has closed the connection
+        next(chunks)
         status = hasty.client.get(f"/jobs/{answer.headers['x-job-id']}").json()["status"]
 
     assert status in ("queued", "running")
@@ -158,9 +160,7 @@ def test_events_are_not_buffered(client: httpx.Client, hasty: Server) -> None:
 def test_a_client_that_disconnects_cancels_its_job(client: httpx.Client, hasty: Server) -> None:
     with client.stream("POST", "/generate", json=MUCH, headers={"accept": "text/event-stream"}) as answer:
         job = answer.headers["x-job-id"]
-    deadline = time.monotonic() + 5
-    while hasty.client.get(f"/jobs/{job}").json()["status"] in ("queued", "running") and time.monotonic() < deadline:
-        time.sleep(0.02)
+    until(lambda: hasty.client.get(f"/jobs/{job}").json()["status"] not in ("queued", "running"))
 
     assert hasty.client.get(f"/jobs/{job}").json()["status"] == "cancelled"
 

@@ -3,7 +3,6 @@
 import base64
 import io
 import json
-import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +23,7 @@ from server.web.app import create_app
 from tests.server.conftest import Server
 from tests.server.fakes import FakeBackend
 from tests.server.web.test_auth import ALICE, bearer, line
+from tests.waiting import until
 
 FIELDS: dict[str, Any] = {"seed": 7, "steps": 6, "sampler": "ddim"}
 
@@ -112,10 +112,11 @@ def test_closing_the_stream_cancels_the_job(server: Server, talk: OpenAI) -> Non
     job = stream.response.headers["x-job-id"]
     stream.close()
 
-    until = time.monotonic() + 20
-    while (status := server.client.get(f"/jobs/{job}").json()["status"]) == "running" and time.monotonic() < until:
-        time.sleep(0.01)
-    assert status == "cancelled"
+    def status() -> str:
+        return str(server.client.get(f"/jobs/{job}").json()["status"])
+
+    until(lambda: status() != "running")
+    assert status() == "cancelled"
 
 
 def test_a_url_leads_to_the_picture_of_the_job(server: Server, talk: OpenAI) -> None:

@@ -5,7 +5,6 @@ import base64
 import io
 import json
 import re
-import time
 from contextlib import aclosing
 from typing import Any
 
@@ -22,6 +21,7 @@ from server.jobs.stream import Message, PictureMessage, Stream, Subscriber
 from server.web import watch as web_watch
 from tests.server.conftest import Server
 from tests.server.fakes import FakeBackend
+from tests.waiting import until
 
 
 def test_a_picture_message_has_the_format_of_comfyui() -> None:
@@ -138,10 +138,7 @@ def test_disconnecting_from_a_new_job_cancels_it(client: TestClient) -> None:
     with client.websocket_connect("/generate/stream") as socket:
         socket.send_json({"seed": 1})
         socket.receive_json()
-    for _ in range(100):
-        if backend.given_up:
-            break
-        time.sleep(0.01)
+    until(lambda: backend.given_up)
 
     assert backend.given_up == backend.specs
     assert queue_taken(client) == 0
@@ -392,9 +389,14 @@ def test_position_and_eta_are_shown_to_those_who_ask(client: TestClient) -> None
         client.post("/generate", json={"steps": 20}, headers={"prefer": "respond-async"})
     urgent = {"steps": 10, "n": 4, "priority": 5}
     client.post("/generate", json=urgent, headers={"prefer": "respond-async"})
-    job = client.post("/generate", json={"steps": 10, "n": 6}, headers={"prefer": "respond-async"}).json()
-    time.sleep(0.3)  # outlooks are made for all at once, a few times a second
-    job = client.get(f"/jobs/{job['id']}").json()
+    id = client.post("/generate", json={"steps": 10, "n": 6}, headers={"prefer": "respond-async"}).json()["id"]
+
+    def seen() -> dict[str, Any] | None:
+        """The job with its outlook: outlooks are made for all at once, a few times a second."""
+        found: dict[str, Any] = client.get(f"/jobs/{id}").json()
+        return found if found["progress"]["position"] == 1 else None
+
+    job = until(seen)
 
     # Four slots, ten image-steps a second. Ten steps of the urgent four, ten of its own first four, since they are
     # shorter than those of the jobs before it, ten of its last two beside those.
