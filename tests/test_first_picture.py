@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,6 @@ import pytest
 import torch
 from PIL import Image
 
-import model
 from benchmarks.classifier import FloatArray, judge, load_digits, load_or_train
 from model.checkpoint.card import read_card
 from model.checkpoint.load import load_model
@@ -17,6 +17,7 @@ from model.engine.engine import Engine
 from model.engine.events import Finished, Picture, Request
 from model.engine.runner import prepared
 from model.errors import PlanError
+from model.nets.cpu import CpuNet
 from model.sampling.plan import Sampling, plan, resolve
 from server.jobs.schemas import GenerateRequest
 from server.worker.device import choose_dtype
@@ -71,21 +72,24 @@ def asked() -> dict[str, list[GenerateRequest]]:
 def readable(request: pytest.FixtureRequest, asked: dict[str, list[GenerateRequest]]) -> Iterator[dict[Made, float]]:
     """How sure the judge is of each picture: in float32, in the numbers that are served here, and by torch alone."""
     dtype = choose_dtype("auto", torch.device("cpu")) if request.param == "as served" else torch.float32
-    wanted = {made for some in asked.values() for one in some for made in pictures_of(one)} | {*pictures_of(SMUDGE)}
+    wanted = frozenset(made for some in [*asked.values(), [SMUDGE]] for one in some for made in pictures_of(one))
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "without OpenVINO":
-            patch.delattr(model, "openvino_net", raising=False)
+            patch.delattr("model.nets.openvino_graph", raising=False)
             patch.setitem(sys.modules, "model.nets.openvino_graph", None)  # to import it is an ImportError
-        pictures = make(wanted, dtype)
+        pictures = make(wanted, dtype, by_openvino=request.param != "without OpenVINO")
     assert JUDGE.is_file()
     shown = np.stack([pictures[made] for made in wanted]).transpose(0, 3, 1, 2)
     probabilities = judge(load_or_train(JUDGE, load_digits(ROOT / "benchmarks" / "digits.npz")[0]), shown)
     yield dict(zip(wanted, probabilities.max(1).tolist(), strict=True))
 
 
-def make(wanted: set[Made], dtype: torch.dtype) -> dict[Made, Picture]:
+@cache  # where float32 is what is served, two of the three are one
+def make(wanted: frozenset[Made], dtype: torch.dtype, by_openvino: bool) -> dict[Made, Picture]:
     """These pictures, on the CPU."""
-    engine = Engine(prepared(load_model(DIGITS, torch.device("cpu"), dtype), slots=8, exact=False))
+    loaded = load_model(DIGITS, torch.device("cpu"), dtype)
+    assert isinstance(loaded.net, CpuNet) and loaded.net.runtime.startswith("openvino") == by_openvino
+    engine = Engine(prepared(loaded, slots=8, exact=False))
     for made in wanted:
         engine.submit(Request(made, made[0], plan(DIGITS.process, made[1])))
     pictures: dict[Made, Picture] = {}
