@@ -70,8 +70,6 @@ class Remote:
 
 def _serve(pipe: Connection, name: str, setup: Setup) -> None:
     torch.set_num_threads(setup.threads or cores())
-    if name.startswith("ours") and setup.device.type == "cpu":
-        torch.set_num_threads(setup.threads or cores())
     began = time.perf_counter()
     try:
         contender = ALL[name](setup)

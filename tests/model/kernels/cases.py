@@ -193,6 +193,24 @@ def test_a_bias_and_a_residual_are_added_in_place(with_bias: bool, with_other: b
     assert out.data_ptr() == x.data_ptr()
 
 
+# The check of integers
+
+
+@triton.jit
+def _doubled(x, out):
+    tl.store(out, 2 * tl.load(x))
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="for a GPU, a kernel is compiled without the check")
+def test_an_integer_that_overflows_is_noticed() -> None:
+    numbers, out = torch.tensor([2**29, 2**30], dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    _doubled[(1,)](numbers, out)
+    assert out.item() == 2**30
+
+    with pytest.raises(Exception, match="overflow detected"):
+        _doubled[(1,)](numbers[1:], out)
+
+
 # The sampler
 
 

@@ -1,5 +1,6 @@
 """`POST /generate` against a real server process with a real engine: pictures, in every form they can be asked for."""
 
+import asyncio
 import io
 import json
 import socket
@@ -8,12 +9,16 @@ import zipfile
 from collections.abc import Callable
 from hashlib import sha256
 from typing import Any
+from unittest import mock
 
 import httpx
 import numpy as np
 import pytest
 from PIL import Image
+from starlette.requests import Request
+from starlette.types import Message
 
+from server.web.generate import succeeds
 from tests.server.conftest import Server
 from tests.server.fakes import read_texts
 
@@ -135,6 +140,30 @@ def test_models_describe_themselves_and_their_numerics(server: Server) -> None:
     assert model["runs"]["exact"] is True
     assert model["digest"].startswith("sha256:")
     assert whole.keys() - model.keys() == {"card"}
+
+
+def test_a_handler_that_is_cancelled_ends_as_cancelled_though_its_client_leaves_meanwhile() -> None:
+    async def scene() -> None:
+        gone, left = asyncio.Event(), asyncio.Event()
+
+        async def receive() -> Message:
+            await gone.wait()
+            return {"type": "http.disconnect"}
+
+        async def leave(job: Any) -> None:
+            gone.set()  # the client goes while its job is given up
+            await asyncio.sleep(0.01)
+            left.set()
+
+        jobs = mock.Mock(result=lambda job: asyncio.Event().wait(), leave=leave)
+        handler = asyncio.create_task(succeeds(Request({"type": "http"}, receive), jobs, mock.Mock()))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        handler.cancel()
+        await asyncio.wait([handler])
+        assert (handler.cancelled(), left.is_set()) == (True, True)
+
+    asyncio.run(scene())
 
 
 def test_a_client_that_disconnects_frees_its_slots(server: Server) -> None:
