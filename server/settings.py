@@ -92,7 +92,7 @@ class Settings(BaseModel):
         ge=2,
         le=1000,
         description="consecutive engine restarts without progress before the server exits; restarts of a quarantined "
-        "job do not count",
+        "job do not count, and five after SIGKILL count as one",
     )
     engine_patience_s: float = Field(
         8.0, ge=0.5, le=3600, description="seconds (or 40 steps) without a heartbeat before an engine is replaced"

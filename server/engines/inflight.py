@@ -1,4 +1,4 @@
-"""The runs that an engine has or is to have: which are next, whose events are whose, what a crash does to each."""
+"""The runs that an engine has or is to have: which are next, whose events are whose, what its death does to each."""
 
 import asyncio
 import itertools
@@ -14,7 +14,7 @@ from server.engines.quarantine import Place, Quarantine, Record
 from server.errors import SampleLost
 from server.worker.messages import Report, Spec, Submit
 
-ALONE_WAIT_S = 300.0  # after so long a run that asked to be alone is waited for, as a suspect is
+ALONE_WAIT_S = 300.0  # after so long a run that lets others go first is waited for, as another suspect is
 
 
 @dataclass(slots=True, eq=False)
@@ -29,12 +29,12 @@ class Run:
 
 
 @dataclass(frozen=True, slots=True)
-class Crash:
+class Death:
     """What the death of an engine did to its runs."""
 
     replayed: int  # runs that the engine had and the next one gets
     isolated: bool  # whether an isolated job was seated: then the death counts against the job, not the engine
-    explained: bool  # whether a job is shown to have killed it
+    explained: bool  # whether a job is shown to be the reason
 
 
 @dataclass(slots=True)
@@ -46,7 +46,7 @@ class InFlight:
     assigned: dict[Run, None] = field(default_factory=dict)  # that the engine process was given
     _by_sample: dict[int, Run] = field(default_factory=dict)
     _seated: dict[int, int] = field(default_factory=dict)  # updates done, by sample, of those known to be seated
-    _alone_at: float = -math.inf  # when a run that asked to be alone was assigned last
+    _alone_at: float = -math.inf  # when a run that lets others go first was assigned last
     _ids: "itertools.count[int]" = field(default_factory=itertools.count)
 
     @property
@@ -86,14 +86,14 @@ class InFlight:
         return tuple(run.samples)
 
     def next(self) -> list[Run]:
-        """The waiting runs that the engine is to be given now. An isolated one has it to itself, once it is free: a
-        suspect is waited for, and a run that only asked to be alone lets others go first."""
+        """The waiting runs that the engine is to be given now. An isolated one has it to itself, once it is free;
+        others wait until then, unless its record says that it lets them go first."""
         isolated, overdue = self.isolated, time.monotonic() - ALONE_WAIT_S
         others = [run for run in self.waiting if not run.record.isolated]
         urgent = [
             run
             for run in isolated
-            if not run.spec.alone or max(run.entered_at, self._alone_at) < overdue or run in self.assigned
+            if not run.record.yields or max(run.entered_at, self._alone_at) < overdue or run in self.assigned
         ]
         if others and not urgent:
             return others
@@ -103,7 +103,7 @@ class InFlight:
         """Notes that the engine is given a run. -> the message that does it"""
         del self.waiting[run]
         self.assigned[run] = None
-        if run.spec.alone:
+        if run.record.yields:
             self._alone_at = time.monotonic()
         seeds = tuple(seed for _, seed in run.samples.values())
         return Submit(tuple(run.samples), replace(run.spec, seeds=seeds, alone=run.record.isolated))
@@ -138,20 +138,23 @@ class InFlight:
             if not run.samples:
                 self._drop(run)
 
-    def on_crash(self) -> Crash:
-        """The engine has died: its runs wait for the next one, but for those shown to have killed it, which fail."""
+    def on_death(self, killed: bool) -> Death:
+        """The engine has died: its runs wait for the next one, but for those shown to be the reason, which fail.
+
+        killed: SIGKILL ended it, and this server had not sent it.
+        """
         seated: dict[Record, Place] = {}
         for id, step in self._seated.items():
             if (run := self._by_sample.get(id)) is not None:
                 seated[run.record] = seated.get(run.record, frozenset()) | {(run.samples[id][0], step)}
         alone = len(seated) == 1 and all(record.isolated for record in seated)
-        shown = self.quarantine.died(seated)
+        shown = self.quarantine.died(seated, killed)
         killers = [run for run in self.all if run.record in shown]
         self.fail(killers, SampleLost("the engine died each time it came to the same step of this job"))
         replayed = len(self.assigned)
         self.waiting, self.assigned = self.assigned | self.waiting, {}
         self._seated.clear()
-        return Crash(replayed, alone, bool(shown))
+        return Death(replayed, alone, bool(shown))
 
     def tell(self, runs: Iterable[Run], event: SampleEvent) -> None:
         """Tells the readers of these runs something."""

@@ -46,6 +46,11 @@ class EngineProcess:
         self.loading: str | None = None  # the model that it is loading, once it is ready
         self._outbox: queue.SimpleQueue[Submit | Cancel | None] = queue.SimpleQueue()
 
+    @property
+    def killed(self) -> bool:
+        """Whether somebody else ended it by SIGKILL: it had told of nothing wrong, and was not taken to hang."""
+        return self.signal == signal.SIGKILL and self.cause == "died"
+
     def send(self, message: Submit | Cancel) -> None:
         """Queues a message, which the process gets as soon as it listens."""
         self._outbox.put(message)

@@ -13,7 +13,7 @@ from model.engine.events import Stats
 from server.engines.backend import Assigned, EngineHealth, Restarting, SampleEvent
 from server.engines.inflight import InFlight
 from server.engines.process import EngineProcess, Patience
-from server.engines.quarantine import Quarantine
+from server.engines.quarantine import KILL, Quarantine
 from server.engines.step_times import StepTimes
 from server.errors import EXIT_CODES, EXIT_ENGINE, EngineFailed, ModelBroken, NotReady
 from server.worker import messages
@@ -139,7 +139,7 @@ class EngineSupervisor:
 
     async def _supervise(self) -> None:
         """Runs one engine process after another."""
-        failures = 0
+        failures = 0.0
         while True:
             steps_before, process = self.health.stats.steps, EngineProcess()
             self._process = process
@@ -147,14 +147,14 @@ class EngineSupervisor:
             if process.refused is not None:
                 kind = getattr(model_errors, process.refused.error)
                 return self._fail(EngineFailed(process.refused.message, EXIT_CODES[kind]))
-            crash = self._in_flight.on_crash()
-            failures = 0 if crash.explained or self.health.stats.steps > steps_before else failures
-            failures += 0 if crash.isolated else 1
+            death = self._in_flight.on_death(process.killed)
+            failures = 0 if death.explained or self.health.stats.steps > steps_before else failures
+            failures += 0 if death.isolated else KILL if process.killed else 1
             self._past, self._stats = replace(self._past + self._stats, seated=0, waiting=0), Stats()
             if failures > self._restarts:
                 why = f"{DIED} ({self._restarts})" + (NO_MEMORY if process.cause == "memory" else "")
                 return self._fail(EngineFailed(why, EXIT_ENGINE))
-            self._replayed += crash.replayed
+            self._replayed += death.replayed
             self._note_death(process)
             logger.error("engine died", extra={"failures": failures, "jobs": len(self._in_flight.all)})
             await asyncio.sleep(min(5.0, 0.1 * 2 ** (failures - 1)))
@@ -167,7 +167,7 @@ class EngineSupervisor:
         if process.signal == signal.SIGILL or (loading and process.signal in UNUSABLE):
             self._start = replace(self._start, unusable=UNUSABLE[signal.Signals(process.signal)])
         self._in_flight.tell(self._in_flight.all, Restarting(self._times.start_s))
-        if process.loading is not None and self._in_flight.quarantine.died_loading(process.loading):
+        if process.loading is not None and self._in_flight.quarantine.died_loading(process.loading, process.killed):
             self._give_up(process.loading, "the engine died each time it loaded this model")
 
     def _hangs(self) -> bool:

@@ -70,11 +70,13 @@ def _strike(do: str) -> None:
             time.sleep(1e6)
         case "die":
             os._exit(1)
+        case "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
         case "illegal":  # as an instruction does that the processor lacks
             os.kill(os.getpid(), signal.SIGILL)
 
 
-KINDS = ("memory", "cuda", "raise", "hang", "die", "illegal", "nan")
+KINDS = ("memory", "cuda", "raise", "hang", "die", "kill", "illegal", "nan")
 
 
 def install() -> None:

@@ -94,6 +94,17 @@ def test_models_that_change_one_after_the_other_end_the_server_with_the_last(mon
     assert asyncio.run(scene()).exit_code == 3
 
 
+def test_engines_that_somebody_kills_are_replaced_five_times_as_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scene() -> int:
+        monkeypatch.setattr(Scripted, "dies_by", signal.SIGKILL)
+        engine, failed = supervise(monkeypatch, [[] for _ in range(20)], restarts=1)
+        await engine.start()
+        await asyncio.wait_for(failed, 20)
+        return len(Scripted.starts)
+
+    assert asyncio.run(scene()) == 6
+
+
 def test_an_engine_that_has_failed_for_good_uses_no_slots(monkeypatch: pytest.MonkeyPatch) -> None:
     async def scene() -> Stats:
         busy = Report(Stats(seated=3, waiting=2), [], [])

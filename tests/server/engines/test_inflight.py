@@ -64,7 +64,7 @@ def test_a_suspect_gets_the_engine_to_itself_before_others_do() -> None:
     for _ in range(2):
         assign(runs)
         seat(runs, a)
-        runs.on_crash()
+        runs.on_death(killed=False)
 
     assert assign(runs) == ["a alone"]
     assert assign(runs) == []
@@ -97,17 +97,17 @@ def test_a_run_that_asks_to_be_alone_lets_others_go_first_for_some_time(monkeypa
 def test_only_a_job_that_died_alone_at_the_same_step_again_is_not_run_again() -> None:
     runs = InFlight(Quarantine())
     a, b = runs.enter(spec("a")), runs.enter(spec("b"))
-    crashes = []
+    deaths = []
     for _ in range(2):
         assign(runs)
         seat(runs, a, b, step=3)
-        crashes.append(runs.on_crash())
+        deaths.append(runs.on_death(killed=False))
     for _ in range(2):
         assert assign(runs) == ["a alone"]
         seat(runs, a, step=3)
-        crashes.append(runs.on_crash())
+        deaths.append(runs.on_death(killed=False))
 
-    assert [(crash.replayed, crash.isolated, crash.explained) for crash in crashes] == [
+    assert [(death.replayed, death.isolated, death.explained) for death in deaths] == [
         (2, False, False),
         (2, False, False),
         (1, True, False),
@@ -117,13 +117,30 @@ def test_only_a_job_that_died_alone_at_the_same_step_again_is_not_run_again() ->
     assert assign(runs) == ["b alone"]
 
 
+def test_a_run_that_was_killed_in_isolation_lets_others_go_first_and_is_not_blamed() -> None:
+    runs = InFlight(Quarantine())
+    a = runs.enter(spec("a"))
+    for _ in range(2):
+        assign(runs)
+        seat(runs, a, step=3)
+        runs.on_death(killed=True)
+    b = runs.enter(spec("b"))
+    assert assign(runs) == ["a alone"]
+    seat(runs, a, step=3)
+    assert not runs.on_death(killed=True).explained
+
+    assert assign(runs) == ["b"]
+    finish(runs, b)
+    assert assign(runs) == ["a alone"]
+
+
 def test_what_had_ended_before_a_crash_is_not_made_again() -> None:
     runs = InFlight(Quarantine())
     run = runs.enter(spec("a", 7, 8, 9))
     assign(runs)
     first, *others = run.samples
     runs.take(Report(Stats(), [Finished(first, grey(7), None)], []))
-    runs.on_crash()
+    runs.on_death(killed=False)
 
     (again,) = runs.next()
     message = runs.assign(again)

@@ -46,7 +46,7 @@ class Engine(FakeBackend):
         record = self.quarantine.record(spec)
         for event in self.say:
             for _ in range(self.deaths if isinstance(event, Restarting) else 0):
-                self.quarantine.died({record: frozenset({(0, 3)})})
+                self.quarantine.died({record: frozenset({(0, 3)})}, killed=False)
             yield event
         async with aclosing(super().run(spec)) as events:
             async for event in events:

@@ -60,7 +60,6 @@ class Storm:
         self.server, self.log, self.draw = server, Log(), random.Random(seed)
         self._clients = [threading.Thread(target=self._ask, args=(i,), daemon=True) for i in range(clients)]
         self._lock = threading.Lock()
-        self._struck: set[str] = set()  # jobs that ran when the engine was killed, under the server that runs now
         self.expected: dict[Request, list[str]] = {}
 
     def learn(self) -> None:
@@ -86,8 +85,6 @@ class Storm:
         victim = self.draw.choice(("server", "engine", "both", "loading", "loading", "loading"))
         if victim != "loading":  # else whatever has been started is killed before it is ready
             self.server.wait_until_ready()
-            if victim == "engine":
-                self._let_end_what_was_struck()
             time.sleep(self.draw.expovariate(3))
         else:
             time.sleep(self.draw.random())
@@ -97,20 +94,9 @@ class Storm:
                 os.kill(engine, signal.SIGKILL)
             except OSError:
                 pass  # it is on its way already
-        if victim == "engine":
-            self._struck = self._ids("running")
-        else:
+        if victim != "engine":
             self.server.kill()
             self.server.start()
-            self._struck = set()  # no death of a server is held against a job
-
-    def _let_end_what_was_struck(self) -> None:
-        """A job that is alone on two engines which die at the same step of it fails, as it should. So none is."""
-        until(lambda: not self._struck & (self._ids("queued") | self._ids("running")))
-
-    def _ids(self, status: str) -> set[str]:
-        """The jobs of this status, of two hundred at most."""
-        return {job["id"] for job in self.server.client.get(f"/jobs?status={status}&limit=200").json()["jobs"]}
 
     def _ask(self, number: int) -> None:
         draw = random.Random(number)
