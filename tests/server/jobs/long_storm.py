@@ -28,11 +28,12 @@ from tests.waiting import Impatient, until
 
 SHORTEST_S, LONGEST_S = 0.1, 60.0  # between two kills
 OUTSTANDING = 16  # jobs that have not ended, at most
-SIZES = ((60, 1), (1000, 1), (1000, 4), (1000, 32), (1000, 160))  # steps, n
-SEEDS = 512  # of which every job takes some that follow each other
+SIZES = ((60, 1), (1000, 1), (1000, 4), (1000, 32), (1000, 96))  # steps, n
+SEEDS = 192  # of which every job takes some that follow each other
 CRASHES, KILLS = 9001, 9002  # seeds of the jobs that end their engine, by an exit and by SIGKILL
 FAULTS = ({"do": "die", "seed": CRASHES, "step": 40}, {"do": "kill", "seed": KILLS, "step": 40})
 REASONS = ("engine", "engine", "server", "both")
+PATIENCE_S = 3600.0  # for jobs to end once nobody kills anything
 STEPS = sorted({steps for steps, _ in SIZES})
 
 
@@ -71,7 +72,7 @@ class Storm:
     def learn(self) -> None:
         """What every seed gives while nothing happens."""
         jobs = [self.ask(first, steps, 64) for steps in STEPS for first in range(0, SEEDS, 64)]
-        self.settle(600)
+        self.settle(PATIENCE_S)
         documents = self.documents()
         for id in jobs:
             _, steps, _ = self.accepted.pop(id)
@@ -106,7 +107,7 @@ class Storm:
             left = [job for job in self.documents().values() if job["status"] in ("queued", "running")]
             for _ in range(OUTSTANDING - len(left)):
                 steps, n = self.draw.choice(SIZES)
-                self.ask(self.draw.randrange(SEEDS - n), steps, n)
+                self.ask(self.draw.randrange(SEEDS - n + 1), steps, n)
 
     def settle(self, patience_s: float) -> None:
         """Waits until every job has ended."""
@@ -145,7 +146,7 @@ def storm(weights: Path, kills: int, seed: int = 0) -> tuple[Storm, list[str]]:
         over.rage(kills)
         unsettled = []
         try:
-            over.settle(3600)
+            over.settle(PATIENCE_S)
         except Impatient as error:
             unsettled = [str(error)]
         return over, unsettled + over.wrong()
