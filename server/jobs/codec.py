@@ -64,6 +64,7 @@ def concluded(
         steps=_json(job.steps),
         error=_json(error) if error is not None else None,
         messages=len(job.stream.kept) + 1,
+        delivery=job.delivery,
         images=tuple(
             ImageRow(index=i, seed=image.seed, sha256=image.sha256, size=len(pngs[image.sha256]), message=image.message)
             for i, image in sorted(job.images.items() if pngs else ())
@@ -82,6 +83,7 @@ def answered_from_cache(job: Job, now: float, ended: float) -> Record:
         ended=ended,
         steps=_json([job.request.sampling.steps] * n),
         messages=2 + n,
+        delivery=job.delivery,
         images=tuple(ImageRow(index=i, seed=seed + i, sha256="", size=0, message=2 + i) for i in range(n)),
     )
 
@@ -93,6 +95,7 @@ def to_job(record: Record, blobs: Blobs, counts: StreamCounts) -> Job:
     job = Job(**fields, request=request, model=model, counts=counts, state=State(record.status or "queued"))
     if record.status is not None:
         _restore_result(job, record, blobs)
+        job.delivery = record.delivery  # the last message told of it as it was then
     return job
 
 

@@ -1,10 +1,12 @@
 """Reading and writing the rows of the journal. Each function is the body of one transaction, or a part of one."""
 
 import sqlite3
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from server.errors import Gone, NotFound
+from server.store import deliveries
+from server.store.deliveries import PENDING, Delivery
 
 EXPIRED = 100_000  # remembered ids of deleted jobs, which are answered with 410 instead of 404
 
@@ -44,6 +46,7 @@ class Record:
     messages: int = 0
     number: int = 0
     images: tuple[ImageRow, ...] = ()
+    delivery: Delivery | None = None  # of its webhook, once it has ended
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +66,7 @@ class Expired:
     more: bool
 
 
-FIELDS = tuple(name for name in Record.__slots__ if name not in ("number", "images"))
+FIELDS = tuple(name for name in Record.__slots__ if name not in ("number", "images", "delivery"))
 SELECT = f"SELECT number, {', '.join(FIELDS)} FROM jobs"
 INSERT = f"INSERT INTO jobs ({', '.join(FIELDS)}) VALUES ({', '.join('?' * len(FIELDS))}) RETURNING number"
 RESULT = ("status", "started_at", "finished_at", "ended", "served", "steps", "error", "messages")
@@ -90,6 +93,7 @@ def insert(
         record = replace(cached, images=images)
     (number,) = db.execute(INSERT, [getattr(record, name) for name in FIELDS]).fetchone()
     _insert_images(db, number, record.images)
+    deliveries.insert(db, number, record.owner, record.delivery)
     return record
 
 
@@ -107,6 +111,7 @@ def finish(db: sqlite3.Connection, record: Record, identities: Sequence[str]) ->
         firsts = (_first_made(db, *pair) for pair in zip(identities, record.images, strict=True))
         record = replace(record, images=tuple(firsts))
     _insert_images(db, row[0], record.images)
+    deliveries.insert(db, row[0], record.owner, record.delivery)
     return record
 
 
@@ -169,6 +174,15 @@ def recover(db: sqlite3.Connection, crashed: bool) -> list[Record]:
     return [_read(db, row) for row in db.execute(f"{SELECT} WHERE status IS NULL ORDER BY number")]
 
 
+def next_delivery(
+    db: sqlite3.Connection, now: float, jobs: Collection[int], hosts: Collection[str], owners: Collection[str]
+) -> Record | None:
+    """The job whose webhook is next: see `deliveries.next_job`."""
+    number = deliveries.next_job(db, now, jobs, hosts, owners)
+    row = db.execute(f"{SELECT} WHERE number = ?", (number,)).fetchone() if number is not None else None
+    return _read(db, row) if row is not None else None
+
+
 def park(db: sqlite3.Connection) -> None:
     """Marks all jobs as not running."""
     db.execute("UPDATE jobs SET running = 0 WHERE running = 1")
@@ -180,12 +194,14 @@ def latest(db: sqlite3.Connection) -> float:
 
 
 def expire(db: sqlite3.Connection, before: float, most_bytes: int, limit: int) -> Expired:
-    """Deletes up to `limit` jobs: those that ended before a time, and the oldest while all take more than `most_bytes`.
-    Their blobs must be deleted after this is on disk."""
-    query = "SELECT number, id, ended FROM jobs WHERE status IS NOT NULL ORDER BY ended, number LIMIT ?"
+    """Deletes up to `limit` jobs: those that ended before a time and have no pending webhook, and the oldest while all
+    take more than `most_bytes`. Their blobs must be deleted after this is on disk."""
+    fits = size_bytes(db) <= most_bytes
+    query = f"SELECT number, id, ended, number IN ({PENDING}) FROM jobs WHERE status IS NOT NULL"
+    query += f" AND number NOT IN ({PENDING})" * fits + " ORDER BY ended, number LIMIT ?"
     ids, unused = list[str](), list[str]()
-    for number, id, ended in db.execute(query, (limit,)).fetchall():
-        if ended >= before and size_bytes(db) <= most_bytes:
+    for number, id, ended, pending in db.execute(query, (limit,)).fetchall():
+        if (ended >= before or pending) and size_bytes(db) <= most_bytes:
             break
         unused += _delete(db, number)
         ids.append(id)
@@ -196,6 +212,7 @@ def _delete(db: sqlite3.Connection, number: int) -> list[str]:
     names = {name for (name,) in db.execute("DELETE FROM images WHERE job = ? RETURNING sha256", (number,))}
     db.execute("INSERT INTO expired (id, owner) SELECT id, owner FROM jobs WHERE number = ?", (number,))
     db.execute("DELETE FROM jobs WHERE number = ?", (number,))
+    deliveries.delete(db, number)
     db.execute("DELETE FROM expired WHERE number <= (SELECT max(number) FROM expired) - ?", (EXPIRED,))
     unused = [name for name in names if not db.execute("SELECT 1 FROM images WHERE sha256 = ?", (name,)).fetchone()]
     for name in unused:
@@ -228,4 +245,5 @@ def probe(db: sqlite3.Connection, size: int) -> None:
 
 def _read(db: sqlite3.Connection, row: sqlite3.Row) -> Record:
     values = dict(row) | {"attached": bool(row["attached"])}
-    return Record(**values, images=tuple(ImageRow(**image) for image in db.execute(IMAGES, (row["number"],))))
+    images = tuple(ImageRow(**image) for image in db.execute(IMAGES, (row["number"],)))
+    return Record(**values, images=images, delivery=deliveries.read(db, row["number"]))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from server.errors import SettingsError, StorageFull, StoreInUse, StoreRefused
 from server.store.blobs import sync_folder
+from server.store.deliveries import TABLE
 
 JOURNAL, LOCK = "jobs.sqlite3", "lock"
 MARK, PARKED = 32, b"."  # the lock file holds the holder's process id, and at MARK whether it ended in order
@@ -60,7 +61,7 @@ CREATE TABLE known (identity TEXT PRIMARY KEY, sha256 TEXT NOT NULL) WITHOUT ROW
 CREATE INDEX identities ON known (sha256);
 CREATE TABLE scratch (room BLOB);
 CREATE TABLE expired (number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, owner TEXT);
-"""
+{TABLE}"""
 
 
 def is_full(error: Exception) -> bool:

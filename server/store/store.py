@@ -7,13 +7,14 @@ import asyncio
 import logging
 import os
 import sqlite3
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
 
 from server.errors import StoreRefused
-from server.store import rows
+from server.store import deliveries, rows
 from server.store.blobs import Blobs
+from server.store.deliveries import Delivery
 from server.store.rows import Expired, IdempotentHit, Record
 from server.store.schema import LOCK, as_storage_full, make_directory, mark_parked, open_journal, take_lock, was_parked
 from server.store.writer import Writer
@@ -118,6 +119,16 @@ class Store:
     ) -> "asyncio.Future[list[Record]]":
         """An owner's jobs, newest first, older than the job `after`. Raises NotFound or Gone of `after`."""
         return self._writer.ask(partial(rows.page, owner=owner, status=status, after=after, limit=limit))
+
+    def next_delivery(
+        self, now: float, jobs: Collection[int], hosts: Collection[str], owners: Collection[str]
+    ) -> "asyncio.Future[Record | None]":
+        """The job whose webhook is next, due or not, other than of these jobs, hosts and owners."""
+        return self._writer.ask(partial(rows.next_delivery, now=now, jobs=jobs, hosts=hosts, owners=owners))
+
+    def note_delivery(self, number: int, delivery: Delivery) -> "asyncio.Future[None]":
+        """Writes how far the delivery of a job's webhook is. Waits for room on the disk."""
+        return self._writer.ask(partial(deliveries.update, number=number, delivery=delivery), durable=True)
 
     async def recover(self) -> list[Record]:
         """Starts the next attempt of every unfinished job -> these jobs, oldest first.
