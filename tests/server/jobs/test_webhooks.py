@@ -5,6 +5,9 @@ import base64
 import hashlib
 import hmac
 import logging
+import os
+import re
+import socket
 import subprocess
 import sys
 import threading
@@ -38,6 +41,7 @@ from tests.server.webhooks.receiver import Received, a_receiver, nothing, status
 from tests.waiting import until
 
 SECRET = "a secret of more than 24 characters"
+ROOT = Path(__file__).parents[3]
 PENDING = {"state": "pending", "attempts": 0, "last_status": None, "last_error": None, "delivered_at": None}
 Sending = Callable[..., AbstractContextManager[TestClient]]
 
@@ -102,6 +106,32 @@ def test_the_receiver_gets_the_document_and_can_verify_it(sending: Sending) -> N
     assert abs(int(received.headers["webhook-timestamp"]) - time.time()) < 60
     assert abs(webhook.pop("delivered_at") - time.time()) < 60
     assert webhook == {"state": "delivered", "attempts": 1, "last_status": 204, "last_error": None}
+
+
+def listens(port: int) -> bool:
+    """Whether somebody listens on this port of this machine."""
+    with socket.socket() as caller:
+        return caller.connect_ex(("127.0.0.1", port)) == 0
+
+
+def test_the_receiver_in_the_documentation_verifies_it(sending: Sending) -> None:
+    (source,) = re.findall(r"```python\n(.*?verify.*?)```", (ROOT / "docs" / "api.md").read_text(), re.DOTALL)
+    with sending(webhook_hosts="127.0.0.1") as client, socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+        free.close()
+        environ = os.environ | {"WEBHOOK_SECRET": client.get("/webhooks/secret").json()["secret"]}
+        code = [sys.executable, "-c", source.replace("9000", str(port))]
+        with subprocess.Popen(
+            code, env=environ, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        ) as example:
+            until(lambda: listens(port))
+            job = later(client, webhook=f"http://127.0.0.1:{port}/")
+            webhook = told(client, job["id"], "delivered", 1)
+            example.kill()
+            said = example.stdout and example.stdout.read()
+
+    assert webhook["last_status"] == 204
+    assert said == f"{job['id']} succeeded ['/jobs/{job['id']}/images/0']\n"
 
 
 def test_every_kind_of_job_and_of_end_has_its_webhook(sending: Sending) -> None:
