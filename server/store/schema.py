@@ -8,15 +8,17 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from server.errors import SettingsError, StorageFull, StoreInUse, StoreRefused
+from server.store import rows
 from server.store.blobs import sync_folder
+from server.store.records import checksum, job_checksum, record_of
 
 JOURNAL, LOCK = "jobs.sqlite3", "lock"
 MARK, PARKED = 32, b"."  # the lock file holds the holder's process id, and at MARK whether it ended in order
 FULL = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY}
-APPLICATION, VERSION = 0x6464706D, 1  # "ddpm"
-SCHEMA = f"""
+APPLICATION, VERSION = 0x6464706D, 2  # "ddpm"
+VERSION_1 = f"""
 PRAGMA application_id = {APPLICATION};
-PRAGMA user_version = {VERSION};
+PRAGMA user_version = 1;
 CREATE TABLE jobs (
     number      INTEGER PRIMARY KEY AUTOINCREMENT,  -- in order of arrival, whatever the clock says
     id          TEXT NOT NULL UNIQUE,
@@ -60,6 +62,13 @@ CREATE TABLE known (identity TEXT PRIMARY KEY, sha256 TEXT NOT NULL) WITHOUT ROW
 CREATE INDEX identities ON known (sha256);
 CREATE TABLE scratch (room BLOB);
 CREATE TABLE expired (number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, owner TEXT);
+"""
+VERSION_2 = """
+PRAGMA user_version = 2;
+ALTER TABLE jobs ADD COLUMN checksum INTEGER NOT NULL DEFAULT 0;      -- of the row and those of its images
+ALTER TABLE known ADD COLUMN checksum INTEGER NOT NULL DEFAULT 0;     -- of the row
+ALTER TABLE expired ADD COLUMN checksum INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE total ADD COLUMN commits INTEGER NOT NULL DEFAULT 0;      -- transactions, which the lock file counts, too
 """
 
 
@@ -124,6 +133,7 @@ def open_journal(directory: Path) -> sqlite3.Connection:
         db.row_factory = sqlite3.Row
         for pragma in ("locking_mode = EXCLUSIVE", "journal_mode = WAL", "synchronous = FULL"):
             db.execute(f"PRAGMA {pragma}")
+        _migrate(db)
         return db
     except sqlite3.DatabaseError as error:
         if is_full(error):
@@ -138,10 +148,31 @@ def _create(path: Path) -> None:
         left.unlink()
     db = sqlite3.connect(new, isolation_level=None)
     db.execute("PRAGMA journal_mode = WAL")
-    db.executescript(f"BEGIN; {SCHEMA} COMMIT;")
+    db.executescript(f"BEGIN; {VERSION_1} {VERSION_2} COMMIT;")
     db.close()
     os.replace(new, path)
     sync_folder(path.parent)
+
+
+def _migrate(db: sqlite3.Connection) -> None:
+    """Brings a journal of version 1 to version 2, in one transaction."""
+    if db.execute("PRAGMA user_version").fetchone()[0] == VERSION:
+        return
+    try:
+        db.executescript(f"BEGIN IMMEDIATE; {VERSION_2}")
+        for row in db.execute(rows.SELECT).fetchall():
+            record = record_of(row, db.execute(rows.IMAGES, (row["number"],)))
+            values = (job_checksum(record), record.number)
+            db.execute("UPDATE jobs SET checksum = ? WHERE number = ?", values)
+        for table, key, *others in (("known", "identity", "sha256"), ("expired", "id", "owner")):
+            for row in db.execute(f"SELECT {', '.join([key, *others])} FROM {table}").fetchall():
+                db.execute(f"UPDATE {table} SET checksum = ? WHERE {key} = ?", (checksum(*row), row[0]))
+        db.execute("COMMIT")
+    except BaseException:
+        if db.in_transaction:
+            db.execute("ROLLBACK")
+        db.close()
+        raise
 
 
 def _check(path: Path) -> None:
@@ -153,8 +184,8 @@ def _check(path: Path) -> None:
             raise sqlite3.DatabaseError(found.splitlines()[-1])
         (version,) = db.execute("PRAGMA user_version").fetchone()
         if version > VERSION:
-            raise StoreRefused(f"the store {path} is of version {version}, this server knows versions up to {VERSION}")
-        if (db.execute("PRAGMA application_id").fetchone(), version) != ((APPLICATION,), VERSION):
+            raise StoreRefused(f"the store {path} is of version {version}, this server knows up to version {VERSION}")
+        if db.execute("PRAGMA application_id").fetchone() != (APPLICATION,) or version < 1:
             raise StoreRefused(f"{path} is a database of something else")
     finally:
         db.close()

@@ -46,9 +46,14 @@ class Store:
                 os.close(self._lock)
                 raise
         failed = f"the store {directory} has failed"
+        self._on_commit = on_commit
         self._writer = Writer(
-            self._db, self._probe, on_commit, lambda error: on_failed(StoreRefused(f"{failed}: {error}"))
+            self._db, self._probe, self._committed, lambda error: on_failed(StoreRefused(f"{failed}: {error}"))
         )
+
+    def _committed(self, number: int, seconds: float) -> None:
+        """A transaction is on disk. Runs in the journal's thread, before anyone is told."""
+        self._on_commit(seconds)
 
     def _probe(self) -> None:
         """Raises OSError or sqlite3.Error unless blobs and rows can be written."""
