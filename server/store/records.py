@@ -50,17 +50,21 @@ TIMES = {"created_at", "arrived", "started_at", "finished_at", "ended"}
 
 def checksum(*values: object) -> int:
     """The CRC-32 of a row. It is written with the row, and compared whenever the row is read."""
-    return crc32(json.dumps(values).encode())
+    return crc32(json.dumps(values, default=repr).encode())
 
 
 def job_checksum(record: Record) -> int:
     """The checksum of a job's row together with those of its images."""
     values = {name: getattr(record, name) for name in FIELDS}
-    values |= {name: float(values[name]) for name in TIMES if values[name] is not None}  # as SQLite gives them back
+    values |= {name: float(values[name]) for name in TIMES if isinstance(values[name], int)}  # as SQLite returns them
     return checksum(values, [astuple(image) for image in record.images])
 
 
 def record_of(row: sqlite3.Row, images: Iterable[sqlite3.Row]) -> Record:
     """A job as its rows have it."""
     values = {name: row[name] for name in ("number", *FIELDS)} | {"attached": bool(row["attached"])}
-    return Record(**values, images=tuple(ImageRow(**image) for image in images))
+    return Record(**values, images=tuple(map(_image, images)))
+
+
+def _image(row: sqlite3.Row) -> ImageRow:
+    return ImageRow(**{name: row[name] for name in ImageRow.__slots__})

@@ -210,6 +210,11 @@ def probe(db: sqlite3.Connection, size: int) -> None:
     db.execute("DELETE FROM scratch")
 
 
+def commits(db: sqlite3.Connection) -> int:
+    """The number of the last transaction."""
+    return int(db.execute("SELECT commits FROM total").fetchone()[0])
+
+
 def count_commit(db: sqlite3.Connection) -> int:
     """Counts a transaction, as a part of it -> its number"""
     return int(db.execute("UPDATE total SET commits = commits + 1 RETURNING commits").fetchone()[0])

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from server.errors import Gone, StoreRefused
-from server.store import schema
+from server.store import journal
+from server.store.journal import open_journal
 from server.store.records import Record
 from server.store.rows import SELECT
-from server.store.schema import JOURNAL, VERSION_1, open_journal
+from server.store.schema import JOURNAL, VERSION_1
 from tests.server.jobs.records import a_store, keep, name, record
 
 
@@ -64,7 +65,7 @@ def test_a_migration_that_fails_leaves_version_1(tmp_path: Path, monkeypatch: py
     asyncio.run(some(tmp_path))
     as_version_1(tmp_path)
     with monkeypatch.context() as patched:
-        patched.setattr(schema, "job_checksum", lambda record: None)
+        patched.setattr(journal, "job_checksum", lambda record: None)
         with pytest.raises(StoreRefused):
             open_journal(tmp_path)
     db = sqlite3.connect(tmp_path / JOURNAL)
