@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Coroutine
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from server import __version__
 from server.errors import Invalid, StorageFull
@@ -23,13 +23,11 @@ from server.jobs.repository import JobRepository
 from server.jobs.stream import TextMessage
 from server.logs import report
 from server.settings import Settings
-from server.store.deliveries import Delivery
+from server.store.records import Delivery
 from server.store.rows import Record
+from server.webhooks.post import Poster
 from server.webhooks.signing import secret_of, signed
 from server.webhooks.target import Undelivered, parse_url
-
-if TYPE_CHECKING:
-    from server.webhooks.post import Poster
 
 logger = logging.getLogger(__name__)
 PAUSES_S = (5.0, 30.0, 120.0, 600.0, 3600.0, 21_600.0, 86_400.0)  # before the second attempt, the third, ...
@@ -58,16 +56,14 @@ class Deliveries:
     settings: Settings
     repository: JobRepository
     outcomes: Counter[str] = field(default_factory=lambda: Counter(dict.fromkeys(OUTCOMES, 0)))  # of attempts
-    _poster: "Poster | None" = None
+    _poster: Poster | None = None
     _news: asyncio.Event = field(default_factory=asyncio.Event)  # a job with a webhook, or an attempt, has ended
     _sending: dict[int, Record] = field(default_factory=dict)  # by number
     _tasks: set["asyncio.Task[None]"] = field(default_factory=set)
 
     def start(self) -> None:
-        """Begins to deliver. What delivering needs is imported here, and nowhere if there is nothing to deliver."""
+        """Begins to deliver."""
         if self.settings.webhook_secret.get_secret_value():
-            from server.webhooks.post import Poster
-
             self._poster = Poster()
             self._begin(self._run(), "webhooks")
 
@@ -126,7 +122,7 @@ class Deliveries:
         except Undelivered as failure:
             error = str(failure)
         after = after_attempt(before, status, error, self.repository.clock.now())
-        await self.repository.store.note_delivery(record.number, after)
+        await self.repository.store.note_delivery(record, after)
         if (job := self.repository.in_memory(record.id)) is not None:
             job.delivery = after
         outcome = "retried" if after.state == "pending" else after.state

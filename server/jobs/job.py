@@ -22,7 +22,7 @@ from model.sampling.schedule import Spacing
 from server.jobs import encode
 from server.jobs.request import JOB_BYTES, MESSAGE_BYTES, ResolvedRequest
 from server.jobs.stream import Stream, StreamCounts
-from server.store.deliveries import Delivery
+from server.store.records import Delivery
 from server.worker.messages import ModelStatus
 
 Kind = Literal["x_t", "x0"]

@@ -5,6 +5,7 @@ A blob is on disk before a row of the journal names it.
 
 import asyncio
 import os
+import re
 import secrets
 import threading
 from collections import Counter
@@ -16,6 +17,7 @@ from pathlib import Path
 from server.errors import Gone
 
 RETRY_S = 1.0  # between attempts to write while the disk is full
+BLOB = re.compile("[0-9a-f]{64}")  # the names of blobs
 UNFINISHED = ".part"
 THREADS = 8  # blobs that are synced at once: the file system writes them down together
 
@@ -70,7 +72,7 @@ class Blobs:
             data = (self.folder / name).read_bytes()
         except FileNotFoundError:
             raise Gone("this picture is no longer kept") from None
-        if sha256(data).hexdigest() != name:
+        if not is_sound(name, data):
             raise Gone("this picture was damaged on disk")
         return data
 
@@ -110,6 +112,16 @@ class Blobs:
             part.write_bytes(b"\0" * size_bytes)
         finally:
             part.unlink(missing_ok=True)
+
+
+def is_blob(entry: "os.DirEntry[str]") -> bool:
+    """Whether this is a file that could be a blob, by its name."""
+    return BLOB.fullmatch(entry.name) is not None and entry.is_file(follow_symlinks=False)
+
+
+def is_sound(name: str, data: bytes) -> bool:
+    """Whether a blob has the bytes that its name says."""
+    return sha256(data).hexdigest() == name
 
 
 def sync_folder(folder: Path) -> None:

@@ -12,11 +12,12 @@ from functools import partial
 from pathlib import Path
 
 from server.errors import StoreRefused
-from server.store import deliveries, rows
+from server.store import deliveries, lock, rows
 from server.store.blobs import Blobs
-from server.store.deliveries import Delivery
+from server.store.journal import check_journal, open_journal
+from server.store.records import Delivery
 from server.store.rows import Expired, IdempotentHit, Record
-from server.store.schema import LOCK, as_storage_full, make_directory, mark_parked, open_journal, take_lock, was_parked
+from server.store.schema import PICTURES, as_storage_full, make_directory
 from server.store.writer import Writer
 
 logger = logging.getLogger(__name__)
@@ -38,18 +39,28 @@ class Store:
     ) -> None:
         make_directory(directory)
         with as_storage_full(directory):
-            self._lock = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+            self._lock = os.open(directory / lock.LOCK, os.O_RDWR | os.O_CREAT, 0o600)
             try:
-                take_lock(self._lock, directory)
+                lock.hold(self._lock, directory)
+                check_journal(directory, self._lock)
+                lock.sign(self._lock)
+                self.blobs = Blobs(directory / PICTURES, lambda error: self._writer.write_failed(error))
+                self.blobs.probe(PROBE_BYTES)
                 self._db = open_journal(directory)
-                self.blobs = Blobs(directory / "pictures", lambda error: self._writer.write_failed(error))
+                lock.write_floor(self._lock, rows.commits(self._db))
             except BaseException:
                 os.close(self._lock)
                 raise
         failed = f"the store {directory} has failed"
+        self._on_commit = on_commit
         self._writer = Writer(
-            self._db, self._probe, on_commit, lambda error: on_failed(StoreRefused(f"{failed}: {error}"))
+            self._db, self._probe, self._committed, lambda error: on_failed(StoreRefused(f"{failed}: {error}"))
         )
+
+    def _committed(self, number: int, seconds: float) -> None:
+        """A transaction is on disk. Runs in the journal's thread, before anyone is told."""
+        lock.write_floor(self._lock, number)
+        self._on_commit(seconds)
 
     def _probe(self) -> None:
         """Raises OSError or sqlite3.Error unless blobs and rows can be written."""
@@ -126,9 +137,10 @@ class Store:
         """The job whose webhook is next, due or not, other than of these jobs, hosts and owners."""
         return self._writer.ask(partial(rows.next_delivery, now=now, jobs=jobs, hosts=hosts, owners=owners))
 
-    def note_delivery(self, number: int, delivery: Delivery) -> "asyncio.Future[None]":
+    def note_delivery(self, record: Record, delivery: Delivery) -> "asyncio.Future[None]":
         """Writes how far the delivery of a job's webhook is. Waits for room on the disk."""
-        return self._writer.ask(partial(deliveries.update, number=number, delivery=delivery), durable=True)
+        work = partial(deliveries.update, number=record.number, owner=record.owner, delivery=delivery)
+        return self._writer.ask(work, durable=True)
 
     async def recover(self) -> list[Record]:
         """Starts the next attempt of every unfinished job -> these jobs, oldest first.
@@ -138,14 +150,14 @@ class Store:
         named = await self._writer.ask(rows.blobs)
         if deleted := await asyncio.to_thread(self.blobs.delete_others, named):
             logger.info("blobs without a job deleted", extra={"count": deleted})
-        jobs = await self._writer.ask(partial(rows.recover, crashed=not was_parked(self._lock)))
-        mark_parked(self._lock, False)
+        jobs = await self._writer.ask(partial(rows.recover, crashed=not lock.was_parked(self._lock)))
+        lock.mark_parked(self._lock, False)
         return jobs
 
     async def park(self) -> None:
         """Records that no job is running: whatever ends the server from now on, no job is why. Raises StorageFull; the
         next server learns it nevertheless."""
-        mark_parked(self._lock, True)
+        lock.mark_parked(self._lock, True)
         await self._writer.ask(rows.park)
 
     async def latest(self) -> float:

@@ -1,19 +1,19 @@
-"""One POST to a webhook: to an address that was checked, without redirects, proxies and cookies, in bounded time."""
+"""One POST to a webhook: to an address that was checked, without redirects, proxies, cookies and kept connections."""
 
 import asyncio
-import logging
 import socket
 import ssl
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 
-import httpx
+import h11
 
 from server.webhooks.target import Target, Undelivered, as_address, is_public
 
 TOTAL_S, CONNECT_S = 10.0, 3.0
 MAX_ADDRESSES = 4  # of a host that are tried
+READ_BYTES = 4096
 
 
 async def _addresses(target: Target) -> list[str]:
@@ -46,51 +46,52 @@ def _permitted(target: Target, addresses: list[str]) -> list[str]:
     return addresses[:MAX_ADDRESSES]
 
 
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
 class Poster:
     """Sends webhooks."""
 
     def __init__(self) -> None:
-        logging.getLogger("httpx").setLevel(logging.WARNING)  # at INFO it logs URLs, with what is secret in them
-        self._tls = httpx.create_ssl_context()  # certifi's authorities, or those of SSL_CERT_FILE
-        httpx.AsyncHTTPTransport(verify=self._tls)  # imports all that a delivery needs
+        self._tls = ssl.create_default_context()  # the system's authorities, or those of SSL_CERT_FILE
 
     async def post(self, target: Target, headers: Mapping[str, str], body: bytes) -> int:
         """The status of the answer, whose body is not read. Raises Undelivered."""
         try:
             async with asyncio.timeout(TOTAL_S):
                 addresses = _permitted(target, await _addresses(target))
-                for address in addresses[:-1]:
-                    with suppress(httpx.ConnectError, httpx.ConnectTimeout):
-                        return await self._post_to(address, target, headers, body)
-                return await self._post_to(addresses[-1], target, headers, body)
-        except (TimeoutError, httpx.TimeoutException):
+                reader, writer = await self._connect(target, addresses)
+                try:
+                    return await _exchange(reader, writer, target, headers, body)
+                finally:
+                    writer.transport.abort()
+        except TimeoutError:
             raise Undelivered(f"no answer within {TOTAL_S:g} s") from None
-        except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
-            if any(isinstance(cause, ssl.SSLError) for cause in _causes(error)):
-                raise Undelivered("no TLS connection with a valid certificate") from None
+        except ssl.SSLError:
+            raise Undelivered("no TLS connection with a valid certificate") from None
+        except (OSError, h11.RemoteProtocolError):
             raise Undelivered("no connection, or one that broke") from None
 
-    async def _post_to(self, address: str, target: Target, headers: Mapping[str, str], body: bytes) -> int:
-        """Connects to this address and to no other. A new client each time has no connection and no cookie of another
-        host that has the same address."""
-        place = f"[{address}]" if ":" in address else address
-        async with (
-            httpx.AsyncClient(
-                verify=self._tls, trust_env=False, timeout=httpx.Timeout(None, connect=CONNECT_S)
-            ) as http,
-            http.stream(
-                "POST",
-                f"{target.scheme}://{place}:{target.port}/",
-                content=body,
-                headers={"Host": target.authority, "Connection": "close", **headers},
-                follow_redirects=False,
-                extensions={"sni_hostname": target.host, "target": target.path.encode()},
-            ) as answer,
-        ):
-            return answer.status_code
+    async def _connect(self, target: Target, addresses: list[str]) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """A connection to the first of these addresses that takes one. Raises OSError."""
+        tls, name = (self._tls, target.host) if target.scheme == "https" else (None, None)
+        for address in addresses[:-1]:
+            with suppress(OSError):  # of which TimeoutError is one
+                async with asyncio.timeout(CONNECT_S):
+                    return await asyncio.open_connection(address, target.port, ssl=tls, server_hostname=name)
+        return await asyncio.open_connection(addresses[-1], target.port, ssl=tls, server_hostname=name)
+
+
+async def _exchange(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, target: Target, headers: Mapping[str, str], body: bytes
+) -> int:
+    """Sends the request -> the status of the answer. Raises OSError, h11.RemoteProtocolError."""
+    sent = {"Host": target.authority, "Connection": "close", "Content-Length": str(len(body)), **headers}
+    http = h11.Connection(h11.CLIENT)
+    request = h11.Request(method="POST", target=target.path, headers=list(sent.items()))
+    for part in (request, h11.Data(body), h11.EndOfMessage()):
+        writer.write(http.send(part) or b"")
+    await writer.drain()
+    while not isinstance(event := http.next_event(), h11.Response):
+        if event is h11.NEED_DATA:
+            http.receive_data(await reader.read(READ_BYTES))
+        elif not isinstance(event, h11.InformationalResponse):
+            raise ConnectionError
+    return event.status_code

@@ -28,7 +28,7 @@ from server.jobs import deliveries
 from server.jobs.deliveries import MOST, PAUSES_S, after_attempt
 from server.settings import Settings
 from server.store import rows
-from server.store.deliveries import Delivery
+from server.store.records import Delivery
 from server.web.app import create_app
 from server.web.auth import make_key
 from server.webhooks import post

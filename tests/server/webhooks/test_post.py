@@ -48,7 +48,7 @@ def post(url: str, hosts: str = "") -> int | str:
     ],
 )
 def test_a_name_with_an_address_that_is_not_public_is_connected_to_nowhere(addresses: list[str]) -> None:
-    with resolving(addresses), mock.patch("httpx.AsyncClient", side_effect=AssertionError):
+    with resolving(addresses), mock.patch("asyncio.open_connection", side_effect=AssertionError):
         assert post("https://a.example/") == "the host has no public address"
 
 
@@ -63,7 +63,7 @@ def test_the_name_is_looked_up_once_and_the_address_that_was_checked_is_connecte
         with mock.patch.object(asyncio.base_events.BaseEventLoop, "create_connection", connect):
             answer = post("https://a.example:8443/")
 
-    assert (asked, connected) == (["a.example"], [("8.8.8.8", 8443, None)])
+    assert (asked, connected) == (["a.example"], [("8.8.8.8", 8443, "a.example")])
     assert answer == "no connection, or one that broke"
 
 
