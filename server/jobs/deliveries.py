@@ -105,7 +105,7 @@ class Deliveries:
         busy_hosts = [host for host, count in hosts.items() if count == MOST_OF_A_HOST]
         busy_owners = [owner for owner, count in owners.items() if count == MOST_OF_A_KEY]
         now = self.repository.clock.now()
-        record = await self.repository.store.next_delivery(now, self._sending.keys(), busy_hosts, busy_owners)
+        record = await self.repository.store.next_delivery(now, list(self._sending), busy_hosts, busy_owners)
         if record is None or record.delivery is None or record.delivery.due is None:
             return None
         if record.delivery.due <= now:

@@ -25,7 +25,7 @@ from pydantic import SecretStr
 from starlette.testclient import TestClient
 
 from server.jobs import deliveries
-from server.jobs.deliveries import MOST, PAUSES_S, after_attempt
+from server.jobs.deliveries import MOST, MOST_OF_A_KEY, PAUSES_S, after_attempt
 from server.settings import Settings
 from server.store import rows
 from server.store.records import Delivery
@@ -251,6 +251,30 @@ def test_each_host_and_each_key_has_so_many_at_once_and_first_attempts_go_first(
 
     assert Counter(first) == {"slow0": 2, "down": 3, "swift": 3}
     assert waiting == PENDING
+
+
+def test_the_receivers_of_one_key_leave_room_for_those_of_another(sending: Sending, tmp_path: Path) -> None:
+    released = asyncio.Event()
+
+    async def post(poster: object, target: Target, headers: dict[str, str], body: bytes) -> int:
+        if target.host != "swift":
+            await released.wait()
+        return 204
+
+    hosts = [f"slow{i}" for i in range(10)]
+    lines, keys = zip(*((line, key) for key, line in map(make_key, ("alice", "bob"))), strict=True)
+    (tmp_path / "keys").write_text("\n".join(lines))
+    alice, bob = ({"authorization": f"Bearer {key}"} for key in keys)
+    settings = {"webhook_hosts": ",".join([*hosts, "swift"]), "api_keys": str(tmp_path / "keys")}
+    with mock.patch.object(Poster, "post", post), sending(**settings) as client:
+        for host in hosts * 2:
+            client.post("/generate", json={"webhook": f"http://{host}/"}, headers=alice)
+        id = client.post("/generate", json={"webhook": "http://swift/"}, headers=bob).headers["x-job-id"]
+        until(lambda: client.get(f"/jobs/{id}", headers=bob).json()["webhook"]["state"] == "delivered")
+        under_way = len(jobs_of(client)._deliveries._sending)
+        call(client, released.set)
+
+    assert under_way == MOST_OF_A_KEY
 
 
 def test_a_slow_receiver_is_left_alone_after_a_while_and_a_long_answer_is_not_read(sending: Sending) -> None:
