@@ -164,6 +164,7 @@ class JobRepository:
             self._forget(expired.ids)
             await self.store.delete(expired.blobs)
             more = expired.more
+        await asyncio.to_thread(self.store.blobs.clear_aside)
 
     async def _sweep(self) -> None:
         while True:

@@ -13,7 +13,7 @@ from server.store import wal
 from server.store.blobs import is_blob, is_sound
 from server.store.records import Record, checksum, job_checksum, record_of
 from server.store.rows import SELECT, commits
-from server.store.schema import APPLICATION, JOURNAL, PICTURES, VERSION, VERSIONS, is_full
+from server.store.schema import APPLICATION, JOURNAL, LOG, PICTURES, VERSION, VERSIONS, is_full
 
 ALL_IMAGES = """SELECT job, place AS "index", seed, sha256, size, message FROM images LEFT JOIN files USING (sha256)
     ORDER BY job, place"""
@@ -38,6 +38,9 @@ def inspect(directory: Path, floor: int, hashes: bool = False) -> Report:
     Raises StoreRefused if the journal is of a newer version or of something else.
     """
     report, path = Report(), directory / JOURNAL
+    if not path.exists():
+        report.damages.append(f"{JOURNAL} is missing")
+        return report
     report.damages += _journal_damages(path)
     try:
         with closing(open_readonly(path)) as db:
@@ -66,22 +69,17 @@ def _journal_damages(path: Path) -> Iterator[str]:
     if header[:16] != CONVERTED or header[18:20] != b"\2\2":
         yield f"the header of {JOURNAL} is damaged"
     try:
-        frames = wal.read(log_of(path))
+        frames = wal.read(path.with_name(LOG))
     except ValueError as error:
-        yield f"{log_of(path).name}: {error}"
+        yield f"{LOG}: {error}"
     else:
         if frames is not None and not frames.is_torn:
-            yield f"{log_of(path).name}: frame {frames.committed + 1} of {len(frames.pages)}, or one behind it, is bad"
-
-
-def log_of(path: Path) -> Path:
-    """The write-ahead log of a journal."""
-    return path.with_name(f"{path.name}-wal")
+            yield f"{LOG}: frame {frames.committed + 1} of {len(frames.pages)}, or one behind it, is bad"
 
 
 def open_readonly(path: Path) -> sqlite3.Connection:
     """A connection that changes no file and creates none: it takes no lock, and keeps the log's index in memory."""
-    log = log_of(path)
+    log = path.with_name(LOG)
     how = "vfs=unix-none" if log.exists() and log.stat().st_size else "immutable=1"
     db = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro&{how}", uri=True)
     db.row_factory = sqlite3.Row

@@ -52,7 +52,7 @@ def insert(
         record = replace(cached, images=images)
     values = [getattr(record, name) for name in FIELDS]
     (number,) = db.execute(INSERT, [*values, job_checksum(record)]).fetchone()
-    _insert_images(db, number, record.images)
+    insert_images(db, number, record.images)
     return record
 
 
@@ -73,11 +73,12 @@ def finish(db: sqlite3.Connection, record: Record, identities: Sequence[str]) ->
     result = {name: getattr(record, name) for name in RESULT}
     kept = replace(read(db, row), **result, images=record.images)
     db.execute(FINISH, [*result.values(), job_checksum(kept), kept.number])
-    _insert_images(db, kept.number, record.images)
+    insert_images(db, kept.number, record.images)
     return record
 
 
-def _insert_images(db: sqlite3.Connection, number: int, images: Iterable[ImageRow]) -> None:
+def insert_images(db: sqlite3.Connection, number: int, images: Iterable[ImageRow]) -> None:
+    """Inserts the images of a job."""
     for row in images:
         db.execute("INSERT OR IGNORE INTO files VALUES (?, ?)", (row.sha256, row.size))
         db.execute("INSERT INTO images VALUES (?, ?, ?, ?, ?)", (number, row.index, row.seed, row.sha256, row.message))
