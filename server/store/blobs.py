@@ -138,6 +138,14 @@ def is_blob(entry: "os.DirEntry[str]") -> bool:
     return BLOB.fullmatch(entry.name) is not None and entry.is_file(follow_symlinks=False)
 
 
+def blobs_in(folder: Path) -> dict[str, int]:
+    """The sizes of all blobs in a folder, by name; none if it is not there."""
+    if not folder.is_dir():
+        return {}
+    with os.scandir(folder) as entries:
+        return {entry.name: entry.stat().st_size for entry in entries if is_blob(entry)}
+
+
 def is_ours(entry: "os.DirEntry[str]") -> bool:
     """Whether this is a blob, or one that was not finished."""
     return is_blob(entry) or (entry.name.endswith(UNFINISHED) and entry.is_file(follow_symlinks=False))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from server.errors import StoreRefused
 from server.store import rows
-from server.store.blobs import is_blob, sync_folder
+from server.store.blobs import blobs_in, sync_folder
 from server.store.checks import PLAIN, inspect
 from server.store.lock import read_floor
 from server.store.records import checksum, job_checksum, record_of
@@ -54,8 +54,7 @@ def damaged(directory: Path, what: str) -> StoreRefused:
 
 def _require_new(directory: Path, floor: int) -> None:
     """Raises ValueError if there was a journal, as other files show."""
-    pictures = directory / PICTURES
-    if floor or (directory / LOG).exists() or (pictures.is_dir() and any(map(is_blob, os.scandir(pictures)))):
+    if floor or (directory / LOG).exists() or blobs_in(directory / PICTURES):
         raise ValueError(f"{JOURNAL} is missing")
 
 

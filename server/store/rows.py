@@ -167,20 +167,20 @@ def latest(db: sqlite3.Connection) -> float:
 def expire(db: sqlite3.Connection, before: float, most_bytes: int, limit: int) -> Expired:
     """Deletes up to `limit` jobs: those that ended before a time, and the oldest while all take more than `most_bytes`.
     Their blobs must be deleted after this is on disk."""
-    query = "SELECT number, id, owner, ended FROM jobs WHERE status IS NOT NULL ORDER BY ended, number LIMIT ?"
+    query = "SELECT number, id, ended FROM jobs WHERE status IS NOT NULL ORDER BY ended, number LIMIT ?"
     ids, unused = list[str](), list[str]()
-    for number, id, owner, ended in db.execute(query, (limit,)).fetchall():
+    for number, id, ended in db.execute(query, (limit,)).fetchall():
         if ended >= before and size_bytes(db) <= most_bytes:
             break
-        unused += _delete(db, number, id, owner)
+        unused += _delete(db, number)
         ids.append(id)
     return Expired(ids, unused, more=len(ids) == limit)
 
 
-def _delete(db: sqlite3.Connection, number: int, id: str, owner: str | None) -> list[str]:
+def _delete(db: sqlite3.Connection, number: int) -> list[str]:
     names = {name for (name,) in db.execute("DELETE FROM images WHERE job = ? RETURNING sha256", (number,))}
+    id, owner = db.execute("DELETE FROM jobs WHERE number = ? RETURNING id, owner", (number,)).fetchone()
     db.execute("INSERT INTO expired (id, owner, checksum) VALUES (?, ?, ?)", (id, owner, checksum(id, owner)))
-    db.execute("DELETE FROM jobs WHERE number = ?", (number,))
     db.execute("DELETE FROM expired WHERE number <= (SELECT max(number) FROM expired) - ?", (EXPIRED,))
     unused = [name for name in names if not db.execute("SELECT 1 FROM images WHERE sha256 = ?", (name,)).fetchone()]
     for name in unused:
