@@ -138,7 +138,7 @@ class Deliveries:
     async def _post(self, record: Record) -> int:
         """The status of the answer to the job's document, as its last message has it. Raises Undelivered."""
         assert self._poster is not None
-        job = to_job(record, self.repository.store.blobs, self.repository.counts)
+        job = to_job(record, self.repository.read, self.repository.counts)
         last = job.stream.kept[-1]
         assert isinstance(last, TextMessage) and job.request.webhook is not None
         body = json.dumps(last.body["document"]).encode()

@@ -41,7 +41,7 @@ class JobService:
         self.cards, self.backend, self.metrics, self._settings = cards, backend, metrics, settings
         self.drawing = asyncio.Semaphore(ANIMATIONS)
         self.counts = StreamCounts()
-        self.repository = JobRepository(store, settings, self.counts)
+        self.repository = JobRepository(store, settings, self.counts, backend)
         self.admission = Admission(settings, backend, self.repository, metrics)
         self._deliveries = Deliveries(settings, self.repository)
         self._etas = EtaEstimator(self.repository.live, backend)

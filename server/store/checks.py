@@ -1,6 +1,5 @@
 """Whether a store holds what was promised, read without changing a byte of it."""
 
-import os
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
@@ -10,21 +9,17 @@ from pathlib import Path
 
 from server.errors import StoreRefused
 from server.store import wal
-from server.store.blobs import is_blob, is_sound
+from server.store.blobs import blobs_in, is_sound
 from server.store.deliveries import COLUMNS
 from server.store.records import Record, checksum, job_checksum, record_of
 from server.store.rows import SELECT, commits
-from server.store.schema import APPLICATION, JOURNAL, PICTURES, VERSION, VERSIONS, is_full
+from server.store.schema import APPLICATION, JOURNAL, LOG, PICTURES, VERSION, VERSIONS, is_full
 
 ALL_IMAGES = """SELECT job, place AS "index", seed, sha256, size, message FROM images LEFT JOIN files USING (sha256)
     ORDER BY job, place"""
 HOLDER = "SELECT 1 FROM images WHERE images.sha256 = files.sha256"
-PLAIN = {  # tables whose rows have checksums of their own
-    "known": ("identity", "sha256"),
-    "expired": ("id", "owner"),
-}
+PLAIN = {"known": ("identity", "sha256"), "expired": ("id", "owner")}  # tables whose rows have checksums of their own
 OWED = "jobs.status IS NOT NULL AND json_extract(request, '$.webhook') IS NOT NULL"
-CONVERTED = b"SQLite format 3\0"
 
 
 @dataclass(slots=True)
@@ -43,9 +38,12 @@ def inspect(directory: Path, floor: int, hashes: bool = False) -> Report:
     Raises StoreRefused if the journal is of a newer version or of something else.
     """
     report, path = Report(), directory / JOURNAL
-    report.damages += _journal_damages(path)
+    if not path.exists():
+        report.damages.append(f"{JOURNAL} is missing")
+        return report
+    frames = _check_files(path, report)
     try:
-        with closing(open_readonly(path)) as db:
+        with closing(_open(path, frames > 0)) as db:
             version = _version(db, path)
             found = [text for (text,) in db.execute("PRAGMA integrity_check(20)")]
             report.damages += [line for text in found for line in text.splitlines()[-1:] if text != "ok"]
@@ -64,30 +62,31 @@ def inspect(directory: Path, floor: int, hashes: bool = False) -> Report:
     return report
 
 
-def _journal_damages(path: Path) -> Iterator[str]:
-    """What is wrong with the files, before SQLite reads them."""
+def _check_files(path: Path, report: Report) -> int:
+    """Checks the files of the journal, before SQLite reads them -> the number of frames that it will read of the log"""
     with open(path, "rb") as file:
         header = file.read(100)
-    if header[:16] != CONVERTED or header[18:20] != b"\2\2":
-        yield f"the header of {JOURNAL} is damaged"
+    if header[:16] != b"SQLite format 3\0" or header[18:20] != b"\2\2":  # the latter: with a log
+        report.damages.append(f"the header of {JOURNAL} is damaged")
     try:
-        frames = wal.read(log_of(path))
+        frames = wal.read(path.with_name(LOG))
     except ValueError as error:
-        yield f"{log_of(path).name}: {error}"
-    else:
-        if frames is not None and not frames.is_torn:
-            yield f"{log_of(path).name}: frame {frames.committed + 1} of {len(frames.pages)}, or one behind it, is bad"
+        report.damages.append(f"{LOG}: {error}")
+        return 0
+    if frames is None:
+        return 0
+    if not frames.is_torn:
+        of = f"{frames.committed + 1} of {len(frames.pages)}"
+        report.damages.append(f"{LOG}: frame {of}, or one of the same transaction, is damaged")
+    return frames.committed
 
 
-def log_of(path: Path) -> Path:
-    """The write-ahead log of a journal."""
-    return path.with_name(f"{path.name}-wal")
+def _open(path: Path, with_log: bool) -> sqlite3.Connection:
+    """A connection that changes no file and creates none: it takes no lock, and keeps the log's index in memory.
 
-
-def open_readonly(path: Path) -> sqlite3.Connection:
-    """A connection that changes no file and creates none: it takes no lock, and keeps the log's index in memory."""
-    log = log_of(path)
-    how = "vfs=unix-none" if log.exists() and log.stat().st_size else "immutable=1"
+    Without frames that count, the log is not opened: SQLite would delete it in the end.
+    """
+    how = "vfs=unix-none" if with_log else "immutable=1"
     db = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro&{how}", uri=True)
     db.row_factory = sqlite3.Row
     db.execute("PRAGMA locking_mode = EXCLUSIVE")
@@ -158,10 +157,7 @@ def _check_rows(db: sqlite3.Connection, version: int, report: Report) -> None:
 
 def _check_pictures(folder: Path, db: sqlite3.Connection, report: Report, hashes: bool) -> None:
     """Compares the pictures with the sizes of their rows, and with their names."""
-    there = {}
-    if folder.is_dir():
-        with os.scandir(folder) as entries:
-            there = {entry.name: entry.stat().st_size for entry in entries if is_blob(entry)}
+    there = blobs_in(folder)
     for name, size in db.execute("SELECT sha256, size FROM files"):
         if there.get(name) != size:
             found = f"has {there[name]} bytes instead of {size}" if name in there else "is missing"

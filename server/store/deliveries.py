@@ -2,10 +2,10 @@
 
 import json
 import sqlite3
-from collections.abc import Collection
+from collections.abc import Sequence
 
 from server.errors import Gone
-from server.store.records import Delivery, checksum
+from server.store.records import Delivery, Record, checksum
 
 PENDING = "SELECT job FROM deliveries WHERE due IS NOT NULL"
 NEXT = f"""{PENDING} AND job NOT IN (SELECT value FROM json_each(?)) AND host NOT IN (SELECT value FROM json_each(?))
@@ -48,13 +48,15 @@ def read(db: sqlite3.Connection, number: int) -> Delivery | None:
     return Delivery(**{name: row[name] for name in FIELDS})
 
 
-def next_jobs(
-    db: sqlite3.Connection, now: float, jobs: Collection[int], hosts: Collection[str], owners: Collection[str]
-) -> list[int]:
+def is_owed(record: Record) -> bool:
+    """Whether a job has ended and has a webhook, so that there must be a delivery."""
+    return record.status is not None and json.loads(record.request).get("webhook") is not None
+
+
+def next_jobs(db: sqlite3.Connection, now: float, *busy: Sequence[int | str]) -> list[int]:
     """The numbers of jobs whose webhooks are next: of those that are due the ones with the fewest attempts, then those
-    that are due first. jobs, hosts, owners: have their turn already"""
-    busy = [json.dumps(list(each)) for each in (jobs, hosts, owners)]
-    return [number for (number,) in db.execute(NEXT, [*busy, now, now, MOST])]
+    that are due first. busy: jobs, hosts and owners that have their turn already"""
+    return [number for (number,) in db.execute(NEXT, [*map(json.dumps, busy), now, now, MOST])]
 
 
 def delete(db: sqlite3.Connection, number: int) -> None:

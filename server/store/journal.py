@@ -6,11 +6,11 @@ from pathlib import Path
 
 from server.errors import StoreRefused
 from server.store import rows
-from server.store.blobs import is_blob, sync_folder
-from server.store.checks import PLAIN, inspect, log_of
+from server.store.blobs import blobs_in, sync_folder
+from server.store.checks import PLAIN, inspect
 from server.store.lock import read_floor
 from server.store.records import checksum, job_checksum, record_of
-from server.store.schema import JOURNAL, PICTURES, VERSION, VERSION_2, VERSIONS, is_full
+from server.store.schema import JOURNAL, LOG, PICTURES, VERSION, VERSION_2, VERSIONS, is_full
 
 
 def check_journal(directory: Path, lock: int) -> None:
@@ -21,7 +21,8 @@ def check_journal(directory: Path, lock: int) -> None:
     try:
         floor = read_floor(lock)
         if not (directory / JOURNAL).exists():
-            _create(directory / JOURNAL, floor)
+            _require_new(directory, floor)
+            create(directory / JOURNAL)
         damages = inspect(directory, floor).damages
     except ValueError as error:
         damages = [str(error)]
@@ -36,7 +37,7 @@ def open_journal(directory: Path) -> sqlite3.Connection:
     try:
         for pragma in ("locking_mode = EXCLUSIVE", "journal_mode = WAL", "synchronous = FULL"):
             db.execute(f"PRAGMA {pragma}")
-        _migrate(db)
+        migrate(db)
         return db
     except sqlite3.DatabaseError as error:
         db.close()
@@ -51,11 +52,14 @@ def damaged(directory: Path, what: str) -> StoreRefused:
     return StoreRefused(f"the store {directory} is damaged: {what}; {left}")
 
 
-def _create(path: Path, floor: int) -> None:
-    """Creates an empty journal, atomically. Raises ValueError if there was one, as other files show."""
-    pictures = path.parent / PICTURES
-    if floor or log_of(path).exists() or (pictures.is_dir() and any(map(is_blob, os.scandir(pictures)))):
+def _require_new(directory: Path, floor: int) -> None:
+    """Raises ValueError if there was a journal, as other files show."""
+    if floor or (directory / LOG).exists() or blobs_in(directory / PICTURES):
         raise ValueError(f"{JOURNAL} is missing")
+
+
+def create(path: Path) -> None:
+    """Creates an empty journal, atomically."""
     new = path.with_suffix(".new")
     for left in path.parent.glob(f"{new.name}*"):
         left.unlink()
@@ -67,8 +71,8 @@ def _create(path: Path, floor: int) -> None:
     sync_folder(path.parent)
 
 
-def _migrate(db: sqlite3.Connection) -> None:
-    """Brings a journal of version 1 to version 2, in one transaction."""
+def migrate(db: sqlite3.Connection) -> None:
+    """Brings a journal of version 1 to version 2, in one transaction. Raises sqlite3.Error."""
     if db.execute("PRAGMA user_version").fetchone()[0] == VERSION:
         return
     try:

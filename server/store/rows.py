@@ -1,7 +1,7 @@
 """Reading and writing the rows of the journal. Each function is the body of one transaction, or a part of one."""
 
 import sqlite3
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
@@ -54,7 +54,7 @@ def insert(
         record = replace(cached, images=images)
     values = [getattr(record, name) for name in FIELDS]
     (number,) = db.execute(INSERT, [*values, job_checksum(record)]).fetchone()
-    _insert_images(db, number, record.images)
+    insert_images(db, number, record.images)
     deliveries.insert(db, number, record.owner, record.delivery)
     return record
 
@@ -76,12 +76,13 @@ def finish(db: sqlite3.Connection, record: Record, identities: Sequence[str]) ->
     result = {name: getattr(record, name) for name in RESULT}
     kept = replace(read(db, row), **result, images=record.images)
     db.execute(FINISH, [*result.values(), job_checksum(kept), kept.number])
-    _insert_images(db, kept.number, record.images)
+    insert_images(db, kept.number, record.images)
     deliveries.insert(db, kept.number, record.owner, record.delivery)
     return record
 
 
-def _insert_images(db: sqlite3.Connection, number: int, images: Iterable[ImageRow]) -> None:
+def insert_images(db: sqlite3.Connection, number: int, images: Iterable[ImageRow]) -> None:
+    """Inserts the images of a job."""
     for row in images:
         db.execute("INSERT OR IGNORE INTO files VALUES (?, ?)", (row.sha256, row.size))
         db.execute("INSERT INTO images VALUES (?, ?, ?, ?, ?)", (number, row.index, row.seed, row.sha256, row.message))
@@ -157,11 +158,9 @@ def recover(db: sqlite3.Connection, crashed: bool) -> list[Record]:
     return jobs
 
 
-def next_delivery(
-    db: sqlite3.Connection, now: float, jobs: Collection[int], hosts: Collection[str], owners: Collection[str]
-) -> Record | None:
+def next_delivery(db: sqlite3.Connection, now: float, *busy: Sequence[int | str]) -> Record | None:
     """The job whose webhook is next, and that is not damaged: see `deliveries.next_jobs`."""
-    for number in deliveries.next_jobs(db, now, jobs, hosts, owners):
+    for number in deliveries.next_jobs(db, now, *busy):
         with suppress(Gone):
             return read(db, db.execute(f"{SELECT} WHERE number = ?", (number,)).fetchone())
     return None
@@ -180,23 +179,22 @@ def latest(db: sqlite3.Connection) -> float:
 def expire(db: sqlite3.Connection, before: float, most_bytes: int, limit: int) -> Expired:
     """Deletes up to `limit` jobs: those that ended before a time and have no pending webhook, and the oldest while all
     take more than `most_bytes`. Their blobs must be deleted after this is on disk."""
-    pending = f"number IN ({deliveries.PENDING})"
-    query = f"SELECT number, id, owner, ended, {pending} FROM jobs WHERE status IS NOT NULL"
+    query = f"SELECT number, id, ended, number IN ({deliveries.PENDING}) AS owed FROM jobs WHERE status IS NOT NULL"
     if size_bytes(db) <= most_bytes:
-        query += f" AND NOT {pending}"
+        query += " AND NOT owed"
     ids, unused = list[str](), list[str]()
-    for number, id, owner, ended, owed in db.execute(f"{query} ORDER BY ended, number LIMIT ?", (limit,)).fetchall():
+    for number, id, ended, owed in db.execute(f"{query} ORDER BY ended, number LIMIT ?", (limit,)).fetchall():
         if (owed or ended >= before) and size_bytes(db) <= most_bytes:
             break
-        unused += _delete(db, number, id, owner)
+        unused += _delete(db, number)
         ids.append(id)
     return Expired(ids, unused, more=len(ids) == limit)
 
 
-def _delete(db: sqlite3.Connection, number: int, id: str, owner: str | None) -> list[str]:
+def _delete(db: sqlite3.Connection, number: int) -> list[str]:
     names = {name for (name,) in db.execute("DELETE FROM images WHERE job = ? RETURNING sha256", (number,))}
+    id, owner = db.execute("DELETE FROM jobs WHERE number = ? RETURNING id, owner", (number,)).fetchone()
     db.execute("INSERT INTO expired (id, owner, checksum) VALUES (?, ?, ?)", (id, owner, checksum(id, owner)))
-    db.execute("DELETE FROM jobs WHERE number = ?", (number,))
     deliveries.delete(db, number)
     db.execute("DELETE FROM expired WHERE number <= (SELECT max(number) FROM expired) - ?", (EXPIRED,))
     unused = [name for name in names if not db.execute("SELECT 1 FROM images WHERE sha256 = ?", (name,)).fetchone()]
@@ -240,7 +238,12 @@ def count_commit(db: sqlite3.Connection) -> int:
 
 def read(db: sqlite3.Connection, row: sqlite3.Row) -> Record:
     """The job of a row of SELECT. Raises Gone if it is damaged."""
+    return replace(read_job(db, row), delivery=deliveries.read(db, row["number"]))
+
+
+def read_job(db: sqlite3.Connection, row: sqlite3.Row) -> Record:
+    """The same without the delivery of its webhook."""
     record = record_of(row, db.execute(IMAGES, (row["number"],)))
     if job_checksum(record) != row["checksum"]:
         raise Gone("this job was damaged on disk")
-    return replace(record, delivery=deliveries.read(db, record.number))
+    return record

@@ -9,7 +9,7 @@ from pathlib import Path
 from server.errors import SettingsError, StorageFull
 from server.store.lock import LOCK as LOCK
 
-JOURNAL, PICTURES = "jobs.sqlite3", "pictures"
+JOURNAL, LOG, PICTURES = "jobs.sqlite3", "jobs.sqlite3-wal", "pictures"
 FULL = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY}
 APPLICATION, VERSION = 0x6464706D, 2  # "ddpm"
 VERSION_1 = f"""

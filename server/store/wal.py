@@ -79,11 +79,11 @@ def _checksums(words: Any, before: Words) -> Words:
     return np.asarray(before @ powers[n].T + added, np.uint32)
 
 
-def apply(log: Path, frames: Frames, chosen: npt.NDArray[np.bool_], database: Path) -> None:
-    """Copies the pages of the chosen frames into a database, as a checkpoint does."""
-    ends = np.flatnonzero(chosen & (frames.sizes != 0))
+def apply(log: Path, frames: Frames, database: Path, most: int) -> None:
+    """Copies the sound pages of the first `most` frames into a database, up to the end of a transaction."""
+    ends = np.flatnonzero((frames.sound & (frames.sizes != 0))[:most])
     with open(log, "rb") as source, open(database, "r+b") as target:
-        for index in np.flatnonzero(chosen[: ends[-1] + 1 if len(ends) else 0]):
+        for index in np.flatnonzero(frames.sound[: ends[-1] + 1 if len(ends) else 0]):
             source.seek(HEADER + int(index) * (FRAME_HEADER + frames.page_size) + FRAME_HEADER)
             target.seek((int(frames.pages[index]) - 1) * frames.page_size)
             target.write(source.read(frames.page_size))

@@ -9,9 +9,10 @@ import pytest
 from server.errors import Gone, StoreRefused
 from server.store.checks import inspect
 from server.store.records import Delivery
+from server.store.salvage import salvage
 from server.store.schema import JOURNAL
 from server.store.store import Store
-from tests.server.jobs.records import a_store, ended, record
+from tests.server.jobs.records import a_store, ended, keep, record
 
 
 async def owe(store: Store, id: str, owner: str | None = None, **fields: object) -> None:
@@ -93,3 +94,27 @@ def test_a_delivery_that_is_damaged_while_a_server_runs_is_passed_over(tmp_path:
             return after.id if after is not None else None
 
     assert asyncio.run(story()) == "sound"
+
+
+def test_salvage_keeps_deliveries_and_runs_a_job_again_whose_delivery_is_damaged(tmp_path: Path) -> None:
+    directory, out = tmp_path / "damaged", tmp_path / "out"
+
+    async def before() -> None:
+        async with a_store(directory) as store:
+            for id in ("sound", "damaged", "lost"):
+                await owe(store, id, attempts=2)
+            await keep(store, "plain", b"png")
+
+    async def after() -> tuple[list[str], Delivery | None]:
+        async with a_store(out) as store:
+            return [job.id for job in await store.recover()], (await store.find("sound", None)).delivery
+
+    asyncio.run(before())
+    with sqlite3.connect(directory / JOURNAL) as db:
+        db.execute("UPDATE deliveries SET attempts = 3 WHERE job = 2")
+        db.execute("DELETE FROM deliveries WHERE job = 3")
+    db.close()
+    report = salvage(directory, out)
+
+    assert (report.again, report.jobs) == (["damaged", "lost"], 4)
+    assert asyncio.run(after()) == (["damaged", "lost"], Delivery(host="a", attempts=2))
