@@ -166,6 +166,10 @@ class SettingsError(ServerError):
     """A DDPM_* variable or a flag is unknown or ill-formed."""
 
 
+class StartFailed(ServerError):
+    """Something unforeseen kept the server from starting."""
+
+
 class EngineFailed(ServerError, status=503, code="engine-down"):
     """The engine has failed for good. The server ends with `exit_code`."""
 
@@ -181,6 +185,7 @@ EXIT_CODES: dict[type[Exception], int] = {
     StoreInUse: EXIT_STORE_IN_USE,
     NoSuchDevice: EXIT_NO_DEVICE,
     StorageFull: EXIT_STORAGE_FULL,
+    StartFailed: EXIT_FAILED,
 }
 
 

@@ -4,12 +4,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
 
 from server.bounds import says
 from server.errors import SettingsError
 
 PREFIX = "DDPM_"
+MIN_SECRET = 24  # characters
+
+
+def _long_enough(secret: SecretStr) -> SecretStr:
+    if 0 < len(secret) < MIN_SECRET:
+        raise ValueError(f"must be empty, or at least {MIN_SECRET} random characters")
+    return secret
 
 
 class Settings(BaseModel):
@@ -83,6 +90,14 @@ class Settings(BaseModel):
     )
     allowed_origins: str = Field(
         "", description="comma-separated origins of other sites whose pages may use the server, or *"
+    )
+    webhook_secret: Annotated[SecretStr, AfterValidator(_long_enough)] = Field(
+        SecretStr(""), description="secret from which those that sign webhooks are derived; empty: no webhooks"
+    )
+    webhook_hosts: str = Field(
+        "",
+        pattern=r"^[A-Za-z0-9_.:\[\]-]*( *, *[A-Za-z0-9_.:\[\]-]+)*$",
+        description="comma-separated hosts of webhooks that may have private addresses and need no TLS",
     )
     drain_s: float = Field(
         45.0, ge=0, le=3600, description="seconds that jobs get to end at shutdown, before they are parked"

@@ -13,7 +13,7 @@ FLOORS: list[str | tuple[str, ...]] = [
     "server.cli",
     "server.web",
     "server.jobs",
-    ("server.engines", "server.store"),
+    ("server.engines", "server.store", "server.webhooks"),
     "server.worker",
     "server",
     ("model.convert", "model.train"),
@@ -38,6 +38,7 @@ ROOMS = {
     "uvicorn": ("server.web.protocol", "server.cli"),
     "sqlite3": ("server.store",),
     "httpx": ("ddpm_client",),
+    "h11": ("server.webhooks.post",),
     "websockets": ("server.web.protocol", "ddpm_client"),
     "huggingface_hub": ("server.hub",),
     "httpx2": ("server.hub",),  # what it speaks to a hub with

@@ -42,6 +42,7 @@ class Request(TypedDict, total=False):
     frames: Frames | None
     priority: int
     deadline_s: float
+    webhook: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ COMMANDS = {
     "convert": "convert a checkpoint into a model directory",
     "bench": "measure image-steps per second",
     "key": "make an API key",
+    "check": "check a data directory, and salvage what is sound",
 }
 
 

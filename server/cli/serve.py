@@ -9,7 +9,7 @@ import socket
 import time
 from argparse import SUPPRESS, ArgumentParser
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -148,7 +148,8 @@ def main(arguments: Sequence[str]) -> int:
     server = _Server(configure(app, settings, affordable(settings.max_connections)), app.state.jobs, settings.drain_s)
     with listen(settings.host, settings.port) as listening:
         logger.info("listening", extra={"host": settings.host, "port": listening.getsockname()[1]})
-        server.run([listening])
+        with suppress(SystemExit):  # uvicorn's own, after a failed start: its code means something else here
+            server.run([listening])
     if failures:
         raise failures[0]
     return 0 if server.started else EXIT_FAILED

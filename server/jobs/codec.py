@@ -1,7 +1,7 @@
 """Jobs as rows of the journal, and back: everything that must outlive the server."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -12,10 +12,10 @@ from server.jobs.job import Image, Job, State
 from server.jobs.request import FramePoints, ResolvedRequest, fingerprint
 from server.jobs.schemas import Frames
 from server.jobs.stream import StreamCounts
-from server.store.blobs import Blobs
 from server.store.rows import ImageRow, Record
 from server.worker.messages import ModelStatus
 
+Read = Callable[[Job, ImageRow], bytes]
 _json = json.JSONEncoder(separators=(",", ":")).encode
 # Fields that a job and its row have in common
 COMMON = "id key fingerprint created_at arrived attached attempt deaths started_at finished_at".split()
@@ -64,6 +64,7 @@ def concluded(
         steps=_json(job.steps),
         error=_json(error) if error is not None else None,
         messages=len(job.stream.kept) + 1,
+        delivery=job.delivery,
         images=tuple(
             ImageRow(index=i, seed=image.seed, sha256=image.sha256, size=len(pngs[image.sha256]), message=image.message)
             for i, image in sorted(job.images.items() if pngs else ())
@@ -82,21 +83,26 @@ def answered_from_cache(job: Job, now: float, ended: float) -> Record:
         ended=ended,
         steps=_json([job.request.sampling.steps] * n),
         messages=2 + n,
+        delivery=job.delivery,
         images=tuple(ImageRow(index=i, seed=seed + i, sha256="", size=0, message=2 + i) for i in range(n)),
     )
 
 
-def to_job(record: Record, blobs: Blobs, counts: StreamCounts) -> Job:
-    """The job of a row. If it has ended, everything that can be asked of it is as it was, except for frames."""
+def to_job(record: Record, read: Read, counts: StreamCounts) -> Job:
+    """The job of a row. If it has ended, everything that can be asked of it is as it was, except for frames.
+
+    read: gives the PNG of a job's image.
+    """
     fields: dict[str, Any] = {name: getattr(record, name) for name in COMMON}
     request, model = _request(record.request, record.owner), ModelStatus(**json.loads(record.served))
     job = Job(**fields, request=request, model=model, counts=counts, state=State(record.status or "queued"))
     if record.status is not None:
-        _restore_result(job, record, blobs)
+        _restore_result(job, record, read)
+        job.delivery = record.delivery  # the last message told of it as it was then
     return job
 
 
-def _restore_result(job: Job, record: Record, blobs: Blobs) -> None:
+def _restore_result(job: Job, record: Record, read: Read) -> None:
     """What a job had come to, and its stream from `started` to the end."""
     job.steps = json.loads(record.steps or "[]")
     if record.error is not None:
@@ -106,12 +112,12 @@ def _restore_result(job: Job, record: Record, blobs: Blobs) -> None:
         job.stream.keep_text("started", steps=job.image_steps)
     for kept in sorted(record.images, key=lambda kept: kept.message):
         job.stream.skip_to(kept.message)
-        job.finish(stored(kept, blobs))
+        job.finish(stored(job, kept, read))
     job.stream.skip_to(record.messages)
     job.stream.end(job.status, document=job.document())
 
 
-def stored(kept: ImageRow, blobs: Blobs) -> Image:
+def stored(job: Job, kept: ImageRow, read: Read) -> Image:
     """A picture on disk."""
-    read = partial(blobs.read, kept.sha256)
-    return Image(index=kept.index, seed=kept.seed, read=read, known_sha256=kept.sha256, message=kept.message)
+    index, seed, message = kept.index, kept.seed, kept.message
+    return Image(index=index, seed=seed, read=partial(read, job, kept), known_sha256=kept.sha256, message=message)

@@ -14,6 +14,7 @@ from enum import StrEnum
 from functools import cache, cached_property, lru_cache, partial
 from hashlib import sha256
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from model.engine.events import Floats, Picture
 from model.sampling.plan import timesteps
@@ -21,6 +22,7 @@ from model.sampling.schedule import Spacing
 from server.jobs import encode
 from server.jobs.request import JOB_BYTES, MESSAGE_BYTES, ResolvedRequest
 from server.jobs.stream import Stream, StreamCounts
+from server.store.records import Delivery
 from server.worker.messages import ModelStatus
 
 Kind = Literal["x_t", "x0"]
@@ -125,6 +127,7 @@ class Job:
     frames: dict[tuple[int, int, Kind], Picture] = field(default_factory=dict)  # by index, step and kind
     failure: Exception | None = None  # why it ends, unless it succeeds
     error: dict[str, Any] | None = None  # the failure as clients see it
+    delivery: Delivery | None = None  # of its webhook, if it has one
     due: float = math.inf  # its deadline on the event loop's clock
     task: "asyncio.Task[None] | None" = None  # which runs it
     stream: Stream = field(init=False)
@@ -132,6 +135,8 @@ class Job:
     def __post_init__(self) -> None:
         self.steps, self.stream = [0] * self.request.n, Stream(self.id, self.counts)
         self.image_steps = self.request.image_steps
+        if self.request.webhook is not None:
+            self.delivery = Delivery(host=urlsplit(self.request.webhook).hostname or "")
         self.rank = self.arrived / 60 - self.request.priority  # smaller is seated first
         self.levels = _levels(self.request.T, self.request.sampling.steps, self.request.sampling.spacing)
         messages = 2 + self.request.n * (1 + self.request.frame_count)  # started, frames, images, the end
@@ -206,4 +211,5 @@ class Job:
             "progress": progress,
             "images": images,
             "error": self.error,
+            "webhook": self.delivery.document if self.delivery is not None else None,
         }

@@ -10,20 +10,27 @@ import math
 import time
 from collections import OrderedDict
 from collections.abc import Iterable
+from contextlib import aclosing
 from typing import Any
 
-from server.errors import NotFound, StorageFull
+from model.engine.events import Finished
+from server.engines.backend import Backend
+from server.errors import Gone, NotFound, NotReady, StorageFull
+from server.jobs import encode
 from server.jobs.codec import answered_from_cache, concluded, identities, stored, to_job, to_record
 from server.jobs.job import Job
 from server.jobs.stream import StreamCounts
 from server.logs import report
 from server.settings import Settings
-from server.store.rows import IdempotentHit
+from server.store.blobs import is_sound
+from server.store.rows import IdempotentHit, ImageRow
 from server.store.store import Store
+from server.worker.messages import Spec
 
 logger = logging.getLogger(__name__)
 SWEEP_S = 10.0  # between two looks for jobs whose retention has ended
 DAY_S = 86_400.0
+REMAKE_S = 10.0  # that a caller waits for a picture that is made again
 KEPT_BYTES = 256 << 20  # what ended jobs hold in memory, at most
 KEPT_JOBS = 10_000  # and how many of them there are
 
@@ -43,7 +50,7 @@ class Clock:
 class JobRepository:
     """The jobs of a server."""
 
-    def __init__(self, store: Store, settings: Settings, counts: StreamCounts) -> None:
+    def __init__(self, store: Store, settings: Settings, counts: StreamCounts, backend: Backend | None = None) -> None:
         self.store, self.counts, self.clock = store, counts, Clock()
         self.live: dict[str, Job] = {}  # those that have not ended, in order of arrival
         self.mismatches = 0  # pictures that came out with other bytes than before
@@ -51,20 +58,25 @@ class JobRepository:
         self._ended_bytes = 0
         self._settings = settings
         self._sweeper: asyncio.Task[None] | None = None
+        self._backend = backend
+        self._remaking: asyncio.Task[bytes] | None = None
 
     async def start(self) -> list[Job]:
         """Opens the journal. -> the jobs that the last server had not ended, in order of arrival"""
         self.store.start()
+        self._loop = asyncio.get_running_loop()
         self.clock = Clock(not_before=await self.store.latest())
         self._sweeper = asyncio.create_task(self._sweep(), name="retention")
         self._sweeper.add_done_callback(report)
-        jobs = [to_job(record, self.store.blobs, self.counts) for record in await self.store.recover()]
+        jobs = [to_job(record, self.read, self.counts) for record in await self.store.recover()]
         self.live |= {job.id: job for job in jobs}
         return jobs
 
     async def close(self) -> None:
         """Returns when everything is on disk, or cannot be."""
         try:
+            if self._remaking is not None:
+                self._remaking.cancel()
             if self._sweeper is not None:
                 self._sweeper.cancel()
                 await asyncio.gather(self._sweeper, return_exceptions=True)
@@ -88,7 +100,7 @@ class JobRepository:
         if isinstance(made, IdempotentHit):
             return made
         if made.status is not None:
-            job = to_job(made, self.store.blobs, self.counts)
+            job = to_job(made, self.read, self.counts)
             job.cached = True
         self.live[job.id] = job
         return job
@@ -112,7 +124,50 @@ class JobRepository:
                 self.mismatches += 1
                 extra = {"job": job.id, "seed": kept.seed}
                 logger.error("a picture came out with other bytes than before", extra=extra)
-                job.images[kept.index] = stored(kept, self.store.blobs)
+                job.images[kept.index] = stored(job, kept, self.read)
+
+    def read(self, job: Job, kept: ImageRow) -> bytes:
+        """The PNG of an image on disk. One that is missing or damaged is made again, to the same bytes.
+
+        Slow: call it in a thread. Raises NotReady while it is being made, Gone if it comes out otherwise now.
+        """
+        try:
+            return self.store.blobs.read(kept.sha256)
+        except Gone as damage:
+            made = asyncio.run_coroutine_threadsafe(self._remade(job, kept, damage), self._loop)
+            return made.result(2 * REMAKE_S)
+
+    async def _remade(self, job: Job, kept: ImageRow, damage: Gone) -> bytes:
+        """Waits for a picture that is made again, but not long, and for one at a time: a thread waits, too."""
+        if self._remaking is not None and not self._remaking.done():
+            raise NotReady("another picture that was damaged on disk is being made again")
+        self._remaking = task = asyncio.create_task(self._remake(job, kept, damage), name=f"again {kept.sha256}")
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())
+        await asyncio.wait([task], timeout=REMAKE_S)
+        if not task.done():
+            raise NotReady("this picture was damaged on disk and is being made again")
+        return task.result()
+
+    async def _remake(self, job: Job, kept: ImageRow, damage: Gone) -> bytes:
+        backend, request = self._backend, job.request
+        await self.store.find(job.id, request.owner)  # raises Gone if it was deleted meanwhile
+        logger.error("a picture was damaged on disk", extra={"job": job.id, "sha256": kept.sha256})
+        if backend is None or request.model not in backend.models:
+            raise NotReady(str(damage)) if backend is not None and backend.trouble is not None else damage
+        if backend.models[request.model].digest != job.model.digest:
+            raise Gone(f"{damage}, and the model that made it is no longer served")
+        spec = Spec(model=request.model, seeds=(kept.seed,), sampling=request.sampling, shows_x=False, job=kept.sha256)
+        png = b""
+        async with aclosing(backend.run(spec)) as events:
+            async for event in events:
+                if isinstance(event, Finished):
+                    png = await asyncio.to_thread(encode.png, event.picture, job.texts(kept.seed))
+        if not is_sound(kept.sha256, png):
+            raise Gone(f"{damage}, and it comes out with other bytes on this machine")
+        await self.store.blobs.save({kept.sha256: png})
+        self.store.blobs.unpin([kept.sha256])
+        logger.warning("a picture was made again", extra={"job": job.id, "sha256": kept.sha256})
+        return png
 
     def retire(self, job: Job) -> None:
         """A job has ended, and its last message was sent: what it holds does not change any more."""
@@ -137,7 +192,7 @@ class JobRepository:
             record = await self.store.find(id, owner)
             if record.status is None:  # it is being accepted, and nobody has been told of it yet
                 raise NotFound("there is no such job")
-            job = to_job(record, self.store.blobs, self.counts)
+            job = to_job(record, self.read, self.counts)
         if job.request.owner != owner:
             raise NotFound("there is no such job")
         return job
@@ -149,7 +204,7 @@ class JobRepository:
             mine = [job for job in reversed(self.live.values()) if job.request.owner == owner]
             return [job for job in mine if job.status == status and job.arrived < before][:limit]
         records = await self.store.page(owner, status, after, limit)
-        jobs = [self.in_memory(r.id) or to_job(r, self.store.blobs, self.counts) for r in records]
+        jobs = [self.in_memory(r.id) or to_job(r, self.read, self.counts) for r in records]
         return [job for job, record in zip(jobs, records, strict=True) if record.status or job.id in self.live]
 
     async def sweep(self) -> None:
@@ -164,6 +219,7 @@ class JobRepository:
             self._forget(expired.ids)
             await self.store.delete(expired.blobs)
             more = expired.more
+        await asyncio.to_thread(self.store.blobs.clear_aside)
 
     async def _sweep(self) -> None:
         while True:

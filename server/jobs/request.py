@@ -14,6 +14,7 @@ from server.errors import Invalid
 from server.jobs.schemas import MAX_SEED, Frames, GenerateRequest, parse_json, parse_object, validate
 from server.jobs.tenants import Tenant
 from server.settings import Settings
+from server.webhooks.target import parse_url
 
 DEFAULT_FRAMES = Frames(count=30)
 MESSAGE_BYTES, JOB_BYTES = 2_000, 6_000  # a little more than what was measured
@@ -73,6 +74,7 @@ class ResolvedRequest:
     frames: FramePoints | None = None
     priority: int = 0
     deadline_s: float | None = None
+    webhook: str | None = None  # a URL that was accepted
     floats: bool = False  # the unrounded pictures are kept as long as the job is in memory
     owner: str | None = None  # the tenant by whose key it came, who alone may see it
 
@@ -100,7 +102,7 @@ class ResolvedRequest:
         """Every field of the request, defaults filled in. It is shared: nobody changes it."""
         fields = {"model": self.model, "seed": self.seed, "n": self.n, **asdict(self.sampling)}
         fields["frames"] = self.frames.frames.model_dump(exclude_none=True) if self.frames is not None else None
-        return fields | {"priority": self.priority, "deadline_s": self.deadline_s}
+        return fields | {"priority": self.priority, "deadline_s": self.deadline_s, "webhook": self.webhook}
 
 
 def fingerprint(value: object) -> str:
@@ -137,6 +139,7 @@ def resolve_request(
         frames=_frames(request, sampling.steps, settings.max_frames, context),
         priority=request.priority,
         deadline_s=request.deadline_s,
+        webhook=_webhook(request.webhook, settings),
         floats=context.floats,
         owner=context.owner,
     )
@@ -164,6 +167,16 @@ def _frames(request: GenerateRequest, steps: int, most: int, context: RequestCon
     if (count := request.n * points.count) > most:
         raise Invalid(("frames", f"frames: pictures x points x kinds must be at most {most}, got {count}"))
     return points
+
+
+def _webhook(url: str | None, settings: Settings) -> str | None:
+    """The URL, if it is accepted. Raises Invalid."""
+    if url is None:
+        return None
+    if not settings.webhook_secret.get_secret_value():
+        raise Invalid(("webhook", "webhook must be left out: this server sends none, DDPM_WEBHOOK_SECRET is not set"))
+    parse_url(url, settings.webhook_hosts)
+    return url
 
 
 def default_model(cards: Mapping[str, ModelCard], settings: Settings) -> str | None:

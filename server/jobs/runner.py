@@ -24,6 +24,7 @@ from server.errors import (
     problem,
 )
 from server.jobs.admission import Admission
+from server.jobs.deliveries import Deliveries
 from server.jobs.eta import EtaEstimator
 from server.jobs.job import Image, Job, State
 from server.jobs.repository import JobRepository
@@ -46,6 +47,7 @@ class JobRunner:
     admission: Admission
     etas: EtaEstimator
     metrics: Metrics
+    deliveries: Deliveries
     outcomes: Counter[str] = field(default_factory=lambda: Counter({"succeeded": 0, "failed": 0, "cancelled": 0}))
 
     def resume(self, jobs: Sequence[Job]) -> None:
@@ -215,6 +217,8 @@ class JobRunner:
         self.outcomes[outcome] += 1
         self.metrics.job_seconds.observe(self.repository.clock.now() - job.arrived)
         self.repository.retire(job)
+        if job.delivery is not None:
+            self.deliveries.wake()
 
 
 def _spec(job: Job) -> Spec:

@@ -74,6 +74,7 @@ class GenerateRequest(_Fields):
     frames: Frames | None = Field(None, description="30 for streams, animations and asynchronous jobs, else none")
     priority: int = Field(0, ge=-10, le=10, description="higher is seated first")
     deadline_s: float | None = Field(None, gt=0, le=1e6, description="give up after this many seconds")
+    webhook: str | None = Field(None, description="https URL to which the job is posted when it has ended")
 
 
 def _constant(name: str) -> Any:

@@ -14,6 +14,7 @@ from model.checkpoint.card import ModelCard
 from server.engines.backend import Backend
 from server.errors import JobCancelled, KeyReused, StillRunning
 from server.jobs.admission import Admission
+from server.jobs.deliveries import Deliveries
 from server.jobs.eta import EtaEstimator
 from server.jobs.job import Job, State
 from server.jobs.repository import JobRepository
@@ -40,8 +41,9 @@ class JobService:
         self.cards, self.backend, self.metrics, self._settings = cards, backend, metrics, settings
         self.drawing = asyncio.Semaphore(ANIMATIONS)
         self.counts = StreamCounts()
-        self.repository = JobRepository(store, settings, self.counts)
+        self.repository = JobRepository(store, settings, self.counts, backend)
         self.admission = Admission(settings, backend, self.repository, metrics)
+        self._deliveries = Deliveries(settings, self.repository)
         self._etas = EtaEstimator(self.repository.live, backend)
         self._runner = JobRunner(
             cards=cards,
@@ -50,6 +52,7 @@ class JobService:
             admission=self.admission,
             etas=self._etas,
             metrics=metrics,
+            deliveries=self._deliveries,
         )
         metrics.watch(self.metric_values)
         self._accepted, self._accepting, self._cache_hits = 0, 0, 0
@@ -61,6 +64,7 @@ class JobService:
         recovered = await self.repository.start()
         self._accepted += len(recovered)
         self._runner.resume(recovered)
+        self._deliveries.start()
         self._ticker = asyncio.create_task(self._tick(), name="queue positions")
         self._ticker.add_done_callback(report)
 
@@ -81,6 +85,7 @@ class JobService:
         await self.drain(0)
         if self._ticker is not None:
             self._ticker.cancel()
+        await self._deliveries.close()
         await self.backend.close()
         await self.repository.close()
 
@@ -208,4 +213,5 @@ class JobService:
             counter("frames_dropped", "Frames that slow clients missed.", counts.dropped),
             counter("replay_mismatch", "Pictures with other bytes than the same picture had before.", differ),
             counter("cache_hits", "Jobs answered with stored pictures of an equal job.", self._cache_hits),
+            counter("webhooks", "Attempts to deliver a webhook by outcome.", self._deliveries.outcomes, "outcome"),
         ]

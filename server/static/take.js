@@ -22,7 +22,7 @@ export async function saveGif(id, seed) {
 
 /** Everything that decides the picture, and nothing that does not. */
 export function recipes(request) {
-  const { frames, priority, deadline_s, ...decides } = request;
+  const { frames, priority, deadline_s, webhook, ...decides } = request;
   const body = JSON.stringify(Object.fromEntries(Object.entries(decides).filter(([, value]) => value !== null)));
   const url = new URL("generate", location.href).href;
   const [flag, environ, header] = hasKey() ? // the key itself does not belong into a clipboard

@@ -5,8 +5,10 @@ A blob is on disk before a row of the journal names it.
 
 import asyncio
 import os
+import re
 import secrets
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +18,9 @@ from pathlib import Path
 from server.errors import Gone
 
 RETRY_S = 1.0  # between attempts to write while the disk is full
+BLOB = re.compile("[0-9a-f]{64}")  # the names of blobs
 UNFINISHED = ".part"
+ASIDE, ASIDE_S = "aside", 86_400.0  # the folder of what no row names, and how long that is kept
 THREADS = 8  # blobs that are synced at once: the file system writes them down together
 
 
@@ -24,7 +28,7 @@ class Blobs:
     """A folder of blobs. on_error: is called with what keeps a blob from being saved."""
 
     def __init__(self, folder: Path, on_error: Callable[[OSError], None]) -> None:
-        self.folder = folder
+        self.folder, self._aside = folder, folder.with_name(ASIDE)
         folder.mkdir(mode=0o700, exist_ok=True)
         self._on_error = on_error
         self._threads = ThreadPoolExecutor(THREADS, "blobs")
@@ -70,7 +74,7 @@ class Blobs:
             data = (self.folder / name).read_bytes()
         except FileNotFoundError:
             raise Gone("this picture is no longer kept") from None
-        if sha256(data).hexdigest() != name:
+        if not is_sound(name, data):
             raise Gone("this picture was damaged on disk")
         return data
 
@@ -97,11 +101,28 @@ class Blobs:
                 if name not in self._pinned:
                     (self.folder / name).unlink(missing_ok=True)
 
-    def delete_others(self, named: Set[str]) -> int:
-        """Deletes all files that rows do not name, left by a server that died before it wrote the row -> how many"""
-        others = [entry.name for entry in os.scandir(self.folder) if entry.name not in named]
-        self.delete(others)
+    def set_aside(self, named: Set[str]) -> int:
+        """Moves blobs that rows do not name, and unfinished ones, out of the folder -> how many
+
+        A server that died before it wrote the row left them. They are kept for a day, in case it was otherwise. What
+        has no name of ours stays where it is.
+        """
+        with os.scandir(self.folder) as entries:
+            others = [entry.name for entry in entries if is_ours(entry) and entry.name not in named]
+        if others:
+            self._aside.mkdir(mode=0o700, exist_ok=True)
+        for name in others:
+            os.utime(self.folder / name)  # their day begins
+            os.replace(self.folder / name, self._aside / name)
         return len(others)
+
+    def clear_aside(self) -> None:
+        """Deletes what was set aside a day ago."""
+        if self._aside.is_dir():
+            with os.scandir(self._aside) as entries:
+                for entry in entries:
+                    if is_ours(entry) and entry.stat().st_mtime < time.time() - ASIDE_S:
+                        os.unlink(entry.path)
 
     def probe(self, size_bytes: int) -> None:
         """Raises OSError unless so many bytes can be written."""
@@ -110,6 +131,29 @@ class Blobs:
             part.write_bytes(b"\0" * size_bytes)
         finally:
             part.unlink(missing_ok=True)
+
+
+def is_blob(entry: "os.DirEntry[str]") -> bool:
+    """Whether this is a file that could be a blob, by its name."""
+    return BLOB.fullmatch(entry.name) is not None and entry.is_file(follow_symlinks=False)
+
+
+def blobs_in(folder: Path) -> dict[str, int]:
+    """The sizes of all blobs in a folder, by name; none if it is not there."""
+    if not folder.is_dir():
+        return {}
+    with os.scandir(folder) as entries:
+        return {entry.name: entry.stat().st_size for entry in entries if is_blob(entry)}
+
+
+def is_ours(entry: "os.DirEntry[str]") -> bool:
+    """Whether this is a blob, or one that was not finished."""
+    return is_blob(entry) or (entry.name.endswith(UNFINISHED) and entry.is_file(follow_symlinks=False))
+
+
+def is_sound(name: str, data: bytes) -> bool:
+    """Whether a blob has the bytes that its name says."""
+    return sha256(data).hexdigest() == name
 
 
 def sync_folder(folder: Path) -> None:

@@ -2,48 +2,16 @@
 
 import sqlite3
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from server.errors import Gone, NotFound
+from server.store import deliveries
+from server.store.records import FIELDS, checksum, job_checksum, record_of
+from server.store.records import ImageRow as ImageRow
+from server.store.records import Record as Record
 
 EXPIRED = 100_000  # remembered ids of deleted jobs, which are answered with 410 instead of 404
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ImageRow:
-    """An image of a job. Its bytes are the blob named `sha256`."""
-
-    index: int
-    seed: int
-    sha256: str
-    size: int  # bytes
-    message: int  # its number in the job's stream
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Record:
-    """A job as it is on disk. request, served (a ModelStatus), steps and error are JSON."""
-
-    id: str
-    owner: str | None
-    key: str | None
-    fingerprint: str | None
-    created_at: float
-    arrived: float
-    request: str
-    served: str
-    attached: bool
-    attempt: int = 1
-    deaths: int = 0
-    status: str | None = None
-    started_at: float | None = None
-    finished_at: float | None = None
-    ended: float | None = None
-    steps: str | None = None
-    error: str | None = None
-    messages: int = 0
-    number: int = 0
-    images: tuple[ImageRow, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,17 +31,13 @@ class Expired:
     more: bool
 
 
-FIELDS = tuple(name for name in Record.__slots__ if name not in ("number", "images"))
-SELECT = f"SELECT number, {', '.join(FIELDS)} FROM jobs"
-INSERT = f"INSERT INTO jobs ({', '.join(FIELDS)}) VALUES ({', '.join('?' * len(FIELDS))}) RETURNING number"
+SELECT = f"SELECT number, {', '.join(FIELDS)}, checksum FROM jobs"
+INSERT = f"INSERT INTO jobs ({', '.join(FIELDS)}, checksum) VALUES ({'?, ' * len(FIELDS)} ?) RETURNING number"
 RESULT = ("status", "started_at", "finished_at", "ended", "served", "steps", "error", "messages")
-FINISH = (
-    f"UPDATE jobs SET {', '.join(f'{name} = ?' for name in RESULT)}, running = 0"
-    " WHERE id = ? AND attempt = ? AND status IS NULL RETURNING number"
-)
+FINISH = f"UPDATE jobs SET {', '.join(f'{name} = ?' for name in RESULT)}, running = 0, checksum = ? WHERE number = ?"
 IMAGES = """SELECT place AS "index", seed, sha256, size, message FROM images JOIN files USING (sha256)
     WHERE job = ? ORDER BY place"""
-KNOWN = "SELECT sha256, size FROM known LEFT JOIN files USING (sha256) WHERE identity = ?"
+KNOWN = "SELECT sha256, size, checksum FROM known LEFT JOIN files USING (sha256) WHERE identity = ?"
 
 
 def insert(
@@ -88,8 +52,10 @@ def insert(
         return hit
     if cached is not None and (images := _stored_images(db, cached.images, identities, has_blob)):
         record = replace(cached, images=images)
-    (number,) = db.execute(INSERT, [getattr(record, name) for name in FIELDS]).fetchone()
-    _insert_images(db, number, record.images)
+    values = [getattr(record, name) for name in FIELDS]
+    (number,) = db.execute(INSERT, [*values, job_checksum(record)]).fetchone()
+    insert_images(db, number, record.images)
+    deliveries.insert(db, number, record.owner, record.delivery)
     return record
 
 
@@ -100,17 +66,23 @@ def mark_running(db: sqlite3.Connection, id: str) -> None:
 
 def finish(db: sqlite3.Connection, record: Record, identities: Sequence[str]) -> Record | None:
     """Writes the result of a job: see `Store.finish`."""
-    row = db.execute(FINISH, [getattr(record, name) for name in (*RESULT, "id", "attempt")]).fetchone()
+    query = f"{SELECT} WHERE id = ? AND attempt = ? AND status IS NULL"
+    row = db.execute(query, (record.id, record.attempt)).fetchone()
     if row is None:
         return None
     if identities:
         firsts = (_first_made(db, *pair) for pair in zip(identities, record.images, strict=True))
         record = replace(record, images=tuple(firsts))
-    _insert_images(db, row[0], record.images)
+    result = {name: getattr(record, name) for name in RESULT}
+    kept = replace(read(db, row), **result, images=record.images)
+    db.execute(FINISH, [*result.values(), job_checksum(kept), kept.number])
+    insert_images(db, kept.number, record.images)
+    deliveries.insert(db, kept.number, record.owner, record.delivery)
     return record
 
 
-def _insert_images(db: sqlite3.Connection, number: int, images: Iterable[ImageRow]) -> None:
+def insert_images(db: sqlite3.Connection, number: int, images: Iterable[ImageRow]) -> None:
+    """Inserts the images of a job."""
     for row in images:
         db.execute("INSERT OR IGNORE INTO files VALUES (?, ?)", (row.sha256, row.size))
         db.execute("INSERT INTO images VALUES (?, ?, ?, ?, ?)", (number, row.index, row.seed, row.sha256, row.message))
@@ -118,33 +90,43 @@ def _insert_images(db: sqlite3.Connection, number: int, images: Iterable[ImageRo
 
 def _first_made(db: sqlite3.Connection, identity: str, made: ImageRow) -> ImageRow:
     """The first image that was stored with this identity: `made`, or one with other bytes."""
-    db.execute("INSERT OR IGNORE INTO known VALUES (?, ?)", (identity, made.sha256))
-    sha256, size = db.execute(KNOWN, (identity,)).fetchone()
-    return replace(made, sha256=sha256, size=made.size if size is None else size)
+    if (found := _known(db, identity)) is not None:
+        return replace(made, sha256=found[0], size=made.size if found[1] is None else found[1])
+    db.execute("REPLACE INTO known VALUES (?, ?, ?)", (identity, made.sha256, checksum(identity, made.sha256)))
+    return made
+
+
+def _known(db: sqlite3.Connection, identity: str) -> tuple[str, int | None] | None:
+    """The hash and, if it is stored, the size of the image with this identity; None if its row is damaged, too."""
+    row = db.execute(KNOWN, (identity,)).fetchone()
+    return row[:2] if row is not None and row["checksum"] == checksum(identity, row["sha256"]) else None
 
 
 def _stored_images(
     db: sqlite3.Connection, images: Sequence[ImageRow], identities: Sequence[str], has_blob: Callable[[str, int], bool]
 ) -> tuple[ImageRow, ...]:
     """The images with the hashes and sizes that are stored for their identities; nothing unless all are stored."""
-    found = [db.execute(KNOWN, (identity,)).fetchone() for identity in identities]
-    if not all(row is not None and has_blob(*row) for row in found):
-        return ()
-    return tuple(replace(image, **row) for image, row in zip(images, found, strict=True))
+    stored = list[ImageRow]()
+    for image, identity in zip(images, identities, strict=True):
+        sha256, size = _known(db, identity) or ("", None)
+        if size is None or not has_blob(sha256, size):
+            return ()
+        stored.append(replace(image, sha256=sha256, size=size))
+    return tuple(stored)
 
 
 def by_key(db: sqlite3.Connection, owner: str | None, key: str | None) -> IdempotentHit | None:
     """The job that this owner used an Idempotency-Key for."""
-    query = "SELECT id, fingerprint FROM jobs WHERE key = ? AND ifnull(owner, '') = ?"
+    query = f"{SELECT} WHERE key = ? AND ifnull(owner, '') = ?"
     row = db.execute(query, (key, owner or "")).fetchone() if key is not None else None
-    return IdempotentHit(*row) if row is not None else None
+    return IdempotentHit(row["id"], row["fingerprint"]) if row is not None else None
 
 
 def find(db: sqlite3.Connection, id: str, owner: str | None) -> Record:
     """An owner's job. Raises NotFound, or Gone if it was deleted."""
     row = db.execute(f"{SELECT} WHERE id = ? AND owner IS ?", (id, owner)).fetchone()
     if row is not None:
-        return _read(db, row)
+        return read(db, row)
     if db.execute("SELECT 1 FROM expired WHERE id = ? AND owner IS ?", (id, owner)).fetchone():
         raise Gone("this job is no longer kept")
     raise NotFound("there is no such job")
@@ -155,7 +137,7 @@ def page(db: sqlite3.Connection, owner: str | None, status: str | None, after: s
     before = 1 << 62 if after is None else find(db, after, owner).number
     where = "number < :before AND owner IS :owner AND (:status IS NULL OR status = :status)"
     values = {"before": before, "owner": owner, "status": status, "limit": limit}
-    return [_read(db, row) for row in db.execute(f"{SELECT} WHERE {where} ORDER BY number DESC LIMIT :limit", values)]
+    return [read(db, row) for row in db.execute(f"{SELECT} WHERE {where} ORDER BY number DESC LIMIT :limit", values)]
 
 
 def recover(db: sqlite3.Connection, crashed: bool) -> list[Record]:
@@ -163,10 +145,25 @@ def recover(db: sqlite3.Connection, crashed: bool) -> list[Record]:
 
     crashed: the last server did not end in order, so the jobs that were running may be why.
     """
+    marked = set[int]()
     if crashed:
-        db.execute("UPDATE jobs SET deaths = deaths + running WHERE status IS NULL")
-    db.execute("UPDATE jobs SET running = 0, attempt = attempt + 1 WHERE status IS NULL")
-    return [_read(db, row) for row in db.execute(f"{SELECT} WHERE status IS NULL ORDER BY number")]
+        marked = {number for (number,) in db.execute("SELECT number FROM jobs WHERE status IS NULL AND running")}
+    jobs = list[Record]()
+    for row in db.execute(f"{SELECT} WHERE status IS NULL ORDER BY number").fetchall():
+        job = read(db, row)
+        job = replace(job, attempt=job.attempt + 1, deaths=job.deaths + (job.number in marked))
+        values = (job.attempt, job.deaths, job_checksum(job), job.number)
+        db.execute("UPDATE jobs SET running = 0, attempt = ?, deaths = ?, checksum = ? WHERE number = ?", values)
+        jobs.append(job)
+    return jobs
+
+
+def next_delivery(db: sqlite3.Connection, now: float, *busy: Sequence[int | str]) -> Record | None:
+    """The job whose webhook is next, and that is not damaged: see `deliveries.next_jobs`."""
+    for number in deliveries.next_jobs(db, now, *busy):
+        with suppress(Gone):
+            return read(db, db.execute(f"{SELECT} WHERE number = ?", (number,)).fetchone())
+    return None
 
 
 def park(db: sqlite3.Connection) -> None:
@@ -180,12 +177,14 @@ def latest(db: sqlite3.Connection) -> float:
 
 
 def expire(db: sqlite3.Connection, before: float, most_bytes: int, limit: int) -> Expired:
-    """Deletes up to `limit` jobs: those that ended before a time, and the oldest while all take more than `most_bytes`.
-    Their blobs must be deleted after this is on disk."""
-    query = "SELECT number, id, ended FROM jobs WHERE status IS NOT NULL ORDER BY ended, number LIMIT ?"
+    """Deletes up to `limit` jobs: those that ended before a time and have no pending webhook, and the oldest while all
+    take more than `most_bytes`. Their blobs must be deleted after this is on disk."""
+    query = f"SELECT number, id, ended, number IN ({deliveries.PENDING}) AS owed FROM jobs WHERE status IS NOT NULL"
+    if size_bytes(db) <= most_bytes:
+        query += " AND NOT owed"
     ids, unused = list[str](), list[str]()
-    for number, id, ended in db.execute(query, (limit,)).fetchall():
-        if ended >= before and size_bytes(db) <= most_bytes:
+    for number, id, ended, owed in db.execute(f"{query} ORDER BY ended, number LIMIT ?", (limit,)).fetchall():
+        if (owed or ended >= before) and size_bytes(db) <= most_bytes:
             break
         unused += _delete(db, number)
         ids.append(id)
@@ -194,8 +193,9 @@ def expire(db: sqlite3.Connection, before: float, most_bytes: int, limit: int) -
 
 def _delete(db: sqlite3.Connection, number: int) -> list[str]:
     names = {name for (name,) in db.execute("DELETE FROM images WHERE job = ? RETURNING sha256", (number,))}
-    db.execute("INSERT INTO expired (id, owner) SELECT id, owner FROM jobs WHERE number = ?", (number,))
-    db.execute("DELETE FROM jobs WHERE number = ?", (number,))
+    id, owner = db.execute("DELETE FROM jobs WHERE number = ? RETURNING id, owner", (number,)).fetchone()
+    db.execute("INSERT INTO expired (id, owner, checksum) VALUES (?, ?, ?)", (id, owner, checksum(id, owner)))
+    deliveries.delete(db, number)
     db.execute("DELETE FROM expired WHERE number <= (SELECT max(number) FROM expired) - ?", (EXPIRED,))
     unused = [name for name in names if not db.execute("SELECT 1 FROM images WHERE sha256 = ?", (name,)).fetchone()]
     for name in unused:
@@ -226,6 +226,24 @@ def probe(db: sqlite3.Connection, size: int) -> None:
     db.execute("DELETE FROM scratch")
 
 
-def _read(db: sqlite3.Connection, row: sqlite3.Row) -> Record:
-    values = dict(row) | {"attached": bool(row["attached"])}
-    return Record(**values, images=tuple(ImageRow(**image) for image in db.execute(IMAGES, (row["number"],))))
+def commits(db: sqlite3.Connection) -> int:
+    """The number of the last transaction."""
+    return int(db.execute("SELECT commits FROM total").fetchone()[0])
+
+
+def count_commit(db: sqlite3.Connection) -> int:
+    """Counts a transaction, as a part of it -> its number"""
+    return int(db.execute("UPDATE total SET commits = commits + 1 RETURNING commits").fetchone()[0])
+
+
+def read(db: sqlite3.Connection, row: sqlite3.Row) -> Record:
+    """The job of a row of SELECT. Raises Gone if it is damaged."""
+    return replace(read_job(db, row), delivery=deliveries.read(db, row["number"]))
+
+
+def read_job(db: sqlite3.Connection, row: sqlite3.Row) -> Record:
+    """The same without the delivery of its webhook."""
+    record = record_of(row, db.execute(IMAGES, (row["number"],)))
+    if job_checksum(record) != row["checksum"]:
+        raise Gone("this job was damaged on disk")
+    return record

@@ -1,22 +1,20 @@
-"""Opens a store: for one server at a time, and only if it is sound and of a known version."""
+"""The tables of the journal, the names of files in a data directory, and which errors mean a full disk."""
 
-import fcntl
 import os
 import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
-from server.errors import SettingsError, StorageFull, StoreInUse, StoreRefused
-from server.store.blobs import sync_folder
+from server.errors import SettingsError, StorageFull
+from server.store.lock import LOCK as LOCK
 
-JOURNAL, LOCK = "jobs.sqlite3", "lock"
-MARK, PARKED = 32, b"."  # the lock file holds the holder's process id, and at MARK whether it ended in order
+JOURNAL, LOG, PICTURES = "jobs.sqlite3", "jobs.sqlite3-wal", "pictures"
 FULL = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY}
-APPLICATION, VERSION = 0x6464706D, 1  # "ddpm"
-SCHEMA = f"""
+APPLICATION, VERSION = 0x6464706D, 2  # "ddpm"
+VERSION_1 = f"""
 PRAGMA application_id = {APPLICATION};
-PRAGMA user_version = {VERSION};
+PRAGMA user_version = 1;
 CREATE TABLE jobs (
     number      INTEGER PRIMARY KEY AUTOINCREMENT,  -- in order of arrival, whatever the clock says
     id          TEXT NOT NULL UNIQUE,
@@ -61,6 +59,27 @@ CREATE INDEX identities ON known (sha256);
 CREATE TABLE scratch (room BLOB);
 CREATE TABLE expired (number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, owner TEXT);
 """
+VERSION_2 = """
+PRAGMA user_version = 2;
+ALTER TABLE jobs ADD COLUMN checksum INTEGER NOT NULL DEFAULT 0;      -- of the row and those of its images
+ALTER TABLE known ADD COLUMN checksum INTEGER NOT NULL DEFAULT 0;     -- of the row
+ALTER TABLE expired ADD COLUMN checksum INTEGER NOT NULL DEFAULT 0;
+CREATE TABLE deliveries (                       -- of webhooks of jobs that have ended
+    job          INTEGER PRIMARY KEY,
+    owner        TEXT,
+    host         TEXT NOT NULL,
+    due          REAL,                          -- by the clock that does not jump; NULL: no more
+    state        TEXT NOT NULL,
+    attempts     INTEGER NOT NULL,
+    status       INTEGER,                       -- what the last attempt came to
+    error        TEXT,
+    delivered_at REAL,
+    checksum     INTEGER NOT NULL
+);
+CREATE INDEX pending ON deliveries (due, attempts, host, owner) WHERE due IS NOT NULL;
+ALTER TABLE total ADD COLUMN commits INTEGER NOT NULL DEFAULT 0;      -- transactions, which the lock file counts, too
+"""
+VERSIONS = (VERSION_1, VERSION_2)  # each is what the one before lacks
 
 
 def is_full(error: Exception) -> bool:
@@ -89,73 +108,3 @@ def make_directory(directory: Path) -> None:
     except OSError as error:
         reason = error.strerror or "it is not for this user to write"
         raise SettingsError(f"DDPM_DATA_DIR {directory} cannot be used: {reason.lower()}") from None
-
-
-def take_lock(lock: int, directory: Path) -> None:
-    """Locks the store for this process. lock: its open file. Raises StoreInUse, naming the process that holds it."""
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        holder = os.pread(lock, MARK, 0).decode("ascii", "replace").strip()
-        raise StoreInUse(f"the store {directory} is in use by another server, process {holder}") from None
-    os.pwrite(lock, f"{os.getpid()}".ljust(MARK).encode(), 0)
-
-
-def was_parked(lock: int) -> bool:
-    """Whether the last server ended in order, even if it could not write that into the journal."""
-    return os.pread(lock, 1, MARK) == PARKED
-
-
-def mark_parked(lock: int, parked: bool) -> None:
-    """Records whether all jobs are parked. It writes in place, which works on a full disk."""
-    with suppress(OSError):  # then one death too many is counted
-        os.pwrite(lock, PARKED if parked else b" ", MARK)
-
-
-def open_journal(directory: Path) -> sqlite3.Connection:
-    """The journal, ready to be written. Raises StoreRefused, without changing a byte, or the error of a full disk."""
-    path = directory / JOURNAL
-    try:
-        if path.exists():
-            _check(path)
-        else:
-            _create(path)
-        db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-        db.row_factory = sqlite3.Row
-        for pragma in ("locking_mode = EXCLUSIVE", "journal_mode = WAL", "synchronous = FULL"):
-            db.execute(f"PRAGMA {pragma}")
-        return db
-    except sqlite3.DatabaseError as error:
-        if is_full(error):
-            raise
-        raise StoreRefused(f"the store {path} is damaged ({error}); it has been left as it is") from None
-
-
-def _create(path: Path) -> None:
-    """Creates an empty journal, atomically."""
-    new = path.with_suffix(".new")
-    for left in path.parent.glob(f"{new.name}*"):
-        left.unlink()
-    db = sqlite3.connect(new, isolation_level=None)
-    db.execute("PRAGMA journal_mode = WAL")
-    db.executescript(f"BEGIN; {SCHEMA} COMMIT;")
-    db.close()
-    os.replace(new, path)
-    sync_folder(path.parent)
-
-
-def _check(path: Path) -> None:
-    """Checks the whole journal through a connection that cannot write, not even when it is closed."""
-    db = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
-    try:
-        (found,) = db.execute("PRAGMA quick_check(1)").fetchone()
-        if found != "ok":
-            raise sqlite3.DatabaseError(found.splitlines()[-1])
-        (version,) = db.execute("PRAGMA user_version").fetchone()
-        if version > VERSION:
-            raise StoreRefused(f"the store {path} is of version {version}, this server knows versions up to {VERSION}")
-        if (db.execute("PRAGMA application_id").fetchone(), version) != ((APPLICATION,), VERSION):
-            raise StoreRefused(f"{path} is a database of something else")
-    finally:
-        db.close()
-        path.with_name(f"{path.name}-shm").unlink(missing_ok=True)

@@ -8,19 +8,35 @@ import logging
 import os
 import sqlite3
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from server.errors import StoreRefused
-from server.store import rows
+from server.errors import StorageFull, StoreRefused
+from server.store import deliveries, lock, rows
 from server.store.blobs import Blobs
+from server.store.journal import check_journal, open_journal
+from server.store.records import Delivery
 from server.store.rows import Expired, IdempotentHit, Record
-from server.store.schema import LOCK, as_storage_full, make_directory, mark_parked, open_journal, take_lock, was_parked
+from server.store.schema import JOURNAL, LOG, PICTURES, as_storage_full, make_directory
 from server.store.writer import Writer
 
 logger = logging.getLogger(__name__)
 PROBE_BYTES = 256 << 10  # that must be writable again before the store counts as writable
+WATCH_S = 1.0  # between two looks whether the files are still there
 BATCH = 200  # jobs, or blobs, that are deleted in one transaction
+
+
+class Displaced(Exception):
+    """A file of the store was removed or replaced while it is open: what is written now would be lost."""
+
+
+def _place(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return found.st_dev, found.st_ino
 
 
 class Store:
@@ -37,23 +53,51 @@ class Store:
     ) -> None:
         make_directory(directory)
         with as_storage_full(directory):
-            self._lock = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+            self._lock = os.open(directory / lock.LOCK, os.O_RDWR | os.O_CREAT, 0o600)
             try:
-                take_lock(self._lock, directory)
+                lock.hold(self._lock, directory)
+                check_journal(directory, self._lock)
+                lock.sign(self._lock)
+                self.blobs = Blobs(directory / PICTURES, lambda error: self._writer.write_failed(error))
+                self.blobs.probe(PROBE_BYTES)
                 self._db = open_journal(directory)
-                self.blobs = Blobs(directory / "pictures", lambda error: self._writer.write_failed(error))
+                lock.write_floor(self._lock, rows.commits(self._db))
             except BaseException:
                 os.close(self._lock)
                 raise
         failed = f"the store {directory} has failed"
+        self._on_commit = on_commit
         self._writer = Writer(
-            self._db, self._probe, on_commit, lambda error: on_failed(StoreRefused(f"{failed}: {error}"))
+            self._db, self._probe, self._committed, lambda error: on_failed(StoreRefused(f"{failed}: {error}"))
         )
+
+        paths = [directory / name for name in (lock.LOCK, JOURNAL, LOG, PICTURES)]
+        self._places = {path: _place(path) for path in paths}
+        self._watcher: asyncio.Task[None] | None = None
+
+    def _committed(self, number: int, seconds: float) -> None:
+        """A transaction is on disk. Runs in the journal's thread, before anyone is told."""
+        lock.write_floor(self._lock, number)
+        self._require_places()
+        self._on_commit(seconds)
 
     def _probe(self) -> None:
         """Raises OSError or sqlite3.Error unless blobs and rows can be written."""
         self.blobs.probe(PROBE_BYTES)
         rows.probe(self._db, PROBE_BYTES)
+
+    def _require_places(self) -> None:
+        """Raises Displaced unless the files that are open here are those that another server would find."""
+        for path, place in self._places.items():
+            if _place(path) != place:
+                raise Displaced(f"{path.name} was removed or replaced while the server ran")
+
+    async def _watch(self) -> None:
+        """Ends the store soon after a file was removed or replaced, even if there is nothing to write."""
+        while not self._writer.failed:
+            await asyncio.sleep(WATCH_S)
+            with suppress(StorageFull):
+                await self._writer.ask(lambda db: self._require_places(), durable=True)
 
     @property
     def trouble(self) -> str | None:
@@ -68,9 +112,12 @@ class Store:
     def start(self) -> None:
         """Begins to serve requests on this event loop."""
         self._writer.start()
+        self._watcher = asyncio.create_task(self._watch(), name="store")
 
     async def close(self) -> None:
         """Ends after every request is on disk or has failed."""
+        if self._watcher is not None:
+            self._watcher.cancel()
         await self._writer.close()
         await asyncio.to_thread(self.blobs.close)
         self._db.close()
@@ -119,22 +166,33 @@ class Store:
         """An owner's jobs, newest first, older than the job `after`. Raises NotFound or Gone of `after`."""
         return self._writer.ask(partial(rows.page, owner=owner, status=status, after=after, limit=limit))
 
+    def next_delivery(
+        self, now: float, jobs: Sequence[int], hosts: Sequence[str], owners: Sequence[str]
+    ) -> "asyncio.Future[Record | None]":
+        """The job whose webhook is next, due or not, other than of these jobs, hosts and owners."""
+        return self._writer.ask(lambda db: rows.next_delivery(db, now, jobs, hosts, owners))
+
+    def note_delivery(self, record: Record, delivery: Delivery) -> "asyncio.Future[None]":
+        """Writes how far the delivery of a job's webhook is. Waits for room on the disk."""
+        work = partial(deliveries.update, number=record.number, owner=record.owner, delivery=delivery)
+        return self._writer.ask(work, durable=True)
+
     async def recover(self) -> list[Record]:
         """Starts the next attempt of every unfinished job -> these jobs, oldest first.
 
-        Deletes blobs that no job has: a server died after it wrote them and before it wrote the row.
+        Moves blobs aside that no job has: a server died after it wrote them and before it wrote the row.
         """
         named = await self._writer.ask(rows.blobs)
-        if deleted := await asyncio.to_thread(self.blobs.delete_others, named):
-            logger.info("blobs without a job deleted", extra={"count": deleted})
-        jobs = await self._writer.ask(partial(rows.recover, crashed=not was_parked(self._lock)))
-        mark_parked(self._lock, False)
+        if moved := await asyncio.to_thread(self.blobs.set_aside, named):
+            logger.warning("pictures without a job were moved aside, for a day", extra={"count": moved})
+        jobs = await self._writer.ask(partial(rows.recover, crashed=not lock.was_parked(self._lock)))
+        lock.mark_parked(self._lock, False)
         return jobs
 
     async def park(self) -> None:
         """Records that no job is running: whatever ends the server from now on, no job is why. Raises StorageFull; the
         next server learns it nevertheless."""
-        mark_parked(self._lock, True)
+        lock.mark_parked(self._lock, True)
         await self._writer.ask(rows.park)
 
     async def latest(self) -> float:

@@ -38,7 +38,7 @@ class Writer:
         self,
         db: sqlite3.Connection,
         probe: Callable[[], None],
-        on_commit: Callable[[float], None],
+        on_commit: Callable[[int, float], None],
         on_failed: Callable[[BaseException], None],
     ) -> None:
         self.trouble: str | None = None  # why nothing can be written now
@@ -122,6 +122,7 @@ class Writer:
         try:
             self._db.execute("BEGIN IMMEDIATE")
             answers = [(request, self._work(request)) for request in batch]
+            number = rows.count_commit(self._db) if self._db.total_changes > changes else None
             self._db.execute("COMMIT")
         except (sqlite3.Error, OSError) as error:
             if self._db.in_transaction:
@@ -129,8 +130,8 @@ class Writer:
             if len(batch) == 1:
                 return [(batch[0], error)]
             return [answer for request in batch for answer in self._commit([request])]
-        if self._db.total_changes > changes:
-            self._on_commit(time.perf_counter() - began)
+        if number is not None:
+            self._on_commit(number, time.perf_counter() - began)
             with suppress(sqlite3.Error):  # the size is only shown, and the next commit brings another
                 self.size_bytes = rows.size_bytes(self._db)
         return answers

@@ -15,7 +15,7 @@ from server import __version__
 from server.catalog import find_models
 from server.engines.backend import Backend
 from server.engines.build import build
-from server.errors import Problem, ServerError, SettingsError, StorageFull, problem
+from server.errors import Problem, ServerError, SettingsError, StartFailed, problem
 from server.jobs.service import JobService
 from server.metrics import Metrics
 from server.settings import Settings
@@ -62,8 +62,8 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     """Starts the jobs before the first request and closes them after the last one."""
     try:
         await app.state.jobs.start()
-    except StorageFull as error:
-        app.state.on_failed(error)
+    except BaseException as error:  # or the web server would choose the exit code
+        app.state.on_failed(error if isinstance(error, ServerError) else StartFailed(f"the start failed: {error!r}"))
         raise
     yield
     await app.state.jobs.close()

@@ -11,8 +11,10 @@ from server.errors import Invalid, NotFound
 from server.jobs.job import Job
 from server.jobs.schemas import JOBS, MOST_JOBS, STATUSES, After, Index, Limit, Status
 from server.jobs.service import JobService
+from server.settings import Settings
 from server.web.generate import ANIMATIONS, PNG, draw
 from server.web.http import has_current, header, negotiate, tenant_of
+from server.webhooks.signing import secret_of
 
 router = APIRouter()
 IMMUTABLE = "max-age=31536000, immutable"
@@ -82,3 +84,13 @@ async def job_trajectory(request: Request, id: str) -> Response:
         raise NotFound("this job has no frames" if job.request.frames is None else f"this job is {job.status}")
     data = await draw(request.app.state.jobs, job, media)
     return Response(data, media_type=media, headers={"Cache-Control": _cache_control(job), "Vary": "Accept"})
+
+
+@router.get("/webhooks/secret", summary="Get the secret that signs the caller's webhooks")
+async def webhook_secret(request: Request) -> JSONResponse:
+    """The secret in the form of Standard Webhooks: `whsec_` and base64. Each API key's name has its own."""
+    settings: Settings = request.app.state.settings
+    master = settings.webhook_secret.get_secret_value()
+    if not master:
+        raise NotFound("this server sends no webhooks: DDPM_WEBHOOK_SECRET is not set")
+    return JSONResponse({"secret": secret_of(master, _owner(request))}, headers={"Cache-Control": "no-store"})

@@ -26,6 +26,8 @@ def test_an_unknown_variable_is_refused_with_the_known_ones() -> None:
         ("REQUEST_S", "0.05", "DDPM_REQUEST_S must lie in 0.1..3600, got 0.05: "),
         ("EXACT", "perhaps", "DDPM_EXACT must be yes or no: "),
         ("DTYPE", "int8", "DDPM_DTYPE must be one of auto, float32, bfloat16, float16: "),
+        ("WEBHOOK_SECRET", "short", "DDPM_WEBHOOK_SECRET must be empty, or at least 24 random characters: secret from"),
+        ("WEBHOOK_HOSTS", "http://a.example", "DDPM_WEBHOOK_HOSTS is ill-formed: comma-separated hosts of webhooks"),
         ("DEVICE", "gpu", "DDPM_DEVICE is ill-formed: cpu, cuda (every GPU), cuda:N or cuda:N,M; auto: "),
     ],
 )

@@ -45,6 +45,7 @@ def check(client: TestClient, place: Path) -> None:
         words: dict[str, Any] = json.loads(line)
         job = ended(client, words["id"])
         assert job["status"] == "succeeded"
+        assert (job["webhook"] or {}).get("state") == ("pending" if words["seed"] == 1 else None)
         assert [image["seed"] for image in job["images"]] == list(range(words["seed"], words["seed"] + words["n"]))
         assert words.get("document", job) == job
         assert [tag for _, tag in pictures(client, job)] == [f'"{image["sha256"]}"' for image in job["images"]]

@@ -10,11 +10,16 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+from pydantic import SecretStr
 from starlette.testclient import TestClient
 
+from server.jobs.deliveries import Deliveries
 from server.settings import Settings
 from server.store.store import Store
 from server.web.app import create_app
@@ -53,10 +58,14 @@ COUNTED(int, rename, (const char *from, const char *to), (from, to))
 """
 
 
-def start(weights: Path, directory: Path) -> TestClient:
-    """A server on this store; enter it."""
-    settings = Settings(weights=weights, data_dir=directory / "data", log_level="error")
-    return TestClient(create_app(settings, FakeBackend()))
+@contextmanager
+def start(weights: Path, directory: Path) -> Iterator[TestClient]:
+    """A server on this store, which owes webhooks and sends none."""
+    settings = Settings(
+        weights=str(weights), data_dir=directory / "data", log_level="error", webhook_secret=SecretStr("x" * 24)
+    )
+    with mock.patch.object(Deliveries, "start"), TestClient(create_app(settings, FakeBackend())) as client:
+        yield client
 
 
 def told(log: int, **words: object) -> None:
@@ -73,7 +82,7 @@ def accepting(weights: Path, directory: Path) -> None:
     """A client asks for two pictures and comes back for them; and for one more, with a key, and waits."""
     log = os.open(directory / "told", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     with start(weights, directory) as client:
-        request = {"seed": 1, "steps": 2, "n": 2, "frames": None}
+        request = {"seed": 1, "steps": 2, "n": 2, "frames": None, "webhook": "https://a.example/"}
         job = client.post("/generate", json=request, headers={"prefer": "respond-async"}).json()
         told(log, id=job["id"], seed=1, n=2)
 

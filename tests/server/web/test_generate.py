@@ -75,6 +75,7 @@ def test_json_is_the_job_with_all_defaults_filled_in(server: Server) -> None:
         "frames": None,
         "priority": 0,
         "deadline_s": None,
+        "webhook": None,
     }
     for index, image in enumerate(job["images"]):
         png = server.client.get(image["url"])

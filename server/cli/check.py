@@ -1,0 +1,69 @@
+"""Says what of a data directory is damaged and what is sound, and changes nothing."""
+
+import os
+from argparse import ArgumentParser
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from server.errors import EXIT_STORE_REFUSED, SettingsError
+from server.store import lock
+from server.store.checks import inspect
+from server.store.salvage import salvage
+from server.store.schema import JOURNAL, PICTURES
+
+MOST = 100  # lines of a kind
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Prints what is sound, then what is damaged, one line each.
+
+    Returns 0 if all is sound, else 4; with --salvage, 0 if all jobs are in OUT.
+
+    Raises StoreInUse, StoreRefused, SettingsError."""
+    parser = ArgumentParser("ddpm check", description=__doc__)
+    parser.add_argument("directory", metavar="DATA_DIR", type=Path, help="data directory of a server that does not run")
+    salvaging = "write what is sound into this new directory, which a server can start on"
+    parser.add_argument("--salvage", metavar="OUT", type=Path, help=salvaging)
+    given = parser.parse_args(arguments)
+    if not any((given.directory / name).exists() for name in (JOURNAL, PICTURES, lock.LOCK)):
+        raise SettingsError(f"{given.directory} is not a data directory: it has no {JOURNAL}")
+    held = _hold(given.directory)
+    floor, damages = 0, list[str]()
+    try:
+        if held is not None:
+            floor = lock.read_floor(held)
+    except ValueError as error:
+        damages.append(str(error))
+    found = inspect(given.directory, floor, hashes=True)
+    damages += found.damages
+    print(f"sound: {found.jobs} jobs ({found.unfinished} have not ended), {found.pictures} pictures")
+    _list("damaged", damages)
+    lost = bool(damages)
+    if given.salvage is not None:
+        saved = salvage(given.directory, given.salvage)
+        print(f"saved in {given.salvage}: {saved.jobs} jobs, {saved.pictures} pictures")
+        _list("will run again, for a picture was damaged: job", saved.again)
+        _list("lost", saved.lost)
+        if missing := saved.commits < floor:
+            print(f"what was written after transaction {saved.commits}, up to {floor}, may be missing in part")
+        lost = bool(saved.lost) or missing
+    if held is not None:
+        os.close(held)
+    return EXIT_STORE_REFUSED if lost else 0
+
+
+def _hold(directory: Path) -> int | None:
+    """The lock file, held, so that no server starts meanwhile; None if there is none."""
+    with suppress(FileNotFoundError):
+        held = os.open(directory / lock.LOCK, os.O_RDONLY)
+        lock.hold(held, directory)
+        return held
+    return None
+
+
+def _list(what: str, lines: list[str]) -> None:
+    for line in lines[:MOST]:
+        print(f"{what}: {line}")
+    if len(lines) > MOST:
+        print(f"{what}: and {len(lines) - MOST} more")

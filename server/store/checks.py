@@ -1,0 +1,168 @@
+"""Whether a store holds what was promised, read without changing a byte of it."""
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+
+from server.errors import StoreRefused
+from server.store import wal
+from server.store.blobs import blobs_in, is_sound
+from server.store.deliveries import COLUMNS
+from server.store.records import Record, checksum, job_checksum, record_of
+from server.store.rows import SELECT, commits
+from server.store.schema import APPLICATION, JOURNAL, LOG, PICTURES, VERSION, VERSIONS, is_full
+
+ALL_IMAGES = """SELECT job, place AS "index", seed, sha256, size, message FROM images LEFT JOIN files USING (sha256)
+    ORDER BY job, place"""
+HOLDER = "SELECT 1 FROM images WHERE images.sha256 = files.sha256"
+PLAIN = {"known": ("identity", "sha256"), "expired": ("id", "owner")}  # tables whose rows have checksums of their own
+OWED = "jobs.status IS NOT NULL AND json_extract(request, '$.webhook') IS NOT NULL"
+
+
+@dataclass(slots=True)
+class Report:
+    """What was found: numbers of what is sound, and a sentence for each damage."""
+
+    jobs: int = 0
+    unfinished: int = 0
+    pictures: int = 0
+    damages: list[str] = field(default_factory=list)
+
+
+def inspect(directory: Path, floor: int, hashes: bool = False) -> Report:
+    """Checks everything. floor: the number of the last transaction that was promised. hashes: also of the pictures.
+
+    Raises StoreRefused if the journal is of a newer version or of something else.
+    """
+    report, path = Report(), directory / JOURNAL
+    if not path.exists():
+        report.damages.append(f"{JOURNAL} is missing")
+        return report
+    frames = _check_files(path, report)
+    try:
+        with closing(_open(path, frames > 0)) as db:
+            version = _version(db, path)
+            found = [text for (text,) in db.execute("PRAGMA integrity_check(20)")]
+            report.damages += [line for text in found for line in text.splitlines()[-1:] if text != "ok"]
+            if _schema(db) != _schema(_empty(version)):
+                report.damages.append(f"the schema of {JOURNAL} is not that of version {version}")
+            elif version == VERSION:
+                if (number := commits(db)) < floor:
+                    lost = f"transaction {floor} was promised, and the last one that can be read is {number}"
+                    report.damages.append(f"{JOURNAL} or its log is cut short, missing in part, or older: {lost}")
+            _check_rows(db, version, report)
+            _check_pictures(directory / PICTURES, db, report, hashes)
+    except (sqlite3.DatabaseError, TypeError, ValueError) as error:
+        if is_full(error):
+            raise
+        report.damages.append(f"{JOURNAL} cannot be read: {error}")
+    return report
+
+
+def _check_files(path: Path, report: Report) -> int:
+    """Checks the files of the journal, before SQLite reads them -> the number of frames that it will read of the log"""
+    with open(path, "rb") as file:
+        header = file.read(100)
+    if header[:16] != b"SQLite format 3\0" or header[18:20] != b"\2\2":  # the latter: with a log
+        report.damages.append(f"the header of {JOURNAL} is damaged")
+    try:
+        frames = wal.read(path.with_name(LOG))
+    except ValueError as error:
+        report.damages.append(f"{LOG}: {error}")
+        return 0
+    if frames is None:
+        return 0
+    if not frames.is_torn:
+        of = f"{frames.committed + 1} of {len(frames.pages)}"
+        report.damages.append(f"{LOG}: frame {of}, or one of the same transaction, is damaged")
+    return frames.committed
+
+
+def _open(path: Path, with_log: bool) -> sqlite3.Connection:
+    """A connection that changes no file and creates none: it takes no lock, and keeps the log's index in memory.
+
+    Without frames that count, the log is not opened: SQLite would delete it in the end.
+    """
+    how = "vfs=unix-none" if with_log else "immutable=1"
+    db = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro&{how}", uri=True)
+    db.row_factory = sqlite3.Row
+    db.execute("PRAGMA locking_mode = EXCLUSIVE")
+    return db
+
+
+def _version(db: sqlite3.Connection, path: Path) -> int:
+    (version,), (application,) = (
+        db.execute(f"PRAGMA {name}").fetchone() for name in ("user_version", "application_id")
+    )
+    if version > VERSION:
+        raise StoreRefused(f"the store {path} is of version {version}, this server knows up to version {VERSION}")
+    if application != APPLICATION or version < 1:
+        raise StoreRefused(f"{path} is a database of something else")
+    return int(version)
+
+
+def _empty(version: int) -> sqlite3.Connection:
+    db = sqlite3.connect(":memory:")
+    db.executescript("".join(VERSIONS[:version]))
+    return db
+
+
+def _schema(db: sqlite3.Connection) -> set[tuple[str, ...]]:
+    return {tuple(row) for row in db.execute("SELECT type, name, tbl_name, sql FROM sqlite_schema")}
+
+
+def all_records(db: sqlite3.Connection) -> Iterator[tuple[Record, int]]:
+    """Every job with the checksum that was written with it, in one pass over the tables."""
+    groups = groupby(db.execute(ALL_IMAGES), key=lambda row: int(row["job"]))
+    number, images = next(groups, (1 << 62, iter(())))
+    for row in db.execute(f"{SELECT} ORDER BY number"):
+        while number < row["number"]:
+            number, images = next(groups, (1 << 62, iter(())))
+        yield record_of(row, images if number == row["number"] else ()), row["checksum"]
+
+
+def _check_rows(db: sqlite3.Connection, version: int, report: Report) -> None:
+    if version == VERSION:
+        for record, written in all_records(db):
+            if job_checksum(record) != written:
+                report.damages.append(f"the row of job {record.id} (number {record.number}), or of one of its images")
+            else:
+                report.jobs += 1
+                report.unfinished += record.status is None
+        for table, columns in (PLAIN | {"deliveries": COLUMNS}).items():
+            for *values, written in db.execute(f"SELECT {', '.join(columns)}, checksum FROM {table}"):
+                if checksum(*values) != written:
+                    report.damages.append(f"the row of {values[0]} in the table {table}")
+    else:
+        report.jobs, report.unfinished = db.execute("SELECT count(*), sum(status IS NULL) FROM jobs").fetchone()
+    queries = [
+        ("SELECT count(*) FROM images LEFT JOIN files USING (sha256) WHERE size IS NULL", "images without a size"),
+        ("SELECT count(*) FROM images LEFT JOIN jobs ON number = job WHERE number IS NULL", "images without a job"),
+        (f"SELECT count(*) FROM files WHERE NOT EXISTS ({HOLDER})", "pictures without a job"),
+        ("SELECT bytes - ifnull((SELECT sum(size) FROM files), 0) FROM total", "bytes between pictures and their sum"),
+        ("SELECT count(*) - 1 FROM total", "rows too many in the table total"),
+    ]
+    if version == VERSION:
+        owed = f"SELECT count(*) FROM jobs LEFT JOIN deliveries ON job = number WHERE job IS NULL AND {OWED}"
+        unknown = "SELECT count(*) FROM deliveries LEFT JOIN jobs ON number = job WHERE number IS NULL"
+        queries += [(owed, "webhooks without a delivery"), (unknown, "deliveries without a job")]
+    for query, damage in queries:
+        row = db.execute(query).fetchone()
+        if row is None or row[0] != 0:
+            report.damages.append(f"{JOURNAL} has {row and row[0]} {damage}")
+
+
+def _check_pictures(folder: Path, db: sqlite3.Connection, report: Report, hashes: bool) -> None:
+    """Compares the pictures with the sizes of their rows, and with their names."""
+    there = blobs_in(folder)
+    for name, size in db.execute("SELECT sha256, size FROM files"):
+        if there.get(name) != size:
+            found = f"has {there[name]} bytes instead of {size}" if name in there else "is missing"
+            report.damages.append(f"the picture {name} {found}")
+        elif hashes and not is_sound(name, (folder / name).read_bytes()):
+            report.damages.append(f"the picture {name} has other bytes than its name says")
+        else:
+            report.pictures += 1

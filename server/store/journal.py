@@ -1,0 +1,91 @@
+"""Opens the journal, only if it holds what was promised, and brings an older one to the present version."""
+
+import os
+import sqlite3
+from pathlib import Path
+
+from server.errors import StoreRefused
+from server.store import rows
+from server.store.blobs import blobs_in, sync_folder
+from server.store.checks import PLAIN, inspect
+from server.store.lock import read_floor
+from server.store.records import checksum, job_checksum, record_of
+from server.store.schema import JOURNAL, LOG, PICTURES, VERSION, VERSION_2, VERSIONS, is_full
+
+
+def check_journal(directory: Path, lock: int) -> None:
+    """Creates the journal, or checks that it holds what was promised. lock: the open lock file.
+
+    Raises StoreRefused, without changing a byte, or the error of a full disk.
+    """
+    try:
+        floor = read_floor(lock)
+        if not (directory / JOURNAL).exists():
+            _require_new(directory, floor)
+            create(directory / JOURNAL)
+        damages = inspect(directory, floor).damages
+    except ValueError as error:
+        damages = [str(error)]
+    if damages:
+        raise damaged(directory, damages[0] + (f" (and {len(damages) - 1} more)" if len(damages) > 1 else ""))
+
+
+def open_journal(directory: Path) -> sqlite3.Connection:
+    """The journal, ready to be written. Raises StoreRefused, or the error of a full disk."""
+    db = sqlite3.connect(directory / JOURNAL, isolation_level=None, check_same_thread=False)
+    db.row_factory = sqlite3.Row
+    try:
+        for pragma in ("locking_mode = EXCLUSIVE", "journal_mode = WAL", "synchronous = FULL"):
+            db.execute(f"PRAGMA {pragma}")
+        migrate(db)
+        return db
+    except sqlite3.DatabaseError as error:
+        db.close()
+        if is_full(error):
+            raise
+        raise damaged(directory, str(error)) from None
+
+
+def damaged(directory: Path, what: str) -> StoreRefused:
+    """The refusal of a store that does not hold what was promised."""
+    left = f"it has been left as it is; `ddpm check {directory}` says what is sound"
+    return StoreRefused(f"the store {directory} is damaged: {what}; {left}")
+
+
+def _require_new(directory: Path, floor: int) -> None:
+    """Raises ValueError if there was a journal, as other files show."""
+    if floor or (directory / LOG).exists() or blobs_in(directory / PICTURES):
+        raise ValueError(f"{JOURNAL} is missing")
+
+
+def create(path: Path) -> None:
+    """Creates an empty journal, atomically."""
+    new = path.with_suffix(".new")
+    for left in path.parent.glob(f"{new.name}*"):
+        left.unlink()
+    db = sqlite3.connect(new, isolation_level=None)
+    db.execute("PRAGMA journal_mode = WAL")
+    db.executescript(f"BEGIN; {''.join(VERSIONS)} COMMIT;")
+    db.close()
+    os.replace(new, path)
+    sync_folder(path.parent)
+
+
+def migrate(db: sqlite3.Connection) -> None:
+    """Brings a journal of version 1 to version 2, in one transaction. Raises sqlite3.Error."""
+    if db.execute("PRAGMA user_version").fetchone()[0] == VERSION:
+        return
+    try:
+        db.executescript(f"BEGIN IMMEDIATE; {VERSION_2}")
+        for row in db.execute(rows.SELECT).fetchall():
+            record = record_of(row, db.execute(rows.IMAGES, (row["number"],)))
+            values = (job_checksum(record), record.number)
+            db.execute("UPDATE jobs SET checksum = ? WHERE number = ?", values)
+        for table, columns in PLAIN.items():
+            for row in db.execute(f"SELECT {', '.join(columns)} FROM {table}").fetchall():
+                db.execute(f"UPDATE {table} SET checksum = ? WHERE {columns[0]} = ?", (checksum(*row), row[0]))
+        db.execute("COMMIT")
+    except BaseException:
+        if db.in_transaction:
+            db.execute("ROLLBACK")
+        raise

@@ -1,0 +1,61 @@
+"""The lock file: which process holds the store, whether the last one ended in order, and how far the journal has come.
+
+It is written in place, which works on a full disk, and not synced: what it says of the journal outlives every death of
+the server, and is a few seconds old after a power cut. It is written after the transaction that it counts, and before
+anyone is told of that, so it is never ahead of the journal.
+"""
+
+import fcntl
+import os
+from contextlib import suppress
+from pathlib import Path
+from zlib import crc32
+
+from server.errors import StoreInUse
+
+LOCK = "lock"
+MARK, PARKED = 32, b"."  # the holder's process id, and at MARK whether it ended in order
+FLOOR, FLOOR_BYTES = 64, 26  # and there the number of the last transaction that was promised, with a checksum
+
+
+def hold(lock: int, directory: Path) -> None:
+    """Locks the store for this process. lock: its open file. Raises StoreInUse, naming the process that holds it."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        holder = os.pread(lock, MARK, 0).decode("ascii", "replace").strip()
+        raise StoreInUse(f"the store {directory} is in use by another server, process {holder}") from None
+
+
+def sign(lock: int) -> None:
+    """Writes down which process holds the store."""
+    os.pwrite(lock, f"{os.getpid()}".ljust(MARK).encode(), 0)
+
+
+def was_parked(lock: int) -> bool:
+    """Whether the last server ended in order, even if it could not write that into the journal."""
+    return os.pread(lock, 1, MARK) == PARKED
+
+
+def mark_parked(lock: int, parked: bool) -> None:
+    """Records whether all jobs are parked."""
+    with suppress(OSError):  # then one death too many is counted
+        os.pwrite(lock, PARKED if parked else b" ", MARK)
+
+
+def read_floor(lock: int) -> int:
+    """The number of the last transaction that was promised; 0 if none is recorded. Raises ValueError."""
+    found = os.pread(lock, FLOOR_BYTES, FLOOR)
+    if not found.strip(b"\0 "):
+        return 0
+    number, _, check = found.strip().partition(b" ")
+    if int(check, 16) != crc32(number):
+        raise ValueError(f"{LOCK} is damaged")
+    return int(number, 16)
+
+
+def write_floor(lock: int, number: int) -> None:
+    """Records the number of the last transaction on disk, which is going to be promised."""
+    text = f"{number:016x}".encode()
+    with suppress(OSError):  # then a loss of this one transaction alone would not be noticed
+        os.pwrite(lock, b"%s %08x\n" % (text, crc32(text)), FLOOR)

@@ -1,0 +1,91 @@
+"""What the journal holds of a job, and the checksums that rows are written and compared with."""
+
+import json
+import sqlite3
+from collections.abc import Iterable
+from dataclasses import astuple, dataclass
+from typing import Any
+from zlib import crc32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageRow:
+    """An image of a job. Its bytes are the blob named `sha256`."""
+
+    index: int
+    seed: int
+    sha256: str
+    size: int  # bytes
+    message: int  # its number in the job's stream
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delivery:
+    """How far the delivery of a job's webhook is."""
+
+    host: str
+    due: float | None = 0.0  # of the next attempt, by the clock that does not jump; 0: at once; None: there is none
+    state: str = "pending"  # then delivered, gone or failed
+    attempts: int = 0
+    status: int | None = None  # of the last answer
+    error: str | None = None  # why there was no answer
+    delivered_at: float | None = None
+
+    @property
+    def document(self) -> dict[str, Any]:
+        """What clients see of it."""
+        told = {"state": self.state, "attempts": self.attempts, "last_status": self.status, "last_error": self.error}
+        return told | {"delivered_at": self.delivered_at}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """A job as it is on disk. request, served (a ModelStatus), steps and error are JSON."""
+
+    id: str
+    owner: str | None
+    key: str | None
+    fingerprint: str | None
+    created_at: float
+    arrived: float
+    request: str
+    served: str
+    attached: bool
+    attempt: int = 1
+    deaths: int = 0
+    status: str | None = None
+    started_at: float | None = None
+    finished_at: float | None = None
+    ended: float | None = None
+    steps: str | None = None
+    error: str | None = None
+    messages: int = 0
+    number: int = 0
+    images: tuple[ImageRow, ...] = ()
+    delivery: Delivery | None = None  # of its webhook, once it has ended
+
+
+FIELDS = tuple(name for name in Record.__slots__ if name not in ("number", "images", "delivery"))
+TIMES = {"created_at", "arrived", "started_at", "finished_at", "ended"}
+
+
+def checksum(*values: object) -> int:
+    """The CRC-32 of a row. It is written with the row, and compared whenever the row is read."""
+    return crc32(json.dumps(values, default=repr).encode())
+
+
+def job_checksum(record: Record) -> int:
+    """The checksum of a job's row together with those of its images."""
+    values = {name: getattr(record, name) for name in FIELDS}
+    values |= {name: float(values[name]) for name in TIMES if isinstance(values[name], int)}  # as SQLite returns them
+    return checksum(values, [astuple(image) for image in record.images])
+
+
+def record_of(row: sqlite3.Row, images: Iterable[sqlite3.Row]) -> Record:
+    """A job as its rows have it."""
+    values = {name: row[name] for name in ("number", *FIELDS)} | {"attached": bool(row["attached"])}
+    return Record(**values, images=tuple(map(_image, images)))
+
+
+def _image(row: sqlite3.Row) -> ImageRow:
+    return ImageRow(**{name: row[name] for name in ImageRow.__slots__})

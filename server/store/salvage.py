@@ -1,0 +1,143 @@
+"""Copies what is sound of a damaged store into a new directory, which a server can start on."""
+
+import os
+import shutil
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from server.errors import Gone, SettingsError
+from server.store import deliveries, rows, wal
+from server.store.blobs import is_sound
+from server.store.checks import PLAIN
+from server.store.journal import create, migrate
+from server.store.records import FIELDS, Record, checksum, job_checksum
+from server.store.schema import JOURNAL, LOG, PICTURES
+
+UNREADABLE = (sqlite3.Error, Gone, TypeError, ValueError)
+INSERT = f"INSERT INTO jobs (number, {', '.join(FIELDS)}, checksum) VALUES ({'?, ' * len(FIELDS)} ?, ?)"
+
+
+@dataclass(slots=True)
+class Salvaged:
+    """What is in the new directory, and what could not be saved."""
+
+    jobs: int = 0
+    pictures: int = 0
+    again: list[str] = field(default_factory=list)  # ended jobs that will run again: a picture was damaged
+    lost: list[str] = field(default_factory=list)  # what cannot be read, in words
+    commits: int = 0  # the last transaction that was found
+
+
+def salvage(directory: Path, out: Path) -> Salvaged:
+    """Writes every sound job of a store into a new one. Raises SettingsError unless `out` is empty or not there."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise SettingsError(f"{out} must be a directory that is empty or does not exist")
+    (out / PICTURES).mkdir(mode=0o700, parents=True)
+    report = Salvaged()
+    states = list(_states(directory, out))
+    for state in states:
+        with suppress(*UNREADABLE):
+            report.commits = max(report.commits, rows.commits(state))
+    jobs = _jobs(states, report)
+    create(out / JOURNAL)
+    with closing(sqlite3.connect(out / JOURNAL, isolation_level=None)) as db:
+        db.execute("BEGIN")
+        for record in jobs:
+            _save(db, record, directory, out, report)
+        for table in PLAIN:
+            _copy(states, db, table, report)
+        db.execute("COMMIT")
+    for state in states:
+        state.close()
+    for left in out.glob("state*"):
+        left.unlink()
+    os.sync()
+    return report
+
+
+def _states(directory: Path, out: Path) -> Iterator[sqlite3.Connection]:
+    """Copies of the journal, the best one first: with every sound page of the log, even behind a bad one; and as it was
+    before the first bad one. Whatever of their rows fits its checksum is right."""
+    journal, log = directory / JOURNAL, directory / LOG
+    frames = None
+    with suppress(ValueError):
+        frames = wal.read(log)
+    for number in range(1 if frames is None else 2):
+        copy = out / f"state{number}"
+        shutil.copyfile(journal, copy)
+        if frames is not None:
+            wal.apply(log, frames, copy, len(frames.pages) if number == 0 else frames.committed)
+        with open(copy, "r+b") as file:
+            file.seek(18)
+            file.write(b"\1\1")  # without a log
+        db = sqlite3.connect(copy, isolation_level=None)
+        db.row_factory = sqlite3.Row
+        with suppress(*UNREADABLE):
+            migrate(db)
+        yield db
+
+
+def _jobs(states: list[sqlite3.Connection], report: Salvaged) -> Iterator[Record]:
+    """All jobs that are sound in some state, oldest first."""
+    highest = 0
+    for db in states:
+        for query in ("SELECT max(number) FROM jobs", "SELECT seq FROM sqlite_sequence WHERE name = 'jobs'"):
+            with suppress(*UNREADABLE):
+                highest = max(highest, int(db.execute(query).fetchone()[0]))
+    for number in range(1, highest + 1):
+        failure = None
+        for db in states:
+            try:
+                row = db.execute(f"{rows.SELECT} WHERE number = ?", (number,)).fetchone()
+                if row is not None:
+                    record = rows.read_job(db, row)
+                    with suppress(*UNREADABLE):
+                        record = replace(record, delivery=deliveries.read(db, number))
+                    yield record
+                    break
+            except UNREADABLE as error:
+                failure = error
+        else:
+            if failure is not None:
+                report.lost.append(f"job number {number}: {failure}")
+
+
+def _save(db: sqlite3.Connection, record: Record, directory: Path, out: Path, report: Salvaged) -> None:
+    """Writes a job, its pictures and the delivery of its webhook. If one of these is damaged, the job is written as it
+    was when it was accepted: the next server makes the same pictures."""
+    pngs = dict[str, bytes]()
+    for image in record.images:
+        with suppress(OSError):
+            pngs[image.sha256] = (directory / PICTURES / image.sha256).read_bytes()
+    is_whole = record.delivery is not None or not deliveries.is_owed(record)
+    if not is_whole or not all(is_sound(image.sha256, pngs.get(image.sha256, b"")) for image in record.images):
+        report.again.append(record.id)
+        empty: dict[str, Any] = dict.fromkeys(("status", "started_at", "finished_at", "ended", "steps", "error"))
+        record = replace(
+            record, **empty, images=(), delivery=None, messages=0, attempt=record.attempt + 1, attached=False
+        )
+        pngs = {}
+    for name, png in pngs.items():
+        (out / PICTURES / name).write_bytes(png)
+    db.execute(INSERT, [record.number, *(getattr(record, name) for name in FIELDS), job_checksum(record)])
+    rows.insert_images(db, record.number, record.images)
+    deliveries.insert(db, record.number, record.owner, record.delivery)
+    report.jobs += 1
+    report.pictures += len(pngs)
+
+
+def _copy(states: list[sqlite3.Connection], db: sqlite3.Connection, table: str, report: Salvaged) -> None:
+    """Copies the sound rows of a table, except for known pictures that were not saved."""
+    columns = ", ".join(PLAIN[table])
+    for state in states:
+        with suppress(*UNREADABLE):
+            for *values, written in state.execute(f"SELECT {columns}, checksum FROM {table}"):
+                if checksum(*values) != written:
+                    report.lost.append(f"the row of {values[0]} in the table {table}")
+                elif table != "known" or rows.has_job(db, values[1]):
+                    query = f"INSERT OR IGNORE INTO {table} ({columns}, checksum) VALUES (?, ?, ?)"
+                    db.execute(query, (*values, written))

@@ -1,0 +1,120 @@
+"""Which webhook is next, as the journal has it."""
+
+import asyncio
+import sqlite3
+from pathlib import Path
+
+import pytest
+
+from server.errors import Gone, StoreRefused
+from server.store.checks import inspect
+from server.store.records import Delivery
+from server.store.salvage import salvage
+from server.store.schema import JOURNAL
+from server.store.store import Store
+from tests.server.jobs.records import a_store, ended, keep, record
+
+
+async def owe(store: Store, id: str, owner: str | None = None, **fields: object) -> None:
+    """A job that has ended and has a webhook."""
+    request = '{"webhook": "https://a"}'
+    await store.insert(record(id, owner=owner, request=request))
+    delivery = Delivery(**{"host": "a"} | fields)  # type: ignore[arg-type]
+    await store.finish(ended(id, owner=owner, request=request, delivery=delivery))
+
+
+def test_of_those_that_are_due_the_one_with_the_fewest_attempts_is_next(tmp_path: Path) -> None:
+    async def story() -> list[str]:
+        found = list[str]()
+        async with a_store(tmp_path) as store:
+            await owe(store, "done", due=None, state="delivered")
+            await owe(store, "tomorrow", due=200.0)
+            await owe(store, "retry", due=1.0, attempts=3)
+            await owe(store, "late", due=9.0, attempts=1)
+            await owe(store, "bob's", due=5.0, attempts=1, owner="bob")
+            await owe(store, "first", host="b")
+            for jobs, hosts, owners in [
+                *(([], [], []), ([], ["b"], []), ([], ["b"], ["bob"]), ([5, 6], [], []), ([4, 5, 6], [], [])),
+                *(([3, 4, 5, 6], [], []), ([], ["a", "b"], []), ([2, 3, 4, 5, 6], [], [])),
+            ]:
+                after = await store.next_delivery(10.0, jobs, hosts, owners)
+                found.append(after.id if after is not None else "none")
+        return found
+
+    assert asyncio.run(story()) == ["first", "bob's", "late", "late", "retry", "tomorrow", "none", "none"]
+
+
+def test_a_record_has_its_delivery_again_after_a_restart(tmp_path: Path) -> None:
+    after = Delivery(host="a", due=None, state="gone", attempts=2, status=410, error=None)
+
+    async def story() -> Delivery | None:
+        async with a_store(tmp_path) as store:
+            await owe(store, "id")
+            await store.note_delivery(await store.find("id", None), after)
+        async with a_store(tmp_path) as store:
+            return (await store.find("id", None)).delivery
+
+    assert asyncio.run(story()) == after
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("UPDATE deliveries SET state = 'delivered', due = NULL", "the row of 1 in the table deliveries"),
+        ("UPDATE deliveries SET host = 'b'", "the row of 1 in the table deliveries"),
+        ("DELETE FROM deliveries", "1 webhooks without a delivery"),
+        ("UPDATE deliveries SET job = 7", "1 deliveries without a job"),
+    ],
+)
+def test_a_delivery_that_was_damaged_or_lost_ends_the_start(tmp_path: Path, change: str, said: str) -> None:
+    async def story() -> None:
+        async with a_store(tmp_path) as store:
+            await owe(store, "id")
+
+    asyncio.run(story())
+    with sqlite3.connect(tmp_path / JOURNAL) as db:
+        db.execute(change)
+    db.close()
+    damages = inspect(tmp_path, 0).damages
+    with pytest.raises(StoreRefused):
+        Store(tmp_path)
+
+    assert any(said in damage for damage in damages)
+
+
+def test_a_delivery_that_is_damaged_while_a_server_runs_is_passed_over(tmp_path: Path) -> None:
+    async def story() -> str | None:
+        async with a_store(tmp_path) as store:
+            for id in ("damaged", "sound"):
+                await owe(store, id)
+            store._db.execute("UPDATE deliveries SET state = 'failed' WHERE job = 1")
+            with pytest.raises(Gone):
+                await store.find("damaged", None)
+            after = await store.next_delivery(1.0, [], [], [])
+            return after.id if after is not None else None
+
+    assert asyncio.run(story()) == "sound"
+
+
+def test_salvage_keeps_deliveries_and_runs_a_job_again_whose_delivery_is_damaged(tmp_path: Path) -> None:
+    directory, out = tmp_path / "damaged", tmp_path / "out"
+
+    async def before() -> None:
+        async with a_store(directory) as store:
+            for id in ("sound", "damaged", "lost"):
+                await owe(store, id, attempts=2)
+            await keep(store, "plain", b"png")
+
+    async def after() -> tuple[list[str], Delivery | None]:
+        async with a_store(out) as store:
+            return [job.id for job in await store.recover()], (await store.find("sound", None)).delivery
+
+    asyncio.run(before())
+    with sqlite3.connect(directory / JOURNAL) as db:
+        db.execute("UPDATE deliveries SET attempts = 3 WHERE job = 2")
+        db.execute("DELETE FROM deliveries WHERE job = 3")
+    db.close()
+    report = salvage(directory, out)
+
+    assert (report.again, report.jobs) == (["damaged", "lost"], 4)
+    assert asyncio.run(after()) == (["damaged", "lost"], Delivery(host="a", attempts=2))
