@@ -10,6 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from model.checkpoint.pipeline import is_part, read_index
 from model.convert import formats
 from model.convert.nets import averaged
 from model.convert.protocol import OF_THE_SCHEDULER, Converted, Options, refuse_unread
@@ -64,6 +65,8 @@ class Candidate:
 def convert(directory: Path, options: Options, part: str | None = None) -> tuple[Converted, list[Path]]:
     """The model directory, and the files that its weights were read from. Raises ModelRefused."""
     refuse_unread(options, READS, "a directory of diffusers")
+    for place in (directory, *([directory.resolve().parent] if is_part(directory) else [])):
+        read_index(place)
     taken, left = _choice(directory, part)
     options = replace(options, config=options.config or taken.config)
     if options.config is None:

@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from model.checkpoint.load import modern
+from model.checkpoint.pipeline import read_index
 from model.convert.nets import Net
 from model.convert.protocol import OF_THE_SCHEDULER, Converted, Options, scheduler_config
 from model.errors import ModelRefused
@@ -52,6 +53,7 @@ def convert(net: Net, options: Options, tables: Mapping[str, Tensor]) -> Convert
             "a net of diffusers without its config.json: give --config CONFIG.json, or as SRC the directory that it "
             "was saved in"
         )
+    read_index(options.config.parent)
     config = _config(read_json(options.config), options)
     tensors = _tensors(net.tensors)
     return Converted(config, scheduler_config(options, "fixed_small"), tensors, "A net of diffusers")
