@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from model.checkpoint.card import WEIGHTS, read_card
-from model.checkpoint.load import load_model
+from model.checkpoint.load import load_layers
 from model.convert import directories, formats
 from model.convert.protocol import Converted, Options
 from model.convert.sources import read_state
@@ -72,5 +72,5 @@ def write(converted: Converted, target: Path, readme: str) -> None:
         (directory / "README.md").write_text(readme)
         save_file({k: t.contiguous() for k, t in converted.tensors.items()}, directory / WEIGHTS, {"format": "pt"})
         (directory / WEIGHTS).chmod(0o644)  # the server may be run by another user
-        load_model(read_card(directory), torch.device("cpu"), torch.float32)
+        load_layers(read_card(directory), torch.device("cpu"), torch.float32)
         directory.rename(target)

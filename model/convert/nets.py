@@ -7,6 +7,7 @@ No list of such prefixes is kept: a net is where all names that its layout canno
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from os.path import commonprefix
 
 from torch import Tensor
 
@@ -65,17 +66,13 @@ def _without_dots(state: Mapping[str, Tensor], net: Net) -> Iterator[Net]:
 
 
 def tables(state: Mapping[str, Tensor], net: Net) -> dict[str, Tensor]:
-    """The tensors beside the net, or beside what wraps it, by their last names: those of its diffusion process."""
-    wrappers = net.prefix.split(".")[:-1]
-    found: dict[str, Tensor] = {}
-    for depth in range(len(wrappers)):  # the innermost last, so that it counts
-        outer = "".join(f"{wrapper}." for wrapper in wrappers[:depth])
-        found |= {
-            name: tensor
-            for key, tensor in state.items()
-            if key.startswith(outer) and "." not in (name := key.removeprefix(outer))
-        }
-    return found
+    """The tensors beside the net, or beside what wraps it, by their names there: those of its diffusion process."""
+    placed: list[tuple[int, str, Tensor]] = []
+    for key, tensor in state.items():
+        shared = len(commonprefix([key, net.prefix]))
+        if shared < len(net.prefix):
+            placed += [(start, key[start:], tensor) for start in range(shared + 1) if "." not in key[start:]]
+    return {name: tensor for _, name, tensor in sorted(placed, key=lambda each: each[0])}  # the innermost counts
 
 
 def strangers(state: Mapping[str, Tensor], nets: list[Net]) -> list[str]:
