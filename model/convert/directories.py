@@ -12,7 +12,7 @@ from torch import Tensor
 
 from model.checkpoint.pipeline import is_part, read_index
 from model.convert import formats
-from model.convert.nets import averaged
+from model.convert.nets import averaged, standing
 from model.convert.protocol import OF_THE_SCHEDULER, Converted, Options, refuse_unread
 from model.convert.sources import read_state
 from model.errors import ModelRefused
@@ -59,7 +59,12 @@ class Candidate:
     def rank(self) -> tuple[object, ...]:
         """The least is taken."""
         kinds = [not self.path.name.removesuffix(INDEX).endswith(suffix) for suffix in SUFFIXES]
-        return not averaged(self.name), any(half in self.path.name for half in HALVES), kinds, self.name
+        return 0 if self.averaged else standing(self.name), any(half in self.name for half in HALVES), kinds, self.name
+
+    @property
+    def averaged(self) -> bool:
+        """Whether it is an average over training, as far as its name tells."""
+        return averaged(self.name) or SHADOW in self.name
 
 
 def convert(directory: Path, options: Options, part: str | None = None) -> tuple[Converted, list[Path]]:
@@ -67,11 +72,16 @@ def convert(directory: Path, options: Options, part: str | None = None) -> tuple
     refuse_unread(options, READS, "a directory of diffusers")
     for place in (directory, *([directory.resolve().parent] if is_part(directory) else [])):
         read_index(place)
-    taken, left = _choice(directory, part)
+    found, fitting = _candidates_of(directory, part)
+    for taken in fitting:
+        if (read := _read(taken, found)) is not None:
+            break
+    else:
+        raise ModelRefused(f"{fitting[0].name} holds no net")
+    state, files = read
     options = replace(options, config=options.config or taken.config)
     if options.config is None:
         raise ModelRefused(f"{taken.name} has no config.json beside it: give --config CONFIG.json")
-    state, files = _read(taken, left)
     config = read_json(options.config)
     if config.get("_class_name") == LUCIDRAINS:
         raise ModelRefused(f"{directory.name} is a model directory already, which needs no conversion")
@@ -79,26 +89,27 @@ def convert(directory: Path, options: Options, part: str | None = None) -> tuple
     if "ch_mult" in config:  # the very first layout: that of pesser's port
         options = replace(options, config=None, image_size=options.image_size or whole(config.get("resolution")))
     made = formats.convert(state, options, where=taken.name)
-    return replace(made, origin="Saved by diffusers", notes=(_told(taken, left), *made.notes)), files
+    return replace(made, origin="Saved by diffusers", notes=(_told(taken, found), *made.notes)), files
 
 
-def _told(taken: Candidate, left: list[Candidate]) -> str:
-    how = " (an average over training)" if averaged(taken.name) else ""
-    others = f"; left {', '.join(ascii(each.name) for each in left)}" if left else ""
+def _told(taken: Candidate, found: list[Candidate]) -> str:
+    how = " (an average over training)" if taken.averaged else ""
+    left = [ascii(each.name) for each in found if each is not taken]
+    others = f"; left {', '.join(left)}" if left else ""
     return f"weights: took {ascii(taken.name)}{how}{others}"
 
 
-def _choice(directory: Path, part: str | None) -> tuple[Candidate, list[Candidate]]:
-    """The weights to take, and those that are left. Raises ModelRefused."""
+def _candidates_of(directory: Path, part: str | None) -> tuple[list[Candidate], list[Candidate]]:
+    """(all weights in a directory, those that may be taken), the best first. Raises ModelRefused."""
     found = sorted(_candidates(directory), key=lambda candidate: candidate.rank)
     if not found:
         raise ModelRefused(_instead(directory))
     fitting = [each for each in found if part is None or f"{each.name}/".startswith(f"{part}/")]
-    if len(found) == 1 and part is not None and not fitting:
+    if not fitting and len(found) == 1:
         raise ModelRefused("--format and --part must not be given: SRC is a directory of diffusers with one net")
     if not fitting:
         raise ModelRefused(f"--part must be one of {', '.join(ascii(each.name) for each in found)}")
-    return fitting[0], [each for each in found if each is not fitting[0]]
+    return found, fitting
 
 
 def _candidates(directory: Path) -> Iterator[Candidate]:
@@ -133,19 +144,24 @@ def _above(directory: Path, what: str) -> Path | None:
     return next((path for path in paths if path.is_file()), None)
 
 
-def _read(taken: Candidate, others: list[Candidate]) -> tuple[dict[str, Tensor], list[Path]]:
-    """(tensors by name, the files they were read from). Raises ModelRefused."""
+def _read(taken: Candidate, found: list[Candidate]) -> tuple[dict[str, Tensor], list[Path]] | None:
+    """(tensors by name, the files they were read from); None if it is something else that a training kept.
+
+    Raises ModelRefused.
+    """
     if taken.path.name.endswith(INDEX):
         return _read_shards(taken.path)
-    state, _, _ = read_state(taken.path)
-    if set(state) == {str(i) for i in range(len(state))}:  # an average without names, in the order of the net's own
-        beside = next(
-            (each for each in others if each.path.parent == taken.path.parent and SHADOW not in each.name), None
-        )
-        if beside is None:
-            raise ModelRefused(f"{taken.name} has no names for its tensors, and no net lies beside it")
-        state = _named(state, read_state(beside.path)[0], taken.name)
-    return state, [taken.path]
+    if SHADOW not in taken.name:
+        return read_state(taken.path)[0], [taken.path]
+    try:
+        average = read_state(taken.path)[0]
+    except ModelRefused:
+        return None
+    for net in (each for each in found if each.path.parent == taken.path.parent and SHADOW not in each.name):
+        state = read_state(net.path)[0]
+        if average.keys() == {str(i) for i in range(len(state))}:  # in the order of the net's own, without names
+            return _named(average, state, taken.name), [taken.path, net.path]
+    return None
 
 
 def _read_shards(index: Path) -> tuple[dict[str, Tensor], list[Path]]:
@@ -168,7 +184,7 @@ def _named(average: dict[str, Tensor], net: dict[str, Tensor], name: str) -> dic
     names = sorted(net, key=lambda key: [ORDER.index(word) if word in ORDER else int(word) for word in key.split(".")])
     tensors = [average[str(i)] for i in range(len(average))]
     if [net[key].shape for key in names] != [tensor.shape for tensor in tensors]:
-        raise ModelRefused(f"{name}: its {len(tensors)} tensors do not have the shapes of the net's {len(names)}")
+        raise ModelRefused(f"{name}: its tensors do not have the shapes of the net's; --part takes the net itself")
     return dict(zip(names, tensors, strict=True))
 
 

@@ -15,10 +15,15 @@ AVERAGED = re.compile(r"ema|shadow|averaged?|avg|swa")
 NOT_AVERAGED = re.compile(r"(non?|not|without|pre)[._-]?(ema|averaged?|avg|swa)")
 
 
+def standing(name: str) -> int:
+    """0 if something of this name is an average over training, 2 if the name says that it is not one, else 1."""
+    name = name.lower()
+    return 0 if AVERAGED.search(NOT_AVERAGED.sub("", name)) else 2 if NOT_AVERAGED.search(name) else 1
+
+
 def averaged(name: str) -> bool:
     """Whether something of this name is an average over training."""
-    name = name.lower()
-    return bool(AVERAGED.search(NOT_AVERAGED.sub("", name)))
+    return standing(name) == 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +49,7 @@ def find(state: Mapping[str, Tensor], layouts: Mapping[str, frozenset[str]]) -> 
         keys = [key for key in state if key.startswith(prefix) and not (inner and key.startswith(inner))]
         net = Net(layout, prefix, {key.removeprefix(prefix): state[key] for key in keys})
         nets += [net, *_without_dots(state, net)]
-    return sorted(nets, key=lambda net: (not averaged(net.prefix), -len(net.tensors), len(net.prefix)))
+    return sorted(nets, key=lambda net: (standing(net.prefix), -len(net.tensors), len(net.prefix)))
 
 
 def _prefixes(state: Mapping[str, Tensor], names: frozenset[str]) -> list[str]:

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from model.convert.nets import averaged
+from model.convert.nets import standing
 from model.errors import ModelRefused
 
 MAX_FILE_BYTES = 64 << 30
@@ -118,11 +118,11 @@ def choose(found: Mapping[str, Mapping[str, Tensor]], part: str | None) -> str:
         return max(holding, key=len)
     most = max(map(len, found.values()))
     whole = {name: tensors for name, tensors in found.items() if 2 * len(tensors) > most}  # the others hold counters
-    averages = [name for name in whole if averaged(name)]
+    averages = [name for name in whole if standing(name) == min(map(standing, whole))]
     listed = [name for name in found if name.isdigit()]
-    if not averages and listed and len(found[listed[0]]) == len(found[listed[-1]]):
+    if min(map(standing, whole)) and listed and len(found[listed[0]]) == len(found[listed[-1]]):
         averages = listed[-1:]  # a list [net, optimizer, …, average]
-    return max(averages or whole, key=lambda name: len(found[name]))
+    return max(averages, key=lambda name: len(found[name]))
 
 
 def _load(source: Path) -> object:
