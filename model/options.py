@@ -77,14 +77,14 @@ class Options:
         """An integer in low..high, or None. Raises ModelRefused."""
         return None if self.values.get(option, default) is None else self.integer(option, low, high, default)
 
-    def number(self, option: str, low: float, high: float, default: float) -> float:
+    def number(self, option: str, low: float, high: float, default: float | None = None) -> float:
         """A number in low..high. Raises ModelRefused."""
         value = self.values.get(option, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
             raise self.refuse(option, f"a number in {low}..{high}")
         return float(value)
 
-    def boolean(self, option: str, default: bool) -> bool:
+    def boolean(self, option: str, default: bool | None = None) -> bool:
         """True or false. Raises ModelRefused."""
         value = self.values.get(option, default)
         if not isinstance(value, bool):

@@ -1,10 +1,10 @@
 """What values a field allows, in words: for refusals, for `ddpm serve --help` and for docs/settings.md.
 
-Error messages never echo input, except numbers.
+Error messages never echo input, except numbers and the names of unknown fields.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -15,6 +15,7 @@ from server.errors import Invalid
 
 NUMBER = re.compile(r"-?[0-9]{1,20}(?:\.[0-9]{1,20})?")
 MAX_DIGITS = 25  # of a number that a message repeats
+MAX_NAME = 40  # characters of a name that a message repeats
 KINDS = {str: "a string", list: "a list", dict: "an object", NoneType: "null"}
 
 
@@ -94,6 +95,19 @@ def _got(given: object, text: bool) -> str:
     if text and isinstance(given, str):
         return f", got {given}" if NUMBER.fullmatch(given) else ""
     return f", got {KINDS[type(given)]}" if type(given) in KINDS else ""
+
+
+def shown(name: str) -> str:
+    """A name that a client made up, as a message may repeat it: escaped ASCII of at most MAX_NAME characters."""
+    text = ascii(name)[1:-1]
+    return text if len(text) <= MAX_NAME else f"{text[: MAX_NAME - 3]}..."
+
+
+def unknown(name: str, known: Iterable[str], where: Sequence[str] = ()) -> tuple[str, str]:
+    """(pointer without its first slash, message) of a field that does not exist. where: the names of what holds it"""
+    escaped = name.replace("~", "~0").replace("/", "~1")
+    pointer = "/".join([*where, escaped] if shown(name) == name else where)
+    return pointer, ": ".join([*where, f'unknown field "{shown(name)}"; there are {", ".join(known)}'])
 
 
 def whole_number(name: str, given: str, least: int, most: int) -> int:

@@ -10,14 +10,16 @@ import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import get_args
 
+from model.checkpoint.pipeline import is_part, read_index
+from model.checkpoint.scheduler import FILE as SCHEDULER
+from model.checkpoint.scheduler import read_process
 from model.digests import file_digest
 from model.errors import ModelRefused
 from model.nets.config import architecture
 from model.nets.lucidrains_config import LUCIDRAINS, AnyArchitecture, lucidrains_architecture
-from model.options import MAX_CONFIG_BYTES, Json, Options, read_json, require_file
-from model.sampling.schedule import BY_NAME, NoiseSchedule, Prediction, Process, Spacing, Variance
+from model.options import MAX_CONFIG_BYTES, Json, read_json, require_file
+from model.sampling.schedule import Process
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 # The names that are tried, in this order: one file, several with an index, the same in half precision.
@@ -25,43 +27,6 @@ INDEX = f"{WEIGHTS}.index.json"
 VARIANTS = ("fp16", "bf16")
 SHARD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}\.safetensors")
 MAX_SHARDS = 256
-MAX_T = 10_000
-MIN_ALPHA_BAR = 1e-30  # the least amplitude of the picture at T: float32 must hold its inverse
-# A file with none of these options is read only if its class has Ho's numbers as defaults.
-BETAS = ("beta_schedule", "beta_start", "trained_betas")
-HOS_BY_DEFAULT = ("DDPMScheduler", "DDIMScheduler", "GaussianDDPMScheduler")
-
-
-def noise_schedule(config: Json) -> NoiseSchedule:
-    """The schedule that a `scheduler_config.json` describes. Raises ModelRefused naming the option."""
-    options = Options("scheduler_config.json", config)
-    if all(config.get(option) is None for option in BETAS) and config.get("_class_name") not in HOS_BY_DEFAULT:
-        raise options.refuse("_class_name", f"one of {', '.join(HOS_BY_DEFAULT)} unless {' or '.join(BETAS)} is given")
-    options.word("rescale_betas_zero_snr", (False, None), False)
-    options.word("use_flow_sigmas", (False, None), False)
-    if config.get("trained_betas") is not None:
-        betas = options.items("trained_betas", None, MAX_T)
-        if any(isinstance(b, bool) or not isinstance(b, int | float) or not 0 < b < 1 for b in betas):
-            raise ModelRefused("scheduler_config.json: trained_betas must be numbers between 0 and 1")
-        T = options.integer("num_train_timesteps", 1, MAX_T, len(betas))
-        if len(betas) != T:
-            wanted = f"trained_betas must be as many as num_train_timesteps ({T}), got {len(betas)}"
-            raise ModelRefused(f"scheduler_config.json: {wanted}")
-        return _usable(NoiseSchedule.of(betas), "trained_betas")
-    T = options.integer("num_train_timesteps" if "num_train_timesteps" in config else "timesteps", 1, MAX_T, 1000)
-    name = options.word("beta_schedule", tuple(BY_NAME), "linear")
-    low = options.number("beta_start", 1e-12, 0.999, 1e-4)
-    return _usable(BY_NAME[name](T, low, options.number("beta_end", low, 0.999, 0.02)), "beta_end")
-
-
-def _usable(schedule: NoiseSchedule, option: str) -> NoiseSchedule:
-    """The schedule. Raises ModelRefused if rounding would ruin plans, which divide by the picture's amplitude."""
-    falling = bool((schedule.alpha_bar[1:] < schedule.alpha_bar[:-1]).all())
-    if not falling or schedule.alpha_bar[-1] < MIN_ALPHA_BAR:
-        raise ModelRefused(
-            f"scheduler_config.json: {option} must add noise in every step and leave a trace of the picture"
-        )
-    return schedule
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,12 +79,12 @@ class ModelCard:
 
 
 def config_files(directory: Path) -> tuple[Path, Path]:
-    """The paths of config.json and scheduler_config.json in this directory."""
-    net, schedule = directory / "unet", directory / "scheduler"
-    return (
-        (net if net.is_dir() else directory) / "config.json",
-        (schedule if schedule.is_dir() else directory) / "scheduler_config.json",
-    )
+    """The paths of config.json and scheduler_config.json of this directory. A scheduler may lie beside `unet/`."""
+    net, schedule, above = directory / "unet", directory / "scheduler", directory.resolve().parent
+    folders = [schedule, directory, *([above / "scheduler", above] if is_part(directory) else [])]
+    found = (path for path in (folder / SCHEDULER for folder in folders) if path.exists() or path.is_symlink())
+    usual = (schedule if schedule.is_dir() else directory) / SCHEDULER
+    return (net if net.is_dir() else directory) / "config.json", next(found, usual)
 
 
 def read_card(directory: Path, name: str | None = None) -> ModelCard:
@@ -127,10 +92,10 @@ def read_card(directory: Path, name: str | None = None) -> ModelCard:
     if not directory.is_dir():
         raise ModelRefused(f"{directory.name} is not a directory")
     net_file, schedule_file = config_files(directory)
-    config, scheduler = read_json(net_file), read_json(schedule_file)
+    index, config, scheduler = read_index(directory), read_json(net_file), read_json(schedule_file)
     arch = lucidrains_architecture(config) if config.get("_class_name") == LUCIDRAINS else architecture(config)
-    weights, index_file = _weights(net_file.parent), directory / "model_index.json"
-    process = read_process(scheduler, read_json(index_file) if index_file.exists() else {}, arch.learned_variance)
+    weights = _weights(net_file.parent)
+    process = read_process(scheduler, index, arch.learned_variance)
     shards = _shards(weights) if weights.suffix == ".json" else ()
     return ModelCard(
         name=name or directory.name,
@@ -139,40 +104,6 @@ def read_card(directory: Path, name: str | None = None) -> ModelCard:
         architecture=arch,
         process=process,
         shards=shards,
-    )
-
-
-def read_process(scheduler: Json, index: Json, learned: bool) -> Process:
-    """The process that `scheduler_config.json` and `model_index.json` describe. Raises ModelRefused naming the option.
-
-    learned: whether the net has learned a variance
-    """
-    schedule, options = noise_schedule(scheduler), Options("scheduler_config.json", scheduler)
-    options.word("thresholding", (False, None), False)
-    spacing = options.word("timestep_spacing", get_args(Spacing), "leading")
-    if spacing == "leading":  # the only spacing that an offset shifts
-        options.word("steps_offset", (0, None), 0)
-    if str(scheduler.get("_class_name")).startswith("DDIM"):  # other schedulers do not read it
-        options.word("set_alpha_to_one", (True, None), True)
-    known: dict[str | None, Variance] = {
-        None: "small",
-        "fixed_small": "small",
-        "fixed_small_log": "small",
-        "fixed_large": "large",
-        "learned_range": "learned",
-    }
-    variance = known[options.word("variance_type", tuple(known), "fixed_small")]
-    if learned != (variance == "learned"):
-        raise options.refuse("variance_type", "learned_range if and only if the net has twice as many channels out")
-    return Process(
-        schedule,
-        options.word("prediction_type", get_args(Prediction), "epsilon"),
-        learned_variance=learned,
-        variance=variance,
-        spacing=spacing,
-        clip=options.boolean("clip_sample", True),
-        clip_range=options.number("clip_sample_range", 1e-3, 1e3, 1.0),
-        default_steps=Options("model_index.json", index).integer("default_steps", 1, schedule.T, schedule.T),
     )
 
 

@@ -1,80 +1,195 @@
-"""A directory that any version of diffusers saved: with pickled weights, or with names that are no longer used."""
+"""A directory that diffusers or accelerate saved: several nets, several files of one, the schedule in a folder above.
 
-from dataclasses import replace
+Parts of a directory are weighed as parts of a file are: an average over training before the net itself, all digits
+before half of them.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
-from model.checkpoint.card import config_files
-from model.checkpoint.load import modern
-from model.convert import ports
-from model.convert.protocol import OF_THE_SCHEDULER, Converted, Options, refuse_unread, requested, scheduler_config
+from model.checkpoint.pipeline import is_part, read_index
+from model.convert import formats
+from model.convert.nets import averaged, standing
+from model.convert.protocol import OF_THE_SCHEDULER, Converted, Options, refuse_unread
 from model.convert.sources import read_state
 from model.errors import ModelRefused
-from model.nets.config import RENAMED, with_todays_names
+from model.nets.lucidrains_config import LUCIDRAINS
 from model.options import read_json, whole
 
-READS = OF_THE_SCHEDULER | {"image_size"}
-NAMES = ("diffusion_pytorch_model", "diffusion_model", "pytorch_model")
-KINDS = (".safetensors", ".bin", ".fp16.safetensors", ".fp16.bin", ".pt")
+READS = OF_THE_SCHEDULER | {"image_size", "config"}
+SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl")
+INDEX = ".index.json"
+# What a training saves beside its nets: of the optimizer, of the learning rate, of random numbers.
+NO_WEIGHTS = (
+    "optimizer",
+    "scheduler",
+    "random_states",
+    "scaler",
+    "sampler",
+    "dl_",
+    "rng_",
+    "training_args",
+    "trainer_",
+)
+HALVES = ("fp16", "bf16")
+OF_NETS = ("UNet2DModel", "UNetUnconditionalModel", "UNetModel", "OpenAIUNet")
+SHADOW = "custom_checkpoint"  # accelerate's name for what else it was told to save: an EMAModel, mostly
 MAX_SHARDS = 256
+# The words of tensors' names in the order in which diffusers registers them; numbers come in their own.
+ORDER = (
+    *("conv_in", "time_embedding", "linear_1", "linear_2", "down_blocks", "up_blocks", "mid_block"),
+    *("conv_norm_out", "conv_out", "attentions", "resnets", "downsamplers", "upsamplers"),
+    *("norm1", "conv1", "time_emb_proj", "norm2", "conv2", "conv_shortcut", "conv"),
+    *("group_norm", "to_q", "to_k", "to_v", "to_out", "weight", "bias"),
+)
 
 
-def convert(directory: Path, options: Options) -> tuple[Converted, Path]:
-    """The model directory, and the file that its weights were read from. Raises ModelRefused."""
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """The weights of a net in a directory."""
+
+    name: str  # relative to the directory
+    path: Path  # of the weights, or of the index of several files
+    config: Path | None
+
+    @property
+    def rank(self) -> tuple[object, ...]:
+        """The least is taken."""
+        kinds = [not self.path.name.removesuffix(INDEX).endswith(suffix) for suffix in SUFFIXES]
+        return 0 if self.averaged else standing(self.name), any(half in self.name for half in HALVES), kinds, self.name
+
+    @property
+    def averaged(self) -> bool:
+        """Whether it is an average over training, as far as its name tells."""
+        return averaged(self.name) or SHADOW in self.name
+
+
+def convert(directory: Path, options: Options, part: str | None = None) -> tuple[Converted, list[Path]]:
+    """The model directory, and the files that its weights were read from. Raises ModelRefused."""
     refuse_unread(options, READS, "a directory of diffusers")
-    net_file, schedule_file = config_files(directory)
-    config = read_json(net_file)
-    weights = _weights_file(net_file.parent)
-    state, _, _ = read_state(weights)
-    given = read_json(schedule_file) if schedule_file.exists() else {}
-    if "ch_mult" in config:  # the very first layout: that of pesser's port
-        size = options.image_size or whole(config.get("resolution"))
-        made = ports.convert(state, replace(options, image_size=size))
+    for place in (directory, *([directory.resolve().parent] if is_part(directory) else [])):
+        read_index(place)
+    found, fitting = _candidates_of(directory, part)
+    for taken in fitting:
+        if (read := _read(taken, found)) is not None:
+            break
     else:
-        made = Converted(_config(config, options), scheduler_config(options, "fixed_small"), _tensors(state), "")
-    return replace(made, scheduler=_scheduler(given, made.scheduler, options), origin=_origin(given)), weights
+        raise ModelRefused(f"{fitting[0].name} holds no net")
+    state, files = read
+    options = replace(options, config=options.config or taken.config)
+    if options.config is None:
+        raise ModelRefused(f"{taken.name} has no config.json beside it: give --config CONFIG.json")
+    config = read_json(options.config)
+    if config.get("_class_name") == LUCIDRAINS:
+        raise ModelRefused(f"{directory.name} is a model directory already, which needs no conversion")
+    options = replace(options, scheduler=options.scheduler or _above(directory, "scheduler"))
+    if "ch_mult" in config:  # the very first layout: that of pesser's port
+        options = replace(options, config=None, image_size=options.image_size or whole(config.get("resolution")))
+    made = formats.convert(state, options, where=taken.name)
+    return replace(made, origin="Saved by diffusers", notes=(_told(taken, found), *made.notes)), files
 
 
-def _weights_file(folder: Path) -> Path:
-    for kind in KINDS:
-        for name in NAMES:
-            if (folder / f"{name}{kind}").is_file():
-                return folder / f"{name}{kind}"
-    if any(folder.glob("*.index.json")):
-        raise ModelRefused("pickled weights in several files are not read; save them as one, or as safetensors")
-    raise ModelRefused(f"{NAMES[0]}.bin is missing")
+def _told(taken: Candidate, found: list[Candidate]) -> str:
+    how = " (an average over training)" if taken.averaged else ""
+    left = [ascii(each.name) for each in found if each is not taken]
+    others = f"; left {', '.join(left)}" if left else ""
+    return f"weights: took {ascii(taken.name)}{how}{others}"
 
 
-def _config(config: dict[str, Any], options: Options) -> dict[str, Any]:
-    todays = dict(with_todays_names(config)) | {"_class_name": "UNet2DModel"}
-    if options.image_size is not None:
-        todays["sample_size"] = options.image_size
-    return {name: value for name, value in todays.items() if name not in RENAMED and name != "_module"}
+def _candidates_of(directory: Path, part: str | None) -> tuple[list[Candidate], list[Candidate]]:
+    """(all weights in a directory, those that may be taken), the best first. Raises ModelRefused."""
+    found = sorted(_candidates(directory), key=lambda candidate: candidate.rank)
+    if not found:
+        raise ModelRefused(_instead(directory))
+    fitting = [each for each in found if part is None or f"{each.name}/".startswith(f"{part}/")]
+    if not fitting and len(found) == 1:
+        raise ModelRefused("--format and --part must not be given: SRC is a directory of diffusers with one net")
+    if not fitting:
+        raise ModelRefused(f"--part must be one of {', '.join(ascii(each.name) for each in found)}")
+    return found, fitting
 
 
-def _tensors(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    # the resampling layers of 2022 had their convolution under two names
-    twice = [key for key in state if ".op." in key and key.replace(".op.", ".conv.") in state]
-    named = {modern(key): tensor for key, tensor in state.items() if key not in twice}
-    if len(named) != len(state) - len(twice):
-        raise ModelRefused("weights are there under both their old and their new names")
-    return named
+def _candidates(directory: Path) -> Iterator[Candidate]:
+    """All weights in a directory and in its folders that hold nets."""
+    for folder in [directory, *(each for each in sorted(directory.iterdir()) if each.is_dir())]:
+        config = folder / "config.json"
+        if folder != directory and not (folder.name.startswith("unet") or _is_net(config)):
+            continue
+        files = [path for path in sorted(folder.iterdir()) if path.name.endswith((*SUFFIXES, INDEX)) and path.is_file()]
+        for path in files:
+            stem = path.name.lower()
+            if stem.startswith(NO_WEIGHTS) or (SHADOW in stem and folder != directory) or "-of-" in stem:
+                continue
+            name = str(path.relative_to(directory))
+            yield Candidate(name, path, config if config.is_file() else _above(directory, "net"))
 
 
-def _scheduler(given: dict[str, Any], usual: dict[str, Any], options: Options) -> dict[str, Any]:
-    """The directory's own configuration, with the given options in place of its values."""
-    if not given:
-        return usual
-    T = {"num_train_timesteps": given["timesteps"]} if "timesteps" in given else {}
-    kept = {name: value for name, value in given.items() if name not in ("timesteps", "timestep_values")}
-    if str(kept.get("_class_name")).startswith("Gaussian"):
-        kept["_class_name"] = "DDPMScheduler"
-    if any(value is not None for value in (options.schedule, options.beta_start, options.beta_end)):
-        kept["trained_betas"] = None  # which would take precedence over the given options
-    return T | kept | requested(options)
+def _is_net(config: Path) -> bool:
+    return config.is_file() and read_json(config).get("_class_name") in OF_NETS
 
 
-def _origin(given: dict[str, Any]) -> str:
-    return "Saved by diffusers" + ("" if given else ", without a schedule: the usual one, or what was asked for")
+def _above(directory: Path, what: str) -> Path | None:
+    """The nearest configuration of a net or a scheduler: here, in the folder above, or, in a folder of the net, above
+    that."""
+    names = {
+        "net": ("config.json", "unet/config.json", "unet_ema/config.json"),
+        "scheduler": ("scheduler/scheduler_config.json", "scheduler_config.json"),
+    }
+    home = directory.resolve()
+    above = list(home.parents)[: 2 if home.name.startswith("unet") else 1]
+    paths = (place / name for place in (home, *above) for name in names[what])
+    return next((path for path in paths if path.is_file()), None)
+
+
+def _read(taken: Candidate, found: list[Candidate]) -> tuple[dict[str, Tensor], list[Path]] | None:
+    """(tensors by name, the files they were read from); None if it is something else that a training kept.
+
+    Raises ModelRefused.
+    """
+    if taken.path.name.endswith(INDEX):
+        return _read_shards(taken.path)
+    if SHADOW not in taken.name:
+        return read_state(taken.path)[0], [taken.path]
+    try:
+        average = read_state(taken.path)[0]
+    except ModelRefused:
+        return None
+    for net in (each for each in found if each.path.parent == taken.path.parent and SHADOW not in each.name):
+        state = read_state(net.path)[0]
+        if average.keys() == {str(i) for i in range(len(state))}:  # in the order of the net's own, without names
+            return _named(average, state, taken.name), [taken.path, net.path]
+    return None
+
+
+def _read_shards(index: Path) -> tuple[dict[str, Tensor], list[Path]]:
+    named = read_json(index).get("weight_map")
+    if not isinstance(named, dict) or not all(isinstance(file, str) for file in named.values()):
+        raise ModelRefused(f"{index.name}: weight_map must say of every tensor in which file it is")
+    files = sorted(set(named.values()))
+    if len(files) > MAX_SHARDS or any(Path(file).name != file for file in files):
+        raise ModelRefused(f"{index.name}: weight_map must name at most {MAX_SHARDS} files beside it")
+    state: dict[str, Tensor] = {}
+    for file in files:
+        state |= read_state(index.parent / file)[0]
+    if state.keys() != named.keys():
+        raise ModelRefused(f"{index.name} and the files that it names do not hold the same tensors")
+    return state, [index.parent / file for file in files]
+
+
+def _named(average: dict[str, Tensor], net: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    """An average's tensors by the names of the net's, which has them in the order that diffusers registers them in."""
+    names = sorted(net, key=lambda key: [ORDER.index(word) if word in ORDER else int(word) for word in key.split(".")])
+    tensors = [average[str(i)] for i in range(len(average))]
+    if [net[key].shape for key in names] != [tensor.shape for tensor in tensors]:
+        raise ModelRefused(f"{name}: its tensors do not have the shapes of the net's; --part takes the net itself")
+    return dict(zip(names, tensors, strict=True))
+
+
+def _instead(directory: Path) -> str:
+    """What is in a directory that holds no net."""
+    entries = sorted(each.name + "/" * each.is_dir() for each in directory.iterdir())
+    some = ", ".join(ascii(name) for name in entries[:5]) + (", …" if len(entries) > 5 else "")
+    return f"{directory.name} holds no weights of a net: {some or 'it is empty'}"

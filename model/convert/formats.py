@@ -1,36 +1,103 @@
-"""The formats of foreign checkpoints that can be converted. To add one, write its module and add a line here."""
+"""Converts a state dict by the layout of the net in it. To add a layout, write its module and name it in `LAYOUTS`."""
 
 from collections.abc import Mapping
+from dataclasses import replace
+from importlib import import_module
+from typing import Any, cast
 
 from torch import Tensor
 
-from model.convert import flat_ports, lucidrains, openai, ports
-from model.convert.protocol import Converted, Format, Options, refuse_unread
+from model.convert.flags import LAYOUTS
+from model.convert.layouts import foreign
+from model.convert.nets import Net, averaged, find, strangers, tables
+from model.convert.protocol import OF_BETAS, Converted, Format, Options, refuse_unread
 from model.errors import ModelRefused
 
-FORMATS: dict[str, Format] = {
-    "ports": ports,
-    "flat-ports": flat_ports,
-    "openai": openai,
-    "lucidrains": lucidrains,
-}
+FORMATS = {name: cast(Format, import_module(f"model.convert.layouts.{at}")) for name, at in LAYOUTS.items()}
 
 
-def convert(state: Mapping[str, Tensor], options: Options, name: str | None = None) -> Converted:
-    """Converts a state dict by the format of this name, or by the one that recognises it. Raises ModelRefused."""
-    fitting = [name] if name else [name for name, known in FORMATS.items() if known.recognises(state)]
-    if len(fitting) != 1:
-        if "down_blocks.0.resnets.0.conv1.weight" in state:
-            raise ModelRefused(
-                "a net of diffusers without its config.json: SRC must be the directory that it was saved in"
-            )
-        some = ", ".join(map(ascii, sorted(state)[:3]))
-        raise ModelRefused(f"no known layout of a DDPM has tensors named {some}; there are {', '.join(FORMATS)}")
-    known = FORMATS[fitting[0]]
-    refuse_unread(options, known.READS, f"the layout {fitting[0]}")
+def convert(
+    state: Mapping[str, Tensor], options: Options, name: str | None = None, part: str = "", where: str = "the file"
+) -> Converted:
+    """Converts the net in a state dict: the average, if there are several. Raises ModelRefused.
+
+    name: of its layout, if it is not to be recognised. part: the net's prefix, if it is not to be chosen.
+    where: the state dict's place, for what is told
+    """
+    net, notes = _chosen(state, name, part, where)
+    beside = tables(state, net)
+    betas = _betas(beside, options)
+    options = options if betas is None else replace(options, timesteps=len(betas))
+    known = FORMATS[net.layout]
+    refuse_unread(options, known.READS, f"the layout {net.layout}")
     try:
-        return known.convert(state, options)
+        made = known.convert(net, options, beside)
     except KeyError as error:
         raise ModelRefused(f"{ascii(error.args[0])} is missing, which such a net has") from error
     except (ArithmeticError, IndexError, RuntimeError, ValueError) as error:
         raise ModelRefused(f"its tensors do not have the shapes of such a net: {type(error).__name__}") from error
+    scheduler = made.scheduler if betas is None else made.scheduler | {"trained_betas": betas}
+    source = "from the betas in the file" if betas is not None else _source(options)
+    return replace(made, scheduler=scheduler, notes=(*notes, f"schedule: {_described(scheduler)}; {source}"))
+
+
+def _chosen(state: Mapping[str, Tensor], name: str | None, part: str, where: str) -> tuple[Net, list[str]]:
+    """The net to convert, and lines that say what was taken and what was left. Raises ModelRefused."""
+    nets = find(state, {each: known.NAMES for each, known in FORMATS.items() if name in (None, each)})
+    fitting = [net for net in nets if not part or f"{net.part}.".startswith(f"{part}.")]
+    if not nets and name is not None:
+        nets = fitting = [Net(name, "", dict(state))]
+    if not nets:
+        some = ", ".join(map(ascii, sorted(state)[:3]))
+        if what := foreign.recognised(state):
+            raise ModelRefused(f"{what}, cannot be converted (its tensors are named {some}, …)")
+        raise ModelRefused(f"no known layout of a DDPM has tensors named {some}; there are {', '.join(FORMATS)}")
+    if not fitting:
+        raise ModelRefused(f"--part must be one of {', '.join(repr(net.part) for net in nets)}")
+    net, others = fitting[0], [other.part for other in nets if other is not fitting[0]]
+    if not part and (unknown := strangers(state, nets)):
+        raise ModelRefused(
+            f"besides a net ({ascii(net.part)}) {where} holds {', '.join(map(ascii, unknown[:5]))}, without which the "
+            f"net may give no picture, as one of latents; --part {ascii(net.part)} takes the net alone"
+        )
+    notes = []
+    if net.prefix:
+        left = f"; left {', '.join(map(ascii, others))}" if others else ""
+        kind = " (an average over training)" if averaged(net.prefix) else ""
+        notes.append(f"net: took the tensors below {ascii(net.part)}{kind}{left}")
+    return net, notes
+
+
+def _betas(beside: Mapping[str, Tensor], options: Options) -> list[float] | None:
+    """The schedule that lies beside the net in its file, if there is one. Raises ModelRefused."""
+    if "betas" not in beside:
+        return None
+    if any(getattr(options, option) is not None for option in OF_BETAS):
+        raise ModelRefused(
+            "the file holds its own schedule: --schedule, --timesteps, --scheduler and betas must not be given"
+        )
+    if beside["betas"].ndim != 1:
+        raise ModelRefused(f"betas must be one list of numbers, got {beside['betas'].ndim} dimensions")
+    betas: list[float] = beside["betas"].double().tolist()
+    return betas
+
+
+def _source(options: Options) -> str:
+    """Where a schedule comes from that is not in the checkpoint."""
+    given = [f"--{name.replace('_', '-')}" for name in OF_BETAS if name != "scheduler" and getattr(options, name)]
+    base = "assumed, as is usual for this layout"
+    if options.scheduler is not None:
+        base = f"from {'/'.join(options.scheduler.absolute().parts[-2:])}"
+    return f"{base}, but for {', '.join(given)}" if given else base
+
+
+def _described(scheduler: Mapping[str, Any]) -> str:
+    """A `scheduler_config.json` in a few words."""
+    words = [f"T = {scheduler.get('num_train_timesteps', 1000)}"]
+    if scheduler.get("trained_betas") is not None:
+        words.append("its own betas")
+    else:
+        low, high = scheduler.get("beta_start", 0.0001), scheduler.get("beta_end", 0.02)
+        words.append(f"{scheduler.get('beta_schedule', 'linear')} from {low} to {high}")
+    words += [f"{scheduler.get('prediction_type', 'epsilon')}", f"{scheduler.get('variance_type', 'fixed_small')}"]
+    return ascii(", ".join([*words, "clipped" if scheduler.get("clip_sample", True) else "not clipped"]))[1:-1]

@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from model.convert.nets import standing
 from model.errors import ModelRefused
 
 MAX_FILE_BYTES = 64 << 30
@@ -27,7 +28,6 @@ MAX_SECONDS = 1800  # of processor time
 SPARE_BYTES = 2 << 30  # of memory that reading may take besides twice the file
 MAX_DEPTH = 4  # of containers around the tensors
 MAX_PARTS = 64
-AVERAGED = ("ema", "shadow", "averaged")
 EXIT_REFUSED = 3
 
 
@@ -95,17 +95,34 @@ def _named_by_a_sibling(values: Sequence[object], named: Mapping[str, Mapping[st
     return {}
 
 
+def _unnamed(loaded: object) -> dict[str, dict[str, Tensor]]:
+    """The longest list of tensors in a checkpoint, by their numbers: an average that has no names of its own."""
+    lists = {".".join(path): value for path, value in _containers(loaded, ()) if isinstance(value, list | tuple)}
+    found = {
+        path: {str(i): tensor for i, tensor in enumerate(values)}
+        for path, values in lists.items()
+        if values and all(isinstance(value, Tensor) for value in values)
+    }
+    return dict(sorted(found.items(), key=lambda item: -len(item[1]))[:1])
+
+
 def choose(found: Mapping[str, Mapping[str, Tensor]], part: str | None) -> str:
-    """The part to take: the given one, else an average over training, else the largest. Raises ModelRefused."""
+    """The part to take: the given one, else an average over training, else the largest. Raises ModelRefused.
+
+    Of a given part that lies inside a state dict, such as `state_dict.ema_model`, this is the state dict.
+    """
     if part is not None:
-        if part not in found:
+        holding = [name for name in found if name == part or not name or part.startswith(f"{name}.")]
+        if not holding:
             raise ModelRefused(f"--part must be one of {', '.join(map(repr, found))}")
-        return part
-    averaged = [name for name in found if any(word in name.lower() for word in AVERAGED)]
+        return max(holding, key=len)
+    most = max(map(len, found.values()))
+    whole = {name: tensors for name, tensors in found.items() if 2 * len(tensors) > most}  # the others hold counters
+    averages = [name for name in whole if standing(name) == min(map(standing, whole))]
     listed = [name for name in found if name.isdigit()]
-    if not averaged and listed and len(found[listed[0]]) == len(found[listed[-1]]):
-        averaged = listed[-1:]  # a list [net, optimizer, …, average]
-    return max(averaged or found, key=lambda name: len(found[name]))  # the others hold counters or schedules
+    if min(map(standing, whole)) and listed and len(found[listed[0]]) == len(found[listed[-1]]):
+        averages = listed[-1:]  # a list [net, optimizer, …, average]
+    return max(averages, key=lambda name: len(found[name]))
 
 
 def _load(source: Path) -> object:
@@ -114,7 +131,10 @@ def _load(source: Path) -> object:
     except UnpicklingError as error:
         unwanted = re.search(r"GLOBAL ([\w.]+)", str(error))
         what = unwanted[1] if unwanted else "something"
-        raise ModelRefused(f"{source.name} holds {what}, which is not a tensor, and is not read") from error
+        raise ModelRefused(
+            f"{source.name} holds {what}, which is not a tensor, and is not read; if you trust the file, save its "
+            "state dict alone"
+        ) from error
     except (MemoryError, OSError, RuntimeError, ValueError, EOFError, KeyError, TypeError, RecursionError) as error:
         raise ModelRefused(f"{source.name} is not a sound checkpoint of torch: {type(error).__name__}") from error
 
@@ -132,7 +152,8 @@ def _bounded(size: int) -> None:
 
 def extract(source: Path, target: Path, part: str | None = None) -> tuple[str, list[str]]:
     """Does the work of `unpickle` in this process, without limits."""
-    found = parts(_load(source))
+    loaded = _load(source)
+    found = parts(loaded) or _unnamed(loaded)
     if not found:
         raise ModelRefused(f"{source.name} holds no tensors by name")
     name = choose(found, part)

@@ -2,11 +2,15 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
 
+from model.checkpoint.scheduler import RENAMED
+from model.convert.nets import Net
 from model.errors import ModelRefused
+from model.options import read_json
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +32,8 @@ class Options:
     head_channels: int | None = None  # of each head of attention
     new_attention_order: bool | None = None
     rescale_timesteps: bool | None = None
+    config: Path | None = None  # a `config.json` of diffusers
+    scheduler: Path | None = None  # a `scheduler_config.json`
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,22 +44,25 @@ class Converted:
     scheduler: dict[str, Any]  # scheduler_config.json
     tensors: dict[str, Tensor]  # by their names in config.json's net
     origin: str  # one line: whose layout this was, and what was assumed
+    notes: tuple[str, ...] = ()  # one line each: what was taken and what was left, and where the schedule comes from
 
 
-# The options that `requested` reads, and so every format.
-OF_THE_SCHEDULER = frozenset({"timesteps", "schedule", "beta_start", "beta_end", "prediction", "variance", "clip"})
+OF_BETAS = ("schedule", "timesteps", "beta_start", "beta_end", "scheduler")
+# The options that `requested` reads, and so every layout.
+OF_THE_SCHEDULER = frozenset({*OF_BETAS, "prediction", "variance", "clip"})
 
 
 class Format(Protocol):
-    """A layout of checkpoints: a module with this constant and these two functions."""
+    """A layout of checkpoints: a module with these constants and this function."""
 
+    NAMES: frozenset[str]  # of tensors that every such net has, and no other
     READS: frozenset[str]  # the options that it uses
 
-    def recognises(self, state: Mapping[str, Tensor]) -> bool:
-        """Whether the names of these tensors are those of such a checkpoint."""
+    def convert(self, net: Net, options: Options, tables: Mapping[str, Tensor]) -> Converted:
+        """The same net as a model directory. Raises ModelRefused, naming what cannot be converted.
 
-    def convert(self, state: Mapping[str, Tensor], options: Options) -> Converted:
-        """The same net as a model directory. Raises ModelRefused, naming what cannot be converted."""
+        tables: the tensors beside the net in its file, such as those of its diffusion process. `betas` is read already
+        """
 
 
 def required(value: Any, flag: str, why: str) -> Any:
@@ -85,7 +94,12 @@ def requested(options: Options) -> dict[str, Any]:
 
 
 def scheduler_config(options: Options, variance: str, schedule: str = "linear") -> dict[str, Any]:
-    """A `scheduler_config.json`: the given options, else Ho's numbers with this variance and schedule."""
+    """A `scheduler_config.json`: the given options, else the given file, else Ho's numbers with this variance."""
+    if options.scheduler is not None:
+        given = todays_scheduler(read_json(options.scheduler))
+        if any(getattr(options, name) is not None for name in ("schedule", "beta_start", "beta_end")):
+            given["trained_betas"] = None  # which would take precedence over the given options
+        return given | requested(options)
     usual = {
         "_class_name": "DDPMScheduler",
         "num_train_timesteps": 1000,
@@ -98,6 +112,18 @@ def scheduler_config(options: Options, variance: str, schedule: str = "linear") 
         "clip_sample": True,
     }
     return usual | requested(options)
+
+
+def todays_scheduler(given: Mapping[str, Any]) -> dict[str, Any]:
+    """A `scheduler_config.json` of any age under the names of today, so that today's diffusers reads the same."""
+    kept = {
+        name: value for name, value in given.items() if name not in (*RENAMED, "predict_epsilon", "timestep_values")
+    }
+    if given.get("predict_epsilon") is False:
+        kept.setdefault("prediction_type", "sample")
+    if str(kept.get("_class_name")).startswith("Gaussian"):
+        kept["_class_name"] = "DDPMScheduler"
+    return {RENAMED[name]: given[name] for name in RENAMED if name in given} | kept
 
 
 def with_scaled_betas(options: Options, T: int) -> Options:

@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor, distributed
 
-from model.checkpoint.card import WEIGHTS, read_process
+from model.checkpoint.card import WEIGHTS
+from model.checkpoint.scheduler import read_process
 from model.nets.config import Architecture, architecture
 from model.nets.lucidrains_config import LUCIDRAINS
 from model.options import Options, read_json

@@ -1,18 +1,18 @@
 """Measures throughput as a client sees it: image-steps per second for 1, 2, 4, ... pictures at once."""
 
 import time
-from argparse import ArgumentParser
 from collections.abc import Sequence
 
 from ddpm_client import Client
 
+from model.usage import Parser
 from server.cli import connect
 from server.errors import SettingsError
 
 
 def main(arguments: Sequence[str]) -> int:
     """Prints a table. Returns the exit code."""
-    parser = ArgumentParser("ddpm bench", description=__doc__)
+    parser = Parser("ddpm bench", description=__doc__)
     parser.add_argument("--model", metavar="NAME", help="the model (default: the server's first)")
     parser.add_argument("--steps", type=int, default=50, metavar="N", help="steps of each picture (50)")
     parser.add_argument("--times", type=int, default=3, metavar="N", help="repetitions; the fastest counts (3)")

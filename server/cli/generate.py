@@ -1,7 +1,7 @@
 """Makes a picture from a seed and a step count, or repeats an earlier picture from its PNG (--like)."""
 
 import sys
-from argparse import ArgumentParser, BooleanOptionalAction, Namespace
+from argparse import BooleanOptionalAction, Namespace
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,6 +12,7 @@ from ddpm_client.protocol import Animation
 from ddpm_client.types import png_texts
 from tqdm import tqdm
 
+from model.usage import Parser
 from server.cli import connect
 from server.errors import SettingsError
 from server.jobs.schemas import GenerateRequest
@@ -22,8 +23,8 @@ STDOUT = Path("-")
 BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}"
 
 
-def _parser() -> ArgumentParser:
-    parser = ArgumentParser("ddpm generate", description=__doc__)
+def _parser() -> Parser:
+    parser = Parser("ddpm generate", description=__doc__)
     parser.add_argument(
         "-o",
         "--out",

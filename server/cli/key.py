@@ -2,15 +2,15 @@
 is stored nowhere, on standard error. `ddpm key alice >> keys`"""
 
 import sys
-from argparse import ArgumentParser
 from collections.abc import Sequence
 
+from model.usage import Parser
 from server.web import auth
 
 
 def main(arguments: Sequence[str]) -> int:
     """Prints a new key and its line. Returns the exit code."""
-    parser = ArgumentParser("ddpm key", description=__doc__)
+    parser = Parser("ddpm key", description=__doc__)
     parser.add_argument("name", help="name of the key's owner")
     parser.add_argument("--quota", type=int, help="image-steps per minute that it allows (default: no limit)")
     given = parser.parse_args(arguments)

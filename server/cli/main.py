@@ -1,12 +1,12 @@
 """The `ddpm` command. Each subcommand is a module of `server.cli`, imported only when it is used."""
 
 import sys
-from argparse import ArgumentParser
 from collections.abc import Sequence
 from importlib import import_module
 
 from ddpm_client.errors import ClientError, Invalid
 
+from model.usage import Parser
 from server import __version__
 from server.errors import EXIT_CODES, EXIT_FAILED, EXIT_USAGE, EngineFailed
 
@@ -26,7 +26,7 @@ COMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """The console script. Returns the exit code; docs/settings.md lists them."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    parser = ArgumentParser("ddpm", description="Serve pixel-space diffusion models, and make pictures with them.")
+    parser = Parser("ddpm", description="Serve pixel-space diffusion models, and make pictures with them.")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     parser.add_argument("--version", action="version", version=f"ddpm-server {__version__}")
     for name, summary in COMMANDS.items():

@@ -1,11 +1,11 @@
 """Lists models: those of the server at --url, or without it those in DDPM_WEIGHTS, which a server here would serve."""
 
 import os
-from argparse import ArgumentParser
 from collections.abc import Sequence
 
 from ddpm_client import Document
 
+from model.usage import Parser
 from server.cli import connect
 
 COLUMNS = ("name", "shape", "T", "steps", "prediction", "device", "dtype", "exact", "digest")
@@ -14,7 +14,7 @@ DIGEST = len("sha256:") + 12  # characters of a digest that are printed
 
 def main(arguments: Sequence[str]) -> int:
     """Prints a table. Returns the exit code."""
-    parser = ArgumentParser("ddpm models", description=__doc__)
+    parser = Parser("ddpm models", description=__doc__)
     connect.add_arguments(parser)
     given = parser.parse_args(arguments)
     if given.url is None:

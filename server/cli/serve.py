@@ -7,7 +7,7 @@ import resource
 import signal
 import socket
 import time
-from argparse import SUPPRESS, ArgumentParser
+from argparse import SUPPRESS
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType
@@ -15,6 +15,7 @@ from typing import Any
 
 import uvicorn
 
+from model.usage import Parser
 from server import logs
 from server.bounds import listed
 from server.errors import EXIT_FAILED, ServerError, SettingsError
@@ -123,8 +124,8 @@ class _Server(uvicorn.Server):
                 signal.signal(number, handler)
 
 
-def _parser() -> ArgumentParser:
-    parser = ArgumentParser("ddpm serve", description=__doc__)
+def _parser() -> Parser:
+    parser = Parser("ddpm serve", description=__doc__)
     for name, field in Settings.model_fields.items():
         flag = f"--{name.replace('_', '-')}"
         allowed = f"; {bounds}" if (bounds := listed(field)) else ""

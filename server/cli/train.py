@@ -2,10 +2,10 @@
 the same command resumes from the last checkpoint."""
 
 import shutil
-from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 
+from model.usage import Parser
 from server.errors import SettingsError
 
 CONFIGURATIONS = ("config.json", "scheduler_config.json")
@@ -15,7 +15,7 @@ def main(arguments: Sequence[str]) -> int:
     """Trains. Returns the exit code."""
     from model.train import train
 
-    parser = ArgumentParser("ddpm train", description=__doc__)
+    parser = Parser("ddpm train", description=__doc__)
     parser.add_argument("images", type=Path, metavar="IMAGES", help="the pictures")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the model directory to write")
     parser.add_argument(

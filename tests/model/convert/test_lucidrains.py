@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.checkpoint.card import noise_schedule, read_card
+from model.checkpoint.card import read_card
 from model.checkpoint.load import Model, load_model
-from model.convert.__main__ import write
+from model.checkpoint.scheduler import noise_schedule
+from model.convert.conversion import write
 from model.convert.formats import convert
 from model.convert.pickles import choose, parts
 from model.convert.protocol import Options

@@ -164,7 +164,7 @@ REFUSED: list[tuple[dict[str, Any], str | None, str]] = [
     ({"partial_images": 4, "stream": True}, "partial_images", "partial_images must lie in 0..3, got 4"),
     ({"partial_images": 1}, "partial_images", "stream"),
     ({"stream": True, "extra_body": {"frames": None}}, "frames", "partial_images"),
-    ({"style": "vivid"}, None, "unknown field; there are prompt, size, "),
+    ({"style": "vivid"}, "style", 'unknown field "style"; there are prompt, size, '),
     ({"extra_body": {"seed": -1}}, "seed", "seed must lie in 0..9007199254740991, got -1"),
     ({"extra_body": {"eta": 0.5}}, "eta", "ddim only"),
     ({"extra_body": {"steps": 31}}, "steps", "1..30"),

@@ -12,34 +12,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from model.convert.nets import Net, averaged
 from model.convert.protocol import OF_THE_SCHEDULER, Converted, Options, required, scheduler_config, with_scaled_betas
 from model.errors import ModelRefused
 from model.nets.config import CHANNELS
 from model.nets.lucidrains_config import LUCIDRAINS
 from model.sampling.schedule import Prediction
 
-READS = OF_THE_SCHEDULER | {"image_size"}
+READS = OF_THE_SCHEDULER - {"scheduler"} | {"image_size"}
 FIRST = "init_conv.weight"
-AVERAGE = "ema_model."
-NEEDED = ("time_mlp.1.weight", "mid_attn.to_qkv.weight", "downs.0.0.block1.proj.weight", "final_conv.weight")
+NAMES = frozenset(
+    {FIRST, "time_mlp.1.weight", "mid_attn.to_qkv.weight", "downs.0.0.block1.proj.weight", "final_conv.weight"}
+)
 CLEAR = 1.0  # a signal-to-noise ratio below which no usual weighting of the loss is clamped
-
-
-def _places(state: Mapping[str, Tensor]) -> list[str]:
-    """The prefix of the names of each net in the file: the average first, then the outermost."""
-    prefixes = [key.removesuffix(FIRST) for key in state if key == FIRST or key.endswith(f".{FIRST}")]
-    return sorted(prefixes, key=lambda prefix: (AVERAGE not in prefix, len(prefix)))
-
-
-def recognises(state: Mapping[str, Tensor]) -> bool:
-    """Whether these tensors have the names of lucidrains' `Unet`, alone, in its process or in a trainer's file."""
-    return any(all(prefix + name in state for name in NEEDED) for prefix in _places(state))
 
 
 def _refuse_variants(net: Mapping[str, Tensor]) -> None:
     """Refuses nets of other versions, and nets with more inputs than x_t and t. Raises ModelRefused."""
-    if missing := [name for name in NEEDED if name not in net]:
-        raise ModelRefused(f"{missing[0]} is missing: a variant of lucidrains' net that cannot be converted")
     if "time_mlp.0.weights" in net:
         raise ModelRefused("random or learned Fourier features of the timestep (time_mlp.0.weights) are not supported")
     if "downs.0.0.block1.norm.g" not in net or "mid_attn.mem_kv" not in net:
@@ -110,20 +99,14 @@ def _predicted(tables: Mapping[str, Tensor]) -> Prediction:
     return best
 
 
-def _process(state: Mapping[str, Tensor], prefix: str, options: Options, learned: bool) -> dict[str, Any]:
+def _process(tables: Mapping[str, Tensor], options: Options, learned: bool) -> dict[str, Any]:
     """scheduler_config.json, from the tables beside the net, or, if there are none, from the options."""
-    outer, variance = prefix.removesuffix("model."), "learned_range" if learned else "fixed_small"
-    tables = {name: state[outer + name] for name in ("betas", "alphas_cumprod", "loss_weight") if outer + name in state}
-    if not tables:
+    variance, needed = "learned_range" if learned else "fixed_small", {"betas", "alphas_cumprod", "loss_weight"}
+    if needed.isdisjoint(tables):
         return _default_process(replace(options, prediction=options.prediction or "v_prediction"), variance)
-    if any(value is not None for value in (options.schedule, options.timesteps, options.beta_start, options.beta_end)):
-        raise ModelRefused("the file holds its own schedule: --schedule, --timesteps and betas must not be given")
-    if missing := {"betas", "alphas_cumprod", "loss_weight"} - tables.keys():
+    if missing := needed - tables.keys():
         raise ModelRefused(f"the file lacks {min(missing)}, a table of its diffusion process")
-    if tables["betas"].ndim != 1:
-        raise ModelRefused(f"betas must be one list of numbers, got {tables['betas'].ndim} dimensions")
-    betas, prediction = tables["betas"].double().tolist(), options.prediction or _predicted(tables)
-    return _scheduler(replace(options, prediction=prediction, timesteps=len(betas)), variance, betas)
+    return _scheduler(replace(options, prediction=options.prediction or _predicted(tables)), variance, None)
 
 
 def _default_process(options: Options, variance: str) -> dict[str, Any]:
@@ -138,14 +121,12 @@ def _scheduler(options: Options, variance: str, betas: list[float] | None) -> di
     return scheduler_config(options, variance) | {"trained_betas": betas, "timestep_spacing": "trailing"}
 
 
-def convert(state: Mapping[str, Tensor], options: Options) -> Converted:
+def convert(net: Net, options: Options, tables: Mapping[str, Tensor]) -> Converted:
     """The same net with a `config.json` for `model.nets.lucidrains`."""
-    prefix = _places(state)[0]
-    net = {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
-    _refuse_variants(net)
-    config = _config(net, options)
-    scheduler = _process(state, prefix, options, config["out_channels"] == 2 * config["in_channels"])
-    which = "averaged" if AVERAGE in prefix else "not averaged"
+    _refuse_variants(net.tensors)
+    config = _config(net.tensors, options)
+    scheduler = _process(tables, options, config["out_channels"] == 2 * config["in_channels"])
+    which = "averaged" if averaged(net.prefix) else "not averaged"
     T, size = scheduler["num_train_timesteps"], config["sample_size"]
     origin = f"lucidrains' U-Net ({which}, {scheduler['prediction_type']}), {size} x {size}, T = {T}"
-    return Converted(config, scheduler, _tensors(net), origin)
+    return Converted(config, scheduler, _tensors(net.tensors), origin)

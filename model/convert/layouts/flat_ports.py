@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from model.convert.nets import Net
 from model.convert.protocol import OF_THE_SCHEDULER, Converted, Options, scheduler_config
 from model.errors import ModelRefused
 
@@ -18,6 +19,7 @@ READS = OF_THE_SCHEDULER | {"image_size"}
 IMAGE_SIZE = 32  # the default of `img_size`
 TABLE = "time_embedding.timembedding.0.weight"  # [T, C] of the sines and cosines themselves
 FIRST_DENSE = "time_embedding.timembedding.1.weight"
+NAMES = frozenset({TABLE, FIRST_DENSE, "head.weight", "tail.2.weight", "downblocks.0.block1.2.weight"})
 ENDS = {
     "head": "conv_in",
     "time_embedding.timembedding.1": "time_embedding.linear_1",
@@ -40,11 +42,6 @@ ATTENTION = {
     "attn.proj_v": "to_v",
     "attn.proj": "to_out.0",
 }
-
-
-def recognises(state: Mapping[str, Tensor]) -> bool:
-    """Whether these tensors have pytorch-ddpm's names."""
-    return {TABLE, FIRST_DENSE, "head.weight", "tail.2.weight", "downblocks.0.block1.2.weight"} <= state.keys()
 
 
 def _places(state: Mapping[str, Tensor], path: str) -> Iterator[tuple[str, int, int | None]]:
@@ -112,24 +109,31 @@ def _config(state: Mapping[str, Tensor], options: Options) -> dict[str, Any]:
     }
 
 
-def convert(state: Mapping[str, Tensor], options: Options) -> Converted:
-    """The same net as a `UNet2DModel`, with pytorch-ddpm's schedule unless the options say otherwise."""
+def as_unet(state: Mapping[str, Tensor], options: Options) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(config.json, weights by their names in UNet2DModel) of a net with these names. Raises ModelRefused."""
     named, tensors = _layers(state), {}
     for key, tensor in state.items():
         layer, _, kind = key.rpartition(".")
-        if key == TABLE:
-            continue
         if layer not in named:
             raise ModelRefused(
                 f"{ascii(key)} is not a tensor of pytorch-ddpm's U-Net: a variant that cannot be converted"
             )
-        if key == FIRST_DENSE:
-            tensor = torch.cat([tensor[:, 0::2], tensor[:, 1::2]], dim=1)  # alternating columns: first all sines
         dense = ".attentions." in named[layer] and tensor.ndim == 4  # a 1 x 1 convolution there
         tensors[f"{named[layer]}.{kind}"] = tensor.flatten(1) if dense else tensor
+    return _config(state, options), tensors
+
+
+def convert(net: Net, options: Options, tables: Mapping[str, Tensor]) -> Converted:
+    """The same net as a `UNet2DModel`, with pytorch-ddpm's schedule unless the options say otherwise."""
+    weights = {key: tensor for key, tensor in net.tensors.items() if key != TABLE}
+    dense = weights[FIRST_DENSE]
+    weights[FIRST_DENSE] = torch.cat([dense[:, 0::2], dense[:, 1::2]], dim=1)  # alternating columns: first all sines
+    config, tensors = as_unet(weights, options)
     scheduler = scheduler_config(options, "fixed_large")
-    if options.timesteps is None:
-        scheduler["num_train_timesteps"] = state[TABLE].shape[0]
-    if options.clip is None:
+    if options.timesteps is None and options.scheduler is None:
+        scheduler["num_train_timesteps"] = net.tensors[TABLE].shape[0]
+    if options.clip is None and options.scheduler is None:
         scheduler["clip_sample"] = False  # its sampler clamps x0 only after using it
-    return Converted(_config(state, options), scheduler, tensors, "Ho's U-Net in the layout of pytorch-ddpm")
+    size = config["sample_size"]
+    assumed = "" if options.image_size else " assumed"
+    return Converted(config, scheduler, tensors, f"Ho's U-Net in the layout of pytorch-ddpm, {size} x {size}{assumed}")

@@ -11,18 +11,15 @@ from typing import Any
 
 from torch import Tensor
 
-from model.convert.openai_skeleton import ENDS, Skeleton, attended, places, read_skeleton
+from model.convert.layouts.openai_skeleton import ENDS, Skeleton, attended, places, read_skeleton
+from model.convert.nets import Net
 from model.convert.protocol import Converted, Options, required, scheduler_config, with_scaled_betas
 from model.errors import ModelRefused
 from model.nets.config import CHANNELS, OPENAI
 
-READS = frozenset(field.name for field in fields(Options))  # all of them
+READS = frozenset(field.name for field in fields(Options)) - {"config", "scheduler"}
+NAMES = frozenset({"time_embed.0.weight", "input_blocks.0.0.weight", "middle_block.0.in_layers.0.weight"})
 GROUPS = 32
-
-
-def recognises(state: Mapping[str, Tensor]) -> bool:
-    """Whether these tensors have the names of OpenAI's `UNetModel`."""
-    return {"time_embed.0.weight", "input_blocks.0.0.weight", "middle_block.0.in_layers.0.weight"} <= state.keys()
 
 
 def _separated(weight: Tensor, heads: int | None) -> tuple[Tensor, ...]:
@@ -136,8 +133,9 @@ def _refuse_conditional(state: Mapping[str, Tensor]) -> None:
         raise ModelRefused(f"a net that reads {channels} channels cannot be converted: an upsampler, or one of latents")
 
 
-def convert(state: Mapping[str, Tensor], options: Options) -> Converted:
+def convert(net: Net, options: Options, tables: Mapping[str, Tensor]) -> Converted:
     """The same net as a `UNet2DModel` or an `OpenAIUNet`. The defaults are those of OpenAI's scripts."""
+    state = net.tensors
     _refuse_conditional(state)
     skeleton = read_skeleton(state)
     T, scale = options.timesteps or 1000, 1.0

@@ -10,10 +10,12 @@ from typing import Any
 
 from torch import Tensor
 
+from model.convert.nets import Net
 from model.convert.protocol import OF_THE_SCHEDULER, Converted, Options, required, scheduler_config
 from model.errors import ModelRefused
 
 READS = OF_THE_SCHEDULER | {"image_size"}
+NAMES = frozenset({"temb.dense.0.weight", "mid.block_1.conv1.weight", "conv_in.weight"})
 ATTENDED = 16  # pixels of a side, where all of Ho's nets attend
 RESNET = {
     "norm1": "norm1",
@@ -41,11 +43,6 @@ PLACES = {
     r"up\.(?P<level>\d+)\.attn\.(?P<i>\d+)\.(?P<attention>\w+)": "up_blocks.{above}.attentions.{i}.{attention}",
     r"up\.(?P<level>\d+)\.upsample\.conv": "up_blocks.{above}.upsamplers.0.conv",
 }
-
-
-def recognises(state: Mapping[str, Tensor]) -> bool:
-    """Whether these tensors have pesser's names."""
-    return {"temb.dense.0.weight", "mid.block_1.conv1.weight", "conv_in.weight"} <= state.keys()
 
 
 def _renamed(key: str, levels: int) -> str:
@@ -102,8 +99,9 @@ def _config(state: Mapping[str, Tensor], options: Options) -> dict[str, Any]:
     }
 
 
-def convert(state: Mapping[str, Tensor], options: Options) -> Converted:
+def convert(net: Net, options: Options, tables: Mapping[str, Tensor]) -> Converted:
     """The same net as a `UNet2DModel`, with Ho's schedule unless the options say otherwise."""
+    state = net.tensors
     for key in ("conv_out.weight", "down.0.block.0.conv1.weight"):
         if key not in state:
             raise ModelRefused(f"{key} is missing")

@@ -1,0 +1,76 @@
+"""Converts a checkpoint into a model directory, which is written only if it can be opened."""
+
+import json
+import tempfile
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from model.checkpoint.card import WEIGHTS, read_card
+from model.checkpoint.load import load_layers
+from model.convert import directories, formats
+from model.convert.protocol import Converted, Options
+from model.convert.sources import read_state
+from model.digests import file_digest
+from model.errors import ModelRefused
+
+
+def convert(given: Namespace) -> list[str]:
+    """Makes the model directory that the flags ask for. Returns lines that say what was taken, left and assumed.
+
+    Raises ModelRefused, OSError.
+    """
+    options = Options(**{field.name: getattr(given, field.name) for field in fields(Options)})
+    source, target, told = given.source, given.target, list[str]()
+    if source.is_dir():
+        if given.format:
+            raise ModelRefused("--format and --part must not be given: SRC is a directory of diffusers")
+        converted, files = directories.convert(source, options, given.part)
+        part = ""
+    else:
+        state, part, parts = read_state(source, given.part)
+        inner = (given.part or "").removeprefix(part).lstrip(".")
+        converted = formats.convert(state, options, given.format, inner, source.name)
+        files = [source]
+        if len(parts) > 1:
+            told = [f"{source.name} holds {', '.join(map(repr, parts))}; took {part!r}"]
+    told += converted.notes
+    write(converted, target, _readme(target.name, converted, files, part, told))
+    return [*told, f"{target.name}: {converted.origin}"]
+
+
+def _readme(name: str, converted: Converted, files: Sequence[Path], part: str, told: Sequence[str]) -> str:
+    """README.md of the model directory."""
+    taken = f", part `{part}`" if part else ""
+    read = ", ".join(f"`{file.name}`{taken}, sha256 `{file_digest(file)}`" for file in files)
+    notes = "".join(f"- {line}\n" for line in told)
+    return f"# {name}\n\n{converted.origin}.\n\nConverted from {read}.\n\n{notes}"
+
+
+def write(converted: Converted, target: Path, readme: str) -> None:
+    """Writes a model directory, and moves it to its place if it can be opened. Raises ModelRefused, OSError."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".convert-", dir=target.parent) as scratch:
+        directory = Path(scratch) / "model"
+        directory.mkdir()
+        index = {
+            "_class_name": "DDPMPipeline",
+            "scheduler": ["diffusers", converted.scheduler.get("_class_name", "DDPMScheduler")],
+            "unet": ["diffusers", converted.config.get("_class_name", "UNet2DModel")],
+        }
+        written = {
+            "config.json": converted.config,
+            "scheduler_config.json": converted.scheduler,
+            "model_index.json": index,
+        }
+        for name, values in written.items():
+            (directory / name).write_text(json.dumps(values, indent=2) + "\n")
+        (directory / "README.md").write_text(readme)
+        save_file({k: t.contiguous() for k, t in converted.tensors.items()}, directory / WEIGHTS, {"format": "pt"})
+        (directory / WEIGHTS).chmod(0o644)  # the server may be run by another user
+        load_layers(read_card(directory), torch.device("cpu"), torch.float32)
+        directory.rename(target)

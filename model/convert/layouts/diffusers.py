@@ -1,0 +1,59 @@
+"""The state dict of a `UNet2DModel` of diffusers, of any version. Its `config.json` is another file."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from model.checkpoint.load import modern
+from model.checkpoint.pipeline import read_index
+from model.convert.nets import Net
+from model.convert.protocol import OF_THE_SCHEDULER, Converted, Options, scheduler_config
+from model.errors import ModelRefused
+from model.nets.config import OPENAI, RENAMED, with_todays_names
+from model.options import read_json
+
+READS = OF_THE_SCHEDULER | {"image_size", "config"}
+NAMES = frozenset({"conv_in.weight", "conv_norm_out.weight", "time_embedding.linear_1.weight"})
+# What diffusers' EMAModel adds to the configuration of the net that it averages.
+OF_AVERAGES = {
+    "decay",
+    "inv_gamma",
+    "min_decay",
+    "optimization_step",
+    "power",
+    "update_after_step",
+    "use_ema_warmup",
+}
+
+
+def _config(config: dict[str, Any], options: Options) -> dict[str, Any]:
+    kind = OPENAI if config.get("_class_name") == OPENAI else "UNet2DModel"
+    todays = dict(with_todays_names(config)) | {"_class_name": kind}
+    if options.image_size is not None:
+        todays["sample_size"] = options.image_size
+    return {name: value for name, value in todays.items() if name not in {*RENAMED, "_module", *OF_AVERAGES}}
+
+
+def _tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    # the resampling layers of 2022 had their convolution under two names
+    twice = [key for key in state if ".op." in key and key.replace(".op.", ".conv.") in state]
+    named = {modern(key): tensor for key, tensor in state.items() if key not in twice}
+    if len(named) != len(state) - len(twice):
+        raise ModelRefused("weights are there under both their old and their new names")
+    return named
+
+
+def convert(net: Net, options: Options, tables: Mapping[str, Tensor]) -> Converted:
+    """The same net, with the schedule of the given file, or else Ho's unless the options say otherwise."""
+    if any(".transformer_blocks." in key for key in net.tensors):
+        raise ModelRefused("a net of diffusers that attends to a text (UNet2DConditionModel) cannot be converted")
+    if options.config is None:
+        raise ModelRefused(
+            "a net of diffusers without its config.json: give --config CONFIG.json, or as SRC the directory that it "
+            "was saved in"
+        )
+    read_index(options.config.parent)
+    config = _config(read_json(options.config), options)
+    tensors = _tensors(net.tensors)
+    return Converted(config, scheduler_config(options, "fixed_small"), tensors, "A net of diffusers")

@@ -1,0 +1,88 @@
+"""The nets in a state dict: under which prefix each begins, which is an average, and what lies beside them.
+
+A training saves its net below the names of whatever wraps it (`module.`, `_orig_mod.`, `model.diffusion_model.`, …).
+No list of such prefixes is kept: a net is where all names that its layout cannot lack follow one and the same prefix.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from os.path import commonprefix
+
+from torch import Tensor
+
+AVERAGED = re.compile(r"ema|shadow|averaged?|avg|swa")
+NOT_AVERAGED = re.compile(r"(non?|not|without|pre)[._-]?(ema|averaged?|avg|swa)")
+
+
+def standing(name: str) -> int:
+    """0 if something of this name is an average over training, 2 if the name says that it is not one, else 1."""
+    name = name.lower()
+    return 0 if AVERAGED.search(NOT_AVERAGED.sub("", name)) else 2 if NOT_AVERAGED.search(name) else 1
+
+
+def averaged(name: str) -> bool:
+    """Whether something of this name is an average over training."""
+    return standing(name) == 0
+
+
+@dataclass(frozen=True, slots=True)
+class Net:
+    """A net in a state dict."""
+
+    layout: str
+    prefix: str  # of its names in the state dict
+    tensors: dict[str, Tensor]  # by their names without the prefix
+
+    @property
+    def part(self) -> str:
+        """How `--part` names it."""
+        return self.prefix.rstrip("./")
+
+
+def find(state: Mapping[str, Tensor], layouts: Mapping[str, frozenset[str]]) -> list[Net]:
+    """All nets of these layouts, averages first, then the larger before the smaller. layouts: names none can lack"""
+    places = {prefix: layout for layout, names in layouts.items() for prefix in _prefixes(state, names)}
+    nets = []
+    for prefix, layout in places.items():
+        inner = tuple(other for other in places if other != prefix and other.startswith(prefix))
+        keys = [key for key in state if key.startswith(prefix) and not (inner and key.startswith(inner))]
+        net = Net(layout, prefix, {key.removeprefix(prefix): state[key] for key in keys})
+        nets += [net, *_without_dots(state, net)]
+    return sorted(nets, key=lambda net: (standing(net.prefix), -len(net.tensors), len(net.prefix)))
+
+
+def _prefixes(state: Mapping[str, Tensor], names: frozenset[str]) -> list[str]:
+    one = max(names, key=len)
+    prefixes = [key.removesuffix(one) for key in state if key.endswith(one)]
+    return [prefix for prefix in prefixes if all(prefix + name in state for name in names)]
+
+
+def _without_dots(state: Mapping[str, Tensor], net: Net) -> Iterator[Net]:
+    """The average of a net as latent-diffusion's `LitEma` keeps it: `model_ema.` and the net's names without dots."""
+    wrappers = net.prefix.split(".")
+    for head in {key.partition(".")[0] for key in state if averaged(key.partition(".")[0])}:
+        for start in range(len(wrappers)):
+            inner = ".".join(wrappers[start:])
+            there = {name: f"{head}.{(inner + name).replace('.', '')}" for name in net.tensors}
+            if all(place in state for place in there.values()):
+                yield replace(net, prefix=f"{head}.", tensors={name: state[place] for name, place in there.items()})
+                return
+
+
+def tables(state: Mapping[str, Tensor], net: Net) -> dict[str, Tensor]:
+    """The tensors beside the net, or beside what wraps it, by their names there: those of its diffusion process."""
+    placed: list[tuple[int, str, Tensor]] = []
+    for key, tensor in state.items():
+        shared = len(commonprefix([key, net.prefix]))
+        if shared < len(net.prefix):
+            placed += [(start, key[start:], tensor) for start in range(shared + 1) if "." not in key[start:]]
+    return {name: tensor for _, name, tensor in sorted(placed, key=lambda each: each[0])}  # the innermost counts
+
+
+def strangers(state: Mapping[str, Tensor], nets: list[Net]) -> list[str]:
+    """The outermost names of all weights that belong to no net. Vectors and numbers are tables or counters."""
+    prefixes = tuple(net.prefix for net in nets)
+    return sorted(
+        {key.partition(".")[0] for key, tensor in state.items() if tensor.ndim > 1 and not key.startswith(prefixes)}
+    )

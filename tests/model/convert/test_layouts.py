@@ -1,0 +1,255 @@
+"""What trainings and courses leave behind: nets of other layouts, under any prefix, beside averages and tables."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler
+from torch import Tensor, nn
+
+from model.checkpoint.card import read_card
+from model.checkpoint.load import load_layers
+from model.convert.formats import convert
+from model.convert.protocol import Options
+from tests.model.convert.course_nets import RosinalityUNet, TqchUNet
+from tests.model.convert.flat_ports import FlatUNet
+from tests.model.convert.lucidrains_nets import diffusion
+from tests.model.convert.lucidrains_nets import shaken as shaken_lucidrains
+from tests.model.convert.openai_nets import Kind
+from tests.model.convert.openai_nets import shaken as shaken_openai
+from tests.model.convert.ports import PortedUNet
+from tests.model.convert.test_convert import apart, converted, noise, refused, shake, written
+from tests.model.worlds import pipeline, shaken, small
+
+
+def output(directory: Path, x: Tensor, timesteps: Tensor) -> Tensor:
+    """What the net in this model directory says."""
+    model = load_layers(read_card(directory), torch.device("cpu"), torch.float32)
+    with torch.inference_mode():
+        out: Tensor = model.net(x, model.table[timesteps])
+    return out
+
+
+COURSE_NETS: dict[str, tuple[Callable[[], nn.Module], list[str], str, str]] = {
+    "tqch": (TqchUNet, [], "large", "layout of ddpm-torch, 32 x 32"),
+    "tqch, two blocks, attention elsewhere": (
+        lambda: TqchUNet(mult=(1, 2), attended=(0, 1), blocks=2),
+        ["--image-size", "32"],
+        "large",
+        "layout of ddpm-torch, 32 x 32",
+    ),
+    "rosinality": (RosinalityUNet, ["--image-size", "32"], "small", "rosinality's U-Net (1 heads assumed), 32 x 32"),
+    "rosinality, scaled and shifted by the timestep": (
+        lambda: RosinalityUNet(affine=True),
+        ["--image-size", "32"],
+        "small",
+        "rosinality's U-Net",
+    ),
+    "rosinality, four heads": (
+        lambda: RosinalityUNet(heads=4, affine=True, attended=(0, 2)),
+        ["--image-size", "32", "--heads", "4"],
+        "small",
+        "rosinality's U-Net (4 heads)",
+    ),
+}
+
+
+@pytest.mark.parametrize(("make", "flags", "variance", "origin"), COURSE_NETS.values(), ids=COURSE_NETS.keys())
+def test_a_course_net_converts_to_one_that_computes_the_same(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    make: Callable[[], nn.Module],
+    flags: list[str],
+    variance: str,
+    origin: str,
+) -> None:
+    net, (x, timesteps) = shake(make()), noise()
+    directory = converted(written(tmp_path / "net.safetensors", dict(net.state_dict())), *flags)
+
+    assert apart(output(directory, x, timesteps), net(x, timesteps)) < 1e-5
+    assert read_card(directory).process.variance == variance
+    assert origin in capsys.readouterr().out
+
+
+def test_the_number_of_heads_changes_what_rosinalitys_net_computes(tmp_path: Path) -> None:
+    net, (x, timesteps) = shake(RosinalityUNet(heads=4)), noise()
+    source = written(tmp_path / "net.safetensors", dict(net.state_dict()))
+
+    assert apart(output(converted(source, "--image-size", "32"), x, timesteps), net(x, timesteps)) > 1e-3
+
+
+def below(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {prefix + name: tensor for name, tensor in state.items()}
+
+
+NETS: dict[str, tuple[Callable[[], dict[str, Tensor]], Options]] = {
+    "ports": (lambda: dict(PortedUNet().state_dict()), Options()),
+    "flat": (lambda: dict(FlatUNet().state_dict()), Options()),
+    "openai": (lambda: dict(shaken_openai(Kind(multipliers=(1,))).state_dict()), Options(image_size=16, heads=4)),
+    "lucidrains": (lambda: diffusion(shaken_lucidrains()), Options(image_size=16)),
+    "tqch": (lambda: dict(TqchUNet().state_dict()), Options()),
+    "rosinality": (lambda: dict(RosinalityUNet().state_dict()), Options(image_size=32)),
+}
+PREFIXES = ["module.", "_orig_mod.", "module._orig_mod.", "model.diffusion_model.", "never.heard.of_", "unet/"]
+
+
+@pytest.mark.parametrize(("state", "options"), NETS.values(), ids=NETS.keys())
+def test_any_prefix_of_all_names_is_stripped(state: Callable[[], dict[str, Tensor]], options: Options) -> None:
+    tensors = state()
+    bare = convert(tensors, options)
+
+    for prefix in PREFIXES:
+        made = convert(below(prefix, tensors), options)
+        assert (made.config, made.scheduler) == (bare.config, bare.scheduler)
+        assert made.tensors.keys() == bare.tensors.keys()
+        assert all(torch.equal(tensor, made.tensors[name]) for name, tensor in bare.tensors.items())
+
+
+def test_of_a_lightning_checkpoint_the_average_is_taken_with_the_schedule_in_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    net, average = shake(PortedUNet()), shake(PortedUNet(), seed=1)
+    betas = torch.linspace(0.001, 0.03, 60)
+    state = below("model.", net.state_dict()) | below("ema_model.module.", average.state_dict()) | {"betas": betas}
+    checkpoint = {
+        "epoch": 3,
+        "pytorch-lightning_version": "2.4.0",
+        "state_dict": state | {"val_loss.total": torch.zeros(())},
+        "callbacks": {"EMA{'decay': 0.999}": {"decay": torch.tensor(0.999)}},
+        "optimizer_states": [{"state": {0: {"exp_avg": torch.zeros(3, 3)}}, "param_groups": [{"lr": 1.0}]}],
+        "hyper_parameters": {"lr": 2e-4, "channels": [32, 64]},
+    }
+    torch.save(checkpoint, source := tmp_path / "last.ckpt")
+    directory = converted(source)
+    (x, timesteps), told = noise(), capsys.readouterr().out
+    timesteps[1] = 59
+
+    assert apart(output(directory, x, timesteps), average(x, timesteps)) < 1e-5
+    assert json.loads((directory / "scheduler_config.json").read_text())["trained_betas"] == betas.double().tolist()
+    assert "took 'state_dict'" in told
+    assert "net: took the tensors below 'ema_model.module' (an average over training); left 'model'" in told
+    assert "schedule: T = 60, its own betas, epsilon, fixed_large, clipped; from the betas in the file" in told
+
+    directory.rename(tmp_path / "first")
+    assert apart(output(converted(source, "--part", "state_dict.model"), x, timesteps), net(x, timesteps)) < 1e-5
+
+
+def test_the_average_that_latent_diffusion_keeps_under_names_without_dots_is_taken(tmp_path: Path) -> None:
+    net, average = shake(PortedUNet()), shake(PortedUNet(), seed=1)
+    shadow = {name.replace(".", ""): tensor for name, tensor in below("diffusion_model.", average.state_dict()).items()}
+    state = below("model.diffusion_model.", net.state_dict()) | below("model_ema.", shadow)
+    state |= {"model_ema.decay": torch.tensor(0.9999), "model_ema.num_updates": torch.tensor(5)}
+    x, timesteps = noise()
+
+    directory = converted(written(tmp_path / "net.safetensors", state))
+    assert apart(output(directory, x, timesteps), average(x, timesteps)) < 1e-5
+
+
+@pytest.mark.parametrize("stranger", ["first_stage_model.decoder.conv_in.weight", "lpips.net.lin0.weight"])
+def test_a_net_beside_other_weights_is_refused_unless_it_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], stranger: str
+) -> None:
+    state = below("model.", shake(PortedUNet()).state_dict()) | {stranger: torch.zeros(4, 4)}
+    source = written(tmp_path / "net.safetensors", state)
+
+    said = refused(capsys, source)
+    assert said.startswith(
+        f"besides a net ('model') net.safetensors holds '{stranger.partition('.')[0]}', without which"
+    )
+    assert read_card(converted(source, "--part", "model")).architecture.height == 32
+
+
+def test_of_two_nets_that_do_not_say_which_is_an_average_the_given_one_is_taken(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = {"teacher": shake(PortedUNet()), "student": shake(PortedUNet(), seed=1)}
+    tensors = {f"{name}.{key}": tensor for name, net in state.items() for key, tensor in net.state_dict().items()}
+    source = written(tmp_path / "net.safetensors", tensors)
+    x, timesteps = noise()
+
+    assert refused(capsys, source, "--part", "teacher.conv_in") == "--part must be one of 'student', 'teacher'"
+    directory = converted(source, "--part", "student")
+    assert apart(output(directory, x, timesteps), state["student"](x, timesteps)) < 1e-5
+    assert "took the tensors below 'student'; left 'teacher'" in capsys.readouterr().out
+
+
+# A bare state dict of diffusers
+
+
+def test_a_bare_state_dict_of_diffusers_is_converted_with_its_configuration(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    net, (x, timesteps) = shaken(small()), noise(8)
+    pipeline(net, DDPMScheduler(beta_schedule="squaredcos_cap_v2")).save_pretrained(tmp_path / "pipeline")
+    config, scheduler = (
+        tmp_path / "pipeline" / name for name in ("unet/config.json", "scheduler/scheduler_config.json")
+    )
+    source = written(tmp_path / "net.safetensors", below("_orig_mod.", net.state_dict()))
+
+    assert refused(capsys, source).startswith("a net of diffusers without its config.json: give --config CONFIG.json")
+    directory = converted(source, "--config", str(config))
+    assert apart(output(directory, x, timesteps), net(x, timesteps).sample) < 1e-5
+    assert "linear from 0.0001 to 0.02, epsilon, fixed_small, clipped; assumed, as is usual" in capsys.readouterr().out
+    assert str(tmp_path) not in (directory / "README.md").read_text()
+
+    directory.rename(tmp_path / "first")
+    flags = ["--config", str(config), "--scheduler", str(scheduler), "--timesteps", "800"]
+    process = read_card(converted(source, *flags)).process
+    assert (process.schedule.T, json.loads((tmp_path / "converted" / "scheduler_config.json").read_text())) == (
+        800,
+        json.loads(scheduler.read_text()) | {"num_train_timesteps": 800},
+    )
+    assert "from scheduler/scheduler_config.json, but for --timesteps" in capsys.readouterr().out
+
+
+def test_a_net_of_latents_is_refused_wherever_its_files_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipeline(shaken(small())).save_pretrained(tmp_path / "ldm")
+    index = tmp_path / "ldm" / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"vqvae": ["diffusers", "VQModel"]}))
+    source = written(tmp_path / "net.safetensors", shaken(small()).state_dict())
+    wanted = "vqvae (VQModel) besides unet and scheduler"
+
+    assert wanted in refused(capsys, tmp_path / "ldm")
+    assert wanted in refused(capsys, tmp_path / "ldm" / "unet")
+    assert wanted in refused(capsys, source, "--config", str(tmp_path / "ldm" / "unet" / "config.json"))
+
+
+def test_a_net_that_predicts_x0_by_an_option_of_2022_does_so_in_todays_diffusers_too(tmp_path: Path) -> None:
+    pipeline(shaken(small())).save_pretrained(tmp_path / "ddpm")
+    file = tmp_path / "ddpm" / "scheduler" / "scheduler_config.json"
+    given = {name: value for name, value in json.loads(file.read_text()).items() if name != "prediction_type"}
+    file.write_text(json.dumps(given | {"predict_epsilon": False}))
+    directory = converted(tmp_path / "ddpm")
+    theirs: Any = DDPMPipeline.from_pretrained(directory)
+
+    assert read_card(directory).process.prediction == theirs.scheduler.config.prediction_type == "sample"
+
+
+# What cannot be converted
+
+
+FOREIGN = {
+    "downs.0.0.ds_conv.weight": "The Annotated Diffusion Model's U-Net with ConvNeXt blocks",
+    "downs.0.2.fn.fn.to_qkv.weight": "the U-Net of The Annotated Diffusion Model, or of version 1 of",
+    "image_proj.weight": "labml.ai's DDPM U-Net",
+    "model.class_emb.weight": "a net that is told a class",
+    "sa1.mha.in_proj_weight": "dome272's U-Net",
+    "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.weight": "a net that attends to a text",
+    "all_modules.2.Conv_0.weight": "a net of score_sde_pytorch",
+    "x_embedder.proj.weight": "a diffusion transformer",
+}
+
+
+@pytest.mark.parametrize(("name", "words"), FOREIGN.items())
+def test_a_layout_that_cannot_be_converted_is_refused_with_what_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, words: str
+) -> None:
+    said = refused(capsys, written(tmp_path / "net.safetensors", {name: torch.zeros(4, 4), "b": torch.zeros(1)}))
+
+    assert said.startswith(words) and "cannot be converted" in said and re.search(r"tensors are named 'b'|, '", said)
