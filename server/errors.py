@@ -1,6 +1,7 @@
 """Domain errors, and how each of them is answered over HTTP (RFC 9457)."""
 
 import http
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +13,15 @@ EXIT_NO_DEVICE, EXIT_STORAGE_FULL, EXIT_ENGINE = 6, 7, 70
 
 # The status and the code of each error, which its class declares
 ANSWERS: dict[type[Exception], tuple[int, str]] = {PlanError: (422, "invalid-request")}
+MOST_NAMES = 20  # of models, in a message
 UNFORESEEN = (500, "internal")
+
+
+def one_of(models: Iterable[str]) -> str:
+    """`one of` the models that there are; of many, the first are named."""
+    names = list(models)
+    more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+    return f"one of {', '.join(names[:MOST_NAMES])}{more}"
 
 
 class ServerError(Exception):
@@ -49,6 +58,15 @@ class Forbidden(BadInput, status=403, code="origin-not-allowed"):
 
 class NotFound(BadInput, status=404, code="not-found"):
     """The route, job, image or model does not exist."""
+
+
+class ModelNotFound(BadInput, status=404, code="model-not-found"):
+    """A path or the field `model` of a body names no model that there is."""
+
+    field = "model"
+
+    def __init__(self, known: Iterable[str]) -> None:
+        super().__init__(f"model must be {one_of(known)}")
 
 
 class Gone(BadInput, status=410, code="gone"):
@@ -123,11 +141,11 @@ class StorageFull(_Later, status=503, code="storage-full"):
 
 
 class StillRunning(_Later, status=409, code="still-running"):
-    """The job with the same Idempotency-Key has not ended. job: its id."""
+    """The job with the same Idempotency-Key has not ended. path: where it is."""
 
-    def __init__(self, job: str, retry_after_s: int) -> None:
+    def __init__(self, path: str, retry_after_s: int) -> None:
         super().__init__("the job that came with this Idempotency-Key has not ended", retry_after_s)
-        self.headers = {**self.headers, "Location": f"/jobs/{job}"}
+        self.headers = {**self.headers, "Location": path}
 
 
 class TooManyConnections(_Later, status=503, code="too-many-connections"):
@@ -217,7 +235,7 @@ def problem(error: Exception) -> Problem:
     if type(error) not in ANSWERS:
         return Problem(*UNFORESEEN, "an error that should not have happened; it has been logged under this request id")
     fields = error.fields if isinstance(error, Invalid) else ()
-    if isinstance(error, PlanError):
+    if isinstance(error, PlanError | ModelNotFound):
         fields = ((error.field, str(error)),)
     errors = [{"pointer": f"/{name}" if name else "", "message": message} for name, message in fields]
     headers = error.headers if isinstance(error, ServerError) else {}

@@ -154,6 +154,11 @@ class Job:
             return str(self.state)
         return "queued" if self.started_at is None else "running"
 
+    @property
+    def path(self) -> str:
+        """Where clients find it."""
+        return f"{self.counts.prefix}/jobs/{self.id}"
+
     def texts(self, seed: int) -> dict[str, str]:
         """All that decides a picture, as text chunks of its PNG."""
         decides = {"model": self.request.model, "digest": self.model.digest, "seed": seed}
@@ -190,7 +195,7 @@ class Job:
         """The job as clients see it; with `pictures`, each image as base64 too. eta: unless it has ended."""
         images = []
         for index, image in sorted(self.images.items()) if self.state is State.SUCCEEDED else []:
-            where = {"index": index, "seed": image.seed, "url": f"/jobs/{self.id}/images/{index}"}
+            where = {"index": index, "seed": image.seed, "url": f"{self.path}/images/{index}"}
             png = {"b64_png": base64.b64encode(image.png).decode()} if pictures else {}
             images.append({**where, "sha256": image.sha256, **png})
         progress = {"step": sum(self.steps), "steps": self.image_steps} | asdict(eta or Eta())

@@ -10,7 +10,7 @@ from typing import Any
 
 from model.checkpoint.card import ModelCard
 from model.sampling.plan import Sampling, resolve
-from server.errors import Invalid
+from server.errors import Invalid, ModelNotFound, one_of
 from server.jobs.schemas import MAX_SEED, Frames, GenerateRequest, parse_json, parse_object, validate
 from server.jobs.tenants import Tenant
 from server.settings import Settings
@@ -173,7 +173,8 @@ def default_model(cards: Mapping[str, ModelCard], settings: Settings) -> str | N
 
 def _model(wanted: str | None, cards: Mapping[str, ModelCard], settings: Settings) -> str:
     name = wanted or default_model(cards, settings)
-    if name is None or name not in cards:
-        known = ", ".join(cards)
-        raise Invalid(("model", f"model must be one of {known}" if wanted else f"name a model, one of {known}"))
+    if name is None:
+        raise Invalid(("model", f"name a model, {one_of(cards)}"))
+    if name not in cards:
+        raise ModelNotFound(cards)
     return name

@@ -13,6 +13,7 @@ from model.sampling.schedule import Spacing, Variance
 from server.bounds import kind_of, says
 from server.errors import Invalid, Malformed
 
+MAX_SEQ = 10**9 - 1
 MAX_SEED = 2**53  # what every JSON reader keeps exactly
 MAX_DEPTH = 32
 TOO_DEEP = f"brackets nest deeper than {MAX_DEPTH}"
@@ -26,6 +27,7 @@ Limit = Annotated[
     WithJsonSchema({"type": "integer", "minimum": 1, "maximum": MOST_JOBS, "description": f"{JOBS} if none"}),
 ]
 After = Annotated[str | None, WithJsonSchema({"type": "string", "description": "a job's id"})]
+Seq = Annotated[str | None, WithJsonSchema({"type": "integer", "minimum": 0, "description": "of the last message"})]
 Index = Annotated[str, WithJsonSchema({"type": "integer", "minimum": 0, "description": "of a picture of the job"})]
 
 

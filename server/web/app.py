@@ -15,7 +15,7 @@ from server import __version__
 from server.catalog import find_models
 from server.engines.backend import Backend
 from server.engines.build import build
-from server.errors import Problem, ServerError, SettingsError, StorageFull, problem
+from server.errors import Problem, ServerError, SettingsError, StorageFull, one_of, problem
 from server.jobs.service import JobService
 from server.metrics import Metrics
 from server.settings import Settings
@@ -34,11 +34,11 @@ async def _on_error(request: Request, error: Exception) -> JSONResponse:
 
 
 async def _on_unforeseen(request: Request, error: Exception) -> JSONResponse:
-    """The answer to a bug. It is sent outside of all middleware, so it adds the request id itself."""
-    id = getattr(request.state, "request_id", "")
-    logger.error("unforeseen error", extra={"request_id": id, "path": request.url.path}, exc_info=error)
+    """The answer to a bug. It is sent outside of all middleware, so it adds the headers of all answers itself."""
+    extra = {"request_id": request.state.request_id, "path": request.url.path}
+    logger.error("unforeseen error", extra=extra, exc_info=error)
     answer = refusal(request.scope, problem(error))
-    answer.headers["X-Request-Id"] = id
+    answer.raw_headers += request.state.headers
     return answer
 
 
@@ -69,6 +69,14 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     await app.state.jobs.close()
 
 
+def _check_prefix(prefix: str) -> None:
+    """Raises SettingsError for a prefix that could not be told from paths of the server, if a proxy takes it off."""
+    paths = [getattr(route, "path", "") for each in ROUTERS for route in each.routes]
+    ours = {path.split("/")[1] for path in [*paths, "/static", "/openapi.json"]} - {""}
+    if prefix and prefix.split("/")[1] in ours:
+        raise SettingsError(f"DDPM_PATH_PREFIX must not begin as paths of the server do: {', '.join(sorted(ours))}")
+
+
 def create_app(
     settings: Settings,
     backend: Backend | None = None,
@@ -78,7 +86,7 @@ def create_app(
     SettingsError, StoreRefused, StoreInUse, StorageFull."""
     cards = find_models(settings.weights)
     if settings.default_model and settings.default_model not in cards:
-        raise SettingsError(f"DDPM_DEFAULT_MODEL must be one of {', '.join(cards)}")
+        raise SettingsError(f"DDPM_DEFAULT_MODEL must be {one_of(cards)}")
     metrics, access = Metrics(), Access.read(settings)
     if backend is None:
         backend = build(settings, cards, on_failed, metrics.observe_step)
@@ -94,14 +102,17 @@ def create_app(
         redirect_slashes=False,  # a redirect would repeat the Host header
     )
     app.state.settings, app.state.jobs, app.state.on_failed = settings, service, on_failed
+    app.state.page_headers = info.page_headers(settings)
     for kind in (ServerError, PlanError):
         app.add_exception_handler(kind, _on_error)
     app.add_exception_handler(Exception, _on_unforeseen)
     app.add_exception_handler(HTTPException, _on_http_error)
     refused = service.admission.count_refusal
-    app.add_middleware(Middleware, access=access, max_websockets=settings.max_websockets, refused=refused)
+    prefix, most = settings.path_prefix, settings.max_websockets
+    app.add_middleware(Middleware, access=access, max_websockets=most, refused=refused, prefix=prefix)
     app.mount("/static", StaticFiles(directory=info.STATIC), name="static")
     for router in ROUTERS:
         app.include_router(router)
+    _check_prefix(prefix)
     openapi.describe(app, service, settings)
     return app

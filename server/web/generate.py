@@ -3,15 +3,18 @@
 import asyncio
 import base64
 import json
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 from ddpm_client.wire import unpack
 from fastapi import APIRouter, Request, Response
 from starlette.responses import JSONResponse, StreamingResponse
+from starlette.types import Message as ASGIMessage
 from starlette.types import Receive, Scope, Send
 
+from model.engine.events import Picture
 from server.errors import Gone
 from server.jobs import encode
 from server.jobs.job import Job, Kind, State
@@ -25,6 +28,7 @@ PNG, JSON, NPY, ZIP = "image/png", "application/json", "application/x-npy", "app
 EVENTS = "text/event-stream"
 ANIMATIONS = ("image/gif", "image/apng", "image/webp")
 ANSWERS = (PNG, JSON, NPY, ZIP, EVENTS, *ANIMATIONS)
+BEAT_S = 15.0  # of silence, after which a stream of events has a comment
 CLIENT_CLOSED_REQUEST = 499  # nobody reads it
 PROBLEM = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
 PROBLEMS: dict[int | str, dict[str, Any]] = {
@@ -65,16 +69,23 @@ def array(job: Job) -> bytes:
 
 
 def animation(job: Job, media: str) -> bytes:
-    """The animation of the denoising, on contact sheets, up to the finished pictures. Raises Gone."""
+    """The animation of the denoising, on contact sheets, up to the finished pictures; x_t and x0 side by side if both
+    were asked for. Raises Gone."""
     watched = job.request.frames
     assert watched is not None
     if not job.frames:
         raise Gone("the frames of this job are no longer held; the same request makes them again")
-    kind: Kind = "x0" if watched.frames.kind == "x0" else "x_t"
-    points = [step for step in watched.points if (0, step, kind) in job.frames and step < job.request.sampling.steps]
-    sheets = [encode.contact_sheet([job.frames[i, step, kind] for i in range(job.request.n)]) for step in points]
-    last = encode.contact_sheet([job.images[i].picture for i in range(job.request.n)])
-    return encode.animation([*sheets, last], media)
+    kinds: Sequence[Kind] = ("x_t", "x0") if watched.frames.kind == "both" else (watched.frames.kind,)
+    points = [
+        step for step in watched.points if (0, step, kinds[0]) in job.frames and step < job.request.sampling.steps
+    ]
+    finished = [job.images[i].picture for i in range(job.request.n)]
+    shown: list[list[list[Picture | None]]] = [  # by point, picture and kind; before the first step there is no x0
+        [[job.frames.get((i, step, kind)) for kind in kinds] for i in range(job.request.n)] for step in points
+    ]
+    shown.append([[picture] * len(kinds) for picture in finished])
+    sheets = [encode.contact_sheet([encode.side_by_side(each) for each in pictures]) for pictures in shown]
+    return encode.animation(sheets, media)
 
 
 async def draw(jobs: JobService, job: Job, media: str) -> bytes:
@@ -115,10 +126,11 @@ async def generate(request: Request) -> Response:
     if job.cached:
         headers["X-Cache"] = "hit"
     if later:
-        headers |= {"Location": f"/jobs/{job.id}", "Preference-Applied": "respond-async"}
+        headers |= {"Location": job.path, "Preference-Applied": "respond-async"}
         return JSONResponse(jobs.document(job), 202, headers)
     if media == EVENTS:
-        return ServerSent(jobs, job, _events(job, jobs.watch(job), request.state.request_id), headers)
+        sent = events(job, jobs.watch(job), request.state.request_id)
+        return ServerSent(sent, headers, partial(jobs.leave, job))
     if not await succeeds(request, jobs, job):
         return Response(status_code=CLIENT_CLOSED_REQUEST)
     if media == JSON:
@@ -152,21 +164,51 @@ async def succeeds(request: Request, jobs: JobService, job: Job) -> bool:
 
 
 class ServerSent(StreamingResponse):
-    """Server-sent events of a job. A client that stops reading leaves the job, which may cancel it."""
+    """Server-sent events. leave: is called when they have ended or the client has disconnected."""
 
-    def __init__(self, jobs: JobService, job: Job, events: AsyncGenerator[bytes], headers: dict[str, str]) -> None:
-        super().__init__(events, media_type=EVENTS, headers=headers | {"Cache-Control": "no-store"})
-        self._jobs, self._job = jobs, job
+    def __init__(
+        self, events: AsyncGenerator[bytes], headers: dict[str, str], leave: Callable[[], Awaitable[None]] | None = None
+    ) -> None:
+        at_once = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # nginx would keep events until it has many
+        super().__init__(events, media_type=EVENTS, headers=headers | at_once)
+        self._leave = leave
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:  # not in the generator, which never starts if the client disconnects at once
-            await self._jobs.leave(self._job)
+            if self._leave is not None:
+                await self._leave()
+
+    async def stream_response(self, send: Send) -> None:
+        """Sends the events, and a comment when there was none for so long that a proxy might close the connection."""
+        sent = 0
+
+        async def counted(message: ASGIMessage) -> None:
+            nonlocal sent
+            await send(message)
+            sent += 1
+
+        async def beat() -> None:
+            while True:
+                before = sent
+                await asyncio.sleep(BEAT_S)
+                if sent == before:
+                    await send({"type": "http.response.body", "body": b":\n\n", "more_body": True})
+
+        beating = asyncio.create_task(beat())
+        try:
+            await super().stream_response(counted)
+        finally:
+            beating.cancel()
 
 
-async def _events(job: Job, subscriber: Subscriber, request_id: str) -> AsyncGenerator[bytes]:
-    """Every message of the job; at the end, if the job was parked, the reason."""
+async def events(
+    job: Job, subscriber: Subscriber, request_id: str, retry_ms: int | None = None
+) -> AsyncGenerator[bytes]:
+    """Every message of the job; at the end, if the job was parked, the reason. retry_ms: before a client reconnects"""
+    if retry_ms is not None:
+        yield f"retry: {retry_ms}\n\n".encode()
     async with aclosing(subscriber.messages()) as messages:
         async for message in messages:
             yield await _event(message)

@@ -1,4 +1,4 @@
-"""What the server says about itself: `/models`, `/healthz`, `/readyz`, `/metrics`, and the two pages."""
+"""What the server says about itself: `/models`, `/healthz`, `/readyz`, `/status`, `/metrics`, and the two pages."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -10,17 +10,17 @@ from starlette.responses import FileResponse, JSONResponse
 from model.checkpoint.card import ModelCard
 from model.sampling.plan import SAMPLERS, SPACINGS
 from server.engines.backend import Backend
-from server.errors import NotFound
+from server.errors import ModelNotFound
 from server.jobs.request import default_model
 from server.jobs.service import JobService
 from server.metrics import MEDIA
 from server.settings import Settings
+from server.web.hosts import frame_policy
 from server.web.http import has_current
 
 router = APIRouter()
 CONTENT_POLICY = (
-    "default-src 'self'; img-src 'self' blob: data:; connect-src 'self' blob:; "
-    "base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
+    "default-src 'self'; img-src 'self' blob: data:; connect-src 'self' blob:; base-uri 'none'; form-action 'self'"
 )
 STATIC = Path(__file__).parent.parent / "static"
 
@@ -48,12 +48,17 @@ def _document(card: ModelCard, backend: Backend) -> dict[str, Any]:
     }
 
 
+def page_headers(settings: Settings) -> dict[str, str]:
+    """The headers of pages, which may load nothing from other servers. Raises SettingsError."""
+    ancestors, older = frame_policy(settings.frame_ancestors)
+    return {"Content-Security-Policy": f"{CONTENT_POLICY}; {ancestors}"} | older
+
+
 def _page(request: Request, name: str) -> Response:
-    """A page, which may load nothing from other servers."""
-    path, policy = STATIC / name, {"Content-Security-Policy": CONTENT_POLICY}
-    page = FileResponse(path, headers=policy, stat_result=path.stat())
+    path, headers = STATIC / name, request.app.state.page_headers
+    page = FileResponse(path, headers=headers, stat_result=path.stat())
     tag = page.headers["etag"]
-    return Response(status_code=304, headers=policy | {"ETag": tag}) if has_current(request, tag) else page
+    return Response(status_code=304, headers=headers | {"ETag": tag}) if has_current(request, tag) else page
 
 
 @router.get("/models", summary="List models")
@@ -71,7 +76,7 @@ async def model(request: Request, name: str) -> JSONResponse:
     """A model with its card, the README of its directory."""
     jobs: JobService = request.app.state.jobs
     if name not in jobs.cards:
-        raise NotFound(f"there is no such model; there are {', '.join(jobs.cards)}")
+        raise ModelNotFound(jobs.cards)
     card = jobs.cards[name]
     return JSONResponse(_document(card, jobs.backend) | {"card": card.readme})
 
@@ -89,6 +94,30 @@ async def readyz(request: Request) -> JSONResponse:
     if jobs.admission.trouble is not None:
         raise jobs.admission.trouble
     return JSONResponse({"status": "ready"})
+
+
+@router.get("/status", summary="See what the server is doing")
+async def status(request: Request) -> JSONResponse:
+    """Jobs, slots and pace at the moment, for a page or a script that has no key for `/metrics`."""
+    jobs: JobService = request.app.state.jobs
+    running, waiting, _ = jobs.tally()
+    image_steps_per_s, step_s = jobs.pace.measure()
+    trouble, replicas = jobs.admission.trouble, jobs.backend.replicas
+    document = {
+        "ready": trouble is None,
+        "reason": str(trouble) if trouble is not None else None,
+        "jobs_running": running,
+        "jobs_waiting": waiting,
+        "steps_waiting": jobs.admission.capacity.steps,
+        "slots": jobs.slots,
+        "slots_used": jobs.backend.health.stats.seated,
+        "viewers": jobs.counts.subscribers,
+        "image_steps_per_s": image_steps_per_s,
+        "step_s": step_s,
+        "engines": [{"up": bool(each), "loaded": [name for name in each if each[name].loaded]} for each in replicas],
+        "models": list(jobs.cards),
+    }
+    return JSONResponse(document, headers={"Cache-Control": "no-store"})
 
 
 @router.get("/metrics", summary="Get metrics in Prometheus' text format", response_class=Response)

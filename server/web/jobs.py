@@ -1,20 +1,22 @@
 """`/jobs`: the jobs of a tenant, running and ended, their images and their animations."""
 
 import asyncio
+from typing import Annotated
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Header, Request, Response
 from starlette.requests import HTTPConnection
 from starlette.responses import JSONResponse
 
 from server.bounds import whole_number
 from server.errors import Invalid, NotFound
 from server.jobs.job import Job
-from server.jobs.schemas import JOBS, MOST_JOBS, STATUSES, After, Index, Limit, Status
+from server.jobs.schemas import JOBS, MAX_SEQ, MOST_JOBS, STATUSES, After, Index, Limit, Seq, Status
 from server.jobs.service import JobService
-from server.web.generate import ANIMATIONS, PNG, draw
+from server.web.generate import ANIMATIONS, EVENTS, PNG, ServerSent, draw, events
 from server.web.http import has_current, header, negotiate, tenant_of
 
 router = APIRouter()
+RETRY_MS = 2000  # before an EventSource reconnects
 IMMUTABLE = "max-age=31536000, immutable"
 
 
@@ -72,6 +74,28 @@ async def job_image(request: Request, id: str, index: Index) -> Response:
     if has_current(request, tag):
         return Response(status_code=304, headers=headers)
     return Response(await asyncio.to_thread(lambda: image.png), media_type=PNG, headers=headers)
+
+
+@router.get(
+    "/jobs/{id}/events",
+    summary="Watch a job by server-sent events",
+    response_class=Response,
+    responses={200: {"content": {EVENTS: {}}}, 204: {"description": "There is nothing more to come."}},
+)
+async def job_events(
+    request: Request, id: str, after: Seq = None, last_event_id: Annotated[Seq, Header()] = None
+) -> Response:
+    """The messages of a job from number `after` + 1 on, or after the `Last-Event-ID` that an EventSource sends when it
+    reconnects. It stops at 204, the answer when the last message was sent. A disconnect cancels nothing."""
+    negotiate(header(request, "accept"), [EVENTS])
+    name, given = (
+        ("after", "0" if after is None else after) if last_event_id is None else ("Last-Event-ID", last_event_id)
+    )
+    passed, job = whole_number(name, given, 0, MAX_SEQ), await find_job(request, id)
+    if job.ended and job.stream.closed and passed >= len(job.stream.kept):
+        return Response(status_code=204)
+    jobs: JobService = request.app.state.jobs
+    return ServerSent(events(job, jobs.watch(job, passed), request.state.request_id, RETRY_MS), {})
 
 
 @router.get("/jobs/{id}/trajectory", summary="Get the denoising of a job as an animation", response_class=Response)

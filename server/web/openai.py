@@ -6,13 +6,15 @@ import json
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from functools import partial
 from typing import Any
+from urllib.parse import urljoin
 
 from ddpm_client.wire import unpack
 from fastapi import APIRouter, Request, Response
 from starlette.responses import JSONResponse
 
-from server.errors import NotFound, problem
+from server.errors import ModelNotFound, problem
 from server.jobs import encode
 from server.jobs.job import Image, Job
 from server.jobs.request import RequestContext, resolve_request
@@ -54,12 +56,12 @@ async def generations(request: Request) -> Response:
         job = await jobs.submit(body, context)
     headers = {"X-Job-Id": job.id, "X-Seed": str(job.request.seed)} | ({"X-Cache": "hit"} if job.cached else {})
     if asked.stream:
-        return ServerSent(jobs, job, _events(asked, job, jobs.watch(job)), headers)
+        return ServerSent(_events(asked, job, jobs.watch(job)), headers, partial(jobs.leave, job))
     if not await succeeds(request, jobs, job):
         return Response(status_code=CLIENT_CLOSED_REQUEST)
     urls = None
     if asked.response_format == "url":
-        urls = [str(request.url_for("job_image", id=job.id, index=i)) for i in range(job.request.n)]
+        urls = [urljoin(str(request.base_url), f"{job.path}/images/{i}") for i in range(job.request.n)]
     return await asyncio.to_thread(lambda: JSONResponse(_answer(asked, job, urls), headers=headers))
 
 
@@ -142,5 +144,5 @@ async def model_entry(request: Request, name: str) -> JSONResponse:
     """The name of a model. `GET /models/{name}` has more."""
     cards = request.app.state.jobs.cards
     if name not in cards:
-        raise NotFound(f"there is no such model; there are {', '.join(cards)}")
+        raise ModelNotFound(cards)
     return JSONResponse(_model(name))

@@ -13,6 +13,7 @@ from server.jobs.schemas import Frames, GenerateRequest, parse_object, validate
 
 PREFIX = "/v1/"  # of paths whose errors have OpenAI's form, too
 MAX_PARTIAL = 3
+CODES = {"model-not-found": "model_not_found"}  # ours, and those that OpenAI's clients know
 INVALID, RATE_LIMIT, SERVER = "invalid_request_error", "rate_limit_error", "server_error"
 
 
@@ -81,4 +82,5 @@ def error_object(problem: Problem) -> dict[str, Any]:
     kind = RATE_LIMIT if problem.status == 429 else SERVER if problem.status >= 500 else INVALID
     named = [error["pointer"].removeprefix("/") for error in problem.errors if error["pointer"]]
     param = named[0] if named else None
-    return {"message": problem.detail, "type": kind, "param": param, "code": problem.code}
+    code = CODES.get(problem.code, problem.code)
+    return {"message": problem.detail, "type": kind, "param": param, "code": code}

@@ -14,7 +14,7 @@ from server.bounds import whole_number
 from server.errors import BadInput, EngineFailed, Gone, NotFound, NotReady, StorageFull, TooBusy, problem
 from server.jobs.job import Job, State
 from server.jobs.request import RequestContext
-from server.jobs.schemas import parse_json
+from server.jobs.schemas import MAX_SEQ, parse_json
 from server.jobs.service import JobService
 from server.jobs.stream import Subscriber, TextMessage, error_message
 from server.web.http import tenant_of
@@ -23,7 +23,6 @@ from server.web.jobs import find_job
 router = APIRouter()
 BATCH = 8  # messages sent before other tasks have their turn: a long replay must not starve them
 MESSAGE_S, BURST = 0.1, 50  # a client may send one message in this time on average, and so many at once
-MAX_SEQ = 10**9 - 1
 FIRST_MESSAGE_S = 10.0  # within which a new websocket must send its request
 SLOW_S = 1.0  # a subscriber whose message takes longer to send misses the frames of that time
 STALLED_S = 10.0  # a subscriber whose message takes longer is disconnected
