@@ -3,13 +3,14 @@
 import json
 import secrets
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
-from typing import Any
+from typing import cast
 
 from model.checkpoint.card import ModelCard
 from model.sampling.plan import Sampling, resolve
+from server.documents import FramesDocument, RequestDocument
 from server.errors import Invalid
 from server.jobs.schemas import MAX_SEED, Frames, GenerateRequest, parse_json, parse_object, validate
 from server.jobs.tenants import Tenant
@@ -96,11 +97,24 @@ class ResolvedRequest:
         return pictures + MESSAGE_BYTES * self.n * (self.frame_count + 1) + JOB_BYTES
 
     @cached_property
-    def document(self) -> dict[str, Any]:
+    def document(self) -> RequestDocument:
         """Every field of the request, defaults filled in. It is shared: nobody changes it."""
-        fields = {"model": self.model, "seed": self.seed, "n": self.n, **asdict(self.sampling)}
-        fields["frames"] = self.frames.frames.model_dump(exclude_none=True) if self.frames is not None else None
-        return fields | {"priority": self.priority, "deadline_s": self.deadline_s}
+        sampling, frames = self.sampling, self.frames
+        return {
+            "model": self.model,
+            "seed": self.seed,
+            "n": self.n,
+            "sampler": sampling.sampler,
+            "steps": sampling.steps,
+            "spacing": sampling.spacing,
+            "clip": sampling.clip,
+            "noise": sampling.noise,
+            "variance": sampling.variance,
+            "eta": sampling.eta,
+            "frames": cast(FramesDocument, frames.frames.model_dump(exclude_none=True)) if frames else None,
+            "priority": self.priority,
+            "deadline_s": self.deadline_s,
+        }
 
 
 def fingerprint(value: object) -> str:

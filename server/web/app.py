@@ -4,7 +4,7 @@ import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
-from fastapi import FastAPI, Request
+from fastapi import Depends, FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.routing import Match
@@ -21,7 +21,7 @@ from server.metrics import Metrics
 from server.settings import Settings
 from server.store.store import Store
 from server.web import generate, info, jobs, openai, openapi, watch
-from server.web.http import refusal
+from server.web.http import check_request, refusal
 from server.web.middleware import Access, Middleware
 
 logger = logging.getLogger(__name__)
@@ -89,8 +89,10 @@ def create_app(
         version=__version__,
         description="Pictures from pixel-space diffusion models: a seed and a step count in, a picture out.",
         lifespan=_lifespan,
+        openapi_url=None,  # server/web/info.py has the route
         docs_url=None,  # FastAPI's page loads scripts from other servers; ours is server/static/docs.html
         redoc_url=None,
+        generate_unique_id_function=lambda route: route.name,  # operation ids are names of functions
         redirect_slashes=False,  # a redirect would repeat the Host header
     )
     app.state.settings, app.state.jobs, app.state.on_failed = settings, service, on_failed
@@ -102,6 +104,6 @@ def create_app(
     app.add_middleware(Middleware, access=access, max_websockets=settings.max_websockets, refused=refused)
     app.mount("/static", StaticFiles(directory=info.STATIC), name="static")
     for router in ROUTERS:
-        app.include_router(router)
+        app.include_router(router, dependencies=[Depends(check_request)])
     openapi.describe(app, service, settings)
     return app

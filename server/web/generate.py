@@ -5,42 +5,32 @@ import base64
 import json
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from typing import Any
 
 from ddpm_client.wire import unpack
 from fastapi import APIRouter, Request, Response
 from starlette.responses import JSONResponse, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from server.documents import JobDocument, Kind
 from server.errors import Gone
 from server.jobs import encode
-from server.jobs.job import Job, Kind, State
+from server.jobs.job import Job, State
 from server.jobs.request import RequestContext
 from server.jobs.service import JobService
 from server.jobs.stream import Message, Subscriber, TextMessage, error_message
 from server.web.http import from_headers, header, negotiate, read_json_body, words
+from server.web.openapi import EVENTS, FILE, JOB_EVENTS, JSON, asks, events, headers, refusals, schema
 
-router = APIRouter()
-PNG, JSON, NPY, ZIP = "image/png", "application/json", "application/x-npy", "application/zip"
-EVENTS = "text/event-stream"
+router = APIRouter(tags=["pictures"])
+PNG, NPY, ZIP = "image/png", "application/x-npy", "application/zip"
 ANIMATIONS = ("image/gif", "image/apng", "image/webp")
 ANSWERS = (PNG, JSON, NPY, ZIP, EVENTS, *ANIMATIONS)
-CLIENT_CLOSED_REQUEST = 499  # nobody reads it
-PROBLEM = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
-PROBLEMS: dict[int | str, dict[str, Any]] = {
-    status: {"description": text, "content": PROBLEM}
-    for status, text in {
-        400: "The body is not valid JSON.",
-        406: "No media type that `Accept` allows can be produced.",
-        409: "The job with this Idempotency-Key has not ended: see the headers Location and Retry-After.",
-        413: "The body is too large.",
-        415: "The body is not declared as JSON.",
-        422: "A field is out of bounds (`errors` names it), or the Idempotency-Key was used with another body.",
-        429: "The queue is full, or the quota is used up: see the header Retry-After.",
-        503: "The server is not ready, or its disk is full: see the header Retry-After.",
-        504: "The deadline was missed, or cannot be met.",
-    }.items()
+CONTENT = dict.fromkeys((PNG, NPY, ZIP, *ANIMATIONS), {"schema": FILE}) | {
+    JSON: {"schema": schema("JobWithPngs")},
+    EVENTS: events(JOB_EVENTS),
 }
+CLIENT_CLOSED_REQUEST = 499  # nobody reads it
+MADE = ("X-Job-Id", "X-Seed", "X-Cache", "Vary")  # headers of pictures
 
 
 def picture(job: Job) -> bytes:
@@ -90,8 +80,16 @@ ENCODERS: dict[str, Callable[[Job], bytes]] = {PNG: picture, NPY: array, ZIP: ar
     "/generate",
     summary="Make pictures",
     response_class=Response,
-    responses={200: {"content": {media: {} for media in ANSWERS}}, 202: {"content": {JSON: {}}}, **PROBLEMS},
-    openapi_extra={"requestBody": {"content": {JSON: {"schema": {"$ref": "#/components/schemas/GenerateRequest"}}}}},
+    responses={
+        200: {"description": "What `Accept` asks for.", "content": CONTENT, **headers(*MADE)},
+        202: {
+            "description": "The job, with `Prefer: respond-async`.",
+            "model": JobDocument,
+            **headers(*MADE, "Location", "Preference-Applied"),
+        },
+        **refusals(406, 409, 410, 413, 415, 429, 504),
+    },
+    openapi_extra=asks("Accept", "Prefer", "Idempotency-Key", "Cache-Control", body="GenerateRequest"),
 )
 async def generate(request: Request) -> Response:
     """Makes `n` pictures. `Accept` chooses the answer: a PNG (a contact sheet if `n` > 1), the job as JSON, the
@@ -111,21 +109,21 @@ async def generate(request: Request) -> Response:
             **from_headers(request),
         )
         job = await jobs.submit(body or b"{}", context)
-    headers = {"X-Job-Id": job.id, "X-Seed": str(job.request.seed), "Vary": "Accept, Prefer"}
+    about = {"X-Job-Id": job.id, "X-Seed": str(job.request.seed), "Vary": "Accept, Prefer"}
     if job.cached:
-        headers["X-Cache"] = "hit"
+        about["X-Cache"] = "hit"
     if later:
-        headers |= {"Location": f"/jobs/{job.id}", "Preference-Applied": "respond-async"}
-        return JSONResponse(jobs.document(job), 202, headers)
+        about |= {"Location": f"/jobs/{job.id}", "Preference-Applied": "respond-async"}
+        return JSONResponse(jobs.document(job), 202, about)
     if media == EVENTS:
-        return ServerSent(jobs, job, _events(job, jobs.watch(job), request.state.request_id), headers)
+        return ServerSent(jobs, job, _events(job, jobs.watch(job), request.state.request_id), about)
     if not await succeeds(request, jobs, job):
         return Response(status_code=CLIENT_CLOSED_REQUEST)
     if media == JSON:
-        return await asyncio.to_thread(lambda: JSONResponse(job.document(pictures=True), headers=headers))
+        return await asyncio.to_thread(lambda: JSONResponse(job.document(pictures=True), headers=about))
     if media in ANIMATIONS:
-        return Response(await draw(jobs, job, media), media_type=media, headers=headers)
-    return Response(await asyncio.to_thread(ENCODERS[media], job), media_type=media, headers=headers)
+        return Response(await draw(jobs, job, media), media_type=media, headers=about)
+    return Response(await asyncio.to_thread(ENCODERS[media], job), media_type=media, headers=about)
 
 
 async def succeeds(request: Request, jobs: JobService, job: Job) -> bool:

@@ -7,14 +7,16 @@ from starlette.requests import HTTPConnection
 from starlette.responses import JSONResponse
 
 from server.bounds import whole_number
+from server.documents import JobDocument, JobPage
 from server.errors import Invalid, NotFound
 from server.jobs.job import Job
 from server.jobs.schemas import JOBS, MOST_JOBS, STATUSES, After, Index, Limit, Status
 from server.jobs.service import JobService
 from server.web.generate import ANIMATIONS, PNG, draw
 from server.web.http import has_current, header, negotiate, tenant_of
+from server.web.openapi import FILE, asks, headers, refusals
 
-router = APIRouter()
+router = APIRouter(tags=["jobs"])
 IMMUTABLE = "max-age=31536000, immutable"
 
 
@@ -34,8 +36,8 @@ async def find_job(request: HTTPConnection, id: str) -> Job:
     return await jobs.repository.find(id, _owner(request))
 
 
-@router.get("/jobs", summary="List jobs, newest first")
-async def job_list(request: Request, status: Status = None, limit: Limit = None, after: After = None) -> JSONResponse:
+@router.get("/jobs", summary="List jobs, newest first", response_model=JobPage, responses=refusals(404, 410))
+async def list_jobs(request: Request, status: Status = None, limit: Limit = None, after: After = None) -> JSONResponse:
     """One page of the jobs that are kept. `after` is the id of the last job of the previous page."""
     if status is not None and status not in STATUSES:
         raise Invalid(("status", f"status must be one of {', '.join(STATUSES)}"))
@@ -46,36 +48,56 @@ async def job_list(request: Request, status: Status = None, limit: Limit = None,
     return await asyncio.to_thread(JSONResponse, {"jobs": documents})
 
 
-@router.get("/jobs/{id}", summary="Get a job")
-async def job_document(request: Request, id: str) -> JSONResponse:
+@router.get("/jobs/{id}", summary="Get a job", response_model=JobDocument, responses=refusals(404, 410))
+async def get_job(request: Request, id: str) -> JSONResponse:
     """The job document: status, progress, request, images, error."""
     jobs: JobService = request.app.state.jobs
     return JSONResponse(jobs.document(await find_job(request, id)))
 
 
-@router.delete("/jobs/{id}", summary="Cancel a job")
-async def job_cancel(request: Request, id: str) -> JSONResponse:
+@router.delete("/jobs/{id}", summary="Cancel a job", response_model=JobDocument, responses=refusals(404, 410))
+async def cancel_job(request: Request, id: str) -> JSONResponse:
     """Cancels a job and returns its document. A job that has ended stays as it is."""
     jobs: JobService = request.app.state.jobs
     return JSONResponse(jobs.document(await jobs.cancel(await find_job(request, id))))
 
 
-@router.get("/jobs/{id}/images/{index}", summary="Get an image of a job", response_class=Response)
-async def job_image(request: Request, id: str, index: Index) -> Response:
+@router.get(
+    "/jobs/{id}/images/{index}",
+    summary="Get an image of a job",
+    response_class=Response,
+    responses={
+        200: {"content": {PNG: {"schema": FILE}}, **headers("ETag", "Cache-Control")},
+        304: {"description": "`If-None-Match` names its ETag.", **headers("ETag", "Cache-Control")},
+        **refusals(404, 406, 410),
+    },
+    openapi_extra=asks("Accept", "If-None-Match"),
+)
+async def get_image(request: Request, id: str, index: Index) -> Response:
     """The PNG. It never changes."""
+    negotiate(header(request, "accept"), (PNG,))
     job = await find_job(request, id)
     if not (index.isascii() and index.isdigit() and len(index) < 6 and int(index) in job.images):
         raise NotFound(f"this job has {len(job.images)} of its images 0..{job.request.n - 1}")
     image = job.images[int(index)]
     tag = f'"{await asyncio.to_thread(lambda: image.sha256)}"'
-    headers = {"ETag": tag, "Cache-Control": _cache_control(job)}
+    about = {"ETag": tag, "Cache-Control": _cache_control(job)}
     if has_current(request, tag):
-        return Response(status_code=304, headers=headers)
-    return Response(await asyncio.to_thread(lambda: image.png), media_type=PNG, headers=headers)
+        return Response(status_code=304, headers=about)
+    return Response(await asyncio.to_thread(lambda: image.png), media_type=PNG, headers=about)
 
 
-@router.get("/jobs/{id}/trajectory", summary="Get the denoising of a job as an animation", response_class=Response)
-async def job_trajectory(request: Request, id: str) -> Response:
+@router.get(
+    "/jobs/{id}/trajectory",
+    summary="Get the denoising of a job as an animation",
+    response_class=Response,
+    responses={
+        200: {"content": dict.fromkeys(ANIMATIONS, {"schema": FILE}), **headers("Cache-Control", "Vary")},
+        **refusals(404, 406, 410),
+    },
+    openapi_extra=asks("Accept"),
+)
+async def get_trajectory(request: Request, id: str) -> Response:
     """A GIF, APNG or WebP, as `Accept` asks, of the frames that are in memory."""
     media, job = negotiate(header(request, "accept"), ANIMATIONS), await find_job(request, id)
     if job.request.frames is None or job.status != "succeeded":
