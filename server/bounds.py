@@ -13,6 +13,7 @@ from pydantic.fields import FieldInfo
 
 from server.errors import Invalid
 
+NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,31}")
 NUMBER = re.compile(r"-?[0-9]{1,20}(?:\.[0-9]{1,20})?")
 MAX_DIGITS = 25  # of a number that a message repeats
 KINDS = {str: "a string", list: "a list", dict: "an object", NoneType: "null"}
@@ -94,6 +95,11 @@ def _got(given: object, text: bool) -> str:
     if text and isinstance(given, str):
         return f", got {given}" if NUMBER.fullmatch(given) else ""
     return f", got {KINDS[type(given)]}" if type(given) in KINDS else ""
+
+
+def shown(name: str) -> str:
+    """A name in a request, for a message: "" unless it has the form of a field's name."""
+    return name if NAME.fullmatch(name) else ""
 
 
 def whole_number(name: str, given: str, least: int, most: int) -> int:

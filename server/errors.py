@@ -1,11 +1,10 @@
 """Domain errors, and how each of them is answered over HTTP (RFC 9457)."""
 
 import http
-from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 from model.errors import ModelRefused, NoSuchDevice, PlanError
+from server.documents import FieldError, ProblemDocument
 
 EXIT_FAILED, EXIT_USAGE, EXIT_MODEL_REFUSED, EXIT_STORE_REFUSED, EXIT_STORE_IN_USE = 1, 2, 3, 4, 5
 EXIT_NO_DEVICE, EXIT_STORAGE_FULL, EXIT_ENGINE = 6, 7, 70
@@ -13,15 +12,7 @@ EXIT_NO_DEVICE, EXIT_STORAGE_FULL, EXIT_ENGINE = 6, 7, 70
 
 # The status and the code of each error, which its class declares
 ANSWERS: dict[type[Exception], tuple[int, str]] = {PlanError: (422, "invalid-request")}
-MOST_NAMES = 20  # of models, in a message
 UNFORESEEN = (500, "internal")
-
-
-def one_of(models: Iterable[str]) -> str:
-    """`one of` the models that there are; of many, the first are named."""
-    names = list(models)
-    more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
-    return f"one of {', '.join(names[:MOST_NAMES])}{more}"
 
 
 class ServerError(Exception):
@@ -61,12 +52,9 @@ class NotFound(BadInput, status=404, code="not-found"):
 
 
 class ModelNotFound(BadInput, status=404, code="model-not-found"):
-    """A path or the field `model` of a body names no model that there is."""
+    """A path, or the field `model` of a body, names no model that there is."""
 
     field = "model"
-
-    def __init__(self, known: Iterable[str]) -> None:
-        super().__init__(f"model must be {one_of(known)}")
 
 
 class Gone(BadInput, status=410, code="gone"):
@@ -95,6 +83,16 @@ class HeadTooLarge(BadInput, status=431, code="head-too-large"):
 
 class UnsupportedMedia(BadInput, status=415, code="unsupported-media-type"):
     """The body has an unsupported media type or encoding."""
+
+
+class ExpectationFailed(BadInput, status=417, code="expectation-failed"):
+    """The header Expect asks for something else than 100-continue."""
+
+
+class UpgradeRequired(BadInput, status=426, code="upgrade-required"):
+    """The path is that of a websocket, and this is no handshake."""
+
+    headers = {"Upgrade": "websocket", "Connection": "Upgrade"}
 
 
 class KeyReused(BadInput, status=422, code="key-reused"):
@@ -209,15 +207,20 @@ class Problem:
     status: int
     code: str
     detail: str
-    errors: list[dict[str, str]] = field(default_factory=list)
+    errors: list[FieldError] = field(default_factory=list)
     headers: dict[str, str] = field(default_factory=dict)
 
-    def body(self, request_id: str) -> dict[str, Any]:
+    def body(self, request_id: str) -> ProblemDocument:
         """The members of the `application/problem+json` answer."""
-        title = http.HTTPStatus(self.status).phrase
-        body: dict[str, Any] = {"type": f"urn:ddpm:problem:{self.code}", "title": title, "status": self.status}
-        body |= {"detail": self.detail, "code": self.code, "request_id": request_id}
-        return body | {"errors": self.errors} if self.errors else body
+        body: ProblemDocument = {
+            "type": f"urn:ddpm:problem:{self.code}",
+            "title": http.HTTPStatus(self.status).phrase,
+            "status": self.status,
+            "detail": self.detail,
+            "code": self.code,
+            "request_id": request_id,
+        }
+        return {**body, "errors": self.errors} if self.errors else body
 
 
 class Recalled(ServerError):
@@ -237,6 +240,6 @@ def problem(error: Exception) -> Problem:
     fields = error.fields if isinstance(error, Invalid) else ()
     if isinstance(error, PlanError | ModelNotFound):
         fields = ((error.field, str(error)),)
-    errors = [{"pointer": f"/{name}" if name else "", "message": message} for name, message in fields]
+    errors: list[FieldError] = [{"pointer": f"/{name}" if name else "", "message": message} for name, message in fields]
     headers = error.headers if isinstance(error, ServerError) else {}
     return Problem(*ANSWERS[type(error)], str(error), errors, headers)

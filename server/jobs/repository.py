@@ -10,8 +10,8 @@ import math
 import time
 from collections import OrderedDict
 from collections.abc import Iterable
-from typing import Any
 
+from server.documents import ProblemDocument
 from server.errors import NotFound, StorageFull
 from server.jobs.codec import answered_from_cache, concluded, identities, stored, to_job, to_record
 from server.jobs.job import Job
@@ -93,7 +93,7 @@ class JobRepository:
         self.live[job.id] = job
         return job
 
-    async def end(self, job: Job, status: str, finished_at: float, error: dict[str, Any] | None) -> None:
+    async def end(self, job: Job, status: str, finished_at: float, error: ProblemDocument | None) -> None:
         """Writes down the end of a job, its pictures first. Waits for room on the disk."""
         ended = self.clock.now()
         pngs = {image.sha256: image.png for image in job.images.values()} if status == "succeeded" else {}

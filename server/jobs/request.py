@@ -3,14 +3,16 @@
 import json
 import secrets
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
-from typing import Any
+from typing import cast
 
 from model.checkpoint.card import ModelCard
 from model.sampling.plan import Sampling, resolve
-from server.errors import Invalid, ModelNotFound, one_of
+from server.catalog import card_of, one_of
+from server.documents import FramesDocument, RequestDocument
+from server.errors import Invalid
 from server.jobs.schemas import MAX_SEED, Frames, GenerateRequest, parse_json, parse_object, validate
 from server.jobs.tenants import Tenant
 from server.settings import Settings
@@ -96,11 +98,24 @@ class ResolvedRequest:
         return pictures + MESSAGE_BYTES * self.n * (self.frame_count + 1) + JOB_BYTES
 
     @cached_property
-    def document(self) -> dict[str, Any]:
+    def document(self) -> RequestDocument:
         """Every field of the request, defaults filled in. It is shared: nobody changes it."""
-        fields = {"model": self.model, "seed": self.seed, "n": self.n, **asdict(self.sampling)}
-        fields["frames"] = self.frames.frames.model_dump(exclude_none=True) if self.frames is not None else None
-        return fields | {"priority": self.priority, "deadline_s": self.deadline_s}
+        sampling, frames = self.sampling, self.frames
+        return {
+            "model": self.model,
+            "seed": self.seed,
+            "n": self.n,
+            "sampler": sampling.sampler,
+            "steps": sampling.steps,
+            "spacing": sampling.spacing,
+            "clip": sampling.clip,
+            "noise": sampling.noise,
+            "variance": sampling.variance,
+            "eta": sampling.eta,
+            "frames": cast(FramesDocument, frames.frames.model_dump(exclude_none=True)) if frames else None,
+            "priority": self.priority,
+            "deadline_s": self.deadline_s,
+        }
 
 
 def fingerprint(value: object) -> str:
@@ -124,7 +139,7 @@ def resolve_request(
     """A request with every choice made. Raises BadInput or PlanError, naming the field that is out of bounds."""
     value = parse_object(body)
     request = validate(value, GenerateRequest, _largest(value, cards, settings))
-    card = cards[_model(request.model, cards, settings)]
+    card = _model(request.model, cards, settings)
     chosen = request.model_dump(include={"variance", "eta", "spacing", "clip", "noise"})
     sampling = resolve(card.process, request.sampler, request.steps, **chosen)
     return ResolvedRequest(
@@ -171,10 +186,9 @@ def default_model(cards: Mapping[str, ModelCard], settings: Settings) -> str | N
     return settings.default_model or (next(iter(cards)) if len(cards) == 1 else None)
 
 
-def _model(wanted: str | None, cards: Mapping[str, ModelCard], settings: Settings) -> str:
+def _model(wanted: str | None, cards: Mapping[str, ModelCard], settings: Settings) -> ModelCard:
+    """The model of a request. Raises ModelNotFound, or Invalid if it must be named and is not."""
     name = wanted or default_model(cards, settings)
     if name is None:
         raise Invalid(("model", f"name a model, {one_of(cards)}"))
-    if name not in cards:
-        raise ModelNotFound(cards)
-    return name
+    return card_of(name, cards)

@@ -8,9 +8,9 @@ import asyncio
 import math
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from model.checkpoint.card import ModelCard
+from server.documents import JobDocument
 from server.engines.backend import Backend
 from server.errors import JobCancelled, KeyReused, StillRunning
 from server.jobs.admission import Admission
@@ -165,7 +165,7 @@ class JobService:
             self._runner.tell_progress(job)
         return Subscriber(job.stream, after)
 
-    def document(self, job: Job) -> dict[str, Any]:
+    def document(self, job: Job) -> JobDocument:
         """The job as clients see it."""
         return job.document(None if job.ended else self._etas.of(job))
 

@@ -4,24 +4,25 @@ import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
-from fastapi import FastAPI, Request
+from fastapi import Depends, FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.routing import Match
 from starlette.staticfiles import StaticFiles
 
+from model.checkpoint.card import ModelCard
 from model.errors import PlanError
 from server import __version__
-from server.catalog import find_models
+from server.catalog import find_models, one_of
 from server.engines.backend import Backend
 from server.engines.build import build
-from server.errors import Problem, ServerError, SettingsError, StorageFull, one_of, problem
+from server.errors import Problem, ServerError, SettingsError, StorageFull, problem
 from server.jobs.service import JobService
 from server.metrics import Metrics
 from server.settings import Settings
 from server.store.store import Store
 from server.web import generate, info, jobs, openai, openapi, watch
-from server.web.http import refusal
+from server.web.http import check_request, refusal
 from server.web.middleware import Access, Middleware
 
 logger = logging.getLogger(__name__)
@@ -77,6 +78,13 @@ def _check_prefix(prefix: str) -> None:
         raise SettingsError(f"DDPM_PATH_PREFIX must not begin as paths of the server do: {', '.join(sorted(ours))}")
 
 
+def _find_models(settings: Settings) -> dict[str, ModelCard]:
+    cards = find_models(settings.weights)
+    if settings.default_model and settings.default_model not in cards:
+        raise SettingsError(f"DDPM_DEFAULT_MODEL must be {one_of(cards)}")
+    return cards
+
+
 def create_app(
     settings: Settings,
     backend: Backend | None = None,
@@ -84,9 +92,7 @@ def create_app(
 ) -> FastAPI:
     """The application. on_failed: is called with the error that ends the server for good. Raises ModelRefused,
     SettingsError, StoreRefused, StoreInUse, StorageFull."""
-    cards = find_models(settings.weights)
-    if settings.default_model and settings.default_model not in cards:
-        raise SettingsError(f"DDPM_DEFAULT_MODEL must be {one_of(cards)}")
+    cards = _find_models(settings)
     metrics, access = Metrics(), Access.read(settings)
     if backend is None:
         backend = build(settings, cards, on_failed, metrics.observe_step)
@@ -97,8 +103,10 @@ def create_app(
         version=__version__,
         description="Pictures from pixel-space diffusion models: a seed and a step count in, a picture out.",
         lifespan=_lifespan,
+        openapi_url=None,  # server/web/info.py has the route
         docs_url=None,  # FastAPI's page loads scripts from other servers; ours is server/static/docs.html
         redoc_url=None,
+        generate_unique_id_function=lambda route: route.name,  # operation ids are names of functions
         redirect_slashes=False,  # a redirect would repeat the Host header
     )
     app.state.settings, app.state.jobs, app.state.on_failed = settings, service, on_failed
@@ -107,12 +115,16 @@ def create_app(
         app.add_exception_handler(kind, _on_error)
     app.add_exception_handler(Exception, _on_unforeseen)
     app.add_exception_handler(HTTPException, _on_http_error)
-    refused = service.admission.count_refusal
-    prefix, most = settings.path_prefix, settings.max_websockets
-    app.add_middleware(Middleware, access=access, max_websockets=most, refused=refused, prefix=prefix)
+    _check_prefix(settings.path_prefix)
+    app.add_middleware(
+        Middleware,
+        access=access,
+        max_websockets=settings.max_websockets,
+        refused=service.admission.count_refusal,
+        prefix=settings.path_prefix,
+    )
     app.mount("/static", StaticFiles(directory=info.STATIC), name="static")
     for router in ROUTERS:
-        app.include_router(router)
-    _check_prefix(prefix)
+        app.include_router(router, dependencies=[Depends(check_request)])
     openapi.describe(app, service, settings)
     return app

@@ -3,48 +3,35 @@
 import asyncio
 import base64
 import json
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from functools import partial
-from typing import Any
 
 from ddpm_client.wire import unpack
 from fastapi import APIRouter, Request, Response
-from starlette.responses import JSONResponse, StreamingResponse
-from starlette.types import Message as ASGIMessage
-from starlette.types import Receive, Scope, Send
+from starlette.responses import JSONResponse
 
 from model.engine.events import Picture
+from server.documents import JobDocument, Kind
 from server.errors import Gone
 from server.jobs import encode
-from server.jobs.job import Job, Kind, State
+from server.jobs.job import Job, State
 from server.jobs.request import RequestContext
 from server.jobs.service import JobService
 from server.jobs.stream import Message, Subscriber, TextMessage, error_message
-from server.web.http import from_headers, header, negotiate, read_json_body, words
+from server.web.http import EVENTS, ServerSent, from_headers, header, negotiate, read_json_body, words
+from server.web.openapi import FILE, JOB_EVENTS, JSON, asks, events, headers, refusals, schema
 
-router = APIRouter()
-PNG, JSON, NPY, ZIP = "image/png", "application/json", "application/x-npy", "application/zip"
-EVENTS = "text/event-stream"
+router = APIRouter(tags=["pictures"])
+PNG, NPY, ZIP = "image/png", "application/x-npy", "application/zip"
 ANIMATIONS = ("image/gif", "image/apng", "image/webp")
 ANSWERS = (PNG, JSON, NPY, ZIP, EVENTS, *ANIMATIONS)
-BEAT_S = 15.0  # of silence, after which a stream of events has a comment
-CLIENT_CLOSED_REQUEST = 499  # nobody reads it
-PROBLEM = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
-PROBLEMS: dict[int | str, dict[str, Any]] = {
-    status: {"description": text, "content": PROBLEM}
-    for status, text in {
-        400: "The body is not valid JSON.",
-        406: "No media type that `Accept` allows can be produced.",
-        409: "The job with this Idempotency-Key has not ended: see the headers Location and Retry-After.",
-        413: "The body is too large.",
-        415: "The body is not declared as JSON.",
-        422: "A field is out of bounds (`errors` names it), or the Idempotency-Key was used with another body.",
-        429: "The queue is full, or the quota is used up: see the header Retry-After.",
-        503: "The server is not ready, or its disk is full: see the header Retry-After.",
-        504: "The deadline was missed, or cannot be met.",
-    }.items()
+CONTENT = dict.fromkeys((PNG, NPY, ZIP, *ANIMATIONS), {"schema": FILE}) | {
+    JSON: {"schema": schema("JobWithPngs")},
+    EVENTS: events(JOB_EVENTS),
 }
+CLIENT_CLOSED_REQUEST = 499  # nobody reads it
+MADE = ("X-Job-Id", "X-Seed", "X-Cache", "Vary")  # headers of pictures
 
 
 def picture(job: Job) -> bytes:
@@ -101,8 +88,16 @@ ENCODERS: dict[str, Callable[[Job], bytes]] = {PNG: picture, NPY: array, ZIP: ar
     "/generate",
     summary="Make pictures",
     response_class=Response,
-    responses={200: {"content": {media: {} for media in ANSWERS}}, 202: {"content": {JSON: {}}}, **PROBLEMS},
-    openapi_extra={"requestBody": {"content": {JSON: {"schema": {"$ref": "#/components/schemas/GenerateRequest"}}}}},
+    responses={
+        200: {"description": "What `Accept` asks for.", "content": CONTENT, **headers(*MADE)},
+        202: {
+            "description": "The job, with `Prefer: respond-async`.",
+            "model": JobDocument,
+            **headers(*MADE, "Location", "Preference-Applied"),
+        },
+        **refusals(406, 409, 410, 413, 415, 429, 504),
+    },
+    openapi_extra=asks("Accept", "Prefer", "Idempotency-Key", "Cache-Control", body="GenerateRequest"),
 )
 async def generate(request: Request) -> Response:
     """Makes `n` pictures. `Accept` chooses the answer: a PNG (a contact sheet if `n` > 1), the job as JSON, the
@@ -122,22 +117,22 @@ async def generate(request: Request) -> Response:
             **from_headers(request),
         )
         job = await jobs.submit(body or b"{}", context)
-    headers = {"X-Job-Id": job.id, "X-Seed": str(job.request.seed), "Vary": "Accept, Prefer"}
+    about = {"X-Job-Id": job.id, "X-Seed": str(job.request.seed), "Vary": "Accept, Prefer"}
     if job.cached:
-        headers["X-Cache"] = "hit"
+        about["X-Cache"] = "hit"
     if later:
-        headers |= {"Location": job.path, "Preference-Applied": "respond-async"}
-        return JSONResponse(jobs.document(job), 202, headers)
+        about |= {"Location": job.path, "Preference-Applied": "respond-async"}
+        return JSONResponse(jobs.document(job), 202, about)
     if media == EVENTS:
-        sent = events(job, jobs.watch(job), request.state.request_id)
-        return ServerSent(sent, headers, partial(jobs.leave, job))
+        sent = sent_events(job, jobs.watch(job), request.state.request_id)
+        return ServerSent(sent, about, partial(jobs.leave, job))
     if not await succeeds(request, jobs, job):
         return Response(status_code=CLIENT_CLOSED_REQUEST)
     if media == JSON:
-        return await asyncio.to_thread(lambda: JSONResponse(job.document(pictures=True), headers=headers))
+        return await asyncio.to_thread(lambda: JSONResponse(job.document(pictures=True), headers=about))
     if media in ANIMATIONS:
-        return Response(await draw(jobs, job, media), media_type=media, headers=headers)
-    return Response(await asyncio.to_thread(ENCODERS[media], job), media_type=media, headers=headers)
+        return Response(await draw(jobs, job, media), media_type=media, headers=about)
+    return Response(await asyncio.to_thread(ENCODERS[media], job), media_type=media, headers=about)
 
 
 async def succeeds(request: Request, jobs: JobService, job: Job) -> bool:
@@ -163,47 +158,7 @@ async def succeeds(request: Request, jobs: JobService, job: Job) -> bool:
     return True
 
 
-class ServerSent(StreamingResponse):
-    """Server-sent events. leave: is called when they have ended or the client has disconnected."""
-
-    def __init__(
-        self, events: AsyncGenerator[bytes], headers: dict[str, str], leave: Callable[[], Awaitable[None]] | None = None
-    ) -> None:
-        at_once = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # nginx would keep events until it has many
-        super().__init__(events, media_type=EVENTS, headers=headers | at_once)
-        self._leave = leave
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:  # not in the generator, which never starts if the client disconnects at once
-            if self._leave is not None:
-                await self._leave()
-
-    async def stream_response(self, send: Send) -> None:
-        """Sends the events, and a comment when there was none for so long that a proxy might close the connection."""
-        sent = 0
-
-        async def counted(message: ASGIMessage) -> None:
-            nonlocal sent
-            await send(message)
-            sent += 1
-
-        async def beat() -> None:
-            while True:
-                before = sent
-                await asyncio.sleep(BEAT_S)
-                if sent == before:
-                    await send({"type": "http.response.body", "body": b":\n\n", "more_body": True})
-
-        beating = asyncio.create_task(beat())
-        try:
-            await super().stream_response(counted)
-        finally:
-            beating.cancel()
-
-
-async def events(
+async def sent_events(
     job: Job, subscriber: Subscriber, request_id: str, retry_ms: int | None = None
 ) -> AsyncGenerator[bytes]:
     """Every message of the job; at the end, if the job was parked, the reason. retry_ms: before a client reconnects"""

@@ -11,7 +11,7 @@ from ddpm_client import Client, Invalid, ModelNotFound, NotFound
 from openai import OpenAI
 from starlette.testclient import TestClient
 
-from server.errors import MOST_NAMES, one_of
+from server.catalog import MOST_NAMES, one_of
 from server.settings import Settings
 from server.web.app import create_app
 from tests.server.conftest import Server
