@@ -19,7 +19,7 @@ from server.jobs.service import JobService
 from server.metrics import MEDIA
 from server.settings import Settings
 from server.web.http import DocumentResponse, has_current
-from server.web.openapi import headers, refusals
+from server.web.openapi import refusals, sends
 from server.worker.messages import ModelStatus
 
 router = APIRouter()
@@ -161,7 +161,7 @@ async def get_readiness(request: Request) -> JSONResponse:
     summary="Get metrics in Prometheus' text format",
     tags=["server"],
     response_class=PlainTextResponse,
-    responses={200: headers("Cache-Control")},
+    responses={200: sends("Cache-Control")},
 )
 async def get_metrics(request: Request) -> Response:
     """Counters, gauges and histograms named `ddpm_*`, all read at one moment."""
