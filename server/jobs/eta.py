@@ -25,9 +25,8 @@ class Pace:
     def __init__(self) -> None:
         self._looks: deque[tuple[float, float, float, float]] = deque()
 
-    def look(self, image_steps: float, steps: float, steps_s: float) -> None:
+    def look(self, now: float, image_steps: float, steps: float, steps_s: float) -> None:
         """Notes how many image-steps and steps of a batch there have been, and how long those took together."""
-        now = time.monotonic()
         self._looks.append((now, image_steps, steps, steps_s))
         while self._looks[0][0] < now - PACE_S:
             self._looks.popleft()

@@ -150,7 +150,7 @@ class JobService:
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(TICK_S)
-            self.pace.look(self.backend.health.stats.sample_steps, *self.metrics.steps_observed())
+            self.pace.look(time.monotonic(), self.backend.health.stats.sample_steps, *self.metrics.steps_observed())
             for job in self.repository.live.values():
                 if job.state is State.QUEUED and job.stream.subscribers:
                     self._runner.tell_progress(job)

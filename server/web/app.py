@@ -3,6 +3,7 @@
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from typing import Any
 
 from fastapi import Depends, FastAPI, Request
 from starlette.exceptions import HTTPException
@@ -49,6 +50,14 @@ async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
     if error.status_code == 405:
         headers["Allow"] = ", ".join(_methods(request))
     return refusal(request.scope, Problem(error.status_code, code, error.detail, headers=headers))
+
+
+HANDLERS: dict[Any, Any] = {
+    ServerError: _on_error,
+    PlanError: _on_error,
+    HTTPException: _on_http_error,
+    Exception: _on_unforeseen,
+}
 
 
 def _methods(request: Request) -> list[str]:
@@ -103,6 +112,7 @@ def create_app(
         version=__version__,
         description="Pictures from pixel-space diffusion models: a seed and a step count in, a picture out.",
         lifespan=_lifespan,
+        exception_handlers=HANDLERS,
         openapi_url=None,  # server/web/info.py has the route
         docs_url=None,  # FastAPI's page loads scripts from other servers; ours is server/static/docs.html
         redoc_url=None,
@@ -111,10 +121,6 @@ def create_app(
     )
     app.state.settings, app.state.jobs, app.state.on_failed = settings, service, on_failed
     app.state.page_headers = info.page_headers(settings)
-    for kind in (ServerError, PlanError):
-        app.add_exception_handler(kind, _on_error)
-    app.add_exception_handler(Exception, _on_unforeseen)
-    app.add_exception_handler(HTTPException, _on_http_error)
     _check_prefix(settings.path_prefix)
     app.add_middleware(
         Middleware,

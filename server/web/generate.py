@@ -20,7 +20,7 @@ from server.jobs.request import RequestContext
 from server.jobs.service import JobService
 from server.jobs.stream import Message, Subscriber, TextMessage, error_message
 from server.web.http import EVENTS, ServerSent, from_headers, header, negotiate, read_json_body, words
-from server.web.openapi import FILE, JOB_EVENTS, JSON, asks, events, headers, refusals, schema
+from server.web.openapi import FILE, JOB_EVENTS, JSON, asks, event_stream, refusals, schema, sends
 
 router = APIRouter(tags=["pictures"])
 PNG, NPY, ZIP = "image/png", "application/x-npy", "application/zip"
@@ -28,10 +28,10 @@ ANIMATIONS = ("image/gif", "image/apng", "image/webp")
 ANSWERS = (PNG, JSON, NPY, ZIP, EVENTS, *ANIMATIONS)
 CONTENT = dict.fromkeys((PNG, NPY, ZIP, *ANIMATIONS), {"schema": FILE}) | {
     JSON: {"schema": schema("JobWithPngs")},
-    EVENTS: events(JOB_EVENTS),
+    EVENTS: event_stream(JOB_EVENTS),
 }
 CLIENT_CLOSED_REQUEST = 499  # nobody reads it
-MADE = ("X-Job-Id", "X-Seed", "X-Cache", "Vary")  # headers of pictures
+MADE = ("X-Job-Id", "X-Seed", "X-Cache?", "Vary")  # headers of pictures
 
 
 def picture(job: Job) -> bytes:
@@ -89,11 +89,11 @@ ENCODERS: dict[str, Callable[[Job], bytes]] = {PNG: picture, NPY: array, ZIP: ar
     summary="Make pictures",
     response_class=Response,
     responses={
-        200: {"description": "What `Accept` asks for.", "content": CONTENT, **headers(*MADE)},
+        200: {"description": "What `Accept` asks for.", "content": CONTENT, **sends(*MADE)},
         202: {
             "description": "The job, with `Prefer: respond-async`.",
             "model": JobDocument,
-            **headers(*MADE, "Location", "Preference-Applied"),
+            **sends(*MADE, "Location", "Preference-Applied"),
         },
         **refusals(406, 409, 410, 413, 415, 429, 504),
     },
@@ -117,22 +117,22 @@ async def generate(request: Request) -> Response:
             **from_headers(request),
         )
         job = await jobs.submit(body or b"{}", context)
-    about = {"X-Job-Id": job.id, "X-Seed": str(job.request.seed), "Vary": "Accept, Prefer"}
+    headers = {"X-Job-Id": job.id, "X-Seed": str(job.request.seed), "Vary": "Accept, Prefer"}
     if job.cached:
-        about["X-Cache"] = "hit"
+        headers["X-Cache"] = "hit"
     if later:
-        about |= {"Location": job.path, "Preference-Applied": "respond-async"}
-        return JSONResponse(jobs.document(job), 202, about)
+        headers |= {"Location": job.path, "Preference-Applied": "respond-async"}
+        return JSONResponse(jobs.document(job), 202, headers)
     if media == EVENTS:
         sent = sent_events(job, jobs.watch(job), request.state.request_id)
-        return ServerSent(sent, about, partial(jobs.leave, job))
+        return ServerSent(sent, headers, partial(jobs.leave, job))
     if not await succeeds(request, jobs, job):
         return Response(status_code=CLIENT_CLOSED_REQUEST)
     if media == JSON:
-        return await asyncio.to_thread(lambda: JSONResponse(job.document(pictures=True), headers=about))
+        return await asyncio.to_thread(lambda: JSONResponse(job.document(pictures=True), headers=headers))
     if media in ANIMATIONS:
-        return Response(await draw(jobs, job, media), media_type=media, headers=about)
-    return Response(await asyncio.to_thread(ENCODERS[media], job), media_type=media, headers=about)
+        return Response(await draw(jobs, job, media), media_type=media, headers=headers)
+    return Response(await asyncio.to_thread(ENCODERS[media], job), media_type=media, headers=headers)
 
 
 async def succeeds(request: Request, jobs: JobService, job: Job) -> bool:

@@ -20,7 +20,7 @@ from server.metrics import MEDIA
 from server.settings import Settings
 from server.web.hosts import frame_policy
 from server.web.http import DocumentResponse, has_current
-from server.web.openapi import headers, refusals
+from server.web.openapi import refusals, sends
 from server.worker.messages import ModelStatus
 
 router = APIRouter()
@@ -188,7 +188,7 @@ async def get_readiness(request: Request) -> JSONResponse:
     summary="See what the server is doing",
     tags=["server"],
     response_model=ServerStatus,
-    responses={200: headers("Cache-Control")},
+    responses={200: sends("Cache-Control")},
 )
 async def get_status(request: Request) -> JSONResponse:
     """Jobs, slots and pace at the moment, for those who have no key for `/metrics`."""
@@ -218,7 +218,7 @@ async def get_status(request: Request) -> JSONResponse:
     summary="Get metrics in Prometheus' text format",
     tags=["server"],
     response_class=PlainTextResponse,
-    responses={200: headers("Cache-Control")},
+    responses={200: sends("Cache-Control")},
 )
 async def get_metrics(request: Request) -> Response:
     """Counters, gauges and histograms named `ddpm_*`, all read at one moment."""

@@ -14,7 +14,7 @@ from server.jobs.schemas import JOBS, MAX_SEQ, MOST_JOBS, STATUSES, After, Index
 from server.jobs.service import JobService
 from server.web.generate import ANIMATIONS, PNG, draw, sent_events
 from server.web.http import EVENTS, ServerSent, has_current, header, negotiate, tenant_of
-from server.web.openapi import FILE, JOB_EVENTS, asks, events, headers, refusals
+from server.web.openapi import FILE, JOB_EVENTS, asks, event_stream, refusals, sends
 
 router = APIRouter(tags=["jobs"])
 RETRY_MS = 2000  # before an EventSource reconnects
@@ -68,8 +68,8 @@ async def cancel_job(request: Request, id: str) -> JSONResponse:
     summary="Get an image of a job",
     response_class=Response,
     responses={
-        200: {"content": {PNG: {"schema": FILE}}, **headers("ETag", "Cache-Control")},
-        304: {"description": "`If-None-Match` names its ETag.", **headers("ETag", "Cache-Control")},
+        200: {"content": {PNG: {"schema": FILE}}, **sends("ETag", "Cache-Control")},
+        304: {"description": "`If-None-Match` names its ETag.", **sends("ETag", "Cache-Control")},
         **refusals(404, 406, 410),
     },
     openapi_extra=asks("Accept", "If-None-Match"),
@@ -82,10 +82,10 @@ async def get_image(request: Request, id: str, index: Index) -> Response:
         raise NotFound(f"this job has {len(job.images)} of its images 0..{job.request.n - 1}")
     image = job.images[int(index)]
     tag = f'"{await asyncio.to_thread(lambda: image.sha256)}"'
-    about = {"ETag": tag, "Cache-Control": _cache_control(job)}
+    headers = {"ETag": tag, "Cache-Control": _cache_control(job)}
     if has_current(request, tag):
-        return Response(status_code=304, headers=about)
-    return Response(await asyncio.to_thread(lambda: image.png), media_type=PNG, headers=about)
+        return Response(status_code=304, headers=headers)
+    return Response(await asyncio.to_thread(lambda: image.png), media_type=PNG, headers=headers)
 
 
 @router.get(
@@ -93,7 +93,7 @@ async def get_image(request: Request, id: str, index: Index) -> Response:
     summary="Watch a job by server-sent events",
     response_class=Response,
     responses={
-        200: {"content": {EVENTS: events(JOB_EVENTS)}, **headers("Cache-Control")},
+        200: {"content": {EVENTS: event_stream(JOB_EVENTS)}, **sends("Cache-Control")},
         204: {"description": "The last message was sent before: there is nothing more to come."},
         **refusals(403, 404, 406, 410),
     },
@@ -116,7 +116,7 @@ async def get_events(request: Request, id: str, after: Seq = None) -> Response:
     summary="Get the denoising of a job as an animation",
     response_class=Response,
     responses={
-        200: {"content": dict.fromkeys(ANIMATIONS, {"schema": FILE}), **headers("Cache-Control", "Vary")},
+        200: {"content": dict.fromkeys(ANIMATIONS, {"schema": FILE}), **sends("Cache-Control", "Vary")},
         **refusals(404, 406, 410),
     },
     openapi_extra=asks("Accept"),

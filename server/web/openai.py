@@ -37,7 +37,7 @@ from server.web.openai_schema import (
     error_object,
     parse_images,
 )
-from server.web.openapi import asks, events, headers, refusals
+from server.web.openapi import asks, event_stream, refusals, sends
 
 router = APIRouter(prefix="/v1", tags=["openai"])
 # OpenAI's types require it; these models know no tokens
@@ -48,7 +48,7 @@ USAGE: Usage = {
     "total_tokens": 0,
 }
 UNUSED = ""  # the part of the prompt that was used: none
-MADE = ("X-Job-Id", "X-Seed", "X-Cache")
+MADE = ("X-Job-Id", "X-Seed", "X-Cache?")
 EVENT_TYPES = {
     "image_generation.partial_image": "PartialImage",
     "image_generation.completed": "WholeImage",
@@ -61,7 +61,7 @@ EVENT_TYPES = {
     summary="Make pictures (OpenAI)",
     response_model=ImagesAnswer,
     responses={
-        200: {"content": {EVENTS: events(EVENT_TYPES)}, **headers(*MADE)},
+        200: {"content": {EVENTS: event_stream(EVENT_TYPES)}, **sends(*MADE)},
         **refusals(409, 413, 415, 429, 504),
     },
     openapi_extra=asks("Idempotency-Key", "Cache-Control", body="ImagesRequest"),
@@ -78,15 +78,15 @@ async def openai_generate(request: Request) -> Response:
         _, height, width = resolve_request(body, jobs.cards, settings, context).shape
         asked.check_size(width, height)
         job = await jobs.submit(body, context)
-    about = {"X-Job-Id": job.id, "X-Seed": str(job.request.seed)} | ({"X-Cache": "hit"} if job.cached else {})
+    headers = {"X-Job-Id": job.id, "X-Seed": str(job.request.seed)} | ({"X-Cache": "hit"} if job.cached else {})
     if asked.stream:
-        return ServerSent(_events(asked, job, jobs.watch(job)), about, partial(jobs.leave, job))
+        return ServerSent(_events(asked, job, jobs.watch(job)), headers, partial(jobs.leave, job))
     if not await succeeds(request, jobs, job):
         return Response(status_code=CLIENT_CLOSED_REQUEST)
     urls = None
     if asked.response_format == "url":
         urls = [urljoin(str(request.base_url), f"{job.path}/images/{i}") for i in range(job.request.n)]
-    return await asyncio.to_thread(lambda: JSONResponse(_answer(asked, job, urls), headers=about))
+    return await asyncio.to_thread(lambda: JSONResponse(_answer(asked, job, urls), headers=headers))
 
 
 def _file(asked: ImagesRequest, png: bytes) -> str:

@@ -47,8 +47,12 @@ TAGS = {
     "server": "Whether the server lives, is ready, and what it has done.",
     "openai": "OpenAI's images API, for clients that speak it.",
 }
-OF_PROBLEMS = {401: ["WWW-Authenticate"], 409: ["Location", "Retry-After"], 503: ["Retry-After"]}
-OF_PROBLEMS[429] = ["Retry-After", "RateLimit", "RateLimit-Policy"]
+OF_PROBLEMS = {
+    401: ["WWW-Authenticate"],
+    409: ["Location?", "Retry-After?"],
+    429: ["Retry-After", "RateLimit?", "RateLimit-Policy?"],
+    503: ["Retry-After?"],
+}
 KEYS = {
     "key": {"type": "http", "scheme": "bearer", "description": "An API key."},
     "metrics_key": {"type": "http", "scheme": "bearer", "description": "The key of `/metrics`."},
@@ -61,9 +65,13 @@ def refusals(*statuses: int) -> dict[int | str, Json]:
     return {status: {} for status in statuses}
 
 
-def headers(*names: str) -> Json:
-    """Part of an answer in `responses`: its headers."""
-    return {"headers": {name: {"$ref": f"#/components/headers/{name}"} for name in names}}
+def sends(*names: str) -> Json:
+    """Part of an answer in `responses`: its headers. One whose name ends with `?` is not always there."""
+    said = {}
+    for name in names:
+        kind, text = HEADERS[name.rstrip("?")]
+        said[name.rstrip("?")] = {"description": text, "required": not name.endswith("?"), "schema": kind}
+    return {"headers": said}
 
 
 def asks(*names: str, body: str = "") -> Json:
@@ -77,7 +85,7 @@ def schema(name: str) -> Json:
     return {"$ref": f"#/components/schemas/{name}"}
 
 
-def events(kinds: Mapping[str, str]) -> Json:
+def event_stream(kinds: Mapping[str, str]) -> Json:
     """Server-sent events as the content of an answer. kinds: the schema of the `data` of each `event`."""
     about = "Server-sent events: " + ", ".join(f"`{event}` with {name}" for event, name in kinds.items())
     return {"schema": TEXT | {"description": about}, "x-event-data": {event: schema(kinds[event]) for event in kinds}}
@@ -141,7 +149,7 @@ def _problem(status: int, openai: bool) -> Json:
     names = [*OF_PROBLEMS.get(status, ()), "X-Request-Id", *(["X-Should-Retry"] if openai else ())]
     content = {"schema": schema("OpenAIProblem" if openai else "ProblemDocument")}
     about = " ".join(f"`{code}`: {text.rstrip('.')}." for code, text in kinds.items())
-    return {"description": about, "content": {"application/problem+json": content}} | headers(*names)
+    return {"description": about, "content": {"application/problem+json": content}} | sends(*names)
 
 
 def _complete(path: str, method: str, operation: Json, settings: Settings) -> Json:
@@ -152,7 +160,7 @@ def _complete(path: str, method: str, operation: Json, settings: Settings) -> Js
     statuses -= {422} if openai else set()
     operation["responses"] = {status: answer for status, answer in answers.items() if int(status) < 400}
     for answer in operation["responses"].values():
-        answer.setdefault("headers", {}).update(headers("X-Request-Id")["headers"])
+        answer.setdefault("headers", {}).update(sends("X-Request-Id")["headers"])
     problems = {status: f"{'OpenAI' if openai else 'Problem'}{status}" for status in sorted(statuses)}
     for status, name in problems.items():
         operation["responses"][str(status)] = {"$ref": f"#/components/responses/{name}"}
@@ -206,7 +214,6 @@ def _document(app: FastAPI, jobs: JobService, settings: Settings) -> Json:
                     parameter["example"] = name
     document["components"] = {
         "schemas": json.loads(json.dumps(schemas), object_hook=_without_title),
-        "headers": {name: {"description": text, "schema": kind} for name, (kind, text) in HEADERS.items()},
         "parameters": {
             name: {"name": name, "in": "header", "description": text, "schema": kind, "example": example}
             for name, (kind, example, text) in PARAMETERS.items()
@@ -214,6 +221,8 @@ def _document(app: FastAPI, jobs: JobService, settings: Settings) -> Json:
         "responses": problems,
         "securitySchemes": KEYS,
     }
+    if settings.path_prefix:
+        document["servers"] = [{"url": settings.path_prefix}]
     document["security"] = [{"key": []}] if settings.api_keys else []
     return document
 
