@@ -13,6 +13,7 @@ from pydantic.fields import FieldInfo
 
 from server.errors import Invalid
 
+NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,31}")
 NUMBER = re.compile(r"-?[0-9]{1,20}(?:\.[0-9]{1,20})?")
 MAX_DIGITS = 25  # of a number that a message repeats
 MAX_NAME = 40  # characters of a name that a message repeats

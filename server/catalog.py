@@ -1,14 +1,31 @@
 """The catalog of models to serve: DDPM_WEIGHTS lists model directories, folders of them, and hub ids."""
 
 import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from model.checkpoint.card import ModelCard, read_card
 from model.errors import ModelRefused
+from server.errors import ModelNotFound
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([A-Za-z0-9][\w./-]*))?", re.ASCII)
+MOST_NAMES = 20  # in a message
 LOST_AND_FOUND = "lost+found"  # a folder at the root of every ext4 volume
+
+
+def one_of(models: Iterable[str]) -> str:
+    """`one of` the models that there are; of many, the first are named."""
+    names = list(models)
+    more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+    return f"one of {', '.join(names[:MOST_NAMES])}{more}"
+
+
+def card_of(name: str, cards: Mapping[str, ModelCard]) -> ModelCard:
+    """The card of a model. Raises ModelNotFound."""
+    if name not in cards:
+        raise ModelNotFound(f"model must be {one_of(cards)}")
+    return cards[name]
 
 
 def find_models(weights: str | Path) -> dict[str, ModelCard]:

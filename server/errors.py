@@ -2,9 +2,9 @@
 
 import http
 from dataclasses import dataclass, field
-from typing import Any
 
 from model.errors import ModelRefused, NoSuchDevice, PlanError
+from server.documents import FieldError, ProblemDocument
 
 EXIT_FAILED, EXIT_USAGE, EXIT_MODEL_REFUSED, EXIT_STORE_REFUSED, EXIT_STORE_IN_USE = 1, 2, 3, 4, 5
 EXIT_NO_DEVICE, EXIT_STORAGE_FULL, EXIT_ENGINE = 6, 7, 70
@@ -51,6 +51,12 @@ class NotFound(BadInput, status=404, code="not-found"):
     """The route, job, image or model does not exist."""
 
 
+class ModelNotFound(BadInput, status=404, code="model-not-found"):
+    """A path, or the field `model` of a body, names no model that there is."""
+
+    field = "model"
+
+
 class Gone(BadInput, status=410, code="gone"):
     """The job or image existed and was deleted or damaged."""
 
@@ -77,6 +83,16 @@ class HeadTooLarge(BadInput, status=431, code="head-too-large"):
 
 class UnsupportedMedia(BadInput, status=415, code="unsupported-media-type"):
     """The body has an unsupported media type or encoding."""
+
+
+class ExpectationFailed(BadInput, status=417, code="expectation-failed"):
+    """The header Expect asks for something else than 100-continue."""
+
+
+class UpgradeRequired(BadInput, status=426, code="upgrade-required"):
+    """The path is that of a websocket, and this is no handshake."""
+
+    headers = {"Upgrade": "websocket", "Connection": "Upgrade"}
 
 
 class KeyReused(BadInput, status=422, code="key-reused"):
@@ -123,11 +139,11 @@ class StorageFull(_Later, status=503, code="storage-full"):
 
 
 class StillRunning(_Later, status=409, code="still-running"):
-    """The job with the same Idempotency-Key has not ended. job: its id."""
+    """The job with the same Idempotency-Key has not ended. path: where it is."""
 
-    def __init__(self, job: str, retry_after_s: int) -> None:
+    def __init__(self, path: str, retry_after_s: int) -> None:
         super().__init__("the job that came with this Idempotency-Key has not ended", retry_after_s)
-        self.headers = {**self.headers, "Location": f"/jobs/{job}"}
+        self.headers = {**self.headers, "Location": path}
 
 
 class TooManyConnections(_Later, status=503, code="too-many-connections"):
@@ -196,15 +212,20 @@ class Problem:
     status: int
     code: str
     detail: str
-    errors: list[dict[str, str]] = field(default_factory=list)
+    errors: list[FieldError] = field(default_factory=list)
     headers: dict[str, str] = field(default_factory=dict)
 
-    def body(self, request_id: str) -> dict[str, Any]:
+    def body(self, request_id: str) -> ProblemDocument:
         """The members of the `application/problem+json` answer."""
-        title = http.HTTPStatus(self.status).phrase
-        body: dict[str, Any] = {"type": f"urn:ddpm:problem:{self.code}", "title": title, "status": self.status}
-        body |= {"detail": self.detail, "code": self.code, "request_id": request_id}
-        return body | {"errors": self.errors} if self.errors else body
+        body: ProblemDocument = {
+            "type": f"urn:ddpm:problem:{self.code}",
+            "title": http.HTTPStatus(self.status).phrase,
+            "status": self.status,
+            "detail": self.detail,
+            "code": self.code,
+            "request_id": request_id,
+        }
+        return {**body, "errors": self.errors} if self.errors else body
 
 
 class Recalled(ServerError):
@@ -222,8 +243,8 @@ def problem(error: Exception) -> Problem:
     if type(error) not in ANSWERS:
         return Problem(*UNFORESEEN, "an error that should not have happened; it has been logged under this request id")
     fields = error.fields if isinstance(error, Invalid) else ()
-    if isinstance(error, PlanError):
+    if isinstance(error, PlanError | ModelNotFound):
         fields = ((error.field, str(error)),)
-    errors = [{"pointer": f"/{name}" if name else "", "message": message} for name, message in fields]
+    errors: list[FieldError] = [{"pointer": f"/{name}" if name else "", "message": message} for name, message in fields]
     headers = error.headers if isinstance(error, ServerError) else {}
     return Problem(*ANSWERS[type(error)], str(error), errors, headers)

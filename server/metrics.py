@@ -57,6 +57,11 @@ class Metrics:
     def _histogram(self, name: str, help: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(f"ddpm_{name}", help, registry=self._registry, buckets=buckets)
 
+    def steps_observed(self) -> tuple[float, float]:
+        """How many steps there have been, and the seconds they took together."""
+        of = {sample.name: sample.value for family in self.step_seconds.collect() for sample in family.samples}
+        return of["ddpm_step_seconds_count"], of["ddpm_step_seconds_sum"]
+
     def watch(self, read: Callable[[], Iterable[Family]]) -> None:
         """Calls `read` at every scrape."""
         self.collect = read  # the name by which prometheus_client calls it

@@ -99,6 +99,14 @@ class Settings(BaseModel):
         pattern=r"^[A-Za-z0-9_.:\[\]-]*( *, *[A-Za-z0-9_.:\[\]-]+)*$",
         description="comma-separated hosts of webhooks that may have private addresses and need no TLS",
     )
+    frame_ancestors: str = Field(
+        "none", description="comma-separated origins whose pages may show the page in a frame; or none, self, *"
+    )
+    path_prefix: str = Field(
+        "",
+        pattern=r"^(/[A-Za-z0-9_~-][A-Za-z0-9._~-]*)*$",
+        description="path under which a proxy offers the server, such as /ddpm; empty: the root",
+    )
     drain_s: float = Field(
         45.0, ge=0, le=3600, description="seconds that jobs get to end at shutdown, before they are parked"
     )

@@ -49,7 +49,11 @@ def _parser() -> Parser:
     )
     frames.add_argument("--frames-count", type=int, metavar="N", help="number of its frames (30)")
     frames.add_argument("--frames-every", type=int, metavar="N", help="steps from one frame to the next, instead")
-    frames.add_argument("--frames-kind", choices=["x_t", "x0"], help="the noisy state, or the prediction of x0 (x_t)")
+    frames.add_argument(
+        "--frames-kind",
+        choices=["x_t", "x0", "both"],
+        help="the noisy state, the prediction of x0, or both side by side (x_t)",
+    )
     connect.add_arguments(parser)
     return parser
 

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from model.sampling.plan import Sampling
+from server.documents import ProblemDocument
 from server.errors import Problem, Recalled
 from server.jobs.job import Image, Job, State
 from server.jobs.request import FramePoints, ResolvedRequest, fingerprint
@@ -41,7 +42,7 @@ def to_record(job: Job, **end: Any) -> Record:
     """The row of a job. end: the fields that are known when it has ended."""
     fields: dict[str, Any] = {name: getattr(job, name) for name in COMMON}
     request = job.request
-    document = request.document | {"T": request.T, "shape": request.shape, "floats": request.floats}
+    document = {**request.document, "T": request.T, "shape": request.shape, "floats": request.floats}
     fields |= {"owner": request.owner, "request": _json(document), "served": _json(asdict(job.model))}
     return Record(**fields | end)
 
@@ -52,7 +53,7 @@ def concluded(
     status: str,
     finished_at: float,
     ended: float,
-    error: dict[str, Any] | None,
+    error: ProblemDocument | None,
 ) -> Record:
     """The row of a job that has ended, by the wall clock and by the one that does not jump. Its last message, which is
     sent when the row is on disk, is counted already. pngs: those that are kept, by their hashes"""

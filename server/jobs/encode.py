@@ -62,6 +62,12 @@ def contact_sheet(pictures: Sequence[Picture]) -> Picture:
     return sheet
 
 
+def side_by_side(pictures: Sequence[Picture | None]) -> Picture:
+    """Pictures of one size in a row, black where there is none. [H, W, C] each -> [H, W', C]"""
+    black = np.zeros_like(next(picture for picture in pictures if picture is not None))
+    return np.concatenate([black if picture is None else picture for picture in pictures], axis=1)
+
+
 def animation(pictures: Sequence[Picture], media: str) -> bytes:
     """Pictures one after the other, the last one held, again and again. media: image/gif, image/apng or image/webp"""
     first, *others = map(_image, pictures)

@@ -6,7 +6,7 @@ halfway on average. tests/server/jobs/test_eta.py has the error, against what th
 """
 
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -15,7 +15,28 @@ from server.engines.shares import Shares
 from server.jobs.job import Eta, Job
 
 FRESH_S = 0.25  # how old an estimate may be
+PACE_S = 3.0  # over which the pace is measured
 BUDGET = 0.05  # of the time may be spent on estimates
+
+
+class Pace:
+    """How fast pictures were denoised in the last seconds."""
+
+    def __init__(self) -> None:
+        self._looks: deque[tuple[float, float, float, float]] = deque()
+
+    def look(self, now: float, image_steps: float, steps: float, steps_s: float) -> None:
+        """Notes how many image-steps and steps of a batch there have been, and how long those took together."""
+        self._looks.append((now, image_steps, steps, steps_s))
+        while self._looks[0][0] < now - PACE_S:
+            self._looks.popleft()
+
+    def measure(self) -> tuple[float, float | None]:
+        """Image-steps a second; seconds of a step, None if there was none."""
+        if len(self._looks) < 2:
+            return 0.0, None
+        seconds, image_steps, steps, steps_s = (b - a for a, b in zip(self._looks[0], self._looks[-1], strict=True))
+        return image_steps / seconds, steps_s / steps if steps else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,19 +13,19 @@ from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from functools import cache, cached_property, lru_cache, partial
 from hashlib import sha256
-from typing import Any, Literal
+from typing import Any
 from urllib.parse import urlsplit
 
 from model.engine.events import Floats, Picture
 from model.sampling.plan import timesteps
 from model.sampling.schedule import Spacing
+from server.documents import ImageDocument, ImageWithPng, JobDocument, Kind, ProblemDocument, Status
 from server.jobs import encode
 from server.jobs.request import JOB_BYTES, MESSAGE_BYTES, ResolvedRequest
 from server.jobs.stream import Stream, StreamCounts
 from server.store.records import Delivery
 from server.worker.messages import ModelStatus
 
-Kind = Literal["x_t", "x0"]
 SMALL_BYTES = 4096  # up to this a frame is a PNG within 0.1 ms, less than a thread takes to begin
 
 
@@ -126,7 +126,7 @@ class Job:
     images: dict[int, Image] = field(default_factory=dict)  # by index; complete if it has succeeded
     frames: dict[tuple[int, int, Kind], Picture] = field(default_factory=dict)  # by index, step and kind
     failure: Exception | None = None  # why it ends, unless it succeeds
-    error: dict[str, Any] | None = None  # the failure as clients see it
+    error: ProblemDocument | None = None  # the failure as clients see it
     delivery: Delivery | None = None  # of its webhook, if it has one
     due: float = math.inf  # its deadline on the event loop's clock
     task: "asyncio.Task[None] | None" = None  # which runs it
@@ -153,11 +153,16 @@ class Job:
         return self.state in ENDED
 
     @property
-    def status(self) -> str:
+    def status(self) -> Status:
         """Its state as clients see it."""
         if self.ended:
-            return str(self.state)
+            return self.state.value  # type: ignore[return-value]
         return "queued" if self.started_at is None else "running"
+
+    @property
+    def path(self) -> str:
+        """Where clients find it."""
+        return f"{self.counts.prefix}/jobs/{self.id}"
 
     def texts(self, seed: int) -> dict[str, str]:
         """All that decides a picture, as text chunks of its PNG."""
@@ -191,14 +196,14 @@ class Job:
         pictures += sum(image.size_bytes for image in self.images.values())
         return 2 * pictures + MESSAGE_BYTES * sum(m is not None for m in self.stream.kept) + JOB_BYTES
 
-    def document(self, eta: Eta | None = None, pictures: bool = False) -> dict[str, Any]:
+    def document(self, eta: Eta | None = None, pictures: bool = False) -> JobDocument:
         """The job as clients see it; with `pictures`, each image as base64 too. eta: unless it has ended."""
-        images = []
+        images = list[ImageDocument]()
         for index, image in sorted(self.images.items()) if self.state is State.SUCCEEDED else []:
-            where = {"index": index, "seed": image.seed, "url": f"/jobs/{self.id}/images/{index}"}
-            png = {"b64_png": base64.b64encode(image.png).decode()} if pictures else {}
-            images.append({**where, "sha256": image.sha256, **png})
-        progress = {"step": sum(self.steps), "steps": self.image_steps} | asdict(eta or Eta())
+            url = f"{self.path}/images/{index}"
+            shown: ImageDocument = {"index": index, "seed": image.seed, "url": url, "sha256": image.sha256}
+            images.append(ImageWithPng(**shown, b64_png=base64.b64encode(image.png).decode()) if pictures else shown)
+        done, eta = sum(self.steps), eta or Eta()
         return {
             "id": self.id,
             "status": self.status,
@@ -208,7 +213,7 @@ class Job:
             "created_at": self.created_at,
             "started_at": self.started_at,
             "finished_at": self.finished_at,
-            "progress": progress,
+            "progress": {"step": done, "steps": self.image_steps, "position": eta.position, "eta_s": eta.eta_s},
             "images": images,
             "error": self.error,
             "webhook": self.delivery.document if self.delivery is not None else None,

@@ -11,9 +11,9 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterable
 from contextlib import aclosing
-from typing import Any
 
 from model.engine.events import Finished
+from server.documents import ProblemDocument
 from server.engines.backend import Backend
 from server.errors import Gone, NotFound, NotReady, StorageFull
 from server.jobs import encode
@@ -105,7 +105,7 @@ class JobRepository:
         self.live[job.id] = job
         return job
 
-    async def end(self, job: Job, status: str, finished_at: float, error: dict[str, Any] | None) -> None:
+    async def end(self, job: Job, status: str, finished_at: float, error: ProblemDocument | None) -> None:
         """Writes down the end of a job, its pictures first. Waits for room on the disk."""
         ended = self.clock.now()
         pngs = {image.sha256: image.png for image in job.images.values()} if status == "succeeded" else {}

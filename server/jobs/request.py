@@ -3,13 +3,15 @@
 import json
 import secrets
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
-from typing import Any
+from typing import cast
 
 from model.checkpoint.card import ModelCard
 from model.sampling.plan import Sampling, resolve
+from server.catalog import card_of, one_of
+from server.documents import FramesDocument, RequestDocument
 from server.errors import Invalid
 from server.jobs.schemas import MAX_SEED, Frames, GenerateRequest, parse_json, parse_object, validate
 from server.jobs.tenants import Tenant
@@ -98,11 +100,25 @@ class ResolvedRequest:
         return pictures + MESSAGE_BYTES * self.n * (self.frame_count + 1) + JOB_BYTES
 
     @cached_property
-    def document(self) -> dict[str, Any]:
+    def document(self) -> RequestDocument:
         """Every field of the request, defaults filled in. It is shared: nobody changes it."""
-        fields = {"model": self.model, "seed": self.seed, "n": self.n, **asdict(self.sampling)}
-        fields["frames"] = self.frames.frames.model_dump(exclude_none=True) if self.frames is not None else None
-        return fields | {"priority": self.priority, "deadline_s": self.deadline_s, "webhook": self.webhook}
+        sampling, frames = self.sampling, self.frames
+        return {
+            "model": self.model,
+            "seed": self.seed,
+            "n": self.n,
+            "sampler": sampling.sampler,
+            "steps": sampling.steps,
+            "spacing": sampling.spacing,
+            "clip": sampling.clip,
+            "noise": sampling.noise,
+            "variance": sampling.variance,
+            "eta": sampling.eta,
+            "frames": cast(FramesDocument, frames.frames.model_dump(exclude_none=True)) if frames else None,
+            "priority": self.priority,
+            "deadline_s": self.deadline_s,
+            "webhook": self.webhook,
+        }
 
 
 def fingerprint(value: object) -> str:
@@ -126,7 +142,7 @@ def resolve_request(
     """A request with every choice made. Raises BadInput or PlanError, naming the field that is out of bounds."""
     value = parse_object(body)
     request = validate(value, GenerateRequest, _largest(value, cards, settings))
-    card = cards[_model(request.model, cards, settings)]
+    card = _model(request.model, cards, settings)
     chosen = request.model_dump(include={"variance", "eta", "spacing", "clip", "noise"})
     sampling = resolve(card.process, request.sampler, request.steps, **chosen)
     return ResolvedRequest(
@@ -184,9 +200,9 @@ def default_model(cards: Mapping[str, ModelCard], settings: Settings) -> str | N
     return settings.default_model or (next(iter(cards)) if len(cards) == 1 else None)
 
 
-def _model(wanted: str | None, cards: Mapping[str, ModelCard], settings: Settings) -> str:
+def _model(wanted: str | None, cards: Mapping[str, ModelCard], settings: Settings) -> ModelCard:
+    """The model of a request. Raises ModelNotFound, or Invalid if it must be named and is not."""
     name = wanted or default_model(cards, settings)
-    if name is None or name not in cards:
-        known = ", ".join(cards)
-        raise Invalid(("model", f"model must be one of {known}" if wanted else f"name a model, one of {known}"))
-    return name
+    if name is None:
+        raise Invalid(("model", f"name a model, {one_of(cards)}"))
+    return card_of(name, cards)

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 from itertools import chain
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema, model_validator
 
@@ -11,22 +11,29 @@ from model.options import unique_keys
 from model.sampling.plan import Noise
 from model.sampling.schedule import Spacing, Variance
 from server.bounds import kind_of, says, unknown
+from server.documents import Status as JobStatus
 from server.errors import Invalid, Malformed
 
 MAX_SEED = 2**53  # what every JSON reader keeps exactly
 MAX_DEPTH = 32
 TOO_DEEP = f"brackets nest deeper than {MAX_DEPTH}"
 Form = TypeVar("Form", bound=BaseModel)
-STATUSES = ("queued", "running", "succeeded", "failed", "cancelled")
+STATUSES: tuple[JobStatus, ...] = get_args(JobStatus)
+MAX_SEQ = 10**9 - 1  # of a message
 MOST_JOBS, JOBS = 200, 50  # in one answer: at most, and unless told otherwise
 # What stands in a URL is text, and is read by its route; this is what it may be.
-Status = Annotated[str | None, WithJsonSchema({"type": "string", "enum": list(STATUSES)})]
+Status = Annotated[str | None, WithJsonSchema({"type": "string", "enum": list(STATUSES), "examples": ["succeeded"]})]
 Limit = Annotated[
     str | None,
-    WithJsonSchema({"type": "integer", "minimum": 1, "maximum": MOST_JOBS, "description": f"{JOBS} if none"}),
+    WithJsonSchema(
+        {"type": "integer", "minimum": 1, "maximum": MOST_JOBS, "description": f"{JOBS} if none", "examples": [20]}
+    ),
 ]
 After = Annotated[str | None, WithJsonSchema({"type": "string", "description": "a job's id"})]
-Index = Annotated[str, WithJsonSchema({"type": "integer", "minimum": 0, "description": "of a picture of the job"})]
+Seq = Annotated[str | None, WithJsonSchema({"type": "integer", "minimum": 0, "maximum": MAX_SEQ, "examples": [0]})]
+Index = Annotated[
+    str, WithJsonSchema({"type": "integer", "minimum": 0, "description": "of a picture of the job", "examples": [0]})
+]
 
 
 class _Fields(BaseModel):

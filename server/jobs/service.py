@@ -8,14 +8,14 @@ import asyncio
 import math
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from model.checkpoint.card import ModelCard
+from server.documents import JobDocument
 from server.engines.backend import Backend
 from server.errors import JobCancelled, KeyReused, StillRunning
 from server.jobs.admission import Admission
 from server.jobs.deliveries import Deliveries
-from server.jobs.eta import EtaEstimator
+from server.jobs.eta import EtaEstimator, Pace
 from server.jobs.job import Job, State
 from server.jobs.repository import JobRepository
 from server.jobs.request import RequestContext, fingerprints, resolve_request
@@ -40,7 +40,7 @@ class JobService:
     ) -> None:
         self.cards, self.backend, self.metrics, self._settings = cards, backend, metrics, settings
         self.drawing = asyncio.Semaphore(ANIMATIONS)
-        self.counts = StreamCounts()
+        self.counts = StreamCounts(prefix=settings.path_prefix)
         self.repository = JobRepository(store, settings, self.counts, backend)
         self.admission = Admission(settings, backend, self.repository, metrics)
         self._deliveries = Deliveries(settings, self.repository)
@@ -55,6 +55,7 @@ class JobService:
             deliveries=self._deliveries,
         )
         metrics.watch(self.metric_values)
+        self.pace = Pace()
         self._accepted, self._accepting, self._cache_hits = 0, 0, 0
         self._ticker: asyncio.Task[None] | None = None
 
@@ -128,7 +129,7 @@ class JobService:
             raise KeyReused("this Idempotency-Key came with another request before")
         job = await self.repository.find(hit.id, context.owner)
         if context.attached and not job.ended:
-            raise StillRunning(job.id, max(1, math.ceil(self._etas.of(job).eta_s)))
+            raise StillRunning(job.path, max(1, math.ceil(self._etas.of(job).eta_s)))
         return job
 
     async def cancel(self, job: Job) -> Job:
@@ -154,6 +155,7 @@ class JobService:
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(TICK_S)
+            self.pace.look(time.monotonic(), self.backend.health.stats.sample_steps, *self.metrics.steps_observed())
             for job in self.repository.live.values():
                 if job.state is State.QUEUED and job.stream.subscribers:
                     self._runner.tell_progress(job)
@@ -168,7 +170,7 @@ class JobService:
             self._runner.tell_progress(job)
         return Subscriber(job.stream, after)
 
-    def document(self, job: Job) -> dict[str, Any]:
+    def document(self, job: Job) -> JobDocument:
         """The job as clients see it."""
         return job.document(None if job.ended else self._etas.of(job))
 
@@ -178,18 +180,22 @@ class JobService:
         running = sum(job.started_at is not None for job in live)
         return running, len(live) - running, self._runner.outcomes.total()
 
+    @property
+    def slots(self) -> int:
+        """Pictures that can be denoised at once: the slots of all loaded models."""
+        return sum(model.slots for replica in self.backend.replicas for model in replica.values() if model.loaded)
+
     def metric_values(self) -> list[Family]:
         """All gauges and counters at this moment. jobs_accepted = the sum of jobs + jobs_running + jobs_waiting."""
         running, waiting, _ = self.tally()
         admission, store, backend, counts = self.admission, self.repository.store, self.backend, self.counts
         health, stats, steps = backend.health, backend.health.stats, admission.capacity.steps
-        slots = sum(model.slots for replica in backend.replicas for model in replica.values() if model.loaded)
         differ = self.repository.mismatches
         return [
             gauge("jobs_running", "Jobs with a picture that has been started.", running),
             gauge("jobs_waiting", "Jobs that wait for a slot.", waiting),
             gauge("steps_waiting", "Image-steps left to do of all accepted jobs, waiting and running.", steps),
-            gauge("slots", "Slots of all loaded models: pictures that can be denoised at once.", slots),
+            gauge("slots", "Slots of all loaded models: pictures that can be denoised at once.", self.slots),
             gauge("slots_used", "Slots in use: pictures being denoised.", stats.seated),
             gauge("viewers", "Clients that watch a job.", counts.subscribers),
             gauge("ready", "1 if jobs are accepted, as /readyz reports.", admission.trouble is None),

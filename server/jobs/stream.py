@@ -68,8 +68,9 @@ Message: TypeAlias = TextMessage | PictureMessage
 
 @dataclass(slots=True)
 class StreamCounts:
-    """What all streams of a server count together."""
+    """What all streams of a server count together, and where clients find that server."""
 
+    prefix: str = ""  # of the paths that they are told
     subscribers: int = 0
     frames: int = 0  # kept
     dropped: int = 0  # missed by slow subscribers

@@ -1,5 +1,7 @@
 // What `/openapi.json` says, to be read: every path, what may be asked of it and what comes back.
 
+import { askForKey, authorized, hasKey } from "./key.js";
+
 function make(tag, properties, ...children) {
   const made = Object.assign(document.createElement(tag), properties);
   made.append(...children); // as text: nothing that the server says is read as HTML
@@ -75,10 +77,22 @@ function show({ info, paths, components: { schemas } }) {
   if (location.hash) document.querySelector(`[id="${CSS.escape(location.hash.slice(1))}"]`)?.scrollIntoView();
 }
 
-try {
-  const answer = await fetch("openapi.json");
+/** What the server says of itself, with the key that it may need. */
+async function ask() {
+  const answer = await fetch("openapi.json", authorized());
+  if (answer.status === 401) {
+    await askForKey();
+    return ask();
+  }
   if (!answer.ok) throw new Error(`The server answered ${answer.status}.`);
-  show(await answer.json());
+  return answer.blob();
+}
+
+try {
+  const said = await ask();
+  const download = { href: URL.createObjectURL(said), download: "openapi.json" };
+  if (hasKey()) Object.assign(document.getElementById("document"), download); // a link brings no key
+  show(JSON.parse(await said.text()));
 } catch (error) {
   document.getElementById("about").textContent = `This cannot be shown: ${error.message}`;
 }

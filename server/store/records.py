@@ -4,8 +4,9 @@ import json
 import sqlite3
 from collections.abc import Iterable
 from dataclasses import astuple, dataclass
-from typing import Any
 from zlib import crc32
+
+from server.documents import DeliveryState, WebhookDocument
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,17 +26,22 @@ class Delivery:
 
     host: str
     due: float | None = 0.0  # of the next attempt, by the clock that does not jump; 0: at once; None: there is none
-    state: str = "pending"  # then delivered, gone or failed
+    state: DeliveryState = "pending"
     attempts: int = 0
     status: int | None = None  # of the last answer
     error: str | None = None  # why there was no answer
     delivered_at: float | None = None
 
     @property
-    def document(self) -> dict[str, Any]:
+    def document(self) -> WebhookDocument:
         """What clients see of it."""
-        told = {"state": self.state, "attempts": self.attempts, "last_status": self.status, "last_error": self.error}
-        return told | {"delivered_at": self.delivered_at}
+        return {
+            "state": self.state,
+            "attempts": self.attempts,
+            "last_status": self.status,
+            "last_error": self.error,
+            "delivered_at": self.delivered_at,
+        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,16 +3,18 @@
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import Depends, FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.routing import Match
 from starlette.staticfiles import StaticFiles
 
+from model.checkpoint.card import ModelCard
 from model.errors import PlanError
 from server import __version__
-from server.catalog import find_models
+from server.catalog import find_models, one_of
 from server.engines.backend import Backend
 from server.engines.build import build
 from server.errors import Problem, ServerError, SettingsError, StartFailed, problem
@@ -21,7 +23,7 @@ from server.metrics import Metrics
 from server.settings import Settings
 from server.store.store import Store
 from server.web import generate, info, jobs, openai, openapi, watch
-from server.web.http import refusal
+from server.web.http import check_request, refusal
 from server.web.middleware import Access, Middleware
 
 logger = logging.getLogger(__name__)
@@ -34,11 +36,11 @@ async def _on_error(request: Request, error: Exception) -> JSONResponse:
 
 
 async def _on_unforeseen(request: Request, error: Exception) -> JSONResponse:
-    """The answer to a bug. It is sent outside of all middleware, so it adds the request id itself."""
-    id = getattr(request.state, "request_id", "")
-    logger.error("unforeseen error", extra={"request_id": id, "path": request.url.path}, exc_info=error)
+    """The answer to a bug. It is sent outside of all middleware, so it adds the headers of all answers itself."""
+    extra = {"request_id": request.state.request_id, "path": request.url.path}
+    logger.error("unforeseen error", extra=extra, exc_info=error)
     answer = refusal(request.scope, problem(error))
-    answer.headers["X-Request-Id"] = id
+    answer.raw_headers += request.state.headers
     return answer
 
 
@@ -48,6 +50,14 @@ async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
     if error.status_code == 405:
         headers["Allow"] = ", ".join(_methods(request))
     return refusal(request.scope, Problem(error.status_code, code, error.detail, headers=headers))
+
+
+HANDLERS: dict[Any, Any] = {
+    ServerError: _on_error,
+    PlanError: _on_error,
+    HTTPException: _on_http_error,
+    Exception: _on_unforeseen,
+}
 
 
 def _methods(request: Request) -> list[str]:
@@ -69,6 +79,21 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     await app.state.jobs.close()
 
 
+def _check_prefix(prefix: str) -> None:
+    """Raises SettingsError for a prefix that could not be told from paths of the server, if a proxy takes it off."""
+    paths = [getattr(route, "path", "") for each in ROUTERS for route in each.routes]
+    ours = {path.split("/")[1] for path in [*paths, "/static", "/openapi.json"]} - {""}
+    if prefix and prefix.split("/")[1] in ours:
+        raise SettingsError(f"DDPM_PATH_PREFIX must not begin as paths of the server do: {', '.join(sorted(ours))}")
+
+
+def _find_models(settings: Settings) -> dict[str, ModelCard]:
+    cards = find_models(settings.weights)
+    if settings.default_model and settings.default_model not in cards:
+        raise SettingsError(f"DDPM_DEFAULT_MODEL must be {one_of(cards)}")
+    return cards
+
+
 def create_app(
     settings: Settings,
     backend: Backend | None = None,
@@ -76,9 +101,7 @@ def create_app(
 ) -> FastAPI:
     """The application. on_failed: is called with the error that ends the server for good. Raises ModelRefused,
     SettingsError, StoreRefused, StoreInUse, StorageFull."""
-    cards = find_models(settings.weights)
-    if settings.default_model and settings.default_model not in cards:
-        raise SettingsError(f"DDPM_DEFAULT_MODEL must be one of {', '.join(cards)}")
+    cards = _find_models(settings)
     metrics, access = Metrics(), Access.read(settings)
     if backend is None:
         backend = build(settings, cards, on_failed, metrics.observe_step)
@@ -89,19 +112,25 @@ def create_app(
         version=__version__,
         description="Pictures from pixel-space diffusion models: a seed and a step count in, a picture out.",
         lifespan=_lifespan,
+        exception_handlers=HANDLERS,
+        openapi_url=None,  # server/web/info.py has the route
         docs_url=None,  # FastAPI's page loads scripts from other servers; ours is server/static/docs.html
         redoc_url=None,
+        generate_unique_id_function=lambda route: route.name,  # operation ids are names of functions
         redirect_slashes=False,  # a redirect would repeat the Host header
     )
     app.state.settings, app.state.jobs, app.state.on_failed = settings, service, on_failed
-    for kind in (ServerError, PlanError):
-        app.add_exception_handler(kind, _on_error)
-    app.add_exception_handler(Exception, _on_unforeseen)
-    app.add_exception_handler(HTTPException, _on_http_error)
-    refused = service.admission.count_refusal
-    app.add_middleware(Middleware, access=access, max_websockets=settings.max_websockets, refused=refused)
+    app.state.page_headers = info.page_headers(settings)
+    _check_prefix(settings.path_prefix)
+    app.add_middleware(
+        Middleware,
+        access=access,
+        max_websockets=settings.max_websockets,
+        refused=service.admission.count_refusal,
+        prefix=settings.path_prefix,
+    )
     app.mount("/static", StaticFiles(directory=info.STATIC), name="static")
     for router in ROUTERS:
-        app.include_router(router)
+        app.include_router(router, dependencies=[Depends(check_request)])
     openapi.describe(app, service, settings)
     return app

@@ -3,44 +3,35 @@
 import asyncio
 import base64
 import json
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
-from typing import Any
+from functools import partial
 
 from ddpm_client.wire import unpack
 from fastapi import APIRouter, Request, Response
-from starlette.responses import JSONResponse, StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.responses import JSONResponse
 
+from model.engine.events import Picture
+from server.documents import JobDocument, Kind
 from server.errors import Gone
 from server.jobs import encode
-from server.jobs.job import Job, Kind, State
+from server.jobs.job import Job, State
 from server.jobs.request import RequestContext
 from server.jobs.service import JobService
 from server.jobs.stream import Message, Subscriber, TextMessage, error_message
-from server.web.http import from_headers, header, negotiate, read_json_body, words
+from server.web.http import EVENTS, ServerSent, from_headers, header, negotiate, read_json_body, words
+from server.web.openapi import FILE, JOB_EVENTS, JSON, asks, event_stream, refusals, schema, sends
 
-router = APIRouter()
-PNG, JSON, NPY, ZIP = "image/png", "application/json", "application/x-npy", "application/zip"
-EVENTS = "text/event-stream"
+router = APIRouter(tags=["pictures"])
+PNG, NPY, ZIP = "image/png", "application/x-npy", "application/zip"
 ANIMATIONS = ("image/gif", "image/apng", "image/webp")
 ANSWERS = (PNG, JSON, NPY, ZIP, EVENTS, *ANIMATIONS)
-CLIENT_CLOSED_REQUEST = 499  # nobody reads it
-PROBLEM = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
-PROBLEMS: dict[int | str, dict[str, Any]] = {
-    status: {"description": text, "content": PROBLEM}
-    for status, text in {
-        400: "The body is not valid JSON.",
-        406: "No media type that `Accept` allows can be produced.",
-        409: "The job with this Idempotency-Key has not ended: see the headers Location and Retry-After.",
-        413: "The body is too large.",
-        415: "The body is not declared as JSON.",
-        422: "A field is out of bounds (`errors` names it), or the Idempotency-Key was used with another body.",
-        429: "The queue is full, or the quota is used up: see the header Retry-After.",
-        503: "The server is not ready, or its disk is full: see the header Retry-After.",
-        504: "The deadline was missed, or cannot be met.",
-    }.items()
+CONTENT = dict.fromkeys((PNG, NPY, ZIP, *ANIMATIONS), {"schema": FILE}) | {
+    JSON: {"schema": schema("JobWithPngs")},
+    EVENTS: event_stream(JOB_EVENTS),
 }
+CLIENT_CLOSED_REQUEST = 499  # nobody reads it
+MADE = ("X-Job-Id", "X-Seed", "X-Cache?", "Vary")  # headers of pictures
 
 
 def picture(job: Job) -> bytes:
@@ -65,16 +56,23 @@ def array(job: Job) -> bytes:
 
 
 def animation(job: Job, media: str) -> bytes:
-    """The animation of the denoising, on contact sheets, up to the finished pictures. Raises Gone."""
+    """The animation of the denoising, on contact sheets, up to the finished pictures; x_t and x0 side by side if both
+    were asked for. Raises Gone."""
     watched = job.request.frames
     assert watched is not None
     if not job.frames:
         raise Gone("the frames of this job are no longer held; the same request makes them again")
-    kind: Kind = "x0" if watched.frames.kind == "x0" else "x_t"
-    points = [step for step in watched.points if (0, step, kind) in job.frames and step < job.request.sampling.steps]
-    sheets = [encode.contact_sheet([job.frames[i, step, kind] for i in range(job.request.n)]) for step in points]
-    last = encode.contact_sheet([job.images[i].picture for i in range(job.request.n)])
-    return encode.animation([*sheets, last], media)
+    kinds: Sequence[Kind] = ("x_t", "x0") if watched.frames.kind == "both" else (watched.frames.kind,)
+    points = [
+        step for step in watched.points if (0, step, kinds[0]) in job.frames and step < job.request.sampling.steps
+    ]
+    finished = [job.images[i].picture for i in range(job.request.n)]
+    shown: list[list[list[Picture | None]]] = [  # by point, picture and kind; before the first step there is no x0
+        [[job.frames.get((i, step, kind)) for kind in kinds] for i in range(job.request.n)] for step in points
+    ]
+    shown.append([[picture] * len(kinds) for picture in finished])
+    sheets = [encode.contact_sheet([encode.side_by_side(each) for each in pictures]) for pictures in shown]
+    return encode.animation(sheets, media)
 
 
 async def draw(jobs: JobService, job: Job, media: str) -> bytes:
@@ -90,8 +88,16 @@ ENCODERS: dict[str, Callable[[Job], bytes]] = {PNG: picture, NPY: array, ZIP: ar
     "/generate",
     summary="Make pictures",
     response_class=Response,
-    responses={200: {"content": {media: {} for media in ANSWERS}}, 202: {"content": {JSON: {}}}, **PROBLEMS},
-    openapi_extra={"requestBody": {"content": {JSON: {"schema": {"$ref": "#/components/schemas/GenerateRequest"}}}}},
+    responses={
+        200: {"description": "What `Accept` asks for.", "content": CONTENT, **sends(*MADE)},
+        202: {
+            "description": "The job, with `Prefer: respond-async`.",
+            "model": JobDocument,
+            **sends(*MADE, "Location", "Preference-Applied"),
+        },
+        **refusals(406, 409, 410, 413, 415, 429, 504),
+    },
+    openapi_extra=asks("Accept", "Prefer", "Idempotency-Key", "Cache-Control", body="GenerateRequest"),
 )
 async def generate(request: Request) -> Response:
     """Makes `n` pictures. `Accept` chooses the answer: a PNG (a contact sheet if `n` > 1), the job as JSON, the
@@ -115,10 +121,11 @@ async def generate(request: Request) -> Response:
     if job.cached:
         headers["X-Cache"] = "hit"
     if later:
-        headers |= {"Location": f"/jobs/{job.id}", "Preference-Applied": "respond-async"}
+        headers |= {"Location": job.path, "Preference-Applied": "respond-async"}
         return JSONResponse(jobs.document(job), 202, headers)
     if media == EVENTS:
-        return ServerSent(jobs, job, _events(job, jobs.watch(job), request.state.request_id), headers)
+        sent = sent_events(job, jobs.watch(job), request.state.request_id)
+        return ServerSent(sent, headers, partial(jobs.leave, job))
     if not await succeeds(request, jobs, job):
         return Response(status_code=CLIENT_CLOSED_REQUEST)
     if media == JSON:
@@ -151,22 +158,12 @@ async def succeeds(request: Request, jobs: JobService, job: Job) -> bool:
     return True
 
 
-class ServerSent(StreamingResponse):
-    """Server-sent events of a job. A client that stops reading leaves the job, which may cancel it."""
-
-    def __init__(self, jobs: JobService, job: Job, events: AsyncGenerator[bytes], headers: dict[str, str]) -> None:
-        super().__init__(events, media_type=EVENTS, headers=headers | {"Cache-Control": "no-store"})
-        self._jobs, self._job = jobs, job
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:  # not in the generator, which never starts if the client disconnects at once
-            await self._jobs.leave(self._job)
-
-
-async def _events(job: Job, subscriber: Subscriber, request_id: str) -> AsyncGenerator[bytes]:
-    """Every message of the job; at the end, if the job was parked, the reason."""
+async def sent_events(
+    job: Job, subscriber: Subscriber, request_id: str, retry_ms: int | None = None
+) -> AsyncGenerator[bytes]:
+    """Every message of the job; at the end, if the job was parked, the reason. retry_ms: before a client reconnects"""
+    if retry_ms is not None:
+        yield f"retry: {retry_ms}\n\n".encode()
     async with aclosing(subscriber.messages()) as messages:
         async for message in messages:
             yield await _event(message)

@@ -1,20 +1,64 @@
 """What HTTP routes share: problems as answers, request headers, small JSON bodies."""
 
+import asyncio
+import json
 import re
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 from starlette.requests import ClientDisconnect, HTTPConnection, Request
-from starlette.responses import JSONResponse
-from starlette.types import Scope
+from starlette.responses import JSONResponse, StreamingResponse
+from starlette.types import Message, Receive, Scope, Send
 
-from server.errors import BodyTooLarge, Malformed, NotAcceptable, Problem, UnsupportedMedia
+from server.bounds import shown
+from server.errors import BodyTooLarge, ExpectationFailed, Invalid, Malformed, NotAcceptable, Problem, UnsupportedMedia
 from server.jobs.tenants import Tenant
 from server.web.openai_schema import PREFIX, error_object
 
+Json = dict[str, Any]
+TEXT: Json = {"type": "string"}
+EVENTS = "text/event-stream"
+BEAT_S = 15.0  # of silence, after which a stream of events has a comment
+MOST_WRONG = 20  # that are told of one request
 TAG = re.compile(r'"[^"]*"')
 KEY = re.compile(r"[!-~]{1,255}")
+
+# The headers of answers, as OpenAPI: a schema, and what it says. The first is on all answers.
+HEADERS: dict[str, tuple[Json, str]] = {
+    "X-Request-Id": (TEXT, "The id of this request in logs and problems."),
+    "X-Job-Id": (TEXT, "The job's id."),
+    "X-Seed": (TEXT | {"pattern": "^[0-9]+$"}, "The seed of the first picture."),
+    "X-Cache": (TEXT | {"enum": ["hit"]}, "The pictures are those of an earlier equal request."),
+    "Location": (TEXT, "The job's path."),
+    "Preference-Applied": (TEXT | {"enum": ["respond-async"]}, "What was done of Prefer."),
+    "ETag": (TEXT, "The hash of the picture."),
+    "Cache-Control": (TEXT, "Who may keep the answer, and for how long."),
+    "Vary": (TEXT, "The request headers that decide the answer."),
+    "Retry-After": (TEXT | {"pattern": "^[0-9]+$"}, "Seconds until a retry may succeed."),
+    "RateLimit": (TEXT, "What is left of the quota."),
+    "RateLimit-Policy": (TEXT, "The quota."),
+    "WWW-Authenticate": (TEXT | {"enum": ["Bearer"]}, "How to send a key."),
+    "X-Should-Retry": (TEXT | {"enum": ["true", "false"]}, "Whether a retry may succeed, for OpenAI's clients."),
+}
+# Those of requests that routes read: a schema, an example, and what it says.
+PARAMETERS: dict[str, tuple[Json, str, str]] = {
+    "Accept": (TEXT, "image/png", "The media type of the answer."),
+    "Prefer": (TEXT, "respond-async", "`respond-async`: answer 202 with the job at once. Others have no effect."),
+    "Idempotency-Key": (
+        TEXT | {"pattern": "^[!-~]{1,255}$"},
+        "order-1207",
+        "Makes the request safe to repeat: the same key and body are the same job.",
+    ),
+    "Cache-Control": (TEXT, "no-cache", "`no-cache`, `no-store` and `max-age` make the pictures again."),
+    "Last-Event-ID": (
+        TEXT | {"pattern": "^[0-9]{1,9}$"},
+        "7",
+        "The number of the last message.",
+    ),
+    "If-None-Match": (TEXT, '"1f"', "Answer 304 if this is the ETag."),
+    "X-Request-Id": (TEXT, "my-request-1", "An id for logs and problems, of up to 64 letters, digits, - and _."),
+}
 
 
 def refusal(scope: Scope, answer: Problem) -> JSONResponse:
@@ -28,6 +72,75 @@ def refusal(scope: Scope, answer: Problem) -> JSONResponse:
         error = {"error": error_object(answer)}
     body = answer.body(scope.get("state", {}).get("request_id", "")) | error
     return JSONResponse(body, answer.status, headers, media_type="application/problem+json")
+
+
+class ServerSent(StreamingResponse):
+    """Server-sent events. leave: is called when they have ended or the client has disconnected."""
+
+    def __init__(
+        self, events: AsyncGenerator[bytes], headers: dict[str, str], leave: Callable[[], Awaitable[None]] | None = None
+    ) -> None:
+        at_once = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # nginx would keep events until it has many
+        super().__init__(events, media_type=EVENTS, headers=headers | at_once)
+        self._leave = leave
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:  # not in the generator, which never starts if the client disconnects at once
+            if self._leave is not None:
+                await self._leave()
+
+    async def stream_response(self, send: Send) -> None:
+        """Sends the events, and a comment when there was none for so long that a proxy might close the connection."""
+        sent = 0
+
+        async def counted(message: Message) -> None:
+            nonlocal sent
+            await send(message)
+            sent += 1
+
+        async def beat() -> None:
+            while True:
+                before = sent
+                await asyncio.sleep(BEAT_S)
+                if sent == before:
+                    await send({"type": "http.response.body", "body": b":\n\n", "more_body": True})
+
+        beating = asyncio.create_task(beat())
+        try:
+            await super().stream_response(counted)
+        finally:
+            beating.cancel()
+
+
+class DocumentResponse(JSONResponse):
+    """A document in which some values are dataclasses."""
+
+    def render(self, content: Any) -> bytes:
+        return json.dumps(content, default=asdict, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+async def check_request(connection: HTTPConnection) -> None:
+    """A dependency of all routes. Raises Invalid for a query parameter that the route does not know or that comes
+    twice, ExpectationFailed for an Expect header that nobody knows."""
+    if (expected := header(connection, "expect")) is not None and expected.strip().lower() != "100-continue":
+        raise ExpectationFailed("of Expect, only 100-continue is understood")
+    if not connection.scope["query_string"]:
+        return
+    known = [field.alias for field in connection.scope["route"].dependant.query_params]
+    allowed = f"there are {', '.join(known)}" if known else "this route has none"
+    if connection.scope.get("method") == "POST":
+        allowed += ": fields go into the body"
+    wrong, seen = dict[str, str](), set[str]()
+    for name, _ in connection.query_params.multi_items():
+        if name not in known:
+            wrong[shown(name)] = f'unknown query parameter "{shown(name)}"; {allowed}'
+        elif name in seen:
+            wrong[name] = f"{name} must be there once"
+        seen.add(name)
+    if wrong:
+        raise Invalid(*[*wrong.items()][:MOST_WRONG])
 
 
 def tenant_of(request: HTTPConnection) -> Tenant | None:

@@ -1,38 +1,121 @@
-"""What the server says about itself: `/models`, `/healthz`, `/readyz`, `/metrics`, and the two pages."""
+"""What the server says about itself: `/models`, `/healthz`, `/readyz`, `/status`, `/metrics`, and the two pages."""
 
-from dataclasses import asdict
+import asyncio
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Literal
 
 from fastapi import APIRouter, Request, Response
-from starlette.responses import FileResponse, JSONResponse
+from pydantic import Field
+from starlette.responses import FileResponse, JSONResponse, PlainTextResponse
+from typing_extensions import TypedDict
 
-from model.checkpoint.card import ModelCard
+from model.checkpoint.card import ModelCard, Source
 from model.sampling.plan import SAMPLERS, SPACINGS
+from model.sampling.schedule import Prediction, Spacing, Variance
+from server.catalog import card_of
 from server.engines.backend import Backend
-from server.errors import NotFound
 from server.jobs.request import default_model
 from server.jobs.service import JobService
 from server.metrics import MEDIA
 from server.settings import Settings
-from server.web.http import has_current
+from server.web.hosts import frame_policy
+from server.web.http import DocumentResponse, has_current
+from server.web.openapi import refusals, sends
+from server.worker.messages import ModelStatus
 
 router = APIRouter()
 CONTENT_POLICY = (
-    "default-src 'self'; img-src 'self' blob: data:; connect-src 'self' blob:; "
-    "base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
+    "default-src 'self'; img-src 'self' blob: data:; connect-src 'self' blob:; base-uri 'none'; form-action 'self'"
 )
 STATIC = Path(__file__).parent.parent / "static"
 
 
-def _document(card: ModelCard, backend: Backend) -> dict[str, Any]:
+class Shape(TypedDict):
+    """The shape of a model's pictures."""
+
+    channels: int
+    height: int
+    width: int
+
+
+class ModelDocument(TypedDict):
+    """A model."""
+
+    name: str
+    digest: Annotated[str | None, Field(description="of the model directory; null while no engine takes work")]
+    source: Annotated[Source | None, Field(description="of a model from a hub")]
+    shape: Shape
+    T: Annotated[int, Field(description="noise levels")]
+    prediction: Prediction
+    default_steps: int | None
+    clip: bool
+    spacing: Spacing
+    samplers: Annotated[list[str], Field(description="allowed values of `sampler`")]
+    variances: list[Variance]
+    spacings: list[Spacing]
+    loaded: Annotated[bool, Field(description="whether it is in memory")]
+    runs: Annotated[ModelStatus | None, Field(description="how it is run; null while no engine takes work")]
+    engines: Annotated[list[ModelStatus | None], Field(description="the same for each engine")]
+
+
+class ModelWithCard(ModelDocument):
+    """A model with its card."""
+
+    card: Annotated[str, Field(description="the README of its directory")]
+
+
+class ModelPage(TypedDict):
+    """All models."""
+
+    models: list[ModelDocument]
+    default: Annotated[str | None, Field(description="the model of requests that name none; null: they must name one")]
+    max_n: Annotated[int, Field(description="the largest `n` of a request")]
+
+
+class Health(TypedDict):
+    """The API process is alive."""
+
+    status: Literal["ok"]
+
+
+class Readiness(TypedDict):
+    """Jobs are accepted."""
+
+    status: Literal["ready"]
+
+
+class EngineState(TypedDict):
+    """An engine."""
+
+    up: Annotated[bool, Field(description="whether it takes work")]
+    loaded: Annotated[list[str], Field(description="the models in its memory")]
+
+
+class ServerStatus(TypedDict):
+    """What the server is doing at the moment."""
+
+    ready: Annotated[bool, Field(description="whether jobs are accepted, as `/readyz` says")]
+    reason: Annotated[str | None, Field(description="why not")]
+    jobs_running: int
+    jobs_waiting: int
+    steps_waiting: Annotated[int, Field(description="image-steps left to do of all jobs")]
+    slots: Annotated[int, Field(description="pictures that can be denoised at once, by all loaded models")]
+    slots_used: int
+    viewers: Annotated[int, Field(description="clients that watch a job")]
+    image_steps_per_s: Annotated[float, Field(description="in the last seconds")]
+    step_s: Annotated[float | None, Field(description="seconds of a step of a batch lately; null if there was none")]
+    engines: list[EngineState]
+    models: Annotated[list[str], Field(description="the names of all models")]
+
+
+def _document(card: ModelCard, backend: Backend) -> ModelDocument:
     status = backend.models.get(card.name)
     process, (channels, height, width) = card.process, card.shape
-    variances = ["small", "large", "learned"] if process.learned_variance else ["small", "large"]
+    variances: list[Variance] = ["small", "large", "learned"] if process.learned_variance else ["small", "large"]
     return {
         "name": card.name,
         "digest": status.digest if status is not None else None,
-        "source": asdict(card.source) if card.source is not None else None,
+        "source": card.source,
         "shape": {"channels": channels, "height": height, "width": width},
         "T": process.schedule.T,
         "prediction": process.prediction,
@@ -43,47 +126,56 @@ def _document(card: ModelCard, backend: Backend) -> dict[str, Any]:
         "variances": variances,
         "spacings": list(SPACINGS),
         "loaded": status is not None and status.loaded,
-        "runs": asdict(status) if status is not None else None,
-        "engines": [asdict(place[card.name]) if card.name in place else None for place in backend.replicas],
+        "runs": status,
+        "engines": [place.get(card.name) for place in backend.replicas],
     }
 
 
+def page_headers(settings: Settings) -> dict[str, str]:
+    """The headers of pages, which may load nothing from other servers. Raises SettingsError."""
+    ancestors, older = frame_policy(settings.frame_ancestors)
+    return {"Content-Security-Policy": f"{CONTENT_POLICY}; {ancestors}"} | older
+
+
 def _page(request: Request, name: str) -> Response:
-    """A page, which may load nothing from other servers."""
-    path, policy = STATIC / name, {"Content-Security-Policy": CONTENT_POLICY}
-    page = FileResponse(path, headers=policy, stat_result=path.stat())
+    path, headers = STATIC / name, request.app.state.page_headers
+    page = FileResponse(path, headers=headers, stat_result=path.stat())
     tag = page.headers["etag"]
-    return Response(status_code=304, headers=policy | {"ETag": tag}) if has_current(request, tag) else page
+    return Response(status_code=304, headers=headers | {"ETag": tag}) if has_current(request, tag) else page
 
 
-@router.get("/models", summary="List models")
-async def models(request: Request) -> JSONResponse:
+@router.get("/models", summary="List models", tags=["models"], response_model=ModelPage)
+async def list_models(request: Request) -> JSONResponse:
     """All models without their cards, the default model of requests that name none, and the limit of `n`."""
     jobs: JobService = request.app.state.jobs
     settings: Settings = request.app.state.settings
     documents = [_document(card, jobs.backend) for card in jobs.cards.values()]
     default = default_model(jobs.cards, settings)
-    return JSONResponse({"models": documents, "default": default, "max_n": settings.max_n})
+    return DocumentResponse({"models": documents, "default": default, "max_n": settings.max_n})
 
 
-@router.get("/models/{name}", summary="Get a model and its card")
-async def model(request: Request, name: str) -> JSONResponse:
+@router.get(
+    "/models/{name}",
+    summary="Get a model and its card",
+    tags=["models"],
+    response_model=ModelWithCard,
+    responses=refusals(404),
+)
+async def get_model(request: Request, name: str) -> JSONResponse:
     """A model with its card, the README of its directory."""
     jobs: JobService = request.app.state.jobs
-    if name not in jobs.cards:
-        raise NotFound(f"there is no such model; there are {', '.join(jobs.cards)}")
-    card = jobs.cards[name]
-    return JSONResponse(_document(card, jobs.backend) | {"card": card.readme})
+    card = card_of(name, jobs.cards)
+    return DocumentResponse({**_document(card, jobs.backend), "card": card.readme})
 
 
-@router.get("/healthz", summary="Check that the server is alive")
-async def healthz() -> JSONResponse:
+@router.get("/healthz", summary="Check that the server is alive", tags=["server"], response_model=Health)
+async def get_health() -> JSONResponse:
     """200 if the API process answers, whatever its engines do."""
     return JSONResponse({"status": "ok"})
 
 
-@router.get("/readyz", summary="Check that the server accepts jobs")
-async def readyz(request: Request) -> JSONResponse:
+@router.get("/readyz", summary="Check that the server accepts jobs", tags=["server"], response_model=Readiness)
+async def get_readiness(request: Request) -> JSONResponse:
     """200 if jobs are accepted, else 503 with the reason."""
     jobs: JobService = request.app.state.jobs
     if jobs.admission.trouble is not None:
@@ -91,11 +183,55 @@ async def readyz(request: Request) -> JSONResponse:
     return JSONResponse({"status": "ready"})
 
 
-@router.get("/metrics", summary="Get metrics in Prometheus' text format", response_class=Response)
-async def scrape(request: Request) -> Response:
+@router.get(
+    "/status",
+    summary="See what the server is doing",
+    tags=["server"],
+    response_model=ServerStatus,
+    responses={200: sends("Cache-Control")},
+)
+async def get_status(request: Request) -> JSONResponse:
+    """Jobs, slots and pace at the moment, for those who have no key for `/metrics`."""
+    jobs: JobService = request.app.state.jobs
+    running, waiting, _ = jobs.tally()
+    image_steps_per_s, step_s = jobs.pace.measure()
+    trouble, replicas = jobs.admission.trouble, jobs.backend.replicas
+    document: ServerStatus = {
+        "ready": trouble is None,
+        "reason": str(trouble) if trouble is not None else None,
+        "jobs_running": running,
+        "jobs_waiting": waiting,
+        "steps_waiting": jobs.admission.capacity.steps,
+        "slots": jobs.slots,
+        "slots_used": jobs.backend.health.stats.seated,
+        "viewers": jobs.counts.subscribers,
+        "image_steps_per_s": image_steps_per_s,
+        "step_s": step_s,
+        "engines": [{"up": bool(each), "loaded": [name for name in each if each[name].loaded]} for each in replicas],
+        "models": list(jobs.cards),
+    }
+    return JSONResponse(document, headers={"Cache-Control": "no-store"})
+
+
+@router.get(
+    "/metrics",
+    summary="Get metrics in Prometheus' text format",
+    tags=["server"],
+    response_class=PlainTextResponse,
+    responses={200: sends("Cache-Control")},
+)
+async def get_metrics(request: Request) -> Response:
     """Counters, gauges and histograms named `ddpm_*`, all read at one moment."""
     jobs: JobService = request.app.state.jobs
     return Response(jobs.metrics.render(), headers={"Content-Type": MEDIA, "Cache-Control": "no-store"})
+
+
+@router.get("/openapi.json", include_in_schema=False)
+async def openapi_document(request: Request) -> JSONResponse:
+    """This API as OpenAPI."""
+    root = request.scope.get("root_path", "").rstrip("/")
+    servers = {"servers": [{"url": root}]} if root else {}
+    return JSONResponse(await asyncio.to_thread(request.app.openapi) | servers)
 
 
 @router.get("/", include_in_schema=False)

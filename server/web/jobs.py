@@ -7,16 +7,19 @@ from starlette.requests import HTTPConnection
 from starlette.responses import JSONResponse
 
 from server.bounds import whole_number
+from server.documents import JobDocument, JobPage, WebhookSecret
 from server.errors import Invalid, NotFound
 from server.jobs.job import Job
-from server.jobs.schemas import JOBS, MOST_JOBS, STATUSES, After, Index, Limit, Status
+from server.jobs.schemas import JOBS, MAX_SEQ, MOST_JOBS, STATUSES, After, Index, Limit, Seq, Status
 from server.jobs.service import JobService
 from server.settings import Settings
-from server.web.generate import ANIMATIONS, PNG, draw
-from server.web.http import has_current, header, negotiate, tenant_of
+from server.web.generate import ANIMATIONS, PNG, draw, sent_events
+from server.web.http import EVENTS, ServerSent, has_current, header, negotiate, tenant_of
+from server.web.openapi import FILE, JOB_EVENTS, asks, event_stream, refusals, sends
 from server.webhooks.signing import secret_of
 
-router = APIRouter()
+router = APIRouter(tags=["jobs"])
+RETRY_MS = 2000  # before an EventSource reconnects
 IMMUTABLE = "max-age=31536000, immutable"
 
 
@@ -36,8 +39,8 @@ async def find_job(request: HTTPConnection, id: str) -> Job:
     return await jobs.repository.find(id, _owner(request))
 
 
-@router.get("/jobs", summary="List jobs, newest first")
-async def job_list(request: Request, status: Status = None, limit: Limit = None, after: After = None) -> JSONResponse:
+@router.get("/jobs", summary="List jobs, newest first", response_model=JobPage, responses=refusals(404, 410))
+async def list_jobs(request: Request, status: Status = None, limit: Limit = None, after: After = None) -> JSONResponse:
     """One page of the jobs that are kept. `after` is the id of the last job of the previous page."""
     if status is not None and status not in STATUSES:
         raise Invalid(("status", f"status must be one of {', '.join(STATUSES)}"))
@@ -48,23 +51,34 @@ async def job_list(request: Request, status: Status = None, limit: Limit = None,
     return await asyncio.to_thread(JSONResponse, {"jobs": documents})
 
 
-@router.get("/jobs/{id}", summary="Get a job")
-async def job_document(request: Request, id: str) -> JSONResponse:
+@router.get("/jobs/{id}", summary="Get a job", response_model=JobDocument, responses=refusals(404, 410))
+async def get_job(request: Request, id: str) -> JSONResponse:
     """The job document: status, progress, request, images, error."""
     jobs: JobService = request.app.state.jobs
     return JSONResponse(jobs.document(await find_job(request, id)))
 
 
-@router.delete("/jobs/{id}", summary="Cancel a job")
-async def job_cancel(request: Request, id: str) -> JSONResponse:
+@router.delete("/jobs/{id}", summary="Cancel a job", response_model=JobDocument, responses=refusals(404, 410))
+async def cancel_job(request: Request, id: str) -> JSONResponse:
     """Cancels a job and returns its document. A job that has ended stays as it is."""
     jobs: JobService = request.app.state.jobs
     return JSONResponse(jobs.document(await jobs.cancel(await find_job(request, id))))
 
 
-@router.get("/jobs/{id}/images/{index}", summary="Get an image of a job", response_class=Response)
-async def job_image(request: Request, id: str, index: Index) -> Response:
+@router.get(
+    "/jobs/{id}/images/{index}",
+    summary="Get an image of a job",
+    response_class=Response,
+    responses={
+        200: {"content": {PNG: {"schema": FILE}}, **sends("ETag", "Cache-Control")},
+        304: {"description": "`If-None-Match` names its ETag.", **sends("ETag", "Cache-Control")},
+        **refusals(404, 406, 410),
+    },
+    openapi_extra=asks("Accept", "If-None-Match"),
+)
+async def get_image(request: Request, id: str, index: Index) -> Response:
     """The PNG. It never changes."""
+    negotiate(header(request, "accept"), (PNG,))
     job = await find_job(request, id)
     if not (index.isascii() and index.isdigit() and len(index) < 6 and int(index) in job.images):
         raise NotFound(f"this job has {len(job.images)} of its images 0..{job.request.n - 1}")
@@ -76,8 +90,40 @@ async def job_image(request: Request, id: str, index: Index) -> Response:
     return Response(await asyncio.to_thread(lambda: image.png), media_type=PNG, headers=headers)
 
 
-@router.get("/jobs/{id}/trajectory", summary="Get the denoising of a job as an animation", response_class=Response)
-async def job_trajectory(request: Request, id: str) -> Response:
+@router.get(
+    "/jobs/{id}/events",
+    summary="Watch a job by server-sent events",
+    response_class=Response,
+    responses={
+        200: {"content": {EVENTS: event_stream(JOB_EVENTS)}, **sends("Cache-Control")},
+        204: {"description": "The last message was sent before: there is nothing more to come."},
+        **refusals(403, 404, 406, 410),
+    },
+    openapi_extra=asks("Accept", "Last-Event-ID"),
+)
+async def get_events(request: Request, id: str, after: Seq = None) -> Response:
+    """The messages of a job from number `after` + 1 on, or behind the `Last-Event-ID` that an EventSource sends when it
+    reconnects. A client that disconnects cancels nothing."""
+    negotiate(header(request, "accept"), (EVENTS,))
+    name, given = ("after", after) if (last := header(request, "last-event-id")) is None else ("Last-Event-ID", last)
+    passed, job = 0 if given is None else whole_number(name, given, 0, MAX_SEQ), await find_job(request, id)
+    if job.ended and job.stream.closed and passed >= len(job.stream.kept):
+        return Response(status_code=204)  # at which an EventSource stops
+    jobs: JobService = request.app.state.jobs
+    return ServerSent(sent_events(job, jobs.watch(job, passed), request.state.request_id, RETRY_MS), {})
+
+
+@router.get(
+    "/jobs/{id}/trajectory",
+    summary="Get the denoising of a job as an animation",
+    response_class=Response,
+    responses={
+        200: {"content": dict.fromkeys(ANIMATIONS, {"schema": FILE}), **sends("Cache-Control", "Vary")},
+        **refusals(404, 406, 410),
+    },
+    openapi_extra=asks("Accept"),
+)
+async def get_trajectory(request: Request, id: str) -> Response:
     """A GIF, APNG or WebP, as `Accept` asks, of the frames that are in memory."""
     media, job = negotiate(header(request, "accept"), ANIMATIONS), await find_job(request, id)
     if job.request.frames is None or job.status != "succeeded":
@@ -86,8 +132,13 @@ async def job_trajectory(request: Request, id: str) -> Response:
     return Response(data, media_type=media, headers={"Cache-Control": _cache_control(job), "Vary": "Accept"})
 
 
-@router.get("/webhooks/secret", summary="Get the secret that signs the caller's webhooks")
-async def webhook_secret(request: Request) -> JSONResponse:
+@router.get(
+    "/webhooks/secret",
+    summary="Get the secret that signs the caller's webhooks",
+    response_model=WebhookSecret,
+    responses={200: sends("Cache-Control"), **refusals(404)},
+)
+async def get_webhook_secret(request: Request) -> JSONResponse:
     """The secret in the form of Standard Webhooks: `whsec_` and base64. Each API key's name has its own."""
     settings: Settings = request.app.state.settings
     master = settings.webhook_secret.get_secret_value()

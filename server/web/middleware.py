@@ -1,7 +1,8 @@
 """The one ASGI middleware: every HTTP request and every websocket passes it before a route.
 
-It gives each request an id, checks Host, Origin and key, counts websockets, and answers HEAD. All paths need a key
-unless they are named here. A websocket is refused with an HTTP status, before it is accepted.
+It takes the path prefix off, gives each request an id, checks Host, Origin and key, lets browsers read the answer,
+counts websockets, and answers HEAD. All paths need a key unless they are named here. A websocket is refused with an
+HTTP status, before it is accepted.
 """
 
 import re
@@ -10,7 +11,7 @@ from collections.abc import Callable, Set
 from dataclasses import dataclass
 from pathlib import Path
 
-from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server import logs
@@ -18,25 +19,18 @@ from server.errors import NotFound, ServerError, TooManyConnections, Unauthentic
 from server.jobs.tenants import Tenant
 from server.settings import Settings
 from server.web.auth import SAME_FOR_ALL, Keyring, offered
-from server.web.hosts import Rules
+from server.web.hosts import Headers, Rules
 from server.web.http import refusal
 
 PROTOCOL = "ddpm.v1"  # the subprotocol of a websocket whose other offered subprotocol is its key
-OPEN = {"/", "/healthz", "/readyz"}
+OPEN = {"/", "/docs", "/healthz", "/readyz"}
 PROBES = {"/healthz", "/readyz"}  # load balancers ask for them by address, so any Host will do
 STATIC = "/static/"
 METRICS = "/metrics"
 SAFE_METHODS = {"GET", "HEAD"}
+EVENTS = "/events"  # ends the paths of streams, which are for whoever may open a websocket
 STARTS = ("http.response.start", "websocket.accept", "websocket.http.response.start")  # messages with headers
 REQUEST_ID = re.compile(r"[\w-]{1,64}", re.ASCII)
-CORS_METHODS = ("GET", "POST", "DELETE")
-CORS_EXPOSED_HEADERS = (
-    *("X-Job-Id", "X-Seed", "X-Request-Id", "X-Cache", "Location", "ETag", "Preference-Applied"),
-    *("Retry-After", "RateLimit", "RateLimit-Policy", "X-Should-Retry"),
-)
-CORS_HEADERS = (
-    *("Authorization", "Accept", "Cache-Control", "Content-Type", "Idempotency-Key", "Prefer", "X-Request-Id"),
-)
 
 
 def _values(scope: Scope, name: bytes) -> list[bytes]:
@@ -68,7 +62,7 @@ class Access:
         hosts, origins = _values(scope, b"host"), _values(scope, b"origin")
         if scope["type"] == "websocket" or scope["path"] not in self.any_host:
             self.rules.check_host(hosts)
-        if scope["type"] == "websocket" or scope["method"] not in SAFE_METHODS:
+        if scope["type"] == "websocket" or scope["method"] not in SAFE_METHODS or scope["path"].endswith(EVENTS):
             self.rules.check_origin(origins, hosts[0] if hosts else b"")
 
     def tenant(self, scope: Scope) -> Tenant | None:
@@ -85,45 +79,41 @@ class Access:
 
 
 class Middleware:
-    """ASGI middleware. refused: is called with the code of every refusal."""
+    """ASGI middleware. refused: is called with the code of every refusal. prefix: the path under which a proxy offers
+    the server, which it may have taken off."""
 
-    def __init__(self, app: ASGIApp, access: Access, max_websockets: int, refused: Callable[[str], None]) -> None:
+    def __init__(
+        self, app: ASGIApp, access: Access, max_websockets: int, refused: Callable[[str], None], prefix: str
+    ) -> None:
         self._app, self._access, self._max_websockets, self._refused = app, access, max_websockets, refused
+        self._prefix = prefix
         self._websockets = 0  # open ones
-        self._next: ASGIApp = self._authenticate
-        if access.rules.origins:
-            self._next = CORSMiddleware(
-                self._authenticate,
-                allow_origins=access.rules.origins,
-                allow_methods=CORS_METHODS,
-                allow_headers=CORS_HEADERS,
-                expose_headers=CORS_EXPOSED_HEADERS,
-            )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
             return await self._app(scope, receive, send)
-        given = (_values(scope, b"x-request-id") or [b""])[-1].decode("latin-1")
+        given, origins = (_values(scope, b"x-request-id") or [b""])[-1].decode("latin-1"), _values(scope, b"origin")
         id = given if REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
-        scope.setdefault("state", {})["request_id"] = id
+        common = [(b"x-request-id", id.encode()), *self._access.rules.cors(origins)]
+        scope.setdefault("state", {}).update(request_id=id, headers=common)
         logs.request_id.set(id)
         head = scope["type"] == "http" and scope["method"] == "HEAD"
-
-        async def answer(message: Message) -> None:
-            if message["type"] in STARTS:
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", id.encode())]
-            elif head and message["type"] == "http.response.body":
-                message = {**message, "body": b""}
-            await send(message)
-
+        answer = _answer(common, head, send)
+        if self._prefix and scope["path"] == self._prefix:  # the page's links are relative
+            return await RedirectResponse(f"{self._prefix}/", 308)(scope, receive, answer)
+        if scope["path"].startswith(f"{self._prefix}/"):
+            scope["path"] = scope["path"].removeprefix(self._prefix)
         try:
             self._access.check_source(scope)
         except ServerError as error:
             return await self._refuse(error, scope, receive, answer)
-        await self._next({**scope, "method": "GET"} if head else scope, receive, answer)
+        asked = scope["type"] == "http" and scope["method"] == "OPTIONS"
+        if asked and (told := self._access.rules.preflight(scope["headers"])) is not None:
+            return await _preflight(told)(scope, receive, answer)
+        await self._authenticate({**scope, "method": "GET"} if head else scope, receive, answer)
 
     async def _authenticate(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """The second half, behind CORS: a page of another site may read why it was refused."""
+        """The second half, for requests of pages and programs that may use the server, if they have the key."""
         try:
             scope["state"]["tenant"] = self._access.tenant(scope)
             if scope["type"] == "websocket" and self._websockets >= self._max_websockets:
@@ -142,6 +132,29 @@ class Middleware:
         answer = problem(error)
         self._refused(answer.code)
         await refusal(scope, answer)(scope, receive, send)
+
+
+def _preflight(headers: Headers) -> Response:
+    answer = Response(status_code=204)
+    answer.raw_headers += headers
+    return answer
+
+
+def _answer(common: Headers, head: bool, send: Send) -> Send:
+    """`send` for all answers: adds the headers that all have, and leaves out the body where HEAD was asked for."""
+    is_complete = False
+
+    async def answer(message: Message) -> None:
+        nonlocal is_complete
+        if message["type"] in STARTS:
+            message["headers"] = [*message.get("headers", ()), *common]
+        elif head and message["type"] == "http.response.body":
+            if is_complete:
+                return
+            is_complete, message = True, {"type": message["type"], "body": b""}  # a stream would not end for long
+        await send(message)
+
+    return answer
 
 
 def _websocket_answer(scope: Scope, receive: Receive, send: Send) -> Send:

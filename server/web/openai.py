@@ -6,41 +6,67 @@ import json
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import Any
+from functools import partial
+from urllib.parse import urljoin
 
 from ddpm_client.wire import unpack
 from fastapi import APIRouter, Request, Response
 from starlette.responses import JSONResponse
 
-from server.errors import NotFound, problem
+from server.catalog import card_of
+from server.errors import problem
 from server.jobs import encode
 from server.jobs.job import Image, Job
 from server.jobs.request import RequestContext, resolve_request
 from server.jobs.service import JobService
 from server.jobs.stream import PictureMessage, Subscriber, TextMessage
-from server.web.generate import CLIENT_CLOSED_REQUEST, EVENTS, JSON, PROBLEMS, ServerSent, succeeds
-from server.web.http import from_headers, read_json_body
-from server.web.openai_schema import ImagesRequest, error_object, parse_images
+from server.web.generate import CLIENT_CLOSED_REQUEST, succeeds
+from server.web.http import EVENTS, ServerSent, from_headers, read_json_body
+from server.web.openai_schema import (
+    ErrorEvent,
+    ImageEntry,
+    ImageEvent,
+    ImageFile,
+    ImagesAnswer,
+    ImagesRequest,
+    ModelEntry,
+    ModelList,
+    PartialImage,
+    Usage,
+    WholeImage,
+    error_object,
+    parse_images,
+)
+from server.web.openapi import asks, event_stream, refusals, sends
 
-router = APIRouter(prefix="/v1")
+router = APIRouter(prefix="/v1", tags=["openai"])
 # OpenAI's types require it; these models know no tokens
-USAGE = {
+USAGE: Usage = {
     "input_tokens": 0,
     "input_tokens_details": {"image_tokens": 0, "text_tokens": 0},
     "output_tokens": 0,
     "total_tokens": 0,
 }
 UNUSED = ""  # the part of the prompt that was used: none
-REFUSALS = {status: answer for status, answer in PROBLEMS.items() if status not in (406, 422)}
+MADE = ("X-Job-Id", "X-Seed", "X-Cache?")
+EVENT_TYPES = {
+    "image_generation.partial_image": "PartialImage",
+    "image_generation.completed": "WholeImage",
+    "error": "ErrorEvent",
+}
 
 
 @router.post(
     "/images/generations",
     summary="Make pictures (OpenAI)",
-    responses={200: {"content": {JSON: {}, EVENTS: {}}}, **REFUSALS},
-    openapi_extra={"requestBody": {"content": {JSON: {"schema": {"$ref": "#/components/schemas/ImagesRequest"}}}}},
+    response_model=ImagesAnswer,
+    responses={
+        200: {"content": {EVENTS: event_stream(EVENT_TYPES)}, **sends(*MADE)},
+        **refusals(409, 413, 415, 429, 504),
+    },
+    openapi_extra=asks("Idempotency-Key", "Cache-Control", body="ImagesRequest"),
 )
-async def generations(request: Request) -> Response:
+async def openai_generate(request: Request) -> Response:
     """Makes the pictures of `POST /generate` for clients of OpenAI's images API. The body may have the fields of both.
     The prompt has no effect. With `stream`, partial images are predictions of x0."""
     jobs: JobService = request.app.state.jobs
@@ -54,12 +80,12 @@ async def generations(request: Request) -> Response:
         job = await jobs.submit(body, context)
     headers = {"X-Job-Id": job.id, "X-Seed": str(job.request.seed)} | ({"X-Cache": "hit"} if job.cached else {})
     if asked.stream:
-        return ServerSent(jobs, job, _events(asked, job, jobs.watch(job)), headers)
+        return ServerSent(_events(asked, job, jobs.watch(job)), headers, partial(jobs.leave, job))
     if not await succeeds(request, jobs, job):
         return Response(status_code=CLIENT_CLOSED_REQUEST)
     urls = None
     if asked.response_format == "url":
-        urls = [str(request.url_for("job_image", id=job.id, index=i)) for i in range(job.request.n)]
+        urls = [urljoin(str(request.base_url), f"{job.path}/images/{i}") for i in range(job.request.n)]
     return await asyncio.to_thread(lambda: JSONResponse(_answer(asked, job, urls), headers=headers))
 
 
@@ -76,9 +102,9 @@ def _size(job: Job) -> str:
     return f"{width}x{height}"
 
 
-def _answer(asked: ImagesRequest, job: Job, urls: list[str] | None) -> dict[str, Any]:
-    def entry(image: Image) -> dict[str, Any]:
-        where = {"url": urls[image.index]} if urls else {"b64_json": _file(asked, image.png)}
+def _answer(asked: ImagesRequest, job: Job, urls: list[str] | None) -> ImagesAnswer:
+    def entry(image: Image) -> ImageEntry:
+        where: ImageFile = {"url": urls[image.index]} if urls else {"b64_json": _file(asked, image.png)}
         return {**where, "revised_prompt": UNUSED, "seed": image.seed}
 
     return {
@@ -91,8 +117,8 @@ def _answer(asked: ImagesRequest, job: Job, urls: list[str] | None) -> dict[str,
     }
 
 
-def _event(type: str, **body: Any) -> bytes:
-    return f"event: {type}\ndata: {json.dumps({'type': type, **body})}\n\n".encode()
+def _event(event: PartialImage | WholeImage | ErrorEvent) -> bytes:
+    return f"event: {event['type']}\ndata: {json.dumps(event)}\n\n".encode()
 
 
 async def _events(asked: ImagesRequest, job: Job, subscriber: Subscriber) -> AsyncGenerator[bytes]:
@@ -105,12 +131,12 @@ async def _events(asked: ImagesRequest, job: Job, subscriber: Subscriber) -> Asy
                 yield await _image_event(asked, job, message)  # after the last step x0 is the picture itself
             await asyncio.sleep(0)
     if job.status != "succeeded":
-        yield _event("error", error=error_object(problem(job.failure or RuntimeError())))
+        yield _event({"type": "error", "error": error_object(problem(job.failure or RuntimeError()))})
 
 
 async def _image_event(asked: ImagesRequest, job: Job, message: PictureMessage) -> bytes:
     header, png = unpack(await message.packed())
-    about = {
+    about: ImageEvent = {
         "b64_json": await asyncio.to_thread(_file, asked, png),
         "created_at": int(time.time()),
         "background": "opaque",
@@ -121,26 +147,23 @@ async def _image_event(asked: ImagesRequest, job: Job, message: PictureMessage) 
         "seed": header["seed"],
     }
     if not message.passing:
-        return _event("image_generation.completed", **about, usage=USAGE, revised_prompt=UNUSED)
+        return _event({**about, "type": "image_generation.completed", "usage": USAGE, "revised_prompt": UNUSED})
     assert job.request.frames is not None
     index = job.request.frames.points.index(header["step"]) - 1  # the first point is pure noise and has no x0
-    return _event("image_generation.partial_image", **about, partial_image_index=index)
+    return _event({**about, "type": "image_generation.partial_image", "partial_image_index": index})
 
 
-def _model(name: str) -> dict[str, Any]:
+def _model(name: str) -> ModelEntry:
     return {"id": name, "object": "model", "created": 0, "owned_by": "ddpm-server"}  # 0: unknown
 
 
-@router.get("/models", summary="List models (OpenAI)")
-async def model_list(request: Request) -> JSONResponse:
+@router.get("/models", summary="List models (OpenAI)", response_model=ModelList)
+async def openai_list_models(request: Request) -> JSONResponse:
     """The names of all models. `GET /models` has more."""
     return JSONResponse({"object": "list", "data": [_model(name) for name in request.app.state.jobs.cards]})
 
 
-@router.get("/models/{name}", summary="Get a model (OpenAI)")
-async def model_entry(request: Request, name: str) -> JSONResponse:
+@router.get("/models/{name}", summary="Get a model (OpenAI)", response_model=ModelEntry, responses=refusals(404))
+async def openai_get_model(request: Request, name: str) -> JSONResponse:
     """The name of a model. `GET /models/{name}` has more."""
-    cards = request.app.state.jobs.cards
-    if name not in cards:
-        raise NotFound(f"there is no such model; there are {', '.join(cards)}")
-    return JSONResponse(_model(name))
+    return JSONResponse(_model(card_of(name, request.app.state.jobs.cards).name))

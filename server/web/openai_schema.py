@@ -4,17 +4,21 @@ The body may also have the fields of `POST /generate`, which are checked as thos
 """
 
 import json
-from typing import Any, Literal
+from typing import Annotated, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field
+from typing_extensions import TypedDict
 
 from server.bounds import unknown
+from server.documents import ProblemDocument
 from server.errors import Invalid, Problem
 from server.jobs.schemas import Frames, GenerateRequest, parse_object, validate
 
 PREFIX = "/v1/"  # of paths whose errors have OpenAI's form, too
 MAX_PARTIAL = 3
-INVALID, RATE_LIMIT, SERVER = "invalid_request_error", "rate_limit_error", "server_error"
+CODES = {"model-not-found": "model_not_found"}  # ours, and those that OpenAI's clients know
+ErrorKind: TypeAlias = Literal["invalid_request_error", "rate_limit_error", "server_error"]
+ImageFormat: TypeAlias = Literal["png", "webp", "jpeg"]
 
 
 class ImagesRequest(BaseModel):
@@ -27,7 +31,7 @@ class ImagesRequest(BaseModel):
         None, max_length=16, description="`auto` or the size of the model's pictures, such as `32x32`."
     )
     response_format: Literal["b64_json", "url"] | None = Field(None, description="Default: b64_json.")
-    output_format: Literal["png", "webp", "jpeg"] | None = Field(None, description="Default: png.")
+    output_format: ImageFormat | None = Field(None, description="Default: png.")
     output_compression: int | None = Field(
         None, ge=0, le=100, description="Quality of jpeg and webp; 100: lossless webp."
     )
@@ -42,7 +46,7 @@ class ImagesRequest(BaseModel):
     safety_identifier: str | None = Field(None, description="No effect.")
 
     @property
-    def format(self) -> str:
+    def format(self) -> ImageFormat:
         """The image format."""
         return self.output_format or "png"
 
@@ -58,6 +62,113 @@ class ImagesRequest(BaseModel):
         """Raises Invalid for another size."""
         if self.size not in (None, "auto", f"{width}x{height}"):
             raise Invalid(("size", f"size must be auto or {width}x{height}, the size of this model's pictures"))
+
+
+class OpenAIError(TypedDict):
+    """An error in OpenAI's form."""
+
+    message: str
+    type: ErrorKind
+    param: Annotated[str | None, Field(description="the field that is wrong")]
+    code: str
+
+
+class OpenAIProblem(ProblemDocument):
+    """Why a request was refused, in both forms."""
+
+    error: OpenAIError
+
+
+class TokenDetails(TypedDict):
+    """Tokens by kind: none."""
+
+    image_tokens: int
+    text_tokens: int
+
+
+class Usage(TypedDict):
+    """Tokens, which OpenAI's types require: none."""
+
+    input_tokens: int
+    input_tokens_details: TokenDetails
+    output_tokens: int
+    total_tokens: int
+
+
+class ImageFile(TypedDict, total=False):
+    """A picture: its file in base64, or its URL."""
+
+    b64_json: str
+    url: str
+
+
+class ImageEntry(ImageFile):
+    """A picture: its file in base64, or its URL; and its seed."""
+
+    revised_prompt: str
+    seed: int
+
+
+class ImagesAnswer(TypedDict):
+    """The pictures of a request."""
+
+    created: int
+    data: list[ImageEntry]
+    background: Literal["opaque"]
+    output_format: ImageFormat
+    size: str
+    usage: Usage
+
+
+class ImageEvent(TypedDict):
+    """What the events of pictures have in common."""
+
+    b64_json: str
+    created_at: int
+    background: Literal["opaque"]
+    output_format: ImageFormat
+    quality: Literal["auto"]
+    size: str
+    index: int
+    seed: int
+
+
+class PartialImage(ImageEvent):
+    """A prediction of x0 on the way to a picture."""
+
+    type: Literal["image_generation.partial_image"]
+    partial_image_index: int
+
+
+class WholeImage(ImageEvent):
+    """A finished picture."""
+
+    type: Literal["image_generation.completed"]
+    usage: Usage
+    revised_prompt: str
+
+
+class ErrorEvent(TypedDict):
+    """Why there are no more pictures."""
+
+    type: Literal["error"]
+    error: OpenAIError
+
+
+class ModelEntry(TypedDict):
+    """The name of a model."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+
+
+class ModelList(TypedDict):
+    """The names of all models."""
+
+    object: Literal["list"]
+    data: list[ModelEntry]
 
 
 def parse_images(body: bytes) -> ImagesRequest:
@@ -77,9 +188,11 @@ def parse_images(body: bytes) -> ImagesRequest:
     return request
 
 
-def error_object(problem: Problem) -> dict[str, Any]:
+def error_object(problem: Problem) -> OpenAIError:
     """An error in OpenAI's form."""
-    kind = RATE_LIMIT if problem.status == 429 else SERVER if problem.status >= 500 else INVALID
+    kind: ErrorKind = "server_error" if problem.status >= 500 else "invalid_request_error"
+    kind = "rate_limit_error" if problem.status == 429 else kind
     named = [error["pointer"].removeprefix("/") for error in problem.errors if error["pointer"]]
     param = named[0] if named else None
-    return {"message": problem.detail, "type": kind, "param": param, "code": problem.code}
+    code = CODES.get(problem.code, problem.code)
+    return {"message": problem.detail, "type": kind, "param": param, "code": code}

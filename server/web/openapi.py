@@ -1,70 +1,237 @@
-"""`/openapi.json`: FastAPI's document, with our problems, API keys, and the bounds of this server's settings."""
+"""`/openapi.json`: FastAPI's document of the routes, with headers, problems, websockets, examples, keys, and the bounds
+of this server's settings.
 
-from itertools import chain
-from typing import Any
+A route names the type of its answer as `response_model`, though it returns a response, which FastAPI sends as it is.
+"""
 
-from fastapi import FastAPI
+import json
+from collections.abc import Mapping
+from typing import Any, Literal, get_args, get_type_hints
+
+from fastapi import FastAPI, Response
 from fastapi.openapi.utils import get_openapi
+from pydantic import TypeAdapter
 
 from model.sampling.plan import SAMPLERS
+from server.documents import (
+    ClientMessage,
+    JobWithPngs,
+    PictureEvent,
+    PictureHeader,
+    PongMessage,
+    ProblemDocument,
+    TextDocument,
+)
+from server.errors import ANSWERS, UNFORESEEN
+from server.jobs.request import default_model
 from server.jobs.schemas import GenerateRequest
 from server.jobs.service import JobService
 from server.settings import Settings
-from server.web.openai_schema import ImagesRequest
+from server.web.http import HEADERS, PARAMETERS, TEXT, Json
+from server.web.middleware import METRICS, OPEN
+from server.web.openai_schema import PREFIX, ErrorEvent, ImagesRequest, OpenAIProblem, PartialImage, WholeImage
 
-TEXT = {"type": "string"}
-FIELD_ERROR = {"type": "object", "properties": {"pointer": TEXT, "message": TEXT}, "required": ["pointer", "message"]}
-PROBLEM: dict[str, Any] = {
-    "type": "object",
-    "description": "A problem document (RFC 9457).",
-    "properties": {
-        **dict.fromkeys(("type", "title", "detail", "code", "request_id"), TEXT),
-        "status": {"type": "integer"},
-        "errors": {"type": "array", "items": FIELD_ERROR},
-    },
-    "required": ["type", "title", "status", "detail", "code", "request_id"],
+JSON = "application/json"
+FILE = TEXT | {"format": "binary"}
+# The `data` of a job's events, by the name of the event
+JOB_EVENTS = dict.fromkeys(("frame", "image"), "PictureEvent") | {
+    name: kind.__name__
+    for kind in get_args(get_args(TextDocument)[0])
+    for name in get_args(get_type_hints(kind)["type"])
+    if kind is not PongMessage
 }
-REFUSAL = {
-    "description": "A problem; `code` names it, `detail` explains it.",
-    "content": {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}},
+TAGS = {
+    "pictures": "Make pictures: wait for them, stream them, or ask for a job.",
+    "jobs": "Jobs that run or have ended, their pictures and their messages.",
+    "models": "The models that are served.",
+    "server": "Whether the server lives, is ready, and what it has done.",
+    "openai": "OpenAI's images API, for clients that speak it.",
 }
-KEY = {"type": "http", "scheme": "bearer", "description": "An API key, if the server has any."}
+OF_PROBLEMS = {
+    401: ["WWW-Authenticate"],
+    409: ["Location?", "Retry-After?"],
+    429: ["Retry-After", "RateLimit?", "RateLimit-Policy?"],
+    503: ["Retry-After?"],
+}
+KEYS = {
+    "key": {"type": "http", "scheme": "bearer", "description": "An API key."},
+    "metrics_key": {"type": "http", "scheme": "bearer", "description": "The key of `/metrics`."},
+}
+ALWAYS = (400, 401, 408, 414, 417, 422, 431, 500, 503)  # problems of any request
 
 
-def _bounded(jobs: JobService, settings: Settings) -> dict[str, Any]:
+def refusals(*statuses: int) -> dict[int | str, Json]:
+    """`responses` of a route: the statuses of its problems, besides those that any request may have."""
+    return {status: {} for status in statuses}
+
+
+def sends(*names: str) -> Json:
+    """Part of an answer in `responses`: its headers. One whose name ends with `?` is not always there."""
+    said = {}
+    for name in names:
+        kind, text = HEADERS[name.rstrip("?")]
+        said[name.rstrip("?")] = {"description": text, "required": not name.endswith("?"), "schema": kind}
+    return {"headers": said}
+
+
+def asks(*names: str, body: str = "") -> Json:
+    """`openapi_extra` of a route: the headers that it reads, and the name of its body's schema."""
+    asked: Json = {"parameters": [{"$ref": f"#/components/parameters/{name}"} for name in names]}
+    return asked | ({"requestBody": {"content": {JSON: {"schema": schema(body)}}}} if body else {})
+
+
+def schema(name: str) -> Json:
+    """A reference to a schema."""
+    return {"$ref": f"#/components/schemas/{name}"}
+
+
+def event_stream(kinds: Mapping[str, str]) -> Json:
+    """Server-sent events as the content of an answer. kinds: the schema of the `data` of each `event`."""
+    about = "Server-sent events: " + ", ".join(f"`{event}` with {name}" for event, name in kinds.items())
+    return {"schema": TEXT | {"description": about}, "x-event-data": {event: schema(kinds[event]) for event in kinds}}
+
+
+def websocket(first: str = "") -> Json:
+    """Arguments of the route that describes a websocket. OpenAPI has no websockets: messages are in an extension.
+    first: the schema of what a client sends first."""
+    messages = {"receives": schema("StreamMessage"), "receives_binary": schema("PictureHeader")}
+    messages |= {"sends": schema("ClientMessage")} | ({"sends_first": schema(first)} if first else {})
+    about = "A websocket: messages are in `x-websocket`, of binary ones the JSON that stands before the PNG."
+    return {
+        "status_code": 101,
+        "response_class": Response,
+        "response_description": about,
+        "responses": refusals(404, 426) if not first else refusals(426),
+        "openapi_extra": {"x-websocket": messages},
+    }
+
+
+def _requests(jobs: JobService, settings: Settings) -> Json:
     """The schemas of all bodies, with the bounds that depend on settings and models."""
     request = GenerateRequest.model_json_schema(ref_template="#/components/schemas/{model}")
-    schemas: dict[str, Any] = request.pop("$defs")
+    schemas: Json = request.pop("$defs")
+    images = ImagesRequest.model_json_schema() | {"additionalProperties": False}
     fields = request["properties"]
     longest = max(card.process.schedule.T for card in jobs.cards.values())
     fields["n"] |= {"maximum": settings.max_n}
     fields["sampler"] |= {"enum": list(SAMPLERS)}
     for field, bounds in (("steps", {"maximum": longest}), ("model", {"enum": list(jobs.cards)})):
         fields[field]["anyOf"][0] |= bounds
-    for properties in (fields, schemas["Frames"]["properties"]):
+    for properties in (fields, schemas["Frames"]["properties"], images["properties"]):
         for name, field in properties.items():
-            if "anyOf" not in field:  # null means that the field is not set
-                about = {word: field.pop(word) for word in ("title", "description", "default")}
-                properties[name] = about | {"anyOf": [field, {"type": "null"}]}
-    images = ImagesRequest.model_json_schema() | {"additionalProperties": False}
+            default = field.pop("default", None)  # generated clients take a field with a default for a required one
+            told = field.pop("description", "") + (f" (default: {default})" if default is not None else "")
+            kinds = field.pop("anyOf", None) or [field, {"type": "null"}]  # null means that it is not set
+            properties[name] = {"description": told, "anyOf": kinds}
     images["properties"] = fields | images["properties"]
-    return schemas | {"GenerateRequest": request, "ImagesRequest": images, "Problem": PROBLEM}
+    return schemas | {"GenerateRequest": request, "ImagesRequest": images}
+
+
+def _answers() -> Json:
+    """The schemas of what no route names as its only answer."""
+    types: Json = {kind.__name__: kind for kind in (JobWithPngs, PictureEvent, PictureHeader, ClientMessage)}
+    types |= {kind.__name__: kind for kind in (ProblemDocument, OpenAIProblem, PartialImage, WholeImage, ErrorEvent)}
+    adapters: list[tuple[str, Literal["serialization"], TypeAdapter[Any]]] = [
+        (name, "serialization", TypeAdapter(kind)) for name, kind in (types | {"": TextDocument}).items()
+    ]
+    made, found = TypeAdapter.json_schemas(adapters, ref_template="#/components/schemas/{model}")
+    schemas: Json = found["$defs"] | {"StreamMessage": made["", "serialization"]}
+    codes = {code for _, code in [*ANSWERS.values(), UNFORESEEN]}
+    schemas["ProblemDocument"]["properties"]["code"]["enum"] = sorted(codes)
+    return schemas
+
+
+def _problem(status: int, openai: bool) -> Json:
+    """The answer with this status: a problem, with the codes that it may have."""
+    ours = (400, 422) if openai and status == 400 else (status,)
+    kinds = {code: str(kind.__doc__).partition(". ")[0] for kind, (its, code) in ANSWERS.items() if its in ours}
+    kinds |= {UNFORESEEN[1]: "A bug"} if status == UNFORESEEN[0] else {}
+    names = [*OF_PROBLEMS.get(status, ()), "X-Request-Id", *(["X-Should-Retry"] if openai else ())]
+    content = {"schema": schema("OpenAIProblem" if openai else "ProblemDocument")}
+    about = " ".join(f"`{code}`: {text.rstrip('.')}." for code, text in kinds.items())
+    return {"description": about, "content": {"application/problem+json": content}} | sends(*names)
+
+
+def _complete(path: str, method: str, operation: Json, settings: Settings) -> Json:
+    """Adds what all operations have: problems, headers and keys. -> the problems, as components"""
+    openai, answers = path.startswith(PREFIX), operation["responses"]
+    statuses = {int(status) for status in answers if int(status) >= 400} | {*ALWAYS}
+    statuses |= {403} if method != "get" or "101" in answers else set()
+    statuses -= {422} if openai else set()
+    operation["responses"] = {status: answer for status, answer in answers.items() if int(status) < 400}
+    for answer in operation["responses"].values():
+        answer.setdefault("headers", {}).update(sends("X-Request-Id")["headers"])
+    problems = {status: f"{'OpenAI' if openai else 'Problem'}{status}" for status in sorted(statuses)}
+    for status, name in problems.items():
+        operation["responses"][str(status)] = {"$ref": f"#/components/responses/{name}"}
+    operation.setdefault("parameters", []).extend(asks("X-Request-Id")["parameters"])
+    if path in OPEN:
+        operation["security"] = []
+    elif path == METRICS and settings.metrics_key.get_secret_value():
+        operation["security"] = [{"metrics_key": []}]
+    return {name: _problem(status, openai) for status, name in problems.items()}
+
+
+def _examples(name: str, steps: int) -> Json:
+    """Bodies that this server accepts."""
+    few, body = min(steps, 10), {"model": name, "seed": 42, "steps": min(steps, 100)}
+    picture = {"summary": "a picture", "value": body}
+    return {
+        "GenerateRequest": {
+            "picture": picture,
+            "several": {"summary": "four pictures by ddim", "value": body | {"n": 4, "sampler": "ddim", "steps": few}},
+            "frames": {"summary": "with five frames", "value": body | {"frames": {"count": 5, "kind": "both"}}},
+        },
+        "ImagesRequest": {"picture": {"summary": "a picture", "value": {"prompt": "", **body}}},
+    }
+
+
+def _without_title(schema: Json) -> Json:
+    """A schema without the title that pydantic makes of its name."""
+    return {word: value for word, value in schema.items() if word != "title" or not isinstance(value, str)}
+
+
+def _document(app: FastAPI, jobs: JobService, settings: Settings) -> Json:
+    tags = [{"name": name, "description": text} for name, text in TAGS.items()]
+    document = get_openapi(
+        title=app.title, version=app.version, description=app.description, routes=app.routes, tags=tags
+    )
+    schemas = document["components"]["schemas"] | _answers() | _requests(jobs, settings)
+    for name in ("HTTPValidationError", "ValidationError"):  # FastAPI's, which is never sent
+        del schemas[name]
+    for name in ("ModelStatus", "Source"):  # dataclasses, of which every field is sent
+        schemas[name]["required"] = list(schemas[name]["properties"])
+    name = default_model(jobs.cards, settings) or next(iter(jobs.cards))
+    examples = _examples(name, jobs.cards[name].process.schedule.T)
+    problems: Json = {}
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            problems |= _complete(path, method, operation, settings)
+            for content in operation.get("requestBody", {}).get("content", {}).values():
+                content["examples"] = examples[content["schema"]["$ref"].rpartition("/")[2]]
+            for parameter in operation["parameters"]:
+                if parameter.get("name") == "name":
+                    parameter["example"] = name
+    document["components"] = {
+        "schemas": json.loads(json.dumps(schemas), object_hook=_without_title),
+        "parameters": {
+            name: {"name": name, "in": "header", "description": text, "schema": kind, "example": example}
+            for name, (kind, example, text) in PARAMETERS.items()
+        },
+        "responses": problems,
+        "securitySchemes": KEYS,
+    }
+    if settings.path_prefix:
+        document["servers"] = [{"url": settings.path_prefix}]
+    document["security"] = [{"key": []}] if settings.api_keys else []
+    return document
 
 
 def describe(app: FastAPI, jobs: JobService, settings: Settings) -> None:
     """Makes `app` serve this document."""
 
-    def openapi() -> dict[str, Any]:
-        if app.openapi_schema is None:
-            document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
-            document["components"] = {"schemas": _bounded(jobs, settings), "securitySchemes": {"key": KEY}}
-            document["security"] = [{"key": []}] if settings.api_keys else [{}]
-            for operation in chain.from_iterable(path.values() for path in document["paths"].values()):
-                answers = operation["responses"]
-                if "HTTPValidationError" in str(answers.get("422")):  # FastAPI's own, which is never sent
-                    del answers["422"]
-                answers["default"] = REFUSAL
-            app.openapi_schema = document
+    def openapi() -> Json:
+        app.openapi_schema = app.openapi_schema or _document(app, jobs, settings)
         return app.openapi_schema
 
     app.openapi = openapi  # type: ignore[method-assign]

@@ -7,23 +7,34 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from typing import NoReturn
 
-from fastapi import APIRouter, WebSocket, WebSocketDisconnect
+from fastapi import APIRouter, Response, WebSocket, WebSocketDisconnect
 
 from model.errors import PlanError
 from server.bounds import whole_number
-from server.errors import BadInput, EngineFailed, Gone, NotFound, NotReady, StorageFull, TooBusy, problem
+from server.errors import (
+    BadInput,
+    EngineFailed,
+    Gone,
+    NotFound,
+    NotReady,
+    StorageFull,
+    TooBusy,
+    UpgradeRequired,
+    problem,
+)
 from server.jobs.job import Job, State
 from server.jobs.request import RequestContext
-from server.jobs.schemas import parse_json
+from server.jobs.schemas import MAX_SEQ, Seq, parse_json
 from server.jobs.service import JobService
 from server.jobs.stream import Subscriber, TextMessage, error_message
 from server.web.http import tenant_of
 from server.web.jobs import find_job
+from server.web.openapi import websocket
 
-router = APIRouter()
+router = APIRouter(tags=["jobs"])
 BATCH = 8  # messages sent before other tasks have their turn: a long replay must not starve them
 MESSAGE_S, BURST = 0.1, 50  # a client may send one message in this time on average, and so many at once
-MAX_SEQ = 10**9 - 1
+UPGRADE = "this is a websocket: it needs a handshake as RFC 6455 has it"
 FIRST_MESSAGE_S = 10.0  # within which a new websocket must send its request
 SLOW_S = 1.0  # a subscriber whose message takes longer to send misses the frames of that time
 STALLED_S = 10.0  # a subscriber whose message takes longer is disconnected
@@ -63,12 +74,25 @@ async def _accepted(socket: WebSocket) -> AsyncIterator[None]:
         return
 
 
+@router.get("/jobs/{id}/stream", summary="Watch a job (websocket)", **websocket())
+async def stream_job(id: str, after: Seq = None) -> Response:
+    """A websocket that sends the messages of a job, from number `after` + 1 on. Closing it cancels nothing."""
+    raise UpgradeRequired(UPGRADE)
+
+
 @router.websocket("/jobs/{id}/stream")
-async def watch_job(socket: WebSocket, id: str) -> None:
+async def watch_job(socket: WebSocket, id: str, after: Seq = None) -> None:
     """Sends the messages of a job, from number `after` + 1 on."""
     async with _accepted(socket):
-        after = whole_number("after", socket.query_params.get("after", "0"), 0, MAX_SEQ)
-        await _watch(socket, await find_job(socket, id), after)
+        passed = 0 if after is None else whole_number("after", after, 0, MAX_SEQ)
+        await _watch(socket, await find_job(socket, id), passed)
+
+
+@router.get("/generate/stream", summary="Make pictures and watch (websocket)", **websocket(first="GenerateRequest"))
+async def stream_new_job() -> Response:
+    """A websocket whose first message is the body of `POST /generate`; the messages of the job follow. Closing it
+    cancels the job."""
+    raise UpgradeRequired(UPGRADE)
 
 
 @router.websocket("/generate/stream")

@@ -21,7 +21,14 @@ TARGETS += ["/v1/images/generations", "/v1/models", "/v1/models/tiny"]
 TARGETS += ["/healthz", "/readyz", "/metrics", "/docs", "/openapi.json", "/static/app.js", "/nothing"]
 METHODS = ["GET", "POST", "DELETE", "HEAD", "OPTIONS", "PUT"]
 SOCKETS = ["/generate/stream", "/jobs/x/stream", "/nothing"]
-BODIES = [*hostile.NOT_JSON, *hostile.NOT_A_REQUEST, b'{"steps": 1}', b'{"steps": 2, "n": 3}', b"{}"]
+BODIES = [
+    *hostile.NOT_JSON,
+    *hostile.NOT_A_REQUEST,
+    *hostile.NOT_A_MODEL,
+    b'{"steps": 1}',
+    b'{"steps": 2, "n": 3}',
+    b"{}",
+]
 HEADERS = [headers for headers, _ in hostile.BAD_HEADERS] + hostile.HARMLESS_HEADERS
 SPLICES = [
     b"\r\n",

@@ -79,14 +79,6 @@ NOT_A_REQUEST = [
     b'{"Seed": 1}',
     b'{"seed ": 1}',
     b'{"\\u0000": 1}',
-    b'{"model": "\\u0000"}',
-    b'{"model": "../../etc/passwd"}',
-    b'{"model": "/etc/passwd"}',
-    b'{"model": "..\\\\..\\\\x"}',
-    b'{"model": "tiny/../tiny"}',
-    b'{"model": "tiny\\u0000"}',
-    b'{"model": "TINY"}',
-    b'{"model": "tiny "}',
     b'{"model": ""}',
     b'{"model": ["tiny"]}',
     b'{"model": {"$ne": null}}',
@@ -94,10 +86,6 @@ NOT_A_REQUEST = [
     b'{"model": true}',
     b'{"model": "%s"}' % (b"t" * 65),
     b'{"model": "%s"}' % (b"t" * 60_000),
-    b'{"model": "tiny; DROP TABLE jobs"}',
-    b'{"model": "${jndi:ldap://x}"}',
-    b'{"model": "{{7*7}}"}',
-    b'{"model": "<script>alert(1)</script>"}',
     b'{"seed": true}',
     b'{"seed": false}',
     b'{"seed": "1"}',
@@ -184,6 +172,22 @@ NOT_A_REQUEST = [
     b'{"deadline_s": "1"}',
     b'{"seed": [' + b"[" * 25 + b"]" * 25 + b"]}",
     b"{" + b",".join(b'"a%d": 1' % i for i in range(4000)) + b"}",
+]
+
+# Names that no model has
+NOT_A_MODEL = [
+    b'{"model": "\\u0000"}',
+    b'{"model": "../../etc/passwd"}',
+    b'{"model": "/etc/passwd"}',
+    b'{"model": "..\\\\..\\\\x"}',
+    b'{"model": "tiny/../tiny"}',
+    b'{"model": "tiny\\u0000"}',
+    b'{"model": "TINY"}',
+    b'{"model": "tiny "}',
+    b'{"model": "tiny; DROP TABLE jobs"}',
+    b'{"model": "${jndi:ldap://x}"}',
+    b'{"model": "{{7*7}}"}',
+    b'{"model": "<script>alert(1)</script>"}',
 ]
 
 # Targets of GET

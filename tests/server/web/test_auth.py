@@ -18,8 +18,8 @@ from server.web.auth import Keyring, offered
 from tests.server.fakes import FakeBackend
 
 ALICE, BOB, SCRAPER = "alice's key", "bob's key", "a key for Prometheus"
-OPEN = ["/", "/healthz", "/readyz", "/static/app.js", "/static/style.css"]
-CLOSED = ["/docs", "/openapi.json", "/models", "/models/tiny", "/jobs", "/jobs/x", "/nothing", "/metrics"]
+OPEN = ["/", "/docs", "/healthz", "/readyz", "/static/app.js", "/static/style.css"]
+CLOSED = ["/status", "/openapi.json", "/models", "/models/tiny", "/jobs", "/jobs/x", "/nothing", "/metrics"]
 CLOSED += ["/v1/models", "/v1/models/tiny", "/v1/images/generations"]
 
 

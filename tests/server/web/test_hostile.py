@@ -44,6 +44,11 @@ def test_bodies_out_of_bounds_are_refused(server: Server) -> None:
     assert wrong(server, [request(body=body) for body in hostile.NOT_A_REQUEST], [422]) == []
 
 
+def test_names_of_no_model_are_not_found(server: Server) -> None:
+    for path in ("/generate", "/v1/images/generations"):
+        assert wrong(server, [request(path, body) for body in hostile.NOT_A_MODEL], [404]) == []
+
+
 def test_the_same_bodies_are_refused_under_openais_paths(server: Server) -> None:
     bodies = hostile.NOT_JSON + hostile.NOT_A_REQUEST
 
@@ -261,6 +266,7 @@ def test_there_are_at_least_300_hostile_requests() -> None:
     tables: list[Sequence[object]] = [
         hostile.NOT_JSON,
         hostile.NOT_A_REQUEST,
+        hostile.NOT_A_MODEL,
         hostile.NOT_THERE,
         hostile.LOST_IN_LISTS,
         hostile.BAD_QUERIES,

@@ -15,7 +15,11 @@ import httpx
 import pytest
 from websockets.sync.client import connect
 
+from server.settings import Settings
+from server.web.app import create_app
 from tests.server.conftest import Server
+from tests.server.fakes import FakeBackend
+from tests.server.web.lines import threaded
 from tests.server.web.raw import ask, connected, rest, say, statuses
 from tests.waiting import until
 
@@ -167,6 +171,33 @@ def test_a_client_that_disconnects_cancels_its_job(client: httpx.Client, hasty: 
 
 def test_metrics_are_not_public(client: httpx.Client) -> None:
     assert code_of(client.get("/metrics")) == (404, "not-found")
+
+
+@pytest.mark.parametrize("taken_off", [False, True])
+def test_the_server_can_be_offered_under_a_path(tmp_path: Path, weights: Path, taken_off: bool) -> None:
+    """The words are those of docs/operations.md; the second way is that of proxies which take the path off."""
+    words = {"location / {": "location /ddpm/ {", "location = /metrics": "location = /ddpm/metrics"}
+    if taken_off:
+        words["proxy_pass http://$ddpm;"] = "rewrite ^/ddpm(/.*)$ $1 break; proxy_pass http://$ddpm;"
+    app = create_app(Settings(weights=str(weights), data_dir=tmp_path / "data", path_prefix="/ddpm"), FakeBackend())
+    with threaded(app) as made, before(made.port, tmp_path, **words) as port:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
+            later = client.post("/ddpm/generate", json={"seed": 5}, headers={"prefer": "respond-async"})
+            events = client.get(f"{later.headers['location']}/events").text
+            images = client.get(later.headers["location"]).json()["images"]
+            page, status = client.get("/ddpm/"), client.get("/ddpm/status").json()
+
+            assert later.headers["location"] == f"/ddpm/jobs/{later.json()['id']}"
+            assert events.rstrip().splitlines()[-3] == "event: succeeded"
+            assert client.get(images[0]["url"]).headers["content-type"] == "image/png"
+            assert (page.status_code, client.get("/ddpm/static/app.js").status_code) == (200, 200)
+            assert client.get("/ddpm").headers["location"].endswith("/ddpm/")
+            assert status["ready"]
+            assert code_of(client.get("/ddpm/metrics")) == (404, "not-found")
+            assert code_of(client.get("/generate")) == (404, "not-found")
+        with connect(f"ws://127.0.0.1:{port}/ddpm/generate/stream") as socket:
+            socket.send(json.dumps({"seed": 5}))
+            assert json.loads([m for m in socket if isinstance(m, str)][-1])["type"] == "succeeded"
 
 
 @pytest.mark.parametrize("size", [65_537, 2_000_000])

@@ -52,8 +52,6 @@ INVALID: list[tuple[dict[str, Any], str, str]] = [
     ({"priority": -11}, "/priority", "priority must lie in -10..10, got -11"),
     ({"deadline_s": 0}, "/deadline_s", "deadline_s must be more than 0, at most 1000000, got 0"),
     ({"deadline_s": "1"}, "/deadline_s", "deadline_s must be a number more than 0, at most 1000000, got a string"),
-    ({"model": "other"}, "/model", "one of tiny"),
-    ({"model": "../tiny"}, "/model", "one of tiny"),
     ({"model": ["tiny"]}, "/model", "model must be a string of 1 to 64 characters, got a list"),
     ({"prompt": "a digit"}, "/prompt", 'unknown field "prompt"; there are model, seed, '),
     ({"a/b~c": 1}, "/a~1b~0c", 'unknown field "a/b~c"'),
