@@ -51,6 +51,8 @@ class JobService:
             etas=self._etas,
             metrics=metrics,
         )
+        for name in cards:
+            metrics.show(name)
         metrics.watch(self.metric_values)
         self._accepted, self._accepting, self._cache_hits = 0, 0, 0
         self._ticker: asyncio.Task[None] | None = None
@@ -208,4 +210,7 @@ class JobService:
             counter("frames_dropped", "Frames that slow clients missed.", counts.dropped),
             counter("replay_mismatch", "Pictures with other bytes than the same picture had before.", differ),
             counter("cache_hits", "Jobs answered with stored pictures of an equal job.", self._cache_hits),
+            *self.metrics.by_model.families(),
+            *self.metrics.by_key.families(),
+            self.metrics.by_key.rejected(),
         ]
