@@ -1,5 +1,6 @@
 """The application: builds every part and connects them, once."""
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -17,6 +18,7 @@ from server.engines.backend import Backend
 from server.engines.build import build
 from server.errors import Problem, ServerError, SettingsError, StorageFull, problem
 from server.jobs.service import JobService
+from server.logs import report
 from server.metrics import Metrics
 from server.settings import Settings
 from server.store.store import Store
@@ -65,7 +67,12 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     except StorageFull as error:
         app.state.on_failed(error)
         raise
+    following = asyncio.create_task(app.state.keys.follow(), name="API keys") if app.state.keys is not None else None
+    if following is not None:
+        following.add_done_callback(report)
     yield
+    if following is not None:
+        following.cancel()
     await app.state.jobs.close()
 
 
@@ -94,6 +101,7 @@ def create_app(
         redirect_slashes=False,  # a redirect would repeat the Host header
     )
     app.state.settings, app.state.jobs, app.state.on_failed = settings, service, on_failed
+    app.state.keys = access.keys
     for kind in (ServerError, PlanError):
         app.add_exception_handler(kind, _on_error)
     app.add_exception_handler(Exception, _on_unforeseen)
