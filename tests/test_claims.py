@@ -8,7 +8,10 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 
+from model.checkpoint.card import read_card
+from model.engine.footprint import footprint
 from tests.test_docs import DOCUMENTS, ROOT, headings
 
 CLAIMS = (ROOT / "docs" / "claims.md").read_text()
@@ -21,6 +24,7 @@ EVIDENCE = re.compile(
 NUMBER = re.compile(r"\d+(?:\.\d+)?")
 OURS = ("benchmarks", "model", "server", "tests")
 NO_SERVER = "no server"
+PAGES = ("operations", "numerics", "watching")
 
 
 @cache
@@ -68,8 +72,8 @@ def section(title: str) -> str:
 
 
 def measured(kind: str) -> dict[str, list[float]]:
-    """What the run of a kind that docs/claims.md names has measured, by name: the value, then the spread."""
-    (file,) = set(re.findall(rf"benchmarks/results/[\w-]+-{kind}\.jsonl", CLAIMS))
+    """What the run that docs/claims.md names, of a kind or of a date too, has measured: the value, then the spread."""
+    (file,) = set(re.findall(rf"benchmarks/results/[\w-]*{kind}\.jsonl", CLAIMS))
     lines = map(json.loads, (ROOT / file).read_text().splitlines()[1:])
     return {line["name"]: [line["value"], *line.get("spread", [])] for line in lines}
 
@@ -127,7 +131,7 @@ def test_each_cell_about_another_program_has_a_source() -> None:
 
 def test_steps_are_as_much_faster_as_was_measured() -> None:
     table = next(table for table in tables(README) if table[0][0].startswith("a step of ours is faster"))
-    contenders, values = ["diffusers", "diffusers, bfloat16", "OpenVINO, bfloat16"], measured("engine")
+    contenders, values = ["diffusers", "diffusers, bfloat16", "OpenVINO, bfloat16"], measured("2-cores-engine")
     for model, *cells in table[1:]:
         name = "digits" if "digits" in model else "CIFAR-10 configuration"
         for contender, cell in zip(contenders, cells, strict=True):
@@ -159,3 +163,33 @@ def test_servers_are_as_fast_as_was_measured_and_none_promises_bytes_that_differ
         if times:
             (median, _, p99) = next(v for n, v in values.items() if n.startswith(f"{rate}, {name}: 50 steps"))
             assert NUMBER.findall(times) == as_written(times, iter([median, p99]))
+
+
+def test_other_pages_say_what_was_measured() -> None:
+    operations, numerics, watching = ((ROOT / "docs" / f"{page}.md").read_text() for page in PAGES)
+    start, ours = measured("cpu-2-cores-start"), measured("11-28-cpu-2-cores-precision")
+    theirs, first, again = measured("11-23-cpu-2-cores-precision"), measured("watched"), measured("watched-again")
+    large, psnr = "256 x 256 configuration", "PSNR against float32"
+    resident = start[f"{large}, the first time: engine process, all batch sizes there: resident"][0]
+    seconds = [start[name][0] for name in ("digits: /readyz, the first time", f"{large}: /readyz, the first time")]
+    rests = start[f"{large}: the engine rests, the first time"][0]
+
+    told = "takes {:.1f} s with `weights/digits`, {:.1f} s with a net of 256 x 256 pixels, whose engine "
+    told += "has all its sizes after"
+    assert told.format(*seconds) + f" {rests:.0f} s and takes {resident * 2**20 / 1e9:.1f} GB" in " ".join(
+        operations.split()
+    )
+    for name, values in (("64 seeds, 1000 steps: ours", ours), ("16 seeds, 1000 steps: diffusers", theirs)):
+        median, pooled = (values[f"digits, {name} in bfloat16: {psnr}, {which}"] for which in ("median", "pooled"))
+        assert "{:.0f} dB ({:.0f} … {:.0f}) | {:.0f} dB".format(*median, pooled[0]) in numerics
+    watched = [run["every job watched, 30 frames each"][0] for run in (again, first)]
+    assert "leave {:.2f} and {:.2f} of the throughput".format(*watched) in watching
+
+
+def test_the_estimate_of_memory_that_is_told_is_the_one_that_is_made() -> None:
+    card, device = read_card(ROOT / "weights" / "digits"), torch.device("cpu")
+    float32, bfloat16 = (footprint(card, 8, device, t).size_bytes / 1e6 for t in (torch.float32, torch.bfloat16))
+    operations = " ".join((ROOT / "docs" / "operations.md").read_text().split())
+
+    told = f"with 8 slots on a CPU the estimate is {float32:.0f} MB in float32, {bfloat16:.0f} MB in bfloat16"
+    assert told in operations
