@@ -2,6 +2,9 @@
 # Neither image has a compiler. Both run as an unprivileged user with a root that may be read-only, and write to /data
 # and, temporarily, to /tmp. See docs/operations.md.
 #
+# Packages come from where pip looks by itself. To name another place: --build-arg PIP_INDEX_URL=..., or, with a password
+# in it, which no layer then keeps, --secret id=pip,src=pip.conf. TORCH_INDEX names one for torch alone. The image without
+# CUDA needs it on x86: the index of the builds without CUDA, which is CPU_WHEELS in the Makefile.
 # Where there is no network: --build-arg PIP_NO_INDEX=1 --build-arg PIP_FIND_LINKS=/wheels --volume ...:/wheels (buildah),
 # as tests/deploy/image.py does. To pin the bytes of the base: --build-arg PYTHON=python:...@sha256:...
 # To record the commit in the image: --build-arg REVISION=$(git rev-parse HEAD).
@@ -23,13 +26,18 @@ RUN ["python", "-c", "import tomllib; project = tomllib.load(open('pyproject.tom
     print(*[line for line in lines if line.startswith('torch==')], file=open('torch.txt', 'w'))"]
 
 
-# torch is installed first and alone, so that only torch comes from its own index. From OpenVINO the plugins for other
-# devices, the readers of other frameworks' files and the telemetry are removed.
+# torch is installed first and alone, so that only torch comes from TORCH_INDEX; a build of it with CUDA is refused here.
+# From OpenVINO the plugins for other devices, the readers of other frameworks' files and the telemetry are removed.
 FROM packages AS packages-cpu
-ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+ARG TORCH_INDEX
+ARG PIP_INDEX_URL
+ARG PIP_EXTRA_INDEX_URL
 ARG PIP_FIND_LINKS
 ARG PIP_NO_INDEX
-RUN python -m pip --python /venv install --no-deps --index-url "$TORCH_INDEX" --requirement torch.txt \
+RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
+    python -m pip --python /venv install --no-deps ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} --requirement torch.txt \
+    && if grep -E '^Requires-Dist: (cuda|nvidia)' /venv/lib/python*/site-packages/torch-*.dist-info/METADATA; then \
+        echo 'this build of torch needs CUDA: name the index of one without, as --build-arg TORCH_INDEX=URL' >&2; exit 1; fi \
     && python -m pip --python /venv install --requirement requirements.txt \
     && python -m pip --python /venv uninstall --yes openvino-telemetry \
     && find /venv -path '*/openvino/libs/*' '(' -name '*_[gn]pu_plugin.so' -o -name cache.json \
@@ -38,24 +46,30 @@ RUN python -m pip --python /venv install --no-deps --index-url "$TORCH_INDEX" --
 
 # Triton needs a C compiler once, for its extension that calls the driver. This stage has one.
 FROM packages AS packages-cuda
-ARG TORCH_INDEX=https://pypi.org/simple
+ARG TORCH_INDEX
+ARG PIP_INDEX_URL
+ARG PIP_EXTRA_INDEX_URL
 ARG PIP_FIND_LINKS
 ARG PIP_NO_INDEX
 RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
-RUN python -m pip --python /venv install --no-deps --index-url "$TORCH_INDEX" --requirement torch.txt \
+RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
+    python -m pip --python /venv install --no-deps ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} --requirement torch.txt \
     && python -m pip --python /venv install --requirement requirements.txt
 COPY deploy/image_triton.py /opt/triton/image_triton.py
 RUN ["/venv/bin/python", "/opt/triton/image_triton.py"]
 
 
 FROM packages AS source
+ARG PIP_INDEX_URL
+ARG PIP_EXTRA_INDEX_URL
 ARG PIP_FIND_LINKS
 ARG PIP_NO_INDEX
 COPY README.md LICENSE ./
 COPY client client
 COPY model model
 COPY server server
-RUN ["python", "-m", "pip", "--python", "/venv", "install", "--no-deps", "--target", "/app", "./client", "."]
+RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
+    python -m pip --python /venv install --no-deps --target /app ./client .
 
 
 # The common base of both images, before anything large.

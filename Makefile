@@ -62,7 +62,7 @@ soak: .venv/test.stamp
 # Builds the Dockerfile and runs the image without a Docker engine: as root, with buildah and debootstrap; takes minutes
 # and 10 GB.
 image:
-	$(PYTHON) -m tests.deploy.image
+	$(PYTHON) -m tests.deploy.image --torch-index "$(CPU_WHEELS)"
 
 .venv/serve.stamp: pyproject.toml client/pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed, as PYTHON=...")'

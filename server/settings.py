@@ -81,7 +81,10 @@ class Settings(BaseModel):
     request_s: float = Field(
         10.0, ge=0.1, le=3600, description="seconds in which the head of a request, and then its body, must arrive"
     )
-    api_keys: str = Field("", description="file of keys, one name:sha256[:quota] per line; empty: no key is needed")
+    api_keys: str = Field(
+        "",
+        description="file of keys, one name:sha256[:quota] per line, read again when changed; empty: no key is needed",
+    )
     metrics_key: SecretStr = Field(
         SecretStr(""), description="key for /metrics; empty: open if there are no API keys, else closed"
     )

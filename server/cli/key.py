@@ -1,5 +1,5 @@
 """Makes an API key: prints its line for the file that DDPM_API_KEYS names on standard output, and the key itself, which
-is stored nowhere, on standard error. `ddpm key alice >> keys`"""
+is stored nowhere, on standard error. `ddpm key alice >> keys`: a running server accepts the key within two seconds."""
 
 import sys
 from collections.abc import Sequence

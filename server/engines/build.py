@@ -19,7 +19,7 @@ def build(
     settings: Settings,
     cards: Mapping[str, ModelCard],
     on_failed: Callable[[EngineFailed], None],
-    on_step: Callable[[int, float], None],
+    on_step: Callable[[str, int, float], None],
 ) -> Backend:
     """The backend of a server. Raises SettingsError if GPUs were to be shared, NoSuchDevice if their driver is mute."""
     patience = Patience(silence_s=settings.engine_patience_s / 2, hang_s=settings.engine_patience_s)

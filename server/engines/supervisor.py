@@ -37,7 +37,7 @@ class EngineSupervisor:
         start: Start,
         restarts: int,
         on_failed: Callable[[EngineFailed], None],
-        on_step: Callable[[int, float], None] = lambda bucket, seconds: None,
+        on_step: Callable[[str, int, float], None] = lambda model, bucket, seconds: None,
         patience: Patience | None = None,
         quarantine: Quarantine | None = None,
     ) -> None:
@@ -194,7 +194,7 @@ class EngineSupervisor:
                     self._memory_bytes = heartbeat.memory_bytes
                     self._times.learn(heartbeat.steps, sum(1 for status in self._models.values() if status.loaded))
                     for step in heartbeat.steps:
-                        self._on_step(step.bucket, step.seconds)
+                        self._on_step(step.model, step.bucket, step.seconds)
             case messages.Ready(models, steps):
                 self._times.learn(steps, len(models))
                 self._become_ready(models)

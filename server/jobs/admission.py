@@ -15,8 +15,8 @@ from server.errors import Invalid, ModelBroken, NotReady, ServerError, StorageFu
 from server.jobs.job import Job
 from server.jobs.repository import JobRepository
 from server.jobs.request import ResolvedRequest
-from server.jobs.tenants import Quota
-from server.metrics import Metrics
+from server.jobs.tenants import Quota, Tenant
+from server.metrics import Metrics, Usage
 from server.settings import Settings
 
 
@@ -82,7 +82,7 @@ class Admission:
         return StorageFull(full) if full is not None else None
 
     @contextmanager
-    def counting_refusals(self) -> Iterator[None]:
+    def counting_refusals(self, tenant: Tenant | None) -> Iterator[None]:
         """Counts whatever is refused in here."""
         began = time.perf_counter()
         try:
@@ -90,6 +90,8 @@ class Admission:
         except (ServerError, PlanError) as error:
             self._metrics.refusal_seconds.observe(time.perf_counter() - began)
             self.count_refusal(problem(error).code)
+            if tenant is not None:
+                self._metrics.by_key.of(tenant.name).rejected += 1
             raise
 
     def count_refusal(self, code: str) -> None:
@@ -114,16 +116,36 @@ class Admission:
         if quota is not None:
             quota.take(request.image_steps)
         id, arrived = secrets.token_hex(12), self._repository.clock.now()
-        return Job(id=id, request=request, model=model, counts=self._repository.counts, arrived=arrived)
+        job = Job(id=id, request=request, model=model, counts=self._repository.counts, arrived=arrived)
+        self._count_steps(job, job.image_steps)
+        return job
+
+    def resume(self, job: Job) -> None:
+        """Counts a job that an earlier server accepted."""
+        self.capacity.add(job.image_steps, job.request.size_bytes)
+        self._count_steps(job, job.image_steps)
+
+    def usages(self, job: Job) -> list[Usage]:
+        """Where a job counts."""
+        return self._metrics.usages(job.request.model, job.request.owner)
+
+    def _count_steps(self, job: Job, waiting: int, done: int = 0) -> None:
+        for usage in self.usages(job):
+            usage.steps_waiting += waiting
+            usage.sample_steps += done
 
     def advance(self, job: Job, index: int, step: int) -> None:
         """Notes how many updates a picture has had, and that so much less is left to do."""
-        self.capacity.steps -= step - job.steps[index]
+        more = step - job.steps[index]  # less than none if it begins again
+        self.capacity.steps -= more
+        self._count_steps(job, -more, max(0, more))
         job.steps[index] = step
 
     def release(self, job: Job) -> None:
         """A job has ended: what is left of its work will not be done, and its memory is free."""
-        self.capacity.steps -= job.image_steps - sum(job.steps)
+        left = job.image_steps - sum(job.steps)
+        self.capacity.steps -= left
+        self._count_steps(job, -left)
         self.capacity.jobs -= 1
         self.capacity.size_bytes -= job.request.size_bytes
 

@@ -54,7 +54,7 @@ class JobRunner:
         """Runs what the last server has not ended. Jobs that were running at several deaths of a server may be what
         killed it: their engine runs them alone, after the others. None of them fails for it."""
         for job in sorted(jobs, key=lambda job: job.deaths >= DEATHS):
-            self.admission.capacity.add(job.image_steps, job.request.size_bytes)
+            self.admission.resume(job)
             self.start(job)
 
     def start(self, job: Job) -> None:
@@ -161,7 +161,7 @@ class JobRunner:
     def _mark_started(self, job: Job) -> None:
         job.move(State.RUNNING)
         job.started_at = time.time()
-        self.metrics.queue_seconds.observe(self.repository.clock.now() - job.arrived)
+        self.metrics.observe_wait(job.request.model, self.repository.clock.now() - job.arrived)
         if not job.deaths:
             self.repository.store.mark_running(job.id)
         job.stream.keep_text("started", steps=job.image_steps)
@@ -215,6 +215,8 @@ class JobRunner:
     def count(self, job: Job, outcome: State) -> None:
         """Counts a job that has ended, and moves it to those."""
         self.outcomes[outcome] += 1
+        for usage in self.admission.usages(job):
+            usage.jobs[outcome] += 1
         self.metrics.job_seconds.observe(self.repository.clock.now() - job.arrived)
         self.repository.retire(job)
         if job.delivery is not None:

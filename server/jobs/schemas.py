@@ -77,7 +77,9 @@ class GenerateRequest(_Fields):
     variance: Variance | None = Field(None, description="ddpm only; learned: nets that have it")
     spacing: Spacing | None = Field(None, description="which timesteps are visited")
     clip: bool | None = Field(None, description="whether x0 is clamped to [-1, 1] in every step")
-    noise: Noise = Field("philox", description="torch: the draws that diffusers makes")
+    noise: Noise = Field(
+        "philox", description="torch: the draws that diffusers makes; which pictures are then its own: docs/numerics.md"
+    )
     frames: Frames | None = Field(None, description="30 for streams, animations and asynchronous jobs, else none")
     priority: int = Field(0, ge=-10, le=10, description="higher is seated first")
     deadline_s: float | None = Field(None, gt=0, le=1e6, description="give up after this many seconds")

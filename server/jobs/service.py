@@ -54,6 +54,8 @@ class JobService:
             metrics=metrics,
             deliveries=self._deliveries,
         )
+        for name in cards:
+            metrics.show(name)
         metrics.watch(self.metric_values)
         self.pace = Pace()
         self._accepted, self._accepting, self._cache_hits = 0, 0, 0
@@ -220,4 +222,7 @@ class JobService:
             counter("replay_mismatch", "Pictures with other bytes than the same picture had before.", differ),
             counter("cache_hits", "Jobs answered with stored pictures of an equal job.", self._cache_hits),
             counter("webhooks", "Attempts to deliver a webhook by outcome.", self._deliveries.outcomes, "outcome"),
+            *self.metrics.by_model.families(),
+            *self.metrics.by_key.families(),
+            self.metrics.by_key.rejected(),
         ]

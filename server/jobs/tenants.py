@@ -16,7 +16,7 @@ class Quota:
 
     capacity: int
     clock: Callable[[], float] = time.monotonic
-    _level: float = field(init=False)  # 0 .. capacity, as of `_at`
+    _level: float = field(init=False)  # at most capacity, as of `_at`
     _at: float = field(init=False)
 
     def __post_init__(self) -> None:
@@ -24,7 +24,7 @@ class Quota:
 
     @property
     def left(self) -> float:
-        """Image-steps that could be asked for right now."""
+        """Image-steps that could be asked for right now; less than none if the capacity has been lowered."""
         return min(self.capacity, self._level + (self.clock() - self._at) * self.capacity / WINDOW_S)
 
     def require(self, steps: int) -> None:
@@ -34,13 +34,18 @@ class Quota:
             raise Invalid(("n", f"n x steps must be at most {self.capacity}, the quota of this key, got {steps}"))
         left = self.left
         if steps > left:
+            shown = max(0, math.floor(left))
             wait_s = math.ceil((steps - left) * WINDOW_S / self.capacity)
-            detail = f"{math.floor(left)} of {self.capacity} image-steps per minute are left, {steps} were asked for"
-            raise QuotaExceeded(detail, max(1, wait_s), self.capacity, math.floor(left))
+            detail = f"{shown} of {self.capacity} image-steps per minute are left, {steps} were asked for"
+            raise QuotaExceeded(detail, max(1, wait_s), self.capacity, shown)
 
     def take(self, steps: int) -> None:
         """A job of so many has been accepted."""
         self._level, self._at = self.left - steps, self.clock()
+
+    def continue_from(self, before: "Quota") -> None:
+        """What was used up of the quota that this one replaces is used up of this one."""
+        self._level = self.capacity - (before.capacity - before.left)
 
     def give_back(self, steps: int) -> None:
         """A job of so many makes no work after all."""

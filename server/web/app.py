@@ -1,5 +1,6 @@
 """The application: builds every part and connects them, once."""
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -19,6 +20,7 @@ from server.engines.backend import Backend
 from server.engines.build import build
 from server.errors import Problem, ServerError, SettingsError, StartFailed, problem
 from server.jobs.service import JobService
+from server.logs import report
 from server.metrics import Metrics
 from server.settings import Settings
 from server.store.store import Store
@@ -75,7 +77,12 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     except BaseException as error:  # or the web server would choose the exit code
         app.state.on_failed(error if isinstance(error, ServerError) else StartFailed(f"the start failed: {error!r}"))
         raise
+    following = asyncio.create_task(app.state.keys.follow(), name="API keys") if app.state.keys is not None else None
+    if following is not None:
+        following.add_done_callback(report)
     yield
+    if following is not None:
+        following.cancel()
     await app.state.jobs.close()
 
 
@@ -121,6 +128,7 @@ def create_app(
     )
     app.state.settings, app.state.jobs, app.state.on_failed = settings, service, on_failed
     app.state.page_headers = info.page_headers(settings)
+    app.state.keys = access.keys
     _check_prefix(settings.path_prefix)
     app.add_middleware(
         Middleware,

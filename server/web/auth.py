@@ -1,13 +1,17 @@
 """API keys, of which the server has only hashes, and the tenants they belong to.
 
 A file of keys has one line `name:sha256[:quota]` per key: the tenant's name, the SHA-256 of the key in hex, and the
-image-steps that the tenant may request per minute. A name may have two lines while its key is being changed.
+image-steps that the tenant may request per minute. A name may have two lines while its key is being changed. The file
+is read again when it has changed.
 """
 
+import asyncio
 import base64
 import binascii
 import hashlib
 import hmac
+import logging
+import os
 import re
 import secrets
 from collections.abc import Iterable, Sequence
@@ -16,6 +20,8 @@ from pathlib import Path
 from server.errors import SettingsError, Unauthenticated
 from server.jobs.tenants import Quota, Tenant
 
+logger = logging.getLogger(__name__)
+LOOK_S = 1.0  # between two looks at whether the file of keys has changed
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 LINE = re.compile(rf"({NAME.pattern}):([0-9a-f]{{64}})(?::([1-9][0-9]{{0,14}}))?")
 MAX_FILE_BYTES = 1 << 20
@@ -83,10 +89,61 @@ class Keyring:
             raise SettingsError("DDPM_API_KEYS: the file holds no key, so nobody could come in")
         return cls(keys.items())
 
+    def continue_from(self, before: "Keyring") -> None:
+        """Owners who are in both keep what they have used of their quotas."""
+        quotas = {owner.name: owner.quota for _, owner in before._owners}
+        for owner in {owner for _, owner in self._owners}:
+            if owner.quota is not None and (used := quotas.get(owner.name)) is not None:
+                owner.quota.continue_from(used)
+
     @classmethod
     def of_one(cls, key: str) -> "Keyring":
         """A keyring of a single key."""
         return cls([(hash_of_key(key.encode()), Tenant("metrics"))])
+
+
+class KeyFile:
+    """The keys of a file that may change while the server runs."""
+
+    def __init__(self, path: Path) -> None:
+        """Reads the file. Raises SettingsError."""
+        self._path, self._version = path, _version(path)
+        self._keyring = Keyring.read(path)
+
+    def owner(self, key: bytes | None) -> Tenant:
+        """The tenant of a key. Raises Unauthenticated."""
+        return self._keyring.owner(key)
+
+    async def follow(self) -> None:
+        """Reads the file whenever it has changed, until it is cancelled."""
+        while True:
+            await asyncio.sleep(LOOK_S)
+            await self.refresh()
+
+    async def refresh(self) -> None:
+        """Reads the file if it has changed: all of its keys are valid from then on and no others, or, if there is a
+        mistake in it, the keys from before."""
+        version = await asyncio.to_thread(_version, self._path)
+        if version == self._version:
+            return
+        self._version = version  # of before it is read: a change meanwhile is seen at the next look
+        try:
+            keyring = await asyncio.to_thread(Keyring.read, self._path)
+        except SettingsError as error:
+            logger.error("the API keys stay as they were", extra={"reason": str(error)})
+            return
+        keyring.continue_from(self._keyring)
+        self._keyring = keyring
+        logger.info("the API keys were read again")
+
+
+def _version(path: Path) -> tuple[int, ...] | None:
+    """What differs when a file was written or replaced, also behind a symbolic link; None if it is not there."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def offered(headers: Sequence[tuple[bytes, bytes]], subprotocols: Sequence[str] = ()) -> bytes | None:

@@ -19,7 +19,7 @@ from server.jobs.job import Job, State
 from server.jobs.request import RequestContext
 from server.jobs.service import JobService
 from server.jobs.stream import Message, Subscriber, TextMessage, error_message
-from server.web.http import EVENTS, ServerSent, from_headers, header, negotiate, read_json_body, words
+from server.web.http import EVENTS, ServerSent, from_headers, header, negotiate, read_json_body, tenant_of, words
 from server.web.openapi import FILE, JOB_EVENTS, JSON, asks, event_stream, refusals, schema, sends
 
 router = APIRouter(tags=["pictures"])
@@ -105,7 +105,7 @@ async def generate(request: Request) -> Response:
     happens. The same request gives the same bytes. A client that disconnects cancels the job, unless it asked for an
     immediate answer with `Prefer: respond-async`."""
     jobs: JobService = request.app.state.jobs
-    with jobs.admission.counting_refusals():
+    with jobs.admission.counting_refusals(tenant_of(request)):
         media, later = negotiate(header(request, "accept"), ANSWERS), "respond-async" in words(request, "prefer")
         body = await read_json_body(request, request.app.state.settings.max_body_bytes)
         context = RequestContext(

@@ -18,7 +18,7 @@ from server import logs
 from server.errors import NotFound, ServerError, TooManyConnections, Unauthenticated, problem
 from server.jobs.tenants import Tenant
 from server.settings import Settings
-from server.web.auth import SAME_FOR_ALL, Keyring, offered
+from server.web.auth import SAME_FOR_ALL, KeyFile, Keyring, offered
 from server.web.hosts import Headers, Rules
 from server.web.http import refusal
 
@@ -43,14 +43,14 @@ class Access:
     """Which requests may pass. keys: None if no key is needed. any_host: paths that are answered for every Host."""
 
     rules: Rules
-    keys: Keyring | None
+    keys: KeyFile | None
     metrics_key: Keyring | None
     any_host: Set[str]
 
     @classmethod
     def read(cls, settings: Settings) -> "Access":
         """What the settings say. Raises SettingsError."""
-        keys = Keyring.read(Path(settings.api_keys)) if settings.api_keys else None
+        keys = KeyFile(Path(settings.api_keys)) if settings.api_keys else None
         secret = settings.metrics_key.get_secret_value()
         rules = Rules.read(settings.allowed_hosts, settings.allowed_origins, keys is not None)
         if not secret:

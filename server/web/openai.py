@@ -21,7 +21,7 @@ from server.jobs.request import RequestContext, resolve_request
 from server.jobs.service import JobService
 from server.jobs.stream import PictureMessage, Subscriber, TextMessage
 from server.web.generate import CLIENT_CLOSED_REQUEST, succeeds
-from server.web.http import EVENTS, ServerSent, from_headers, read_json_body
+from server.web.http import EVENTS, ServerSent, from_headers, read_json_body, tenant_of
 from server.web.openai_schema import (
     ErrorEvent,
     ImageEntry,
@@ -71,7 +71,7 @@ async def openai_generate(request: Request) -> Response:
     The prompt has no effect. With `stream`, partial images are predictions of x0."""
     jobs: JobService = request.app.state.jobs
     settings = request.app.state.settings
-    with jobs.admission.counting_refusals():
+    with jobs.admission.counting_refusals(tenant_of(request)):
         asked = parse_images(await read_json_body(request, settings.max_body_bytes) or b"{}")
         body = asked.generate()
         context = RequestContext(attached=not asked.stream, **from_headers(request))

@@ -105,7 +105,7 @@ async def watch_new_job(socket: WebSocket) -> None:
             text = await asyncio.wait_for(_receive(socket), FIRST_MESSAGE_S)
         except TimeoutError:
             raise _Close(POLICY, f"no request within {FIRST_MESSAGE_S:g} s") from None
-        with jobs.admission.counting_refusals():
+        with jobs.admission.counting_refusals(tenant_of(socket)):
             job = await jobs.submit(text.encode(), RequestContext(shows=True, tenant=tenant_of(socket)))
         try:
             await _watch(socket, job, 0)

@@ -26,7 +26,6 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 SUITE, MIRROR = "bookworm", "http://deb.debian.org/debian"
-CPU_WHEELS = "https://download.pytorch.org/whl/cpu"
 IMAGE = "localhost/ddpm-server:cpu"
 MOST_BYTES = 1_500_000_000
 GRACE_S = 60  # of docker-compose.yml
@@ -90,8 +89,9 @@ def make_base(buildah: Buildah, folder: Path, name: str) -> None:
     shutil.rmtree(root)
 
 
-def fetch_wheels(folder: Path) -> None:
-    """Everything that the image installs, by this machine's pip. torch without CUDA is another wheel than PyPI's."""
+def fetch_wheels(folder: Path, torch_index: str) -> None:
+    """Everything that the image installs, by this machine's pip. torch without CUDA is another wheel than PyPI's: it is
+    looked for in `torch_index` too, unless that is empty."""
     folder.mkdir(exist_ok=True)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     dependencies: list[str] = project["project"]["dependencies"]
@@ -99,7 +99,8 @@ def fetch_wheels(folder: Path) -> None:
     torch = next(line for line in wanted if line.startswith("torch=="))
     download = (sys.executable, "-m", "pip", "download", "-qq", "--dest", folder, "--find-links", folder)
     if not list(folder.glob("torch-*+cpu-*")):
-        run(*download, "--no-deps", "--retries", "1", "--extra-index-url", CPU_WHEELS, torch)
+        also = ("--extra-index-url", torch_index) if torch_index else ()
+        run(*download, "--no-deps", "--retries", "1", *also, torch)
     if not list(folder.glob("torch-*+cpu-*")):
         raise SystemExit(f"pip found no CPU build of {torch}")
     constraints = ("--constraint", ROOT / "constraints.txt")
@@ -271,7 +272,7 @@ def check_restart(container: Container, job: str) -> None:
     saw("after the next start it goes on with the job", document["status"] == "running", **document["progress"])
 
 
-def prepare(folder: Path, built: bool) -> Buildah:
+def prepare(folder: Path, built: bool, torch_index: str) -> Buildah:
     """The image, in a folder."""
     missing = [tool for tool in ("buildah", "debootstrap", "unshare", "setpriv", "nsenter") if not shutil.which(tool)]
     if missing or os.getuid() != 0 or sys.version_info[:2] != (3, 11):
@@ -282,7 +283,7 @@ def prepare(folder: Path, built: bool) -> Buildah:
         name = re.search(r"^ARG PYTHON=(\S+)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
         assert name is not None
         make_base(buildah, folder, f"docker.io/library/{name[1]}")
-        fetch_wheels(folder / "wheels")
+        fetch_wheels(folder / "wheels", torch_index)
         began = time.monotonic()
         build(buildah, folder / "wheels")
         saw("the Dockerfile was built as it is, without a network", True, seconds=round(time.monotonic() - began))
@@ -302,9 +303,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "image", help="where all of it is put")
     parser.add_argument("--built", action="store_true", help="take the image that was built there before")
+    parser.add_argument("--torch-index", default="", help="where pip also looks for torch without CUDA")
     arguments = parser.parse_args()
     folder: Path = arguments.folder.resolve()
-    buildah = prepare(folder, arguments.built)
+    buildah = prepare(folder, arguments.built, arguments.torch_index)
     configuration = json.loads(buildah("inspect", "--type", "image", IMAGE))["Docker"]["config"]
     mounted = buildah("from", "--pull=never", IMAGE)
     try:

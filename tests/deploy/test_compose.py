@@ -93,6 +93,8 @@ def test_without_a_gpu_nothing_asks_for_one() -> None:
 
     assert "deploy" not in service
     assert (service["build"]["target"], service["image"]) == ("cpu", "ddpm-server:cpu")
+    (index,) = re.findall(r"^CPU_WHEELS \?= (\S+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert service["build"]["args"] == {"TORCH_INDEX": f"${{CPU_WHEELS-{index}}}"}
 
 
 def test_with_keys_the_server_and_prometheus_share_one_for_metrics() -> None:

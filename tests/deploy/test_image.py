@@ -68,6 +68,51 @@ def test_packages_are_held_to_the_constraints() -> None:
     assert pins == sorted(pins, key=str.lower)
 
 
+def test_the_dockerfile_names_no_place_to_fetch_packages_from() -> None:
+    options = re.findall(r"--(?:extra-)?index-url (\S+)|--find-links (\S+)", DOCKERFILE)
+
+    assert re.findall(r"\w+://[^:{]*", DOCKERFILE) == ["http://127.0.0.1"]  # of the health check
+    assert re.findall(r"\b(?:[\w-]+\.)+(?:org|com|net|io)\b", DOCKERFILE) == []
+    assert options == [('"$TORCH_INDEX"}', "")] * 2
+    assert re.findall(r"^ARG \w*(?:INDEX|LINKS)\w*=", DOCKERFILE, re.MULTILINE) == []
+
+
+@pytest.mark.parametrize("stage", ["packages-cpu", "packages-cuda", "source"])
+def test_whoever_builds_can_tell_pip_where_to_look(stage: str) -> None:
+    asked = re.findall(r"^ARG (PIP_\w+)$", stages()[stage], re.MULTILINE)
+
+    assert asked == ["PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "PIP_FIND_LINKS", "PIP_NO_INDEX"]
+    assert "RUN --mount=type=secret,id=pip,target=/etc/pip.conf" in stages()[stage]
+
+
+@pytest.mark.parametrize(
+    ("stage", "index", "requires", "told"),
+    [
+        ("packages-cpu", "", "numpy", [[], []]),
+        ("packages-cpu", "http://127.0.0.1:9/cpu", "numpy", [["--index-url", "http://127.0.0.1:9/cpu"], []]),
+        ("packages-cpu", "", "cuda-toolkit", [[]]),  # it would bring gigabytes that nothing in this image can use
+        ("packages-cuda", "", "cuda-toolkit", [[], []]),
+        ("packages-cuda", "http://127.0.0.1:9/13", "cuda-toolkit", [["--index-url", "http://127.0.0.1:9/13"], []]),
+    ],
+)
+def test_torch_comes_from_its_own_index_only_if_one_is_named(
+    tmp_path: Path, stage: str, index: str, requires: str, told: list[list[str]]
+) -> None:
+    info = tmp_path / "venv" / "lib" / "python3.11" / "site-packages" / "torch-2.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Name: torch\nRequires-Dist: {requires}>=1\n")
+    (tmp_path / "python").write_text(f"#!/bin/sh\necho $* >> {tmp_path}/log\n")
+    (tmp_path / "python").chmod(0o755)
+    (script,) = re.findall(r"^RUN --mount=\S+ \\\n((?:.*\\\n)*.*)$", stages()[stage], re.MULTILINE)
+    script = script.replace("/venv", str(tmp_path / "venv"))
+    environ = {"PATH": f"{tmp_path}:{os.defpath}", "TORCH_INDEX": index}
+    ran = subprocess.run(["sh", "-c", script], env=environ, capture_output=True, text=True)
+    installed = [line.split() for line in (tmp_path / "log").read_text().splitlines() if " install " in line]
+
+    assert [[word for word in words if word == "--index-url" or "://" in word] for words in installed] == told
+    assert ("--build-arg TORCH_INDEX=URL" in ran.stderr) == (ran.returncode != 0) == (len(told) == 1), ran.stderr
+
+
 def test_nothing_is_downloaded_into_what_is_shipped() -> None:
     shipped = stages()["bare"] + stages()["cpu"] + stages()["cuda"]
 

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DModel
 from numpy.typing import NDArray
 
 from model.engine.events import Finished
-from model.sampling.plan import SPACINGS, Plan
+from model.sampling.plan import SPACINGS, Plan, Sampling, plan, resolve
 from model.sampling.reference import sample_alone
 from model.sampling.schedule import Prediction, Process, Spacing, linear
 from tests.model.worlds import PREDICTIONS, generator, opened, pictures, pipeline, planned, saved, shaken, small
@@ -70,6 +70,69 @@ def test_a_batch_of_diffusers_with_a_generator_each_is_our_batch(tmp_path: Path)
     images = pipe(3, [generator(seed) for seed in (4, 5, 6)], num_inference_steps=10, output_type="np").images
     made = pictures(model, [(seed, planned(model.card.process, steps=10, noise="torch")) for seed in (4, 5, 6)])
     assert max(grey_levels_apart(ours, image) for ours, image in zip(made, images, strict=True)) <= 1
+
+
+def is_diffusers_picture(variance_type: str, choice: Sampling, last_level: int) -> bool:
+    """What docs/numerics.md says of a plan with diffusers' draws: whether its picture is theirs."""
+    T, spacing, whole = 20, choice.spacing, choice.steps == 20
+    if spacing == "linspace" and choice.steps == 1:
+        return False
+    if choice.sampler == "ddpm":
+        return f"fixed_{choice.variance}" == variance_type and (choice.variance == "small" or last_level == 1)
+    if choice.sampler == "ddim":
+        return spacing == "leading" or whole or (spacing == "trailing" and T % choice.steps == 0)
+    return choice.sampler == "dpmpp_2m" and spacing == "trailing" and not choice.clip
+
+
+def their_picture(net: UNet2DModel, choice: Sampling, options: dict[str, Any]) -> NDArray[np.float32]:
+    """The picture that diffusers makes of a net, with its own scheduler for this sampler. [H, W, C] in [0, 1]"""
+    usual = {name: options[name] for name in ("num_train_timesteps", "prediction_type", "timestep_spacing")}
+    if choice.sampler == "ddpm":
+        return theirs(pipeline(net, DDPMScheduler(**options)), 3, choice.steps)
+    if choice.sampler == "ddim":
+        ddim: Any = DDIMPipeline(net, DDIMScheduler(**usual, clip_sample=choice.clip))
+        ddim.set_progress_bar_config(disable=True)
+        made = ddim(generator=generator(3), num_inference_steps=choice.steps, eta=choice.eta, output_type="np").images[
+            0
+        ]
+        return np.asarray(made)
+    solver: Any = DPMSolverMultistepScheduler(**usual)
+    solver.set_timesteps(choice.steps)
+    x = torch.randn((1, 3, 8, 8), generator=generator(3))
+    for t in solver.timesteps:
+        x = solver.step(net(x, t).sample, t, x).prev_sample
+    return np.asarray((x[0] / 2 + 0.5).clamp(0, 1).permute(1, 2, 0))
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation")  # of torch, which diffusers gives to NumPy
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_the_pictures_that_are_said_to_be_those_of_diffusers_are_and_the_others_are_not(
+    tmp_path: Path, prediction: Prediction, spacing: Spacing
+) -> None:
+    """Samplers with their fields x step counts, for checkpoints of both variances, with and without clipping."""
+    one_level = {"block_out_channels": [8], "down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"]}
+    net = shaken(small(**one_level))
+    for variance_type, clip in (("fixed_small", True), ("fixed_large", False)):
+        options: dict[str, Any] = {"num_train_timesteps": 20, "prediction_type": prediction}
+        options |= {"timestep_spacing": spacing, "variance_type": variance_type, "clip_sample": clip}
+        process = (model := saved(tmp_path / variance_type, net, **options)).card.process
+        asked: list[tuple[str, dict[str, Any]]] = [("ddpm", {"variance": v}) for v in ("small", "large")]
+        asked += [("ddim", {"eta": eta}) for eta in (0.0, 0.6)]
+        asked += [("dpmpp_2m", {})]
+        choices = [
+            resolve(process, sampler, steps, noise="torch", **fields)
+            for sampler, fields in asked
+            for steps in (1, 2, 7, 20)
+            if sampler != "dpmpp_2m" or (spacing == "trailing" or 2 < steps < 20)  # where diffusers' solver has levels
+        ]
+        plans = [plan(process, choice) for choice in choices]
+        for made, choice, table in zip(pictures(model, [(3, p) for p in plans], 8), choices, plans, strict=True):
+            apart = grey_levels_apart(made, their_picture(net, choice, options))
+            if is_diffusers_picture(variance_type, choice, int(table.t[-2])):
+                assert apart <= 1, (choice, apart)
+            elif choice.steps in (2, 7):
+                assert apart > 1, (choice, apart)
 
 
 # The numbers in diffusers' own tests: tests/pipelines/ddpm and ddim, image[0, -3:, -3:, -1] after two steps.
@@ -168,9 +231,12 @@ def test_a_ddim_scheduler_beside_a_ddpm_pipeline_makes_the_pictures_of_its_numbe
 @pytest.mark.skipif(
     not (DIGITS / "diffusion_pytorch_model.safetensors").is_file(), reason="the weights of weights/digits are not there"
 )
-def test_the_digits_are_those_diffusers_makes_of_the_same_directory() -> None:
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+def test_the_digits_are_those_diffusers_makes_of_the_same_directory(sampler: str) -> None:
     pipe: Any = DDPMPipeline.from_pretrained(DIGITS)
     pipe.set_progress_bar_config(disable=True)
-    model = opened(DIGITS)
-    (made,) = pictures(model, [(42, planned(model.card.process, steps=10, noise="torch"))])
+    if sampler == "ddim":
+        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="leading")
+    model, spacing = opened(DIGITS), None if sampler == "ddpm" else "leading"
+    (made,) = pictures(model, [(42, planned(model.card.process, sampler, 10, noise="torch", spacing=spacing))])
     assert grey_levels_apart(made, theirs(pipe, 42, 10)) <= 1

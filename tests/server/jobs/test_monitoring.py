@@ -45,6 +45,7 @@ def labels(client: TestClient) -> dict[str, set[str]]:
     assert isinstance(backend, FakeBackend)
     backend.health = dataclasses.replace(backend.health, restarts={"died": 1})
     client.post("/generate", json={"steps": 0})
+    client.app.state.jobs.metrics.by_key.of("alice")  # type: ignore[attr-defined]
     families = text_string_to_metric_families(client.get("/metrics").text)
     return {sample.name: set(sample.labels) for family in families for sample in family.samples}
 
@@ -76,6 +77,15 @@ def test_lines_are_called_by_labels_they_have(dashboard: Path) -> None:
         assert named <= {
             word for words in re.findall(r"\bby \(([^)]*)\)", target["expr"]) for word in words.split(", ")
         }
+
+
+@pytest.mark.parametrize("dashboard", DASHBOARDS, ids=lambda path: str(path.name))
+def test_every_panel_says_what_it_shows(dashboard: Path) -> None:
+    panels = [panel for panel in json.loads(dashboard.read_text())["panels"] if panel["type"] != "row"]
+    said = [panel.get("description", "") for panel in panels]
+
+    assert [panel["title"] for panel, text in zip(panels, said, strict=True) if not text.endswith(".")] == []
+    assert len(set(said)) == len(panels) > 30
 
 
 @pytest.mark.parametrize("dashboard", DASHBOARDS, ids=lambda path: str(path.name))
