@@ -29,7 +29,6 @@ class Salvaged:
     pictures: int = 0
     again: list[str] = field(default_factory=list)  # ended jobs that will run again: a picture was damaged
     lost: list[str] = field(default_factory=list)  # what cannot be read, in words
-    commits: int = 0  # the last transaction that was found
 
 
 def salvage(directory: Path, out: Path) -> Salvaged:
@@ -39,9 +38,6 @@ def salvage(directory: Path, out: Path) -> Salvaged:
     (out / PICTURES).mkdir(mode=0o700, parents=True)
     report = Salvaged()
     states = list(_states(directory, out))
-    for state in states:
-        with suppress(*UNREADABLE):
-            report.commits = max(report.commits, rows.commits(state))
     jobs = _jobs(states, report)
     create(out / JOURNAL)
     with closing(sqlite3.connect(out / JOURNAL, isolation_level=None)) as db:
@@ -68,7 +64,9 @@ def _states(directory: Path, out: Path) -> Iterator[sqlite3.Connection]:
         frames = wal.read(log)
     for number in range(1 if frames is None else 2):
         copy = out / f"state{number}"
-        shutil.copyfile(journal, copy)
+        copy.write_bytes(b"")
+        with suppress(FileNotFoundError):  # then the log may still have much of it
+            shutil.copyfile(journal, copy)
         if frames is not None:
             wal.apply(log, frames, copy, len(frames.pages) if number == 0 else frames.committed)
         with open(copy, "r+b") as file:
