@@ -306,7 +306,7 @@ def test_check_of_a_store_in_use_or_of_something_else_is_refused(tmp_path: Path)
     assert main(["check", str(tmp_path / "nowhere")]) == 2
 
 
-@pytest.mark.parametrize("file", [LOG, JOURNAL, "known"])
+@pytest.mark.parametrize("file", [LOG, JOURNAL, "known", "header"])
 def test_salvage_writes_a_store_with_all_sound_jobs(
     weights: Path, promised: Promised, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str
 ) -> None:
@@ -315,6 +315,8 @@ def test_salvage_writes_a_store_with_all_sound_jobs(
         with sqlite3.connect(data / JOURNAL) as db:
             db.execute("UPDATE known SET identity = 'x' WHERE sha256 = (SELECT sha256 FROM images LIMIT 1)")
         db.close()
+    elif file == "header":
+        middle(data / LOG, 0.0)
     else:
         middle(data / file, 0.5)
     damaged = min((data / PICTURES).iterdir())
