@@ -17,6 +17,7 @@ from server.store.journal import create, migrate
 from server.store.records import FIELDS, Record, checksum, job_checksum
 from server.store.schema import JOURNAL, LOG, PICTURES
 
+PAGE_BYTES = 4096  # as SQLite chooses it
 UNREADABLE = (sqlite3.Error, Gone, TypeError, ValueError)
 INSERT = f"INSERT INTO jobs (number, {', '.join(FIELDS)}, checksum) VALUES ({'?, ' * len(FIELDS)} ?, ?)"
 
@@ -59,9 +60,10 @@ def _states(directory: Path, out: Path) -> Iterator[sqlite3.Connection]:
     """Copies of the journal, the best one first: with every sound page of the log, even behind a bad one; and as it was
     before the first bad one. Whatever of their rows fits its checksum is right."""
     journal, log = directory / JOURNAL, directory / LOG
-    frames = None
-    with suppress(ValueError):
+    try:
         frames = wal.read(log)
+    except ValueError:
+        frames = wal.read_without_header(log, PAGE_BYTES)
     for number in range(1 if frames is None else 2):
         copy = out / f"state{number}"
         copy.write_bytes(b"")
