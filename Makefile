@@ -9,7 +9,7 @@ PIP    := $(BIN)/pip install --quiet --disable-pip-version-check --constraint co
 # where there is no NVIDIA driver, if CPU_WHEELS can be reached and pip was not told where else to look.
 CPU_WHEELS ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: serve test test-avx2 check format bench bench-compile chaos chaos-long fuzz soak image gpu gpu-wheels clean
+.PHONY: serve test test-avx2 check format bench bench-compile chaos chaos-long flips fuzz soak image gpu gpu-wheels clean
 
 serve: .venv/serve.stamp
 	$(BIN)/ddpm serve --host $(HOST) --port $(PORT)
@@ -47,6 +47,10 @@ chaos: .venv/test.stamp
 # The same with jobs that last from a second to minutes, two of which end their engines themselves: an hour.
 chaos-long: .venv/test.stamp
 	$(BIN)/python -m tests.server.jobs.long_storm
+
+# Flips a bit in, or cuts off, the journal, its log or a picture of a killed server, 200 times: a minute.
+flips: .venv/test.stamp
+	$(BIN)/python -m tests.server.store.flips
 
 # Hostile input, for longer than tests may take: `fuzz` runs for minutes, `soak` for half an hour.
 fuzz: .venv/test.stamp

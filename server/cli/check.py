@@ -18,7 +18,7 @@ MOST = 100  # lines of a kind
 def main(arguments: Sequence[str]) -> int:
     """Prints what is sound, then what is damaged, one line each.
 
-    Returns 0 if all is sound, else 4; with --salvage, 0 if all jobs are in OUT.
+    Returns 0 if all is sound, else 4; with --salvage, 0 if all jobs are certainly in OUT.
 
     Raises StoreInUse, StoreRefused, SettingsError."""
     parser = ArgumentParser("ddpm check", description=__doc__)
@@ -38,16 +38,16 @@ def main(arguments: Sequence[str]) -> int:
     found = inspect(given.directory, floor, hashes=True)
     damages += found.damages
     print(f"sound: {found.jobs} jobs ({found.unfinished} have not ended), {found.pictures} pictures")
-    _list("damaged", damages)
-    lost = bool(damages)
+    _list("damaged", damages + found.bad_pictures)
+    lost = bool(damages + found.bad_pictures)
     if given.salvage is not None:
         saved = salvage(given.directory, given.salvage)
         print(f"saved in {given.salvage}: {saved.jobs} jobs, {saved.pictures} pictures")
         _list("will run again, for a picture was damaged: job", saved.again)
         _list("lost", saved.lost)
-        if missing := saved.commits < floor:
-            print(f"what was written after transaction {saved.commits}, up to {floor}, may be missing in part")
-        lost = bool(saved.lost) or missing
+        if found.damages:
+            print(f"lost: perhaps some of what was written up to transaction {floor}, where the journal is damaged")
+        lost = bool(saved.lost or found.damages)
     if held is not None:
         os.close(held)
     return EXIT_STORE_REFUSED if lost else 0

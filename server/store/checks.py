@@ -29,7 +29,8 @@ class Report:
     jobs: int = 0
     unfinished: int = 0
     pictures: int = 0
-    damages: list[str] = field(default_factory=list)
+    damages: list[str] = field(default_factory=list)  # of the journal
+    bad_pictures: list[str] = field(default_factory=list)
 
 
 def inspect(directory: Path, floor: int, hashes: bool = False) -> Report:
@@ -161,8 +162,8 @@ def _check_pictures(folder: Path, db: sqlite3.Connection, report: Report, hashes
     for name, size in db.execute("SELECT sha256, size FROM files"):
         if there.get(name) != size:
             found = f"has {there[name]} bytes instead of {size}" if name in there else "is missing"
-            report.damages.append(f"the picture {name} {found}")
+            report.bad_pictures.append(f"the picture {name} {found}")
         elif hashes and not is_sound(name, (folder / name).read_bytes()):
-            report.damages.append(f"the picture {name} has other bytes than its name says")
+            report.bad_pictures.append(f"the picture {name} has other bytes than its name says")
         else:
             report.pictures += 1

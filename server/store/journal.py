@@ -23,7 +23,8 @@ def check_journal(directory: Path, lock: int) -> None:
         if not (directory / JOURNAL).exists():
             _require_new(directory, floor)
             create(directory / JOURNAL)
-        damages = inspect(directory, floor).damages
+        found = inspect(directory, floor)
+        damages = found.damages + found.bad_pictures
     except ValueError as error:
         damages = [str(error)]
     if damages:

@@ -3,7 +3,8 @@
 import json
 import sqlite3
 from collections.abc import Iterable
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
+from operator import attrgetter
 from zlib import crc32
 
 from server.documents import DeliveryState, WebhookDocument
@@ -72,19 +73,21 @@ class Record:
 
 
 FIELDS = tuple(name for name in Record.__slots__ if name not in ("number", "images", "delivery"))
+_values = attrgetter(*ImageRow.__slots__)
+_json = json.JSONEncoder(default=repr).encode
 TIMES = {"created_at", "arrived", "started_at", "finished_at", "ended"}
 
 
 def checksum(*values: object) -> int:
     """The CRC-32 of a row. It is written with the row, and compared whenever the row is read."""
-    return crc32(json.dumps(values, default=repr).encode())
+    return crc32(_json(values).encode())
 
 
 def job_checksum(record: Record) -> int:
     """The checksum of a job's row together with those of its images."""
     values = {name: getattr(record, name) for name in FIELDS}
     values |= {name: float(values[name]) for name in TIMES if isinstance(values[name], int)}  # as SQLite returns them
-    return checksum(values, [astuple(image) for image in record.images])
+    return checksum(values, [_values(image) for image in record.images])
 
 
 def record_of(row: sqlite3.Row, images: Iterable[sqlite3.Row]) -> Record:

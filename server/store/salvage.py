@@ -17,6 +17,7 @@ from server.store.journal import create, migrate
 from server.store.records import FIELDS, Record, checksum, job_checksum
 from server.store.schema import JOURNAL, LOG, PICTURES
 
+PAGE_BYTES = 4096  # as SQLite chooses it
 UNREADABLE = (sqlite3.Error, Gone, TypeError, ValueError)
 INSERT = f"INSERT INTO jobs (number, {', '.join(FIELDS)}, checksum) VALUES ({'?, ' * len(FIELDS)} ?, ?)"
 
@@ -29,7 +30,6 @@ class Salvaged:
     pictures: int = 0
     again: list[str] = field(default_factory=list)  # ended jobs that will run again: a picture was damaged
     lost: list[str] = field(default_factory=list)  # what cannot be read, in words
-    commits: int = 0  # the last transaction that was found
 
 
 def salvage(directory: Path, out: Path) -> Salvaged:
@@ -39,9 +39,6 @@ def salvage(directory: Path, out: Path) -> Salvaged:
     (out / PICTURES).mkdir(mode=0o700, parents=True)
     report = Salvaged()
     states = list(_states(directory, out))
-    for state in states:
-        with suppress(*UNREADABLE):
-            report.commits = max(report.commits, rows.commits(state))
     jobs = _jobs(states, report)
     create(out / JOURNAL)
     with closing(sqlite3.connect(out / JOURNAL, isolation_level=None)) as db:
@@ -63,12 +60,15 @@ def _states(directory: Path, out: Path) -> Iterator[sqlite3.Connection]:
     """Copies of the journal, the best one first: with every sound page of the log, even behind a bad one; and as it was
     before the first bad one. Whatever of their rows fits its checksum is right."""
     journal, log = directory / JOURNAL, directory / LOG
-    frames = None
-    with suppress(ValueError):
+    try:
         frames = wal.read(log)
+    except ValueError:
+        frames = wal.read_without_header(log, PAGE_BYTES)
     for number in range(1 if frames is None else 2):
         copy = out / f"state{number}"
-        shutil.copyfile(journal, copy)
+        copy.write_bytes(b"")
+        with suppress(FileNotFoundError):  # then the log may still have much of it
+            shutil.copyfile(journal, copy)
         if frames is not None:
             wal.apply(log, frames, copy, len(frames.pages) if number == 0 else frames.committed)
         with open(copy, "r+b") as file:

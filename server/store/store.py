@@ -31,9 +31,9 @@ class Displaced(Exception):
     """A file of the store was removed or replaced while it is open: what is written now would be lost."""
 
 
-def _place(path: Path) -> tuple[int, int] | None:
+def _place(path: str) -> tuple[int, int] | None:
     try:
-        found = path.stat()
+        found = os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
         return None
     return found.st_dev, found.st_ino
@@ -71,8 +71,8 @@ class Store:
             self._db, self._probe, self._committed, lambda error: on_failed(StoreRefused(f"{failed}: {error}"))
         )
 
-        paths = [directory / name for name in (lock.LOCK, JOURNAL, LOG, PICTURES)]
-        self._places = {path: _place(path) for path in paths}
+        paths = {name: str(directory / name) for name in (lock.LOCK, JOURNAL, LOG, PICTURES)}
+        self._places = {name: (path, _place(path)) for name, path in paths.items()}
         self._watcher: asyncio.Task[None] | None = None
 
     def _committed(self, number: int, seconds: float) -> None:
@@ -88,9 +88,9 @@ class Store:
 
     def _require_places(self) -> None:
         """Raises Displaced unless the files that are open here are those that another server would find."""
-        for path, place in self._places.items():
+        for name, (path, place) in self._places.items():
             if _place(path) != place:
-                raise Displaced(f"{path.name} was removed or replaced while the server ran")
+                raise Displaced(f"{name} was removed or replaced while the server ran")
 
     async def _watch(self) -> None:
         """Ends the store soon after a file was removed or replaced, even if there is nothing to write."""

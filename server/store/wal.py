@@ -53,13 +53,33 @@ def read(path: Path) -> Frames | None:
     start = np.zeros((1, 2), np.uint32)
     if (_checksums(data[None, :24].view(order), start) != words[6:8]).any() or page_size & (page_size - 1):
         raise ValueError("its header is damaged")
-    count = (len(data) - HEADER) // (FRAME_HEADER + page_size)
+    return _frames(data, page_size, order, words[4:6], words[6:8])
+
+
+def read_without_header(path: Path, page_size: int) -> Frames | None:
+    """The frames of a log whose header is damaged: pages of this size, with the salts that most of them have."""
+    data = np.fromfile(path, np.uint8)
+    heads = _heads(data, page_size)[0]
+    if not len(heads):
+        return None
+    salts, counts = np.unique(heads[:, 2:4], axis=0, return_counts=True)
+    return _frames(data, page_size, "<u4", salts[np.argmax(counts)], data[24:HEADER].view(">u4").astype(np.uint32))
+
+
+def _heads(data: npt.NDArray[np.uint8], page_size: int) -> tuple[Words, npt.NDArray[np.uint8]]:
+    """The headers of frames as words, and what their checksums are of."""
+    count = max(0, len(data) - HEADER) // (FRAME_HEADER + page_size)
     frames = data[HEADER : HEADER + count * (FRAME_HEADER + page_size)].reshape(count, FRAME_HEADER + page_size)
     heads = np.ascontiguousarray(frames[:, :FRAME_HEADER]).view(">u4").astype(np.uint32)
-    before = np.concatenate([words[None, 6:8], heads[:-1, 4:6]])
-    summed = np.ascontiguousarray(np.delete(frames, np.s_[8:FRAME_HEADER], axis=1)).view(order)
-    written = (heads[:, 2:4] == words[4:6]).all(1)
-    sound = written & (_checksums(summed, before) == heads[:, 4:6]).all(1) & (heads[:, 0] > 0)
+    return heads, np.ascontiguousarray(np.delete(frames, np.s_[8:FRAME_HEADER], axis=1))
+
+
+def _frames(data: npt.NDArray[np.uint8], page_size: int, order: str, salts: Words, first: Words) -> Frames:
+    """first: the checksum before the first frame."""
+    heads, summed = _heads(data, page_size)
+    before = np.concatenate([first[None], heads[:-1, 4:6]])
+    written = (heads[:, 2:4] == salts).all(1)
+    sound = written & (_checksums(summed.view(order), before) == heads[:, 4:6]).all(1) & (heads[:, 0] > 0)
     return Frames(page_size, heads[:, 0], heads[:, 1], written, sound)
 
 

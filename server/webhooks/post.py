@@ -13,7 +13,7 @@ from server.webhooks.target import Target, Undelivered, as_address, is_public
 
 TOTAL_S, CONNECT_S = 10.0, 3.0
 MAX_ADDRESSES = 4  # of a host that are tried
-READ_BYTES = 4096
+MAX_HEAD_BYTES = 16 << 10  # of an answer, with all interim answers before it
 
 
 async def _addresses(target: Target) -> list[str]:
@@ -89,9 +89,11 @@ async def _exchange(
     for part in (request, h11.Data(body), h11.EndOfMessage()):
         writer.write(http.send(part) or b"")
     await writer.drain()
+    left = MAX_HEAD_BYTES
     while not isinstance(event := http.next_event(), h11.Response):
-        if event is h11.NEED_DATA:
-            http.receive_data(await reader.read(READ_BYTES))
+        if event is h11.NEED_DATA and left > 0:
+            http.receive_data(data := await reader.read(left))
+            left -= len(data)
         elif not isinstance(event, h11.InformationalResponse):
             raise ConnectionError
     return event.status_code

@@ -1,7 +1,9 @@
 """How a server process ends: by a signal, with work in hand; and how it does not begin, with a store it cannot have."""
 
+import asyncio
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -9,7 +11,8 @@ import pytest
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
-from server.store.schema import JOURNAL
+from server.store.schema import JOURNAL, PICTURES
+from server.store.store import Store
 from tests.server.conftest import Server
 from tests.server.engines.test_supervisor import exit_of
 from tests.waiting import until
@@ -100,3 +103,22 @@ def test_a_folder_that_cannot_be_written_is_a_wrong_setting(weights: Path, tmp_p
     code, said = exit_of(DDPM_WEIGHTS=str(weights), DDPM_DATA_DIR=str(tmp_path / "file" / "data"))
 
     assert (code, said.startswith("ddpm: DDPM_DATA_DIR")) == (2, True)
+
+
+def test_a_start_that_fails_for_an_unforeseen_reason_says_which(weights: Path, tmp_path: Path) -> None:
+    asyncio.run(Store(tmp_path).close())
+    (tmp_path / PICTURES / ("0" * 64)).write_bytes(b"of no job")
+    (tmp_path / "aside").write_bytes(b"not a folder")
+    code, said = exit_of(DDPM_WEIGHTS=str(weights), DDPM_DATA_DIR=str(tmp_path))
+
+    assert (code, said.startswith("ddpm: the start failed: FileExistsError(")) == (1, True), said
+
+
+def test_a_server_whose_data_directory_is_removed_promises_nothing_and_ends(weights: Path, tmp_path: Path) -> None:
+    server = Server(weights, DDPM_DATA_DIR=str(tmp_path / "data")).wait_until_ready()
+    shutil.rmtree(tmp_path / "data")
+    answer = server.client.post("/generate", json={"steps": 1}, headers={"prefer": "respond-async"})
+
+    assert (answer.status_code, answer.json()["code"]) == (503, "storage-full")
+    assert server.process.wait(20) == 4
+    server.ended()

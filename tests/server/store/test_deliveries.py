@@ -3,10 +3,12 @@
 import asyncio
 import sqlite3
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
 from server.errors import Gone, StoreRefused
+from server.store import rows
 from server.store.checks import inspect
 from server.store.records import Delivery
 from server.store.salvage import salvage
@@ -118,3 +120,20 @@ def test_salvage_keeps_deliveries_and_runs_a_job_again_whose_delivery_is_damaged
 
     assert (report.again, report.jobs) == (["damaged", "lost"], 4)
     assert asyncio.run(after()) == (["damaged", "lost"], Delivery(host="a", attempts=2))
+
+
+def test_retention_passes_over_jobs_with_pending_webhooks_and_bytes_do_not(tmp_path: Path) -> None:
+    async def story() -> list[list[str]]:
+        async with a_store(tmp_path) as store:
+            await owe(store, "owed")
+            for id in ("a", "b", "c"):
+                await keep(store, id, b"png")
+            deleted, fits = [rows.expire(store._db, 9.0, 1 << 60, limit=1).ids], mock.Mock(side_effect=[2, 2, 1])
+            with mock.patch.object(rows, "size_bytes", fits):  # until one is deleted
+                deleted.append(rows.expire(store._db, 0.0, 1, limit=9).ids)
+            await owe(store, "owed, too")
+            with mock.patch.object(rows, "size_bytes", mock.Mock(side_effect=[2, 1])):
+                deleted.append(rows.expire(store._db, 9.0, 1, limit=9).ids)
+            return deleted
+
+    assert asyncio.run(story()) == [["a"], ["owed"], ["b", "c"]]

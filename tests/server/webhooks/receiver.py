@@ -26,6 +26,15 @@ def status(code: int, **headers: str) -> Answer:
     return answer
 
 
+def raw(said: bytes) -> Answer:
+    """An answer of these bytes, whatever they are."""
+
+    def answer(handler: BaseHTTPRequestHandler) -> None:
+        handler.wfile.write(said)
+
+    return answer
+
+
 def nothing(handler: BaseHTTPRequestHandler) -> None:
     """Closes the connection without an answer."""
 

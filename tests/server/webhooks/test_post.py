@@ -15,7 +15,7 @@ import pytest
 
 from server.webhooks.post import Poster
 from server.webhooks.target import Undelivered, parse_url
-from tests.server.webhooks.receiver import Receiver, a_receiver, status
+from tests.server.webhooks.receiver import Receiver, a_receiver, raw, status
 
 
 @contextmanager
@@ -71,6 +71,25 @@ def test_a_host_with_several_addresses_is_reached_at_one_that_works() -> None:
     with a_receiver() as receiver, resolving(["::1", "127.0.0.1"]):
         assert post(receiver.url, hosts="localhost") == 204
         assert receiver.next().headers["x-test"] == "1"
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        *(b"", b"SSH-2.0-OpenSSH\r\n", b"HTTP/1.1 20", b"HTTP/2 200\r\n\r\n", b"HTTP/1.1 200 OK\r\nA: " + b"a" * 65536),
+        *(b"HTTP/1.1 100 Continue\r\n\r\n" * 2, b"HTTP/1.1 100 Continue\r\n\r\n" * 1000 + b"HTTP/1.1 200 OK\r\n\r\n"),
+    ],
+    ids=["nothing", "no HTTP", "half a line", "HTTP/2", "a long head", "two interim answers", "many of them"],
+)
+def test_what_is_no_answer_is_a_failure(said: bytes) -> None:
+    with a_receiver(raw(said)) as receiver:
+        assert post(receiver.url, hosts="localhost") == "no connection, or one that broke"
+
+
+def test_an_answer_may_follow_interim_ones() -> None:
+    said = b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\nHTTP/1.1 202 Accepted\r\nContent-Length: 0\r\n\r\n"
+    with a_receiver(raw(said)) as receiver:
+        assert post(receiver.url, hosts="localhost") == 202
 
 
 def test_proxies_of_the_environment_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
