@@ -16,6 +16,7 @@ FLOORS: list[str | tuple[str, ...]] = [
     ("server.engines", "server.store"),
     "server.worker",
     "server",
+    "model.convert.layouts",  # which model.convert finds by their names
     ("model.convert", "model.train"),
     "model.engine",
     "model.checkpoint",

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-from model.checkpoint.pipeline import is_part, read_index
 from model.convert import formats
 from model.convert.nets import averaged, standing
 from model.convert.protocol import OF_THE_SCHEDULER, Converted, Options, refuse_unread
@@ -58,8 +57,10 @@ class Candidate:
     @property
     def rank(self) -> tuple[object, ...]:
         """The least is taken."""
+        best = 0 if self.averaged else standing(self.name)
+        loose = self.config is None or self.config.parent != self.path.parent
         kinds = [not self.path.name.removesuffix(INDEX).endswith(suffix) for suffix in SUFFIXES]
-        return 0 if self.averaged else standing(self.name), any(half in self.name for half in HALVES), kinds, self.name
+        return best, loose, any(half in self.name for half in HALVES), kinds, self.name
 
     @property
     def averaged(self) -> bool:
@@ -70,8 +71,6 @@ class Candidate:
 def convert(directory: Path, options: Options, part: str | None = None) -> tuple[Converted, list[Path]]:
     """The model directory, and the files that its weights were read from. Raises ModelRefused."""
     refuse_unread(options, READS, "a directory of diffusers")
-    for place in (directory, *([directory.resolve().parent] if is_part(directory) else [])):
-        read_index(place)
     found, fitting = _candidates_of(directory, part)
     for taken in fitting:
         if (read := _read(taken, found)) is not None:

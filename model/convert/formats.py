@@ -7,8 +7,8 @@ from typing import Any, cast
 
 from torch import Tensor
 
+from model.convert import foreign
 from model.convert.flags import LAYOUTS
-from model.convert.layouts import foreign
 from model.convert.nets import Net, averaged, find, strangers, tables
 from model.convert.protocol import OF_BETAS, Converted, Format, Options, refuse_unread
 from model.errors import ModelRefused

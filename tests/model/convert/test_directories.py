@@ -95,6 +95,7 @@ FILES: dict[str, tuple[list[str], str]] = {
         ["diffusion_pytorch_model.fp16.safetensors", "optimizer.safetensors"],
         "diffusion_pytorch_model.fp16.safetensors",
     ),
+    "the net's own folder before loose files": ([WEIGHTS, "../classifier.safetensors"], WEIGHTS),
     "what accelerate saves": (["model.safetensors", "model_ema.safetensors"], "model_ema.safetensors"),
 }
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -215,7 +216,11 @@ def test_a_net_of_latents_is_refused_wherever_its_files_are_named(
     source = written(tmp_path / "net.safetensors", shaken(small()).state_dict())
     wanted = "vqvae (VQModel) besides unet and scheduler"
 
+    shutil.copytree(tmp_path / "ldm" / "unet", tmp_path / "ldm" / "checkpoint-5" / "unet")
+
     assert wanted in refused(capsys, tmp_path / "ldm")
+    assert wanted in refused(capsys, tmp_path / "ldm" / "checkpoint-5")
+    assert wanted in refused(capsys, tmp_path / "ldm" / "checkpoint-5" / "unet")
     assert wanted in refused(capsys, tmp_path / "ldm" / "unet")
     assert wanted in refused(capsys, source, "--config", str(tmp_path / "ldm" / "unet" / "config.json"))
 
