@@ -4,6 +4,7 @@ Parts of a directory are weighed as parts of a file are: an average over trainin
 before half of them.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from model.options import read_json, whole
 
 READS = OF_THE_SCHEDULER | {"image_size", "config"}
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl")
-INDEX = ".index.json"
+INDEX = re.compile(r"\.index(\.\w+)?\.json")  # of several files; with a variant, such as .index.fp16.json
 # What a training saves beside its nets: of the optimizer, of the learning rate, of random numbers.
 NO_WEIGHTS = (
     "optimizer",
@@ -59,7 +60,7 @@ class Candidate:
         """The least is taken."""
         best = 0 if self.averaged else standing(self.name)
         loose = self.config is None or self.config.parent != self.path.parent
-        kinds = [not self.path.name.removesuffix(INDEX).endswith(suffix) for suffix in SUFFIXES]
+        kinds = [not INDEX.sub("", self.path.name).endswith(suffix) for suffix in SUFFIXES]
         return best, loose, any(half in self.name for half in HALVES), kinds, self.name
 
     @property
@@ -117,10 +118,9 @@ def _candidates(directory: Path) -> Iterator[Candidate]:
         config = folder / "config.json"
         if folder != directory and not (folder.name.startswith("unet") or _is_net(config)):
             continue
-        files = [path for path in sorted(folder.iterdir()) if path.name.endswith((*SUFFIXES, INDEX)) and path.is_file()]
-        for path in files:
-            stem = path.name.lower()
-            if stem.startswith(NO_WEIGHTS) or (SHADOW in stem and folder != directory) or "-of-" in stem:
+        for path in sorted(folder.iterdir()):
+            stem, weights = path.name.lower(), path.suffix in SUFFIXES or INDEX.search(path.name)
+            if not weights or not path.is_file() or stem.startswith(NO_WEIGHTS) or "-of-" in stem:
                 continue
             name = str(path.relative_to(directory))
             yield Candidate(name, path, config if config.is_file() else _above(directory, "net"))
@@ -148,7 +148,7 @@ def _read(taken: Candidate, found: list[Candidate]) -> tuple[dict[str, Tensor], 
 
     Raises ModelRefused.
     """
-    if taken.path.name.endswith(INDEX):
+    if INDEX.search(taken.path.name):
         return _read_shards(taken.path)
     if SHADOW not in taken.name:
         return read_state(taken.path)[0], [taken.path]
