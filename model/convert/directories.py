@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from model.checkpoint.card import config_files
-from model.checkpoint.load import modern
+from model.checkpoint.header import modern
 from model.convert import ports
 from model.convert.protocol import OF_THE_SCHEDULER, Converted, Options, refuse_unread, requested, scheduler_config
 from model.convert.sources import read_state

@@ -78,7 +78,7 @@ def describe(runner: Runner, model: Model, load_s: float, grown_bytes: int) -> M
     parts += [dtype, exact, *([str(runner.chosen)] if runner.chosen else [])]
     parts += [f"bits {runner.bits}"] if runner.bits else []
     return ModelStatus(
-        digest=model.card.digest,
+        digest=model.digest,
         device=f"{device} ({name})",
         dtype=dtype,
         parameters=model.parameters,
