@@ -118,6 +118,25 @@ def announce(card: ModelCard, device: torch.device, dtype: torch.dtype, slots: i
     )
 
 
+def refuse(reason: str) -> ModelStatus:
+    """The status of a model that cannot be loaded, of which nothing else is known."""
+    sizes: list[int] = []
+    return ModelStatus(
+        digest="",
+        device="",
+        dtype="",
+        parameters=0,
+        slots=0,
+        buckets=sizes,
+        exact_buckets=sizes,
+        admitted=sizes,
+        exact=False,
+        numerics="",
+        loaded=False,
+        trouble=reason,
+    )
+
+
 def has_room(size_bytes: int) -> bool:
     """Whether a CPU's memory has room for so much, and as much again for all other processes."""
     return 2 * size_bytes <= available_bytes(Path("/proc/meminfo"), Path("/sys/fs/cgroup"))
