@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from model.checkpoint.foreign import found_instead, require_served_kind
 from model.checkpoint.header import entries_of, require_tensors
 from model.checkpoint.pipeline import is_part, read_index
 from model.checkpoint.scheduler import FILE as SCHEDULER
@@ -93,11 +94,11 @@ def read_card(directory: Path, name: str | None = None) -> ModelCard:
     if not directory.is_dir():
         raise ModelRefused(f"{directory.name} is not a directory")
     net_file, schedule_file = config_files(directory)
-    index, (config, digest), (scheduler, schedule_digest) = (
-        read_index(directory),
-        read_config(net_file),
-        read_config(schedule_file),
-    )
+    index = read_index(directory)
+    require_file(net_file, found_instead(net_file.parent, weights_names()))
+    config, digest = read_config(net_file)
+    require_served_kind(config)
+    scheduler, schedule_digest = read_config(schedule_file)
     arch = lucidrains_architecture(config) if config.get("_class_name") == LUCIDRAINS else architecture(config)
     process, tensors = read_process(scheduler, index, arch.learned_variance), shapes(arch)
     _require_bounds(tensors, process.schedule.T)
@@ -134,7 +135,7 @@ def _weights(folder: Path) -> Path:
     """The path of the weights in this folder, or of their index. Raises ModelRefused."""
     paths = [folder / name for name in weights_names()]
     found = next((path for path in paths if path.exists() or path.is_symlink()), paths[0])
-    require_file(found, _found_instead(folder))
+    require_file(found, found_instead(folder, weights_names()))
     return found
 
 
@@ -154,10 +155,3 @@ def _shards(index: Path) -> tuple[Path, ...]:
     for file in files:
         require_file(file)
     return files
-
-
-def _found_instead(folder: Path) -> str:
-    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in {".bin", ".pt", ".ckpt", ".pth", ".pkl"})
-    return (
-        f" ({pickles[0]!r} is a pickle, which is never read; `ddpm convert` makes safetensors of it)" if pickles else ""
-    )
