@@ -61,11 +61,11 @@ def require_served_kind(config: Json) -> None:
     """Raises ModelRefused, saying what it is, for any `config.json` but that of an unconditional U-Net of pictures."""
     kind = config.get("_class_name")
     if kind is None and isinstance(config.get("model_type"), str):
-        raise ModelRefused("config.json: a model of the transformers library, not a U-Net, which is what is served")
+        raise ModelRefused("config.json: it is a model of the transformers library; served are U-Nets of diffusers")
     if kind is not None and kind not in CLASSES:
         name = ascii(kind)[:60].strip("'")
         what = KINDS.get(name) or ("a transformer" if "Transformer" in name else "no U-Net that this server knows")
-        served = f"served are unconditional U-Nets of pictures: {', '.join(CLASSES)}"
+        served = f"served are unconditional U-Nets of pictures ({DIFFUSERS[0]}, {OPENAI}, {LUCIDRAINS})"
         raise ModelRefused(f"config.json: {name} is {what}; {served}")
     if kind in (None, *DIFFUSERS) and "ch_mult" not in config:
         _require_served_options(Options("config.json", with_todays_names(config)))
