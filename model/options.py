@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -72,6 +73,7 @@ class Options:
             given = json.dumps(self.values.get(option))[:60]
         except RecursionError:
             given = "a deeply nested value"
+        option = option if re.fullmatch(r"\w{1,60}", option, re.ASCII) else ascii(option)[:60]  # a file may have any
         return ModelRefused(f"{self.name}: {option} must be {allowed}, got {given}{f': {why}' if why else ''}")
 
     def integer(self, option: str, low: int, high: int, default: int | None) -> int:

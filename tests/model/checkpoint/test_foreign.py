@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from model.checkpoint.card import INDEX, WEIGHTS
+from model.checkpoint.card import INDEX, WEIGHTS, read_card
 from tests.model.convert.directories import CONFIG, SCHEDULER, entry, safetensors, write_model
+from tests.model.convert.refusals import refusal
 
 MAX_SECONDS, MAX_BYTES = 2.0, 64 << 20
 # Reads each directory's card in one process, in which no more than so many bytes can be taken.
@@ -248,3 +249,12 @@ def test_the_sound_directory_of_these_tests_is_sound(tmp_path: Path) -> None:
     ran = subprocess.run(command, input=f"{write_model(tmp_path)}\n", capture_output=True, text=True, timeout=120)
 
     assert json.loads(ran.stdout)[0] == f"served as {tmp_path.name}"
+
+
+@pytest.mark.parametrize("name", ["config.json", "scheduler_config.json"])
+def test_even_a_hostile_option_is_named_in_one_short_line(tmp_path: Path, name: str) -> None:
+    hostile = json.loads((write_model(tmp_path) / name).read_text()) | {"a\nb" * 1000: 1}
+    (tmp_path / name).write_text(json.dumps(hostile))
+
+    line = refusal(lambda: read_card(tmp_path))
+    assert line.startswith(f"{name}: 'a\\nba") and len(line) < 300
