@@ -36,15 +36,15 @@ UNKNOWN = "UNet2DModel has no such option, and it may change pictures"
 OTHERS = {"sample_size", "act_fn", "time_embedding_type", "center_input_sample", "conv_resample"}
 OTHERS |= {"dropout", "num_train_timesteps", "resamp_with_conv", *RENAMED}
 # What may lie where weights are looked for, by the end of its name.
-_PICKLE = "a pickle, which is never read; `ddpm convert` makes safetensors of it"
+_PICKLE = "is a pickle, which is never read; `ddpm convert` makes safetensors of it"
 FOUND = {
     **dict.fromkeys((".bin", ".pt", ".ckpt", ".pth", ".pkl"), _PICKLE),
-    ".safetensors": "not looked for under this name",
-    ".onnx": "an ONNX graph, which is not read",
-    ".gguf": "a GGUF file, which is not read",
-    ".msgpack": "a file of Flax, which is not read; diffusers' from_pretrained(…, from_flax=True) can save it anew",
-    **dict.fromkeys((".h5", ".keras"), "a file of Keras, which is not read"),
-    **dict.fromkeys((".index", ".pb"), "a file of TensorFlow, which is not read"),
+    ".safetensors": "is not looked for under this name",
+    ".onnx": "is an ONNX graph, which is not read",
+    ".gguf": "is a GGUF file, which is not read",
+    ".msgpack": "is a file of Flax, which is not read; diffusers' from_pretrained(…, from_flax=True) can save it anew",
+    **dict.fromkeys((".h5", ".keras"), "is a file of Keras, which is not read"),
+    **dict.fromkeys((".index", ".pb"), "is a file of TensorFlow, which is not read"),
 }
 
 
@@ -53,7 +53,7 @@ def found_instead(folder: Path, expected: Collection[str]) -> str:
     for suffix, what in FOUND.items():
         names = sorted(path.name for path in folder.iterdir() if path.suffix == suffix and path.name not in expected)
         if names:
-            return f" ({names[0]!r} is {what})"
+            return f" ({names[0]!r} {what})"
     return ""
 
 
