@@ -30,7 +30,7 @@ ROOMS = {
     "torch": ("model", "server.worker"),
     "triton": ("model.kernels",),
     "openvino": ("model.nets.openvino_graph", "model.nets.openvino_symbols"),
-    "safetensors": ("model.checkpoint.load", "model.train", "model.convert"),
+    "safetensors": ("model.train", "model.convert"),
     "numpy": ("model", "server"),
     "PIL": ("server.jobs.encode", "model.train.data", "ddpm_client"),
     "fastapi": ("server.web",),

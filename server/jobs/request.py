@@ -10,7 +10,8 @@ from typing import Any
 
 from model.checkpoint.card import ModelCard
 from model.sampling.plan import Sampling, resolve
-from server.errors import Invalid
+from server.catalog import refused
+from server.errors import Invalid, ModelBroken
 from server.jobs.schemas import MAX_SEED, Frames, GenerateRequest, parse_json, parse_object, validate
 from server.jobs.tenants import Tenant
 from server.settings import Settings
@@ -168,11 +169,13 @@ def _frames(request: GenerateRequest, steps: int, most: int, context: RequestCon
 
 def default_model(cards: Mapping[str, ModelCard], settings: Settings) -> str | None:
     """The model of requests that name none; None if such requests are refused."""
-    return settings.default_model or (next(iter(cards)) if len(cards) == 1 else None)
+    return settings.default_model or (next(iter(cards)) if len(cards) == 1 and not refused(cards) else None)
 
 
 def _model(wanted: str | None, cards: Mapping[str, ModelCard], settings: Settings) -> str:
     name = wanted or default_model(cards, settings)
+    if (reason := refused(cards).get(name or "")) is not None:
+        raise ModelBroken(reason)
     if name is None or name not in cards:
         known = ", ".join(cards)
         raise Invalid(("model", f"model must be one of {known}" if wanted else f"name a model, one of {known}"))

@@ -10,9 +10,9 @@ from starlette.responses import JSONResponse
 from starlette.routing import Match
 from starlette.staticfiles import StaticFiles
 
-from model.errors import PlanError
+from model.errors import ModelRefused, PlanError
 from server import __version__
-from server.catalog import find_models
+from server.catalog import find_models, refused
 from server.engines.backend import Backend
 from server.engines.build import build
 from server.errors import Problem, ServerError, SettingsError, StorageFull, problem
@@ -77,6 +77,10 @@ def create_app(
     """The application. on_failed: is called with the error that ends the server for good. Raises ModelRefused,
     SettingsError, StoreRefused, StoreInUse, StorageFull."""
     cards = find_models(settings.weights)
+    for name, reason in refused(cards).items():
+        if name == settings.default_model:
+            raise ModelRefused(f"{name}: {reason}")
+        logger.error("model refused", extra={"model": name, "reason": reason})
     if settings.default_model and settings.default_model not in cards:
         raise SettingsError(f"DDPM_DEFAULT_MODEL must be one of {', '.join(cards)}")
     metrics, access = Metrics(), Access.read(settings)
@@ -98,8 +102,8 @@ def create_app(
         app.add_exception_handler(kind, _on_error)
     app.add_exception_handler(Exception, _on_unforeseen)
     app.add_exception_handler(HTTPException, _on_http_error)
-    refused = service.admission.count_refusal
-    app.add_middleware(Middleware, access=access, max_websockets=settings.max_websockets, refused=refused)
+    count = service.admission.count_refusal
+    app.add_middleware(Middleware, access=access, max_websockets=settings.max_websockets, refused=count)
     app.mount("/static", StaticFiles(directory=info.STATIC), name="static")
     for router in ROUTERS:
         app.include_router(router)

@@ -10,7 +10,7 @@ from starlette.responses import FileResponse, JSONResponse
 from model.checkpoint.card import ModelCard
 from model.sampling.plan import SAMPLERS, SPACINGS
 from server.engines.backend import Backend
-from server.errors import NotFound
+from server.errors import ModelBroken, NotFound
 from server.jobs.request import default_model
 from server.jobs.service import JobService
 from server.metrics import MEDIA
@@ -31,7 +31,7 @@ def _document(card: ModelCard, backend: Backend) -> dict[str, Any]:
     variances = ["small", "large", "learned"] if process.learned_variance else ["small", "large"]
     return {
         "name": card.name,
-        "digest": status.digest if status is not None else None,
+        "digest": (status.digest or None) if status is not None else None,
         "source": asdict(card.source) if card.source is not None else None,
         "shape": {"channels": channels, "height": height, "width": width},
         "T": process.schedule.T,
@@ -58,18 +58,22 @@ def _page(request: Request, name: str) -> Response:
 
 @router.get("/models", summary="List models")
 async def models(request: Request) -> JSONResponse:
-    """All models without their cards, the default model of requests that name none, and the limit of `n`."""
+    """All models without their cards, those that are refused and why, the default model of requests that name none,
+    and the limit of `n`."""
     jobs: JobService = request.app.state.jobs
     settings: Settings = request.app.state.settings
     documents = [_document(card, jobs.backend) for card in jobs.cards.values()]
     default = default_model(jobs.cards, settings)
-    return JSONResponse({"models": documents, "default": default, "max_n": settings.max_n})
+    refused = [{"name": name, "reason": reason} for name, reason in jobs.refused.items()]
+    return JSONResponse({"models": documents, "refused": refused, "default": default, "max_n": settings.max_n})
 
 
 @router.get("/models/{name}", summary="Get a model and its card")
 async def model(request: Request, name: str) -> JSONResponse:
     """A model with its card, the README of its directory."""
     jobs: JobService = request.app.state.jobs
+    if name not in jobs.cards and name in jobs.refused:
+        raise ModelBroken(jobs.refused[name])
     if name not in jobs.cards:
         raise NotFound(f"there is no such model; there are {', '.join(jobs.cards)}")
     card = jobs.cards[name]
@@ -84,11 +88,11 @@ async def healthz() -> JSONResponse:
 
 @router.get("/readyz", summary="Check that the server accepts jobs")
 async def readyz(request: Request) -> JSONResponse:
-    """200 if jobs are accepted, else 503 with the reason."""
+    """200 if jobs are accepted, else 503 with the reason. `refused` names models that are not served."""
     jobs: JobService = request.app.state.jobs
     if jobs.admission.trouble is not None:
         raise jobs.admission.trouble
-    return JSONResponse({"status": "ready"})
+    return JSONResponse({"status": "ready", "refused": list(jobs.refused)})
 
 
 @router.get("/metrics", summary="Get metrics in Prometheus' text format", response_class=Response)
