@@ -1,6 +1,7 @@
 """SHA-256 of bytes and files, as hexadecimal digits."""
 
 import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 
 
@@ -13,3 +14,8 @@ def file_digest(path: Path) -> str:
     """The 64 digits of a file's SHA-256. Raises OSError."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def combined_digest(digests: Iterable[str]) -> str:
+    """The content address of several files, given the SHA-256 of each, in order."""
+    return f"sha256:{hashlib.sha256(b''.join(map(bytes.fromhex, digests))).hexdigest()}"

@@ -1,6 +1,8 @@
 """Configuration files: read as a whole if small and well-formed, then option by option, each within its bounds."""
 
+import hashlib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -31,18 +33,25 @@ def require_file(path: Path, hint: str = "") -> None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A configuration file as a dict. Raises ModelRefused if it is missing, too large, or not a JSON object."""
+    return read_config(path)[0]
+
+
+def read_config(path: Path) -> tuple[dict[str, Any], str]:
+    """(a configuration file as a dict, sha256 of the bytes it was read from). Raises ModelRefused as `read_json`."""
     require_file(path)
     try:
-        if path.stat().st_size > MAX_CONFIG_BYTES:
+        with path.open("rb") as file:
+            text = file.read(MAX_CONFIG_BYTES + 1)
+        if len(text) > MAX_CONFIG_BYTES:
             raise ModelRefused(f"{path.name} is larger than {MAX_CONFIG_BYTES} bytes")
-        values = json.loads(path.read_bytes(), object_pairs_hook=unique_keys)
+        values = json.loads(text, object_pairs_hook=unique_keys)
     except OSError as error:
         raise ModelRefused(f"{path.name} could not be read: {type(error).__name__}") from error
     except (ValueError, RecursionError) as error:
         raise ModelRefused(f"{path.name} is not valid JSON: {type(error).__name__}") from error
     if not isinstance(values, dict):
         raise ModelRefused(f"{path.name} must be a JSON object")
-    return values
+    return values, hashlib.sha256(text).hexdigest()
 
 
 def whole(value: object) -> int | None:
@@ -58,13 +67,14 @@ class Options:
     def __init__(self, name: str, values: Json) -> None:
         self.name, self.values = name, values
 
-    def refuse(self, option: str, allowed: str) -> ModelRefused:
-        """The error to raise for an option, with the values that are allowed and the given one."""
+    def refuse(self, option: str, allowed: str, why: str = "") -> ModelRefused:
+        """The error to raise for an option, with the values that are allowed, the given one, and perhaps why."""
         try:
             given = json.dumps(self.values.get(option))[:60]
         except RecursionError:
             given = "a deeply nested value"
-        return ModelRefused(f"{self.name}: {option} must be {allowed}, got {given}")
+        option = option if re.fullmatch(r"\w{1,60}", option, re.ASCII) else ascii(option)[:60]  # a file may have any
+        return ModelRefused(f"{self.name}: {option} must be {allowed}, got {given}{f': {why}' if why else ''}")
 
     def integer(self, option: str, low: int, high: int, default: int | None) -> int:
         """An integer in low..high. Raises ModelRefused, also if it is missing and has no default."""
@@ -95,7 +105,7 @@ class Options:
         """One of the allowed values. Raises ModelRefused."""
         value = self.values.get(option, default)
         if isinstance(value, list | dict) or not any(value == a and type(value) is type(a) for a in allowed):
-            raise self.refuse(option, "one of " + ", ".join(json.dumps(a) for a in allowed))
+            raise self.refuse(option, "one of " + ", ".join(map(json.dumps, allowed)))
         return value
 
     def items(self, option: str, default: tuple[Any, ...] | None, most: int) -> list[Any]:

@@ -7,7 +7,8 @@ without asking the hub; a branch or tag is looked up at every start, or served a
 
 import logging
 import re
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from huggingface_hub.hf_api import RepoSibling
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from model.checkpoint.card import ModelCard, Source, read_card, shard_names, weights_names
+from model.checkpoint.foreign import require_served_kind
+from model.checkpoint.pipeline import INDEX, require_served
 from model.digests import file_digest
 from model.errors import ModelRefused
 from model.options import MAX_CONFIG_BYTES, read_json
@@ -75,10 +78,8 @@ def _cached(id: str, revision: str, name: str) -> ModelCard:
         directory = Path(snapshot_download(id, revision=revision, local_files_only=True))
     except (OSError, ValueError) as error:
         raise ModelRefused(f"{id}@{revision} is not in the cache") from error
-    try:
+    with _naming(id):
         return replace(read_card(directory, name), source=Source(id, directory.name))
-    except ModelRefused as error:
-        raise ModelRefused(f"{id}: {error}") from error
 
 
 def _fetch_all(id: str, revision: str, commit: str, files: dict[str, RepoSibling]) -> None:
@@ -86,6 +87,9 @@ def _fetch_all(id: str, revision: str, commit: str, files: dict[str, RepoSibling
     net, schedule = (
         f"{part}/" if any(f.startswith(f"{part}/") for f in files) else "" for part in ("unet", "scheduler")
     )
+    index = _fetch_file(id, revision, commit, files[INDEX]) if INDEX in files else None
+    with _naming(id):
+        require_served({} if index is None else read_json(index), {file.split("/")[0] for file in files})
     weights = next((net + file for file in weights_names() if net + file in files), None)
     if weights is None and any(file.endswith(PICKLES) for file in files):
         convert = f"`hf download {id} --local-dir SRC`, then `ddpm convert SRC DIR`"
@@ -95,13 +99,25 @@ def _fetch_all(id: str, revision: str, commit: str, files: dict[str, RepoSibling
         if file not in files:
             raise ModelRefused(f"{id} is not a model directory of diffusers: it has no {file}")
     logger.info("model fetch started", extra={"id": id, "revision": commit})
-    for file in (*(file for file in ("model_index.json", "README.md") if file in files), *required):
+    for file in (*(["README.md"] if "README.md" in files else []), *required):
         path = _fetch_file(id, revision, commit, files[file])
+        if path.name == "config.json":  # before the weights, which may be large
+            with _naming(id):
+                require_served_kind(read_json(path))
     for shard in shard_names(read_json(path), path.name) if path.suffix == ".json" else ():
         if net + shard not in files:
             raise ModelRefused(f"{id} lacks {shard}, which {path.name} names")
         _fetch_file(id, revision, commit, files[net + shard])
     logger.info("model fetched", extra={"id": id, "revision": commit})
+
+
+@contextmanager
+def _naming(id: str) -> Iterator[None]:
+    """Puts the model's id before whatever it is refused for in here."""
+    try:
+        yield
+    except ModelRefused as error:
+        raise ModelRefused(f"{id}: {error}") from error
 
 
 def _fetch_file(id: str, revision: str, commit: str, file: RepoSibling) -> Path:

@@ -16,6 +16,7 @@ FLOORS: list[str | tuple[str, ...]] = [
     ("server.engines", "server.store", "server.webhooks"),
     "server.worker",
     "server",
+    "model.convert.layouts",  # which model.convert finds by their names
     ("model.convert", "model.train"),
     "model.engine",
     "model.checkpoint",
@@ -29,7 +30,7 @@ ROOMS = {
     "torch": ("model", "server.worker"),
     "triton": ("model.kernels",),
     "openvino": ("model.nets.openvino_graph", "model.nets.openvino_symbols"),
-    "safetensors": ("model.checkpoint.load", "model.train", "model.convert"),
+    "safetensors": ("model.train", "model.convert"),
     "numpy": ("model", "server"),
     "PIL": ("server.jobs.encode", "model.train.data", "ddpm_client"),
     "fastapi": ("server.web",),

@@ -5,20 +5,22 @@ schedule), `model_index.json` (optional) and `diffusion_pytorch_model.safetensor
 Nothing in it is executed, and every number in it is checked against bounds here, before memory is allocated for it.
 """
 
-import hashlib
 import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from model.checkpoint.foreign import found_instead, require_served_kind
+from model.checkpoint.header import entries_of, require_tensors
 from model.checkpoint.pipeline import is_part, read_index
 from model.checkpoint.scheduler import FILE as SCHEDULER
 from model.checkpoint.scheduler import read_process
-from model.digests import file_digest
+from model.checkpoint.shapes import Shapes, count, embedding_width, shapes
+from model.digests import combined_digest, file_digest
 from model.errors import ModelRefused
-from model.nets.config import architecture
+from model.nets.config import MAX_PARAMETERS, architecture
 from model.nets.lucidrains_config import LUCIDRAINS, AnyArchitecture, lucidrains_architecture
-from model.options import MAX_CONFIG_BYTES, Json, read_json, require_file
+from model.options import MAX_CONFIG_BYTES, Json, read_config, read_json, require_file
 from model.sampling.schedule import Process
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -27,6 +29,7 @@ INDEX = f"{WEIGHTS}.index.json"
 VARIANTS = ("fp16", "bf16")
 SHARD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}\.safetensors")
 MAX_SHARDS = 256
+MAX_TABLE = 1 << 30  # numbers in the table of timestep embeddings
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +49,7 @@ class ModelCard:
     weights: Path  # the safetensors file, or the index of several
     architecture: AnyArchitecture
     process: Process
+    configs: tuple[str, ...] = ()  # sha256 of config.json and scheduler_config.json as they were read
     shards: tuple[Path, ...] = ()  # the files of an index, ordered by name
     source: Source | None = None  # None: a directory of this machine
 
@@ -62,9 +66,7 @@ class ModelCard:
     @cached_property
     def digest(self) -> str:
         """Content address of everything that determines a picture: weights and both configurations. Raises OSError."""
-        files = (*self.weight_files, *config_files(self.directory))
-        digests = b"".join(bytes.fromhex(file_digest(path)) for path in files)
-        return f"sha256:{hashlib.sha256(digests).hexdigest()}"
+        return combined_digest([*map(file_digest, self.weight_files), *self.configs])
 
     @property
     def readme(self) -> str:
@@ -92,19 +94,34 @@ def read_card(directory: Path, name: str | None = None) -> ModelCard:
     if not directory.is_dir():
         raise ModelRefused(f"{directory.name} is not a directory")
     net_file, schedule_file = config_files(directory)
-    index, config, scheduler = read_index(directory), read_json(net_file), read_json(schedule_file)
+    index = read_index(directory)
+    require_file(net_file, found_instead(net_file.parent, weights_names()))
+    config, digest = read_config(net_file)
+    require_served_kind(config)
+    scheduler, schedule_digest = read_config(schedule_file)
     arch = lucidrains_architecture(config) if config.get("_class_name") == LUCIDRAINS else architecture(config)
+    process, tensors = read_process(scheduler, index, arch.learned_variance), shapes(arch)
+    _require_bounds(tensors, process.schedule.T)
     weights = _weights(net_file.parent)
-    process = read_process(scheduler, index, arch.learned_variance)
-    shards = _shards(weights) if weights.suffix == ".json" else ()
-    return ModelCard(
+    card = ModelCard(
         name=name or directory.name,
         directory=directory,
         weights=weights,
         architecture=arch,
         process=process,
-        shards=shards,
+        configs=(digest, schedule_digest),
+        shards=_shards(weights) if weights.suffix == ".json" else (),
     )
+    require_tensors([(path.name, entries_of(path)) for path in card.weight_files], tensors, weights.name)
+    return card
+
+
+def _require_bounds(tensors: Shapes, T: int) -> None:
+    """Raises ModelRefused if the net has more weights, or more timestep embeddings, than any net needs."""
+    if (parameters := count(tensors)) > MAX_PARAMETERS:
+        raise ModelRefused(f"config.json: at most {MAX_PARAMETERS} parameters are allowed, it calls for {parameters}")
+    if (numbers := embedding_width(tensors) * T) > MAX_TABLE:
+        raise ModelRefused(f"config.json: at most {MAX_TABLE} timestep embeddings are allowed, it calls for {numbers}")
 
 
 def weights_names() -> list[str]:
@@ -118,7 +135,7 @@ def _weights(folder: Path) -> Path:
     """The path of the weights in this folder, or of their index. Raises ModelRefused."""
     paths = [folder / name for name in weights_names()]
     found = next((path for path in paths if path.exists() or path.is_symlink()), paths[0])
-    require_file(found, _found_instead(folder))
+    require_file(found, found_instead(folder, weights_names()))
     return found
 
 
@@ -138,10 +155,3 @@ def _shards(index: Path) -> tuple[Path, ...]:
     for file in files:
         require_file(file)
     return files
-
-
-def _found_instead(folder: Path) -> str:
-    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in {".bin", ".pt", ".ckpt", ".pth", ".pkl"})
-    return (
-        f" ({pickles[0]!r} is a pickle, which is never read; `ddpm convert` makes safetensors of it)" if pickles else ""
-    )

@@ -71,8 +71,8 @@ def _read(scheduler: Json, index: Json) -> tuple[str, Options]:
     kind = given.removeprefix("Flax").removesuffix("Scheduler") if isinstance(given, str) else "DDPM"
     tells_betas = any(scheduler.get(option) is not None for option in BETAS)
     if kind not in CLASSES or not (isinstance(given, str) or (given is None and tells_betas)):
-        names = ", ".join(f"{name}Scheduler" for name in CLASSES)
-        raise options.refuse("_class_name", f"one of {names}: other processes, as flow matching or EDM, are not served")
+        others = "or another for Ho's process; flow matching, EDM and score SDEs are other processes"
+        raise options.refuse("_class_name", f"one of DDPMScheduler, DDIMScheduler {others}")
     values = {RENAMED.get(option, option): value for option, value in scheduler.items() if option in RENAMED}
     values |= {option: value for option, value in scheduler.items() if option not in RENAMED}
     if values.pop("predict_epsilon", None) is not None:  # before diffusers 0.11
@@ -94,7 +94,7 @@ def _check(options: Options) -> None:
             if not isinstance(value, types) or isinstance(value, bool) != (types == (bool,)):
                 raise options.refuse(option, _TYPES[types[-1]])
         elif option not in _KNOWN and value is not None and not option.startswith("_"):
-            raise options.refuse(option, "absent: it may change pictures, and this server has no such option")
+            raise options.refuse(option, "absent", "it may change pictures, and this server has no such option")
 
 
 def noise_schedule(scheduler: Json) -> NoiseSchedule:

@@ -4,13 +4,13 @@ Parts of a directory are weighed as parts of a file are: an average over trainin
 before half of them.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
 
-from model.checkpoint.pipeline import is_part, read_index
 from model.convert import formats
 from model.convert.nets import averaged, standing
 from model.convert.protocol import OF_THE_SCHEDULER, Converted, Options, refuse_unread
@@ -21,7 +21,7 @@ from model.options import read_json, whole
 
 READS = OF_THE_SCHEDULER | {"image_size", "config"}
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl")
-INDEX = ".index.json"
+INDEX = re.compile(r"\.index(\.\w+)?\.json")  # of several files; with a variant, such as .index.fp16.json
 # What a training saves beside its nets: of the optimizer, of the learning rate, of random numbers.
 NO_WEIGHTS = (
     "optimizer",
@@ -58,8 +58,10 @@ class Candidate:
     @property
     def rank(self) -> tuple[object, ...]:
         """The least is taken."""
-        kinds = [not self.path.name.removesuffix(INDEX).endswith(suffix) for suffix in SUFFIXES]
-        return 0 if self.averaged else standing(self.name), any(half in self.name for half in HALVES), kinds, self.name
+        best = 0 if self.averaged else standing(self.name)
+        loose = self.config is None or self.config.parent != self.path.parent
+        kinds = [not INDEX.sub("", self.path.name).endswith(suffix) for suffix in SUFFIXES]
+        return best, loose, any(half in self.name for half in HALVES), kinds, self.name
 
     @property
     def averaged(self) -> bool:
@@ -70,8 +72,6 @@ class Candidate:
 def convert(directory: Path, options: Options, part: str | None = None) -> tuple[Converted, list[Path]]:
     """The model directory, and the files that its weights were read from. Raises ModelRefused."""
     refuse_unread(options, READS, "a directory of diffusers")
-    for place in (directory, *([directory.resolve().parent] if is_part(directory) else [])):
-        read_index(place)
     found, fitting = _candidates_of(directory, part)
     for taken in fitting:
         if (read := _read(taken, found)) is not None:
@@ -118,10 +118,9 @@ def _candidates(directory: Path) -> Iterator[Candidate]:
         config = folder / "config.json"
         if folder != directory and not (folder.name.startswith("unet") or _is_net(config)):
             continue
-        files = [path for path in sorted(folder.iterdir()) if path.name.endswith((*SUFFIXES, INDEX)) and path.is_file()]
-        for path in files:
-            stem = path.name.lower()
-            if stem.startswith(NO_WEIGHTS) or (SHADOW in stem and folder != directory) or "-of-" in stem:
+        for path in sorted(folder.iterdir()):
+            stem, weights = path.name.lower(), path.suffix in SUFFIXES or INDEX.search(path.name)
+            if not weights or not path.is_file() or stem.startswith(NO_WEIGHTS) or "-of-" in stem:
                 continue
             name = str(path.relative_to(directory))
             yield Candidate(name, path, config if config.is_file() else _above(directory, "net"))
@@ -149,7 +148,7 @@ def _read(taken: Candidate, found: list[Candidate]) -> tuple[dict[str, Tensor], 
 
     Raises ModelRefused.
     """
-    if taken.path.name.endswith(INDEX):
+    if INDEX.search(taken.path.name):
         return _read_shards(taken.path)
     if SHADOW not in taken.name:
         return read_state(taken.path)[0], [taken.path]

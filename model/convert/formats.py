@@ -7,8 +7,8 @@ from typing import Any, cast
 
 from torch import Tensor
 
+from model.convert import foreign
 from model.convert.flags import LAYOUTS
-from model.convert.layouts import foreign
 from model.convert.nets import Net, averaged, find, strangers, tables
 from model.convert.protocol import OF_BETAS, Converted, Format, Options, refuse_unread
 from model.errors import ModelRefused
@@ -56,9 +56,11 @@ def _chosen(state: Mapping[str, Tensor], name: str | None, part: str, where: str
         raise ModelRefused(f"--part must be one of {', '.join(repr(net.part) for net in nets)}")
     net, others = fitting[0], [other.part for other in nets if other is not fitting[0]]
     if not part and (unknown := strangers(state, nets)):
+        if what := foreign.recognised(state):
+            raise ModelRefused(f"{what}; it cannot be converted")
         raise ModelRefused(
             f"besides a net ({ascii(net.part)}) {where} holds {', '.join(map(ascii, unknown[:5]))}, without which the "
-            f"net may give no picture, as one of latents; --part {ascii(net.part)} takes the net alone"
+            f"net may give no picture; --part {ascii(net.part)} takes the net alone"
         )
     notes = []
     if net.prefix:

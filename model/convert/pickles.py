@@ -129,11 +129,11 @@ def _load(source: Path) -> object:
     try:
         return torch.load(source, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
-        unwanted = re.search(r"GLOBAL ([\w.]+)", str(error))
-        what = unwanted[1] if unwanted else "something"
+        if (unwanted := re.search(r"GLOBAL ([\w.]+)", str(error))) is None:
+            raise ModelRefused(f"{source.name} is a pickle that torch.save has not written, or is damaged") from error
         raise ModelRefused(
-            f"{source.name} holds {what}, which is not a tensor, and is not read; if you trust the file, save its "
-            "state dict alone"
+            f"{source.name} holds {unwanted[1]}, which is not a tensor, and is not read; if you trust the file, save "
+            "its state dict alone"
         ) from error
     except (MemoryError, OSError, RuntimeError, ValueError, EOFError, KeyError, TypeError, RecursionError) as error:
         raise ModelRefused(f"{source.name} is not a sound checkpoint of torch: {type(error).__name__}") from error

@@ -10,7 +10,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, distributed
 
-from model.checkpoint.load import read_header
+from model.checkpoint.header import read_header
+from model.checkpoint.load import read_tensors
 from model.digests import file_digest
 from model.errors import ModelRefused
 from model.nets.config import Architecture
@@ -135,7 +136,7 @@ class Trainer:
         shapes = {name: tuple(p.shape) for name, p in self.net.named_parameters()}
         if {name: shape for name, (_, shape) in read_header(path).items()} != shapes:
             raise ModelRefused(f"{path.name} does not hold the weights of this net, by their names of today")
-        for name, tensor in load_file(path).items():
+        for name, tensor in read_tensors(path, shapes)[0].items():
             self.average[name].copy_(tensor)  # in place: the layout must stay the parameter's
         self._assign(self.average)
 

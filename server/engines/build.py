@@ -45,6 +45,8 @@ def _starts(settings: Settings, cards: Mapping[str, ModelCard]) -> list[Start]:
     return [
         Start(
             models=tuple((name, card.directory) for name, card in cards.items()),
+            configs={name: card.configs for name, card in cards.items()},
+            default=settings.default_model,
             device=device,
             dtype=settings.dtype,
             slots=settings.slots,

@@ -10,7 +10,7 @@ from typing import cast
 
 from model.checkpoint.card import ModelCard
 from model.sampling.plan import Sampling, resolve
-from server.catalog import card_of, one_of
+from server.catalog import card_of, one_of, refused
 from server.documents import FramesDocument, RequestDocument
 from server.errors import Invalid
 from server.jobs.schemas import MAX_SEED, Frames, GenerateRequest, parse_json, parse_object, validate
@@ -197,11 +197,11 @@ def _webhook(url: str | None, settings: Settings) -> str | None:
 
 def default_model(cards: Mapping[str, ModelCard], settings: Settings) -> str | None:
     """The model of requests that name none; None if such requests are refused."""
-    return settings.default_model or (next(iter(cards)) if len(cards) == 1 else None)
+    return settings.default_model or (next(iter(cards)) if len(cards) == 1 and not refused(cards) else None)
 
 
 def _model(wanted: str | None, cards: Mapping[str, ModelCard], settings: Settings) -> ModelCard:
-    """The model of a request. Raises ModelNotFound, or Invalid if it must be named and is not."""
+    """The model of a request. Raises what `card_of` raises, or Invalid if it must be named and is not."""
     name = wanted or default_model(cards, settings)
     if name is None:
         raise Invalid(("model", f"name a model, {one_of(cards)}"))

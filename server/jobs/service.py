@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 
 from model.checkpoint.card import ModelCard
+from server.catalog import refused
 from server.documents import JobDocument
 from server.engines.backend import Backend
 from server.errors import JobCancelled, KeyReused, StillRunning
@@ -187,6 +188,12 @@ class JobService:
         """Pictures that can be denoised at once: the slots of all loaded models."""
         return sum(model.slots for replica in self.backend.replicas for model in replica.values() if model.loaded)
 
+    @property
+    def refused(self) -> dict[str, str]:
+        """Why listed models are not served, by name: those left out at the start, and those given up since."""
+        given_up = {name: model.trouble for name, model in self.backend.models.items()}
+        return {**refused(self.cards), **{name: reason for name, reason in given_up.items() if reason is not None}}
+
     def metric_values(self) -> list[Family]:
         """All gauges and counters at this moment. jobs_accepted = the sum of jobs + jobs_running + jobs_waiting."""
         running, waiting, _ = self.tally()
@@ -205,6 +212,7 @@ class JobService:
             gauge("engine_heartbeat_age_seconds", "Seconds since the last heartbeat of the engine.", health.silence_s),
             gauge("gpu_memory_bytes", "Device memory that the engine holds.", health.memory_bytes),
             gauge("storage_full", "1 if the store cannot be written.", store.trouble is not None),
+            gauge("models_refused", "Models that are not served though they were listed.", len(self.refused)),
             gauge("store_bytes", "Size of jobs and pictures on disk.", store.size_bytes),
             counter("jobs_accepted", "Accepted jobs.", self._accepted),
             counter("jobs", "Ended jobs by outcome.", self._runner.outcomes, "outcome"),

@@ -12,10 +12,9 @@ from starlette.responses import JSONResponse
 from starlette.routing import Match
 from starlette.staticfiles import StaticFiles
 
-from model.checkpoint.card import ModelCard
-from model.errors import PlanError
+from model.errors import ModelRefused, PlanError
 from server import __version__
-from server.catalog import find_models, one_of
+from server.catalog import Catalog, find_models, one_of, refused
 from server.engines.backend import Backend
 from server.engines.build import build
 from server.errors import Problem, ServerError, SettingsError, StartFailed, problem
@@ -94,8 +93,12 @@ def _check_prefix(prefix: str) -> None:
         raise SettingsError(f"DDPM_PATH_PREFIX must not begin as paths of the server do: {', '.join(sorted(ours))}")
 
 
-def _find_models(settings: Settings) -> dict[str, ModelCard]:
+def _find_models(settings: Settings) -> Catalog:
     cards = find_models(settings.weights)
+    for name, reason in refused(cards).items():
+        if name == settings.default_model:
+            raise ModelRefused(f"{name}: {reason}")
+        logger.error("model refused", extra={"model": name, "reason": reason})
     if settings.default_model and settings.default_model not in cards:
         raise SettingsError(f"DDPM_DEFAULT_MODEL must be {one_of(cards)}")
     return cards

@@ -64,10 +64,18 @@ class ModelWithCard(ModelDocument):
     card: Annotated[str, Field(description="the README of its directory")]
 
 
+class RefusedModel(TypedDict):
+    """A model that is not served."""
+
+    name: str
+    reason: str
+
+
 class ModelPage(TypedDict):
     """All models."""
 
     models: list[ModelDocument]
+    refused: Annotated[list[RefusedModel], Field(description="models that are listed and not served")]
     default: Annotated[str | None, Field(description="the model of requests that name none; null: they must name one")]
     max_n: Annotated[int, Field(description="the largest `n` of a request")]
 
@@ -82,6 +90,7 @@ class Readiness(TypedDict):
     """Jobs are accepted."""
 
     status: Literal["ready"]
+    refused: Annotated[list[str], Field(description="names of models that are listed and not served")]
 
 
 class EngineState(TypedDict):
@@ -114,7 +123,7 @@ def _document(card: ModelCard, backend: Backend) -> ModelDocument:
     variances: list[Variance] = ["small", "large", "learned"] if process.learned_variance else ["small", "large"]
     return {
         "name": card.name,
-        "digest": status.digest if status is not None else None,
+        "digest": (status.digest or None) if status is not None else None,
         "source": card.source,
         "shape": {"channels": channels, "height": height, "width": width},
         "T": process.schedule.T,
@@ -146,12 +155,14 @@ def _page(request: Request, name: str) -> Response:
 
 @router.get("/models", summary="List models", tags=["models"], response_model=ModelPage)
 async def list_models(request: Request) -> JSONResponse:
-    """All models without their cards, the default model of requests that name none, and the limit of `n`."""
+    """All models without their cards, those that are refused and why, the default model of requests that name none,
+    and the limit of `n`."""
     jobs: JobService = request.app.state.jobs
     settings: Settings = request.app.state.settings
     documents = [_document(card, jobs.backend) for card in jobs.cards.values()]
     default = default_model(jobs.cards, settings)
-    return DocumentResponse({"models": documents, "default": default, "max_n": settings.max_n})
+    refused = [{"name": name, "reason": reason} for name, reason in jobs.refused.items()]
+    return DocumentResponse({"models": documents, "refused": refused, "default": default, "max_n": settings.max_n})
 
 
 @router.get(
@@ -176,11 +187,11 @@ async def get_health() -> JSONResponse:
 
 @router.get("/readyz", summary="Check that the server accepts jobs", tags=["server"], response_model=Readiness)
 async def get_readiness(request: Request) -> JSONResponse:
-    """200 if jobs are accepted, else 503 with the reason."""
+    """200 if jobs are accepted, else 503 with the reason. `refused` names models that are not served."""
     jobs: JobService = request.app.state.jobs
     if jobs.admission.trouble is not None:
         raise jobs.admission.trouble
-    return JSONResponse({"status": "ready"})
+    return JSONResponse({"status": "ready", "refused": list(jobs.refused)})
 
 
 @router.get(

@@ -78,7 +78,7 @@ def describe(runner: Runner, model: Model, load_s: float, grown_bytes: int) -> M
     parts += [dtype, exact, *([str(runner.chosen)] if runner.chosen else [])]
     parts += [f"bits {runner.bits}"] if runner.bits else []
     return ModelStatus(
-        digest=model.card.digest,
+        digest=model.digest,
         device=f"{device} ({name})",
         dtype=dtype,
         parameters=model.parameters,
@@ -115,6 +115,25 @@ def announce(card: ModelCard, device: torch.device, dtype: torch.dtype, slots: i
         numerics="",
         loaded=False,
         memory_bytes=size.size_bytes,
+    )
+
+
+def refuse(reason: str) -> ModelStatus:
+    """The status of a model that cannot be loaded, of which nothing else is known."""
+    sizes: list[int] = []
+    return ModelStatus(
+        digest="",
+        device="",
+        dtype="",
+        parameters=0,
+        slots=0,
+        buckets=sizes,
+        exact_buckets=sizes,
+        admitted=sizes,
+        exact=False,
+        numerics="",
+        loaded=False,
+        trouble=reason,
     )
 
 

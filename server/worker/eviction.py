@@ -11,6 +11,8 @@ spent on loading.
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
+from model.errors import ModelRefused
+
 TURN_S = 10.0  # the shortest turn
 TURN_PER_LOAD = 4.0  # how many times as long as its load a turn lasts, if that is more than TURN_S
 
@@ -31,6 +33,11 @@ class Eviction:
     sizes: dict[str, int]  # bytes of every model: a bound, or what was measured once it was loaded
     here: dict[str, Stay] = field(default_factory=dict)  # loaded models, the least recently used first
     wanted: dict[str, float] = field(default_factory=dict)  # since when the others are asked for, in that order
+
+    def require_room(self, name: str, size_bytes: int) -> None:
+        """Raises ModelRefused if a model of this size could never be loaded."""
+        if self.budget_bytes and size_bytes > self.budget_bytes:
+            raise ModelRefused(f"{name} takes {size_bytes} bytes, models may take {self.budget_bytes}")
 
     def fits(self, name: str) -> bool:
         """Whether there is room for one more."""

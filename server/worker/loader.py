@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from threading import Lock
 
 import torch
@@ -49,10 +50,17 @@ class Loader:
         self._slots = start.slots or device.usual_slots(self.device)
         self._growing = Lock()  # of several models one grows at a time
 
-    def announce(self, card: ModelCard) -> ModelStatus:
-        """What is known of a model before it is loaded."""
+    def announce(self, name: str, directory: Path) -> tuple[ModelCard, ModelStatus]:
+        """A model's card, and what is known of it before it is loaded. Raises ModelRefused, also if the card is not
+        the one that the API process has read."""
+        card = read_card(directory, name)
+        if self._start.configs.get(name, card.configs) != card.configs:
+            raise ModelRefused(CHANGED)
         size = footprint(card, self._slots, self.device, self._dtype)
-        return device.announce(card, self.device, self._dtype, self._slots, size)
+        try:
+            return card, device.announce(card, self.device, self._dtype, self._slots, size)
+        except OSError as error:
+            raise ModelRefused(f"{card.weights.name} could not be read: {type(error).__name__}") from error
 
     def load(self, card: ModelCard, digest: str) -> Generator[float, None, Loaded]:
         """Loads a model, which was announced with this digest, in pieces of about a step; yields for how many seconds
@@ -90,9 +98,10 @@ class Loader:
         else:
             torch.set_num_threads(self._start.threads or cores())  # a thread has a number of its own
         card = read_card(card.directory, card.name)
-        if card.digest != digest:
+        model = load_model(card, self.device, self._dtype, self._start.unusable)
+        if model.digest != digest:  # that of the bytes that were loaded
             raise ModelRefused(CHANGED)
-        return load_model(card, self.device, self._dtype, self._start.unusable)
+        return model
 
     def _grow(self, runner: "weakref.ref[Runner]") -> None:
         """In the thread: compiles larger batch sizes, until there is no more, memory is short, or the model is gone."""

@@ -4,6 +4,7 @@
 and no disk to write to.
 """
 
+import logging
 import time
 import traceback
 from multiprocessing.connection import Connection
@@ -14,6 +15,8 @@ from model.engine.events import Event
 from model.errors import ModelRefused, NoSuchDevice
 from server.worker.messages import Died, Ready, Refused, Report, Start
 from server.worker.models import HEARTBEAT_S, Models
+
+logger = logging.getLogger(__name__)
 
 
 def serve(pipe: Connection, start: Start) -> None:
@@ -40,6 +43,9 @@ def _run(pipe: Connection, start: Start) -> None:
     models = Models(start, pipe.send)
     for pause_s in models.start():
         time.sleep(pause_s)
+    for name, status in models.statuses.items():
+        if status.trouble is not None and not start.again:
+            logger.error("model refused", extra={"model": name, "reason": status.trouble})
     pipe.send(Ready(models.statuses, models.heartbeat().steps))
     events: list[Event] = []
     reported_at = 0.0

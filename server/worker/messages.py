@@ -1,5 +1,6 @@
 """The messages between the API process and an engine process, over a pipe between parent and child."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -61,6 +62,8 @@ class Start:
     log_level: str
     memory_bytes: int = 0  # that loaded models may take together; 0: all are loaded
     unusable: str = ""  # why OpenVINO is not tried on a CPU, if it is not: words that follow its name
+    configs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # of each card that the API process has read
+    default: str = ""  # the model without which no engine starts; each other may be left out, if one is left
     again: bool = False  # it replaces an engine that served: a model refused now is left out, and the others go on
 
 

@@ -12,24 +12,19 @@ from typing import cast
 
 import torch
 
-from model.checkpoint.card import ModelCard, read_card
+from model.checkpoint.card import ModelCard
 from model.engine.engine import Engine
 from model.engine.events import ENDS, Cancelled, Event, Request, Stats
 from model.errors import ModelRefused
-from model.sampling.plan import Plan, Sampling, plan
-from model.sampling.schedule import Process
-from server.worker.device import give_back, held_bytes
+from model.sampling.plan import plan
+from server.worker.device import give_back, held_bytes, refuse
 from server.worker.eviction import Eviction
 from server.worker.loader import Loader
 from server.worker.messages import Cancel, Changed, Heartbeat, Loading, ModelStatus, Start, Step, Submit
 
 HEARTBEAT_S = 0.25
 SAME = ("rank", "frames", "shows_x", "shows_x0", "wants_floats", "owner")  # in a spec and in its requests
-
-
-@lru_cache(256)
-def _plan(process: Process, sampling: Sampling) -> Plan:
-    return plan(process, sampling)
+_plan = lru_cache(256)(plan)
 
 
 class Models:
@@ -54,37 +49,40 @@ class Models:
     # Loading and unloading
 
     def start(self) -> Iterator[float]:
-        """Loads all models there is room for; yields how long to wait before the next piece. Raises ModelRefused, but
-        in an engine that replaces another: there the model is left out, or cannot be loaded."""
+        """Loads all models there is room for; yields how long to wait before the next piece. Others may be refused:
+        raises ModelRefused if the default one is, or all, unless this engine replaces another."""
         for name, directory in self._start.models:
+            self._held[name] = {}
             try:
-                card, self._held[name] = read_card(directory, name), {}
-                status = self._loader.announce(card)
-                self._require_room(name, status.memory_bytes)
-            except ModelRefused:
-                if not self._start.again:
-                    raise
-                continue
-            self._cards[name], self.statuses[name] = card, status
-            self._eviction.sizes[name] = status.memory_bytes
-        for name in self._cards:
-            if self._eviction.fits(name):
-                try:
-                    yield from self._bring(name)
-                except ModelRefused as error:
-                    if not self._start.again:
-                        raise
-                    self._give_up(name, str(error))
+                card, status = self._loader.announce(name, directory)
+                self._eviction.require_room(name, status.memory_bytes)
+            except ModelRefused as error:
+                self._refuse(name, str(error))
+            else:
+                self._cards[name], self.statuses[name] = card, status
+                self._eviction.sizes[name] = status.memory_bytes
+        for name in filter(self._eviction.fits, self._cards):
+            try:
+                yield from self._bring(name)
+            except ModelRefused as error:
+                self._refuse(name, str(error))
+        troubles = [status.trouble for status in self.statuses.values()]
+        if troubles and None not in troubles and not self._start.again:
+            raise ModelRefused(str(troubles[0]))
 
-    def _require_room(self, name: str, size_bytes: int) -> None:
-        budget_bytes = self._eviction.budget_bytes
-        if budget_bytes and size_bytes > budget_bytes:
-            raise ModelRefused(f"{name} takes {size_bytes} bytes, models may take {budget_bytes}")
+    def _refuse(self, name: str, reason: str) -> None:
+        """At the start: notes why a model cannot be loaded. Raises ModelRefused if it is the default one."""
+        if not self._start.again and name == self._start.default:
+            raise ModelRefused(reason)
+        if name in self.statuses:
+            self._give_up(name, reason)
+        elif not self._start.again:
+            self.statuses[name] = refuse(reason)
 
     def _bring(self, name: str) -> Iterator[float]:
         """Loads a model. Raises ModelRefused or torch.OutOfMemoryError."""
         loaded = yield from self._loader.load(self._cards[name], self.statuses[name].digest)
-        self._require_room(name, loaded.status.memory_bytes)
+        self._eviction.require_room(name, loaded.status.memory_bytes)
         self.statuses[name], self._engines[name] = loaded.status, loaded.engine
         self._eviction.came(name, loaded.status.memory_bytes, time.monotonic(), loaded.status.load_s)
         self._steps += loaded.steps

@@ -15,7 +15,7 @@ from types import FrameType
 from typing import Any, TypeAlias
 
 from model import options
-from model.checkpoint import card, load
+from model.checkpoint import card, foreign, header, load, pipeline, scheduler, shapes
 from model.checkpoint.card import WEIGHTS, read_card
 from model.checkpoint.load import load_model
 from model.errors import ModelRefused
@@ -28,7 +28,8 @@ import torch  # isort: skip
 
 Files: TypeAlias = dict[str, bytes]
 MAX_SECONDS = 2.0  # for one directory
-READERS = {str(module.__file__) for module in (config, card, load, options, schedule)}
+MODULES = (config, card, foreign, header, load, options, pipeline, schedule, scheduler, shapes)
+READERS = {str(module.__file__) for module in MODULES}
 VALUES: list[Any] = [
     None,
     True,
@@ -53,6 +54,10 @@ VALUES += [
     [[]],
     ["DownBlock2D"] * 8,
     "../x",
+    ["diffusers", "VQModel"],
+    "DDIMScheduler",
+    "HeunDiscreteScheduler",
+    "UNet2DConditionModel",
     "\x00",
     "\ud800",
     "F32",
@@ -67,6 +72,8 @@ BYTES = [b"", b"\x00", b"\xff" * 8, b"{", b"}", b"[" * 2000, b'"', b"1e999", b"N
 def seed_files(folder: Path) -> Files:
     """A sound model directory as bytes."""
     write_model(folder)
+    index = {"_class_name": "DDPMPipeline", "unet": ["diffusers", "UNet2DModel"], "vqvae": [None, None]}
+    (folder / "model_index.json").write_text(json.dumps(index))
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 

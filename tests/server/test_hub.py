@@ -7,12 +7,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import close_session, constants
 
 from model.checkpoint.card import INDEX, WEIGHTS, Source
+from model.checkpoint.load import load_model
 from model.errors import ModelRefused
 from server.catalog import find_models
 from tests.model.convert.directories import write_model
+from tests.model.tiny import CPU
 from tests.server.conftest import Server
 from tests.server.hub import Hub, commit, running
 
@@ -187,6 +190,42 @@ def test_an_unsupported_model_is_refused_by_its_id(hub: Hub, tmp_path: Path) -> 
     hub.add(ID, write_model(tmp_path / "fourier", {"time_embedding_type": "fourier"}))
 
     assert refusal(ID).startswith(f"{ID}: config.json: time_embedding_type must be ")
+
+
+@pytest.mark.parametrize(
+    ("index", "folder"), [({"_class_name": "LDMPipeline", "vqvae": ["diffusers", "VQModel"]}, ""), (None, "vqvae")]
+)
+def test_the_pipeline_of_a_net_on_a_hub_is_read_before_its_weights(
+    hub: Hub, tmp_path: Path, index: dict[str, object] | None, folder: str
+) -> None:
+    directory = write_model(tmp_path / "ldm", folders=True)
+    if index is not None:
+        (directory / "model_index.json").write_text(json.dumps(index))
+    if folder:
+        (directory / folder).mkdir()
+        (directory / folder / "config.json").write_text("{}")
+    hub.add(ID, directory)
+
+    assert "has vqvae" in refusal(ID)
+    assert hub.fetched == (["model_index.json"] if index is not None else [])
+
+
+def test_the_kind_of_a_net_on_a_hub_is_known_before_its_weights_are_fetched(hub: Hub, tmp_path: Path) -> None:
+    hub.add(ID, write_model(tmp_path / "text", {"_class_name": "UNet2DConditionModel"}))
+
+    assert refusal(ID).startswith(f"{ID}: config.json: UNet2DConditionModel is a net that needs a text")
+    assert WEIGHTS not in hub.fetched
+
+
+def test_a_file_in_the_cache_that_was_written_to_is_not_loaded(hub: Hub) -> None:
+    """The hub says what a file is only when it is asked; the cache names it by its sha256."""
+    card = find_models(ID)["tiny"]
+    path = (card.directory / WEIGHTS).resolve()
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+
+    with pytest.raises(ModelRefused, match="the hub's cache is damaged"):
+        load_model(card, CPU, torch.float32)
 
 
 def test_a_file_that_is_listed_and_missing_is_named(hub: Hub) -> None:

@@ -5,7 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
-from model.checkpoint.load import modern
+from model.checkpoint.foreign import require_served_kind
+from model.checkpoint.header import modern
 from model.checkpoint.pipeline import read_index
 from model.convert.nets import Net
 from model.convert.protocol import OF_THE_SCHEDULER, Converted, Options, scheduler_config
@@ -54,6 +55,8 @@ def convert(net: Net, options: Options, tables: Mapping[str, Tensor]) -> Convert
             "was saved in"
         )
     read_index(options.config.parent)
-    config = _config(read_json(options.config), options)
+    config = read_json(options.config)
+    require_served_kind({name: value for name, value in config.items() if name not in OF_AVERAGES})
+    config = _config(config, options)
     tensors = _tensors(net.tensors)
     return Converted(config, scheduler_config(options, "fixed_small"), tensors, "A net of diffusers")

@@ -95,6 +95,7 @@ FILES: dict[str, tuple[list[str], str]] = {
         ["diffusion_pytorch_model.fp16.safetensors", "optimizer.safetensors"],
         "diffusion_pytorch_model.fp16.safetensors",
     ),
+    "the net's own folder before loose files": ([WEIGHTS, "../classifier.safetensors"], WEIGHTS),
     "what accelerate saves": (["model.safetensors", "model_ema.safetensors"], "model_ema.safetensors"),
 }
 
@@ -114,7 +115,7 @@ def test_files_of_one_folder_are_weighed(
     assert f"took 'unet/{taken}'" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+@pytest.mark.parametrize("suffix", ["safetensors", "bin", "fp16.safetensors"])
 def test_weights_in_several_files_are_read_by_their_index(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], suffix: str
 ) -> None:
@@ -122,12 +123,15 @@ def test_weights_in_several_files_are_read_by_their_index(
     pipeline(net).save_pretrained(tmp_path / "ddpm")
     folder, state = tmp_path / "ddpm" / "unet", net.state_dict()
     (folder / WEIGHTS).unlink()
-    names = [f"diffusion_pytorch_model-{i:05}-of-00002.{suffix}" for i in (1, 2)]
+    variant, _, kind = suffix.rpartition(".")
+    names = [f"diffusion_pytorch_model{variant and f'.{variant}'}-{i:05}-of-00002.{kind}" for i in (1, 2)]
     where = {key: names[i % 2] for i, key in enumerate(state)}
     for name in names:
         part = {key: state[key] for key in state if where[key] == name}
-        written(folder / name, part) if suffix == "safetensors" else torch.save(part, folder / name)
+        written(folder / name, part) if kind == "safetensors" else torch.save(part, folder / name)
     index = folder / f"diffusion_pytorch_model.{suffix}.index.json"
+    if suffix.startswith("fp16"):  # as diffusers calls it
+        index = folder / "diffusion_pytorch_model.safetensors.index.fp16.json"
     index.write_text(json.dumps({"metadata": {}, "weight_map": where}))
     directory = converted(tmp_path / "ddpm")
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -149,7 +150,7 @@ def test_the_average_that_latent_diffusion_keeps_under_names_without_dots_is_tak
     assert apart(output(directory, x, timesteps), average(x, timesteps)) < 1e-5
 
 
-@pytest.mark.parametrize("stranger", ["first_stage_model.decoder.conv_in.weight", "lpips.net.lin0.weight"])
+@pytest.mark.parametrize("stranger", ["lpips.net.lin0.weight", "cond_net.weight"])
 def test_a_net_beside_other_weights_is_refused_unless_it_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], stranger: str
 ) -> None:
@@ -161,6 +162,21 @@ def test_a_net_beside_other_weights_is_refused_unless_it_is_named(
         f"besides a net ('model') net.safetensors holds '{stranger.partition('.')[0]}', without which"
     )
     assert read_card(converted(source, "--part", "model")).architecture.height == 32
+
+
+@pytest.mark.parametrize(
+    ("stranger", "words"),
+    [
+        ("first_stage_model.encoder.conv_in.weight", "a latent diffusion model: what its net makes, an autoencoder"),
+        ("class_emb.weight", "a net that is told a class, such as the ClassConditionedUnet of the Hugging Face course"),
+    ],
+)
+def test_a_net_whose_wrapper_says_what_it_is_for_is_refused_with_that(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], stranger: str, words: str
+) -> None:
+    state = below("model.", shake(PortedUNet()).state_dict()) | {stranger: torch.zeros(4, 4)}
+
+    assert refused(capsys, written(tmp_path / "net.safetensors", state)).startswith(words)
 
 
 def test_of_two_nets_that_do_not_say_which_is_an_average_the_given_one_is_taken(
@@ -215,7 +231,11 @@ def test_a_net_of_latents_is_refused_wherever_its_files_are_named(
     source = written(tmp_path / "net.safetensors", shaken(small()).state_dict())
     wanted = "vqvae (VQModel) besides unet and scheduler"
 
+    shutil.copytree(tmp_path / "ldm" / "unet", tmp_path / "ldm" / "checkpoint-5" / "unet")
+
     assert wanted in refused(capsys, tmp_path / "ldm")
+    assert wanted in refused(capsys, tmp_path / "ldm" / "checkpoint-5")
+    assert wanted in refused(capsys, tmp_path / "ldm" / "checkpoint-5" / "unet")
     assert wanted in refused(capsys, tmp_path / "ldm" / "unet")
     assert wanted in refused(capsys, source, "--config", str(tmp_path / "ldm" / "unet" / "config.json"))
 

@@ -37,6 +37,27 @@ def test_every_command_has_a_help_text(command: str, capsys: pytest.CaptureFixtu
     assert "usage: " in capsys.readouterr().out
 
 
+WRONG = {
+    "serve": ["--prot", "1"],
+    "generate": ["--steps", "many"],
+    "models": ["weights"],
+    "train": [],
+    "convert": ["net.pt"],
+    "bench": ["--times"],
+    "key": ["alice", "--quota", "1\n2"],
+}
+
+
+@pytest.mark.parametrize("command", main.COMMANDS)
+def test_a_usage_error_is_one_line_that_names_what_is_wrong(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main.main([command, *WRONG[command]])
+    said = capsys.readouterr().err
+
+    assert (ended.value.code, said.count("\n")) == (2, 1)
+    assert said.startswith(f"ddpm {command}: ") and said.endswith(f" (usage: ddpm {command} --help)\n")
+
+
 def test_an_unknown_command_or_flag_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
     for words in ([], ["dance"], ["generate", "--sed", "1"]):
         with pytest.raises(SystemExit) as ended:

@@ -60,7 +60,7 @@ def test_every_metric_has_its_name_and_its_help(client: TestClient) -> None:
     timed = {f"{name}_seconds" for name in names}
     histograms = timed | {"bucket_size"}
     read_at_a_scrape = {metric.name for metric in client.app.state.jobs.metric_values()}  # type: ignore[attr-defined]
-    assert len(read_at_a_scrape) == 33
+    assert len(read_at_a_scrape) == 34
     assert families.keys() == {f"ddpm_{name}" for name in histograms | {"build_info"}} | read_at_a_scrape
     assert all(family.documentation for family in families.values())
 

@@ -5,19 +5,21 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from model.checkpoint.card import read_card
+from model.checkpoint.card import ModelCard, read_card
+from model.errors import ModelRefused
 from model.nets import openvino_graph
 from model.nets.build import Net
 from model.nets.cpu import CpuNet
 from model.nets.openvino_graph import Run
-from server.worker import device
+from server.worker import device, loader
 from server.worker.loader import Loaded, Loader
 from server.worker.messages import Start
-from tests.model.convert.directories import write_model
+from tests.model.convert.directories import weights, write_model
 from tests.model.tiny import a_request as request
 from tests.model.tiny import pictures, run
 from tests.server.conftest import Server
@@ -66,6 +68,12 @@ def load(directory: Path) -> Loaded:
         log_level="warning",
     )
     return driven(Loader(start).load(card, card.digest))
+
+
+def start_of(directory: Path, **options: Any) -> Start:
+    """What an engine is told that serves this directory alone."""
+    numbers: dict[str, Any] = {"device": "cpu", "dtype": "float32", "slots": 1, "threads": 1, "exact": True}
+    return Start(models=(("tiny", directory),), log_level="warning", **numbers | options)
 
 
 def driven(load: Generator[float, None, Loaded]) -> Loaded:
@@ -156,3 +164,32 @@ def test_a_machine_short_of_memory_serves_one_picture_at_a_time_and_says_so(
         "tiny: larger batch sizes are not compiled:"
     ]
     assert len(pictures(run(loaded.engine, *(request(i, 3, seed=i) for i in range(3))))) == 3
+
+
+def test_weights_that_change_between_their_check_and_their_use_are_not_served(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card, before = read_card(write_model(tmp_path / "tiny")), torch.get_num_threads()
+    digest = card.digest
+
+    def read_then_change(directory: Path, name: str) -> ModelCard:
+        read = read_card(directory, name)
+        assert read.digest == digest
+        write_model(directory, tensors={name: tensor + 1 for name, tensor in weights().items()})
+        return read
+
+    monkeypatch.setattr(loader, "read_card", read_then_change)
+    with pytest.raises(ModelRefused, match="changed while they were served"):
+        driven(Loader(start_of(tmp_path / "tiny")).load(card, digest))
+    torch.set_num_threads(before)
+
+
+def test_an_engine_serves_no_other_configuration_than_the_api_process_has_read(tmp_path: Path) -> None:
+    card, before = read_card(write_model(tmp_path / "tiny")), torch.get_num_threads()
+    made = Loader(start_of(tmp_path / "tiny", configs={"tiny": card.configs}))
+    assert made.announce("tiny", card.directory)[1].digest == card.digest
+
+    write_model(tmp_path / "tiny", scheduler={"beta_end": 0.2})
+    with pytest.raises(ModelRefused, match="changed while they were served"):
+        made.announce("tiny", card.directory)
+    torch.set_num_threads(before)

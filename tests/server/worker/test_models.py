@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,10 +11,11 @@ import torch
 from model.checkpoint.card import read_card
 from model.engine.events import Event, Finished
 from model.engine.footprint import footprint
+from model.errors import ModelRefused
 from model.sampling.plan import resolve
 from server.worker.messages import Cancel, Changed, Loading, Spec, Start, Submit
 from server.worker.models import Models
-from tests.model.convert.directories import write_model
+from tests.model.convert.directories import weights, write_model
 from tests.model.tiny import CPU, PROCESS
 
 SAMPLING = resolve(PROCESS, steps=30)
@@ -108,3 +110,30 @@ def test_a_model_is_not_loaded_for_samples_that_were_given_up_before(tmp_path: P
     played.turn()
 
     assert (played.loaded, played.told) == ({"a", "b"}, [])
+
+
+def start(folder: Path, default: str = "") -> Models:
+    """The models of a folder, of which `bad` has weights that are not numbers, as far as they start."""
+    bad = {name: tensor.log() for name, tensor in weights().items()}
+    directories = (("bad", write_model(folder / "bad", tensors=bad)), ("good", write_model(folder / "good")))
+    gone = ("gone", folder / "gone")
+    numbers: dict[str, Any] = {"device": "cpu", "dtype": "float32", "slots": 1, "threads": 1, "exact": True}
+    models = Models(Start(models=(*directories, gone), default=default, log_level="warning", **numbers), print)
+    for pause_s in models.start():
+        time.sleep(pause_s)
+    return models
+
+
+def test_a_model_that_is_refused_at_the_first_start_is_left_out(tmp_path: Path) -> None:
+    troubles = {name: status.trouble for name, status in start(tmp_path).statuses.items()}
+
+    assert troubles.keys() == {"bad", "good", "gone"}
+    assert troubles["good"] is None
+    assert str(troubles["bad"]).endswith("holds numbers that are not finite")
+    assert troubles["gone"] == "gone is not a directory"
+
+
+@pytest.mark.parametrize("default", ["bad", "gone"])
+def test_nothing_starts_without_the_default_model(tmp_path: Path, default: str) -> None:
+    with pytest.raises(ModelRefused):
+        start(tmp_path, default)

@@ -1,0 +1,116 @@
+"""A file that is no checkpoint is refused in a line that says what it is, before torch is imported."""
+
+import io
+import json
+import re
+import struct
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from model.convert.files import SAFETENSORS, TORCH, kind
+from tests.model.convert.test_convert import refused, written
+
+ROOT = Path(__file__).parents[3]
+
+
+def picture(form: str) -> bytes:
+    Image.new("RGB", (4, 4)).save(made := io.BytesIO(), form)
+    return made.getvalue()
+
+
+def archive(*names: str) -> bytes:
+    with zipfile.ZipFile(made := io.BytesIO(), "w") as written:
+        for name in names:
+            written.writestr(name, "x")
+    return made.getvalue()
+
+
+def npy() -> bytes:
+    np.save(made := io.BytesIO(), np.zeros(3))
+    return made.getvalue()
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 455000\n"
+FOREIGN: dict[str, tuple[bytes, str]] = {
+    "picture.png": (picture("PNG"), "a PNG picture"),
+    "net.bin": (picture("JPEG"), "a JPEG picture"),
+    "net.gif": (picture("GIF"), "a GIF picture"),
+    "net.webp": (picture("WEBP"), "a WebP picture"),
+    "model.gguf": (b"GGUF\x03\0\0\0" + bytes(64), "a GGUF file"),
+    "model.onnx": (b"\x08\x08\x12\x07pytorch\x1a\x052.4.0" + bytes(64), "an ONNX model"),
+    "diffusion_pytorch_model.safetensors": (b"<!DOCTYPE html>\n<html><body>Sign in</body></html>", "an HTML page"),
+    "page.pt": (b"\n  <HTML>404</HTML>", "an HTML page"),
+    "pointer.safetensors": (LFS, "a Git LFS pointer, not the file itself"),
+    "source.pt": (archive("repo/README.md", "repo/net.py"), "a zip archive that torch.save has not written"),
+    "arrays.pt": (archive("a.npy", "b.npy"), "an archive of NumPy arrays"),
+    "net.keras": (archive("config.json", "model.weights.h5"), "a model of Keras"),
+    "traced.pt": (
+        archive("net/data.pkl", "net/code/__torch__.py"),
+        "a TorchScript program: save the net's",
+    ),
+    "cut.pt": (archive("net/data.pkl")[:-30], "a damaged or truncated zip archive"),
+    "net.h5": (b"\x89HDF\r\n\x1a\n" + bytes(64), "an HDF5 file"),
+    "saved_model.pb": (b"\x08\x01\x12\xf4\x03\x0a\x10", "a SavedModel of TensorFlow"),
+    "net.ckpt.index": (
+        b"\0\0\1\2" + bytes(40) + bytes.fromhex("57fb808b247547db"),
+        "a part of a TensorFlow checkpoint",
+    ),
+    "flax_model.msgpack": (
+        b"\x81\xa6params\x82\xa7conv_in\xc0\xa8conv_out\xc0",
+        "a msgpack file, as Flax saves weights",
+    ),
+    "net.npy": (npy(), "a NumPy array"),
+    "net.tar.gz": (b"\x1f\x8b\x08\0" + bytes(20), "a gzip archive: unpack it first"),
+    "net.tar": (b"net.pt".ljust(257, b"\0") + b"ustar\x0000" + bytes(700), "a tar archive: unpack it first"),
+    "config.json": (json.dumps({"_class_name": "UNet2DModel"}).encode(), "a text file"),
+    "empty.pt": (b"", "empty"),
+    "zeros.safetensors": (bytes(4096), "nothing but zeros: an unfinished download"),
+    "noise.pt": (bytes(range(200, 256)) * 9, "of no known kind, or damaged"),
+}
+
+
+@pytest.mark.parametrize(("name", "content"), [(name, content) for name, (content, _) in FOREIGN.items()])
+def test_a_file_that_is_no_checkpoint_is_refused_with_what_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, content: bytes
+) -> None:
+    (tmp_path / name).write_bytes(content)
+
+    assert refused(capsys, tmp_path / name).startswith(f"{name} is {FOREIGN[name][1]}")
+
+
+def test_a_foreign_file_is_refused_without_torch_in_little_memory(tmp_path: Path) -> None:
+    (tmp_path / "picture.png").write_bytes(picture("PNG"))
+    code = (
+        "import sys; from model.convert.__main__ import main; print(main(sys.argv[1:]), 'torch' in sys.modules, "
+        "*[line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')])"
+    )
+    arguments = [sys.executable, "-c", code, str(tmp_path / "picture.png"), str(tmp_path / "model")]
+    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True)
+    code_, imported, most_kib = done.stdout.split()
+
+    assert (code_, imported, done.stderr.count("\n")) == ("3", "False", 1)
+    assert int(most_kib) < 64 << 10
+
+
+def test_a_checkpoint_is_known_by_its_content_whatever_its_name(tmp_path: Path) -> None:
+    state = {"a": torch.zeros(2)}
+    torch.save(state, tmp_path / "pickle.safetensors")
+    torch.save(state, tmp_path / "old.bin", _use_new_zipfile_serialization=False)
+
+    assert kind(written(tmp_path / "net.ckpt", state)) == SAFETENSORS
+    assert kind(tmp_path / "pickle.safetensors") == kind(tmp_path / "old.bin") == TORCH
+    (tmp_path / "long.safetensors").write_bytes(struct.pack("<Q", 1 << 62) + b"{")
+    assert re.search("damaged", _said(tmp_path / "long.safetensors"))
+
+
+def _said(path: Path) -> str:
+    with pytest.raises(Exception) as caught:
+        kind(path)
+    return str(caught.value)
