@@ -4,7 +4,7 @@ Error messages never echo input, except numbers.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -97,9 +97,10 @@ def _got(given: object, text: bool) -> str:
     return f", got {KINDS[type(given)]}" if type(given) in KINDS else ""
 
 
-def shown(name: str) -> str:
-    """A name in a request, for a message: "" unless it has the form of a field's name."""
-    return name if NAME.fullmatch(name) else ""
+def unknown(kind: str, name: str, known: Collection[str]) -> str:
+    """What is said of a field or a parameter that there is not. Its name is repeated if it has the form of one."""
+    there = f"there are {', '.join(known)}" if known else "there are none"
+    return f"unknown {kind}; {there}" + (f"; got {name}" if NAME.fullmatch(name) else "")
 
 
 def whole_number(name: str, given: str, least: int, most: int) -> int:

@@ -50,6 +50,7 @@ TAGS = {
 OF_PROBLEMS = {
     401: ["WWW-Authenticate"],
     409: ["Location?", "Retry-After?"],
+    426: ["Upgrade"],
     429: ["Retry-After", "RateLimit?", "RateLimit-Policy?"],
     503: ["Retry-After?"],
 }
@@ -146,7 +147,7 @@ def _problem(status: int, openai: bool) -> Json:
     ours = (400, 422) if openai and status == 400 else (status,)
     kinds = {code: str(kind.__doc__).partition(". ")[0] for kind, (its, code) in ANSWERS.items() if its in ours}
     kinds |= {UNFORESEEN[1]: "A bug"} if status == UNFORESEEN[0] else {}
-    names = [*OF_PROBLEMS.get(status, ()), "X-Request-Id", *(["X-Should-Retry"] if openai else ())]
+    names = [*OF_PROBLEMS.get(status, ()), "X-Request-Id", "Cache-Control", *(["X-Should-Retry"] if openai else ())]
     content = {"schema": schema("OpenAIProblem" if openai else "ProblemDocument")}
     about = " ".join(f"`{code}`: {text.rstrip('.')}." for code, text in kinds.items())
     return {"description": about, "content": {"application/problem+json": content}} | sends(*names)
