@@ -20,7 +20,7 @@ from server.jobs.request import RequestContext
 from server.jobs.schemas import MAX_SEQ
 from server.jobs.service import JobService
 from server.jobs.stream import Message, Subscriber, TextMessage, error_message
-from server.web.http import from_headers, header, negotiate, prefers_async, read_json_body
+from server.web.http import directives, from_headers, header, negotiate, read_json_body
 from server.web.openapi import EVENTS, FILE, JOB_EVENTS, JSON, asks, event_stream, refusals, schema, sends
 
 router = APIRouter(tags=["pictures"])
@@ -100,7 +100,8 @@ async def generate(request: Request) -> Response:
     immediate answer with `Prefer: respond-async`."""
     jobs: JobService = request.app.state.jobs
     with jobs.admission.counting_refusals():
-        media, later = negotiate(header(request, "accept"), ANSWERS), prefers_async(request)
+        media, preferred = negotiate(header(request, "accept"), ANSWERS), directives(request, "prefer")
+        later = preferred.get("respond-async") == ""  # the other preferences are ignored (RFC 7240, 2)
         body = await read_json_body(request, request.app.state.settings.max_body_bytes)
         context = RequestContext(
             floats=media == NPY,

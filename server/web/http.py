@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from itertools import takewhile
 from typing import Any
 
 from starlette.requests import ClientDisconnect, HTTPConnection, Request
@@ -32,7 +33,6 @@ HEADERS: dict[str, tuple[Json, str]] = {
     "ETag": (TEXT, "The hash of the picture."),
     "Cache-Control": (TEXT, "Who may keep the answer, and for how long."),
     "Vary": (TEXT, "The request headers that decide the answer."),
-    "Upgrade": (TEXT | {"enum": ["websocket"]}, "What the connection must become."),
     "Retry-After": (TEXT | {"pattern": "^[0-9]+$"}, "Seconds until a retry may succeed."),
     "RateLimit": (TEXT, "What is left of the quota."),
     "RateLimit-Policy": (TEXT, "The quota."),
@@ -81,12 +81,15 @@ class DocumentResponse(JSONResponse):
 
 async def check_request(connection: HTTPConnection) -> None:
     """A dependency of all routes. Raises Invalid for a query parameter that the route does not know or that comes
-    twice, ExpectationFailed for an Expect header that nobody knows."""
+    twice, NotAcceptable, and ExpectationFailed."""
     if (expected := header(connection, "expect")) is not None and expected.strip().lower() != "100-continue":
         raise ExpectationFailed("of Expect, only 100-continue is understood")
+    route = connection.scope["route"]
+    if 406 in getattr(route, "responses", ()):  # else it has one form, and sends that to everybody
+        negotiate(header(connection, "accept"), list(route.responses.get(200, {}).get("content", ["application/json"])))
     if not connection.scope["query_string"]:
         return
-    known = [field.alias for field in connection.scope["route"].dependant.query_params]
+    known = [field.alias for field in route.dependant.query_params]
     where = "; fields go into the body" if connection.scope.get("method") == "POST" else ""
     wrong, seen = list[tuple[str, str]](), set[str]()
     for name, _ in connection.query_params.multi_items():
@@ -116,14 +119,6 @@ def directives(request: HTTPConnection, name: str) -> dict[str, str]:
     Parameters behind a semicolon are left out."""
     items = (part.partition(";")[0].partition("=") for part in (header(request, name) or "").split(","))
     return {key.strip().lower(): value.strip().strip('"') for key, _, value in items}
-
-
-def prefers_async(request: Request) -> bool:
-    """Whether `Prefer` asks for an answer at once. Other preferences are ignored (RFC 7240, 2). Raises Malformed."""
-    value = directives(request, "prefer").get("respond-async")
-    if value:
-        raise Malformed("Prefer: respond-async has no value")
-    return value is not None
 
 
 def has_current(request: Request, tag: str) -> bool:
@@ -157,7 +152,8 @@ async def read_json_body(request: Request, limit: int) -> bytes:
     """The body, declared as JSON and of at most `limit` bytes. Raises BodyTooLarge, UnsupportedMedia, Malformed."""
     if (header(request, "content-encoding") or "identity").strip().lower() != "identity":
         raise UnsupportedMedia("the body must be sent as it is, without a content-encoding")
-    media, parameters = _media_type(header(request, "content-type") or "application/json")
+    given = header(request, "content-type")
+    media, parameters = _media_type("application/json" if given is None else given)
     charset = parameters.get("charset", "utf-8")
     body = bytearray()
     try:
@@ -182,16 +178,16 @@ def _media_type(text: str) -> tuple[str, dict[str, str]]:
 def negotiate(accept: str | None, offers: Sequence[str]) -> str:
     """The best of `offers` for an Accept header (RFC 9110, 12.5.1); of equals, the first. Raises NotAcceptable.
 
-    A range with other parameters than `charset=utf-8` is none of the offers, which have no parameters.
+    The offers have no parameters, but for `charset=utf-8`. What stands behind the weight has no meaning.
     """
     ranges: dict[str, float] = {}
     for part in (accept or "*/*").split(","):
         media, parameters = _media_type(part)
         try:
-            weight = float(parameters.pop("q", 1.0))
+            weight = float(parameters.get("q", 1.0))
         except ValueError:
             continue
-        if parameters not in ({}, {"charset": "utf-8"}):
+        if {name: parameters[name] for name in takewhile("q".__ne__, parameters)} not in ({}, {"charset": "utf-8"}):
             continue
         if 0 <= weight <= 1:  # which nan is not
             ranges[media] = max(weight, ranges.get(media, 0.0))

@@ -50,7 +50,6 @@ TAGS = {
 OF_PROBLEMS = {
     401: ["WWW-Authenticate"],
     409: ["Location?", "Retry-After?"],
-    426: ["Upgrade"],
     429: ["Retry-After", "RateLimit?", "RateLimit-Policy?"],
     503: ["Retry-After?"],
 }
@@ -87,9 +86,16 @@ def schema(name: str) -> Json:
 
 
 def event_stream(kinds: Mapping[str, str]) -> Json:
-    """Server-sent events as the content of an answer. kinds: the schema of the `data` of each `event`."""
-    about = "Server-sent events: " + ", ".join(f"`{event}` with {name}" for event, name in kinds.items())
-    return {"schema": TEXT | {"description": about}, "x-event-data": {event: schema(kinds[event]) for event in kinds}}
+    """Server-sent events as the content of an answer. The schema is that of each event, as tools for OpenAPI 3.1
+    have it. kinds: the schema of the `data` by the name of the event."""
+
+    def event(kind: str) -> Json:
+        names = [name for name in kinds if kinds[name] == kind]
+        data = {"type": "string", "contentMediaType": JSON, "contentSchema": schema(kind)}
+        properties = {"event": TEXT | {"enum": names}, "id": TEXT, "data": data}
+        return {"type": "object", "properties": properties, "required": ["event", "data"]}
+
+    return {"schema": {"oneOf": [event(kind) for kind in dict.fromkeys(kinds.values())]}}
 
 
 def websocket(first: str = "") -> Json:
@@ -102,7 +108,7 @@ def websocket(first: str = "") -> Json:
         "status_code": 101,
         "response_class": Response,
         "response_description": about,
-        "responses": refusals(404, 426) if not first else refusals(426),
+        "responses": refusals(404),
         "openapi_extra": {"x-websocket": messages},
     }
 
