@@ -12,14 +12,16 @@ from fastapi import APIRouter, Request, Response
 from starlette.responses import JSONResponse
 
 from model.engine.events import Picture
+from server.bounds import whole_number
 from server.documents import JobDocument, Kind
-from server.errors import Gone
+from server.errors import Gone, Malformed
 from server.jobs import encode
 from server.jobs.job import Job, State
 from server.jobs.request import RequestContext
+from server.jobs.schemas import MAX_SEQ
 from server.jobs.service import JobService
 from server.jobs.stream import Message, Subscriber, TextMessage, error_message
-from server.web.http import EVENTS, ServerSent, from_headers, header, negotiate, read_json_body, words
+from server.web.http import EVENTS, ServerSent, directives, from_headers, header, negotiate, read_json_body
 from server.web.openapi import FILE, JOB_EVENTS, JSON, asks, event_stream, refusals, schema, sends
 
 router = APIRouter(tags=["pictures"])
@@ -31,7 +33,7 @@ CONTENT = dict.fromkeys((PNG, NPY, ZIP, *ANIMATIONS), {"schema": FILE}) | {
     EVENTS: event_stream(JOB_EVENTS),
 }
 CLIENT_CLOSED_REQUEST = 499  # nobody reads it
-MADE = ("X-Job-Id", "X-Seed", "X-Cache?", "Vary")  # headers of pictures
+MADE = ("X-Job-Id", "X-Seed", "X-Cache?", "Vary", "Cache-Control?")  # headers of pictures
 
 
 def picture(job: Job) -> bytes:
@@ -97,7 +99,7 @@ ENCODERS: dict[str, Callable[[Job], bytes]] = {PNG: picture, NPY: array, ZIP: ar
         },
         **refusals(406, 409, 410, 413, 415, 429, 504),
     },
-    openapi_extra=asks("Accept", "Prefer", "Idempotency-Key", "Cache-Control", body="GenerateRequest"),
+    openapi_extra=asks("Accept", "Prefer", "Idempotency-Key", "Cache-Control", "Last-Event-ID", body="GenerateRequest"),
 )
 async def generate(request: Request) -> Response:
     """Makes `n` pictures. `Accept` chooses the answer: a PNG (a contact sheet if `n` > 1), the job as JSON, the
@@ -106,7 +108,8 @@ async def generate(request: Request) -> Response:
     immediate answer with `Prefer: respond-async`."""
     jobs: JobService = request.app.state.jobs
     with jobs.admission.counting_refusals():
-        media, later = negotiate(header(request, "accept"), ANSWERS), "respond-async" in words(request, "prefer")
+        media, preferred = negotiate(header(request, "accept"), ANSWERS), directives(request, "prefer")
+        later = preferred.get("respond-async") == ""  # the other preferences are ignored (RFC 7240, 2)
         body = await read_json_body(request, request.app.state.settings.max_body_bytes)
         context = RequestContext(
             floats=media == NPY,
@@ -116,6 +119,9 @@ async def generate(request: Request) -> Response:
             attached=not later and media != EVENTS,
             **from_headers(request),
         )
+        passed = whole_number("Last-Event-ID", request.headers.get("last-event-id", "0"), 0, MAX_SEQ)
+        if passed and context.key is None:
+            raise Malformed("Last-Event-ID needs the Idempotency-Key of the request that it continues")
         job = await jobs.submit(body or b"{}", context)
     headers = {"X-Job-Id": job.id, "X-Seed": str(job.request.seed), "Vary": "Accept, Prefer"}
     if job.cached:
@@ -124,7 +130,7 @@ async def generate(request: Request) -> Response:
         headers |= {"Location": job.path, "Preference-Applied": "respond-async"}
         return JSONResponse(jobs.document(job), 202, headers)
     if media == EVENTS:
-        sent = sent_events(job, jobs.watch(job), request.state.request_id)
+        sent = sent_events(job, jobs.watch(job, passed), request.state.request_id)
         return ServerSent(sent, headers, partial(jobs.leave, job))
     if not await succeeds(request, jobs, job):
         return Response(status_code=CLIENT_CLOSED_REQUEST)

@@ -48,7 +48,7 @@ USAGE: Usage = {
     "total_tokens": 0,
 }
 UNUSED = ""  # the part of the prompt that was used: none
-MADE = ("X-Job-Id", "X-Seed", "X-Cache?")
+MADE = ("X-Job-Id", "X-Seed", "X-Cache?", "Cache-Control?")
 EVENT_TYPES = {
     "image_generation.partial_image": "PartialImage",
     "image_generation.completed": "WholeImage",
