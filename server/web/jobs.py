@@ -96,7 +96,7 @@ async def get_image(request: Request, id: str, index: Index) -> Response:
         204: {"description": "The last message was sent before: there is nothing more to come."},
         **refusals(403, 404, 406, 410),
     },
-    openapi_extra=asks("Accept", "Last-Event-ID"),
+    openapi_extra=asks("Last-Event-ID"),
 )
 async def get_events(request: Request, id: str, after: Seq = None) -> Response:
     """The messages of a job from number `after` + 1 on, or behind the `Last-Event-ID` that an EventSource sends when it

@@ -14,7 +14,14 @@ TYPES: dict[str, tuple[type, ...]] = {
     "boolean": (bool,),
     "null": (type(None),),
 }
-OF_ALL = {"date", "server", "content-type", "content-length", "connection"}  # headers that no description needs
+OF_ALL = {
+    "date",
+    "server",
+    "content-type",
+    "content-length",
+    "connection",
+    "x-accel-buffering",
+}  # headers that no description needs
 
 
 class Description:

@@ -15,6 +15,7 @@ from tests.server.fakes import FakeBackend
 
 ROUTES = [
     *("GET /", "GET /docs", "GET /openapi.json", "GET /healthz", "GET /readyz", "GET /metrics"),
+    *("GET /status", "GET /jobs/JOB/events"),
     *("GET /models", "GET /models/tiny", "GET /jobs", "GET /jobs/JOB", "DELETE /jobs/JOB", "GET /jobs/JOB/images/0"),
     *("GET /jobs/JOB/trajectory", "GET /jobs/JOB/stream", "GET /generate/stream", "POST /generate"),
     *("POST /v1/images/generations", "GET /v1/models", "GET /v1/models/tiny", "HEAD /models"),
