@@ -123,16 +123,29 @@ class DocumentResponse(JSONResponse):
 
 
 async def check_request(connection: HTTPConnection) -> None:
-    """A dependency of all routes. Raises Invalid for a query parameter that the route does not know or that comes
-    twice, NotAcceptable, and ExpectationFailed."""
+    """A dependency of all routes, which refuses what they do not understand. Raises BadInput."""
+    with connection.app.state.jobs.admission.counting_refusals():
+        _check_headers(connection)
+        if connection.scope["query_string"]:
+            _check_query(connection)
+
+
+def _check_headers(connection: HTTPConnection) -> None:
+    """Raises ExpectationFailed; Malformed for a body that the route does not take; NotAcceptable."""
+    route, method = connection.scope["route"], connection.scope.get("method")
     if (expected := header(connection, "expect")) is not None and expected.strip().lower() != "100-continue":
         raise ExpectationFailed("of Expect, only 100-continue is understood")
-    route = connection.scope["route"]
+    size = header(connection, "transfer-encoding") or header(connection, "content-length") or "0"
+    if method != "POST" and size != "0":
+        raise Malformed("this route takes no body")
     if 406 in getattr(route, "responses", ()):  # else it has one form, and sends that to everybody
-        negotiate(header(connection, "accept"), list(route.responses.get(200, {}).get("content", ["application/json"])))
-    if not connection.scope["query_string"]:
-        return
-    known = [field.alias for field in route.dependant.query_params]
+        forms = route.responses.get(200, {}).get("content", ["application/json"])
+        negotiate(header(connection, "accept"), list(forms))
+
+
+def _check_query(connection: HTTPConnection) -> None:
+    """Raises Invalid for parameters that the route does not know or that come twice."""
+    known = [field.alias for field in connection.scope["route"].dependant.query_params]
     where = "; fields go into the body" if connection.scope.get("method") == "POST" else ""
     wrong, seen = list[tuple[str, str]](), set[str]()
     for name, _ in connection.query_params.multi_items():

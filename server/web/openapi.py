@@ -126,10 +126,11 @@ def _requests(jobs: JobService, settings: Settings) -> Json:
         fields[field]["anyOf"][0] |= bounds
     for properties in (fields, schemas["Frames"]["properties"], images["properties"]):
         for name, field in properties.items():
-            default = field.pop("default", None)  # generated clients take a field with a default for a required one
-            told = field.pop("description", "") + (f" (default: {default})" if default is not None else "")
             kinds = field.pop("anyOf", None) or [field, {"type": "null"}]  # null means that it is not set
-            properties[name] = {"description": told, "anyOf": kinds}
+            about = {word: field.pop(word) for word in ("description", "default") if field.get(word) is not None}
+            if "default" in about:  # generated clients take a field with a default for one that is always there
+                about["x-default"] = about.pop("default")
+            properties[name] = about | {"anyOf": kinds}
     images["properties"] = fields | images["properties"]
     return schemas | {"GenerateRequest": request, "ImagesRequest": images}
 

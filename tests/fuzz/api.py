@@ -13,7 +13,7 @@ from tests.model.convert.directories import write_model
 from tests.server.conftest import Server
 
 SETTINGS = Path(__file__).parent / "schemathesis.toml"
-CASES_PER_EXAMPLE = 11  # a little less than what came of `--max-examples 1`
+CASES_PER_EXAMPLE = 20  # a little less than what came of `--max-examples 1`
 
 
 def run(server: Server, cases: int, seed: int | None = None) -> tuple[int, int, str]:

@@ -97,6 +97,26 @@ def test_a_websocket_with_an_unknown_parameter_is_refused_before_the_handshake(
     assert got in json.loads(answer.content)["detail"]
 
 
+def test_a_body_that_a_route_does_not_take_is_refused(client: TestClient, job: str) -> None:
+    for method, path in (route.replace("JOB", job).split() for route in ROUTES):
+        answer = client.request(method, path, content=b'{"status": "failed"}')
+        assert method == "POST" or answer.status_code == 400, path
+    assert client.request("GET", "/jobs", content=iter([b"{}"])).json()["detail"] == "this route takes no body"
+    assert client.get("/jobs", headers={"content-length": "0"}).status_code == 200
+
+
+def test_refusals_are_counted(client: TestClient) -> None:
+    before = dict(client.app.state.jobs.admission.rejected)  # type: ignore[attr-defined]
+    client.get("/jobs?x=1")
+    client.post("/generate", headers={"accept": "text/html"})
+
+    after = client.app.state.jobs.admission.rejected  # type: ignore[attr-defined]
+    assert {code: after[code] - before.get(code, 0) for code in ("invalid-request", "not-acceptable")} == {
+        "invalid-request": 1,
+        "not-acceptable": 1,
+    }
+
+
 def test_static_files_and_missing_paths_may_have_any_query(client: TestClient) -> None:
     assert client.get("/static/app.js?v=3").status_code == 200
     assert client.get("/nothing?v=3").status_code == 404
