@@ -1,16 +1,15 @@
 """What HTTP routes share: problems as answers, request headers, small JSON bodies."""
 
-import asyncio
 import json
 import re
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from itertools import takewhile
 from typing import Any
 
 from starlette.requests import ClientDisconnect, HTTPConnection, Request
-from starlette.responses import JSONResponse, StreamingResponse
-from starlette.types import Message, Receive, Scope, Send
+from starlette.responses import JSONResponse
+from starlette.types import Scope
 
 from server.bounds import unknown
 from server.errors import BodyTooLarge, ExpectationFailed, Invalid, Malformed, NotAcceptable, Problem, UnsupportedMedia
@@ -20,7 +19,6 @@ from server.web.openai_schema import PREFIX, error_object
 Json = dict[str, Any]
 TEXT: Json = {"type": "string"}
 EVENTS = "text/event-stream"
-BEAT_S = 15.0  # of silence, after which a stream of events has a comment
 MOST_WRONG = 20  # that are told of one request
 TAG = re.compile(r'"[^"]*"')
 KEY = re.compile(r"[!-~]{1,255}")
@@ -73,46 +71,6 @@ def refusal(scope: Scope, answer: Problem) -> JSONResponse:
         error = {"error": error_object(answer)}
     body = answer.body(scope.get("state", {}).get("request_id", "")) | error
     return JSONResponse(body, answer.status, headers, media_type="application/problem+json")
-
-
-class ServerSent(StreamingResponse):
-    """Server-sent events. leave: is called when they have ended or the client has disconnected."""
-
-    def __init__(
-        self, events: AsyncGenerator[bytes], headers: dict[str, str], leave: Callable[[], Awaitable[None]] | None = None
-    ) -> None:
-        at_once = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # nginx would keep events until it has many
-        super().__init__(events, media_type=EVENTS, headers=headers | at_once)
-        self._leave = leave
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:  # not in the generator, which never starts if the client disconnects at once
-            if self._leave is not None:
-                await self._leave()
-
-    async def stream_response(self, send: Send) -> None:
-        """Sends the events, and a comment when there was none for so long that a proxy might close the connection."""
-        sent = 0
-
-        async def counted(message: Message) -> None:
-            nonlocal sent
-            await send(message)
-            sent += 1
-
-        async def beat() -> None:
-            while True:
-                before = sent
-                await asyncio.sleep(BEAT_S)
-                if sent == before:
-                    await send({"type": "http.response.body", "body": b":\n\n", "more_body": True})
-
-        beating = asyncio.create_task(beat())
-        try:
-            await super().stream_response(counted)
-        finally:
-            beating.cancel()
 
 
 class DocumentResponse(JSONResponse):

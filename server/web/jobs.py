@@ -12,8 +12,8 @@ from server.errors import Invalid, NotFound
 from server.jobs.job import Job
 from server.jobs.schemas import JOBS, MAX_SEQ, MOST_JOBS, STATUSES, After, Index, Limit, Seq, Status
 from server.jobs.service import JobService
-from server.web.generate import ANIMATIONS, PNG, draw, sent_events
-from server.web.http import EVENTS, ServerSent, has_current, header, negotiate, tenant_of
+from server.web.generate import ANIMATIONS, PNG, ServerSent, draw, sent_events
+from server.web.http import EVENTS, has_current, header, negotiate, tenant_of
 from server.web.openapi import FILE, JOB_EVENTS, asks, event_stream, refusals, sends
 
 router = APIRouter(tags=["jobs"])

@@ -20,8 +20,8 @@ from server.jobs.job import Image, Job
 from server.jobs.request import RequestContext, resolve_request
 from server.jobs.service import JobService
 from server.jobs.stream import PictureMessage, Subscriber, TextMessage
-from server.web.generate import CLIENT_CLOSED_REQUEST, succeeds
-from server.web.http import EVENTS, ServerSent, from_headers, read_json_body
+from server.web.generate import CLIENT_CLOSED_REQUEST, ServerSent, succeeds
+from server.web.http import EVENTS, from_headers, read_json_body
 from server.web.openai_schema import (
     ErrorEvent,
     ImageEntry,
@@ -62,7 +62,7 @@ EVENT_TYPES = {
     response_model=ImagesAnswer,
     responses={
         200: {"content": {EVENTS: event_stream(EVENT_TYPES)}, **sends(*MADE)},
-        **refusals(409, 413, 415, 429, 504),
+        **refusals(404, 409, 413, 415, 429, 504),
     },
     openapi_extra=asks("Idempotency-Key", "Cache-Control", body="ImagesRequest"),
 )

@@ -95,9 +95,11 @@ def test_every_answer_of_every_operation_is_as_described(site: TestClient, descr
     done = site.post("/generate", json={"steps": 2, "frames": {"count": 2}}).headers["x-job-id"]
     image = asked("GET /jobs/{id}/images/{index}", f"/jobs/{done}/images/0")
     asked("GET /jobs/{id}/images/{index}", f"/jobs/{done}/images/0", headers={"if-none-match": image.headers["etag"]})
+    for last in ("0", "99"):
+        asked("GET /jobs/{id}/events", f"/jobs/{done}/events", headers={"last-event-id": last})
     for media in ("image/gif", "image/apng", "image/webp"):
         asked("GET /jobs/{id}/trajectory", f"/jobs/{done}/trajectory", headers={"accept": media})
-    for path in ("/jobs", "/models", "/healthz", "/readyz", "/metrics", "/v1/models"):
+    for path in ("/jobs", "/models", "/healthz", "/readyz", "/status", "/metrics", "/v1/models"):
         asked(f"GET {path}")
     for path in ("/models/{name}", "/v1/models/{name}"):
         asked(f"GET {path}", path.format(name="tiny"))
@@ -106,7 +108,7 @@ def test_every_answer_of_every_operation_is_as_described(site: TestClient, descr
 
     for path, status in {"/jobs?limit=0": 422, "/jobs?after=x": 404}.items():
         assert asked("GET /jobs", path).status_code == status
-    for operation in ("GET /jobs/{id}", "DELETE /jobs/{id}", "GET /jobs/{id}/trajectory"):
+    for operation in ("GET /jobs/{id}", "DELETE /jobs/{id}", "GET /jobs/{id}/trajectory", "GET /jobs/{id}/events"):
         assert asked(operation, operation.split()[1].format(id="x")).status_code == 404
     assert asked("GET /jobs/{id}/images/{index}", f"/jobs/{done}/images/9").status_code == 404
     for path in ("/models/{name}", "/v1/models/{name}"):
@@ -119,6 +121,8 @@ def test_every_answer_of_every_operation_is_as_described(site: TestClient, descr
         if status not in (406, 422):
             assert asked("POST /v1/images/generations", **request).status_code == status
     asked("POST /v1/images/generations", json={"size": "1x1"})
+    for operation in ("POST /generate", "POST /v1/images/generations"):
+        assert asked(operation, json={"model": "x"}).status_code == 404
     jobs = site.app.state.jobs  # type: ignore[attr-defined]
     jobs.admission.capacity.steps += 495
     for operation in ("POST /generate", "POST /v1/images/generations"):
