@@ -4,7 +4,7 @@ Error messages never echo input, except numbers and the names of unknown fields.
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -13,10 +13,9 @@ from pydantic.fields import FieldInfo
 
 from server.errors import Invalid
 
-NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,31}")
+NAME = re.compile(r"[A-Za-z_]{1,40}|[A-Za-z_][A-Za-z0-9_]{0,19}")  # not a key, a path or a tag
 NUMBER = re.compile(r"-?[0-9]{1,20}(?:\.[0-9]{1,20})?")
 MAX_DIGITS = 25  # of a number that a message repeats
-MAX_NAME = 40  # characters of a name that a message repeats
 KINDS = {str: "a string", list: "a list", dict: "an object", NoneType: "null"}
 
 
@@ -98,17 +97,13 @@ def _got(given: object, text: bool) -> str:
     return f", got {KINDS[type(given)]}" if type(given) in KINDS else ""
 
 
-def shown(name: str) -> str:
-    """A name that a client made up, as a message may repeat it: escaped ASCII of at most MAX_NAME characters."""
-    text = ascii(name)[1:-1]
-    return text if len(text) <= MAX_NAME else f"{text[: MAX_NAME - 3]}..."
-
-
-def unknown(name: str, known: Iterable[str], where: Sequence[str] = ()) -> tuple[str, str]:
-    """(pointer without its first slash, message) of a field that does not exist. where: the names of what holds it"""
-    escaped = name.replace("~", "~0").replace("/", "~1")
-    pointer = "/".join([*where, escaped] if shown(name) == name else where)
-    return pointer, ": ".join([*where, f'unknown field "{shown(name)}"; there are {", ".join(known)}'])
+def unknown(kind: str, name: str, known: Collection[str], where: Sequence[str] = ()) -> tuple[str, str]:
+    """(pointer without its first slash, message) of a field or a parameter that there is not. Its name is repeated if
+    it has the form of one. where: the names of what holds it"""
+    repeated = [name] if NAME.fullmatch(name) else []
+    said = " ".join([f"unknown {kind}", *(f'"{each}"' for each in repeated)])
+    allowed = f"there are {', '.join(known)}" if known else "there are none"
+    return "/".join([*where, *repeated]), ": ".join([*where, f"{said}; {allowed}"])
 
 
 def whole_number(name: str, given: str, least: int, most: int) -> int:

@@ -89,12 +89,6 @@ class ExpectationFailed(BadInput, status=417, code="expectation-failed"):
     """The header Expect asks for something else than 100-continue."""
 
 
-class UpgradeRequired(BadInput, status=426, code="upgrade-required"):
-    """The path is that of a websocket, and this is no handshake."""
-
-    headers = {"Upgrade": "websocket", "Connection": "Upgrade"}
-
-
 class KeyReused(BadInput, status=422, code="key-reused"):
     """The Idempotency-Key was used before with another request."""
 

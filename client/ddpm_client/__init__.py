@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from ddpm_client.errors import Denied as Denied
     from ddpm_client.errors import Failed as Failed
     from ddpm_client.errors import Invalid as Invalid
-    from ddpm_client.errors import ModelNotFound as ModelNotFound
     from ddpm_client.errors import NotFound as NotFound
     from ddpm_client.errors import Refused as Refused
     from ddpm_client.errors import TimedOut as TimedOut

@@ -40,10 +40,6 @@ class NotFound(Refused):
     """404, 410: there is no such job, model or path, or not any more."""
 
 
-class ModelNotFound(NotFound, Invalid):
-    """404: the server has no model of the name in the request; the message names those that it has."""
-
-
 class Denied(Refused):
     """401, 403: the API key is missing, wrong or not permitted."""
 
@@ -99,8 +95,6 @@ def refusal_in(response: Response) -> Refused:
             return Refused(document)
     retry_after_s = float(retry_after) if retry_after.isascii() and retry_after.isdigit() else None
     status = int(document["status"])
-    if document.get("code") == "model-not-found":
-        return ModelNotFound(document, retry_after_s)
     return BY_STATUS.get(status, Busy if status in BUSY else Refused)(document, retry_after_s)
 
 

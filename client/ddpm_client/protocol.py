@@ -131,7 +131,7 @@ def images(timeout_s: float, document: Document) -> Flow[tuple[Picture, ...]]:
     """The pictures of a job that has succeeded."""
     pictures = []
     for image in document["images"]:
-        path = f"{job_path(document['id'])}/images/{image['index']}"  # its URL may have the path prefix of a proxy
+        path = f"{job_path(document['id'])}/images/{image['index']}"  # `url` may have a prefix, as ours may
         png = (yield from send(Retry(timeout_s), Send(path=path))).body
         pictures.append(Picture(document["id"], 0, index=image["index"], seed=image["seed"], png=png))
     return tuple(pictures)

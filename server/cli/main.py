@@ -42,7 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except tuple(EXIT_CODES) as error:
         failure, code = error, EXIT_CODES[type(error)]
     except ClientError as error:
-        failure, code = error, EXIT_USAGE if isinstance(error, Invalid) else EXIT_FAILED
+        refused = isinstance(error, Invalid) or getattr(error, "code", "") == "model-not-found"
+        failure, code = error, EXIT_USAGE if refused else EXIT_FAILED
     except KeyboardInterrupt:
         return INTERRUPTED
     print(f"ddpm: {failure}", file=sys.stderr)

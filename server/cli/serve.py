@@ -73,6 +73,7 @@ def configure(app: Any, settings: Settings, connections: int) -> Config:
         body_bytes=settings.max_body_bytes,
         request_s=settings.request_s,
         refused=app.state.jobs.admission.count_refusal,
+        cors=app.state.cors,
     )
     return Config(
         app,

@@ -151,7 +151,7 @@ def _wrong(form: type[BaseModel], error: Mapping[str, Any], largest: Mapping[str
     names: list[str] = []
     for name in map(str, error["loc"]):
         if name not in form.model_fields:
-            return unknown(name, form.model_fields, names)
+            return unknown("field", name, form.model_fields, names)
         names.append(name)
         field = form.model_fields[name]
         if isinstance(kind := kind_of(field), type) and issubclass(kind, BaseModel):

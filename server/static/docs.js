@@ -13,6 +13,8 @@ const code = (text) => make("code", {}, text);
 const words = (text = "") => text.split("`").map((part, i) => (i % 2 ? code(part) : part)); // with `code` in them
 const prose = (text) => make("p", {}, ...words(text));
 const nameOf = ({ $ref }) => $ref.split("/").at(-1);
+let said = {}; // the document
+const follow = (part) => (part.$ref ? part.$ref.split("/").slice(1).reduce((found, name) => found[name], said) : part);
 
 /** From a to b, or what there is of that. */
 function span(schema) {
@@ -27,7 +29,9 @@ function span(schema) {
 /** What a schema allows, in a few words. */
 function allowed(schema = {}) {
   if (schema.$ref) return [link(nameOf(schema), nameOf(schema))];
-  if (schema.anyOf) return schema.anyOf.flatMap((one, i) => [i ? " or " : "", ...allowed(one)]);
+  const kinds = schema.anyOf ?? schema.oneOf;
+  if (kinds) return kinds.flatMap((one, i) => [i ? " or " : "", ...allowed(one)]);
+  if (schema.const !== undefined) return [`${schema.const}`];
   if (schema.enum) return [schema.enum.join(", ")];
   if (schema.type === "array") return ["list of ", ...allowed(schema.items)];
   return [`${schema.type ?? "anything"}${span(schema)}`];
@@ -40,16 +44,27 @@ function table(heads, rows) {
 }
 
 const fields = (properties) => table(["field", "allowed", "if not given", ""], Object.entries(properties).map(
-  ([name, field]) => [name, allowed(field), field.default == null ? "" : `${field.default}`, words(field.description)]));
+  ([name, field]) => [name, allowed(field), `${field["x-default"] ?? ""}`, words(field.description)]));
 
-const parameters = (given) => table(["parameter", "in", "allowed", ""], given.map(
-  ({ name, in: place, schema }) => [name, place, allowed(schema), words(schema.description)]));
+const parameters = (given) => table(["parameter", "in", "allowed", ""], given.map(follow).map(
+  ({ name, in: place, schema, description }) => [name, place, allowed(schema), words(description ?? schema.description)]));
 
-const answers = (responses) => table(["answer", "", "as"], Object.entries(responses).map(
-  ([status, { description, content = {} }]) => [status, words(description), Object.keys(content).join(", ")]));
+/** The media types of an answer, each with its schema if that has a name. */
+const forms = (content) => Object.entries(content).flatMap(([media, { schema }], i) =>
+  [i ? ", " : "", media, ...(schema.$ref ? [" (", ...allowed(schema), ")"] : [])]);
 
-function operation(id, title, { summary, description, parameters: given, requestBody, responses }) {
+const answers = (responses) => table(["answer", "", "as", "headers"], Object.entries(responses).map(
+  ([status, answer]) => {
+    const { description, content = {}, headers = {} } = follow(answer);
+    return [status, words(description), forms(content), Object.keys(headers).join(", ")];
+  }));
+
+function operation(id, title, operation) {
+  const { summary, description, parameters: given, requestBody, responses, "x-websocket": messages } = operation;
   const parts = [make("h2", {}, title), prose(description ?? summary)];
+  for (const [what, schema] of Object.entries(messages ?? {})) {
+    parts.push(make("p", {}, `The client ${what.replace("_", " ")}: `, ...allowed(schema)));
+  }
   if (given?.length) parts.push(parameters(given));
   for (const [media, { schema }] of Object.entries(requestBody?.content ?? {})) {
     parts.push(make("p", {}, "Body: ", ...allowed(schema), ", as ", code(media)));
@@ -57,7 +72,9 @@ function operation(id, title, { summary, description, parameters: given, request
   return make("section", { id }, ...parts, answers(responses));
 }
 
-function show({ info, paths, components: { schemas } }) {
+function show(given) {
+  said = given;
+  const { info, paths, components: { schemas } } = said;
   const contents = [make("h2", {}, "Routes")], sections = [];
   for (const [path, operations] of Object.entries(paths)) {
     for (const [method, said] of Object.entries(operations)) {
@@ -67,9 +84,10 @@ function show({ info, paths, components: { schemas } }) {
     }
   }
   contents.push(make("h2", {}, "Bodies"));
-  for (const [name, { description, properties }] of Object.entries(schemas)) {
+  for (const [name, schema] of Object.entries(schemas)) {
     contents.push(link(name, name));
-    sections.push(make("section", { id: name }, make("h2", {}, name), prose(description), fields(properties)));
+    const parts = schema.properties ? fields(schema.properties) : make("p", {}, ...allowed(schema));
+    sections.push(make("section", { id: name }, make("h2", {}, name), prose(schema.description), parts));
   }
   document.getElementById("contents").replaceChildren(...contents);
   document.getElementById("reference").replaceChildren(...sections);

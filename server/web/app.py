@@ -130,7 +130,7 @@ def create_app(
         redirect_slashes=False,  # a redirect would repeat the Host header
     )
     app.state.settings, app.state.jobs, app.state.on_failed = settings, service, on_failed
-    app.state.page_headers = info.page_headers(settings)
+    app.state.cors, app.state.page_headers = access.rules.cors, info.page_headers(settings)
     app.state.keys = access.keys
     _check_prefix(settings.path_prefix)
     app.add_middleware(

@@ -3,23 +3,27 @@
 import asyncio
 import base64
 import json
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from functools import partial
 
 from ddpm_client.wire import unpack
 from fastapi import APIRouter, Request, Response
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, StreamingResponse
+from starlette.types import Message as ASGIMessage
+from starlette.types import Receive, Scope, Send
 
 from model.engine.events import Picture
+from server.bounds import whole_number
 from server.documents import JobDocument, Kind
-from server.errors import Gone
+from server.errors import Gone, Malformed
 from server.jobs import encode
 from server.jobs.job import Job, State
 from server.jobs.request import RequestContext
+from server.jobs.schemas import MAX_SEQ
 from server.jobs.service import JobService
 from server.jobs.stream import Message, Subscriber, TextMessage, error_message
-from server.web.http import EVENTS, ServerSent, from_headers, header, negotiate, read_json_body, tenant_of, words
+from server.web.http import EVENTS, directives, from_headers, header, negotiate, read_json_body, tenant_of
 from server.web.openapi import FILE, JOB_EVENTS, JSON, asks, event_stream, refusals, schema, sends
 
 router = APIRouter(tags=["pictures"])
@@ -30,8 +34,9 @@ CONTENT = dict.fromkeys((PNG, NPY, ZIP, *ANIMATIONS), {"schema": FILE}) | {
     JSON: {"schema": schema("JobWithPngs")},
     EVENTS: event_stream(JOB_EVENTS),
 }
+BEAT_S = 15.0  # of silence, after which a stream of events has a comment
 CLIENT_CLOSED_REQUEST = 499  # nobody reads it
-MADE = ("X-Job-Id", "X-Seed", "X-Cache?", "Vary")  # headers of pictures
+MADE = ("X-Job-Id", "X-Seed", "X-Cache?", "Vary", "Cache-Control?")  # headers of pictures
 
 
 def picture(job: Job) -> bytes:
@@ -95,9 +100,9 @@ ENCODERS: dict[str, Callable[[Job], bytes]] = {PNG: picture, NPY: array, ZIP: ar
             "model": JobDocument,
             **sends(*MADE, "Location", "Preference-Applied"),
         },
-        **refusals(406, 409, 410, 413, 415, 429, 504),
+        **refusals(404, 406, 409, 410, 413, 415, 429, 504),
     },
-    openapi_extra=asks("Accept", "Prefer", "Idempotency-Key", "Cache-Control", body="GenerateRequest"),
+    openapi_extra=asks("Accept", "Prefer", "Idempotency-Key", "Cache-Control", "Last-Event-ID", body="GenerateRequest"),
 )
 async def generate(request: Request) -> Response:
     """Makes `n` pictures. `Accept` chooses the answer: a PNG (a contact sheet if `n` > 1), the job as JSON, the
@@ -106,7 +111,8 @@ async def generate(request: Request) -> Response:
     immediate answer with `Prefer: respond-async`."""
     jobs: JobService = request.app.state.jobs
     with jobs.admission.counting_refusals(tenant_of(request)):
-        media, later = negotiate(header(request, "accept"), ANSWERS), "respond-async" in words(request, "prefer")
+        media, preferred = negotiate(header(request, "accept"), ANSWERS), directives(request, "prefer")
+        later = preferred.get("respond-async") == ""  # the other preferences are ignored (RFC 7240, 2)
         body = await read_json_body(request, request.app.state.settings.max_body_bytes)
         context = RequestContext(
             floats=media == NPY,
@@ -116,6 +122,9 @@ async def generate(request: Request) -> Response:
             attached=not later and media != EVENTS,
             **from_headers(request),
         )
+        passed = whole_number("Last-Event-ID", request.headers.get("last-event-id", "0"), 0, MAX_SEQ)
+        if passed and context.key is None:
+            raise Malformed("Last-Event-ID needs the Idempotency-Key of the request that it continues")
         job = await jobs.submit(body or b"{}", context)
     headers = {"X-Job-Id": job.id, "X-Seed": str(job.request.seed), "Vary": "Accept, Prefer"}
     if job.cached:
@@ -124,7 +133,7 @@ async def generate(request: Request) -> Response:
         headers |= {"Location": job.path, "Preference-Applied": "respond-async"}
         return JSONResponse(jobs.document(job), 202, headers)
     if media == EVENTS:
-        sent = sent_events(job, jobs.watch(job), request.state.request_id)
+        sent = sent_events(job, jobs.watch(job, passed), request.state.request_id)
         return ServerSent(sent, headers, partial(jobs.leave, job))
     if not await succeeds(request, jobs, job):
         return Response(status_code=CLIENT_CLOSED_REQUEST)
@@ -156,6 +165,46 @@ async def succeeds(request: Request, jobs: JobService, job: Job) -> bool:
     finally:
         client.cancel()
     return True
+
+
+class ServerSent(StreamingResponse):
+    """Server-sent events. leave: is called when they have ended or the client has disconnected."""
+
+    def __init__(
+        self, events: AsyncGenerator[bytes], headers: dict[str, str], leave: Callable[[], Awaitable[None]] | None = None
+    ) -> None:
+        at_once = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # nginx would keep events until it has many
+        super().__init__(events, media_type=EVENTS, headers=headers | at_once)
+        self._leave = leave
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:  # not in the generator, which never starts if the client disconnects at once
+            if self._leave is not None:
+                await self._leave()
+
+    async def stream_response(self, send: Send) -> None:
+        """Sends the events, and a comment when there was none for so long that a proxy might close the connection."""
+        sent = 0
+
+        async def counted(message: ASGIMessage) -> None:
+            nonlocal sent
+            await send(message)
+            sent += 1
+
+        async def beat() -> None:
+            while True:
+                before = sent
+                await asyncio.sleep(BEAT_S)
+                if sent == before:
+                    await send({"type": "http.response.body", "body": b":\n\n", "more_body": True})
+
+        beating = asyncio.create_task(beat())
+        try:
+            await super().stream_response(counted)
+        finally:
+            beating.cancel()
 
 
 async def sent_events(

@@ -110,10 +110,11 @@ class Rules:
         """Whether these Origin headers are those of a page that may use the server from another site."""
         return ANY in self.origins or (len(origins) == 1 and origins[0].decode("latin-1").lower() in self.origins)
 
-    def cors(self, origins: list[bytes]) -> Headers:
-        """What every answer has, so that pages of allowed origins, and no others, may read it."""
+    def cors(self, headers: Headers) -> Headers:
+        """What the answer to a request has, so that pages of allowed origins, and no others, may read it."""
         if not self.origins:
             return []
+        origins = [value for name, value in headers if name == b"origin"]
         exposed = (b"access-control-expose-headers", EXPOSED)
         if ANY in self.origins:
             return [(b"access-control-allow-origin", b"*"), exposed]

@@ -1,17 +1,17 @@
 """What HTTP routes share: problems as answers, request headers, small JSON bodies."""
 
-import asyncio
 import json
 import re
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
+from itertools import takewhile
 from typing import Any
 
 from starlette.requests import ClientDisconnect, HTTPConnection, Request
-from starlette.responses import JSONResponse, StreamingResponse
-from starlette.types import Message, Receive, Scope, Send
+from starlette.responses import JSONResponse
+from starlette.types import Scope
 
-from server.bounds import shown
+from server.bounds import unknown
 from server.errors import BodyTooLarge, ExpectationFailed, Invalid, Malformed, NotAcceptable, Problem, UnsupportedMedia
 from server.jobs.tenants import Tenant
 from server.web.openai_schema import PREFIX, error_object
@@ -19,7 +19,6 @@ from server.web.openai_schema import PREFIX, error_object
 Json = dict[str, Any]
 TEXT: Json = {"type": "string"}
 EVENTS = "text/event-stream"
-BEAT_S = 15.0  # of silence, after which a stream of events has a comment
 MOST_WRONG = 20  # that are told of one request
 TAG = re.compile(r'"[^"]*"')
 KEY = re.compile(r"[!-~]{1,255}")
@@ -43,7 +42,7 @@ HEADERS: dict[str, tuple[Json, str]] = {
 }
 # Those of requests that routes read: a schema, an example, and what it says.
 PARAMETERS: dict[str, tuple[Json, str, str]] = {
-    "Accept": (TEXT, "image/png", "The media type of the answer."),
+    "Accept": (TEXT, "image/*", "The media type of the answer."),
     "Prefer": (TEXT, "respond-async", "`respond-async`: answer 202 with the job at once. Others have no effect."),
     "Idempotency-Key": (
         TEXT | {"pattern": "^[!-~]{1,255}$"},
@@ -52,9 +51,9 @@ PARAMETERS: dict[str, tuple[Json, str, str]] = {
     ),
     "Cache-Control": (TEXT, "no-cache", "`no-cache`, `no-store` and `max-age` make the pictures again."),
     "Last-Event-ID": (
-        TEXT | {"pattern": "^[0-9]{1,9}$"},
-        "7",
-        "The number of the last message.",
+        {"type": "integer", "minimum": 0},
+        "0",
+        "Continue behind this message of server-sent events; a POST needs the Idempotency-Key of the earlier request.",
     ),
     "If-None-Match": (TEXT, '"1f"', "Answer 304 if this is the ETag."),
     "X-Request-Id": (TEXT, "my-request-1", "An id for logs and problems, of up to 64 letters, digits, - and _."),
@@ -74,46 +73,6 @@ def refusal(scope: Scope, answer: Problem) -> JSONResponse:
     return JSONResponse(body, answer.status, headers, media_type="application/problem+json")
 
 
-class ServerSent(StreamingResponse):
-    """Server-sent events. leave: is called when they have ended or the client has disconnected."""
-
-    def __init__(
-        self, events: AsyncGenerator[bytes], headers: dict[str, str], leave: Callable[[], Awaitable[None]] | None = None
-    ) -> None:
-        at_once = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # nginx would keep events until it has many
-        super().__init__(events, media_type=EVENTS, headers=headers | at_once)
-        self._leave = leave
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:  # not in the generator, which never starts if the client disconnects at once
-            if self._leave is not None:
-                await self._leave()
-
-    async def stream_response(self, send: Send) -> None:
-        """Sends the events, and a comment when there was none for so long that a proxy might close the connection."""
-        sent = 0
-
-        async def counted(message: Message) -> None:
-            nonlocal sent
-            await send(message)
-            sent += 1
-
-        async def beat() -> None:
-            while True:
-                before = sent
-                await asyncio.sleep(BEAT_S)
-                if sent == before:
-                    await send({"type": "http.response.body", "body": b":\n\n", "more_body": True})
-
-        beating = asyncio.create_task(beat())
-        try:
-            await super().stream_response(counted)
-        finally:
-            beating.cancel()
-
-
 class DocumentResponse(JSONResponse):
     """A document in which some values are dataclasses."""
 
@@ -122,25 +81,40 @@ class DocumentResponse(JSONResponse):
 
 
 async def check_request(connection: HTTPConnection) -> None:
-    """A dependency of all routes. Raises Invalid for a query parameter that the route does not know or that comes
-    twice, ExpectationFailed for an Expect header that nobody knows."""
+    """A dependency of all routes, which refuses what they do not understand. Raises BadInput."""
+    with connection.app.state.jobs.admission.counting_refusals(tenant_of(connection)):
+        _check_headers(connection)
+        if connection.scope["query_string"]:
+            _check_query(connection)
+
+
+def _check_headers(connection: HTTPConnection) -> None:
+    """Raises ExpectationFailed; Malformed for a body that the route does not take; NotAcceptable."""
+    route, method = connection.scope["route"], connection.scope.get("method")
     if (expected := header(connection, "expect")) is not None and expected.strip().lower() != "100-continue":
         raise ExpectationFailed("of Expect, only 100-continue is understood")
-    if not connection.scope["query_string"]:
-        return
+    size = header(connection, "transfer-encoding") or header(connection, "content-length") or "0"
+    if method != "POST" and size != "0":
+        raise Malformed("this route takes no body")
+    if 406 in getattr(route, "responses", ()):  # else it has one form, and sends that to everybody
+        forms = route.responses.get(200, {}).get("content", ["application/json"])
+        negotiate(header(connection, "accept"), list(forms))
+
+
+def _check_query(connection: HTTPConnection) -> None:
+    """Raises Invalid for parameters that the route does not know or that come twice."""
     known = [field.alias for field in connection.scope["route"].dependant.query_params]
-    allowed = f"there are {', '.join(known)}" if known else "this route has none"
-    if connection.scope.get("method") == "POST":
-        allowed += ": fields go into the body"
-    wrong, seen = dict[str, str](), set[str]()
+    where = "; fields go into the body" if connection.scope.get("method") == "POST" else ""
+    wrong, seen = list[tuple[str, str]](), set[str]()
     for name, _ in connection.query_params.multi_items():
         if name not in known:
-            wrong[shown(name)] = f'unknown query parameter "{shown(name)}"; {allowed}'
+            pointer, said = unknown("query parameter", name, known)
+            wrong.append((pointer, said + where))
         elif name in seen:
-            wrong[name] = f"{name} must be there once"
+            wrong.append((name, f"{name} must be there once"))
         seen.add(name)
     if wrong:
-        raise Invalid(*[*wrong.items()][:MOST_WRONG])
+        raise Invalid(*wrong[:MOST_WRONG])
 
 
 def tenant_of(request: HTTPConnection) -> Tenant | None:
@@ -155,9 +129,11 @@ def header(request: HTTPConnection, name: str) -> str | None:
     return ", ".join(lines) if lines else None
 
 
-def words(request: HTTPConnection, name: str) -> list[str]:
-    """The words of a header that is a list, in lower case and without parameters: Prefer, Cache-Control."""
-    return [part.partition(";")[0].strip().lower() for part in (header(request, name) or "").split(",")]
+def directives(request: HTTPConnection, name: str) -> dict[str, str]:
+    """The items of a header that is a list, Prefer or Cache-Control: their names in lower case and their values, or "".
+    Parameters behind a semicolon are left out."""
+    items = (part.partition(";")[0].partition("=") for part in (header(request, name) or "").split(","))
+    return {key.strip().lower(): value.strip().strip('"') for key, _, value in items}
 
 
 def has_current(request: Request, tag: str) -> bool:
@@ -175,16 +151,25 @@ def idempotency_key(request: Request) -> str | None:
 
 
 def from_headers(request: Request) -> dict[str, Any]:
-    """What the headers of a request say about its job: fields of RequestContext. Raises Malformed."""
-    again = "no-cache" in words(request, "cache-control")
+    """What the headers of a request say about its job: fields of RequestContext. Raises Malformed.
+
+    Directives of Cache-Control that are not named here are ignored, or hold in any case (RFC 9111, 5.2): pictures do
+    not age.
+    """
+    control = directives(request, "cache-control").keys()
+    if "only-if-cached" in control:
+        raise Malformed("Cache-Control: only-if-cached is not understood")
+    again = not control.isdisjoint({"no-cache", "no-store", "max-age"})
     return {"again": again, "key": idempotency_key(request), "tenant": tenant_of(request)}
 
 
 async def read_json_body(request: Request, limit: int) -> bytes:
     """The body, declared as JSON and of at most `limit` bytes. Raises BodyTooLarge, UnsupportedMedia, Malformed."""
-    if request.headers.get("content-encoding", "identity").strip().lower() != "identity":
+    if (header(request, "content-encoding") or "identity").strip().lower() != "identity":
         raise UnsupportedMedia("the body must be sent as it is, without a content-encoding")
-    media = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    given = header(request, "content-type")
+    media, parameters = _media_type("application/json" if given is None else given)
+    charset = parameters.get("charset", "utf-8")
     body = bytearray()
     try:
         async for chunk in request.stream():
@@ -193,19 +178,31 @@ async def read_json_body(request: Request, limit: int) -> bytes:
                 raise BodyTooLarge(f"the body must be at most {limit} bytes")
     except ClientDisconnect:
         raise Malformed("the caller left before its body had arrived") from None
-    if body and media != "application/json" and not media.endswith("+json"):
-        raise UnsupportedMedia("the body must be sent as content-type: application/json")
+    if body and (charset != "utf-8" or (media != "application/json" and not media.endswith("+json"))):
+        raise UnsupportedMedia("the body must be sent as content-type: application/json, in UTF-8")
     return bytes(body)
 
 
+def _media_type(text: str) -> tuple[str, dict[str, str]]:
+    """A media type or range, and its parameters, in lower case."""
+    media, *parameters = (piece.strip().lower() for piece in text.split(";"))
+    pairs = (parameter.partition("=") for parameter in parameters if parameter)
+    return media, {name.strip(): value.strip().strip('"') for name, _, value in pairs}
+
+
 def negotiate(accept: str | None, offers: Sequence[str]) -> str:
-    """The best of `offers` for an Accept header (RFC 9110, 12.5.1); of equals, the first. Raises NotAcceptable."""
+    """The best of `offers` for an Accept header (RFC 9110, 12.5.1); of equals, the first. Raises NotAcceptable.
+
+    The offers have no parameters, but for `charset=utf-8`. What stands behind the weight has no meaning.
+    """
     ranges: dict[str, float] = {}
     for part in (accept or "*/*").split(","):
-        media, *parameters = (piece.strip().lower() for piece in part.split(";"))
+        media, parameters = _media_type(part)
         try:
-            weight = next((float(p[2:]) for p in parameters if p.startswith("q=")), 1.0)
+            weight = float(parameters.get("q", 1.0))
         except ValueError:
+            continue
+        if {name: parameters[name] for name in takewhile("q".__ne__, parameters)} not in ({}, {"charset": "utf-8"}):
             continue
         if 0 <= weight <= 1:  # which nan is not
             ranges[media] = max(weight, ranges.get(media, 0.0))

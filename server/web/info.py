@@ -153,7 +153,7 @@ def _page(request: Request, name: str) -> Response:
     return Response(status_code=304, headers=headers | {"ETag": tag}) if has_current(request, tag) else page
 
 
-@router.get("/models", summary="List models", tags=["models"], response_model=ModelPage)
+@router.get("/models", summary="List models", tags=["models"], response_model=ModelPage, responses=refusals(406))
 async def list_models(request: Request) -> JSONResponse:
     """All models without their cards, those that are refused and why, the default model of requests that name none,
     and the limit of `n`."""
@@ -170,7 +170,7 @@ async def list_models(request: Request) -> JSONResponse:
     summary="Get a model and its card",
     tags=["models"],
     response_model=ModelWithCard,
-    responses=refusals(404),
+    responses=refusals(404, 406),
 )
 async def get_model(request: Request, name: str) -> JSONResponse:
     """A model with its card, the README of its directory."""

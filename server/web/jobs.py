@@ -13,8 +13,8 @@ from server.jobs.job import Job
 from server.jobs.schemas import JOBS, MAX_SEQ, MOST_JOBS, STATUSES, After, Index, Limit, Seq, Status
 from server.jobs.service import JobService
 from server.settings import Settings
-from server.web.generate import ANIMATIONS, PNG, draw, sent_events
-from server.web.http import EVENTS, ServerSent, has_current, header, negotiate, tenant_of
+from server.web.generate import ANIMATIONS, PNG, ServerSent, draw, sent_events
+from server.web.http import EVENTS, has_current, header, negotiate, tenant_of
 from server.web.openapi import FILE, JOB_EVENTS, asks, event_stream, refusals, sends
 from server.webhooks.signing import secret_of
 
@@ -39,7 +39,7 @@ async def find_job(request: HTTPConnection, id: str) -> Job:
     return await jobs.repository.find(id, _owner(request))
 
 
-@router.get("/jobs", summary="List jobs, newest first", response_model=JobPage, responses=refusals(404, 410))
+@router.get("/jobs", summary="List jobs, newest first", response_model=JobPage, responses=refusals(404, 406, 410))
 async def list_jobs(request: Request, status: Status = None, limit: Limit = None, after: After = None) -> JSONResponse:
     """One page of the jobs that are kept. `after` is the id of the last job of the previous page."""
     if status is not None and status not in STATUSES:
@@ -51,14 +51,14 @@ async def list_jobs(request: Request, status: Status = None, limit: Limit = None
     return await asyncio.to_thread(JSONResponse, {"jobs": documents})
 
 
-@router.get("/jobs/{id}", summary="Get a job", response_model=JobDocument, responses=refusals(404, 410))
+@router.get("/jobs/{id}", summary="Get a job", response_model=JobDocument, responses=refusals(404, 406, 410))
 async def get_job(request: Request, id: str) -> JSONResponse:
     """The job document: status, progress, request, images, error."""
     jobs: JobService = request.app.state.jobs
     return JSONResponse(jobs.document(await find_job(request, id)))
 
 
-@router.delete("/jobs/{id}", summary="Cancel a job", response_model=JobDocument, responses=refusals(404, 410))
+@router.delete("/jobs/{id}", summary="Cancel a job", response_model=JobDocument, responses=refusals(404, 406, 410))
 async def cancel_job(request: Request, id: str) -> JSONResponse:
     """Cancels a job and returns its document. A job that has ended stays as it is."""
     jobs: JobService = request.app.state.jobs
@@ -78,7 +78,6 @@ async def cancel_job(request: Request, id: str) -> JSONResponse:
 )
 async def get_image(request: Request, id: str, index: Index) -> Response:
     """The PNG. It never changes."""
-    negotiate(header(request, "accept"), (PNG,))
     job = await find_job(request, id)
     if not (index.isascii() and index.isdigit() and len(index) < 6 and int(index) in job.images):
         raise NotFound(f"this job has {len(job.images)} of its images 0..{job.request.n - 1}")
@@ -99,7 +98,7 @@ async def get_image(request: Request, id: str, index: Index) -> Response:
         204: {"description": "The last message was sent before: there is nothing more to come."},
         **refusals(403, 404, 406, 410),
     },
-    openapi_extra=asks("Accept", "Last-Event-ID"),
+    openapi_extra=asks("Last-Event-ID"),
 )
 async def get_events(request: Request, id: str, after: Seq = None) -> Response:
     """The messages of a job from number `after` + 1 on, or behind the `Last-Event-ID` that an EventSource sends when it

@@ -92,9 +92,9 @@ class Middleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
             return await self._app(scope, receive, send)
-        given, origins = (_values(scope, b"x-request-id") or [b""])[-1].decode("latin-1"), _values(scope, b"origin")
+        given = (_values(scope, b"x-request-id") or [b""])[-1].decode("latin-1")
         id = given if REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
-        common = [(b"x-request-id", id.encode()), *self._access.rules.cors(origins)]
+        common = [(b"x-request-id", id.encode()), *self._access.rules.cors(scope["headers"])]
         scope.setdefault("state", {}).update(request_id=id, headers=common)
         logs.request_id.set(id)
         head = scope["type"] == "http" and scope["method"] == "HEAD"

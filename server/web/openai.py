@@ -20,8 +20,8 @@ from server.jobs.job import Image, Job
 from server.jobs.request import RequestContext, resolve_request
 from server.jobs.service import JobService
 from server.jobs.stream import PictureMessage, Subscriber, TextMessage
-from server.web.generate import CLIENT_CLOSED_REQUEST, succeeds
-from server.web.http import EVENTS, ServerSent, from_headers, read_json_body, tenant_of
+from server.web.generate import CLIENT_CLOSED_REQUEST, ServerSent, succeeds
+from server.web.http import EVENTS, from_headers, read_json_body, tenant_of
 from server.web.openai_schema import (
     ErrorEvent,
     ImageEntry,
@@ -48,7 +48,7 @@ USAGE: Usage = {
     "total_tokens": 0,
 }
 UNUSED = ""  # the part of the prompt that was used: none
-MADE = ("X-Job-Id", "X-Seed", "X-Cache?")
+MADE = ("X-Job-Id", "X-Seed", "X-Cache?", "Cache-Control?")
 EVENT_TYPES = {
     "image_generation.partial_image": "PartialImage",
     "image_generation.completed": "WholeImage",
@@ -62,7 +62,7 @@ EVENT_TYPES = {
     response_model=ImagesAnswer,
     responses={
         200: {"content": {EVENTS: event_stream(EVENT_TYPES)}, **sends(*MADE)},
-        **refusals(409, 413, 415, 429, 504),
+        **refusals(404, 409, 413, 415, 429, 504),
     },
     openapi_extra=asks("Idempotency-Key", "Cache-Control", body="ImagesRequest"),
 )

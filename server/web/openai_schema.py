@@ -176,7 +176,7 @@ def parse_images(body: bytes) -> ImagesRequest:
     request = validate(parse_object(body), ImagesRequest)
     known = [*ImagesRequest.model_fields, *GenerateRequest.model_fields]
     if strange := [name for name in request.model_extra or {} if name not in known]:
-        raise Invalid(*(unknown(name, known) for name in strange[:20]))
+        raise Invalid(*(unknown("field", name, known) for name in strange[:20]))
     if request.partial_images and not request.stream:
         raise Invalid(("partial_images", "partial_images need stream: true"))
     if request.stream and "frames" in (request.model_extra or {}):

@@ -86,9 +86,16 @@ def schema(name: str) -> Json:
 
 
 def event_stream(kinds: Mapping[str, str]) -> Json:
-    """Server-sent events as the content of an answer. kinds: the schema of the `data` of each `event`."""
-    about = "Server-sent events: " + ", ".join(f"`{event}` with {name}" for event, name in kinds.items())
-    return {"schema": TEXT | {"description": about}, "x-event-data": {event: schema(kinds[event]) for event in kinds}}
+    """Server-sent events as the content of an answer. The schema is that of each event, as tools for OpenAPI 3.1
+    have it. kinds: the schema of the `data` by the name of the event."""
+
+    def event(kind: str) -> Json:
+        names = [name for name in kinds if kinds[name] == kind]
+        data = {"type": "string", "contentMediaType": JSON, "contentSchema": schema(kind)}
+        properties = {"event": TEXT | {"enum": names}, "id": TEXT, "data": data}
+        return {"type": "object", "properties": properties, "required": ["event", "data"]}
+
+    return {"schema": {"oneOf": [event(kind) for kind in dict.fromkeys(kinds.values())]}}
 
 
 def websocket(first: str = "") -> Json:
@@ -101,7 +108,7 @@ def websocket(first: str = "") -> Json:
         "status_code": 101,
         "response_class": Response,
         "response_description": about,
-        "responses": refusals(404, 426) if not first else refusals(426),
+        "responses": refusals(404),
         "openapi_extra": {"x-websocket": messages},
     }
 
@@ -119,10 +126,11 @@ def _requests(jobs: JobService, settings: Settings) -> Json:
         fields[field]["anyOf"][0] |= bounds
     for properties in (fields, schemas["Frames"]["properties"], images["properties"]):
         for name, field in properties.items():
-            default = field.pop("default", None)  # generated clients take a field with a default for a required one
-            told = field.pop("description", "") + (f" (default: {default})" if default is not None else "")
             kinds = field.pop("anyOf", None) or [field, {"type": "null"}]  # null means that it is not set
-            properties[name] = {"description": told, "anyOf": kinds}
+            about = {word: field.pop(word) for word in ("description", "default") if field.get(word) is not None}
+            if "default" in about:  # generated clients take a field with a default for one that is always there
+                about["x-default"] = about.pop("default")
+            properties[name] = about | {"anyOf": kinds}
     images["properties"] = fields | images["properties"]
     return schemas | {"GenerateRequest": request, "ImagesRequest": images}
 
@@ -146,7 +154,7 @@ def _problem(status: int, openai: bool) -> Json:
     ours = (400, 422) if openai and status == 400 else (status,)
     kinds = {code: str(kind.__doc__).partition(". ")[0] for kind, (its, code) in ANSWERS.items() if its in ours}
     kinds |= {UNFORESEEN[1]: "A bug"} if status == UNFORESEEN[0] else {}
-    names = [*OF_PROBLEMS.get(status, ()), "X-Request-Id", *(["X-Should-Retry"] if openai else ())]
+    names = [*OF_PROBLEMS.get(status, ()), "X-Request-Id", "Cache-Control", *(["X-Should-Retry"] if openai else ())]
     content = {"schema": schema("OpenAIProblem" if openai else "ProblemDocument")}
     about = " ".join(f"`{code}`: {text.rstrip('.')}." for code, text in kinds.items())
     return {"description": about, "content": {"application/problem+json": content}} | sends(*names)

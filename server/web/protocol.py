@@ -1,7 +1,6 @@
 """uvicorn's protocols for HTTP and websockets, with limits that uvicorn does not have.
 
-uvicorn limits only the time between two requests. Here each part of a request has a time and a size, a pipeline has a
-length, and a websocket may send only so much.
+uvicorn limits only the time between two requests. Here parts of a request, pipelines and websockets have limits, too.
 """
 
 import asyncio
@@ -41,6 +40,7 @@ class Limits:
     body_bytes: int
     request_s: float  # for the head of a request, and again for its body
     refused: Callable[[str], None]
+    cors: Callable[[list[tuple[bytes, bytes]]], list[tuple[bytes, bytes]]] = lambda headers: []  # of the answer
     reserved: "dict[Connection, None]" = field(default_factory=dict)  # connections beyond the limit, oldest first
 
 
@@ -103,7 +103,6 @@ class Connection(HttpToolsProtocol):
     def _stop_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
-            self._timer = None
 
     def _on_timeout(self) -> None:
         if self._received == 0:
@@ -120,6 +119,7 @@ class Connection(HttpToolsProtocol):
             headers, body = _response(answer)
             lines = [f"HTTP/1.1 {answer.status} {http.HTTPStatus(answer.status).phrase}"]
             lines += [f"{name}: {value}" for name, value in headers]
+            lines += [f"{k.decode()}: {v.decode('latin-1')}" for k, v in self._limits.cors(self.headers or [])]
             self.transport.write("\r\n".join([*lines, "", ""]).encode() + body)
         self._disconnect_running()
         self.pipeline.clear()

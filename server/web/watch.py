@@ -19,7 +19,6 @@ from server.errors import (
     NotReady,
     StorageFull,
     TooBusy,
-    UpgradeRequired,
     problem,
 )
 from server.jobs.job import Job, State
@@ -34,7 +33,7 @@ from server.web.openapi import websocket
 router = APIRouter(tags=["jobs"])
 BATCH = 8  # messages sent before other tasks have their turn: a long replay must not starve them
 MESSAGE_S, BURST = 0.1, 50  # a client may send one message in this time on average, and so many at once
-UPGRADE = "this is a websocket: it needs a handshake as RFC 6455 has it"
+NO_HANDSHAKE = "this is a websocket: it needs a handshake as RFC 6455 has it"
 FIRST_MESSAGE_S = 10.0  # within which a new websocket must send its request
 SLOW_S = 1.0  # a subscriber whose message takes longer to send misses the frames of that time
 STALLED_S = 10.0  # a subscriber whose message takes longer is disconnected
@@ -77,7 +76,7 @@ async def _accepted(socket: WebSocket) -> AsyncIterator[None]:
 @router.get("/jobs/{id}/stream", summary="Watch a job (websocket)", **websocket())
 async def stream_job(id: str, after: Seq = None) -> Response:
     """A websocket that sends the messages of a job, from number `after` + 1 on. Closing it cancels nothing."""
-    raise UpgradeRequired(UPGRADE)
+    raise NotFound(NO_HANDSHAKE)
 
 
 @router.websocket("/jobs/{id}/stream")
@@ -92,7 +91,7 @@ async def watch_job(socket: WebSocket, id: str, after: Seq = None) -> None:
 async def stream_new_job() -> Response:
     """A websocket whose first message is the body of `POST /generate`; the messages of the job follow. Closing it
     cancels the job."""
-    raise UpgradeRequired(UPGRADE)
+    raise NotFound(NO_HANDSHAKE)
 
 
 @router.websocket("/generate/stream")

@@ -5,12 +5,12 @@ import json
 import pickle
 
 import pytest
-from ddpm_client import Busy, Cancelled, Denied, Failed, Invalid, ModelNotFound, NotFound, Refused, Unreachable, errors
+from ddpm_client import Busy, Cancelled, Denied, Failed, Invalid, NotFound, Refused, Unreachable, errors
 from ddpm_client.errors import BAD_REQUEST, POLICY, UNKNOWN_JOB, Response, close_error, refusal_in
 
 PROBLEM = {"status": 429, "code": "queue-full", "detail": "later", "errors": [{"pointer": "/n"}], "request_id": "7"}
 RAISED: list[Exception] = [
-    *(kind(PROBLEM) for kind in (Refused, Invalid, NotFound, ModelNotFound, Denied, Failed)),
+    *(kind(PROBLEM) for kind in (Refused, Invalid, NotFound, Denied, Failed)),
     Busy(PROBLEM, 2.5),
     *(kind("words") for kind in (errors.ClientError, Cancelled, errors.TimedOut, Unreachable)),
 ]

@@ -1,9 +1,7 @@
 """The pages in a real browser that has nothing but this server, beside what `POST /generate` gives."""
 
-import hashlib
 import os
 import signal
-from pathlib import Path
 
 import pytest
 from selenium.webdriver import Chrome
@@ -11,7 +9,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
-from tests.e2e.conftest import ROOT, Site
+from tests.e2e.conftest import KEY, PREFIX, ROOT, Site
 from tests.e2e.page import Page
 
 OTHER_MODELS = """
@@ -206,7 +204,7 @@ def test_a_refusal_is_told_in_words_at_its_field(page: Page) -> None:
     assert page.field("steps").get_attribute("aria-invalid") is None
 
 
-def test_the_load_is_shown_while_the_server_shows_its_metrics(page: Page) -> None:
+def test_the_load_is_shown(page: Page) -> None:
     page.until(lambda: page.find("slots").text == "0 of 4")
     page.build(steps=300, n=2)
     page.until(lambda: page.find("slots").text == "2 of 4" and page.find("step").text.endswith("ms"))
@@ -238,28 +236,44 @@ def test_it_fits_every_screen(page: Page, driver: Chrome, name: str, width: int,
         driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
 
 
-def test_a_server_that_needs_a_key_is_asked_with_it_once_it_was_given(driver: Chrome, tmp_path: Path) -> None:
-    (tmp_path / "keys").write_text(f"alice:{hashlib.sha256(b'open sesame').hexdigest()}\n")
-    site = Site(ROOT / "weights", DDPM_API_KEYS=str(tmp_path / "keys"))
-    try:
-        site.wait_until_ready()
-        page = Page(driver, f"http://127.0.0.1:{site.port}/")
-        driver.get(page.url)
-        for key in ("wrong", "open sesame"):
-            page.until(lambda: page.find("state").text == "waiting for your key" and page.field("key").is_displayed())
-            page.field("key").send_keys(key, Keys.ENTER)
-            page.until(lambda: page.find("unknown").is_displayed() or page.find("state").text == "ready")
+def test_a_server_that_needs_a_key_is_asked_with_it_once_it_was_given(driver: Chrome, locked: Site) -> None:
+    """It is offered under a path, too."""
+    locked.wait_until_ready()
+    page = Page(driver, f"http://127.0.0.1:{locked.port}{PREFIX}/")
+    driver.get(page.url.rstrip("/"))
+    assert driver.current_url == page.url
+    for key in ("wrong", KEY):
+        page.until(lambda: page.find("state").text == "waiting for your key" and page.field("key").is_displayed())
+        assert not page.find("load").is_displayed()
+        page.field("key").send_keys(key, Keys.ENTER)
+        page.until(lambda: page.find("unknown").is_displayed() or page.find("state").text == "ready")
 
-        page.build(seed=7, steps=20, n=2)
-        page.until_words("Built in")
-        page.open()  # the key is kept as long as the tab
-        page.until_words("Built in")
-        assert len(page.pictures()) == 2
-        assert "$DDPM_KEY" in str(page.find("curl").get_attribute("textContent"))
-        assert "sesame" not in driver.page_source
-        assert not page.find("api").is_displayed()  # a link brings no key
-    finally:
-        site.stop()
+    page.build(seed=7, steps=20, n=2)
+    page.until_words("Built in")
+    page.open()  # the key is kept as long as the tab
+    page.until_words("Built in")
+    assert len(page.pictures()) == 2
+    assert "$DDPM_KEY" in str(page.find("curl").get_attribute("textContent"))
+    assert "sesame" not in driver.page_source
+    page.until(lambda: page.find("slots").text == "0 of 4")
+
+    page.find("api").click()
+    WebDriverWait(driver, 20).until(lambda _: driver.find_elements(By.ID, "GenerateRequest"))
+    assert driver.current_url == f"{page.url}docs"
+    assert str(page.find("document").get_attribute("href")).startswith("blob:")
+
+
+def test_the_reference_asks_for_the_key_that_the_server_needs(driver: Chrome, locked: Site) -> None:
+    locked.wait_until_ready()
+    page = Page(driver, f"http://127.0.0.1:{locked.port}{PREFIX}/docs")
+    driver.get(page.url)
+    page.run("sessionStorage.clear()")
+    driver.get(page.url)
+    page.until(lambda: page.field("key").is_displayed())
+    assert not driver.find_elements(By.ID, "GenerateRequest")
+    page.field("key").send_keys(KEY, Keys.ENTER)
+
+    page.until(lambda: driver.find_elements(By.ID, "GenerateRequest"))
 
 
 def test_the_reference_shows_what_the_server_says_of_itself(driver: Chrome, site: Site) -> None:

@@ -67,7 +67,7 @@ async function main(baseUrl: string) {
     headers: { Accept: "application/json" },
     parseAs: "json",
   });
-  if (typeof asked.data !== "object") throw new Error(asked.error?.detail);
+  if (typeof asked.data !== "object" || !("images" in asked.data)) throw new Error(asked.error?.detail);
   const image = asked.data.images[0];
   if (image === undefined) throw new Error("there is no picture");
   const job = await api.GET("/jobs/{id}", { params: { path: { id: asked.data.id } } });

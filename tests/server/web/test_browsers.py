@@ -16,6 +16,8 @@ from server.web.app import create_app
 from server.web.auth import hash_of_key
 from server.web.hosts import Rules, frame_policy
 from tests.server.fakes import FakeBackend
+from tests.server.web.lines import threaded
+from tests.server.web.raw import ask
 
 Clients: TypeAlias = Callable[..., TestClient]
 PAGE, KEY = "https://page.example", "open sesame"
@@ -135,6 +137,23 @@ def test_a_page_of_an_allowed_origin_can_read_every_refusal(
         assert answer.headers["access-control-allow-origin"] == PAGE
         assert answer.headers["x-request-id"] == answer.json()["request_id"]
         assert answer.headers.get_list("access-control-allow-origin") == [PAGE]
+
+
+@pytest.mark.parametrize(
+    ("line", "status"), [("X-Long: " + "x" * 9000, b"431"), ("Expect: 1\r\nBad header", b"400"), ("", b"414")]
+)
+def test_a_page_can_read_what_is_refused_before_it_is_a_request(
+    weights: Path, tmp_path: Path, line: str, status: bytes
+) -> None:
+    settings = Settings(weights=str(weights), data_dir=tmp_path, allowed_origins=PAGE)
+    path = "/" + "x" * 5000 * (status == b"414")
+    with threaded(create_app(settings, FakeBackend())) as made:
+        head = f"GET {path} HTTP/1.1\r\nHost: localhost\r\nOrigin: {PAGE}\r\n{line}\r\n\r\n"
+        answer = ask(made.port, head.encode())
+
+    assert answer.startswith(b"HTTP/1.1 " + status)
+    assert b"vary: Origin" in answer
+    assert (f"access-control-allow-origin: {PAGE}".encode() in answer) == (status != b"414")  # Origin comes behind it
 
 
 def test_a_page_can_read_when_to_come_back(serve: Clients) -> None:

@@ -13,7 +13,7 @@ from starlette.testclient import TestClient
 
 from server.errors import NotReady
 from server.settings import Settings
-from server.web import http
+from server.web import generate
 from server.web.app import create_app
 from tests.server.fakes import FakeBackend
 from tests.server.web.lines import Threaded, threaded
@@ -145,7 +145,7 @@ def test_a_watcher_who_leaves_cancels_nothing(grey: Threaded, backend: FakeBacke
 def test_a_comment_is_sent_while_nothing_happens(
     grey: Threaded, backend: FakeBackend, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
-    monkeypatch.setattr(http, "BEAT_S", 0.01)
+    monkeypatch.setattr(generate, "BEAT_S", 0.01)
     backend.gate.clear()
     with httpx.Client(base_url=grey.url, timeout=30, headers={"accept": "text/event-stream"}) as client:
         job = job_of(client)
