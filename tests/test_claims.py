@@ -129,6 +129,13 @@ def test_each_cell_about_another_program_has_a_source() -> None:
     assert len(peers) == 7 == len(headings(ROOT / "docs" / "claims.md")) - 3
 
 
+@pytest.mark.parametrize(("package", "named"), [("litserve", "LitServe"), ("diffusers", "`DDPMPipeline` of diffusers")])
+def test_what_we_run_ourselves_is_in_the_version_that_is_pinned(package: str, named: str) -> None:
+    (pinned,) = re.findall(rf"^{package}==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+
+    assert re.findall(rf"^### {named} (\S+)$", CLAIMS, re.MULTILINE) == [pinned]
+
+
 def test_steps_are_as_much_faster_as_was_measured() -> None:
     table = next(table for table in tables(README) if table[0][0].startswith("a step of ours is faster"))
     contenders, values = ["diffusers", "diffusers, bfloat16", "OpenVINO, bfloat16"], measured("2-cores-engine")

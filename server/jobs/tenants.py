@@ -45,7 +45,7 @@ class Quota:
 
     def continue_from(self, before: "Quota") -> None:
         """What was used up of the quota that this one replaces is used up of this one."""
-        self._level = self.capacity - (before.capacity - before.left)
+        self._level, self._at = self.capacity - (before.capacity - before.left), self.clock()
 
     def give_back(self, steps: int) -> None:
         """A job of so many makes no work after all."""
