@@ -17,6 +17,7 @@ import uvicorn
 
 from server import logs
 from server.bounds import listed
+from server.engines.process import ENDING
 from server.errors import EXIT_FAILED, ServerError, SettingsError
 from server.jobs.service import JobService
 from server.settings import Settings
@@ -26,7 +27,8 @@ from server.web.protocol import Config, Limits
 logger = logging.getLogger(__name__)
 GOODBYE_S = 1.0  # for telling subscribers that the server shuts down
 STALLED_MS, SEND_BUFFER_BYTES = 10_000, 128 << 10
-OTHER_FILES = 256  # descriptors for anything but connections
+OTHER_FILES = 256  # descriptors for anything but connections: journal, pictures, pages, engines and their starts
+UNUSED = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM, signal.SIGVTALRM, signal.SIGPROF, signal.SIGIO)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -52,7 +54,8 @@ def listen(host: str, port: int) -> socket.socket:
 def affordable(connections: int) -> int:
     """The number of connections, at most `connections`, that the file descriptors of this process suffice for.
 
-    Raises the soft limit as far as the hard limit permits, and logs a warning if that is not enough.
+    Raises the soft limit as far as the hard limit permits, and logs a warning if that is not enough. Of few descriptors
+    most are for what has been accepted: new connections can be refused, jobs cannot.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = connections + OTHER_FILES
@@ -62,7 +65,7 @@ def affordable(connections: int) -> int:
     if soft == resource.RLIM_INFINITY or soft >= wanted:
         return connections
     logger.warning("too few file descriptors for max_connections", extra={"descriptors": soft, "wanted": wanted})
-    return max(1, soft - OTHER_FILES)
+    return max(1, soft - OTHER_FILES, soft * 3 // 16)  # and as many again, up to RESERVED, for health checks
 
 
 def configure(app: Any, settings: Settings, connections: int) -> Config:
@@ -72,6 +75,7 @@ def configure(app: Any, settings: Settings, connections: int) -> Config:
         body_bytes=settings.max_body_bytes,
         request_s=settings.request_s,
         refused=app.state.jobs.admission.count_refusal,
+        troubles=app.state.jobs.repository.store.troubles,
     )
     return Config(
         app,
@@ -86,7 +90,7 @@ def configure(app: Any, settings: Settings, connections: int) -> Config:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's server, which drains on SIGTERM and then returns; uvicorn's own would raise the signal again."""
+    """uvicorn's server, which drains on a signal and then returns; uvicorn's own would raise the signal again."""
 
     def __init__(self, config: uvicorn.Config, jobs: JobService, drain_s: float) -> None:
         super().__init__(config)
@@ -114,8 +118,13 @@ class _Server(uvicorn.Server):
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Routes SIGINT and SIGTERM to `handle_exit` while the server runs."""
-        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
+        """Routes the signals that end a server to `handle_exit` while it runs, and ignores those that nothing of it
+        has a use for, which would kill it. `nohup` keeps what it is for."""
+        chosen: dict[signal.Signals, Any] = dict.fromkeys(ENDING, self.handle_exit)
+        chosen |= dict.fromkeys(UNUSED, signal.SIG_IGN)
+        if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+            del chosen[signal.SIGHUP]
+        before = {number: signal.signal(number, handler) for number, handler in chosen.items()}
         try:
             yield
         finally:

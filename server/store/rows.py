@@ -93,6 +93,12 @@ def insert(
     return record
 
 
+def revoke(db: sqlite3.Connection, id: str) -> None:
+    """Deletes a job that was inserted too late: whoever asked for it has been told that it was not."""
+    for row in db.execute("SELECT number FROM jobs WHERE id = ?", (id,)).fetchall():
+        _delete(db, row["number"])
+
+
 def mark_running(db: sqlite3.Connection, id: str) -> None:
     """Marks a job as running: if the server dies now, the job may be why."""
     db.execute("UPDATE jobs SET running = 1 WHERE id = ?", (id,))

@@ -17,6 +17,7 @@ from server.store.blobs import Blobs
 from server.store.rows import Expired, IdempotentHit, Record
 from server.store.schema import LOCK, as_storage_full, make_directory, mark_parked, open_journal, take_lock, was_parked
 from server.store.writer import Writer
+from server.troubles import PICTURES, Troubles
 
 logger = logging.getLogger(__name__)
 PROBE_BYTES = 256 << 10  # that must be writable again before the store counts as writable
@@ -34,26 +35,37 @@ class Store:
         directory: Path,
         on_commit: Callable[[float], None] = lambda seconds: None,
         on_failed: Callable[[StoreRefused], None] = lambda failure: None,
+        troubles: Troubles | None = None,
     ) -> None:
+        self.troubles = troubles or Troubles()
         make_directory(directory)
         with as_storage_full(directory):
             self._lock = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
             try:
                 take_lock(self._lock, directory)
                 self._db = open_journal(directory)
-                self.blobs = Blobs(directory / "pictures", lambda error: self._writer.write_failed(error))
+                self.blobs = Blobs(directory / "pictures", self._pictures_failed, self.troubles)
             except BaseException:
                 os.close(self._lock)
                 raise
         failed = f"the store {directory} has failed"
         self._writer = Writer(
-            self._db, self._probe, on_commit, lambda error: on_failed(StoreRefused(f"{failed}: {error}"))
+            self._db,
+            self._probe,
+            on_commit,
+            lambda error: on_failed(StoreRefused(f"{failed}: {error}")),
+            self.troubles,
         )
 
-    def _probe(self) -> None:
-        """Raises OSError or sqlite3.Error unless blobs and rows can be written."""
-        self.blobs.probe(PROBE_BYTES)
-        rows.probe(self._db, PROBE_BYTES)
+    def _pictures_failed(self, error: OSError) -> None:
+        self._writer.write_failed(error, PICTURES)
+
+    def _probe(self, resource: str) -> None:
+        """Does what saving a job does. Raises OSError or sqlite3.Error unless this resource can be written."""
+        if resource == PICTURES:
+            self.blobs.probe(PROBE_BYTES)
+        else:
+            rows.probe(self._db, PROBE_BYTES)
 
     @property
     def trouble(self) -> str | None:
@@ -85,7 +97,7 @@ class Store:
         all images with these `identities` are stored.
         """
         work = partial(rows.insert, record=record, cached=cached, identities=identities, has_blob=self.blobs.has)
-        return self._writer.ask(work)
+        return self._writer.ask(work, undo=partial(rows.revoke, id=record.id))
 
     def mark_running(self, id: str) -> None:
         """Marks a job as running: if the server dies, the job may be why. Nobody waits until this is on disk."""

@@ -1,6 +1,8 @@
 """The application: builds every part and connects them, once."""
 
+import asyncio
 import logging
+import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
@@ -20,12 +22,14 @@ from server.jobs.service import JobService
 from server.metrics import Metrics
 from server.settings import Settings
 from server.store.store import Store
+from server.troubles import Troubles, started
 from server.web import generate, info, jobs, openai, openapi, watch
 from server.web.http import refusal
 from server.web.middleware import Access, Middleware
 
 logger = logging.getLogger(__name__)
 ROUTERS = [module.router for module in (generate, jobs, watch, info, openai)]
+THREADS = min(32, (os.cpu_count() or 1) + 4)  # that encode, draw and read: as many as asyncio would start
 CODES = {404: "not-found", 405: "method-not-allowed"}
 
 
@@ -60,6 +64,7 @@ def _methods(request: Request) -> list[str]:
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     """Starts the jobs before the first request and closes them after the last one."""
+    asyncio.get_running_loop().set_default_executor(started(THREADS, "worker"))
     try:
         await app.state.jobs.start()
     except StorageFull as error:
@@ -79,10 +84,10 @@ def create_app(
     cards = find_models(settings.weights)
     if settings.default_model and settings.default_model not in cards:
         raise SettingsError(f"DDPM_DEFAULT_MODEL must be one of {', '.join(cards)}")
-    metrics, access = Metrics(), Access.read(settings)
+    metrics, access, troubles = Metrics(), Access.read(settings), Troubles()
     if backend is None:
-        backend = build(settings, cards, on_failed, metrics.observe_step)
-    store = Store(settings.data_dir, metrics.journal_commit_seconds.observe, on_failed)
+        backend = build(settings, cards, on_failed, metrics.observe_step, troubles)
+    store = Store(settings.data_dir, metrics.journal_commit_seconds.observe, on_failed, troubles)
     service = JobService(settings, cards, backend, store, metrics)
     app = FastAPI(
         title="ddpm-server",

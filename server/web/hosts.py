@@ -22,6 +22,12 @@ def _words(text: str) -> list[str]:
     return [word.strip().lower() for word in text.split(",") if word.strip()]
 
 
+def targets(target: bytes, hosts: list[bytes]) -> bool:
+    """Whether the target of a request is a path, or a whole URL with the host of its Host header (RFC 9112, 3.2.2)."""
+    host = target.lower().partition(b"://")[2].partition(b"/")[0]
+    return target.isascii() and (target.startswith(b"/") or [host] == [given.lower() for given in hosts])
+
+
 def _is_address(name: str) -> bool:
     try:
         ipaddress.ip_address(name.strip("[]"))

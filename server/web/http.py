@@ -1,8 +1,11 @@
 """What HTTP routes share: problems as answers, request headers, small JSON bodies."""
 
+import json
 import re
+import secrets
 from collections.abc import Sequence
 from dataclasses import replace
+from email.utils import formatdate
 from typing import Any
 
 from starlette.requests import ClientDisconnect, HTTPConnection, Request
@@ -28,6 +31,20 @@ def refusal(scope: Scope, answer: Problem) -> JSONResponse:
         error = {"error": error_object(answer)}
     body = answer.body(scope.get("state", {}).get("request_id", "")) | error
     return JSONResponse(body, answer.status, headers, media_type="application/problem+json")
+
+
+def too_large(limit: int) -> BodyTooLarge:
+    """What is raised for a body, or the promise of one, of more bytes than this."""
+    return BodyTooLarge(f"the body must be at most {limit} bytes")
+
+
+def closing(answer: Problem) -> tuple[list[tuple[str, str]], bytes]:
+    """The headers and the body of a problem outside of the application, after which the connection is closed."""
+    id = secrets.token_hex(8)
+    body = json.dumps(answer.body(id)).encode()
+    headers = {"content-type": "application/problem+json", "cache-control": "no-store", "connection": "close"}
+    headers |= {"content-length": str(len(body)), "date": formatdate(usegmt=True), "x-request-id": id} | answer.headers
+    return [*headers.items()], body
 
 
 def tenant_of(request: HTTPConnection) -> Tenant | None:
@@ -77,7 +94,7 @@ async def read_json_body(request: Request, limit: int) -> bytes:
         async for chunk in request.stream():
             body += chunk
             if len(body) > limit:
-                raise BodyTooLarge(f"the body must be at most {limit} bytes")
+                raise too_large(limit)
     except ClientDisconnect:
         raise Malformed("the caller left before its body had arrived") from None
     if body and media != "application/json" and not media.endswith("+json"):

@@ -60,7 +60,7 @@ async def generations(request: Request) -> Response:
     urls = None
     if asked.response_format == "url":
         urls = [str(request.url_for("job_image", id=job.id, index=i)) for i in range(job.request.n)]
-    return await asyncio.to_thread(lambda: JSONResponse(_answer(asked, job, urls), headers=headers))
+    return await jobs.in_thread(lambda: JSONResponse(_answer(asked, job, urls), headers=headers))
 
 
 def _file(asked: ImagesRequest, png: bytes) -> str:

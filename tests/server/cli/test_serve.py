@@ -53,7 +53,8 @@ class Limits:
         (1024, resource.RLIM_INFINITY, 1000, 1256),
         (resource.RLIM_INFINITY, resource.RLIM_INFINITY, 1000, resource.RLIM_INFINITY),
         (300, 500, 244, 500),
-        (100, 200, 1, 200),
+        (300, 310, 58, 310),
+        (64, 64, 12, 64),
     ],
 )
 def test_connections_never_exceed_what_descriptors_allow(

@@ -233,7 +233,7 @@ def test_a_full_disk_refuses_jobs_makes_results_wait_and_recovers(
 
     said, waited, done, now, unfinished = asyncio.run(story())
 
-    assert (said, waited, now) == ("the disk is full, or cannot be written", True, None)
+    assert (said, waited, now) == ("the disk is full, or cannot be written: journal", True, None)
     assert done is not None
     assert unfinished == ["c"]
 
