@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI, Request
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.routing import Match
@@ -65,6 +66,7 @@ def _methods(request: Request) -> list[str]:
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     """Starts the jobs before the first request and closes them after the last one."""
     asyncio.get_running_loop().set_default_executor(started(THREADS, "worker"))
+    await run_in_threadpool(bool)  # imports what starlette would import when it sends the first stream
     try:
         await app.state.jobs.start()
     except StorageFull as error:

@@ -6,7 +6,6 @@ length, and a websocket may send only so much.
 
 import asyncio
 import http
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -132,8 +131,6 @@ class Connection(HttpToolsProtocol):
         raise error
 
     def send_400_response(self, msg: str) -> None:
-        if str(sys.exc_info()[1]) == "Content-Length overflow":  # the parser counts in 64 bits
-            self._refusal = too_large(self._limits.body_bytes)
         self._refuse(self._refusal or errors.Malformed("this is not a request as RFC 9112 has it"))
 
     def data_received(self, data: bytes) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from ddpm_client import Client
 
 from server.cli import main, serve
+from server.engines.process import ENDING
 from server.settings import Settings
 
 
@@ -92,3 +94,19 @@ def test_a_server_with_too_few_descriptors_says_so_and_serves(weights: Path, tmp
     }
     assert re.search(r"Max open files +300 +300 ", limits)
     assert (made[0].image.size, serving.returncode) == ((8, 8), 0)
+
+
+@pytest.mark.parametrize("nohup", [False, True])
+def test_every_signal_that_would_end_the_server_is_drained_or_ignored(nohup: bool) -> None:
+    server = object.__new__(serve._Server)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL)
+    try:
+        with server.capture_signals():
+            found = {number: signal.getsignal(number) for number in (*ENDING, *serve.UNUSED)}
+        assert signal.getsignal(signal.SIGHUP) == (signal.SIG_IGN if nohup else signal.SIG_DFL)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+    drained = {number for number, handler in found.items() if handler == server.handle_exit}
+    assert drained == set(ENDING) - ({signal.SIGHUP} if nohup else set())
+    assert {number for number, handler in found.items() if handler is signal.SIG_IGN} == set(found) - drained
