@@ -26,6 +26,7 @@ from server.web.protocol import Config, Limits
 
 logger = logging.getLogger(__name__)
 GOODBYE_S = 1.0  # for telling subscribers that the server shuts down
+END_S = 20.0  # for all that comes after the drain; then a disk does not answer
 STALLED_MS, SEND_BUFFER_BYTES = 10_000, 128 << 10
 OTHER_FILES = 256  # descriptors for anything but connections: journal, pictures, pages, engines and their starts
 UNUSED = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM, signal.SIGVTALRM, signal.SIGPROF, signal.SIGIO)
@@ -112,7 +113,12 @@ class _Server(uvicorn.Server):
         until = time.monotonic() + GOODBYE_S
         while self.jobs.counts.subscribers and time.monotonic() < until:
             await asyncio.sleep(0.01)
-        await super().shutdown(sockets)
+        try:
+            async with asyncio.timeout(END_S):
+                await super().shutdown(sockets)
+        except TimeoutError:  # a thread waits for the disk, for which the process would wait, too
+            logger.critical("the end takes too long, and is cut short: the next server runs what has not ended")
+            os._exit(EXIT_FAILED)
         running, waiting, ended = self.jobs.tally()
         logger.info("stopped", extra={"jobs_ended": ended - ended_before, "jobs_parked": running + waiting})
 

@@ -1,5 +1,6 @@
 """ddpm serve: its help, and the number of connections that it accepts."""
 
+import asyncio
 import json
 import os
 import re
@@ -8,12 +9,15 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
+import uvicorn
 from ddpm_client import Client
 
 from server.cli import main, serve
 from server.engines.process import ENDING
+from server.errors import EXIT_FAILED
 from server.settings import Settings
 
 
@@ -110,3 +114,17 @@ def test_every_signal_that_would_end_the_server_is_drained_or_ignored(nohup: boo
     drained = {number for number, handler in found.items() if handler == server.handle_exit}
     assert drained == set(ENDING) - ({signal.SIGHUP} if nohup else set())
     assert {number for number, handler in found.items() if handler is signal.SIG_IGN} == set(found) - drained
+
+
+def test_an_end_that_waits_for_the_disk_is_cut_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def never(*arguments: object) -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(serve, "END_S", 0.01)
+    monkeypatch.setattr(uvicorn.Server, "shutdown", never)
+    monkeypatch.setattr(os, "_exit", mock.Mock(side_effect=SystemExit))
+    jobs = mock.Mock(tally=lambda: (0, 0, 0), drain=mock.AsyncMock(), counts=mock.Mock(subscribers=0))
+    with pytest.raises(SystemExit):
+        asyncio.run(serve._Server(uvicorn.Config("app"), jobs, drain_s=0.0).shutdown())
+
+    assert os._exit.call_args == mock.call(EXIT_FAILED)  # type: ignore[attr-defined]
