@@ -31,6 +31,7 @@ class Blobs:
         self._pinned: Counter[str] = Counter()
         self._lock = threading.Lock()  # held while a blob is created or deleted
         self._writes = 0  # blobs that were written
+        self._waiting = set[int]()  # calls of `save` that have failed and will try again
 
     def close(self) -> None:
         """Waits for blobs that are being written. Slow: call it in a thread."""
@@ -39,12 +40,16 @@ class Blobs:
     async def save(self, blobs: Mapping[str, bytes]) -> None:
         """Writes blobs by name and pins them: `unpin` them after a row names them. Waits for room on the disk."""
         self.pin(blobs)
-        while True:
-            try:
-                return await self._troubles.outlast(lambda: self._write_all(blobs))
-            except OSError as error:
-                self._on_error(error)
-            await asyncio.sleep(RETRY_S)
+        try:
+            while True:
+                try:
+                    return await self._troubles.outlast(lambda: self._write_all(blobs))
+                except OSError as error:
+                    self._waiting.add(id(blobs))
+                    self._on_error(error)
+                await asyncio.sleep(RETRY_S)
+        finally:
+            self._waiting.discard(id(blobs))
 
     async def _write_all(self, blobs: Mapping[str, bytes]) -> None:
         """Writes blobs, or raises what kept one of them from it."""
@@ -107,6 +112,8 @@ class Blobs:
             with self._lock:
                 if name not in self._pinned:
                     (self.folder / name).unlink(missing_ok=True)
+        if self._waiting:
+            raise OSError("a picture waits that cannot be written")
 
     def delete_others(self, named: Set[str]) -> int:
         """Deletes all files that rows do not name, left by a server that died before it wrote the row -> how many"""
@@ -115,7 +122,7 @@ class Blobs:
         return len(others)
 
     def probe(self, size_bytes: int) -> None:
-        """Does what saving a blob of so many bytes does. Raises OSError."""
+        """Does what saving a blob of so many bytes does. Raises OSError, also while a blob waits that cannot be."""
         name = f"probe{UNFINISHED}"
         try:
             self._write(name, b"\0" * size_bytes)

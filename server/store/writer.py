@@ -22,6 +22,7 @@ from server.troubles import JOURNAL, PATIENCE_S, PICTURES, STORE, Troubles, shor
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+ERRORS = (sqlite3.Error, OSError, MemoryError)  # of the disk and of the system
 MAX_BATCH = 1024  # requests in one transaction
 
 
@@ -53,6 +54,7 @@ class Writer:
         self._batch: list[_Request] = []  # the requests that the thread is serving, and those to be retried
         self._news = asyncio.Event()  # the queue or `_closing` has changed
         self._closing = False
+        self._commits = 0  # that have changed something
         self._hangs = False  # the thread has got no answer from the disk for PATIENCE_S
         self._thread = started(1, "journal")
         self._task: asyncio.Task[None] | None = None
@@ -117,10 +119,10 @@ class Writer:
             await asyncio.sleep(RETRY_S)
             if self.failed:
                 return
-            for resource in STORE:
+            for resource in STORE if not self._batch else (PICTURES,):  # else what waits shows more than a probe
                 try:
                     await loop.run_in_executor(threads[resource], self._probe, resource)
-                except (sqlite3.Error, OSError, MemoryError) as error:
+                except ERRORS as error:
                     if shortage(error) is None:
                         self._troubles.begin(resource, error)
                 else:
@@ -138,13 +140,13 @@ class Writer:
             closing = self._closing and len(self._queue) <= MAX_BATCH
             asked = [request for request in self._queue[:MAX_BATCH] if request.durable or not request.answer.done()]
             self._batch, self._queue = self._batch + asked, self._queue[MAX_BATCH:]
-            changes = self._db.total_changes
+            commits = self._commits
             committing = loop.run_in_executor(self._thread, self._commit, self._batch)
             if not (await asyncio.wait([committing], timeout=PATIENCE_S))[0]:
                 self._give_up()
             answers = await committing
             self._hangs = False
-            if self._db.total_changes > changes:
+            if self._commits > commits and not any(isinstance(answer, ERRORS) for _, answer in answers):
                 self._troubles.end(JOURNAL)
             self._batch = [request for request, answer in answers if not self._settle(request, answer)]
         for request in self._batch:
@@ -168,13 +170,14 @@ class Writer:
             self._db.execute("BEGIN IMMEDIATE")
             answers = [(request, self._work(request)) for request in batch]
             self._db.execute("COMMIT")
-        except (sqlite3.Error, OSError, MemoryError) as error:
+        except ERRORS as error:
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
             if len(batch) == 1:
                 return [(batch[0], error)]
             return [answer for request in batch for answer in self._commit([request])]
-        if self._db.total_changes > changes:
+        if self._db.total_changes > changes:  # which counts what was rolled back, too
+            self._commits += 1
             self._on_commit(time.perf_counter() - began)
             with suppress(sqlite3.Error):  # the size is only shown, and the next commit brings another
                 self.size_bytes = rows.size_bytes(self._db)
@@ -189,7 +192,7 @@ class Writer:
     def _settle(self, request: _Request, answer: Any) -> bool:
         """Delivers the answer to the caller -> False if the request must be retried instead. Raises an error that a
         durable request cannot survive."""
-        if isinstance(answer, sqlite3.Error | OSError | MemoryError):
+        if isinstance(answer, ERRORS):
             if shortage(answer) is not None:
                 if request.durable:
                     return False

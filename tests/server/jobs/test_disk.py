@@ -16,7 +16,7 @@ from server import troubles
 from server.jobs import encode, service
 from server.jobs.service import JobService
 from server.settings import Settings
-from server.store import blobs, writer
+from server.store import blobs, rows, writer
 from server.web.app import create_app
 from tests.server.fakes import FakeBackend
 from tests.server.jobs.records import without_room
@@ -146,6 +146,30 @@ def test_troubles_of_the_journal_and_of_the_pictures_are_two(
         for event in ("the store cannot be written", "the store can be written again")
         for resource in ("journal", "pictures")
     )
+
+
+def test_a_full_disk_is_logged_once_however_often_a_result_is_tried(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    store, attempts, usual = jobs_of(client).repository.store, list[int](), rows.finish
+
+    def finish(*arguments: Any, **others: Any) -> Any:
+        attempts.append(len(attempts))
+        return usual(*arguments, **others)
+
+    monkeypatch.setattr(rows, "finish", finish)
+    backend_of(client).gate.clear()
+    ids = [later(client, seed=1), later(client, seed=2)]
+    make_room = without_room(store)
+    open_gate(client)
+    until(lambda: len(attempts) > 12, 10)
+    make_room()
+    until(lambda: [status(client, id) for id in ids] == ["succeeded"] * 2 and not ready(client), 10)
+
+    assert told(caplog) == [
+        ("the store cannot be written", "journal"),
+        ("the store can be written again", "journal"),
+    ]
 
 
 SHORT = {
