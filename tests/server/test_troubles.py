@@ -40,7 +40,6 @@ def test_a_lack_that_many_wait_for_begins_once_and_is_over_when_nobody_waits(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(troubles, "RETRY_S", 0.0)
-    caplog.set_level(logging.INFO, "server")
 
     async def story() -> list[int]:
         shared, left = Troubles(), [3, 6, 9]
@@ -53,7 +52,8 @@ def test_a_lack_that_many_wait_for_begins_once_and_is_over_when_nobody_waits(
 
         return await asyncio.gather(*(shared.outlast(lambda who=who: work(who)) for who in range(3)))  # type: ignore[misc]
 
-    assert asyncio.run(story()) == [0, 1, 2]
+    with caplog.at_level(logging.INFO, "server"):
+        assert asyncio.run(story()) == [0, 1, 2]
     assert [record.getMessage() for record in caplog.records] == [
         "a resource is short",
         "a resource is no longer short",

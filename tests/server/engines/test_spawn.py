@@ -46,10 +46,10 @@ def test_a_start_that_finds_too_little_is_tried_again_and_leaves_nothing(
     monkeypatch.setattr(troubles, "RETRY_S", 0.0)
     monkeypatch.setattr(process, "_start", start)
     monkeypatch.setattr(process, "Thread", Rare)
-    caplog.set_level(logging.INFO, "server")
     task = Start(models=(), device="cpu", dtype="auto", slots=1, threads=1, exact=True, log_level="info")
     before, running = len(os.listdir("/proc/self/fd")), threading.active_count()
-    asyncio.run(EngineProcess().run(task, lambda message: None, lambda: False))
+    with caplog.at_level(logging.INFO, "server"):
+        asyncio.run(EngineProcess().run(task, lambda message: None, lambda: False))
 
     assert len(attempts) == 5
     assert (len(os.listdir("/proc/self/fd")), threading.active_count()) == (before, running)

@@ -28,15 +28,12 @@ LATER = {"prefer": "respond-async"}
 
 
 @pytest.fixture
-def client(
-    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> Iterator[TestClient]:
+def client(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[TestClient]:
     """A server of little patience, whose backend makes pictures at once."""
     for module in (blobs, writer, troubles):
         monkeypatch.setattr(module, "RETRY_S", 0.02)
     for each in (blobs, writer, service):
         monkeypatch.setattr(each, "PATIENCE_S", 0.3)
-    caplog.set_level(logging.INFO, "server")
     settings = Settings(weights=weights, data_dir=tmp_path, result_cache=False)
     with TestClient(create_app(settings, FakeBackend()), raise_server_exceptions=False) as made:
         yield made
@@ -79,10 +76,18 @@ def ready(client: TestClient) -> str:
     return str(client.get("/readyz").json().get("detail", ""))
 
 
-def told(caplog: pytest.LogCaptureFixture) -> list[tuple[str, str]]:
-    """Which events were logged of which resources."""
-    named = [record for record in caplog.records if "resource" in record.__dict__]
-    return [(record.getMessage(), record.__dict__["resource"]) for record in named]
+Told = Callable[[], list[tuple[str, str]]]
+
+
+@pytest.fixture
+def told(caplog: pytest.LogCaptureFixture) -> Iterator[Told]:
+    """Which events were logged of which resources, so far."""
+    with caplog.at_level(logging.INFO, "server"):
+        yield lambda: [
+            (record.getMessage(), record.__dict__["resource"])
+            for record in caplog.records
+            if "resource" in record.__dict__
+        ]
 
 
 class Sync:
@@ -101,7 +106,7 @@ class Sync:
 
 @pytest.mark.parametrize("folder", [False, True])
 def test_pictures_that_cannot_be_synced_refuse_jobs_until_they_can_be(
-    client: TestClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, folder: bool
+    client: TestClient, monkeypatch: pytest.MonkeyPatch, told: Told, folder: bool
 ) -> None:
     sync, backend = Sync(folder), backend_of(client)
     monkeypatch.setattr(os, "fsync", sync)
@@ -120,14 +125,14 @@ def test_pictures_that_cannot_be_synced_refuse_jobs_until_they_can_be(
         (503, "storage-full", "the disk is full, or cannot be written: pictures")
     }
     assert waiting == ["running"] * 2
-    assert told(caplog) == [
+    assert told() == [
         ("the store cannot be written", "pictures"),
         ("the store can be written again", "pictures"),
     ]
 
 
 def test_troubles_of_the_journal_and_of_the_pictures_are_two(
-    client: TestClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    client: TestClient, monkeypatch: pytest.MonkeyPatch, told: Told
 ) -> None:
     sync = Sync(folder=False)
     monkeypatch.setattr(os, "fsync", sync)
@@ -141,7 +146,7 @@ def test_troubles_of_the_journal_and_of_the_pictures_are_two(
     until(lambda: not ready(client), 10)
 
     assert both.endswith("written: journal, pictures")
-    assert sorted(told(caplog)) == sorted(
+    assert sorted(told()) == sorted(
         (event, resource)
         for event in ("the store cannot be written", "the store can be written again")
         for resource in ("journal", "pictures")
@@ -149,7 +154,7 @@ def test_troubles_of_the_journal_and_of_the_pictures_are_two(
 
 
 def test_a_full_disk_is_logged_once_however_often_a_result_is_tried(
-    client: TestClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    client: TestClient, monkeypatch: pytest.MonkeyPatch, told: Told
 ) -> None:
     store, attempts, usual = jobs_of(client).repository.store, list[int](), rows.finish
 
@@ -166,7 +171,7 @@ def test_a_full_disk_is_logged_once_however_often_a_result_is_tried(
     make_room()
     until(lambda: [status(client, id) for id in ids] == ["succeeded"] * 2 and not ready(client), 10)
 
-    assert told(caplog) == [
+    assert told() == [
         ("the store cannot be written", "journal"),
         ("the store can be written again", "journal"),
     ]
@@ -182,7 +187,7 @@ SHORT = {
 @pytest.mark.parametrize("resource", SHORT)
 @pytest.mark.parametrize("where", ["encode", "write"])
 def test_a_passing_lack_is_no_jobs_failure_and_no_full_disk(
-    client: TestClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, resource: str, where: str
+    client: TestClient, monkeypatch: pytest.MonkeyPatch, told: Told, resource: str, where: str
 ) -> None:
     attempts = list[int]()
 
@@ -201,7 +206,7 @@ def test_a_passing_lack_is_no_jobs_failure_and_no_full_disk(
     until(lambda: [status(client, id) for id in ids] == ["succeeded"] * 3, 10)
 
     assert seen == (["running"] * 3, "")
-    assert told(caplog) == [("a resource is short", resource), ("a resource is no longer short", resource)]
+    assert told() == [("a resource is short", resource), ("a resource is no longer short", resource)]
 
 
 def test_a_picture_that_cannot_be_opened_now_is_asked_for_again(
@@ -281,7 +286,7 @@ def test_every_door_answers_while_the_disk_does_not(client: TestClient, monkeypa
         monkeypatch.setattr(jobs, "_work", hang)
         first = callers.submit(client.post, "/generate", json={"seed": 1}, headers=LATER)
         began.wait(20)
-        told = {door: ask(client) for door, ask in DOORS.items()}
+        said = {door: ask(client) for door, ask in DOORS.items()}
         opened = [client.get(path).status_code for path in ("/healthz", "/metrics", "/models", "/models/tiny")]
         why = ready(client)
         lost = first.result(20)
@@ -289,7 +294,7 @@ def test_every_door_answers_while_the_disk_does_not(client: TestClient, monkeypa
     until(lambda: not ready(client), 10)
     until(lambda: client.get("/jobs").json() == {"jobs": []}, 10)
 
-    assert told == dict.fromkeys(DOORS, "storage-full")
+    assert said == dict.fromkeys(DOORS, "storage-full")
     assert opened == [200] * 4
     assert why == "the disk is full, or cannot be written: journal"
     assert (lost.status_code, lost.json()["code"]) == (503, "storage-full")  # and so it is on disk, too: nothing
