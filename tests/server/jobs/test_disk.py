@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from starlette.testclient import TestClient
@@ -162,13 +163,15 @@ def test_a_full_disk_is_logged_once_however_often_a_result_is_tried(
         attempts.append(len(attempts))
         return usual(*arguments, **others)
 
-    monkeypatch.setattr(rows, "finish", finish)
     backend_of(client).gate.clear()
     ids = [later(client, seed=1), later(client, seed=2)]
-    make_room = without_room(store)
-    open_gate(client)
-    until(lambda: len(attempts) > 12, 10)
-    make_room()
+    with monkeypatch.context() as full:
+        full.setattr(rows, "finish", finish)
+        full.setattr(rows, "probe", mock.Mock(side_effect=OSError(errno.ENOSPC, "full")))
+        make_room = without_room(store)
+        open_gate(client)
+        until(lambda: len(attempts) > 12, 10)
+        make_room()
     until(lambda: [status(client, id) for id in ids] == ["succeeded"] * 2 and not ready(client), 10)
 
     assert told() == [
