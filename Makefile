@@ -61,6 +61,7 @@ fuzz: .venv/test.stamp
 
 soak: .venv/test.stamp
 	ABORTS=10000 $(BIN)/python -m pytest tests/server/web/test_protocol.py -k thousands
+	FILES=1024 $(BIN)/python -m pytest tests/server/test_pressure.py
 	$(BIN)/python -m tests.fuzz.soak --minutes 30
 
 # Builds the Dockerfile and runs the image without a Docker engine: as root, with buildah and debootstrap; takes minutes

@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.loopback import a_server
 from benchmarks.measure import Measure
-from server.store.rows import Record
+from server.store.records import Record
 from server.store.store import Store
 
 JOBS, AT_ONCE, ROUNDS = 4000, 256, 5

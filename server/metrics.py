@@ -127,11 +127,12 @@ class Metrics:
         self.collect = read  # the name by which prometheus_client calls it
         self._registry.register(self)
 
-    def show(self, model: str) -> None:
-        """Shows a model from the start on, so that its rates begin at zero."""
-        self.by_model.of(model)
-        for histogram in (self._model_step_seconds, self._model_queue_seconds):
-            histogram.labels(self.by_model.name(model))
+    def show(self, models: Iterable[str]) -> None:
+        """Shows models from the start on, so that their rates begin at zero."""
+        for model in models:
+            self.by_model.of(model)
+            for histogram in (self._model_step_seconds, self._model_queue_seconds):
+                histogram.labels(self.by_model.name(model))
 
     def usages(self, model: str, key: str | None) -> list[Usage]:
         """Where a job counts that is for this model and came with the key of this name, if keys are required."""

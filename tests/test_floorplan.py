@@ -35,7 +35,14 @@ ROOMS = {
     "PIL": ("server.jobs.encode", "model.train.data", "ddpm_client"),
     "fastapi": ("server.web",),
     "starlette": ("server.web",),
-    "pydantic": ("server.bounds", "server.settings", "server.documents", "server.jobs.schemas", "server.web"),
+    "pydantic": (
+        "server.bounds",
+        "server.settings",
+        "server.documents",
+        "server.status",
+        "server.jobs.schemas",
+        "server.web",
+    ),
     "uvicorn": ("server.web.protocol", "server.cli"),
     "sqlite3": ("server.store",),
     "httpx": ("ddpm_client",),
@@ -45,7 +52,7 @@ ROOMS = {
     "httpx2": ("server.hub",),  # what it speaks to a hub with
     "prometheus_client": ("server.metrics",),
     "tqdm": ("server.cli",),
-    "typing_extensions": ("ddpm_client", "server.documents", "server.web"),
+    "typing_extensions": ("ddpm_client", "server.documents", "server.status", "server.web"),
 }
 NOT_IN_MODEL = {"asyncio", "threading", "multiprocessing", "subprocess", "concurrent", "socket", "http", "urllib", "os"}
 OFF_THE_PATH = ("model.convert", "model.train")  # entrances of their own, which read and write files

@@ -18,6 +18,7 @@ import uvicorn
 from model.usage import Parser
 from server import logs
 from server.bounds import listed
+from server.engines.process import ENDING
 from server.errors import EXIT_FAILED, ServerError, SettingsError
 from server.jobs.service import JobService
 from server.settings import Settings
@@ -26,8 +27,10 @@ from server.web.protocol import Config, Limits
 
 logger = logging.getLogger(__name__)
 GOODBYE_S = 1.0  # for telling subscribers that the server shuts down
+END_S = 20.0  # for all that comes after the drain; then a disk does not answer
 STALLED_MS, SEND_BUFFER_BYTES = 10_000, 128 << 10
-OTHER_FILES = 256  # descriptors for anything but connections
+OTHER_FILES = 256  # descriptors for anything but connections: journal, pictures, pages, engines and their starts
+UNUSED = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM, signal.SIGVTALRM, signal.SIGPROF, signal.SIGIO)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -53,7 +56,8 @@ def listen(host: str, port: int) -> socket.socket:
 def affordable(connections: int) -> int:
     """The number of connections, at most `connections`, that the file descriptors of this process suffice for.
 
-    Raises the soft limit as far as the hard limit permits, and logs a warning if that is not enough.
+    Raises the soft limit as far as the hard limit permits, and logs a warning if that is not enough. Of few descriptors
+    most are for what has been accepted: new connections can be refused, jobs cannot.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = connections + OTHER_FILES
@@ -63,7 +67,7 @@ def affordable(connections: int) -> int:
     if soft == resource.RLIM_INFINITY or soft >= wanted:
         return connections
     logger.warning("too few file descriptors for max_connections", extra={"descriptors": soft, "wanted": wanted})
-    return max(1, soft - OTHER_FILES)
+    return max(1, soft - OTHER_FILES, soft * 3 // 16)  # and as many again, up to RESERVED, for health checks
 
 
 def configure(app: Any, settings: Settings, connections: int) -> Config:
@@ -74,6 +78,7 @@ def configure(app: Any, settings: Settings, connections: int) -> Config:
         request_s=settings.request_s,
         refused=app.state.jobs.admission.count_refusal,
         cors=app.state.cors,
+        troubles=app.state.jobs.repository.store.troubles,
     )
     return Config(
         app,
@@ -88,7 +93,7 @@ def configure(app: Any, settings: Settings, connections: int) -> Config:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's server, which drains on SIGTERM and then returns; uvicorn's own would raise the signal again."""
+    """uvicorn's server, which drains on a signal and then returns; uvicorn's own would raise the signal again."""
 
     def __init__(self, config: uvicorn.Config, jobs: JobService, drain_s: float) -> None:
         super().__init__(config)
@@ -110,14 +115,24 @@ class _Server(uvicorn.Server):
         until = time.monotonic() + GOODBYE_S
         while self.jobs.counts.subscribers and time.monotonic() < until:
             await asyncio.sleep(0.01)
-        await super().shutdown(sockets)
+        try:
+            async with asyncio.timeout(END_S):
+                await super().shutdown(sockets)
+        except TimeoutError:  # a thread waits for the disk, for which the process would wait, too
+            logger.critical("the end takes too long, and is cut short: the next server runs what has not ended")
+            os._exit(EXIT_FAILED)
         running, waiting, ended = self.jobs.tally()
         logger.info("stopped", extra={"jobs_ended": ended - ended_before, "jobs_parked": running + waiting})
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Routes SIGINT and SIGTERM to `handle_exit` while the server runs."""
-        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
+        """Routes the signals that end a server to `handle_exit` while it runs, and ignores those that nothing of it
+        has a use for, which would kill it. `nohup` keeps what it is for."""
+        chosen: dict[signal.Signals, Any] = dict.fromkeys(ENDING, self.handle_exit)
+        chosen |= dict.fromkeys(UNUSED, signal.SIG_IGN)
+        if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+            del chosen[signal.SIGHUP]
+        before = {number: signal.signal(number, handler) for number, handler in chosen.items()}
         try:
             yield
         finally:

@@ -11,6 +11,7 @@ from server.engines.router import Router
 from server.engines.supervisor import EngineSupervisor
 from server.errors import EngineFailed, SettingsError
 from server.settings import Settings
+from server.troubles import Troubles
 from server.worker.cpus import cores
 from server.worker.messages import Start
 
@@ -20,15 +21,19 @@ def build(
     cards: Mapping[str, ModelCard],
     on_failed: Callable[[EngineFailed], None],
     on_step: Callable[[str, int, float], None],
+    troubles: Troubles,
 ) -> Backend:
     """The backend of a server. Raises SettingsError if GPUs were to be shared, NoSuchDevice if their driver is mute."""
     patience = Patience(silence_s=settings.engine_patience_s / 2, hang_s=settings.engine_patience_s)
     starts, quarantine = _starts(settings, cards), Quarantine()
     if len(starts) == 1:
-        return EngineSupervisor(starts[0], settings.engine_restarts, on_failed, on_step, patience, quarantine)
+        return EngineSupervisor(starts[0], settings.engine_restarts, on_failed, on_step, patience, quarantine, troubles)
     router = Router(on_failed, quarantine)
     for start in starts:
-        router.join(EngineSupervisor(start, settings.engine_restarts, router.lose, on_step, patience, quarantine))
+        supervisor = EngineSupervisor(
+            start, settings.engine_restarts, router.lose, on_step, patience, quarantine, troubles
+        )
+        router.join(supervisor)
     return router
 
 

@@ -9,16 +9,20 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from threading import Thread
 
 from server import logs
+from server.troubles import LACKING, Troubles
 from server.worker.messages import Cancel, Died, Refused, Start, Submit
 
 logger = logging.getLogger(__name__)
 POLL_S = 0.25  # between two looks at the process
+ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)  # these signals end a server in order
+END_POLL_S = 0.005  # between two at its end
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +48,7 @@ class EngineProcess:
         self.stopped_s = 0.0  # for how long a signal has stopped it
         self.heard_at = time.monotonic()  # when it sent its last message, or was made
         self.loading: str | None = None  # the model that it is loading, once it is ready
+        self.troubles = Troubles()  # of the server
         self._outbox: queue.SimpleQueue[Submit | Cancel | None] = queue.SimpleQueue()
 
     @property
@@ -65,31 +70,51 @@ class EngineProcess:
         self.over.set()
 
     async def run(self, start: Start, receive: Callable[[object], None], hangs: Callable[[], bool]) -> None:
-        """Spawns the process and returns after it has exited; kills it when hangs() is true or on cancellation."""
-        context, loop = multiprocessing.get_context("spawn"), asyncio.get_running_loop()
-        ours, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(theirs, start), name="ddpm-engine", daemon=True)
-        threads = [
-            Thread(target=self._read, args=(ours, loop, receive), name="engine reader"),
-            Thread(target=self._write, args=(ours,), name="engine writer"),
-        ]
+        """Spawns the process, as soon as the system has enough for it, and returns after it has exited; kills it when
+        hangs() is true or on cancellation."""
         try:
-            process.start()
+            process, pipe, threads = await self.troubles.outlast(lambda: self._spawn(start, receive))
         except OSError:
             return logger.exception("no process could be started")
-        theirs.close()
-        for thread in threads:
-            thread.start()
+        self.heard_at = time.monotonic()
         try:
             await self._watch(process, hangs)
         finally:
-            process.kill()  # it holds nothing that could be lost; if it has been killed, that remains its cause
-            self._outbox.put(None)
-            for thread in threads:
-                await asyncio.to_thread(thread.join)
-            ours.close()
-            await asyncio.to_thread(process.join)
+            await self._clean_up(process, pipe, threads)
             self.signal = max(0, -(process.exitcode or 0))  # known only now: a process closes its pipe before it ends
+
+    async def _spawn(
+        self, start: Start, receive: Callable[[object], None]
+    ) -> tuple[SpawnProcess, Connection, list[Thread]]:
+        """The process, our end of its pipe, and the threads that carry messages. Raises OSError or RuntimeError if the
+        system has too little of something, and then nothing of it is left."""
+        context, loop = multiprocessing.get_context("spawn"), asyncio.get_running_loop()
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_serve, args=(theirs, start), name="ddpm-engine", daemon=True)
+        reader = Thread(target=self._read, args=(ours, loop, receive), name="engine reader")
+        threads = [Thread(target=self._write, args=(ours,), name="engine writer"), reader]  # it tells of the end
+        with theirs:
+            try:
+                _start(process)
+                for thread in threads:
+                    thread.start()
+            except LACKING:
+                theirs.close()
+                await self._clean_up(process, ours, [thread for thread in threads if thread.ident])
+                raise
+        return process, ours, threads
+
+    async def _clean_up(self, process: SpawnProcess, pipe: Connection, threads: list[Thread]) -> None:
+        """Ends all that `_spawn` has started. It polls: to wait in a thread would take one."""
+        if process.pid is not None:
+            process.kill()  # it holds nothing that could be lost; if it has been killed, that remains its cause
+        if threads:
+            self._outbox.put(None)
+        while any(thread.is_alive() for thread in threads):
+            await asyncio.sleep(END_POLL_S)
+        pipe.close()
+        while process.pid is not None and process.exitcode is None:
+            await asyncio.sleep(END_POLL_S)
 
     def _read(self, pipe: Connection, loop: asyncio.AbstractEventLoop, receive: Callable[[object], None]) -> None:
         try:
@@ -118,6 +143,17 @@ class EngineProcess:
                     process.kill()
 
 
+def _start(process: SpawnProcess) -> None:
+    """Starts a process that never gets the signals which end the server: they may be sent to the whole group, and the
+    engine is needed until the jobs have ended."""
+    resource_tracker.ensure_running()  # it would start with the first process, and unblock some of the signals
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+    try:
+        process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
 def _is_stopped(pid: int | None) -> bool:
     """Whether a signal has stopped a process, as Linux tells it."""
     try:
@@ -128,8 +164,6 @@ def _is_stopped(pid: int | None) -> bool:
 
 def _serve(pipe: Connection, start: Start) -> None:
     """The main function of the engine process."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group; they are for the API process to handle
-        signal.signal(number, signal.SIG_IGN)
     logs.configure(start.log_level)
     gc.disable()  # while torch is imported, where it would take a sixth of the time and find nothing
     from server.worker import main  # the API process never imports torch

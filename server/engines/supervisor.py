@@ -16,6 +16,7 @@ from server.engines.process import EngineProcess, Patience
 from server.engines.quarantine import KILL, Quarantine
 from server.engines.step_times import StepTimes
 from server.errors import EXIT_CODES, EXIT_ENGINE, EngineFailed, ModelBroken, NotReady
+from server.troubles import Troubles
 from server.worker import messages
 from server.worker.messages import ModelStatus, Spec, Start
 
@@ -40,10 +41,11 @@ class EngineSupervisor:
         on_step: Callable[[str, int, float], None] = lambda model, bucket, seconds: None,
         patience: Patience | None = None,
         quarantine: Quarantine | None = None,
+        troubles: Troubles | None = None,
     ) -> None:
         """restarts: consecutive ones without progress before it fails for good, and calls `on_failed`."""
         self._start, self._restarts, self._patience = start, restarts, patience or Patience()
-        self._on_failed, self._on_step = on_failed, on_step
+        self._on_failed, self._on_step, self._troubles = on_failed, on_step, troubles or Troubles()
         self._in_flight, self._times = InFlight(quarantine or Quarantine()), StepTimes()
         self._task: asyncio.Task[None] | None = None
         self._process = EngineProcess()  # the present one, or the last
@@ -114,8 +116,7 @@ class EngineSupervisor:
         """The events of these samples until each has ended; `id` is the index of a seed. Closing cancels the rest."""
         if self._task is None or self._task.done():  # else there will be an engine, if there is none now
             raise NotReady(self.trouble or "the engine has not been started")
-        status = self._models.get(spec.model)
-        if status is not None and status.trouble is not None:
+        if (status := self._models.get(spec.model)) is not None and status.trouble is not None:
             raise ModelBroken(status.trouble)
         run = self._in_flight.enter(spec)
         try:
@@ -142,7 +143,7 @@ class EngineSupervisor:
         failures = 0.0
         while True:
             steps_before, process = self.health.stats.steps, EngineProcess()
-            self._process = process
+            self._process, process.troubles = process, self._troubles
             await process.run(replace(self._start, again=bool(self._models)), self._receive, self._hangs)
             if process.refused is not None:
                 kind = getattr(model_errors, process.refused.error)

@@ -13,7 +13,7 @@ from server.jobs.job import Image, Job, State
 from server.jobs.request import FramePoints, ResolvedRequest, fingerprint
 from server.jobs.schemas import Frames
 from server.jobs.stream import StreamCounts
-from server.store.rows import ImageRow, Record
+from server.store.records import ImageRow, Record
 from server.worker.messages import ModelStatus
 
 Read = Callable[[Job, ImageRow], bytes]

@@ -23,8 +23,7 @@ from server.jobs.repository import JobRepository
 from server.jobs.stream import TextMessage
 from server.logs import report
 from server.settings import Settings
-from server.store.records import Delivery
-from server.store.rows import Record
+from server.store.records import Delivery, Record
 from server.webhooks.post import Poster
 from server.webhooks.signing import secret_of, signed
 from server.webhooks.target import Undelivered, parse_url

@@ -7,11 +7,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, WebPImagePlugin
 from PIL.PngImagePlugin import PngInfo
 
 from model.engine.events import Floats, Picture
 
+Image.preinit()  # Pillow would import its formats when the first is used, for which descriptors may then be lacking
+assert WebPImagePlugin.SUPPORTED  # it is not among those
 FRAME_MS, HOLD_MS = 60, 2000  # of an animation: each frame, and the picture at its end
 
 

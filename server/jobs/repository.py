@@ -23,7 +23,8 @@ from server.jobs.stream import StreamCounts
 from server.logs import report
 from server.settings import Settings
 from server.store.blobs import is_sound
-from server.store.rows import IdempotentHit, ImageRow
+from server.store.records import ImageRow
+from server.store.rows import IdempotentHit
 from server.store.store import Store
 from server.worker.messages import Spec
 

@@ -113,7 +113,8 @@ class JobRunner:
             if not deadline.expired():
                 raise
             raise DeadlinePassed(f"the deadline of {job.request.deadline_s:g} s was not met") from None
-        await asyncio.to_thread(lambda: [image.sha256 for image in job.images.values()])  # makes the PNGs
+        images, troubles = job.images.values(), self.repository.store.troubles
+        await troubles.in_thread(lambda: [image.sha256 for image in images])  # makes the PNGs
 
     async def _collect(self, job: Job) -> None:
         if job.request.model not in self.cards:

@@ -8,12 +8,14 @@ import asyncio
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import TypeVar
 
 from model.checkpoint.card import ModelCard
 from server.catalog import refused
 from server.documents import JobDocument
 from server.engines.backend import Backend
-from server.errors import JobCancelled, KeyReused, StillRunning
+from server.errors import JobCancelled, KeyReused, StillRunning, StorageFull
 from server.jobs.admission import Admission
 from server.jobs.deliveries import Deliveries
 from server.jobs.eta import EtaEstimator, Pace
@@ -27,7 +29,9 @@ from server.metrics import Family, Metrics, counter, gauge
 from server.settings import Settings
 from server.store.rows import IdempotentHit
 from server.store.store import Store
+from server.troubles import PATIENCE_S
 
+T = TypeVar("T")
 ANIMATIONS = 2  # so many are drawn at once: the other threads encode frames
 TICK_S = 0.25  # between two messages to those who wait
 PARKING_S = 5.0  # within which every job is parked at the end
@@ -55,8 +59,7 @@ class JobService:
             metrics=metrics,
             deliveries=self._deliveries,
         )
-        for name in cards:
-            metrics.show(name)
+        metrics.show(cards)
         metrics.watch(self.metric_values)
         self.pace = Pace()
         self._accepted, self._accepting, self._cache_hits = 0, 0, 0
@@ -136,24 +139,35 @@ class JobService:
         return job
 
     async def cancel(self, job: Job) -> Job:
-        """Cancels a job, unless it has ended. Returns when it has."""
-        await self._runner.stop(job, JobCancelled("the job was cancelled"))
+        """Cancels a job, unless it has ended. Returns when that is on disk. Raises StorageFull if that takes too long;
+        the job is stopped nevertheless, and the rest is done when the disk can be written."""
+        stopping = asyncio.create_task(self._runner.stop(job, JobCancelled("the job was cancelled")))
+        if not (await asyncio.wait([stopping], timeout=PATIENCE_S))[0]:
+            stopping.add_done_callback(report)
+            raise StorageFull(f"the job was stopped, its end is not written yet: {self.repository.store.trouble}")
+        await stopping
         return job
 
     async def leave(self, job: Job) -> None:
         """Cancels a job whose caller has left, unless an Idempotency-Key lets the caller come back."""
         if job.key is None:
-            await self.cancel(job)
+            with suppress(StorageFull):  # nobody waits for the disk
+                await self.cancel(job)
 
     async def result(self, job: Job) -> Job:
-        """The job, once it has succeeded. Raises what made it fail."""
-        if job.task is not None:
-            await asyncio.wait([job.task])
+        """The job, once it has succeeded. Raises what made it fail, or StorageFull if that takes long to be written."""
+        while job.task is not None and not (await asyncio.wait([job.task], timeout=PATIENCE_S))[0]:
+            if job.state is State.ENDING and (trouble := self.repository.store.trouble) is not None:
+                raise StorageFull(f"the pictures are made, and not written yet: {trouble}")
         if job.failure is not None:
             raise job.failure
         if job.task is not None:
             job.task.result()  # raises the bug that stopped it
         return job
+
+    async def in_thread(self, work: Callable[[], T]) -> T:
+        """What `work` returns, in a thread. Raises NotReady if the system has too little of something for too long."""
+        return await self.repository.store.troubles.in_thread(work, PATIENCE_S)
 
     async def _tick(self) -> None:
         while True:

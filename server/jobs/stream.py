@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 from ddpm_client.wire import pack
 
 from server.errors import problem
+from server.troubles import shortage, too_little
 
 Body: TypeAlias = dict[str, Any]
 TRANSIENT_PER_S = 500.0  # transient messages, to all subscribers of all jobs together
@@ -55,7 +56,13 @@ class PictureMessage:
             self._pack()
         elif self._packed is None:
             self._encoding = self._encoding or asyncio.create_task(asyncio.to_thread(self._pack))
-            await asyncio.shield(self._encoding)
+            try:
+                await asyncio.shield(self._encoding)
+            except OSError as error:
+                self._encoding, resource = None, shortage(error)  # or nobody could ever watch this job
+                if resource is None:
+                    raise
+                raise too_little(resource) from None
         assert self._packed is not None
         return self._packed
 

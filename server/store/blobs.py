@@ -11,11 +11,11 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Set
-from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
 
 from server.errors import Gone
+from server.troubles import PATIENCE_S, Troubles, started
 
 RETRY_S = 1.0  # between attempts to write while the disk is full
 BLOB = re.compile("[0-9a-f]{64}")  # the names of blobs
@@ -27,13 +27,15 @@ THREADS = 8  # blobs that are synced at once: the file system writes them down t
 class Blobs:
     """A folder of blobs. on_error: is called with what keeps a blob from being saved."""
 
-    def __init__(self, folder: Path, on_error: Callable[[OSError], None]) -> None:
+    def __init__(self, folder: Path, on_error: Callable[[OSError], None], troubles: Troubles) -> None:
         self.folder, self._aside = folder, folder.with_name(ASIDE)
         folder.mkdir(mode=0o700, exist_ok=True)
-        self._on_error = on_error
-        self._threads = ThreadPoolExecutor(THREADS, "blobs")
+        self._on_error, self._troubles = on_error, troubles
+        self._threads = started(THREADS, "blobs")
         self._pinned: Counter[str] = Counter()
         self._lock = threading.Lock()  # held while a blob is created or deleted
+        self._writes = 0  # blobs that were written
+        self._waiting = set[int]()  # calls of `save` that have failed and will try again
 
     def close(self) -> None:
         """Waits for blobs that are being written. Slow: call it in a thread."""
@@ -42,16 +44,29 @@ class Blobs:
     async def save(self, blobs: Mapping[str, bytes]) -> None:
         """Writes blobs by name and pins them: `unpin` them after a row names them. Waits for room on the disk."""
         self.pin(blobs)
+        try:
+            while True:
+                try:
+                    return await self._troubles.outlast(lambda: self._write_all(blobs))
+                except OSError as error:
+                    self._waiting.add(id(blobs))
+                    self._on_error(error)
+                await asyncio.sleep(RETRY_S)
+        finally:
+            self._waiting.discard(id(blobs))
+
+    async def _write_all(self, blobs: Mapping[str, bytes]) -> None:
+        """Writes blobs, or raises what kept one of them from it."""
         loop = asyncio.get_running_loop()
-        while True:
-            writing = [loop.run_in_executor(self._threads, self._write, *blob) for blob in blobs.items()]
-            errors = [error for error in await asyncio.gather(*writing, return_exceptions=True) if error is not None]
-            if not errors:
-                return
-            if not isinstance(errors[0], OSError):
-                raise errors[0]
-            self._on_error(errors[0])
-            await asyncio.sleep(RETRY_S)
+        writing = [loop.run_in_executor(self._threads, self._write, *blob) for blob in blobs.items()]
+        before = -1
+        while (await asyncio.wait(writing, timeout=PATIENCE_S))[1]:
+            if self._writes == before:  # else there is only much to write
+                self._on_error(TimeoutError(f"the disk has not answered for {PATIENCE_S:g} s"))
+            before = self._writes
+        for error in await asyncio.gather(*writing, return_exceptions=True):
+            if error is not None:
+                raise error
 
     def _write(self, name: str, data: bytes) -> None:
         """Writes a blob even if it exists: it may be damaged, and a check would cost as much."""
@@ -67,6 +82,7 @@ class Blobs:
             part.unlink(missing_ok=True)
             raise
         sync_folder(self.folder)
+        self._writes += 1
 
     def read(self, name: str) -> bytes:
         """The bytes of a blob. Raises Gone if it is missing or damaged."""
@@ -100,6 +116,8 @@ class Blobs:
             with self._lock:
                 if name not in self._pinned:
                     (self.folder / name).unlink(missing_ok=True)
+        if self._waiting:
+            raise OSError("a picture waits that cannot be written")
 
     def set_aside(self, named: Set[str]) -> int:
         """Moves blobs that rows do not name, and unfinished ones, out of the folder -> how many
@@ -125,12 +143,12 @@ class Blobs:
                         os.unlink(entry.path)
 
     def probe(self, size_bytes: int) -> None:
-        """Raises OSError unless so many bytes can be written."""
-        part = self.folder / f"probe{UNFINISHED}"
+        """Does what saving a blob of so many bytes does. Raises OSError, also while a blob waits that cannot be."""
+        name = f"probe{UNFINISHED}"
         try:
-            part.write_bytes(b"\0" * size_bytes)
+            self._write(name, b"\0" * size_bytes)
         finally:
-            part.unlink(missing_ok=True)
+            (self.folder / name).unlink(missing_ok=True)
 
 
 def is_blob(entry: "os.DirEntry[str]") -> bool:

@@ -12,8 +12,8 @@ from server.store import wal
 from server.store.blobs import blobs_in, is_sound
 from server.store.deliveries import COLUMNS
 from server.store.records import Record, checksum, job_checksum, record_of
-from server.store.rows import SELECT, commits
-from server.store.schema import APPLICATION, JOURNAL, LOG, PICTURES, VERSION, VERSIONS, is_full
+from server.store.rows import SELECT
+from server.store.schema import APPLICATION, JOURNAL, LOG, PICTURES, VERSION, VERSIONS, commits, is_full
 
 ALL_IMAGES = """SELECT job, place AS "index", seed, sha256, size, message FROM images LEFT JOIN files USING (sha256)
     ORDER BY job, place"""

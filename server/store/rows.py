@@ -7,9 +7,7 @@ from dataclasses import dataclass, replace
 
 from server.errors import Gone, NotFound
 from server.store import deliveries
-from server.store.records import FIELDS, checksum, job_checksum, record_of
-from server.store.records import ImageRow as ImageRow
-from server.store.records import Record as Record
+from server.store.records import FIELDS, ImageRow, Record, checksum, job_checksum, record_of
 
 EXPIRED = 100_000  # remembered ids of deleted jobs, which are answered with 410 instead of 404
 
@@ -57,6 +55,12 @@ def insert(
     insert_images(db, number, record.images)
     deliveries.insert(db, number, record.owner, record.delivery)
     return record
+
+
+def revoke(db: sqlite3.Connection, id: str) -> None:
+    """Deletes a job that was inserted too late: whoever asked for it has been told that it was not."""
+    for row in db.execute("SELECT number FROM jobs WHERE id = ?", (id,)).fetchall():
+        _delete(db, row["number"])
 
 
 def mark_running(db: sqlite3.Connection, id: str) -> None:
@@ -224,16 +228,6 @@ def probe(db: sqlite3.Connection, size: int) -> None:
     """Raises sqlite3.Error unless so many bytes can be written."""
     db.execute("INSERT INTO scratch VALUES (zeroblob(?))", (size,))
     db.execute("DELETE FROM scratch")
-
-
-def commits(db: sqlite3.Connection) -> int:
-    """The number of the last transaction."""
-    return int(db.execute("SELECT commits FROM total").fetchone()[0])
-
-
-def count_commit(db: sqlite3.Connection) -> int:
-    """Counts a transaction, as a part of it -> its number"""
-    return int(db.execute("UPDATE total SET commits = commits + 1 RETURNING commits").fetchone()[0])
 
 
 def read(db: sqlite3.Connection, row: sqlite3.Row) -> Record:

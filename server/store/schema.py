@@ -108,3 +108,13 @@ def make_directory(directory: Path) -> None:
     except OSError as error:
         reason = error.strerror or "it is not for this user to write"
         raise SettingsError(f"DDPM_DATA_DIR {directory} cannot be used: {reason.lower()}") from None
+
+
+def commits(db: sqlite3.Connection) -> int:
+    """The number of the last transaction."""
+    return int(db.execute("SELECT commits FROM total").fetchone()[0])
+
+
+def count_commit(db: sqlite3.Connection) -> int:
+    """Counts a transaction, as a part of it -> its number"""
+    return int(db.execute("UPDATE total SET commits = commits + 1 RETURNING commits").fetchone()[0])

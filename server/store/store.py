@@ -16,10 +16,12 @@ from server.errors import StorageFull, StoreRefused
 from server.store import deliveries, lock, rows
 from server.store.blobs import Blobs
 from server.store.journal import check_journal, open_journal
-from server.store.records import Delivery
-from server.store.rows import Expired, IdempotentHit, Record
-from server.store.schema import JOURNAL, LOG, PICTURES, as_storage_full, make_directory
+from server.store.records import Delivery, Record
+from server.store.rows import Expired, IdempotentHit
+from server.store.schema import JOURNAL, LOG, PICTURES, as_storage_full, commits, make_directory
 from server.store.writer import Writer
+from server.troubles import PICTURES as RESOURCE
+from server.troubles import Troubles
 
 logger = logging.getLogger(__name__)
 PROBE_BYTES = 256 << 10  # that must be writable again before the store counts as writable
@@ -50,7 +52,9 @@ class Store:
         directory: Path,
         on_commit: Callable[[float], None] = lambda seconds: None,
         on_failed: Callable[[StoreRefused], None] = lambda failure: None,
+        troubles: Troubles | None = None,
     ) -> None:
+        self.troubles = troubles or Troubles()
         make_directory(directory)
         with as_storage_full(directory):
             self._lock = os.open(directory / lock.LOCK, os.O_RDWR | os.O_CREAT, 0o600)
@@ -58,17 +62,21 @@ class Store:
                 lock.hold(self._lock, directory)
                 check_journal(directory, self._lock)
                 lock.sign(self._lock)
-                self.blobs = Blobs(directory / PICTURES, lambda error: self._writer.write_failed(error))
+                self.blobs = Blobs(directory / PICTURES, self._pictures_failed, self.troubles)
                 self.blobs.probe(PROBE_BYTES)
                 self._db = open_journal(directory)
-                lock.write_floor(self._lock, rows.commits(self._db))
+                lock.write_floor(self._lock, commits(self._db))
             except BaseException:
                 os.close(self._lock)
                 raise
         failed = f"the store {directory} has failed"
         self._on_commit = on_commit
         self._writer = Writer(
-            self._db, self._probe, self._committed, lambda error: on_failed(StoreRefused(f"{failed}: {error}"))
+            self._db,
+            self._probe,
+            self._committed,
+            lambda error: on_failed(StoreRefused(f"{failed}: {error}")),
+            self.troubles,
         )
 
         paths = {name: str(directory / name) for name in (lock.LOCK, JOURNAL, LOG, PICTURES)}
@@ -81,10 +89,15 @@ class Store:
         self._require_places()
         self._on_commit(seconds)
 
-    def _probe(self) -> None:
-        """Raises OSError or sqlite3.Error unless blobs and rows can be written."""
-        self.blobs.probe(PROBE_BYTES)
-        rows.probe(self._db, PROBE_BYTES)
+    def _pictures_failed(self, error: OSError) -> None:
+        self._writer.write_failed(error, RESOURCE)
+
+    def _probe(self, resource: str) -> None:
+        """Does what saving a job does. Raises OSError or sqlite3.Error unless this resource can be written."""
+        if resource == RESOURCE:
+            self.blobs.probe(PROBE_BYTES)
+        else:
+            rows.probe(self._db, PROBE_BYTES)
 
     def _require_places(self) -> None:
         """Raises Displaced unless the files that are open here are those that another server would find."""
@@ -132,7 +145,7 @@ class Store:
         all images with these `identities` are stored.
         """
         work = partial(rows.insert, record=record, cached=cached, identities=identities, has_blob=self.blobs.has)
-        return self._writer.ask(work)
+        return self._writer.ask(work, undo=partial(rows.revoke, id=record.id))
 
     def mark_running(self, id: str) -> None:
         """Marks a job as running: if the server dies, the job may be why. Nobody waits until this is on disk."""

@@ -2,11 +2,13 @@
 
 import asyncio
 import logging
+import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import Depends, FastAPI, Request
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.routing import Match
@@ -23,12 +25,14 @@ from server.logs import report
 from server.metrics import Metrics
 from server.settings import Settings
 from server.store.store import Store
+from server.troubles import Troubles, started
 from server.web import generate, info, jobs, openai, openapi, watch
 from server.web.http import check_request, refusal
 from server.web.middleware import Access, Middleware
 
 logger = logging.getLogger(__name__)
 ROUTERS = [module.router for module in (generate, jobs, watch, info, openai)]
+THREADS = min(32, (os.cpu_count() or 1) + 4)  # that encode, draw and read: as many as asyncio would start
 CODES = {404: "not-found", 405: "method-not-allowed"}
 
 
@@ -71,6 +75,8 @@ def _methods(request: Request) -> list[str]:
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     """Starts the jobs before the first request and closes them after the last one."""
+    asyncio.get_running_loop().set_default_executor(started(THREADS, "worker"))
+    await run_in_threadpool(bool)  # imports what starlette would import when it sends the first stream
     try:
         await app.state.jobs.start()
     except BaseException as error:  # or the web server would choose the exit code
@@ -104,20 +110,8 @@ def _find_models(settings: Settings) -> Catalog:
     return cards
 
 
-def create_app(
-    settings: Settings,
-    backend: Backend | None = None,
-    on_failed: Callable[[ServerError], None] = lambda failure: None,
-) -> FastAPI:
-    """The application. on_failed: is called with the error that ends the server for good. Raises ModelRefused,
-    SettingsError, StoreRefused, StoreInUse, StorageFull."""
-    cards = _find_models(settings)
-    metrics, access = Metrics(), Access.read(settings)
-    if backend is None:
-        backend = build(settings, cards, on_failed, metrics.observe_step)
-    store = Store(settings.data_dir, metrics.journal_commit_seconds.observe, on_failed)
-    service = JobService(settings, cards, backend, store, metrics)
-    app = FastAPI(
+def _without_routes() -> FastAPI:
+    return FastAPI(
         title="ddpm-server",
         version=__version__,
         description="Pictures from pixel-space diffusion models: a seed and a step count in, a picture out.",
@@ -129,6 +123,22 @@ def create_app(
         generate_unique_id_function=lambda route: route.name,  # operation ids are names of functions
         redirect_slashes=False,  # a redirect would repeat the Host header
     )
+
+
+def create_app(
+    settings: Settings,
+    backend: Backend | None = None,
+    on_failed: Callable[[ServerError], None] = lambda failure: None,
+) -> FastAPI:
+    """The application. on_failed: is called with the error that ends the server for good. Raises ModelRefused,
+    SettingsError, StoreRefused, StoreInUse, StorageFull."""
+    cards = _find_models(settings)
+    metrics, access, troubles = Metrics(), Access.read(settings), Troubles()
+    if backend is None:
+        backend = build(settings, cards, on_failed, metrics.observe_step, troubles)
+    store = Store(settings.data_dir, metrics.journal_commit_seconds.observe, on_failed, troubles)
+    service = JobService(settings, cards, backend, store, metrics)
+    app = _without_routes()
     app.state.settings, app.state.jobs, app.state.on_failed = settings, service, on_failed
     app.state.cors, app.state.page_headers = access.rules.cors, info.page_headers(settings)
     app.state.keys = access.keys

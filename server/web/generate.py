@@ -83,7 +83,7 @@ def animation(job: Job, media: str) -> bytes:
 async def draw(jobs: JobService, job: Job, media: str) -> bytes:
     """The animation. A semaphore leaves threads free to encode the frames of other jobs."""
     async with jobs.drawing:
-        return await asyncio.to_thread(animation, job, media)
+        return await jobs.in_thread(lambda: animation(job, media))
 
 
 ENCODERS: dict[str, Callable[[Job], bytes]] = {PNG: picture, NPY: array, ZIP: archive}
@@ -138,10 +138,10 @@ async def generate(request: Request) -> Response:
     if not await succeeds(request, jobs, job):
         return Response(status_code=CLIENT_CLOSED_REQUEST)
     if media == JSON:
-        return await asyncio.to_thread(lambda: JSONResponse(job.document(pictures=True), headers=headers))
+        return await jobs.in_thread(lambda: JSONResponse(job.document(pictures=True), headers=headers))
     if media in ANIMATIONS:
         return Response(await draw(jobs, job, media), media_type=media, headers=headers)
-    return Response(await asyncio.to_thread(ENCODERS[media], job), media_type=media, headers=headers)
+    return Response(await jobs.in_thread(lambda: ENCODERS[media](job)), media_type=media, headers=headers)
 
 
 async def succeeds(request: Request, jobs: JobService, job: Job) -> bool:

@@ -55,6 +55,12 @@ def frame_policy(text: str) -> tuple[str, dict[str, str]]:
     return f"frame-ancestors {sources}", {"X-Frame-Options": older} if older else {}
 
 
+def targets(target: bytes, hosts: list[bytes]) -> bool:
+    """Whether the target of a request is a path, or a whole URL with the host of its Host header (RFC 9112, 3.2.2)."""
+    host = target.lower().partition(b"://")[2].partition(b"/")[0]
+    return target.isascii() and (target.startswith(b"/") or [host] == [given.lower() for given in hosts])
+
+
 def _is_address(name: str) -> bool:
     try:
         ipaddress.ip_address(name.strip("[]"))

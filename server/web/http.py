@@ -2,8 +2,10 @@
 
 import json
 import re
+import secrets
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from email.utils import formatdate
 from itertools import takewhile
 from typing import Any
 
@@ -117,6 +119,20 @@ def _check_query(connection: HTTPConnection) -> None:
         raise Invalid(*wrong[:MOST_WRONG])
 
 
+def too_large(limit: int) -> BodyTooLarge:
+    """What is raised for a body, or the promise of one, of more bytes than this."""
+    return BodyTooLarge(f"the body must be at most {limit} bytes")
+
+
+def closing(answer: Problem) -> tuple[list[tuple[str, str]], bytes]:
+    """The headers and the body of a problem outside of the application, after which the connection is closed."""
+    id = secrets.token_hex(8)
+    body = json.dumps(answer.body(id)).encode()
+    headers = {"content-type": "application/problem+json", "cache-control": "no-store", "connection": "close"}
+    headers |= {"content-length": str(len(body)), "date": formatdate(usegmt=True), "x-request-id": id} | answer.headers
+    return [*headers.items()], body
+
+
 def tenant_of(request: HTTPConnection) -> Tenant | None:
     """The tenant whose key came with this request; None if the server needs no key."""
     tenant: Tenant | None = request.state.tenant
@@ -175,7 +191,7 @@ async def read_json_body(request: Request, limit: int) -> bytes:
         async for chunk in request.stream():
             body += chunk
             if len(body) > limit:
-                raise BodyTooLarge(f"the body must be at most {limit} bytes")
+                raise too_large(limit)
     except ClientDisconnect:
         raise Malformed("the caller left before its body had arrived") from None
     if body and (charset != "utf-8" or (media != "application/json" and not media.endswith("+json"))):

@@ -2,7 +2,7 @@
 
 import asyncio
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from fastapi import APIRouter, Request, Response
 from pydantic import Field
@@ -18,6 +18,7 @@ from server.jobs.request import default_model
 from server.jobs.service import JobService
 from server.metrics import MEDIA
 from server.settings import Settings
+from server.status import Health, Readiness, RefusedModel, ServerStatus, Shape
 from server.web.hosts import frame_policy
 from server.web.http import DocumentResponse, has_current
 from server.web.openapi import refusals, sends
@@ -28,14 +29,6 @@ CONTENT_POLICY = (
     "default-src 'self'; img-src 'self' blob: data:; connect-src 'self' blob:; base-uri 'none'; form-action 'self'"
 )
 STATIC = Path(__file__).parent.parent / "static"
-
-
-class Shape(TypedDict):
-    """The shape of a model's pictures."""
-
-    channels: int
-    height: int
-    width: int
 
 
 class ModelDocument(TypedDict):
@@ -64,13 +57,6 @@ class ModelWithCard(ModelDocument):
     card: Annotated[str, Field(description="the README of its directory")]
 
 
-class RefusedModel(TypedDict):
-    """A model that is not served."""
-
-    name: str
-    reason: str
-
-
 class ModelPage(TypedDict):
     """All models."""
 
@@ -78,43 +64,6 @@ class ModelPage(TypedDict):
     refused: Annotated[list[RefusedModel], Field(description="models that are listed and not served")]
     default: Annotated[str | None, Field(description="the model of requests that name none; null: they must name one")]
     max_n: Annotated[int, Field(description="the largest `n` of a request")]
-
-
-class Health(TypedDict):
-    """The API process is alive."""
-
-    status: Literal["ok"]
-
-
-class Readiness(TypedDict):
-    """Jobs are accepted."""
-
-    status: Literal["ready"]
-    refused: Annotated[list[str], Field(description="names of models that are listed and not served")]
-
-
-class EngineState(TypedDict):
-    """An engine."""
-
-    up: Annotated[bool, Field(description="whether it takes work")]
-    loaded: Annotated[list[str], Field(description="the models in its memory")]
-
-
-class ServerStatus(TypedDict):
-    """What the server is doing at the moment."""
-
-    ready: Annotated[bool, Field(description="whether jobs are accepted, as `/readyz` says")]
-    reason: Annotated[str | None, Field(description="why not")]
-    jobs_running: int
-    jobs_waiting: int
-    steps_waiting: Annotated[int, Field(description="image-steps left to do of all jobs")]
-    slots: Annotated[int, Field(description="pictures that can be denoised at once, by all loaded models")]
-    slots_used: int
-    viewers: Annotated[int, Field(description="clients that watch a job")]
-    image_steps_per_s: Annotated[float, Field(description="in the last seconds")]
-    step_s: Annotated[float | None, Field(description="seconds of a step of a batch lately; null if there was none")]
-    engines: list[EngineState]
-    models: Annotated[list[str], Field(description="the names of all models")]
 
 
 def _document(card: ModelCard, backend: Backend) -> ModelDocument:

@@ -1,7 +1,5 @@
 """`/jobs`: the jobs of a tenant, running and ended, their images and their animations."""
 
-import asyncio
-
 from fastapi import APIRouter, Request, Response
 from starlette.requests import HTTPConnection
 from starlette.responses import JSONResponse
@@ -48,7 +46,7 @@ async def list_jobs(request: Request, status: Status = None, limit: Limit = None
     jobs: JobService = request.app.state.jobs
     page = await jobs.repository.page(_owner(request), status, after, most)
     documents = [jobs.document(job) for job in page]
-    return await asyncio.to_thread(JSONResponse, {"jobs": documents})
+    return await jobs.in_thread(lambda: JSONResponse({"jobs": documents}))
 
 
 @router.get("/jobs/{id}", summary="Get a job", response_model=JobDocument, responses=refusals(404, 406, 410))
@@ -81,12 +79,12 @@ async def get_image(request: Request, id: str, index: Index) -> Response:
     job = await find_job(request, id)
     if not (index.isascii() and index.isdigit() and len(index) < 6 and int(index) in job.images):
         raise NotFound(f"this job has {len(job.images)} of its images 0..{job.request.n - 1}")
-    image = job.images[int(index)]
-    tag = f'"{await asyncio.to_thread(lambda: image.sha256)}"'
+    image, jobs = job.images[int(index)], request.app.state.jobs
+    tag = f'"{await jobs.in_thread(lambda: image.sha256)}"'
     headers = {"ETag": tag, "Cache-Control": _cache_control(job)}
     if has_current(request, tag):
         return Response(status_code=304, headers=headers)
-    return Response(await asyncio.to_thread(lambda: image.png), media_type=PNG, headers=headers)
+    return Response(await jobs.in_thread(lambda: image.png), media_type=PNG, headers=headers)
 
 
 @router.get(

@@ -86,7 +86,7 @@ async def openai_generate(request: Request) -> Response:
     urls = None
     if asked.response_format == "url":
         urls = [urljoin(str(request.base_url), f"{job.path}/images/{i}") for i in range(job.request.n)]
-    return await asyncio.to_thread(lambda: JSONResponse(_answer(asked, job, urls), headers=headers))
+    return await jobs.in_thread(lambda: JSONResponse(_answer(asked, job, urls), headers=headers))
 
 
 def _file(asked: ImagesRequest, png: bytes) -> str:

@@ -5,11 +5,8 @@ uvicorn limits only the time between two requests. Here parts of a request, pipe
 
 import asyncio
 import http
-import json
-import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from email.utils import formatdate
 from typing import Any
 
 import uvicorn
@@ -20,6 +17,9 @@ from websockets.http11 import Response
 from websockets.server import ServerProtocol
 
 from server import errors
+from server.troubles import Troubles
+from server.web.hosts import targets
+from server.web.http import closing, too_large
 
 MAX_TARGET_BYTES = 4096  # path and query
 MAX_HEADER_BYTES, MAX_HEADERS_BYTES, MAX_HEADERS = 8000, 32 << 10, 100  # one header, all headers, their number
@@ -27,7 +27,8 @@ MAX_HEAD_BYTES = MAX_TARGET_BYTES + MAX_HEADERS_BYTES
 SLACK_BYTES = 1 << 20  # of a refused body that are read before the connection is cut, and of chunk headers
 MAX_PIPELINED = 16  # requests of a connection that wait for the response before theirs
 RESERVED, RESERVED_S = 64, 2.0  # connections beyond the limit, for health checks alone, and their time
-PROBE = b"/healthz"
+PROBE, CONNECTIONS = b"/healthz", "connections"
+LINGER_S = 2.0  # for which a client that was refused may go on sending its body, before the connection is cut
 BURST_BYTES, BYTES_PER_S = 64 << 10, 16 << 10  # that a websocket may send besides two bodies
 INVALID_TEXT, POLICY = 1007, 1008
 
@@ -41,6 +42,7 @@ class Limits:
     request_s: float  # for the head of a request, and again for its body
     refused: Callable[[str], None]
     cors: Callable[[list[tuple[bytes, bytes]]], list[tuple[bytes, bytes]]] = lambda headers: []  # of the answer
+    troubles: Troubles = field(default_factory=Troubles)
     reserved: "dict[Connection, None]" = field(default_factory=dict)  # connections beyond the limit, oldest first
 
 
@@ -52,15 +54,6 @@ class Config(uvicorn.Config):
         self.limits = limits
 
 
-def _response(answer: errors.Problem) -> tuple[list[tuple[str, str]], bytes]:
-    """The headers and the body of a problem, after which the connection is closed."""
-    id = secrets.token_hex(8)
-    body = json.dumps(answer.body(id)).encode()
-    headers = {"content-type": "application/problem+json", "cache-control": "no-store", "connection": "close"}
-    headers |= {"content-length": str(len(body)), "date": formatdate(usegmt=True), "x-request-id": id} | answer.headers
-    return [*headers.items()], body
-
-
 class Connection(HttpToolsProtocol):
     """An HTTP connection."""
 
@@ -70,14 +63,16 @@ class Connection(HttpToolsProtocol):
         self._refusal: errors.ServerError | None = None  # the error that a parser callback raised; None: a parser error
         self._timer: asyncio.TimerHandle | None = None
         self._in_head, self._received, self._headers_bytes = True, 0, 0  # of the request being read
+        self._lingers = False  # a body was refused before it came, and what comes of it is dropped
         self._running: RequestResponseCycle | None = None  # the request being answered
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        reserved = self._limits.reserved
-        if len(self.connections) > self._limits.connections:
+        reserved, most = self._limits.reserved, self._limits.connections
+        if len(self.connections) > most:
+            self._limits.troubles.begin(CONNECTIONS, f"there are {most}, as many as may be")
             reserved[self] = None
-            if len(reserved) > RESERVED:
+            if len(reserved) > min(RESERVED, most):
                 next(iter(reserved)).transport.abort()
         self._start_timer()
 
@@ -88,6 +83,8 @@ class Connection(HttpToolsProtocol):
         if self._running is not self.cycle:  # uvicorn tells only the last request of a pipeline
             self._disconnect_running()
         super().connection_lost(exc)
+        if len(self.connections) <= self._limits.connections // 2:
+            self._limits.troubles.end(CONNECTIONS)
 
     def _disconnect_running(self) -> None:
         if self._running is not None:
@@ -116,14 +113,17 @@ class Connection(HttpToolsProtocol):
         answer, running = errors.problem(error), self._running
         self._limits.refused(answer.code)
         if running is None or running.response_complete or (running is self.cycle and not running.response_started):
-            headers, body = _response(answer)
+            headers, body = closing(answer)
             lines = [f"HTTP/1.1 {answer.status} {http.HTTPStatus(answer.status).phrase}"]
             lines += [f"{name}: {value}" for name, value in headers]
             lines += [f"{k.decode()}: {v.decode('latin-1')}" for k, v in self._limits.cors(self.headers or [])]
             self.transport.write("\r\n".join([*lines, "", ""]).encode() + body)
         self._disconnect_running()
         self.pipeline.clear()
-        self.transport.close()
+        if not isinstance(error, errors.BodyTooLarge):
+            return self.transport.close()
+        self.transport.write_eof()  # closed now, the connection would be reset, and many clients send before they read
+        self._lingers, self._in_head, self._timer = True, False, self.loop.call_later(LINGER_S, self.transport.close)
 
     def _stop(self, error: errors.ServerError) -> None:
         """Ends parsing, from a callback of the parser, which then calls `send_400_response`."""
@@ -135,7 +135,8 @@ class Connection(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         self._received += len(data)
-        super().data_received(data)
+        if not self._lingers:
+            super().data_received(data)
         if self.transport.is_closing():
             return
         if self._in_head and self._received > MAX_HEAD_BYTES + BURST_BYTES:
@@ -165,7 +166,12 @@ class Connection(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._in_head = False
         self._stop_timer()
-        self._check_target()
+        if self.parser.get_http_version() not in ("1.0", "1.1"):
+            self._stop(errors.Malformed("requests are HTTP/1.1"))
+        if not targets(self.url, [value for name, value in self.headers if name == b"host"]):
+            self._stop(errors.Malformed("the target of a request must be a path, in ASCII"))
+        if any(int(value) > self._limits.body_bytes for name, value in self.headers if name == b"content-length"):
+            self._stop(too_large(self._limits.body_bytes))
         if len(self.pipeline) >= MAX_PIPELINED:
             self._stop(errors.Malformed(f"at most {MAX_PIPELINED} requests may wait for the answer to the one before"))
         reserved = self in self._limits.reserved
@@ -176,15 +182,6 @@ class Connection(HttpToolsProtocol):
         super().on_headers_complete()
         if reserved:
             self.cycle.keep_alive = False
-
-    def _check_target(self) -> None:
-        """Requires HTTP 1.0 or 1.1, and a path or a whole URL with the host of the Host header (RFC 9112, 3.2.2)."""
-        if self.parser.get_http_version() not in ("1.0", "1.1"):
-            self._stop(errors.Malformed("requests are HTTP/1.1"))
-        hosts = [value.lower() for name, value in self.headers if name == b"host"]
-        host = self.url.lower().partition(b"://")[2].partition(b"/")[0]
-        if not self.url.isascii() or not (self.url.startswith(b"/") or [host] == hosts):
-            self._stop(errors.Malformed("the target of a request must be a path, in ASCII"))
 
     def on_message_complete(self) -> None:
         self._stop_timer()
@@ -208,7 +205,7 @@ class _Handshake(ServerProtocol):
     def reject(self, status: Any, text: str) -> Response:
         status = http.HTTPStatus(status)
         words = "this is not a websocket handshake as RFC 6455 has it" if status < 500 else "an error, which was logged"
-        headers, body = _response(errors.Problem(status.value, "malformed" if status < 500 else "internal", words))
+        headers, body = closing(errors.Problem(status.value, "malformed" if status < 500 else "internal", words))
         return Response(status.value, status.phrase, Headers(headers), body)
 
 

@@ -4,7 +4,7 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from typing import NoReturn
 
 from fastapi import APIRouter, Response, WebSocket, WebSocketDisconnect
@@ -109,7 +109,8 @@ async def watch_new_job(socket: WebSocket) -> None:
         try:
             await _watch(socket, job, 0)
         finally:
-            await jobs.cancel(job)
+            with suppress(StorageFull):  # nobody waits for the disk
+                await jobs.cancel(job)
 
 
 async def _watch(socket: WebSocket, job: Job, after: int) -> NoReturn:

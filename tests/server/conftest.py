@@ -111,6 +111,12 @@ class Server:
         (pid,) = self.engine_pids
         return pid
 
+    @property
+    def last_line(self) -> str:
+        """The last line that was logged so far."""
+        self._log.seek(0)
+        return ([""] + self._log.read().splitlines())[-1]
+
     def stop(self) -> tuple[int, str]:
         """SIGTERM; the exit code and what was logged."""
         self.process.terminate()

@@ -1,17 +1,23 @@
 """ddpm serve: its help, and the number of connections that it accepts."""
 
+import asyncio
 import json
 import os
 import re
 import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
+import uvicorn
 from ddpm_client import Client
 
 from server.cli import main, serve
+from server.engines.process import ENDING
+from server.errors import EXIT_FAILED
 from server.settings import Settings
 
 
@@ -53,7 +59,8 @@ class Limits:
         (1024, resource.RLIM_INFINITY, 1000, 1256),
         (resource.RLIM_INFINITY, resource.RLIM_INFINITY, 1000, resource.RLIM_INFINITY),
         (300, 500, 244, 500),
-        (100, 200, 1, 200),
+        (300, 310, 58, 310),
+        (64, 64, 12, 64),
     ],
 )
 def test_connections_never_exceed_what_descriptors_allow(
@@ -91,3 +98,33 @@ def test_a_server_with_too_few_descriptors_says_so_and_serves(weights: Path, tmp
     }
     assert re.search(r"Max open files +300 +300 ", limits)
     assert (made[0].image.size, serving.returncode) == ((8, 8), 0)
+
+
+@pytest.mark.parametrize("nohup", [False, True])
+def test_every_signal_that_would_end_the_server_is_drained_or_ignored(nohup: bool) -> None:
+    server = object.__new__(serve._Server)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL)
+    try:
+        with server.capture_signals():
+            found = {number: signal.getsignal(number) for number in (*ENDING, *serve.UNUSED)}
+        assert signal.getsignal(signal.SIGHUP) == (signal.SIG_IGN if nohup else signal.SIG_DFL)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+    drained = {number for number, handler in found.items() if handler == server.handle_exit}
+    assert drained == set(ENDING) - ({signal.SIGHUP} if nohup else set())
+    assert {number for number, handler in found.items() if handler is signal.SIG_IGN} == set(found) - drained
+
+
+def test_an_end_that_waits_for_the_disk_is_cut_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def never(*arguments: object) -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(serve, "END_S", 0.01)
+    monkeypatch.setattr(uvicorn.Server, "shutdown", never)
+    monkeypatch.setattr(os, "_exit", mock.Mock(side_effect=SystemExit))
+    jobs = mock.Mock(tally=lambda: (0, 0, 0), drain=mock.AsyncMock(), counts=mock.Mock(subscribers=0))
+    with pytest.raises(SystemExit):
+        asyncio.run(serve._Server(uvicorn.Config("app"), jobs, drain_s=0.0).shutdown())
+
+    assert os._exit.call_args == mock.call(EXIT_FAILED)  # type: ignore[attr-defined]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from server.store.rows import ImageRow, Record
+from server.store.records import ImageRow, Record
 from server.store.store import Store
 
 

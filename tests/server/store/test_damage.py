@@ -18,7 +18,7 @@ from server.cli.main import main
 from server.errors import Gone, StorageFull, StoreRefused
 from server.store import blobs, wal
 from server.store.lock import FLOOR, LOCK
-from server.store.rows import Record
+from server.store.records import Record
 from server.store.schema import JOURNAL, LOG, PICTURES
 from server.store.store import Store
 from tests.server.jobs.records import a_store, keep, name, record

@@ -19,7 +19,8 @@ import pytest
 
 from server.errors import Gone, NotFound, StorageFull, StoreInUse, StoreRefused
 from server.store import rows, writer
-from server.store.rows import IdempotentHit, Record
+from server.store.records import Record
+from server.store.rows import IdempotentHit
 from server.store.schema import JOURNAL, VERSION
 from server.store.store import Store
 from tests.server.jobs.records import a_store, ended, keep, name, record, without_room
@@ -233,7 +234,7 @@ def test_a_full_disk_refuses_jobs_makes_results_wait_and_recovers(
 
     said, waited, done, now, unfinished = asyncio.run(story())
 
-    assert (said, waited, now) == ("the disk is full, or cannot be written", True, None)
+    assert (said, waited, now) == ("the disk is full, or cannot be written: journal", True, None)
     assert done is not None
     assert unfinished == ["c"]
 

@@ -1,0 +1,59 @@
+"""The start of an engine process while the system has too little for it: it is waited for, and nothing is left over."""
+
+import asyncio
+import errno
+import logging
+import os
+import threading
+from multiprocessing.context import SpawnProcess
+
+import pytest
+
+from server import troubles
+from server.engines import process
+from server.engines.process import EngineProcess
+from server.worker.messages import Start
+
+LACK = {
+    "file descriptors": OSError(errno.EMFILE, "Too many open files"),
+    "memory": OSError(errno.ENOMEM, "Cannot allocate memory"),
+    "threads or processes": BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"),
+}
+
+
+@pytest.mark.parametrize("thread", [False, True])
+@pytest.mark.parametrize("resource", LACK)
+def test_a_start_that_finds_too_little_is_tried_again_and_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, resource: str, thread: bool
+) -> None:
+    attempts = list[int]()
+    error = RuntimeError("can't start new thread") if thread else LACK[resource]
+    resource = "threads or processes" if thread else resource
+
+    def start(child: SpawnProcess) -> None:
+        attempts.append(len(attempts))
+        if len(attempts) == 5:
+            raise FileNotFoundError(errno.ENOENT, "No such file or directory")  # which does not pass
+        if not thread:
+            raise error
+
+    class Rare(threading.Thread):
+        def start(self) -> None:
+            if self.name == "engine reader":
+                raise error
+            super().start()
+
+    monkeypatch.setattr(troubles, "RETRY_S", 0.0)
+    monkeypatch.setattr(process, "_start", start)
+    monkeypatch.setattr(process, "Thread", Rare)
+    task = Start(models=(), device="cpu", dtype="auto", slots=1, threads=1, exact=True, log_level="info")
+    before, running = len(os.listdir("/proc/self/fd")), threading.active_count()
+    with caplog.at_level(logging.INFO, "server"):
+        asyncio.run(EngineProcess().run(task, lambda message: None, lambda: False))
+
+    assert len(attempts) == 5
+    assert (len(os.listdir("/proc/self/fd")), threading.active_count()) == (before, running)
+    assert [record.__dict__.get("resource", record.getMessage()) for record in caplog.records] == [
+        *(resource, resource),
+        "no process could be started",
+    ]
