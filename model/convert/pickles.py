@@ -16,6 +16,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -125,9 +126,17 @@ def choose(found: Mapping[str, Mapping[str, Tensor]], part: str | None) -> str:
     return max(averages, key=lambda name: len(found[name]))
 
 
+def _number_makers() -> list[Any]:
+    """What pickles of NumPy's numbers call, such as that of a loss, under its names in NumPy 1 and 2."""
+    scalar = np.float64(0).__reduce__()[0]
+    kinds = [type(np.dtype(letter)) for letter in "?bBhHiIlLqQefd"]
+    return [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")] + [np.dtype, *kinds]
+
+
 def _load(source: Path) -> object:
     try:
-        return torch.load(source, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(_number_makers()):
+            return torch.load(source, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
         if (unwanted := re.search(r"GLOBAL ([\w.]+)", str(error))) is None:
             raise ModelRefused(f"{source.name} is a pickle that torch.save has not written, or is damaged") from error

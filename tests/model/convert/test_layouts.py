@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler
@@ -122,7 +123,7 @@ def test_of_a_lightning_checkpoint_the_average_is_taken_with_the_schedule_in_it(
         "state_dict": state | {"val_loss.total": torch.zeros(())},
         "callbacks": {"EMA{'decay': 0.999}": {"decay": torch.tensor(0.999)}},
         "optimizer_states": [{"state": {0: {"exp_avg": torch.zeros(3, 3)}}, "param_groups": [{"lr": 1.0}]}],
-        "hyper_parameters": {"lr": 2e-4, "channels": [32, 64]},
+        "hyper_parameters": {"lr": np.float64(2e-4), "channels": [np.int64(32), 64]},
     }
     torch.save(checkpoint, source := tmp_path / "last.ckpt")
     directory = converted(source)
@@ -238,6 +239,25 @@ def test_a_net_of_latents_is_refused_wherever_its_files_are_named(
     assert wanted in refused(capsys, tmp_path / "ldm" / "checkpoint-5" / "unet")
     assert wanted in refused(capsys, tmp_path / "ldm" / "unet")
     assert wanted in refused(capsys, source, "--config", str(tmp_path / "ldm" / "unet" / "config.json"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"_class_name": "UNet2DConditionModel"}, "UNet2DConditionModel is a net that needs a text"),
+        ({"num_class_embeds": 10}, "it is a class-conditional net"),
+    ],
+)
+def test_a_configuration_of_another_net_is_refused_as_it_is_when_it_is_served(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], words: str
+) -> None:
+    pipeline(shaken(small())).save_pretrained(tmp_path / "ddpm")
+    file = tmp_path / "ddpm" / "unet" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    source = written(tmp_path / "net.safetensors", shaken(small()).state_dict())
+
+    assert words in refused(capsys, tmp_path / "ddpm")
+    assert words in refused(capsys, source, "--config", str(file))
 
 
 def test_a_net_that_predicts_x0_by_an_option_of_2022_does_so_in_todays_diffusers_too(tmp_path: Path) -> None:
