@@ -21,7 +21,6 @@ from typing import Any
 from unittest import mock
 
 import pytest
-from pydantic import SecretStr
 from starlette.testclient import TestClient
 
 from server.jobs import deliveries
@@ -37,10 +36,11 @@ from server.webhooks.target import Target
 from tests.server.fakes import FakeBackend
 from tests.server.jobs.records import without_room
 from tests.server.jobs.test_durability import backend_of, call, ended, jobs_of, later
+from tests.server.webhooks import one_job
+from tests.server.webhooks.one_job import SECRET
 from tests.server.webhooks.receiver import Received, a_receiver, nothing, status
 from tests.waiting import until
 
-SECRET = "a secret of more than 24 characters"
 ROOT = Path(__file__).parents[3]
 PENDING = {"state": "pending", "attempts": 0, "last_status": None, "last_error": None, "delivered_at": None}
 Sending = Callable[..., AbstractContextManager[TestClient]]
@@ -87,6 +87,7 @@ def told(client: TestClient, id: str, state: str, attempts: int) -> dict[str, An
 
 
 def test_the_receiver_gets_the_document_and_can_verify_it(sending: Sending) -> None:
+    began = time.time()
     with a_receiver() as receiver, sending() as client:
         url = f"{receiver.url}/hook/a%20b?token=1&x=a/../b"
         job = later(client, seed=3, steps=4, n=2, webhook=url)
@@ -103,8 +104,7 @@ def test_the_receiver_gets_the_document_and_can_verify_it(sending: Sending) -> N
     assert received.headers["content-type"] == "application/json"
     assert received.headers["webhook-id"] == job["id"]
     assert is_signed(received, secret)
-    assert abs(int(received.headers["webhook-timestamp"]) - time.time()) < 60
-    assert abs(webhook.pop("delivered_at") - time.time()) < 60
+    assert int(began) <= int(received.headers["webhook-timestamp"]) <= webhook.pop("delivered_at") <= time.time()
     assert webhook == {"state": "delivered", "attempts": 1, "last_status": 204, "last_error": None}
 
 
@@ -310,7 +310,8 @@ def test_a_webhook_on_its_way_when_the_server_is_killed_is_sent_again(
 ) -> None:
     over = threading.Event()
     with a_receiver(lambda handler: (over.wait(30), None)[1], status(204)) as receiver:
-        server = subprocess.Popen([sys.executable, "-m", __name__, str(weights), str(tmp_path / "data"), receiver.url])
+        command = [sys.executable, "-m", one_job.__name__, str(weights), str(tmp_path / "data"), receiver.url]
+        server = subprocess.Popen(command)
         first = receiver.next()
         server.kill()
         server.wait()
@@ -323,23 +324,20 @@ def test_a_webhook_on_its_way_when_the_server_is_killed_is_sent_again(
 
 
 def test_what_is_on_its_way_does_not_delay_the_end(sending: Sending) -> None:
-    arrived = threading.Event()
+    ended_first = threading.Event()
 
     def hang(handler: BaseHTTPRequestHandler) -> None:
-        arrived.wait(30)
+        ended_first.wait(60)
 
-    with a_receiver(hang, status(204)) as receiver:
+    with a_receiver(hang, status(204)) as receiver, mock.patch.object(post, "TOTAL_S", 600):
         with sending() as client:
             job = later(client, webhook=receiver.url)
             first = receiver.next()
-            began = time.monotonic()
-        took_s = time.monotonic() - began
-        arrived.set()
+        ended_first.set()  # were the end to wait for the answer, it would wait until nobody hangs any more
         with sending() as client:
             again = receiver.next()
             told(client, job["id"], "delivered", 1)
 
-    assert took_s < 5  # far less than a delivery may take
     assert (again.body, again.headers["webhook-id"]) == (first.body, first.headers["webhook-id"])
 
 
@@ -436,17 +434,3 @@ def test_a_url_that_is_not_allowed_is_refused_before_any_work(
         assert (answer["status"], answer["errors"][0]["pointer"], jobs) == (422, "/webhook", [])
         assert said in answer["detail"]
         assert (client.get("/webhooks/secret").status_code == 200) == ("webhook_secret" not in settings)
-
-
-def one_job() -> None:
-    """A server, in a process of its own, with one job. It does not end by itself."""
-    settings = Settings(
-        weights=sys.argv[1], data_dir=Path(sys.argv[2]), webhook_secret=SecretStr(SECRET), webhook_hosts="localhost"
-    )
-    with TestClient(create_app(settings, FakeBackend())) as client:
-        later(client, webhook=sys.argv[3])
-        threading.Event().wait()
-
-
-if __name__ == "__main__":
-    one_job()
