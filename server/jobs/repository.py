@@ -163,6 +163,7 @@ class JobRepository:
                 if isinstance(event, Finished):
                     png = await asyncio.to_thread(encode.png, event.picture, job.texts(kept.seed))
         if not is_sound(kept.sha256, png):
+            self.mismatches += 1
             raise Gone(f"{damage}, and it comes out with other bytes on this machine")
         await self.store.blobs.save({kept.sha256: png})
         self.store.blobs.unpin([kept.sha256])

@@ -43,15 +43,18 @@ def inspect(directory: Path, floor: int, hashes: bool = False) -> Report:
         report.damages.append(f"{JOURNAL} is missing")
         return report
     frames = _check_files(path, report)
+    committed, complete = 0 if frames is None else frames.committed, False
     try:
-        with closing(_open(path, frames > 0)) as db:
+        with closing(_open(path, committed > 0)) as db:
             version = _version(db, path)
             found = [text for (text,) in db.execute("PRAGMA integrity_check(20)")]
             report.damages += [line for text in found for line in text.splitlines()[-1:] if text != "ok"]
             if _schema(db) != _schema(_empty(version)):
                 report.damages.append(f"the schema of {JOURNAL} is not that of version {version}")
             elif version == VERSION:
-                if (number := commits(db)) < floor:
+                number = commits(db)
+                complete = 0 < floor <= number and committed > 0
+                if number < floor:
                     lost = f"transaction {floor} was promised, and the last one that can be read is {number}"
                     report.damages.append(f"{JOURNAL} or its log is cut short, missing in part, or older: {lost}")
             _check_rows(db, version, report)
@@ -60,26 +63,23 @@ def inspect(directory: Path, floor: int, hashes: bool = False) -> Report:
         if is_full(error):
             raise
         report.damages.append(f"{JOURNAL} cannot be read: {error}")
+    if frames is not None and not frames.is_torn and not complete:  # else they are of transactions that failed
+        of = f"{committed + 1} of {len(frames.pages)}"
+        report.damages.insert(0, f"{LOG}: frame {of}, or one of the same transaction, is damaged")
     return report
 
 
-def _check_files(path: Path, report: Report) -> int:
-    """Checks the files of the journal, before SQLite reads them -> the number of frames that it will read of the log"""
+def _check_files(path: Path, report: Report) -> wal.Frames | None:
+    """Checks the files of the journal, before SQLite reads them -> the frames of the log"""
     with open(path, "rb") as file:
         header = file.read(100)
     if header[:16] != b"SQLite format 3\0" or header[18:20] != b"\2\2":  # the latter: with a log
         report.damages.append(f"the header of {JOURNAL} is damaged")
     try:
-        frames = wal.read(path.with_name(LOG))
+        return wal.read(path.with_name(LOG))
     except ValueError as error:
         report.damages.append(f"{LOG}: {error}")
-        return 0
-    if frames is None:
-        return 0
-    if not frames.is_torn:
-        of = f"{frames.committed + 1} of {len(frames.pages)}"
-        report.damages.append(f"{LOG}: frame {of}, or one of the same transaction, is damaged")
-    return frames.committed
+        return None
 
 
 def _open(path: Path, with_log: bool) -> sqlite3.Connection:

@@ -148,6 +148,16 @@ def test_what_a_power_cut_leaves_behind_the_last_transaction_is_no_damage(
     assert verdict(weights, data, promised[1]) == "all there"
 
 
+def test_what_failed_commits_leave_behind_the_last_transaction_is_no_damage(
+    weights: Path, promised: Promised, data: Path
+) -> None:
+    size = wal.FRAME_HEADER + 4096
+    log = (data / LOG).read_bytes()
+    (data / LOG).write_bytes(log + log[-6 * size :])  # ends of transactions, with the salts of this log
+
+    assert verdict(weights, data, promised[1]) == "all there"
+
+
 @pytest.mark.parametrize(
     "change",
     [
