@@ -1,9 +1,9 @@
-"""What signs a webhook."""
+"""What signs a webhook, as Standard Webhooks 1.0.0 has it (https://www.standardwebhooks.com/)."""
 
 import base64
 import hmac
 
-from ddpm_client.webhooks import PREFIX, sign
+PREFIX = "whsec_"
 
 
 def secret_of(master: str, owner: str | None) -> str:
@@ -14,5 +14,7 @@ def secret_of(master: str, owner: str | None) -> str:
 
 def signed(secret: str, id: str, timestamp: int, body: bytes) -> dict[str, str]:
     """The headers that sign a body. secret: of the tenant. id: the same in every attempt"""
-    signature = sign(secret, id, timestamp, body)
+    key = base64.b64decode(secret.removeprefix(PREFIX))
+    digest = hmac.digest(key, f"{id}.{timestamp}.".encode() + body, "sha256")
+    signature = f"v1,{base64.b64encode(digest).decode()}"
     return {"webhook-id": id, "webhook-timestamp": str(timestamp), "webhook-signature": signature}

@@ -49,8 +49,7 @@ def test_every_name_that_type_checkers_see_can_be_imported() -> None:
 
 
 def test_the_server_imports_the_wire_format_without_the_libraries_of_a_client(tmp_path: Path) -> None:
-    modules = "ddpm_client.errors, ddpm_client.webhooks, ddpm_client.wire"
-    code = f"import {modules}; print(*{{'httpx', 'websockets', 'PIL'}} & sys.modules.keys())"
+    code = "import ddpm_client.errors, ddpm_client.wire; print(*{'httpx', 'websockets', 'PIL'} & sys.modules.keys())"
 
     assert run(code, tmp_path) == "\n"
 
