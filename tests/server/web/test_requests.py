@@ -54,11 +54,12 @@ INVALID: list[tuple[dict[str, Any], str, str]] = [
     ({"deadline_s": "1"}, "/deadline_s", "deadline_s must be a number more than 0, at most 1000000, got a string"),
     ({"model": ["tiny"]}, "/model", "model must be a string of 1 to 64 characters, got a list"),
     ({"prompt": "a digit"}, "/prompt", 'unknown field "prompt"; there are model, seed, '),
-    ({"a/b~c": 1}, "/a~1b~0c", 'unknown field "a/b~c"'),
-    ({"x\n\u202e<b>": 1}, "", 'unknown field "x\\n\\u202e<b>"'),
-    ({"": 1}, "", 'unknown field ""'),
-    ({"y" * 500: 1}, "", f'unknown field "{"y" * 37}..."; there are'),
-    ({"frames": {"count": 2, "z" * 41: 1}}, "/frames", f'frames: unknown field "{"z" * 37}..."'),
+    ({"a/b~c": 1}, "", "unknown field; there are model, seed, "),
+    ({"x\n\u202e<b>": 1}, "", "unknown field; there are"),
+    ({"": 1}, "", "unknown field; there are"),
+    ({"ddpm_9f86d081884c7d659a2feaa0": 1}, "", "unknown field; there are"),
+    ({"y" * 41: 1}, "", "unknown field; there are"),
+    ({"frames": {"count": 2, "z" * 41: 1}}, "/frames", "frames: unknown field; there are every, count, kind"),
     ({"n": 8, "steps": 30}, "/n", "at most 200"),
 ]
 
