@@ -49,7 +49,9 @@ class Halting(FakeBackend):
 @pytest.fixture(scope="module")
 def site(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
     """The application over a backend without an engine."""
-    settings = Settings(weights=weights, data_dir=tmp_path_factory.mktemp("data"), max_queued_steps=500)
+    settings = Settings(
+        weights=weights, data_dir=tmp_path_factory.mktemp("data"), max_queued_steps=500, webhook_secret="s" * 24
+    )
     with TestClient(create_app(settings, Halting()), raise_server_exceptions=False) as made:
         yield made
 
