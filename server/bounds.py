@@ -4,7 +4,7 @@ Error messages never echo input, except numbers.
 """
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -13,7 +13,6 @@ from pydantic.fields import FieldInfo
 
 from server.errors import Invalid
 
-NAME = re.compile(r"[A-Za-z_]{1,32}")  # not a key, a path or a tag
 NUMBER = re.compile(r"-?[0-9]{1,20}(?:\.[0-9]{1,20})?")
 MAX_DIGITS = 25  # of a number that a message repeats
 KINDS = {str: "a string", list: "a list", dict: "an object", NoneType: "null"}
@@ -95,12 +94,6 @@ def _got(given: object, text: bool) -> str:
     if text and isinstance(given, str):
         return f", got {given}" if NUMBER.fullmatch(given) else ""
     return f", got {KINDS[type(given)]}" if type(given) in KINDS else ""
-
-
-def unknown(kind: str, name: str, known: Collection[str]) -> str:
-    """What is said of a field or a parameter that there is not. Its name is repeated if it has the form of one."""
-    there = f"there are {', '.join(known)}" if known else "there are none"
-    return f"unknown {kind}; {there}" + (f"; got {name}" if NAME.fullmatch(name) else "")
 
 
 def whole_number(name: str, given: str, least: int, most: int) -> int:

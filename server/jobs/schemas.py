@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSche
 from model.options import unique_keys
 from model.sampling.plan import Noise
 from model.sampling.schedule import Spacing, Variance
-from server.bounds import kind_of, says, unknown
+from server.bounds import kind_of, says
 from server.documents import Status as JobStatus
 from server.errors import Invalid, Malformed
 
@@ -144,11 +144,12 @@ def validate(value: dict[str, Any], form: type[Form], largest: Mapping[str, int]
 
 
 def _wrong(form: type[BaseModel], error: Mapping[str, Any], largest: Mapping[str, int]) -> tuple[str, str]:
-    """Where something is wrong, and what. A field that we do not know has no place."""
+    """Where something is wrong, and what. A field that we do not know is not named: nothing sent is echoed."""
     names: list[str] = []
     for name in map(str, error["loc"]):
         if name not in form.model_fields:
-            return "/".join(names), ": ".join([*names, unknown("field", name, form.model_fields)])
+            known = f"unknown field; there are {', '.join(form.model_fields)}"
+            return "/".join(names), ": ".join([*names, known])
         names.append(name)
         field = form.model_fields[name]
         if isinstance(kind := kind_of(field), type) and issubclass(kind, BaseModel):

@@ -11,7 +11,6 @@ from starlette.requests import ClientDisconnect, HTTPConnection, Request
 from starlette.responses import JSONResponse
 from starlette.types import Scope
 
-from server.bounds import unknown
 from server.errors import BodyTooLarge, ExpectationFailed, Invalid, Malformed, NotAcceptable, Problem, UnsupportedMedia
 from server.jobs.tenants import Tenant
 from server.web.openai_schema import PREFIX, error_object
@@ -19,6 +18,7 @@ from server.web.openai_schema import PREFIX, error_object
 Json = dict[str, Any]
 TEXT: Json = {"type": "string"}
 EVENTS = "text/event-stream"
+NAME = re.compile(r"[A-Za-z_]{1,32}")  # which a message may repeat: it is no key, path or tag
 MOST_WRONG = 20  # that are told of one request
 TAG = re.compile(r'"[^"]*"')
 KEY = re.compile(r"[!-~]{1,255}")
@@ -104,11 +104,13 @@ def _check_headers(connection: HTTPConnection) -> None:
 def _check_query(connection: HTTPConnection) -> None:
     """Raises Invalid for parameters that the route does not know or that come twice."""
     known = [field.alias for field in connection.scope["route"].dependant.query_params]
+    there = f"there are {', '.join(known)}" if known else "there are none"
     where = "; fields go into the body" if connection.scope.get("method") == "POST" else ""
     wrong, seen = list[tuple[str, str]](), set[str]()
     for name, _ in connection.query_params.multi_items():
         if name not in known:
-            wrong.append(("", unknown("query parameter", name, known) + where))
+            got = f"; got {name}" if NAME.fullmatch(name) else ""
+            wrong.append(("", f"unknown query parameter; {there}{got}{where}"))
         elif name in seen:
             wrong.append((name, f"{name} must be there once"))
         seen.add(name)

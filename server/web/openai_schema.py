@@ -9,7 +9,6 @@ from typing import Annotated, Literal, TypeAlias
 from pydantic import BaseModel, ConfigDict, Field
 from typing_extensions import TypedDict
 
-from server.bounds import unknown
 from server.documents import ProblemDocument
 from server.errors import Invalid, Problem
 from server.jobs.schemas import Frames, GenerateRequest, parse_object, validate
@@ -175,9 +174,8 @@ def parse_images(body: bytes) -> ImagesRequest:
     """A request in OpenAI's form. Raises Malformed, or Invalid naming each wrong field."""
     request = validate(parse_object(body), ImagesRequest)
     known = [*ImagesRequest.model_fields, *GenerateRequest.model_fields]
-    for name in request.model_extra or ():
-        if name not in known:
-            raise Invalid(("", unknown("field", name, known)))
+    if request.model_extra and not request.model_extra.keys() <= set(known):
+        raise Invalid(("", f"unknown field; there are {', '.join(known)}"))
     if request.partial_images and not request.stream:
         raise Invalid(("partial_images", "partial_images need stream: true"))
     if request.stream and "frames" in (request.model_extra or {}):

@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +24,23 @@ from server.web.openapi import JOB_EVENTS, TAGS
 from server.worker.messages import Spec
 from tests.server.fakes import FakeBackend
 from tests.server.web.described import Description
+from tests.waiting import until
 
 STREAMED = {"seed": 5, "steps": 4, "n": 2, "frames": {"count": 3, "kind": "both"}}
 
 
 class Halting(FakeBackend):
-    """Jobs of seed 1 make a step, are restarted, and then wait to be cancelled; those of seed 2 fail."""
+    """Jobs of seed 1 and 3 make a step and wait to be cancelled, the former after a restart; those of seed 2 fail."""
 
     async def run(self, spec: Spec) -> AsyncGenerator[SampleEvent]:
         """All pictures of `spec`."""
         async with aclosing(super().run(spec)) as events:
             async for event in events:
                 yield event
-                if spec.seeds[0] == 1:
+                if spec.seeds[0] in (1, 3):
                     yield Progress({0: 1})
-                    yield Restarting(1.0)
+                    if spec.seeds[0] == 1:
+                        yield Restarting(1.0)
                     await asyncio.Event().wait()
                 if spec.seeds[0] == 2:
                     raise SampleLost("the picture was not finite after 3 steps")
@@ -153,6 +156,11 @@ REFUSED: dict[int, dict[str, Any]] = {
 }
 
 
+def is_running(site: TestClient, job: str) -> bool:
+    """Whether a job has started and not ended."""
+    return bool(site.get(job).json()["status"] == "running")
+
+
 def test_every_message_of_every_stream_is_as_described(site: TestClient, description: Description) -> None:
     heard = dict[str, str]()  # kind of message -> the schema that it was compared with
 
@@ -175,16 +183,17 @@ def test_every_message_of_every_stream_is_as_described(site: TestClient, descrip
             answer = site.post(path, json={"seed": seed, "steps": 4} | body, headers={"accept": "text/event-stream"})
             for event, data in events(answer.text):
                 compare(event, datas[event], data)
-    with site.websocket_connect("/generate/stream") as socket:
-        socket.send_json({"seed": 1, "frames": None})
-        socket.send_json({"type": "ping"})
-        while "pong" not in heard or "restarting" not in heard:
-            message = socket.receive_json()
-            compare(message["type"], "StreamMessage", message)
-        socket.send_json({"type": "cancel"})
-        while "cancelled" not in heard:
-            message = socket.receive_json()
-            compare(message["type"], "StreamMessage", message)
+    for seed, awaited in {1: "restarting", 3: "progress"}.items():
+        job = site.post("/generate", json={"seed": seed}, headers={"prefer": "respond-async"}).headers["location"]
+        until(partial(is_running, site, job))
+        with site.websocket_connect(f"{job}/stream") as socket:
+            for wanted, said in {awaited: "ping", "pong": "cancel", "cancelled": ""}.items():
+                heard.pop(wanted, None)
+                while wanted not in heard:
+                    message = socket.receive_json()
+                    compare(message["type"], "StreamMessage", message)
+                if said:
+                    socket.send_json({"type": said})
     with site.websocket_connect("/generate/stream") as socket:
         socket.send_json(STREAMED)
         while (message := socket.receive())["type"] != "websocket.close":
@@ -205,18 +214,16 @@ async def gaps() -> list[Any]:
     stream = Stream("j")
     subscriber = Subscriber(stream)
     stream.skip_to(3)
-    stream.send_transient("progress", step=1, steps=4, t=3, eta_s=0.5)
     heard = list[Any]()
     async with aclosing(subscriber.messages()) as messages:
         async for message in messages:
             assert isinstance(message, TextMessage)
             heard.append(message.body)
-            if message.body["type"] == "progress":
-                for _ in range(3):
-                    stream.keep_picture({}, True, lambda: b"png")
-                subscriber.fell_behind()
             if message.body["type"] == "dropped":
                 break
+            for _ in range(3):
+                stream.keep_picture({}, True, lambda: b"png")
+            subscriber.fell_behind()
     return heard
 
 
