@@ -49,8 +49,8 @@ def open_journal(directory: Path) -> sqlite3.Connection:
 
 def damaged(directory: Path, what: str) -> StoreRefused:
     """The refusal of a store that does not hold what was promised."""
-    left = f"it has been left as it is; `ddpm check {directory}` says what is sound"
-    return StoreRefused(f"the store {directory} is damaged: {what}; {left}")
+    words = f"the store {directory} is damaged: {what}; it has been left as it is"
+    return StoreRefused(f"{words}; `ddpm check {directory}` says what is sound")
 
 
 def _require_new(directory: Path, floor: int) -> None:
