@@ -9,6 +9,7 @@ from ddpm_client.errors import ClientError, Invalid
 
 from server import __version__
 from server.errors import EXIT_CODES, EXIT_FAILED, EXIT_USAGE, EngineFailed
+from server.troubles import shortage
 
 INTERRUPTED = 130  # a shell's exit code for a process that Ctrl-C ended
 COMMANDS = {
@@ -42,6 +43,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         failure, code = error, EXIT_CODES[type(error)]
     except ClientError as error:
         failure, code = error, EXIT_USAGE if isinstance(error, Invalid) else EXIT_FAILED
+    except OSError as error:
+        if shortage(error) is None:
+            raise
+        failure, code = error, EXIT_FAILED
     except KeyboardInterrupt:
         return INTERRUPTED
     print(f"ddpm: {failure}", file=sys.stderr)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from server.errors import SettingsError, StorageFull, StoreInUse, StoreRefused
 from server.store.blobs import sync_folder
+from server.troubles import shortage
 
 JOURNAL, LOCK = "jobs.sqlite3", "lock"
 MARK, PARKED = 32, b"."  # the lock file holds the holder's process id, and at MARK whether it ended in order
@@ -65,7 +66,8 @@ CREATE TABLE expired (number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL
 
 def is_full(error: Exception) -> bool:
     """Whether an error means that the disk is full or cannot be written."""
-    return isinstance(error, OSError) or (getattr(error, "sqlite_errorcode", 0) & 0xFF) in FULL
+    of_disk = isinstance(error, OSError) and shortage(error) is None
+    return of_disk or (getattr(error, "sqlite_errorcode", 0) & 0xFF) in FULL
 
 
 @contextmanager
