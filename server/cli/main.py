@@ -9,6 +9,7 @@ from ddpm_client.errors import ClientError, Invalid
 from model.usage import Parser
 from server import __version__
 from server.errors import EXIT_CODES, EXIT_FAILED, EXIT_USAGE, EngineFailed
+from server.troubles import shortage
 
 INTERRUPTED = 130  # a shell's exit code for a process that Ctrl-C ended
 COMMANDS = {
@@ -44,6 +45,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ClientError as error:
         refused = isinstance(error, Invalid) or getattr(error, "code", "") == "model-not-found"
         failure, code = error, EXIT_USAGE if refused else EXIT_FAILED
+    except OSError as error:
+        if shortage(error) is None:
+            raise
+        failure, code = error, EXIT_FAILED
     except KeyboardInterrupt:
         return INTERRUPTED
     print(f"ddpm: {failure}", file=sys.stderr)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from server.errors import SettingsError, StorageFull
 from server.store.lock import LOCK as LOCK
+from server.troubles import shortage
 
 JOURNAL, LOG, PICTURES = "jobs.sqlite3", "jobs.sqlite3-wal", "pictures"
 FULL = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY}
@@ -84,7 +85,8 @@ VERSIONS = (VERSION_1, VERSION_2)  # each is what the one before lacks
 
 def is_full(error: Exception) -> bool:
     """Whether an error means that the disk is full or cannot be written."""
-    return isinstance(error, OSError) or (getattr(error, "sqlite_errorcode", 0) & 0xFF) in FULL
+    of_disk = isinstance(error, OSError) and shortage(error) is None
+    return of_disk or (getattr(error, "sqlite_errorcode", 0) & 0xFF) in FULL
 
 
 @contextmanager

@@ -1,12 +1,16 @@
 """The `ddpm` command itself: its version, its help and its usage errors."""
 
+import errno
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 
 from server import __version__
 from server.cli import main
+from server.errors import EXIT_FAILED
+from server.store.schema import is_full
 from tests.server.cli.conftest import ddpm
 from tests.server.conftest import Server
 
@@ -64,3 +68,14 @@ def test_an_unknown_command_or_flag_is_a_usage_error(capsys: pytest.CaptureFixtu
             main.main(words)
         assert ended.value.code == 2
         assert "usage: ddpm" in capsys.readouterr().err
+
+
+def test_a_start_that_lacks_a_resource_says_which_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lack = OSError(errno.EMFILE, "Too many open files")
+    monkeypatch.setattr("server.cli.serve.main", mock.Mock(side_effect=lack))
+
+    assert main.main(["serve"]) == EXIT_FAILED
+    assert capsys.readouterr().err == "ddpm: [Errno 24] Too many open files\n"
+    assert not is_full(lack)
