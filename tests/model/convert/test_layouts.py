@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from model.checkpoint.card import read_card
 from model.checkpoint.load import load_layers
 from model.convert.formats import convert
+from model.convert.layouts import ports
 from model.convert.protocol import Options
 from tests.model.convert.course_nets import RosinalityUNet, TqchUNet
 from tests.model.convert.flat_ports import FlatUNet
@@ -272,6 +273,23 @@ def test_a_net_that_predicts_x0_by_an_option_of_2022_does_so_in_todays_diffusers
 
 
 # What cannot be converted
+
+
+HOSTILE: dict[str, tuple[Callable[[], dict[str, Tensor]], str]] = {
+    "many nets": (
+        lambda: {f"{i}.{name}": torch.zeros(1) for i in range(40) for name in ports.NAMES},
+        "a checkpoint may hold at most 32 nets, got 40",
+    ),
+    "many tensors": (lambda: {f"{i}": torch.zeros(1) for i in range(20_001)}, "at most 20000 tensors"),
+    "a long name": (lambda: {"a." * 501: torch.zeros(1)}, "with names of at most 1000 characters"),
+}
+
+
+@pytest.mark.parametrize(("state", "words"), HOSTILE.values(), ids=HOSTILE.keys())
+def test_a_file_that_would_take_long_to_search_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], state: Callable[[], dict[str, Tensor]], words: str
+) -> None:
+    assert words in refused(capsys, written(tmp_path / "net.safetensors", state()))
 
 
 FOREIGN = {
