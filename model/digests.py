@@ -10,6 +10,11 @@ def short_digest(*parts: bytes) -> str:
     return hashlib.sha256(b"".join(parts)).hexdigest()[:8]
 
 
+def text_digest(text: str) -> str:
+    """The 64 digits of a text's SHA-256."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def file_digest(path: Path) -> str:
     """The 64 digits of a file's SHA-256. Raises OSError."""
     with path.open("rb") as file:

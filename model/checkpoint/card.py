@@ -5,6 +5,7 @@ schedule), `model_index.json` (optional) and `diffusion_pytorch_model.safetensor
 Nothing in it is executed, and every number in it is checked against bounds here, before memory is allocated for it.
 """
 
+import json
 import re
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +17,7 @@ from model.checkpoint.pipeline import is_part, read_index
 from model.checkpoint.scheduler import FILE as SCHEDULER
 from model.checkpoint.scheduler import read_process
 from model.checkpoint.shapes import Shapes, count, embedding_width, shapes
-from model.digests import combined_digest, file_digest
+from model.digests import combined_digest, file_digest, text_digest
 from model.errors import ModelRefused
 from model.nets.config import MAX_PARAMETERS, architecture
 from model.nets.lucidrains_config import LUCIDRAINS, AnyArchitecture, lucidrains_architecture
@@ -49,7 +50,7 @@ class ModelCard:
     weights: Path  # the safetensors file, or the index of several
     architecture: AnyArchitecture
     process: Process
-    configs: tuple[str, ...] = ()  # sha256 of config.json and scheduler_config.json as they were read
+    configs: tuple[str, ...] = ()  # sha256 of the net's and the scheduler's configuration as they were read
     shards: tuple[Path, ...] = ()  # the files of an index, ordered by name
     source: Source | None = None  # None: a directory of this machine
 
@@ -102,6 +103,7 @@ def read_card(directory: Path, name: str | None = None) -> ModelCard:
     arch = lucidrains_architecture(config) if config.get("_class_name") == LUCIDRAINS else architecture(config)
     process, tensors = read_process(scheduler, index, arch.learned_variance), shapes(arch)
     _require_bounds(tensors, process.schedule.T)
+    told = index.get("scheduler") if scheduler.get("_class_name") is None else None  # the scheduler's class
     weights = _weights(net_file.parent)
     card = ModelCard(
         name=name or directory.name,
@@ -109,7 +111,7 @@ def read_card(directory: Path, name: str | None = None) -> ModelCard:
         weights=weights,
         architecture=arch,
         process=process,
-        configs=(digest, schedule_digest),
+        configs=(digest, schedule_digest, *([text_digest(json.dumps(told))] if told is not None else [])),
         shards=_shards(weights) if weights.suffix == ".json" else (),
     )
     require_tensors([(path.name, entries_of(path)) for path in card.weight_files], tensors, weights.name)

@@ -1,6 +1,7 @@
 """Lists models: those of the server at --url, or without it those in DDPM_WEIGHTS, which a server here would serve."""
 
 import os
+import sys
 from collections.abc import Sequence
 
 from ddpm_client import Document
@@ -43,7 +44,10 @@ def _local_rows() -> list[tuple[str, ...]]:
     from server.settings import Settings
 
     rows: list[tuple[str, ...]] = []
-    for card in find_models(Settings.read(os.environ).weights).values():
+    found = find_models(Settings.read(os.environ).weights)
+    for name, reason in found.refused.items():
+        print(f"{name} is refused: {reason}", file=sys.stderr)
+    for card in found.values():
         channels, height, width = card.shape
         process = card.process
         known = (str(process.schedule.T), str(process.default_steps), process.prediction)

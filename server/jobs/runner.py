@@ -11,11 +11,13 @@ from dataclasses import dataclass, field
 
 from model.checkpoint.card import ModelCard
 from model.engine.events import Cancelled, Failed, Finished, Preview
+from server.catalog import refused
 from server.engines.backend import Assigned, Backend, Progress, Restarting, SampleEvent
 from server.errors import (
     DeadlinePassed,
     EngineFailed,
     JobCancelled,
+    ModelBroken,
     ModelChanged,
     NotReady,
     SampleLost,
@@ -114,6 +116,8 @@ class JobRunner:
         await asyncio.to_thread(lambda: [image.sha256 for image in job.images.values()])  # makes the PNGs
 
     async def _collect(self, job: Job) -> None:
+        if (reason := refused(self.cards).get(job.request.model)) is not None:
+            raise ModelBroken(reason)
         if job.request.model not in self.cards:
             raise ModelChanged("the model that this job was accepted for is not served any more")
         unmarked = job.deaths > 0  # others are marked as running when they start, without waiting for the disk

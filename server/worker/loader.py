@@ -23,6 +23,7 @@ from server.worker.cpus import cores
 from server.worker.messages import CHANGED, ModelStatus, Start, Step
 
 logger = logging.getLogger(__name__)
+NO_MEMORY = "the memory of the device is too small for it"
 POLL_S = 0.01  # between two looks at the thread, while nothing else is to be done
 
 

@@ -19,7 +19,7 @@ from model.errors import ModelRefused
 from model.sampling.plan import plan
 from server.worker.device import give_back, held_bytes, refuse
 from server.worker.eviction import Eviction
-from server.worker.loader import Loader
+from server.worker.loader import NO_MEMORY, Loader
 from server.worker.messages import Cancel, Changed, Heartbeat, Loading, ModelStatus, Start, Step, Submit
 
 HEARTBEAT_S = 0.25
@@ -57,27 +57,28 @@ class Models:
                 card, status = self._loader.announce(name, directory)
                 self._eviction.require_room(name, status.memory_bytes)
             except ModelRefused as error:
-                self._refuse(name, str(error))
+                self._refuse(name, error)
             else:
                 self._cards[name], self.statuses[name] = card, status
                 self._eviction.sizes[name] = status.memory_bytes
         for name in filter(self._eviction.fits, self._cards):
             try:
                 yield from self._bring(name)
-            except ModelRefused as error:
-                self._refuse(name, str(error))
+            except (ModelRefused, torch.OutOfMemoryError) as error:
+                self._refuse(name, error)
         troubles = [status.trouble for status in self.statuses.values()]
         if troubles and None not in troubles and not self._start.again:
             raise ModelRefused(str(troubles[0]))
 
-    def _refuse(self, name: str, reason: str) -> None:
-        """At the start: notes why a model cannot be loaded. Raises ModelRefused if it is the default one."""
-        if not self._start.again and name == self._start.default:
-            raise ModelRefused(reason)
+    def _refuse(self, name: str, error: Exception) -> None:
+        """At the start: notes why a model cannot be loaded. Raises the error if nothing is to be served without it."""
+        again, short = self._start.again, isinstance(error, torch.OutOfMemoryError)  # which may pass
+        if (short and (again or len(self._start.models) == 1)) or (not again and name == self._start.default):
+            raise error
         if name in self.statuses:
-            self._give_up(name, reason)
-        elif not self._start.again:
-            self.statuses[name] = refuse(reason)
+            self._give_up(name, NO_MEMORY if short else str(error))
+        elif not again:
+            self.statuses[name] = refuse(str(error))
 
     def _bring(self, name: str) -> Iterator[float]:
         """Loads a model. Raises ModelRefused or torch.OutOfMemoryError."""
@@ -100,7 +101,7 @@ class Models:
             if self._engines:  # it is tried once more, alone
                 self._eviction.sizes[name] = self._eviction.budget_bytes
             else:
-                reason = "the memory of the device is too small for it"
+                reason = NO_MEMORY
         if reason:  # only now, when no traceback holds the model's memory
             self._give_up(name, reason)
         self._load = self._coming = None

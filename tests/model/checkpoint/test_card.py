@@ -133,6 +133,14 @@ def test_the_digest_changes_with_a_single_byte(tmp_path: Path, name: str) -> Non
     assert read_card(tmp_path).digest != before
 
 
+def test_the_digest_is_that_of_the_schedulers_class_too_wherever_it_is_told(tmp_path: Path) -> None:
+    (write_model(tmp_path) / "scheduler_config.json").write_text('{"beta_end": 0.02}')
+    before = read_card(tmp_path).digest
+    (tmp_path / "model_index.json").write_text('{"scheduler": ["diffusers", "HeunDiscreteScheduler"]}')
+
+    assert read_card(tmp_path).digest != before
+
+
 def test_the_readme_is_shown_but_no_file_outside_the_directory_that_it_links_to(tmp_path: Path) -> None:
     secret = tmp_path / "secret"
     secret.write_text("root:x:0:0")

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from server.cli import main
+from tests.model.convert.directories import write_model
 
 
 def test_models_are_listed_with_and_without_a_server(
@@ -20,6 +21,19 @@ def test_models_are_listed_with_and_without_a_server(
     assert here[:5] == there[:5] == ["tiny", "1x8x8", "30", "30", "epsilon"]
     assert here[5:] == ["-", "-", "-", there[-1]]
     assert (there[5], there[-2]) == ("cpu", "yes")
+
+
+def test_models_that_would_be_refused_are_named_beside_the_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_model(tmp_path / "good")
+    write_model(tmp_path / "labels", {"num_class_embeds": 10})
+    monkeypatch.setenv("DDPM_WEIGHTS", str(tmp_path))
+    assert main.main(["models"]) == 0
+
+    said = capsys.readouterr()
+    assert [line.split()[0] for line in said.out.splitlines()] == ["name", "good"]
+    assert said.err.startswith("labels is refused: config.json: num_class_embeds must be null, got 10: ")
 
 
 def test_a_benchmark_goes_up_to_all_slots(url: str, capsys: pytest.CaptureFixture[str]) -> None:

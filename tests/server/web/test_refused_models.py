@@ -6,11 +6,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from starlette.testclient import TestClient
 
 from model.checkpoint.card import WEIGHTS
+from server.settings import Settings
+from server.web.app import create_app
 from tests.model.convert.directories import weights, write_model
 from tests.server.conftest import Server
 from tests.server.engines.test_supervisor import exit_of
+from tests.server.fakes import FakeBackend
+from tests.server.jobs.test_durability import ended, later
 from tests.server.jobs.test_metrics import read
 
 REASONS = {
@@ -94,3 +99,17 @@ def test_a_default_model_that_is_refused_ends_the_start(folder: Path) -> None:
     code, line = exit_of(DDPM_WEIGHTS=str(folder), DDPM_DEFAULT_MODEL="labels")
 
     assert (code, line) == (3, f"ddpm: labels: {REASONS['labels']}")
+
+
+def test_a_job_of_a_model_that_is_refused_now_fails_with_that_reason(tmp_path: Path) -> None:
+    file = write_model(tmp_path / "weights" / "tiny") / WEIGHTS
+    write_model(tmp_path / "weights" / "other")
+    knobs, gated = Settings(weights=str(tmp_path / "weights"), data_dir=tmp_path / "data"), FakeBackend()
+    gated.gate.clear()
+    with TestClient(create_app(knobs, gated)) as client:
+        job = later(client, model="tiny", seed=1)
+    file.write_bytes(b"")
+    with TestClient(create_app(knobs, FakeBackend())) as client:
+        error = ended(client, job["id"])["error"]
+
+    assert (error["code"], "its header claims 0 of 0 bytes" in error["detail"]) == ("model-broken", True)

@@ -1,18 +1,19 @@
 """Models come and go between the steps of others."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from model.checkpoint.card import read_card
+from model.checkpoint.card import ModelCard, read_card
 from model.engine.events import Event, Finished
 from model.engine.footprint import footprint
 from model.errors import ModelRefused
 from model.sampling.plan import resolve
+from server.worker.loader import Loaded, Loader
 from server.worker.messages import Cancel, Changed, Loading, Spec, Start, Submit
 from server.worker.models import Models
 from tests.model.convert.directories import weights, write_model
@@ -112,13 +113,13 @@ def test_a_model_is_not_loaded_for_samples_that_were_given_up_before(tmp_path: P
     assert (played.loaded, played.told) == ({"a", "b"}, [])
 
 
-def start(folder: Path, default: str = "") -> Models:
+def start(folder: Path, default: str = "", gone: Path | None = None) -> Models:
     """The models of a folder, of which `bad` has weights that are not numbers, as far as they start."""
     bad = {name: tensor.log() for name, tensor in weights().items()}
-    directories = (("bad", write_model(folder / "bad", tensors=bad)), ("good", write_model(folder / "good")))
-    gone = ("gone", folder / "gone")
+    good = write_model(folder / "good")
+    directories = (("bad", write_model(folder / "bad", tensors=bad)), ("good", good), ("gone", gone or folder / "gone"))
     numbers: dict[str, Any] = {"device": "cpu", "dtype": "float32", "slots": 1, "threads": 1, "exact": True}
-    models = Models(Start(models=(*directories, gone), default=default, log_level="warning", **numbers), print)
+    models = Models(Start(models=directories, default=default, log_level="warning", **numbers), print)
     for pause_s in models.start():
         time.sleep(pause_s)
     return models
@@ -137,3 +138,23 @@ def test_a_model_that_is_refused_at_the_first_start_is_left_out(tmp_path: Path) 
 def test_nothing_starts_without_the_default_model(tmp_path: Path, default: str) -> None:
     with pytest.raises(ModelRefused):
         start(tmp_path, default)
+
+
+def test_a_model_that_the_memory_is_too_small_for_is_left_out_if_there_are_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = Loader.load
+
+    def load(self: Loader, card: ModelCard, digest: str) -> Generator[float, None, Loaded]:
+        if card.name == "good":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate " + "more, " * 100)
+        loaded = yield from usual(self, card, digest)
+        return loaded
+
+    monkeypatch.setattr(Loader, "load", load)
+    with pytest.raises(ModelRefused, match="not finite"):  # the first of those that are left out: none is left
+        start(tmp_path)
+    statuses = start(tmp_path, gone=write_model(tmp_path / "other")).statuses
+    assert (statuses["good"].trouble, statuses["gone"].loaded) == ("the memory of the device is too small for it", True)
+    with pytest.raises(torch.OutOfMemoryError):
+        start(tmp_path, default="good")
