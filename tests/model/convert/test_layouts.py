@@ -18,6 +18,7 @@ from model.checkpoint.load import load_layers
 from model.convert.formats import convert
 from model.convert.layouts import ports
 from model.convert.protocol import Options
+from model.errors import ModelRefused
 from tests.model.convert.course_nets import RosinalityUNet, TqchUNet
 from tests.model.convert.flat_ports import FlatUNet
 from tests.model.convert.lucidrains_nets import diffusion
@@ -196,6 +197,17 @@ def test_of_two_nets_that_do_not_say_which_is_an_average_the_given_one_is_taken(
 
 
 # A bare state dict of diffusers
+
+
+def test_a_model_directory_whose_weights_have_a_prefix_is_not_served_but_converted(tmp_path: Path) -> None:
+    net, (x, timesteps) = shaken(small()), noise(8)
+    pipeline(net).save_pretrained(tmp_path / "ddpm")
+    weights = tmp_path / "ddpm" / "unet" / "diffusion_pytorch_model.safetensors"
+    written(weights, below("_orig_mod.module.", net.state_dict()))
+
+    with pytest.raises(ModelRefused, match=r"names begin with '_orig_mod\.module\.', which `ddpm convert` strips"):
+        read_card(tmp_path / "ddpm")
+    assert apart(output(converted(tmp_path / "ddpm"), x, timesteps), net(x, timesteps).sample) < 1e-5
 
 
 def test_a_bare_state_dict_of_diffusers_is_converted_with_its_configuration(
