@@ -149,7 +149,9 @@ def require_tensors(files: Iterable[tuple[str, Iterable[Entry]]], expected: Shap
             raise ModelRefused(f"{file} holds weights twice, or under both their old and their new names")
     for key, shape in expected.items():
         if key not in given:
-            raise ModelRefused(f"{name} lacks {key}")
+            prefix = next((other.removesuffix(key) for other in given if other.endswith(key)), "")
+            hint = f" (its names begin with {ascii(prefix)[:60]}, which `ddpm convert` strips)" if prefix else ""
+            raise ModelRefused(f"{name} lacks {key}{hint}")
         if given[key] != shape:
             raise ModelRefused(f"{name}: {key} must have shape {list(shape)}, got {list(given[key])}")
     if extra := len(given.keys() - expected.keys()):

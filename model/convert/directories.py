@@ -180,11 +180,15 @@ def _read_shards(index: Path) -> tuple[dict[str, Tensor], list[Path]]:
 
 def _named(average: dict[str, Tensor], net: dict[str, Tensor], name: str) -> dict[str, Tensor]:
     """An average's tensors by the names of the net's, which has them in the order that diffusers registers them in."""
-    names = sorted(net, key=lambda key: [ORDER.index(word) if word in ORDER else int(word) for word in key.split(".")])
-    tensors = [average[str(i)] for i in range(len(average))]
-    if [net[key].shape for key in names] != [tensor.shape for tensor in tensors]:
+    words = {word for key in net for word in key.split(".") if not word.isdecimal()}
+    if not words <= set(ORDER):
+        raise ModelRefused(f"{name} has no names for its tensors, and the net beside it has names that are not today's")
+    names = sorted(
+        net, key=lambda key: [int(word) if word.isdecimal() else ORDER.index(word) for word in key.split(".")]
+    )
+    if [net[key].shape for key in names] != [average[str(i)].shape for i in range(len(average))]:
         raise ModelRefused(f"{name}: its tensors do not have the shapes of the net's; --part takes the net itself")
-    return dict(zip(names, tensors, strict=True))
+    return dict(zip(names, (average[str(i)] for i in range(len(average))), strict=True))
 
 
 def _instead(directory: Path) -> str:

@@ -11,6 +11,9 @@ from os.path import commonprefix
 
 from torch import Tensor
 
+from model.errors import ModelRefused
+
+MAX_NETS = 32
 AVERAGED = re.compile(r"ema|shadow|averaged?|avg|swa")
 NOT_AVERAGED = re.compile(r"(non?|not|without|pre)[._-]?(ema|averaged?|avg|swa)")
 
@@ -41,8 +44,13 @@ class Net:
 
 
 def find(state: Mapping[str, Tensor], layouts: Mapping[str, frozenset[str]]) -> list[Net]:
-    """All nets of these layouts, averages first, then the larger before the smaller. layouts: names none can lack"""
+    """All nets of these layouts, averages first, then the larger before the smaller. Raises ModelRefused.
+
+    layouts: the names of tensors that none of their nets lacks
+    """
     places = {prefix: layout for layout, names in layouts.items() for prefix in _prefixes(state, names)}
+    if len(places) > MAX_NETS:
+        raise ModelRefused(f"a checkpoint may hold at most {MAX_NETS} nets, got {len(places)}")
     nets = []
     for prefix, layout in places.items():
         inner = tuple(other for other in places if other != prefix and other.startswith(prefix))
@@ -61,12 +69,13 @@ def _prefixes(state: Mapping[str, Tensor], names: frozenset[str]) -> list[str]:
 def _without_dots(state: Mapping[str, Tensor], net: Net) -> Iterator[Net]:
     """The average of a net as latent-diffusion's `LitEma` keeps it: `model_ema.` and the net's names without dots."""
     wrappers = net.prefix.split(".")
-    for head in {key.partition(".")[0] for key in state if averaged(key.partition(".")[0])}:
+    heads = {key.partition(".")[0] for key in state}
+    for head in sorted(filter(averaged, heads))[:MAX_NETS]:
         for start in range(len(wrappers)):
-            inner = ".".join(wrappers[start:])
-            there = {name: f"{head}.{(inner + name).replace('.', '')}" for name in net.tensors}
-            if all(place in state for place in there.values()):
-                yield replace(net, prefix=f"{head}.", tensors={name: state[place] for name, place in there.items()})
+            place = f"{head}.{''.join(wrappers[start:])}"
+            if all(place + name.replace(".", "") in state for name in net.tensors):
+                tensors = {name: state[place + name.replace(".", "")] for name in net.tensors}
+                yield replace(net, prefix=f"{head}.", tensors=tensors)
                 return
 
 

@@ -11,6 +11,8 @@ from model.convert.files import SAFETENSORS, kind
 from model.convert.pickles import unpickle
 from model.errors import ModelRefused
 
+MAX_TENSORS, MAX_NAME = 20_000, 1_000  # characters of a name
+
 
 def read_state(source: Path, part: str | None = None) -> tuple[dict[str, Tensor], str, list[str]]:
     """(tensors by name, the part of the file they were taken from, all its parts). Raises ModelRefused."""
@@ -27,6 +29,9 @@ def read_state(source: Path, part: str | None = None) -> tuple[dict[str, Tensor]
 
 def _load(path: Path) -> dict[str, Tensor]:
     try:
-        return dict(load_file(path))
+        state = dict(load_file(path))
     except (SafetensorError, OSError) as error:
         raise ModelRefused(f"{path.name} could not be read: {type(error).__name__}") from error
+    if len(state) > MAX_TENSORS or any(len(name) > MAX_NAME for name in state):
+        raise ModelRefused(f"at most {MAX_TENSORS} tensors with names of at most {MAX_NAME} characters are read")
+    return state

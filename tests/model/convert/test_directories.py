@@ -10,6 +10,8 @@ import torch
 from diffusers import DDPMScheduler, UNet2DModel
 from diffusers.training_utils import EMAModel
 
+from model.convert.directories import _named
+from model.errors import ModelRefused
 from tests.model.convert.test_convert import apart, converted, noise, refused, written
 from tests.model.convert.test_layouts import output
 from tests.model.worlds import generator, pipeline, shaken, small
@@ -144,6 +146,13 @@ def test_weights_in_several_files_are_read_by_their_index(
     assert "must name at most 256 files beside it" in refused(capsys, tmp_path / "ddpm")
     index.write_text(json.dumps({"weight_map": {key: where[key] for key in list(state)[1:]}}))
     assert refused(capsys, tmp_path / "ddpm").endswith("do not hold the same tensors")
+
+
+def test_an_average_without_names_beside_a_net_with_old_names_is_refused() -> None:
+    old = {"mid.attentions.0.query.weight": torch.zeros(1)}
+
+    with pytest.raises(ModelRefused, match="the net beside it has names that are not today's"):
+        _named({"0": torch.zeros(1)}, old, "custom_checkpoint_0.pkl")
 
 
 @pytest.mark.parametrize("shapes", ["the net's", "another net's"])

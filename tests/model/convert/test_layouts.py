@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from model.checkpoint.card import read_card
 from model.checkpoint.load import load_layers
 from model.convert.formats import convert
+from model.convert.layouts import ports
 from model.convert.protocol import Options
+from model.errors import ModelRefused
 from tests.model.convert.course_nets import RosinalityUNet, TqchUNet
 from tests.model.convert.flat_ports import FlatUNet
 from tests.model.convert.lucidrains_nets import diffusion
@@ -197,6 +199,17 @@ def test_of_two_nets_that_do_not_say_which_is_an_average_the_given_one_is_taken(
 # A bare state dict of diffusers
 
 
+def test_a_model_directory_whose_weights_have_a_prefix_is_not_served_but_converted(tmp_path: Path) -> None:
+    net, (x, timesteps) = shaken(small()), noise(8)
+    pipeline(net).save_pretrained(tmp_path / "ddpm")
+    weights = tmp_path / "ddpm" / "unet" / "diffusion_pytorch_model.safetensors"
+    written(weights, below("_orig_mod.module.", net.state_dict()))
+
+    with pytest.raises(ModelRefused, match=r"names begin with '_orig_mod\.module\.', which `ddpm convert` strips"):
+        read_card(tmp_path / "ddpm")
+    assert apart(output(converted(tmp_path / "ddpm"), x, timesteps), net(x, timesteps).sample) < 1e-5
+
+
 def test_a_bare_state_dict_of_diffusers_is_converted_with_its_configuration(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -272,6 +285,23 @@ def test_a_net_that_predicts_x0_by_an_option_of_2022_does_so_in_todays_diffusers
 
 
 # What cannot be converted
+
+
+HOSTILE: dict[str, tuple[Callable[[], dict[str, Tensor]], str]] = {
+    "many nets": (
+        lambda: {f"{i}.{name}": torch.zeros(1) for i in range(40) for name in ports.NAMES},
+        "a checkpoint may hold at most 32 nets, got 40",
+    ),
+    "many tensors": (lambda: {f"{i}": torch.zeros(1) for i in range(20_001)}, "at most 20000 tensors"),
+    "a long name": (lambda: {"a." * 501: torch.zeros(1)}, "with names of at most 1000 characters"),
+}
+
+
+@pytest.mark.parametrize(("state", "words"), HOSTILE.values(), ids=HOSTILE.keys())
+def test_a_file_that_would_take_long_to_search_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], state: Callable[[], dict[str, Tensor]], words: str
+) -> None:
+    assert words in refused(capsys, written(tmp_path / "net.safetensors", state()))
 
 
 FOREIGN = {
