@@ -130,8 +130,8 @@ def submit(retry: Retry, request: Request, key: str | None = None) -> Flow[Docum
 def images(timeout_s: float, document: Document) -> Flow[tuple[Picture, ...]]:
     """The pictures of a job that has succeeded."""
     pictures = []
-    for image in document["images"]:
-        path = f"{job_path(document['id'])}/images/{image['index']}"  # `url` may have a prefix, as ours may
+    for place, image in enumerate(document["images"]):
+        path = f"{job_path(document['id'])}/images/{place}"  # `url` may have the prefix that the server's address has
         png = (yield from send(Retry(timeout_s), Send(path=path))).body
         pictures.append(Picture(document["id"], 0, index=image["index"], seed=image["seed"], png=png))
     return tuple(pictures)
