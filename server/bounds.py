@@ -13,7 +13,7 @@ from pydantic.fields import FieldInfo
 
 from server.errors import Invalid
 
-NAME = re.compile(r"[A-Za-z_]{1,40}|[A-Za-z_][A-Za-z0-9_]{0,19}")  # not a key, a path or a tag
+NAME = re.compile(r"[A-Za-z_]{1,40}")  # not a key, a path or a tag
 NUMBER = re.compile(r"-?[0-9]{1,20}(?:\.[0-9]{1,20})?")
 MAX_DIGITS = 25  # of a number that a message repeats
 KINDS = {str: "a string", list: "a list", dict: "an object", NoneType: "null"}

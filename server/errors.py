@@ -2,9 +2,12 @@
 
 import http
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from model.errors import ModelRefused, NoSuchDevice, PlanError
-from server.documents import FieldError, ProblemDocument
+
+if TYPE_CHECKING:  # whose import takes a quarter of a second, and commands that make no document need none
+    from server.documents import FieldError, ProblemDocument
 
 EXIT_FAILED, EXIT_USAGE, EXIT_MODEL_REFUSED, EXIT_STORE_REFUSED, EXIT_STORE_IN_USE = 1, 2, 3, 4, 5
 EXIT_NO_DEVICE, EXIT_STORAGE_FULL, EXIT_ENGINE = 6, 7, 70
@@ -206,10 +209,10 @@ class Problem:
     status: int
     code: str
     detail: str
-    errors: list[FieldError] = field(default_factory=list)
+    errors: "list[FieldError]" = field(default_factory=list)
     headers: dict[str, str] = field(default_factory=dict)
 
-    def body(self, request_id: str) -> ProblemDocument:
+    def body(self, request_id: str) -> "ProblemDocument":
         """The members of the `application/problem+json` answer."""
         body: ProblemDocument = {
             "type": f"urn:ddpm:problem:{self.code}",

@@ -1,11 +1,11 @@
 """Says what of a data directory is damaged and what is sound, and changes nothing."""
 
 import os
-from argparse import ArgumentParser
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from model.usage import Parser
 from server.errors import EXIT_STORE_REFUSED, SettingsError
 from server.store import lock
 from server.store.checks import inspect
@@ -21,7 +21,7 @@ def main(arguments: Sequence[str]) -> int:
     Returns 0 if all is sound, else 4; with --salvage, 0 if all jobs are certainly in OUT.
 
     Raises StoreInUse, StoreRefused, SettingsError."""
-    parser = ArgumentParser("ddpm check", description=__doc__)
+    parser = Parser("ddpm check", description=__doc__)
     parser.add_argument("directory", metavar="DATA_DIR", type=Path, help="data directory of a server that does not run")
     salvaging = "write what is sound into this new directory, which a server can start on"
     parser.add_argument("--salvage", metavar="OUT", type=Path, help=salvaging)

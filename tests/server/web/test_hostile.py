@@ -110,7 +110,7 @@ def test_every_refusal_is_a_problem_that_echoes_nothing(server: Server) -> None:
         request(f"/models/{ECHO}", method="GET"),
         request(f"/jobs/{ECHO}", method="GET"),
         request(f"/jobs?status={ECHO}", method="GET"),
-        request(body=json.dumps({"n" * 40 + ECHO: 1}).encode()),
+        request(body=json.dumps({ECHO: 1}).encode()),
         request(body=json.dumps({"model": ECHO}).encode()),
         request(body=f'{{"{ECHO}"'.encode()),
         request(host=f"{ECHO}.example"),

@@ -144,7 +144,14 @@ def test_brackets_may_nest_as_deep_as_the_limit_and_no_deeper(client: TestClient
 
 def test_input_is_never_echoed(client: TestClient) -> None:
     secret = "gx7-unlikely"
-    for body in ({"frames": secret}, {"sampler": secret}, {"model": secret}, {"variance": secret}, {"seed": secret}):
+    for body in (
+        {secret: 1},
+        {"frames": secret},
+        {"sampler": secret},
+        {"model": secret},
+        {"variance": secret},
+        {"seed": secret},
+    ):
         assert secret not in client.post("/generate", json=body).text
     assert secret not in client.get(f"/models/{secret}").text
     assert secret not in client.get(f"/jobs/{secret}").text
