@@ -49,6 +49,7 @@ WRONG = {
     "convert": ["net.pt"],
     "bench": ["--times"],
     "key": ["alice", "--quota", "1\n2"],
+    "check": [],
 }
 
 

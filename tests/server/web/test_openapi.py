@@ -104,7 +104,7 @@ def test_every_answer_of_every_operation_is_as_described(site: TestClient, descr
         asked("GET /jobs/{id}/events", f"/jobs/{done}/events", headers={"last-event-id": last})
     for media in ("image/gif", "image/apng", "image/webp"):
         asked("GET /jobs/{id}/trajectory", f"/jobs/{done}/trajectory", headers={"accept": media})
-    for path in ("/jobs", "/models", "/healthz", "/readyz", "/status", "/metrics", "/v1/models"):
+    for path in ("/jobs", "/models", "/healthz", "/readyz", "/status", "/metrics", "/v1/models", "/webhooks/secret"):
         asked(f"GET {path}")
     for path in ("/models/{name}", "/v1/models/{name}"):
         asked(f"GET {path}", path.format(name="tiny"))
