@@ -18,7 +18,7 @@ from server.logs import report
 from server.store import rows
 from server.store.blobs import RETRY_S
 from server.store.schema import count_commit, is_full
-from server.troubles import JOURNAL, PATIENCE_S, PICTURES, STORE, Troubles, shortage, started
+from server.troubles import JOURNAL, PATIENCE_S, PICTURES, STORE, Troubles, shortage, started, too_little
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -131,7 +131,7 @@ class Writer:
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
         closing = False
-        while not closing:
+        while not closing or self._queue:  # the last commit may have to be undone
             if not self._queue and not self._closing:
                 self._news.clear()
                 with suppress(TimeoutError):
@@ -194,9 +194,10 @@ class Writer:
         """Delivers the answer to the caller -> False if the request must be retried instead. Raises an error that a
         durable request cannot survive."""
         if isinstance(answer, ERRORS):
-            if shortage(answer) is not None:
+            if (resource := shortage(answer)) is not None:
                 if request.durable:
                     return False
+                answer = too_little(resource)
             elif is_full(answer):
                 self.write_failed(answer)
                 if request.durable:
