@@ -117,7 +117,7 @@ class Deliveries:
         """One attempt. A bug in it leaves the delivery in `_sending`, so that it is not tried again by this server."""
         status, error = None, None
         try:
-            status = await self._post(record)
+            status = await self.repository.store.troubles.outlast(lambda: self._post(record))
         except Undelivered as failure:
             error = str(failure)
         after = after_attempt(before, status, error, self.repository.clock.now())
