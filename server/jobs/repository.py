@@ -163,6 +163,8 @@ class JobRepository:
             async for event in events:
                 if isinstance(event, Finished):
                     png = await asyncio.to_thread(encode.png, event.picture, job.texts(kept.seed))
+        if not png:
+            raise NotReady("this picture was damaged on disk and could not be made again now")
         if not is_sound(kept.sha256, png):
             self.mismatches += 1
             raise Gone(f"{damage}, and it comes out with other bytes on this machine")

@@ -6,7 +6,7 @@ import os
 import random
 import shutil
 import sqlite3
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,16 @@ from unittest import mock
 
 import pytest
 
+from model.engine.events import Failed
 from server.cli.main import main
+from server.engines.backend import SampleEvent
 from server.errors import Gone, StorageFull, StoreRefused
 from server.store import blobs, wal
 from server.store.lock import FLOOR, LOCK
 from server.store.records import Record
 from server.store.schema import JOURNAL, LOG, PICTURES
 from server.store.store import Store
+from server.worker.messages import Spec
 from tests.server.jobs.records import a_store, keep, name, record
 from tests.server.store import flips
 from tests.server.store.flips import flip, killed, pick, snapshot, truncate, verdict
@@ -449,6 +452,22 @@ def test_a_damaged_picture_that_cannot_be_made_again_is_refused_with_the_reason(
     assert [answer.json()["detail"] for answer in (gone, changed, other)] == [
         f"this picture was damaged on disk{reason}" for reason in reasons
     ]
+
+
+def test_a_picture_that_could_not_be_made_again_this_time_is_no_other_picture(
+    weights: Path, data: Path, damaged: str
+) -> None:
+    async def fails(spec: Spec) -> AsyncGenerator[SampleEvent]:
+        yield Failed(0, "memory ran out")
+
+    with flips.start(weights, data) as client:
+        jobs = client.app.state.jobs  # type: ignore[attr-defined]
+        with mock.patch.object(jobs.backend, "run", fails):
+            first = client.get(damaged)
+        second = client.get(damaged)
+
+    assert (first.status_code, first.json()["code"]) == (503, "not-ready")
+    assert (second.status_code, jobs.repository.mismatches) == (200, 0)
 
 
 def test_while_a_damaged_picture_is_made_again_callers_are_told_when_to_come_back(
