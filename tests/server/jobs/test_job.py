@@ -5,7 +5,6 @@ from itertools import product
 from unittest import mock
 
 import pytest
-
 from ddpm_client.wire import pack
 
 from model.sampling.plan import Sampling

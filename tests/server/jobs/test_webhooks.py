@@ -372,7 +372,9 @@ def test_a_job_that_is_deleted_during_an_attempt_is_not_delivered_again(sending:
         assert receiver.came.empty()
 
 
-@pytest.mark.parametrize("short", [RuntimeError("can't start new thread"), OSError(errno.EMFILE, "Too many open files")])
+@pytest.mark.parametrize(
+    "short", [RuntimeError("can't start new thread"), OSError(errno.EMFILE, "Too many open files")]
+)
 def test_a_passing_lack_is_no_attempt(sending: Sending, monkeypatch: pytest.MonkeyPatch, short: Exception) -> None:
     monkeypatch.setattr(troubles, "RETRY_S", 0.02)
     usual, attempts = asyncio.open_connection, list[int]()
