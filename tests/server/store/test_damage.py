@@ -21,6 +21,7 @@ from server.errors import Gone, StorageFull, StoreRefused
 from server.store import blobs, wal
 from server.store.lock import FLOOR, LOCK
 from server.store.records import Record
+from server.store.salvage import salvage
 from server.store.schema import JOURNAL, LOG, PICTURES
 from server.store.store import Store
 from server.worker.messages import Spec
@@ -403,6 +404,37 @@ def test_salvage_without_a_journal_takes_what_the_log_has(
     assert main(["check", str(data), "--salvage", str(tmp_path / "out")]) == 4
     assert f"damaged: {JOURNAL} is missing" in capsys.readouterr().out
     asyncio.run(Store(tmp_path / "out").close())
+
+
+def test_salvage_of_a_store_that_has_had_many_jobs_takes_as_long_as_those_it_has(data: Path, tmp_path: Path) -> None:
+    with sqlite3.connect(data / JOURNAL) as db:
+        db.execute("UPDATE sqlite_sequence SET seq = 1000000000000 WHERE name = 'jobs'")
+    db.close()
+
+    assert main(["check", str(data), "--salvage", str(tmp_path / "out")]) == 0
+
+
+def test_salvage_ends_whichever_frame_is_bad_though_a_key_was_used_again(tmp_path: Path) -> None:
+    data, copy = tmp_path / "data", tmp_path / "copy"
+
+    async def story() -> None:
+        async with a_store(data) as store:
+            await keep(store, "old", b"png", owner="me", key="k", ended=1.0)
+            await store.expire(before=1.5, most_bytes=1 << 40)
+            await store.insert(record("new", owner="me", key="k"))
+            shutil.copytree(data, copy)
+
+    asyncio.run(story())
+    frames = wal.read(copy / LOG)
+    assert frames is not None
+    saved = set[int]()
+    for index in range(len(frames.pages)):
+        shutil.copytree(copy, tmp_path / f"{index}")
+        middle(tmp_path / f"{index}" / LOG, (index + 0.5) / len(frames.pages))
+        saved.add(salvage(tmp_path / f"{index}", tmp_path / f"out{index}").jobs)
+        asyncio.run(Store(tmp_path / f"out{index}").close())
+
+    assert saved <= {0, 1}
 
 
 def test_salvage_does_not_write_into_a_directory_with_something_in_it(data: Path) -> None:
