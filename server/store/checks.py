@@ -138,7 +138,7 @@ def _check_rows(db: sqlite3.Connection, version: int, report: Report) -> None:
                 if checksum(*values) != written:
                     report.damages.append(f"the row of {values[0]} in the table {table}")
     else:
-        report.jobs, report.unfinished = db.execute("SELECT count(*), sum(status IS NULL) FROM jobs").fetchone()
+        report.jobs, report.unfinished = db.execute("SELECT count(*), count(*) - count(status) FROM jobs").fetchone()
     queries = [
         ("SELECT count(*) FROM images LEFT JOIN files USING (sha256) WHERE size IS NULL", "images without a size"),
         ("SELECT count(*) FROM images LEFT JOIN jobs ON number = job WHERE number IS NULL", "images without a job"),

@@ -19,7 +19,7 @@ from server.cli.main import main
 from server.engines.backend import SampleEvent
 from server.errors import Gone, StorageFull, StoreRefused
 from server.store import blobs, wal
-from server.store.lock import FLOOR, LOCK
+from server.store.lock import FLOOR, FLOOR_BYTES, LOCK
 from server.store.records import Record
 from server.store.salvage import salvage
 from server.store.schema import JOURNAL, LOG, PICTURES
@@ -129,8 +129,10 @@ def test_an_older_journal_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_damaged_lock_file_is_refused_and_a_lost_one_is_not(data: Path) -> None:
-    middle(data / LOCK, (FLOOR + 3) / (data / LOCK).stat().st_size)
-    assert "lock is damaged" in refusal(data)
+    whole = (data / LOCK).read_bytes()
+    for at in range(FLOOR, FLOOR + FLOOR_BYTES):
+        (data / LOCK).write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        assert "lock is damaged" in refusal(data)
     (data / LOCK).unlink()
     asyncio.run(Store(data).close())
     middle(data / JOURNAL, 0.5)
