@@ -92,8 +92,9 @@ class Writer:
         durable: bool = False,
         undo: Callable[[sqlite3.Connection], Any] | None = None,
     ) -> "asyncio.Future[T]":
-        """The result of `work`, once it is on disk; or what `work` raises. StorageFull if the disk is full or does not
-        answer, unless durable; and if the store has failed. undo: what is done if `work` succeeds after that."""
+        """The result of `work`, once it is on disk; or what `work` raises. Unless durable, StorageFull if the disk is
+        full or does not answer, NotReady if the system has too little of something; in any case StorageFull if the
+        store has failed. undo: what is done if `work` succeeds after that."""
         answer: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         if self.failed or (self._hangs and not durable):
             answer.set_exception(StorageFull(self.trouble or ""))

@@ -393,6 +393,17 @@ def test_a_passing_lack_is_no_attempt(sending: Sending, monkeypatch: pytest.Monk
     assert (len(attempts) > 3, webhook["last_error"]) == (True, None)
 
 
+def test_a_passing_lack_of_the_journal_does_not_end_deliveries(
+    sending: Sending, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(deliveries, "FULL_S", 0.02)
+    with a_receiver() as receiver, sending() as client:
+        with mock.patch.object(rows, "next_delivery", side_effect=MemoryError) as lacking:
+            job = later(client, webhook=receiver.url)
+            until(lambda: lacking.called)
+        told(client, job["id"], "delivered", 1)
+
+
 def test_while_the_disk_is_full_a_delivery_that_cannot_be_noted_is_not_repeated(sending: Sending) -> None:
     full: list[Callable[[], None]] = []
 
