@@ -101,6 +101,12 @@ def test_a_journal_or_log_that_is_not_whole_is_refused(data: Path, file: str, da
     assert f"`ddpm check {data}`" in said
 
 
+def test_a_log_that_is_cut_off_in_its_header_is_refused(data: Path) -> None:
+    os.truncate(data / LOG, 31)
+
+    assert f"{LOG}: its header is cut off" in refusal(data)
+
+
 @pytest.mark.parametrize("at", [0.0, 0.5, 0.95, 0.9999])
 def test_a_bad_frame_anywhere_in_the_log_is_refused(data: Path, at: float) -> None:
     middle(data / LOG, at)
@@ -405,6 +411,37 @@ def test_salvage_without_a_journal_takes_what_the_log_has(
 
     assert main(["check", str(data), "--salvage", str(tmp_path / "out")]) == 4
     assert f"damaged: {JOURNAL} is missing" in capsys.readouterr().out
+    asyncio.run(Store(tmp_path / "out").close())
+
+
+@pytest.mark.parametrize("at", [68, 71])  # which application it is of
+def test_a_damaged_header_is_damage_and_can_be_salvaged(tmp_path: Path, at: int) -> None:
+    async def story() -> None:
+        async with a_store(tmp_path / "data") as store:
+            await keep(store, "a", b"png")
+
+    asyncio.run(story())
+    path = tmp_path / "data" / JOURNAL
+    whole = path.read_bytes()
+    path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+
+    assert "header is damaged" in refusal(tmp_path / "data")
+    assert main(["check", str(tmp_path / "data"), "--salvage", str(tmp_path / "out")]) == 4
+    assert asyncio.run(found(tmp_path / "out")) == "succeeded"
+
+
+async def found(data: Path) -> str | None:
+    """The state of the job a."""
+    async with a_store(data) as store:
+        return (await store.find("a", None)).status
+
+
+@pytest.mark.parametrize("size", [0, 1, 50, 100, 4096])
+def test_a_journal_that_is_cut_to_nothing_is_salvaged_from_its_log(data: Path, tmp_path: Path, size: int) -> None:
+    os.truncate(data / JOURNAL, size)
+
+    refusal(data)
+    assert main(["check", str(data), "--salvage", str(tmp_path / "out")]) == 4
     asyncio.run(Store(tmp_path / "out").close())
 
 

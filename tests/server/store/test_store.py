@@ -414,7 +414,7 @@ def test_a_damaged_or_unknown_store_is_refused_and_unchanged(tmp_path: Path, wro
             if wrong == "newer":
                 db.execute(f"PRAGMA user_version = {VERSION + 1}")
             if wrong == "other":
-                db.execute("PRAGMA application_id = 7")
+                db.executescript("PRAGMA application_id = 7; CREATE TABLE theirs (x)")
         db.close()
         if wrong == "page":
             data = bytearray(journal.read_bytes())
