@@ -38,10 +38,10 @@ def salvage(directory: Path, out: Path) -> Salvaged:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise SettingsError(f"{out} must be a directory that is empty or does not exist")
     (out / PICTURES).mkdir(mode=0o700, parents=True)
+    create(out / JOURNAL)
     report = Salvaged()
     states = list(_states(directory, out))
     jobs = _jobs(states, report)
-    create(out / JOURNAL)
     with closing(sqlite3.connect(out / JOURNAL, isolation_level=None)) as db:
         db.execute("BEGIN")
         for record in jobs:
@@ -77,14 +77,22 @@ def _states(directory: Path, out: Path) -> Iterator[sqlite3.Connection]:
             shutil.copyfile(journal, copy)
         if frames is not None:
             wal.apply(log, frames, copy, len(frames.pages) if number == 0 else frames.committed)
-        with open(copy, "r+b") as file:
-            file.seek(18)
-            file.write(b"\1\1")  # without a log
+        _mend_header(copy, (out / JOURNAL).read_bytes())
         db = sqlite3.connect(copy, isolation_level=None)
         db.row_factory = sqlite3.Row
         with suppress(*UNREADABLE):
             migrate(db)
         yield db
+
+
+def _mend_header(path: Path, sound: bytes) -> None:
+    """Writes into a copy of the journal what all journals have in their headers. sound: a new one"""
+    pages = path.stat().st_size // PAGE_BYTES
+    parts = {0: sound[:18] + b"\1\1" + sound[20:24], 28: pages.to_bytes(4), 44: sound[44:48], 56: sound[56:60]}
+    with open(path, "r+b") as file:
+        for at, part in parts.items():  # the ones at 18: there is no log
+            file.seek(at)
+            file.write(part)
 
 
 def _numbers(db: sqlite3.Connection) -> set[int]:
