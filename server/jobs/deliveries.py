@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from server import __version__
-from server.errors import Invalid, StorageFull
+from server.errors import Invalid, NotReady, StorageFull
 from server.jobs.codec import to_job
 from server.jobs.repository import JobRepository
 from server.jobs.stream import TextMessage
@@ -31,7 +31,7 @@ from server.webhooks.target import Undelivered, parse_url
 logger = logging.getLogger(__name__)
 PAUSES_S = (5.0, 30.0, 120.0, 600.0, 3600.0, 21_600.0, 86_400.0)  # before the second attempt, the third, ...
 MOST, MOST_OF_A_KEY, MOST_OF_A_HOST = 16, 8, 2  # at once
-FULL_S = 5.0  # until the next look while the disk is full
+FULL_S = 5.0  # until the next look while the journal cannot be asked
 GONE = 410  # by which a receiver says that it wants no more
 OUTCOMES = ("delivered", "retried", "gone", "failed")
 
@@ -87,7 +87,7 @@ class Deliveries:
             self._news.clear()
             try:
                 pause_s = await self._begin_next()
-            except StorageFull:
+            except (StorageFull, NotReady):
                 pause_s = FULL_S
             if pause_s != 0:
                 with suppress(TimeoutError):
@@ -96,7 +96,7 @@ class Deliveries:
 
     async def _begin_next(self) -> float | None:
         """Begins an attempt that is due -> 0; else the seconds until one is due, or None if there is nothing to wait
-        for but news. Raises StorageFull."""
+        for but news. Raises StorageFull or NotReady."""
         if len(self._sending) == MOST:
             return None
         hosts = Counter(record.delivery.host for record in self._sending.values() if record.delivery)
@@ -117,7 +117,7 @@ class Deliveries:
         """One attempt. A bug in it leaves the delivery in `_sending`, so that it is not tried again by this server."""
         status, error = None, None
         try:
-            status = await self._post(record)
+            status = await self.repository.store.troubles.outlast(lambda: self._post(record))
         except Undelivered as failure:
             error = str(failure)
         after = after_attempt(before, status, error, self.repository.clock.now())

@@ -14,7 +14,6 @@ from enum import StrEnum
 from functools import cache, cached_property, lru_cache, partial
 from hashlib import sha256
 from typing import Any
-from urllib.parse import urlsplit
 
 from model.engine.events import Floats, Picture
 from model.sampling.plan import timesteps
@@ -136,7 +135,7 @@ class Job:
         self.steps, self.stream = [0] * self.request.n, Stream(self.id, self.counts)
         self.image_steps = self.request.image_steps
         if self.request.webhook is not None:
-            self.delivery = Delivery(host=urlsplit(self.request.webhook).hostname or "")
+            self.delivery = Delivery.to(self.request.webhook)
         self.rank = self.arrived / 60 - self.request.priority  # smaller is seated first
         self.levels = _levels(self.request.T, self.request.sampling.steps, self.request.sampling.spacing)
         messages = 2 + self.request.n * (1 + self.request.frame_count)  # started, frames, images, the end

@@ -82,7 +82,7 @@ class JobRepository:
                 self._sweeper.cancel()
                 await asyncio.gather(self._sweeper, return_exceptions=True)
                 await self.store.park()
-        except StorageFull as error:
+        except (StorageFull, NotReady) as error:
             logger.warning("the disk is full at the end", extra={"reason": str(error)})
         finally:
             await self.store.close()
@@ -163,6 +163,8 @@ class JobRepository:
             async for event in events:
                 if isinstance(event, Finished):
                     png = await asyncio.to_thread(encode.png, event.picture, job.texts(kept.seed))
+        if not png:
+            raise NotReady("this picture was damaged on disk and could not be made again now")
         if not is_sound(kept.sha256, png):
             self.mismatches += 1
             raise Gone(f"{damage}, and it comes out with other bytes on this machine")
@@ -212,7 +214,7 @@ class JobRepository:
     async def sweep(self) -> None:
         """Deletes jobs whose retention has ended, with the pictures that no other job has.
 
-        Raises StorageFull, and then there may be more to delete.
+        Raises StorageFull, NotReady or OSError, and then there may be more to delete.
         """
         before = self.clock.now() - self._settings.retention_days * DAY_S
         more = True
@@ -228,5 +230,5 @@ class JobRepository:
             await asyncio.sleep(SWEEP_S)
             try:
                 await self.sweep()
-            except StorageFull as error:
+            except (StorageFull, NotReady, OSError) as error:
                 logger.warning("jobs after their retention were not deleted", extra={"reason": str(error)})

@@ -55,12 +55,12 @@ class PictureMessage:
         if self._packed is None and self.small:
             self._pack()
         elif self._packed is None:
-            self._encoding = self._encoding or asyncio.create_task(asyncio.to_thread(self._pack))
+            if self._encoding is None or self._encoding.done():  # one that failed may succeed the next time
+                self._encoding = asyncio.create_task(asyncio.to_thread(self._pack))
             try:
                 await asyncio.shield(self._encoding)
             except OSError as error:
-                self._encoding, resource = None, shortage(error)  # or nobody could ever watch this job
-                if resource is None:
+                if (resource := shortage(error)) is None:
                     raise
                 raise too_little(resource) from None
         assert self._packed is not None

@@ -116,8 +116,6 @@ class Blobs:
             with self._lock:
                 if name not in self._pinned:
                     (self.folder / name).unlink(missing_ok=True)
-        if self._waiting:
-            raise OSError("a picture waits that cannot be written")
 
     def set_aside(self, named: Set[str]) -> int:
         """Moves blobs that rows do not name, and unfinished ones, out of the folder -> how many
@@ -149,6 +147,8 @@ class Blobs:
             self._write(name, b"\0" * size_bytes)
         finally:
             (self.folder / name).unlink(missing_ok=True)
+        if self._waiting:
+            raise OSError("a picture waits that cannot be written")
 
 
 def is_blob(entry: "os.DirEntry[str]") -> bool:

@@ -19,6 +19,7 @@ ALL_IMAGES = """SELECT job, place AS "index", seed, sha256, size, message FROM i
     ORDER BY job, place"""
 HOLDER = "SELECT 1 FROM images WHERE images.sha256 = files.sha256"
 PLAIN = {"known": ("identity", "sha256"), "expired": ("id", "owner")}  # tables whose rows have checksums of their own
+HEADER = 100  # bytes, of a database
 OWED = "jobs.status IS NOT NULL AND json_extract(request, '$.webhook') IS NOT NULL"
 
 
@@ -39,8 +40,8 @@ def inspect(directory: Path, floor: int, hashes: bool = False) -> Report:
     Raises StoreRefused if the journal is of a newer version or of something else.
     """
     report, path = Report(), directory / JOURNAL
-    if not path.exists():
-        report.damages.append(f"{JOURNAL} is missing")
+    if not path.exists() or path.stat().st_size < HEADER:  # SQLite would delete the log of an empty one
+        report.damages.append(f"{JOURNAL} is missing, or cut off in its header")
         return report
     frames = _check_files(path, report)
     committed, complete = 0 if frames is None else frames.committed, False
@@ -72,7 +73,7 @@ def inspect(directory: Path, floor: int, hashes: bool = False) -> Report:
 def _check_files(path: Path, report: Report) -> wal.Frames | None:
     """Checks the files of the journal, before SQLite reads them -> the frames of the log"""
     with open(path, "rb") as file:
-        header = file.read(100)
+        header = file.read(HEADER)
     if header[:16] != b"SQLite format 3\0" or header[18:20] != b"\2\2":  # the latter: with a log
         report.damages.append(f"the header of {JOURNAL} is damaged")
     try:
@@ -95,9 +96,13 @@ def _open(path: Path, with_log: bool) -> sqlite3.Connection:
 
 
 def _version(db: sqlite3.Connection, path: Path) -> int:
+    """The version that the header tells. Raises StoreRefused if it is unknown, ValueError if the tables are ours though
+    the header says otherwise."""
     (version,), (application,) = (
         db.execute(f"PRAGMA {name}").fetchone() for name in ("user_version", "application_id")
     )
+    if (application != APPLICATION or version < 1) and _schema(db) == _schema(_empty(VERSION)):
+        raise ValueError("its header is damaged")
     if version > VERSION:
         raise StoreRefused(f"the store {path} is of version {version}, this server knows up to version {VERSION}")
     if application != APPLICATION or version < 1:
@@ -138,7 +143,7 @@ def _check_rows(db: sqlite3.Connection, version: int, report: Report) -> None:
                 if checksum(*values) != written:
                     report.damages.append(f"the row of {values[0]} in the table {table}")
     else:
-        report.jobs, report.unfinished = db.execute("SELECT count(*), sum(status IS NULL) FROM jobs").fetchone()
+        report.jobs, report.unfinished = db.execute("SELECT count(*), count(*) - count(status) FROM jobs").fetchone()
     queries = [
         ("SELECT count(*) FROM images LEFT JOIN files USING (sha256) WHERE size IS NULL", "images without a size"),
         ("SELECT count(*) FROM images LEFT JOIN jobs ON number = job WHERE number IS NULL", "images without a job"),

@@ -48,9 +48,10 @@ def read(db: sqlite3.Connection, number: int) -> Delivery | None:
     return Delivery(**{name: row[name] for name in FIELDS})
 
 
-def is_owed(record: Record) -> bool:
-    """Whether a job has ended and has a webhook, so that there must be a delivery."""
-    return record.status is not None and json.loads(record.request).get("webhook") is not None
+def first(record: Record) -> Delivery | None:
+    """The delivery that a job which has ended began with; None if it has no webhook, or has not ended."""
+    url = json.loads(record.request).get("webhook") if record.status is not None else None
+    return Delivery.to(url) if url is not None else None
 
 
 def next_jobs(db: sqlite3.Connection, now: float, *busy: Sequence[int | str]) -> list[int]:

@@ -48,14 +48,17 @@ def read_floor(lock: int) -> int:
     found = os.pread(lock, FLOOR_BYTES, FLOOR)
     if not found.strip(b"\0 "):
         return 0
-    number, _, check = found.strip().partition(b" ")
-    if int(check, 16) != crc32(number):
+    number = found[:16]
+    if found != _floor(number):
         raise ValueError(f"{LOCK} is damaged")
     return int(number, 16)
 
 
 def write_floor(lock: int, number: int) -> None:
     """Records the number of the last transaction on disk, which is going to be promised."""
-    text = f"{number:016x}".encode()
     with suppress(OSError):  # then a loss of this one transaction alone would not be noticed
-        os.pwrite(lock, b"%s %08x\n" % (text, crc32(text)), FLOOR)
+        os.pwrite(lock, _floor(f"{number:016x}".encode()), FLOOR)
+
+
+def _floor(number: bytes) -> bytes:
+    return b"%s %08x\n" % (number, crc32(number))

@@ -5,6 +5,7 @@ import sqlite3
 from collections.abc import Iterable
 from dataclasses import dataclass
 from operator import attrgetter
+from urllib.parse import urlsplit
 from zlib import crc32
 
 from server.documents import DeliveryState, WebhookDocument
@@ -32,6 +33,11 @@ class Delivery:
     status: int | None = None  # of the last answer
     error: str | None = None  # why there was no answer
     delivered_at: float | None = None
+
+    @classmethod
+    def to(cls, url: str) -> "Delivery":
+        """A delivery to this URL that has not been attempted."""
+        return cls(host=urlsplit(url).hostname or "")
 
     @property
     def document(self) -> WebhookDocument:

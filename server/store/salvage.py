@@ -17,6 +17,7 @@ from server.store.journal import create, migrate
 from server.store.records import FIELDS, Record, checksum, job_checksum
 from server.store.schema import JOURNAL, LOG, PICTURES
 
+MOST_UNREADABLE = 100_000  # numbers that are tried one by one where the table cannot be read
 PAGE_BYTES = 4096  # as SQLite chooses it
 UNREADABLE = (sqlite3.Error, Gone, TypeError, ValueError)
 INSERT = f"INSERT INTO jobs (number, {', '.join(FIELDS)}, checksum) VALUES ({'?, ' * len(FIELDS)} ?, ?)"
@@ -37,14 +38,19 @@ def salvage(directory: Path, out: Path) -> Salvaged:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise SettingsError(f"{out} must be a directory that is empty or does not exist")
     (out / PICTURES).mkdir(mode=0o700, parents=True)
+    create(out / JOURNAL)
     report = Salvaged()
     states = list(_states(directory, out))
     jobs = _jobs(states, report)
-    create(out / JOURNAL)
     with closing(sqlite3.connect(out / JOURNAL, isolation_level=None)) as db:
         db.execute("BEGIN")
         for record in jobs:
-            _save(db, record, directory, out, report)
+            try:
+                _save(db, record, directory, out, report)
+            except sqlite3.IntegrityError:  # it was deleted, and its Idempotency-Key used again
+                report.lost.append(f"job number {record.number}: a later one has its id or its Idempotency-Key")
+        report.again.reverse()
+        report.lost.reverse()
         for table in PLAIN:
             _copy(states, db, table, report)
         db.execute("COMMIT")
@@ -71,9 +77,7 @@ def _states(directory: Path, out: Path) -> Iterator[sqlite3.Connection]:
             shutil.copyfile(journal, copy)
         if frames is not None:
             wal.apply(log, frames, copy, len(frames.pages) if number == 0 else frames.committed)
-        with open(copy, "r+b") as file:
-            file.seek(18)
-            file.write(b"\1\1")  # without a log
+        _mend_header(copy, (out / JOURNAL).read_bytes())
         db = sqlite3.connect(copy, isolation_level=None)
         db.row_factory = sqlite3.Row
         with suppress(*UNREADABLE):
@@ -81,14 +85,40 @@ def _states(directory: Path, out: Path) -> Iterator[sqlite3.Connection]:
         yield db
 
 
+def _mend_header(path: Path, sound: bytes) -> None:
+    """Writes into a copy of the journal what all journals have in their headers. sound: a new one"""
+    pages = path.stat().st_size // PAGE_BYTES
+    parts = {0: sound[:18] + b"\1\1" + sound[20:24], 28: pages.to_bytes(4), 44: sound[44:48], 56: sound[56:60]}
+    with open(path, "r+b") as file:
+        for at, part in parts.items():  # the ones at 18: there is no log
+            file.seek(at)
+            file.write(part)
+
+
+def _numbers(db: sqlite3.Connection) -> set[int]:
+    """The numbers that jobs may have in a state: those in the table and in its indexes, and those between the first and
+    the last place where the table cannot be read."""
+    found, edges, highest = set[int](), list[int](), 0
+    with suppress(*UNREADABLE):
+        highest = int(db.execute("SELECT seq FROM sqlite_sequence WHERE name = 'jobs'").fetchone()[0])
+    for number, order in ((0, ""), (highest + 1, "DESC")):
+        try:
+            for (number,) in db.execute(f"SELECT number FROM jobs NOT INDEXED ORDER BY number {order}"):
+                found.add(number)
+        except UNREADABLE:
+            edges.append(number)
+    for index, where in (("unfinished", "IS NULL"), ("ends", "IS NOT NULL")):
+        with suppress(*UNREADABLE):
+            query = f"SELECT number FROM jobs INDEXED BY {index} WHERE status {where}"
+            found.update(number for (number,) in db.execute(query))
+    if edges:
+        found.update(range(edges[0] + 1, min(edges[-1], edges[0] + MOST_UNREADABLE)))
+    return found
+
+
 def _jobs(states: list[sqlite3.Connection], report: Salvaged) -> Iterator[Record]:
-    """All jobs that are sound in some state, oldest first."""
-    highest = 0
-    for db in states:
-        for query in ("SELECT max(number) FROM jobs", "SELECT seq FROM sqlite_sequence WHERE name = 'jobs'"):
-            with suppress(*UNREADABLE):
-                highest = max(highest, int(db.execute(query).fetchone()[0]))
-    for number in range(1, highest + 1):
+    """All jobs that are sound in some state, newest first."""
+    for number in sorted(set[int]().union(*map(_numbers, states)), reverse=True):
         failure = None
         for db in states:
             try:
@@ -107,14 +137,14 @@ def _jobs(states: list[sqlite3.Connection], report: Salvaged) -> Iterator[Record
 
 
 def _save(db: sqlite3.Connection, record: Record, directory: Path, out: Path, report: Salvaged) -> None:
-    """Writes a job, its pictures and the delivery of its webhook. If one of these is damaged, the job is written as it
-    was when it was accepted: the next server makes the same pictures."""
+    """Writes a job, its pictures and the delivery of its webhook. If a picture is damaged, the job is written as it was
+    when it was accepted: the next server makes the same pictures. A delivery that is damaged begins anew."""
     pngs = dict[str, bytes]()
     for image in record.images:
         with suppress(OSError):
             pngs[image.sha256] = (directory / PICTURES / image.sha256).read_bytes()
-    is_whole = record.delivery is not None or not deliveries.is_owed(record)
-    if not is_whole or not all(is_sound(image.sha256, pngs.get(image.sha256, b"")) for image in record.images):
+    record = replace(record, delivery=record.delivery or deliveries.first(record))
+    if not all(is_sound(image.sha256, pngs.get(image.sha256, b"")) for image in record.images):
         report.again.append(record.id)
         empty: dict[str, Any] = dict.fromkeys(("status", "started_at", "finished_at", "ended", "steps", "error"))
         record = replace(

@@ -86,7 +86,8 @@ class Store:
     def _committed(self, number: int, seconds: float) -> None:
         """A transaction is on disk. Runs in the journal's thread, before anyone is told."""
         lock.write_floor(self._lock, number)
-        self._require_places()
+        with suppress(OSError):  # the places cannot be looked at now: `_watch` does, until it can
+            self._require_places()
         self._on_commit(seconds)
 
     def _pictures_failed(self, error: OSError) -> None:

@@ -46,8 +46,10 @@ def read(path: Path) -> Frames | None:
     data = np.fromfile(path, np.uint8) if path.exists() else np.zeros(0, np.uint8)
     if not data.any():
         return None
-    words = data[: HEADER // 4 * 4].view(">u4").astype(np.uint32)
-    if len(words) < HEADER // 4 or words[0] | 1 != MAGIC | 1 or words[1] != 3_007_000:
+    if len(data) < HEADER:
+        raise ValueError("its header is cut off")
+    words = data[:HEADER].view(">u4").astype(np.uint32)
+    if words[0] | 1 != MAGIC | 1 or words[1] != 3_007_000:
         raise ValueError("its header is damaged")
     order, page_size = (">u4" if words[0] & 1 else "<u4"), 65536 if words[2] == 1 else int(words[2])
     start = np.zeros((1, 2), np.uint32)

@@ -18,7 +18,7 @@ from server.logs import report
 from server.store import rows
 from server.store.blobs import RETRY_S
 from server.store.schema import count_commit, is_full
-from server.troubles import JOURNAL, PATIENCE_S, PICTURES, STORE, Troubles, shortage, started
+from server.troubles import JOURNAL, PATIENCE_S, PICTURES, STORE, Troubles, shortage, started, too_little
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -92,8 +92,9 @@ class Writer:
         durable: bool = False,
         undo: Callable[[sqlite3.Connection], Any] | None = None,
     ) -> "asyncio.Future[T]":
-        """The result of `work`, once it is on disk; or what `work` raises. StorageFull if the disk is full or does not
-        answer, unless durable; and if the store has failed. undo: what is done if `work` succeeds after that."""
+        """The result of `work`, once it is on disk; or what `work` raises. Unless durable, StorageFull if the disk is
+        full or does not answer, NotReady if the system has too little of something; in any case StorageFull if the
+        store has failed. undo: what is done if `work` succeeds after that."""
         answer: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         if self.failed or (self._hangs and not durable):
             answer.set_exception(StorageFull(self.trouble or ""))
@@ -131,7 +132,7 @@ class Writer:
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
         closing = False
-        while not closing:
+        while not closing or self._queue:  # the last commit may have to be undone
             if not self._queue and not self._closing:
                 self._news.clear()
                 with suppress(TimeoutError):
@@ -194,9 +195,10 @@ class Writer:
         """Delivers the answer to the caller -> False if the request must be retried instead. Raises an error that a
         durable request cannot survive."""
         if isinstance(answer, ERRORS):
-            if shortage(answer) is not None:
+            if (resource := shortage(answer)) is not None:
                 if request.durable:
                     return False
+                answer = too_little(resource)
             elif is_full(answer):
                 self.write_failed(answer)
                 if request.durable:

@@ -9,6 +9,7 @@ from contextlib import suppress
 
 import h11
 
+from server.troubles import shortage
 from server.webhooks.target import Target, Undelivered, as_address, is_public
 
 TOTAL_S, CONNECT_S = 10.0, 3.0
@@ -53,7 +54,8 @@ class Poster:
         self._tls = ssl.create_default_context()  # the system's authorities, or those of SSL_CERT_FILE
 
     async def post(self, target: Target, headers: Mapping[str, str], body: bytes) -> int:
-        """The status of the answer, whose body is not read. Raises Undelivered."""
+        """The status of the answer, whose body is not read. Raises Undelivered, or OSError or RuntimeError if the
+        system has too little of something."""
         try:
             async with asyncio.timeout(TOTAL_S):
                 addresses = _permitted(target, await _addresses(target))
@@ -66,7 +68,9 @@ class Poster:
             raise Undelivered(f"no answer within {TOTAL_S:g} s") from None
         except ssl.SSLError:
             raise Undelivered("no TLS connection with a valid certificate") from None
-        except (OSError, h11.RemoteProtocolError):
+        except (OSError, h11.RemoteProtocolError) as error:
+            if shortage(error) is not None:
+                raise
             raise Undelivered("no connection, or one that broke") from None
 
     async def _connect(self, target: Target, addresses: list[str]) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:

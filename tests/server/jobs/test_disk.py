@@ -180,6 +180,37 @@ def test_a_full_disk_is_logged_once_however_often_a_result_is_tried(
     ]
 
 
+def test_while_a_large_picture_waits_for_room_a_smaller_probe_ends_no_trouble_and_jobs_are_deleted(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch, told: Told
+) -> None:
+    jobs = jobs_of(client)
+    store, portal, probes = jobs.repository.store, client.portal, list[int]()
+    assert portal is not None
+    usual, old = store.blobs._write, later(client, seed=3)
+    until(lambda: status(client, old) == "succeeded", 10)
+    (picture,) = store.blobs.folder.iterdir()
+
+    def write(name: str, data: bytes) -> None:
+        if not name.startswith("probe"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        usual(name, data)
+        probes.append(len(probes))
+
+    with monkeypatch.context() as full:
+        full.setattr(store.blobs, "_write", write)
+        id = later(client, seed=1)
+        until(lambda: len(probes) > 5, 10)
+        portal.call(store.delete, portal.call(store.expire, jobs.repository.clock.now(), 1 << 40).blobs)
+        deleted = not picture.exists()
+    until(lambda: status(client, id) == "succeeded" and not ready(client), 10)
+
+    assert deleted
+    assert told() == [
+        ("the store cannot be written", "pictures"),
+        ("the store can be written again", "pictures"),
+    ]
+
+
 SHORT = {
     "file descriptors": OSError(errno.EMFILE, "Too many open files"),
     "memory": MemoryError(),

@@ -1,5 +1,6 @@
 """Nothing accepted is lost: what a server answers after it was started anew, and to those who ask the same again."""
 
+import errno
 import itertools
 import sqlite3
 import time
@@ -23,6 +24,8 @@ from server.jobs.repository import Clock
 from server.jobs.request import RequestContext
 from server.jobs.service import JobService
 from server.settings import Settings
+from server.store import rows
+from server.store.blobs import Blobs
 from server.store.rows import Expired
 from server.store.schema import JOURNAL, LOCK
 from server.web.app import create_app
@@ -465,6 +468,18 @@ def test_what_is_no_longer_kept_is_gone_and_not_unknown(start: Start) -> None:
         closed = watch(client, f"/jobs/{job['id']}/stream")[1]
 
     assert (codes, closed) == ([410] * 3, 4404)
+
+
+@pytest.mark.parametrize("where", [(rows, "expire"), (Blobs, "clear_aside")])
+def test_a_passing_lack_does_not_end_retention(
+    start: Start, monkeypatch: pytest.MonkeyPatch, where: tuple[Any, str]
+) -> None:
+    monkeypatch.setattr(repository, "SWEEP_S", 0.01)
+    with start(retention_days=0) as client:
+        with mock.patch.object(*where, side_effect=OSError(errno.EMFILE, "Too many open files")) as lacking:
+            until(lambda: lacking.called, 10)
+        job = later(client, seed=1)
+        until(lambda: client.get(f"/jobs/{job['id']}").status_code == 410, 10)
 
 
 def test_a_disk_that_was_full_for_a_while_does_not_end_retention(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:

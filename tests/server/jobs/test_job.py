@@ -1,12 +1,17 @@
 """A job has one state, and only the moves that lead on are legal."""
 
+import asyncio
 from itertools import product
+from unittest import mock
 
 import pytest
+from ddpm_client.wire import pack
 
 from model.sampling.plan import Sampling
+from server.errors import NotReady
 from server.jobs.job import ENDED, Job, State
 from server.jobs.request import ResolvedRequest
+from server.jobs.stream import PictureMessage
 from server.worker.messages import ModelStatus
 
 LEGAL = {
@@ -70,3 +75,15 @@ def test_clients_see_five_states(state: State) -> None:
         assert seen.status == started.status == str(state)
     else:
         assert (seen.status, started.status) == ("queued", "running")
+
+
+def test_a_picture_that_cannot_be_sent_yet_is_asked_for_again_by_the_next_subscriber() -> None:
+    encode = mock.Mock(side_effect=[NotReady("it is being made again"), b"png"])
+
+    async def story() -> bytes:
+        message = PictureMessage(1, {"seq": 1}, False, False, encode)
+        with pytest.raises(NotReady):
+            await message.packed()
+        return await message.packed()
+
+    assert asyncio.run(story()) == pack({"seq": 1}, b"png")

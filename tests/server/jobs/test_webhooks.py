@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import errno
 import hashlib
 import hmac
 import logging
@@ -23,6 +24,7 @@ from unittest import mock
 import pytest
 from starlette.testclient import TestClient
 
+from server import troubles
 from server.jobs import deliveries
 from server.jobs.deliveries import MOST, MOST_OF_A_KEY, PAUSES_S, after_attempt
 from server.settings import Settings
@@ -368,6 +370,38 @@ def test_a_job_that_is_deleted_during_an_attempt_is_not_delivered_again(sending:
 
         assert client.get(f"/jobs/{job['id']}").status_code == 410
         assert receiver.came.empty()
+
+
+@pytest.mark.parametrize(
+    "short", [RuntimeError("can't start new thread"), OSError(errno.EMFILE, "Too many open files")]
+)
+def test_a_passing_lack_is_no_attempt(sending: Sending, monkeypatch: pytest.MonkeyPatch, short: Exception) -> None:
+    monkeypatch.setattr(troubles, "RETRY_S", 0.02)
+    usual, attempts = asyncio.open_connection, list[int]()
+
+    async def connect(*arguments: Any, **options: Any) -> Any:
+        attempts.append(len(attempts))
+        if len(attempts) <= 3:
+            raise short
+        return await usual(*arguments, **options)
+
+    monkeypatch.setattr(asyncio, "open_connection", connect)
+    with a_receiver() as receiver, sending() as client:
+        job = later(client, webhook=receiver.url)
+        webhook = told(client, job["id"], "delivered", 1)
+
+    assert (len(attempts) > 3, webhook["last_error"]) == (True, None)
+
+
+def test_a_passing_lack_of_the_journal_does_not_end_deliveries(
+    sending: Sending, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(deliveries, "FULL_S", 0.02)
+    with a_receiver() as receiver, sending() as client:
+        with mock.patch.object(rows, "next_delivery", side_effect=MemoryError) as lacking:
+            job = later(client, webhook=receiver.url)
+            until(lambda: lacking.called)
+        told(client, job["id"], "delivered", 1)
 
 
 def test_while_the_disk_is_full_a_delivery_that_cannot_be_noted_is_not_repeated(sending: Sending) -> None:

@@ -6,7 +6,7 @@ import os
 import random
 import shutil
 import sqlite3
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,17 @@ from unittest import mock
 
 import pytest
 
+from model.engine.events import Failed
 from server.cli.main import main
+from server.engines.backend import SampleEvent
 from server.errors import Gone, StorageFull, StoreRefused
 from server.store import blobs, wal
-from server.store.lock import FLOOR, LOCK
+from server.store.lock import FLOOR, FLOOR_BYTES, LOCK
 from server.store.records import Record
+from server.store.salvage import salvage
 from server.store.schema import JOURNAL, LOG, PICTURES
 from server.store.store import Store
+from server.worker.messages import Spec
 from tests.server.jobs.records import a_store, keep, name, record
 from tests.server.store import flips
 from tests.server.store.flips import flip, killed, pick, snapshot, truncate, verdict
@@ -97,6 +101,12 @@ def test_a_journal_or_log_that_is_not_whole_is_refused(data: Path, file: str, da
     assert f"`ddpm check {data}`" in said
 
 
+def test_a_log_that_is_cut_off_in_its_header_is_refused(data: Path) -> None:
+    os.truncate(data / LOG, 31)
+
+    assert f"{LOG}: its header is cut off" in refusal(data)
+
+
 @pytest.mark.parametrize("at", [0.0, 0.5, 0.95, 0.9999])
 def test_a_bad_frame_anywhere_in_the_log_is_refused(data: Path, at: float) -> None:
     middle(data / LOG, at)
@@ -125,8 +135,10 @@ def test_an_older_journal_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_damaged_lock_file_is_refused_and_a_lost_one_is_not(data: Path) -> None:
-    middle(data / LOCK, (FLOOR + 3) / (data / LOCK).stat().st_size)
-    assert "lock is damaged" in refusal(data)
+    whole = (data / LOCK).read_bytes()
+    for at in range(FLOOR, FLOOR + FLOOR_BYTES):
+        (data / LOCK).write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        assert "lock is damaged" in refusal(data)
     (data / LOCK).unlink()
     asyncio.run(Store(data).close())
     middle(data / JOURNAL, 0.5)
@@ -402,6 +414,68 @@ def test_salvage_without_a_journal_takes_what_the_log_has(
     asyncio.run(Store(tmp_path / "out").close())
 
 
+@pytest.mark.parametrize("at", [0, 16, 21, 30, 47, 68])  # magic, page size, fractions, pages, format, application
+def test_a_damaged_header_is_damage_and_can_be_salvaged(tmp_path: Path, at: int) -> None:
+    async def story() -> None:
+        async with a_store(tmp_path / "data") as store:
+            await keep(store, "a", b"png")
+
+    asyncio.run(story())
+    path = tmp_path / "data" / JOURNAL
+    whole = path.read_bytes()
+    path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+
+    assert "something else" not in refusal(tmp_path / "data")
+    assert main(["check", str(tmp_path / "data"), "--salvage", str(tmp_path / "out")]) == 4
+    assert asyncio.run(found(tmp_path / "out")) == "succeeded"
+
+
+async def found(data: Path) -> str | None:
+    """The state of the job a."""
+    async with a_store(data) as store:
+        return (await store.find("a", None)).status
+
+
+@pytest.mark.parametrize("size", [0, 1, 50, 100, 4096])
+def test_a_journal_that_is_cut_to_nothing_is_salvaged_from_its_log(data: Path, tmp_path: Path, size: int) -> None:
+    os.truncate(data / JOURNAL, size)
+
+    refusal(data)
+    assert main(["check", str(data), "--salvage", str(tmp_path / "out")]) == 4
+    asyncio.run(Store(tmp_path / "out").close())
+
+
+def test_salvage_of_a_store_that_has_had_many_jobs_takes_as_long_as_those_it_has(data: Path, tmp_path: Path) -> None:
+    with sqlite3.connect(data / JOURNAL) as db:
+        db.execute("UPDATE sqlite_sequence SET seq = 1000000000000 WHERE name = 'jobs'")
+    db.close()
+
+    assert main(["check", str(data), "--salvage", str(tmp_path / "out")]) == 0
+
+
+def test_salvage_ends_whichever_frame_is_bad_though_a_key_was_used_again(tmp_path: Path) -> None:
+    data, copy = tmp_path / "data", tmp_path / "copy"
+
+    async def story() -> None:
+        async with a_store(data) as store:
+            await keep(store, "old", b"png", owner="me", key="k", ended=1.0)
+            await store.expire(before=1.5, most_bytes=1 << 40)
+            await store.insert(record("new", owner="me", key="k"))
+            shutil.copytree(data, copy)
+
+    asyncio.run(story())
+    frames = wal.read(copy / LOG)
+    assert frames is not None
+    saved = set[int]()
+    for index in range(len(frames.pages)):
+        shutil.copytree(copy, tmp_path / f"{index}")
+        middle(tmp_path / f"{index}" / LOG, (index + 0.5) / len(frames.pages))
+        saved.add(salvage(tmp_path / f"{index}", tmp_path / f"out{index}").jobs)
+        asyncio.run(Store(tmp_path / f"out{index}").close())
+
+    assert saved <= {0, 1}
+
+
 def test_salvage_does_not_write_into_a_directory_with_something_in_it(data: Path) -> None:
     assert main(["check", str(data), "--salvage", str(data)]) == 2
 
@@ -449,6 +523,22 @@ def test_a_damaged_picture_that_cannot_be_made_again_is_refused_with_the_reason(
     assert [answer.json()["detail"] for answer in (gone, changed, other)] == [
         f"this picture was damaged on disk{reason}" for reason in reasons
     ]
+
+
+def test_a_picture_that_could_not_be_made_again_this_time_is_no_other_picture(
+    weights: Path, data: Path, damaged: str
+) -> None:
+    async def fails(spec: Spec) -> AsyncGenerator[SampleEvent]:
+        yield Failed(0, "memory ran out")
+
+    with flips.start(weights, data) as client:
+        jobs = client.app.state.jobs  # type: ignore[attr-defined]
+        with mock.patch.object(jobs.backend, "run", fails):
+            first = client.get(damaged)
+        second = client.get(damaged)
+
+    assert (first.status_code, first.json()["code"]) == (503, "not-ready")
+    assert (second.status_code, jobs.repository.mismatches) == (200, 0)
 
 
 def test_while_a_damaged_picture_is_made_again_callers_are_told_when_to_come_back(

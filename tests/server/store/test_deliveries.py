@@ -10,7 +10,7 @@ import pytest
 from server.errors import Gone, StoreRefused
 from server.store import rows
 from server.store.checks import inspect
-from server.store.records import Delivery
+from server.store.records import Delivery, Record
 from server.store.salvage import salvage
 from server.store.schema import JOURNAL
 from server.store.store import Store
@@ -98,7 +98,7 @@ def test_a_delivery_that_is_damaged_while_a_server_runs_is_passed_over(tmp_path:
     assert asyncio.run(story()) == "sound"
 
 
-def test_salvage_keeps_deliveries_and_runs_a_job_again_whose_delivery_is_damaged(tmp_path: Path) -> None:
+def test_salvage_keeps_deliveries_and_begins_those_anew_that_are_damaged(tmp_path: Path) -> None:
     directory, out = tmp_path / "damaged", tmp_path / "out"
 
     async def before() -> None:
@@ -107,9 +107,10 @@ def test_salvage_keeps_deliveries_and_runs_a_job_again_whose_delivery_is_damaged
                 await owe(store, id, attempts=2)
             await keep(store, "plain", b"png")
 
-    async def after() -> tuple[list[str], Delivery | None]:
+    async def after() -> tuple[list[Record], list[Delivery | None]]:
         async with a_store(out) as store:
-            return [job.id for job in await store.recover()], (await store.find("sound", None)).delivery
+            found = [await store.find(id, None) for id in ("sound", "damaged", "lost", "plain")]
+            return await store.recover(), [job.delivery for job in found]
 
     asyncio.run(before())
     with sqlite3.connect(directory / JOURNAL) as db:
@@ -118,8 +119,8 @@ def test_salvage_keeps_deliveries_and_runs_a_job_again_whose_delivery_is_damaged
     db.close()
     report = salvage(directory, out)
 
-    assert (report.again, report.jobs) == (["damaged", "lost"], 4)
-    assert asyncio.run(after()) == (["damaged", "lost"], Delivery(host="a", attempts=2))
+    assert (report.again, report.jobs) == ([], 4)
+    assert asyncio.run(after()) == ([], [Delivery(host="a", attempts=2), Delivery(host="a"), Delivery(host="a"), None])
 
 
 def test_retention_passes_over_jobs_with_pending_webhooks_and_bytes_do_not(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from server.cli.main import main
 from server.errors import Gone, StoreRefused
 from server.store import journal
 from server.store.journal import open_journal
@@ -59,6 +60,21 @@ def test_a_journal_of_version_1_is_brought_to_the_present_one(tmp_path: Path) ->
             return [await store.find("a", None)], names, [job.id for job in await store.recover()]
 
     assert asyncio.run(story()) == (before, [name(b"png")], ["b"])
+
+
+def test_check_counts_the_jobs_of_version_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asyncio.run(some(tmp_path / "some"))
+    as_version_1(tmp_path / "some")
+    (tmp_path / "none").mkdir()
+    db = sqlite3.connect(tmp_path / "none" / JOURNAL)
+    db.executescript(f"PRAGMA journal_mode = WAL; {VERSION_1}")
+    db.close()
+
+    assert [main(["check", str(tmp_path / name)]) for name in ("some", "none")] == [0, 0]
+    assert capsys.readouterr().out.splitlines() == [
+        "sound: 2 jobs (1 have not ended), 2 pictures",
+        "sound: 0 jobs (0 have not ended), 0 pictures",
+    ]
 
 
 def test_a_migration_that_fails_leaves_version_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

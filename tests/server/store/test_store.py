@@ -2,12 +2,14 @@
 
 import asyncio
 import contextlib
+import errno
 import os
 import resource
 import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +19,7 @@ from unittest import mock
 
 import pytest
 
-from server.errors import Gone, NotFound, StorageFull, StoreInUse, StoreRefused
+from server.errors import Gone, NotFound, NotReady, StorageFull, StoreInUse, StoreRefused
 from server.store import rows, writer
 from server.store.records import Record
 from server.store.rows import IdempotentHit
@@ -323,6 +325,59 @@ def test_free_space_is_noticed_without_a_request(tmp_path: Path, monkeypatch: py
     asyncio.run(story())
 
 
+def test_a_job_that_was_refused_is_undone_even_if_the_disk_answers_only_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "PATIENCE_S", 0.05)
+    answers = threading.Event()
+
+    async def story() -> None:
+        store = Store(tmp_path)
+        usual = store._writer._work
+        monkeypatch.setattr(store._writer, "_work", lambda request: (answers.wait(20), usual(request))[1])
+        store.start()
+        await asyncio.sleep(0)  # it waits for requests
+        closing = asyncio.create_task(store.close())
+        asked = store.insert(record("a"))
+        with pytest.raises(StorageFull):
+            await asked
+        answers.set()
+        await closing
+
+    async def after() -> list[str]:
+        async with a_store(tmp_path) as store:
+            return [job.id for job in await store.recover()]
+
+    asyncio.run(story())
+
+    assert asyncio.run(after()) == []
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OSError(errno.EMFILE, "Too many open files")])
+def test_who_asks_while_the_system_is_short_of_something_is_told_so(tmp_path: Path, error: Exception) -> None:
+    async def story() -> str | None:
+        async with a_store(tmp_path) as store:
+            with mock.patch.object(rows, "find", side_effect=error), pytest.raises(NotReady, match="too little"):
+                await store.find("a", None)
+            return store.trouble
+
+    assert asyncio.run(story()) is None
+
+
+def test_files_that_cannot_be_looked_at_for_a_moment_do_not_end_the_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def story() -> list[str]:
+        async with a_store(tmp_path) as store:
+            with monkeypatch.context() as failing:
+                failing.setattr("server.store.store._place", mock.Mock(side_effect=OSError(errno.EIO, "I/O error")))
+                await store.insert(record("a"))
+            await store.insert(record("b"))
+            return [job.id for job in await store.recover()]
+
+    assert asyncio.run(story()) == ["a", "b"]
+
+
 def test_a_second_server_on_the_same_store_is_refused_by_the_first_ones_process(tmp_path: Path) -> None:
     async def story() -> None:
         async with a_store(tmp_path):
@@ -359,7 +414,7 @@ def test_a_damaged_or_unknown_store_is_refused_and_unchanged(tmp_path: Path, wro
             if wrong == "newer":
                 db.execute(f"PRAGMA user_version = {VERSION + 1}")
             if wrong == "other":
-                db.execute("PRAGMA application_id = 7")
+                db.executescript("PRAGMA application_id = 7; CREATE TABLE theirs (x)")
         db.close()
         if wrong == "page":
             data = bytearray(journal.read_bytes())
