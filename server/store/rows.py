@@ -1,5 +1,6 @@
 """Reading and writing the rows of the journal. Each function is the body of one transaction, or a part of one."""
 
+import logging
 import sqlite3
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -9,7 +10,7 @@ from server.errors import Gone, NotFound
 from server.store import deliveries
 from server.store.records import FIELDS, ImageRow, Record, checksum, job_checksum, record_of
 
-EXPIRED = 100_000  # remembered ids of deleted jobs, which are answered with 410 instead of 404
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,15 +19,6 @@ class IdempotentHit:
 
     id: str
     fingerprint: str
-
-
-@dataclass(frozen=True, slots=True)
-class Expired:
-    """The ids of deleted jobs, the names of blobs that no job has any more, and whether more jobs may be due."""
-
-    ids: list[str]
-    blobs: list[str]
-    more: bool
 
 
 SELECT = f"SELECT number, {', '.join(FIELDS)}, checksum FROM jobs"
@@ -57,28 +49,26 @@ def insert(
     return record
 
 
-def revoke(db: sqlite3.Connection, id: str) -> None:
-    """Deletes a job that was inserted too late: whoever asked for it has been told that it was not."""
-    for row in db.execute("SELECT number FROM jobs WHERE id = ?", (id,)).fetchall():
-        _delete(db, row["number"])
-
-
 def mark_running(db: sqlite3.Connection, id: str) -> None:
     """Marks a job as running: if the server dies now, the job may be why."""
     db.execute("UPDATE jobs SET running = 1 WHERE id = ?", (id,))
 
 
 def finish(db: sqlite3.Connection, record: Record, identities: Sequence[str]) -> Record | None:
-    """Writes the result of a job: see `Store.finish`."""
+    """Writes the result of a job: see `Store.finish`. Raises DatabaseError if its row is damaged."""
     query = f"{SELECT} WHERE id = ? AND attempt = ? AND status IS NULL"
     row = db.execute(query, (record.id, record.attempt)).fetchone()
     if row is None:
         return None
+    try:
+        before = read(db, row)
+    except Gone as damage:  # what was promised cannot be kept: only a check of all can tell what else is damaged
+        raise sqlite3.DatabaseError(f"the row of job {record.id} is damaged") from damage
     if identities:
         firsts = (_first_made(db, *pair) for pair in zip(identities, record.images, strict=True))
         record = replace(record, images=tuple(firsts))
     result = {name: getattr(record, name) for name in RESULT}
-    kept = replace(read(db, row), **result, images=record.images)
+    kept = replace(before, **result, images=record.images)
     db.execute(FINISH, [*result.values(), job_checksum(kept), kept.number])
     insert_images(db, kept.number, record.images)
     deliveries.insert(db, kept.number, record.owner, record.delivery)
@@ -120,10 +110,13 @@ def _stored_images(
 
 
 def by_key(db: sqlite3.Connection, owner: str | None, key: str | None) -> IdempotentHit | None:
-    """The job that this owner used an Idempotency-Key for."""
+    """The job that this owner used an Idempotency-Key for. Raises Gone if it is damaged."""
     query = f"{SELECT} WHERE key = ? AND ifnull(owner, '') = ?"
     row = db.execute(query, (key, owner or "")).fetchone() if key is not None else None
-    return IdempotentHit(row["id"], row["fingerprint"]) if row is not None else None
+    if row is None:
+        return None
+    found = read(db, row)
+    return IdempotentHit(found.id, found.fingerprint or "")
 
 
 def find(db: sqlite3.Connection, id: str, owner: str | None) -> Record:
@@ -137,11 +130,18 @@ def find(db: sqlite3.Connection, id: str, owner: str | None) -> Record:
 
 
 def page(db: sqlite3.Connection, owner: str | None, status: str | None, after: str | None, limit: int) -> list[Record]:
-    """An owner's jobs, newest first, older than the job `after`. Raises NotFound or Gone of `after`."""
+    """An owner's jobs, newest first, older than the job `after`, but for damaged ones, which are logged. Raises
+    NotFound or Gone of `after`."""
     before = 1 << 62 if after is None else find(db, after, owner).number
     where = "number < :before AND owner IS :owner AND (:status IS NULL OR status = :status)"
     values = {"before": before, "owner": owner, "status": status, "limit": limit}
-    return [read(db, row) for row in db.execute(f"{SELECT} WHERE {where} ORDER BY number DESC LIMIT :limit", values)]
+    jobs = list[Record]()
+    for row in db.execute(f"{SELECT} WHERE {where} ORDER BY number DESC LIMIT :limit", values).fetchall():
+        try:
+            jobs.append(read(db, row))
+        except Gone:
+            logger.error("a job was damaged on disk", extra={"job": row["id"]})
+    return jobs
 
 
 def recover(db: sqlite3.Connection, crashed: bool) -> list[Record]:
@@ -178,34 +178,6 @@ def park(db: sqlite3.Connection) -> None:
 def latest(db: sqlite3.Connection) -> float:
     """The latest arrival or end of a job; 0 if there is none."""
     return float(max(db.execute("SELECT ifnull(max(arrived), 0), ifnull(max(ended), 0) FROM jobs").fetchone()))
-
-
-def expire(db: sqlite3.Connection, before: float, most_bytes: int, limit: int) -> Expired:
-    """Deletes up to `limit` jobs: those that ended before a time and have no pending webhook, and the oldest while all
-    take more than `most_bytes`. Their blobs must be deleted after this is on disk."""
-    query = f"SELECT number, id, ended, number IN ({deliveries.PENDING}) AS owed FROM jobs WHERE status IS NOT NULL"
-    if size_bytes(db) <= most_bytes:
-        query += " AND NOT owed"
-    ids, unused = list[str](), list[str]()
-    for number, id, ended, owed in db.execute(f"{query} ORDER BY ended, number LIMIT ?", (limit,)).fetchall():
-        if (owed or ended >= before) and size_bytes(db) <= most_bytes:
-            break
-        unused += _delete(db, number)
-        ids.append(id)
-    return Expired(ids, unused, more=len(ids) == limit)
-
-
-def _delete(db: sqlite3.Connection, number: int) -> list[str]:
-    names = {name for (name,) in db.execute("DELETE FROM images WHERE job = ? RETURNING sha256", (number,))}
-    id, owner = db.execute("DELETE FROM jobs WHERE number = ? RETURNING id, owner", (number,)).fetchone()
-    db.execute("INSERT INTO expired (id, owner, checksum) VALUES (?, ?, ?)", (id, owner, checksum(id, owner)))
-    deliveries.delete(db, number)
-    db.execute("DELETE FROM expired WHERE number <= (SELECT max(number) FROM expired) - ?", (EXPIRED,))
-    unused = [name for name in names if not db.execute("SELECT 1 FROM images WHERE sha256 = ?", (name,)).fetchone()]
-    for name in unused:
-        db.execute("DELETE FROM known WHERE sha256 = ?", (name,))
-        db.execute("DELETE FROM files WHERE sha256 = ?", (name,))
-    return unused
 
 
 def blobs(db: sqlite3.Connection) -> set[str]:

@@ -13,11 +13,12 @@ from functools import partial
 from pathlib import Path
 
 from server.errors import StorageFull, StoreRefused
-from server.store import deliveries, lock, rows
+from server.store import deliveries, lock, retention, rows
 from server.store.blobs import Blobs
 from server.store.journal import check_journal, open_journal
 from server.store.records import Delivery, Record
-from server.store.rows import Expired, IdempotentHit
+from server.store.retention import Expired
+from server.store.rows import IdempotentHit
 from server.store.schema import JOURNAL, LOG, PICTURES, as_storage_full, commits, make_directory
 from server.store.writer import Writer
 from server.troubles import PICTURES as RESOURCE
@@ -146,7 +147,7 @@ class Store:
         all images with these `identities` are stored.
         """
         work = partial(rows.insert, record=record, cached=cached, identities=identities, has_blob=self.blobs.has)
-        return self._writer.ask(work, undo=partial(rows.revoke, id=record.id))
+        return self._writer.ask(work, undo=partial(retention.revoke, id=record.id))
 
     def mark_running(self, id: str) -> None:
         """Marks a job as running: if the server dies, the job may be why. Nobody waits until this is on disk."""
@@ -216,7 +217,7 @@ class Store:
     def expire(self, before: float, most_bytes: int) -> "asyncio.Future[Expired]":
         """Deletes some of the jobs that ended before this time, and of the oldest while all take more than
         `most_bytes`. Pass the blobs to `delete` when this is certainly on disk."""
-        return self._writer.ask(partial(rows.expire, before=before, most_bytes=most_bytes, limit=BATCH))
+        return self._writer.ask(partial(retention.expire, before=before, most_bytes=most_bytes, limit=BATCH))
 
     async def delete(self, blobs: Sequence[str]) -> None:
         """Deletes blobs, except those that a new job has been given meanwhile. Raises StorageFull.

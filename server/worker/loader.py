@@ -1,5 +1,6 @@
 """How a model gets into memory: a thread reads and builds its net, then its engine is made between steps of others."""
 
+import errno
 import logging
 import time
 import weakref
@@ -24,6 +25,7 @@ from server.worker.messages import CHANGED, ModelStatus, Start, Step
 
 logger = logging.getLogger(__name__)
 NO_MEMORY = "the memory of the device is too small for it"
+PASSING = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ESTALE, errno.ETIMEDOUT}
 POLL_S = 0.01  # between two looks at the thread, while nothing else is to be done
 
 
@@ -137,3 +139,10 @@ def _time_a_step(runner: Runner, bucket: int) -> float:
     if runner.device.type == "cuda":
         torch.cuda.synchronize(runner.device)
     return time.monotonic() - began
+
+
+def raise_passing(error: Exception) -> None:
+    """Raises what kept a file from being read, if that may pass: the engine ends, and the next one tries again."""
+    cause = error.__cause__
+    if isinstance(cause, OSError) and cause.errno in PASSING:
+        raise cause

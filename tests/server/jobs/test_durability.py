@@ -24,9 +24,9 @@ from server.jobs.repository import Clock
 from server.jobs.request import RequestContext
 from server.jobs.service import JobService
 from server.settings import Settings
-from server.store import rows
+from server.store import retention
 from server.store.blobs import Blobs
-from server.store.rows import Expired
+from server.store.retention import Expired
 from server.store.schema import JOURNAL, LOCK
 from server.web.app import create_app
 from tests.server.fakes import FakeBackend
@@ -470,7 +470,7 @@ def test_what_is_no_longer_kept_is_gone_and_not_unknown(start: Start) -> None:
     assert (codes, closed) == ([410] * 3, 4404)
 
 
-@pytest.mark.parametrize("where", [(rows, "expire"), (Blobs, "clear_aside")])
+@pytest.mark.parametrize("where", [(retention, "expire"), (Blobs, "clear_aside")])
 def test_a_passing_lack_does_not_end_retention(
     start: Start, monkeypatch: pytest.MonkeyPatch, where: tuple[Any, str]
 ) -> None:

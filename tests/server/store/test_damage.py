@@ -222,12 +222,28 @@ def test_a_row_that_is_damaged_while_the_server_runs_is_refused_when_it_is_read(
             store._db.execute("UPDATE jobs SET request = '[]' WHERE id = 'a'")
             with pytest.raises(Gone, match="this job was damaged on disk"):
                 await store.find("a", None)
+            assert [job.id for job in await store.page(None, None, None, 9)] == ["b"]
             return made
 
     made = asyncio.run(story())
 
     assert made is not None
     assert made.images[0].sha256 == name(b"png")
+
+
+def test_a_result_that_its_damaged_row_cannot_take_ends_the_store(tmp_path: Path) -> None:
+    async def story() -> None:
+        failed, waiting = asyncio.get_running_loop().create_future(), record("waits")
+        store = Store(tmp_path, on_failed=failed.set_result)
+        store.start()
+        await store.insert(waiting)
+        store._db.execute("UPDATE jobs SET request = '[]'")
+        with pytest.raises(StorageFull):
+            await store.finish(replace(waiting, status="cancelled", ended=2.0))
+        assert "the row of job waits is damaged" in str(await failed)
+        await store.close()
+
+    asyncio.run(story())
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, halve])

@@ -8,7 +8,7 @@ from unittest import mock
 import pytest
 
 from server.errors import Gone, StoreRefused
-from server.store import rows
+from server.store import retention
 from server.store.checks import inspect
 from server.store.records import Delivery, Record
 from server.store.salvage import salvage
@@ -129,12 +129,12 @@ def test_retention_passes_over_jobs_with_pending_webhooks_and_bytes_do_not(tmp_p
             await owe(store, "owed")
             for id in ("a", "b", "c"):
                 await keep(store, id, b"png")
-            deleted, fits = [rows.expire(store._db, 9.0, 1 << 60, limit=1).ids], mock.Mock(side_effect=[2, 2, 1])
-            with mock.patch.object(rows, "size_bytes", fits):  # until one is deleted
-                deleted.append(rows.expire(store._db, 0.0, 1, limit=9).ids)
+            deleted, fits = [retention.expire(store._db, 9.0, 1 << 60, limit=1).ids], mock.Mock(side_effect=[2, 2, 1])
+            with mock.patch.object(retention, "size_bytes", fits):  # until one is deleted
+                deleted.append(retention.expire(store._db, 0.0, 1, limit=9).ids)
             await owe(store, "owed, too")
-            with mock.patch.object(rows, "size_bytes", mock.Mock(side_effect=[2, 1])):
-                deleted.append(rows.expire(store._db, 9.0, 1, limit=9).ids)
+            with mock.patch.object(retention, "size_bytes", mock.Mock(side_effect=[2, 1])):
+                deleted.append(retention.expire(store._db, 9.0, 1, limit=9).ids)
             return deleted
 
     assert asyncio.run(story()) == [["a"], ["owed"], ["b", "c"]]

@@ -1,7 +1,10 @@
 """Models come and go between the steps of others."""
 
+import errno
+import os
 import time
 from collections.abc import Generator, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from model.engine.events import Event, Finished
 from model.engine.footprint import footprint
 from model.errors import ModelRefused
 from model.sampling.plan import resolve
+from server.worker import loader
 from server.worker.loader import Loaded, Loader
 from server.worker.messages import Cancel, Changed, Loading, Spec, Start, Submit
 from server.worker.models import Models
@@ -158,3 +162,23 @@ def test_a_model_that_the_memory_is_too_small_for_is_left_out_if_there_are_other
     assert (statuses["good"].trouble, statuses["gone"].loaded) == ("the memory of the device is too small for it", True)
     with pytest.raises(torch.OutOfMemoryError):
         start(tmp_path, default="good")
+
+
+@pytest.mark.parametrize(("number", "raised"), [(errno.ENFILE, OSError), (errno.EIO, None)])
+def test_a_file_that_cannot_be_read_for_a_moment_refuses_no_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, raised: type[OSError] | None
+) -> None:
+    played = Played(tmp_path)
+    played.submit("c", 100)
+
+    def read(*given: object) -> None:
+        try:
+            raise OSError(number, os.strerror(number))
+        except OSError as error:
+            raise ModelRefused("it could not be read") from error
+
+    monkeypatch.setattr(loader, "load_model", read)
+    with pytest.raises(raised) if raised else nullcontext():
+        while played.models.statuses["c"].trouble is None:
+            played.turn()
+    assert played.models.statuses["c"].trouble == (None if raised else "it could not be read")
