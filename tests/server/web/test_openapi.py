@@ -27,6 +27,7 @@ from tests.server.web.described import Description
 from tests.waiting import until
 
 STREAMED = {"seed": 5, "steps": 4, "n": 2, "frames": {"count": 3, "kind": "both"}}
+NOBODY = "http://127.0.0.1:9/"  # a receiver that is not there
 
 
 class Halting(FakeBackend):
@@ -50,7 +51,11 @@ class Halting(FakeBackend):
 def site(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
     """The application over a backend without an engine."""
     settings = Settings(
-        weights=weights, data_dir=tmp_path_factory.mktemp("data"), max_queued_steps=500, webhook_secret="s" * 24
+        weights=weights,
+        data_dir=tmp_path_factory.mktemp("data"),
+        max_queued_steps=500,
+        webhook_secret="s" * 24,
+        webhook_hosts="127.0.0.1",
     )
     with TestClient(create_app(settings, Halting()), raise_server_exceptions=False) as made:
         yield made
@@ -106,6 +111,8 @@ def test_every_answer_of_every_operation_is_as_described(site: TestClient, descr
         asked("GET /jobs/{id}/trajectory", f"/jobs/{done}/trajectory", headers={"accept": media})
     for path in ("/jobs", "/models", "/healthz", "/readyz", "/status", "/metrics", "/v1/models", "/webhooks/secret"):
         asked(f"GET {path}")
+    told = asked("POST /generate", headers={"prefer": "respond-async"}, json={"seed": 4, "webhook": NOBODY})
+    assert asked("GET /jobs/{id}", told.headers["location"]).json()["webhook"]["state"] == "pending"
     for path in ("/models/{name}", "/v1/models/{name}"):
         asked(f"GET {path}", path.format(name="tiny"))
     for body in ({"stream": True, "partial_images": 1}, {"response_format": "url"}, {"output_format": "webp", "n": 2}):
