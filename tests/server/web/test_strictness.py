@@ -194,6 +194,26 @@ def test_events_go_on_behind_the_last_one_that_was_heard(client: TestClient) -> 
     assert numbers(("last-event-id", "4")) == [5, 6]
 
 
+STREAM = ("accept", "text/event-stream")
+
+
+@pytest.mark.parametrize(
+    ("given", "status"),
+    [
+        ([("accept", "image/png")], 400),
+        ([STREAM, ("prefer", "respond-async")], 400),
+        ([STREAM, ("last-event-id", "4")], 422),
+    ],
+)
+def test_a_last_event_id_that_no_stream_can_continue_from_is_refused(
+    client: TestClient, given: list[HEADER], status: int
+) -> None:
+    sent = [("idempotency-key", "k"), ("last-event-id", "3"), *given]
+    answer = client.post("/generate", json={"seed": 1, "steps": 4}, headers=sent)
+
+    assert (answer.status_code, specs(client)) == (status, 0)
+
+
 @pytest.mark.parametrize("line", ["no-cache", "no-store", "max-age=0", "max-age=60, no-transform"])
 def test_cached_pictures_are_made_again_for_who_accepts_no_cached_ones(caching: TestClient, line: str) -> None:
     body = {"seed": 1, "steps": 2}
