@@ -100,7 +100,7 @@ ENCODERS: dict[str, Callable[[Job], bytes]] = {PNG: picture, NPY: array, ZIP: ar
             "model": JobDocument,
             **sends(*MADE, "Location", "Preference-Applied"),
         },
-        **refusals(404, 406, 409, 410, 413, 415, 429, 504),
+        **refusals(404, 406, 409, 410, 415, 429, 504),
     },
     openapi_extra=asks("Accept", "Prefer", "Idempotency-Key", "Cache-Control", "Last-Event-ID", body="GenerateRequest"),
 )

@@ -57,7 +57,7 @@ KEYS = {
     "key": {"type": "http", "scheme": "bearer", "description": "An API key."},
     "metrics_key": {"type": "http", "scheme": "bearer", "description": "The key of `/metrics`."},
 }
-ALWAYS = (400, 401, 408, 414, 417, 422, 431, 500, 503)  # problems of any request
+ALWAYS = (400, 401, 408, 413, 414, 417, 422, 431, 500, 503)  # problems of any request
 
 
 def refusals(*statuses: int) -> dict[int | str, Json]:

@@ -15,7 +15,16 @@ from ddpm_client.wire import unpack
 from starlette.testclient import TestClient
 
 from server.engines.backend import Progress, Restarting, SampleEvent
-from server.errors import SampleLost
+from server.errors import (
+    ANSWERS,
+    BodyTooLarge,
+    HeadTooLarge,
+    Malformed,
+    SampleLost,
+    TargetTooLong,
+    TooManyConnections,
+    TooSlow,
+)
 from server.jobs.stream import Stream, Subscriber, TextMessage
 from server.settings import Settings
 from server.web.app import create_app
@@ -234,6 +243,15 @@ async def gaps() -> list[Any]:
                 stream.keep_picture({}, True, lambda: b"png")
             subscriber.fell_behind()
     return heard
+
+
+def test_what_any_request_may_be_refused_for_is_said_of_every_operation(description: Description) -> None:
+    of_the_protocol = (Malformed, TooSlow, BodyTooLarge, TargetTooLong, HeadTooLarge, TooManyConnections)
+    statuses = {str(ANSWERS[kind][0]) for kind in of_the_protocol}
+    said = {path: operation["responses"].keys() for path, _, operation in description.operations()}
+
+    assert [path for path in said if statuses - said[path]] == []
+    assert said["/generate"] - said["/v1/images/generations"] == {"202", "406", "422"}
 
 
 def test_every_example_is_accepted(site: TestClient, description: Description) -> None:
