@@ -141,5 +141,6 @@ def require_tensors(files: Iterable[tuple[str, Iterable[Entry]]], expected: Shap
             raise ModelRefused(f"{name} lacks {key}{hint}")
         if given[key] != shape:
             raise ModelRefused(f"{name}: {key} must have shape {list(shape)}, got {list(given[key])}")
-    if extra := len(given.keys() - expected.keys()):
-        raise ModelRefused(f"{name} holds {extra} tensors that config.json does not call for")
+    if extra := sorted(given.keys() - expected.keys()):
+        some = ascii(extra[0])[:60]
+        raise ModelRefused(f"{name} holds {len(extra)} tensors that config.json does not call for, such as {some}")

@@ -149,6 +149,7 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "consistency": (pipeline(_class_name="ConsistencyModelPipeline"), "its net is a consistency model"),
     # nets
     "class-conditional": (config(num_class_embeds=10), "got 10: it is a class-conditional net, and such"),
+    "no classes": (config(num_class_embeds=0), "num_class_embeds must be null, got 0: it is a class-conditional net"),
     "class by timestep": (config(class_embed_type="timestep"), "it is a class-conditional net, and such"),
     "text-conditional": (config(_class_name="UNet2DConditionModel"), "UNet2DConditionModel is a net that needs a text"),
     "cross attention": (config(**CROSS), "it is a net that needs a text"),

@@ -204,7 +204,7 @@ def test_a_wrong_shape_is_named(tmp_path: Path) -> None:
 def test_an_extra_tensor_is_refused(tmp_path: Path, name: str) -> None:
     message = why(write_model(tmp_path, tensors=weights() | {name: torch.zeros(3)}))
 
-    assert message == f"{WEIGHTS} holds 1 tensors that config.json does not call for"
+    assert message == f"{WEIGHTS} holds 1 tensors that config.json does not call for, such as {ascii(name)}"
 
 
 def test_a_wrong_name_is_a_missing_one(tmp_path: Path) -> None:
