@@ -204,7 +204,7 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "integers": (weights(typed("I64", 8)), "holds 'conv_in.weight' as 'I64'"),
     "index elsewhere": (
         lambda directory: instead(INDEX, b'{"weight_map": {"conv_in.weight": "../../etc/passwd"}}')(directory),
-        "weight_map must name at most 256 safetensors files beside it",
+        "weight_map must name at most 256 files beside it, each .safetensors",
     ),
     "only a pickle": (instead("diffusion_pytorch_model.bin"), "is a pickle, which is never read; `ddpm convert`"),
     "only Flax": (instead("diffusion_flax_model.msgpack"), "is a file of Flax"),
