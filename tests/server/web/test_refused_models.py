@@ -60,6 +60,20 @@ def test_the_good_model_serves_and_the_others_are_told_of(server: Server) -> Non
     assert server.client.post("/generate", json={"model": "good", "steps": 2}).status_code == 200
 
 
+def test_a_directory_whose_name_is_no_text_is_told_of_too(tmp_path: Path) -> None:
+    write_model(tmp_path / "models" / "good")
+    for name in (b"\xffbad", b"two\nlines"):
+        os.mkdir(os.fsencode(tmp_path / "models") + b"/" + name)
+    settings = Settings(weights=tmp_path / "models", data_dir=tmp_path / "data")
+    with TestClient(create_app(settings, FakeBackend())) as client:
+        ready, listed = client.get("/readyz"), client.get("/models")
+        asked = client.post("/generate", json={"model": "two\\nlines"})
+
+    assert (ready.status_code, ready.json()["refused"]) == (200, ["two\\nlines", "\\udcffbad"])
+    assert [each["name"] for each in listed.json()["refused"]] == ready.json()["refused"]
+    assert (asked.status_code, asked.json()["code"]) == (503, "model-broken")
+
+
 @pytest.mark.parametrize("name", REASONS)
 def test_requests_for_a_refused_model_are_answered_with_its_reason(server: Server, name: str) -> None:
     answer = server.client.post("/generate", json={"model": name, "steps": 2}).json()
