@@ -132,7 +132,7 @@ async def get_trajectory(request: Request, id: str) -> Response:
     "/webhooks/secret",
     summary="Get the secret that signs the caller's webhooks",
     response_model=WebhookSecret,
-    responses={200: sends("Cache-Control"), **refusals(404)},
+    responses={200: sends("Cache-Control"), **refusals(404, 406)},
 )
 async def get_webhook_secret(request: Request) -> JSONResponse:
     """The secret in the form of Standard Webhooks: `whsec_` and base64. Each API key's name has its own."""

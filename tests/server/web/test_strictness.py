@@ -177,6 +177,15 @@ def test_what_http_lets_a_server_ignore_is_ignored(client: TestClient, header: H
     assert (answer.status_code, answer.headers["content-type"]) == (status, media)
 
 
+def test_a_form_that_no_answer_has_is_refused_but_for_pages_server_state_and_openai(
+    client: TestClient, job: str
+) -> None:
+    answered = {"/", "/docs", "/openapi.json", "/healthz", "/readyz", "/metrics", "/status"}
+    for method, path in (route.replace("JOB", job).split() for route in ROUTES):
+        if path not in answered and not path.startswith("/v1/") and not path.endswith("/stream"):
+            assert client.request(method, path, headers={"accept": "text/x-none"}).status_code == 406, path
+
+
 def test_a_picture_is_not_sent_as_another_type_than_accept_allows(client: TestClient, job: str) -> None:
     path = f"/jobs/{job}/images/0"
 
