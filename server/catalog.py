@@ -63,6 +63,11 @@ class _Listed:
     where: str
     read: Callable[[], ModelCard]
 
+    @property
+    def shown(self) -> str:
+        """The name as text that can be sent: that of a directory may be any bytes."""
+        return self.name if self.name.isprintable() else ascii(self.name)[1:-1]
+
 
 def find_models(weights: str | Path) -> Catalog:
     """All listed models but those that cannot be served. Raises ModelRefused if none is left, or for a name's sake."""
@@ -70,13 +75,13 @@ def find_models(weights: str | Path) -> Catalog:
     places = [text] if Path(text).is_dir() else [place.strip() for place in text.split(",") if place.strip()]
     cards, reasons, first = dict[str, ModelCard](), dict[str, str](), "DDPM_WEIGHTS names no model"
     for listed in (listed for place in places for listed in _find(place)):
-        if listed.name in cards or listed.name in reasons:
+        if listed.name in cards or listed.shown in reasons:
             raise ModelRefused(f"two of the models of DDPM_WEIGHTS are called {listed.name}; rename one's directory")
         try:
             cards[listed.name] = listed.read()
         except ModelRefused as error:
             first = first if reasons else f"{listed.where}{error}"
-            reasons[listed.name] = str(error)
+            reasons[listed.shown] = str(error)
     if not cards:
         raise ModelRefused(first)
     return Catalog(cards, reasons)

@@ -55,4 +55,4 @@ class ServerStatus(TypedDict):
     image_steps_per_s: Annotated[float, Field(description="in the last seconds")]
     step_s: Annotated[float | None, Field(description="seconds of a step of a batch lately; null if there was none")]
     engines: list[EngineState]
-    models: Annotated[list[str], Field(description="the names of all models")]
+    models: Annotated[list[str], Field(description="the names of the models that are served")]

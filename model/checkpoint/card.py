@@ -28,7 +28,7 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 # The names that are tried, in this order: one file, several with an index, the same in half precision.
 INDEX = f"{WEIGHTS}.index.json"
 VARIANTS = ("fp16", "bf16")
-SHARD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}\.safetensors")
+SHARD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,139}")
 MAX_SHARDS = 256
 MAX_TABLE = 1 << 30  # numbers in the table of timestep embeddings
 
@@ -141,14 +141,15 @@ def _weights(folder: Path) -> Path:
     return found
 
 
-def shard_names(index: Json, name: str) -> tuple[str, ...]:
+def shard_names(index: Json, name: str, suffixes: tuple[str, ...] = (".safetensors",)) -> tuple[str, ...]:
     """The files that an index names. Raises ModelRefused if one of them may lie elsewhere than beside it."""
     named = index.get("weight_map")
     if not isinstance(named, dict) or not named or not all(isinstance(file, str) for file in named.values()):
         raise ModelRefused(f"{name}: weight_map must say of every tensor in which file it is")
     files = tuple(sorted(set(named.values())))
-    if len(files) > MAX_SHARDS or not all(map(SHARD.fullmatch, files)):
-        raise ModelRefused(f"{name}: weight_map must name at most {MAX_SHARDS} safetensors files beside it")
+    if len(files) > MAX_SHARDS or not all(SHARD.fullmatch(file) and file.endswith(suffixes) for file in files):
+        kinds = " or ".join(suffixes)
+        raise ModelRefused(f"{name}: weight_map must name at most {MAX_SHARDS} files beside it, each {kinds}")
     return files
 
 

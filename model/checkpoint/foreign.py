@@ -74,10 +74,10 @@ def require_served_kind(config: Json) -> None:
 def _require_served_options(options: Options) -> None:
     known = {field.name for field in fields(Architecture)} | OTHERS
     for option, value in options.values.items():
+        if option in WHY and value is not None and value is not False:
+            raise options.refuse(option, "null", WHY[option])
         if value in (None, False) or option.startswith("_"):
             continue
-        if option in WHY:
-            raise options.refuse(option, "null", WHY[option])
         if option not in known:
             raise options.refuse(option, "absent", UNKNOWN)
         words = [word for word in (value if isinstance(value, list) else [value]) if isinstance(word, str)]

@@ -5,13 +5,13 @@ Read without torch, and checked before memory is taken for any tensor.
 
 import json
 import math
-import re
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from model.checkpoint.beginnings import HEAD_BYTES, PICKLE, ZIP, recognised
 from model.checkpoint.shapes import Shapes
 from model.errors import ModelRefused
 from model.options import unique_keys
@@ -21,22 +21,6 @@ FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # safetensors' names, and by
 # The names of the net's parts before diffusers 0.1, and of attention's layers before 0.17.
 OLD_PLACES = {"downsample_blocks": "down_blocks", "upsample_blocks": "up_blocks", "mid": "mid_block"}
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-# How files begin that are no safetensors.
-PICKLE = "a pickle, which is never read; `ddpm convert` makes safetensors of it"
-KINDS: list[tuple[bytes, str]] = [
-    (rb"version https://git-lfs", "a pointer of Git LFS, not the weights; `git lfs pull` fetches them"),
-    (rb"(?i)\s*<(!doctype|html|\?xml)", "a web page, so the download failed"),
-    (rb"\s*\{", "JSON"),
-    (rb"PK\x03\x04", f"what torch.save writes, {PICKLE}"),
-    (rb"\x80[\x02-\x05]", PICKLE),
-    (rb"GGUF", "a GGUF file, for llama.cpp and its like"),
-    (rb"\x89HDF", "an HDF5 file, as Keras writes"),
-    (rb"[\x81-\x8f][\xa1-\xbf]", "a msgpack file, as Flax writes"),
-    (rb"\x08[\x01-\x14][\x12\x1a\x3a]", "a protocol buffer, as ONNX and TensorFlow write"),
-    (rb"\x1f\x8b|\xfd7zXZ|BZh|Rar!|7z\xbc", "a compressed archive"),
-    (rb"\x89PNG|\xff\xd8\xff|GIF8", "a picture"),
-    (rb"\0{16}", "nothing but zeros at its start, so the download failed"),
-]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +66,7 @@ def parse(file: BinaryIO, name: str) -> tuple[list[Entry], bytes]:
     length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
     if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
         claims = f"its header claims {length} of {size} bytes"
-        raise ModelRefused(f"{name} is not a safetensors file: {_kind(prefix + file.read(64)) or claims}")
+        raise ModelRefused(f"{name} is not a safetensors file: {_kind(prefix + file.read(HEAD_BYTES - 8)) or claims}")
     text = file.read(length)
     try:
         header = json.loads(text, object_pairs_hook=unique_keys)
@@ -96,8 +80,11 @@ def parse(file: BinaryIO, name: str) -> tuple[list[Entry], bytes]:
     return entries, prefix + text
 
 
-def _kind(start: bytes) -> str:
-    return next((f"it is {kind}" for pattern, kind in KINDS if re.match(pattern, start)), "")
+def _kind(head: bytes) -> str:
+    """What a file is instead, in words; "" if that is unknown."""
+    if PICKLE.match(head) or head.startswith(ZIP):
+        return "it is a pickle, as torch.save writes, which is never read; `ddpm convert` makes safetensors of it"
+    return f"it is {what}" if (what := recognised(head)) else ""
 
 
 def _is_count(value: object) -> bool:
@@ -154,5 +141,6 @@ def require_tensors(files: Iterable[tuple[str, Iterable[Entry]]], expected: Shap
             raise ModelRefused(f"{name} lacks {key}{hint}")
         if given[key] != shape:
             raise ModelRefused(f"{name}: {key} must have shape {list(shape)}, got {list(given[key])}")
-    if extra := len(given.keys() - expected.keys()):
-        raise ModelRefused(f"{name} holds {extra} tensors that config.json does not call for")
+    if extra := sorted(given.keys() - expected.keys()):
+        some = ascii(extra[0])[:60]
+        raise ModelRefused(f"{name} holds {len(extra)} tensors that config.json does not call for, such as {some}")

@@ -62,6 +62,21 @@ _KNOWN = (
 _TYPES = {int: "an integer", float: "a number", str: "a word", bool: "true or false", list: "a list"}
 
 
+def todays(scheduler: Json) -> dict[str, Any]:
+    """The options of a file of any age under their names of today. Raises ModelRefused.
+
+    Beside today's name an old one has no meaning, as in today's diffusers; what a net predicts must not be in doubt.
+    """
+    values = {new: scheduler[old] for old, new in RENAMED.items() if old in scheduler}
+    values |= {option: value for option, value in scheduler.items() if option not in RENAMED}
+    if values.pop("predict_epsilon", None) is not None:  # before diffusers 0.11
+        options = Options(FILE, scheduler)
+        predicts = "epsilon" if options.boolean("predict_epsilon", True) else "sample"
+        if values.setdefault("prediction_type", predicts) != predicts:
+            raise options.refuse("predict_epsilon", "absent beside a prediction_type that says something else")
+    return values
+
+
 def _read(scheduler: Json, index: Json) -> tuple[str, Options]:
     """(class without "Scheduler", all options under their names of today). Raises ModelRefused."""
     part, given = index.get("scheduler"), scheduler.get("_class_name")
@@ -73,13 +88,7 @@ def _read(scheduler: Json, index: Json) -> tuple[str, Options]:
     if kind not in CLASSES or not (isinstance(given, str) or (given is None and tells_betas)):
         others = "or another for Ho's process; flow matching, EDM and score SDEs are other processes"
         raise options.refuse("_class_name", f"one of DDPMScheduler, DDIMScheduler {others}")
-    values = {RENAMED.get(option, option): value for option, value in scheduler.items() if option in RENAMED}
-    values |= {option: value for option, value in scheduler.items() if option not in RENAMED}
-    if values.pop("predict_epsilon", None) is not None:  # before diffusers 0.11
-        predicts = "epsilon" if options.boolean("predict_epsilon", True) else "sample"
-        if values.setdefault("prediction_type", predicts) != predicts:
-            raise options.refuse("predict_epsilon", "absent beside a prediction_type that says something else")
-    read = Options(FILE, {**DEFAULTS, **CLASSES[kind], **values})
+    read = Options(FILE, {**DEFAULTS, **CLASSES[kind], **todays(scheduler)})
     _check(read)
     return kind, read
 

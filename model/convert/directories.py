@@ -11,6 +11,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from model.checkpoint.card import shard_names
 from model.convert import formats
 from model.convert.nets import averaged, standing
 from model.convert.protocol import OF_THE_SCHEDULER, Converted, Options, refuse_unread
@@ -37,7 +38,6 @@ NO_WEIGHTS = (
 HALVES = ("fp16", "bf16")
 OF_NETS = ("UNet2DModel", "UNetUnconditionalModel", "UNetModel", "OpenAIUNet")
 SHADOW = "custom_checkpoint"  # accelerate's name for what else it was told to save: an EMAModel, mostly
-MAX_SHARDS = 256
 # The words of tensors' names in the order in which diffusers registers them; numbers come in their own.
 ORDER = (
     *("conv_in", "time_embedding", "linear_1", "linear_2", "down_blocks", "up_blocks", "mid_block"),
@@ -164,16 +164,12 @@ def _read(taken: Candidate, found: list[Candidate]) -> tuple[dict[str, Tensor], 
 
 
 def _read_shards(index: Path) -> tuple[dict[str, Tensor], list[Path]]:
-    named = read_json(index).get("weight_map")
-    if not isinstance(named, dict) or not all(isinstance(file, str) for file in named.values()):
-        raise ModelRefused(f"{index.name}: weight_map must say of every tensor in which file it is")
-    files = sorted(set(named.values()))
-    if len(files) > MAX_SHARDS or any(Path(file).name != file for file in files):
-        raise ModelRefused(f"{index.name}: weight_map must name at most {MAX_SHARDS} files beside it")
+    told = read_json(index)
+    files = shard_names(told, index.name, SUFFIXES)
     state: dict[str, Tensor] = {}
     for file in files:
         state |= read_state(index.parent / file)[0]
-    if state.keys() != named.keys():
+    if state.keys() != told["weight_map"].keys():
         raise ModelRefused(f"{index.name} and the files that it names do not hold the same tensors")
     return state, [index.parent / file for file in files]
 

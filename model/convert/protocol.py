@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from model.checkpoint.scheduler import RENAMED
+from model.checkpoint.scheduler import todays
 from model.convert.nets import Net
 from model.errors import ModelRefused
 from model.options import read_json
@@ -115,15 +115,14 @@ def scheduler_config(options: Options, variance: str, schedule: str = "linear") 
 
 
 def todays_scheduler(given: Mapping[str, Any]) -> dict[str, Any]:
-    """A `scheduler_config.json` of any age under the names of today, so that today's diffusers reads the same."""
-    kept = {
-        name: value for name, value in given.items() if name not in (*RENAMED, "predict_epsilon", "timestep_values")
-    }
-    if given.get("predict_epsilon") is False:
-        kept.setdefault("prediction_type", "sample")
+    """A `scheduler_config.json` of any age under the names of today, so that today's diffusers reads the same.
+
+    Raises ModelRefused.
+    """
+    kept = {name: value for name, value in todays(given).items() if name != "timestep_values"}
     if str(kept.get("_class_name")).startswith("Gaussian"):
         kept["_class_name"] = "DDPMScheduler"
-    return {RENAMED[name]: given[name] for name in RENAMED if name in given} | kept
+    return kept
 
 
 def with_scaled_betas(options: Options, T: int) -> Options:

@@ -78,6 +78,7 @@ def configure(app: Any, settings: Settings, connections: int) -> Config:
         request_s=settings.request_s,
         refused=app.state.jobs.admission.count_refusal,
         cors=app.state.cors,
+        prefix=settings.path_prefix,
         troubles=app.state.jobs.repository.store.troubles,
     )
     return Config(

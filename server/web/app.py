@@ -51,10 +51,13 @@ async def _on_unforeseen(request: Request, error: Exception) -> JSONResponse:
 
 async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
-    code, headers = CODES.get(error.status_code, "http-error"), dict(error.headers or {})
-    if error.status_code == 405:
+    code, headers, detail = CODES.get(error.status_code, "http-error"), dict(error.headers or {}), error.detail
+    if error.status_code == 404:
+        detail = "there is no such path"
+    elif error.status_code == 405:
         headers["Allow"] = ", ".join(_methods(request))
-    return refusal(request.scope, Problem(error.status_code, code, error.detail, headers=headers))
+        detail = f"this path has {headers['Allow']}"
+    return refusal(request.scope, Problem(error.status_code, code, detail, headers=headers))
 
 
 HANDLERS: dict[Any, Any] = {

@@ -109,6 +109,7 @@ class KeyFile:
         """Reads the file. Raises SettingsError."""
         self._path, self._version = path, _version(path)
         self._keyring = Keyring.read(path)
+        self._told: object = None  # the last mistake that was logged, and the version of the file that has it
 
     def owner(self, key: bytes | None) -> Tenant:
         """The tenant of a key. Raises Unauthenticated."""
@@ -122,17 +123,19 @@ class KeyFile:
 
     async def refresh(self) -> None:
         """Reads the file if it has changed: all of its keys are valid from then on and no others, or, if there is a
-        mistake in it, the keys from before."""
+        mistake in it or it cannot be read, the keys from before, and the next look reads it again."""
         version = await asyncio.to_thread(_version, self._path)
         if version == self._version:
             return
-        self._version = version  # of before it is read: a change meanwhile is seen at the next look
         try:
             keyring = await asyncio.to_thread(Keyring.read, self._path)
         except SettingsError as error:
-            logger.error("the API keys stay as they were", extra={"reason": str(error)})
+            told, self._told = self._told, (version, str(error))
+            if told != self._told:
+                logger.error("the API keys stay as they were", extra={"reason": str(error)})
             return
         keyring.continue_from(self._keyring)
+        self._version = version  # of before it was read: a change meanwhile is seen at the next look
         self._keyring = keyring
         logger.info("the API keys were read again")
 

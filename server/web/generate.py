@@ -100,7 +100,7 @@ ENCODERS: dict[str, Callable[[Job], bytes]] = {PNG: picture, NPY: array, ZIP: ar
             "model": JobDocument,
             **sends(*MADE, "Location", "Preference-Applied"),
         },
-        **refusals(404, 406, 409, 410, 413, 415, 429, 504),
+        **refusals(404, 406, 409, 410, 415, 429, 504),
     },
     openapi_extra=asks("Accept", "Prefer", "Idempotency-Key", "Cache-Control", "Last-Event-ID", body="GenerateRequest"),
 )
@@ -122,9 +122,7 @@ async def generate(request: Request) -> Response:
             attached=not later and media != EVENTS,
             **from_headers(request),
         )
-        passed = whole_number("Last-Event-ID", request.headers.get("last-event-id", "0"), 0, MAX_SEQ)
-        if passed and context.key is None:
-            raise Malformed("Last-Event-ID needs the Idempotency-Key of the request that it continues")
+        passed = _passed(request, media == EVENTS and not later, context.key)
         job = await jobs.submit(body or b"{}", context)
     headers = {"X-Job-Id": job.id, "X-Seed": str(job.request.seed), "Vary": "Accept, Prefer"}
     if job.cached:
@@ -142,6 +140,18 @@ async def generate(request: Request) -> Response:
     if media in ANIMATIONS:
         return Response(await draw(jobs, job, media), media_type=media, headers=headers)
     return Response(await jobs.in_thread(lambda: ENCODERS[media](job)), media_type=media, headers=headers)
+
+
+def _passed(request: Request, streams: bool, key: str | None) -> int:
+    """The number of the message behind which a stream continues. Raises Invalid, Malformed."""
+    if (last := header(request, "last-event-id")) is None:
+        return 0
+    passed = whole_number("Last-Event-ID", last, 0, MAX_SEQ)
+    if passed and not streams:
+        raise Malformed(f"Last-Event-ID is for answers as {EVENTS}")
+    if passed and key is None:
+        raise Malformed("Last-Event-ID needs the Idempotency-Key of the request that it continues")
+    return passed
 
 
 async def succeeds(request: Request, jobs: JobService, job: Job) -> bool:

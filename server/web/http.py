@@ -16,6 +16,7 @@ from starlette.types import Scope
 from server.bounds import unknown
 from server.errors import BodyTooLarge, ExpectationFailed, Invalid, Malformed, NotAcceptable, Problem, UnsupportedMedia
 from server.jobs.tenants import Tenant
+from server.web.hosts import Headers
 from server.web.openai_schema import PREFIX, error_object
 
 Json = dict[str, Any]
@@ -24,6 +25,8 @@ EVENTS = "text/event-stream"
 MOST_WRONG = 20  # that are told of one request
 TAG = re.compile(r'"[^"]*"')
 KEY = re.compile(r"[!-~]{1,255}")
+REQUEST_ID = re.compile(r"[\w-]{1,64}", re.ASCII)
+PROBLEM = "application/problem+json"
 
 # The headers of answers, as OpenAPI: a schema, and what it says. The first is on all answers.
 HEADERS: dict[str, tuple[Json, str]] = {
@@ -62,17 +65,29 @@ PARAMETERS: dict[str, tuple[Json, str, str]] = {
 }
 
 
-def refusal(scope: Scope, answer: Problem) -> JSONResponse:
-    """The response for a problem. Under OpenAI's paths it has the form and the status that OpenAI's clients expect, and
-    says whether a retry makes sense."""
+def request_id_of(headers: Headers) -> str:
+    """The id of a request: its X-Request-Id if that has the form of one, else a new one."""
+    given = [value for name, value in headers if name == b"x-request-id"]
+    said = given[-1].decode("latin-1") if given else ""
+    return said if REQUEST_ID.fullmatch(said) else secrets.token_hex(8)
+
+
+def _form(answer: Problem, path: str) -> tuple[Problem, Json]:
+    """A problem with the headers that all have, and what its body has besides. Under OpenAI's paths it has the form and
+    the status that OpenAI's clients expect, and says whether a retry makes sense."""
     headers = {"Cache-Control": "no-store", **answer.headers}
-    error = {}
-    if scope["path"].startswith(PREFIX):
-        answer = replace(answer, status=400 if answer.status == 422 else answer.status)
-        headers["X-Should-Retry"] = "true" if "Retry-After" in headers else "false"
-        error = {"error": error_object(answer)}
-    body = answer.body(scope.get("state", {}).get("request_id", "")) | error
-    return JSONResponse(body, answer.status, headers, media_type="application/problem+json")
+    if not path.startswith(PREFIX):
+        return replace(answer, headers=headers), {}
+    headers["X-Should-Retry"] = "true" if "Retry-After" in headers else "false"
+    answer = replace(answer, status=400 if answer.status == 422 else answer.status, headers=headers)
+    return answer, {"error": error_object(answer)}
+
+
+def refusal(scope: Scope, answer: Problem) -> JSONResponse:
+    """The response for a problem."""
+    answer, more = _form(answer, scope["path"])
+    body = answer.body(scope.get("state", {}).get("request_id", "")) | more
+    return JSONResponse(body, answer.status, answer.headers, media_type=PROBLEM)
 
 
 class DocumentResponse(JSONResponse):
@@ -124,12 +139,14 @@ def too_large(limit: int) -> BodyTooLarge:
     return BodyTooLarge(f"the body must be at most {limit} bytes")
 
 
-def closing(answer: Problem) -> tuple[list[tuple[str, str]], bytes]:
-    """The headers and the body of a problem outside of the application, after which the connection is closed."""
-    id = secrets.token_hex(8)
-    body = json.dumps(answer.body(id)).encode()
-    headers = {"content-type": "application/problem+json", "cache-control": "no-store", "connection": "close"}
-    headers |= {"content-length": str(len(body)), "date": formatdate(usegmt=True), "x-request-id": id} | answer.headers
+def closing(answer: Problem, path: str, given: Headers) -> tuple[list[tuple[str, str]], bytes]:
+    """The headers and the body of a problem outside of the application, after which the connection is closed.
+    given: the headers of the request, as far as they were read"""
+    id = request_id_of(given)
+    answer, more = _form(answer, path)
+    body = json.dumps(answer.body(id) | more).encode()
+    headers = {"content-type": PROBLEM, "connection": "close", "content-length": str(len(body))}
+    headers |= {"date": formatdate(usegmt=True), "x-request-id": id} | answer.headers
     return [*headers.items()], body
 
 

@@ -101,7 +101,6 @@ async def get_image(request: Request, id: str, index: Index) -> Response:
 async def get_events(request: Request, id: str, after: Seq = None) -> Response:
     """The messages of a job from number `after` + 1 on, or behind the `Last-Event-ID` that an EventSource sends when it
     reconnects. A client that disconnects cancels nothing."""
-    negotiate(header(request, "accept"), (EVENTS,))
     name, given = ("after", after) if (last := header(request, "last-event-id")) is None else ("Last-Event-ID", last)
     passed, job = 0 if given is None else whole_number(name, given, 0, MAX_SEQ), await find_job(request, id)
     if job.ended and job.stream.closed and passed >= len(job.stream.kept):
@@ -133,7 +132,7 @@ async def get_trajectory(request: Request, id: str) -> Response:
     "/webhooks/secret",
     summary="Get the secret that signs the caller's webhooks",
     response_model=WebhookSecret,
-    responses={200: sends("Cache-Control"), **refusals(404)},
+    responses={200: sends("Cache-Control"), **refusals(404, 406)},
 )
 async def get_webhook_secret(request: Request) -> JSONResponse:
     """The secret in the form of Standard Webhooks: `whsec_` and base64. Each API key's name has its own."""

@@ -5,8 +5,6 @@ counts websockets, and answers HEAD. All paths need a key unless they are named 
 HTTP status, before it is accepted.
 """
 
-import re
-import secrets
 from collections.abc import Callable, Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +18,7 @@ from server.jobs.tenants import Tenant
 from server.settings import Settings
 from server.web.auth import SAME_FOR_ALL, KeyFile, Keyring, offered
 from server.web.hosts import Headers, Rules
-from server.web.http import refusal
+from server.web.http import refusal, request_id_of
 
 PROTOCOL = "ddpm.v1"  # the subprotocol of a websocket whose other offered subprotocol is its key
 OPEN = {"/", "/docs", "/healthz", "/readyz"}
@@ -30,7 +28,6 @@ METRICS = "/metrics"
 SAFE_METHODS = {"GET", "HEAD"}
 EVENTS = "/events"  # ends the paths of streams, which are for whoever may open a websocket
 STARTS = ("http.response.start", "websocket.accept", "websocket.http.response.start")  # messages with headers
-REQUEST_ID = re.compile(r"[\w-]{1,64}", re.ASCII)
 
 
 def _values(scope: Scope, name: bytes) -> list[bytes]:
@@ -92,8 +89,7 @@ class Middleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
             return await self._app(scope, receive, send)
-        given = (_values(scope, b"x-request-id") or [b""])[-1].decode("latin-1")
-        id = given if REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
+        id = request_id_of(scope["headers"])
         common = [(b"x-request-id", id.encode()), *self._access.rules.cors(scope["headers"])]
         scope.setdefault("state", {}).update(request_id=id, headers=common)
         logs.request_id.set(id)

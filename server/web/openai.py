@@ -62,7 +62,7 @@ EVENT_TYPES = {
     response_model=ImagesAnswer,
     responses={
         200: {"content": {EVENTS: event_stream(EVENT_TYPES)}, **sends(*MADE)},
-        **refusals(404, 409, 413, 415, 429, 504),
+        **refusals(404, 409, 410, 415, 429, 504),
     },
     openapi_extra=asks("Idempotency-Key", "Cache-Control", body="ImagesRequest"),
 )

@@ -27,7 +27,7 @@ from server.jobs.request import default_model
 from server.jobs.schemas import GenerateRequest
 from server.jobs.service import JobService
 from server.settings import Settings
-from server.web.http import HEADERS, PARAMETERS, TEXT, Json
+from server.web.http import HEADERS, PARAMETERS, PROBLEM, TEXT, Json
 from server.web.middleware import METRICS, OPEN
 from server.web.openai_schema import PREFIX, ErrorEvent, ImagesRequest, OpenAIProblem, PartialImage, WholeImage
 
@@ -57,7 +57,7 @@ KEYS = {
     "key": {"type": "http", "scheme": "bearer", "description": "An API key."},
     "metrics_key": {"type": "http", "scheme": "bearer", "description": "The key of `/metrics`."},
 }
-ALWAYS = (400, 401, 408, 414, 417, 422, 431, 500, 503)  # problems of any request
+ALWAYS = (400, 401, 408, 413, 414, 417, 422, 431, 500, 503)  # problems of any request
 
 
 def refusals(*statuses: int) -> dict[int | str, Json]:
@@ -157,7 +157,7 @@ def _problem(status: int, openai: bool) -> Json:
     names = [*OF_PROBLEMS.get(status, ()), "X-Request-Id", "Cache-Control", *(["X-Should-Retry"] if openai else ())]
     content = {"schema": schema("OpenAIProblem" if openai else "ProblemDocument")}
     about = " ".join(f"`{code}`: {text.rstrip('.')}." for code, text in kinds.items())
-    return {"description": about, "content": {"application/problem+json": content}} | sends(*names)
+    return {"description": about, "content": {PROBLEM: content}} | sends(*names)
 
 
 def _complete(path: str, method: str, operation: Json, settings: Settings) -> Json:

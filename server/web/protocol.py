@@ -42,6 +42,7 @@ class Limits:
     request_s: float  # for the head of a request, and again for its body
     refused: Callable[[str], None]
     cors: Callable[[list[tuple[bytes, bytes]]], list[tuple[bytes, bytes]]] = lambda headers: []  # of the answer
+    prefix: str = ""  # of paths, as Settings.path_prefix
     troubles: Troubles = field(default_factory=Troubles)
     reserved: "dict[Connection, None]" = field(default_factory=dict)  # connections beyond the limit, oldest first
 
@@ -59,7 +60,7 @@ class Connection(HttpToolsProtocol):
 
     def __init__(self, config: Config, *more: Any, **others: Any) -> None:
         super().__init__(config, *more, **others)
-        self._limits = config.limits
+        self._limits, self.url = config.limits, b""
         self._refusal: errors.ServerError | None = None  # the error that a parser callback raised; None: a parser error
         self._timer: asyncio.TimerHandle | None = None
         self._in_head, self._received, self._headers_bytes = True, 0, 0  # of the request being read
@@ -113,7 +114,8 @@ class Connection(HttpToolsProtocol):
         answer, running = errors.problem(error), self._running
         self._limits.refused(answer.code)
         if running is None or running.response_complete or (running is self.cycle and not running.response_started):
-            headers, body = closing(answer)
+            path = self.url.decode("latin-1").removeprefix(self._limits.prefix)
+            headers, body = closing(answer, path, self.headers or [])
             lines = [f"HTTP/1.1 {answer.status} {http.HTTPStatus(answer.status).phrase}"]
             lines += [f"{name}: {value}" for name, value in headers]
             lines += [f"{k.decode()}: {v.decode('latin-1')}" for k, v in self._limits.cors(self.headers or [])]
@@ -205,7 +207,8 @@ class _Handshake(ServerProtocol):
     def reject(self, status: Any, text: str) -> Response:
         status = http.HTTPStatus(status)
         words = "this is not a websocket handshake as RFC 6455 has it" if status < 500 else "an error, which was logged"
-        headers, body = closing(errors.Problem(status.value, "malformed" if status < 500 else "internal", words))
+        answer = errors.Problem(status.value, "malformed" if status < 500 else "internal", words)
+        headers, body = closing(answer, "", [])
         return Response(status.value, status.phrase, Headers(headers), body)
 
 

@@ -160,9 +160,7 @@ def test_a_tensor_in_two_files_is_ambiguous(tmp_path: Path) -> None:
 def test_an_index_that_leads_elsewhere_is_refused(tmp_path: Path, name: str) -> None:
     write_shards(tmp_path, halves(), {"conv_in.bias": name})
 
-    assert refusal(lambda: read_card(tmp_path)).startswith(
-        f"{INDEX}: weight_map must name at most 256 safetensors files"
-    )
+    assert refusal(lambda: read_card(tmp_path)).startswith(f"{INDEX}: weight_map must name at most 256 files")
 
 
 @pytest.mark.parametrize("index", ["{}", '{"weight_map": []}', '{"weight_map": {}}', '{"weight_map": {"a": 1}}', "[]"])
@@ -204,7 +202,7 @@ def test_a_wrong_shape_is_named(tmp_path: Path) -> None:
 def test_an_extra_tensor_is_refused(tmp_path: Path, name: str) -> None:
     message = why(write_model(tmp_path, tensors=weights() | {name: torch.zeros(3)}))
 
-    assert message == f"{WEIGHTS} holds 1 tensors that config.json does not call for"
+    assert message == f"{WEIGHTS} holds 1 tensors that config.json does not call for, such as {ascii(name)}"
 
 
 def test_a_wrong_name_is_a_missing_one(tmp_path: Path) -> None:
@@ -265,7 +263,7 @@ def test_a_net_that_is_too_large_by_its_rarer_parts_is_counted_before_memory_is_
 
 FLOAT = b"\0\0\0\0"
 HOSTILE: dict[str, tuple[bytes, str]] = {
-    "empty file": (b"", "its header claims 0 of 0 bytes"),
+    "empty file": (b"", "it is empty"),
     "seven bytes": (b"\x02\0\0\0\0\0\0", "its header claims 0 of 7 bytes"),
     "length without header": (struct.pack("<Q", 2), "its header claims 2 of 8 bytes"),
     "length bomb": (safetensors({}, length=2**63), f"its header claims {2**63} of 10 bytes"),

@@ -14,7 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
+from model.checkpoint.beginnings import recognised
+from model.checkpoint.header import read_header
 from model.convert.files import SAFETENSORS, TORCH, kind
+from model.errors import ModelRefused
 from tests.model.convert.test_convert import refused, written
 
 ROOT = Path(__file__).parents[3]
@@ -45,9 +48,9 @@ FOREIGN: dict[str, tuple[bytes, str]] = {
     "net.webp": (picture("WEBP"), "a WebP picture"),
     "model.gguf": (b"GGUF\x03\0\0\0" + bytes(64), "a GGUF file"),
     "model.onnx": (b"\x08\x08\x12\x07pytorch\x1a\x052.4.0" + bytes(64), "an ONNX model"),
-    "diffusion_pytorch_model.safetensors": (b"<!DOCTYPE html>\n<html><body>Sign in</body></html>", "an HTML page"),
-    "page.pt": (b"\n  <HTML>404</HTML>", "an HTML page"),
-    "pointer.safetensors": (LFS, "a Git LFS pointer, not the file itself"),
+    "diffusion_pytorch_model.safetensors": (b"<!DOCTYPE html>\n<html><body>Sign in</body></html>", "a web page"),
+    "page.pt": (b"\n  <HTML>404</HTML>", "a web page"),
+    "pointer.safetensors": (LFS, "a pointer of Git LFS, not the file itself"),
     "source.pt": (archive("repo/README.md", "repo/net.py"), "a zip archive that torch.save has not written"),
     "arrays.pt": (archive("a.npy", "b.npy"), "an archive of NumPy arrays"),
     "net.keras": (archive("config.json", "model.weights.h5"), "a model of Keras"),
@@ -71,7 +74,7 @@ FOREIGN: dict[str, tuple[bytes, str]] = {
     "net.tar": (b"net.pt".ljust(257, b"\0") + b"ustar\x0000" + bytes(700), "a tar archive: unpack it first"),
     "config.json": (json.dumps({"_class_name": "UNet2DModel"}).encode(), "a text file"),
     "empty.pt": (b"", "empty"),
-    "zeros.safetensors": (bytes(4096), "nothing but zeros: an unfinished download"),
+    "zeros.safetensors": (bytes(4096), "nothing but zeros at its start: an unfinished download"),
     "noise.pt": (bytes(range(200, 256)) * 9, "of no known kind, or damaged"),
 }
 
@@ -83,6 +86,23 @@ def test_a_file_that_is_no_checkpoint_is_refused_with_what_it_is(
     (tmp_path / name).write_bytes(content)
 
     assert refused(capsys, tmp_path / name).startswith(f"{name} is {FOREIGN[name][1]}")
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_server_calls_it_the_same(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(FOREIGN[name][0])
+    with pytest.raises(ModelRefused) as refusal:
+        read_header(tmp_path / name)
+
+    known = recognised(FOREIGN[name][0])
+    zipped = "a pickle, as torch.save writes" if FOREIGN[name][0].startswith(b"PK") else "its header claims"
+    assert f"{name} is not a safetensors file: " in str(refusal.value)
+    assert (FOREIGN[name][1] if known else zipped) in str(refusal.value)
+
+
+@pytest.mark.parametrize("length", [8, 0x85A5, 0x0208, 0x2020])
+def test_what_is_left_of_a_safetensors_file_is_nothing_else(length: int) -> None:
+    assert recognised(struct.pack("<Q", length) + b'{"conv_in.weight":{') == ""
 
 
 def test_a_foreign_file_is_refused_without_torch_in_little_memory(tmp_path: Path) -> None:

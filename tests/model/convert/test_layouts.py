@@ -284,6 +284,14 @@ def test_a_net_that_predicts_x0_by_an_option_of_2022_does_so_in_todays_diffusers
     assert read_card(directory).process.prediction == theirs.scheduler.config.prediction_type == "sample"
 
 
+def test_what_a_net_predicts_is_not_in_doubt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pipeline(shaken(small())).save_pretrained(tmp_path / "ddpm")
+    file = tmp_path / "ddpm" / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"prediction_type": "epsilon", "predict_epsilon": False}))
+
+    assert "predict_epsilon must be absent beside a prediction_type" in refused(capsys, tmp_path / "ddpm")
+
+
 # What cannot be converted
 
 

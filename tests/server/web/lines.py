@@ -90,7 +90,12 @@ def threaded(app: FastAPI) -> Iterator[Threaded]:
     with socket.create_server(("127.0.0.1", 0)) as listening:
         port = listening.getsockname()[1]
         limits = Limits(
-            connections=64, body_bytes=1 << 16, request_s=10, refused=lambda code: None, cors=app.state.cors
+            connections=64,
+            body_bytes=1 << 16,
+            request_s=10,
+            refused=lambda code: None,
+            cors=app.state.cors,
+            prefix=app.state.settings.path_prefix,
         )
         config = Config(app, limits, log_config=None, timeout_graceful_shutdown=1)
         server, up, loop = uvicorn.Server(config), threading.Event(), asyncio.new_event_loop()

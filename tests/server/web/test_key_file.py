@@ -1,6 +1,7 @@
 """A file of keys that changes while the server runs."""
 
 import asyncio
+import errno
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -167,3 +168,22 @@ def test_a_file_that_has_not_changed_is_not_read_again(path: Path, monkeypatch: 
     refresh(keys)
 
     assert read == []
+
+
+def test_a_file_that_could_not_be_read_for_a_moment_is_read_at_the_next_look(
+    path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_descriptor(*_: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    keys = KeyFile(path)
+    replace(path, line("alice", "x"))
+    with monkeypatch.context() as short, caplog.at_level(logging.ERROR):
+        short.setattr(Path, "open", no_descriptor)
+        for _ in range(3):
+            refresh(keys)
+    assert [key for key in "abx" if is_valid(keys, key)] == ["a", "b"]
+    assert len(caplog.records) == 1
+    refresh(keys)
+
+    assert [key for key in "abx" if is_valid(keys, key)] == ["x"]

@@ -94,3 +94,19 @@ def test_long_targets_and_heads_are_refused_before_they_end(server: Server, stat
 
     assert statuses(answer) == [status]
     assert json.loads(answer.partition(b"\r\n\r\n")[2])["status"] == status
+
+
+@pytest.mark.parametrize("path", ["/v1/images/generations", "/v1/images/generations?x=1"])
+def test_a_refusal_of_the_protocol_has_the_form_of_the_path_and_the_id_that_was_sent(server: Server, path: str) -> None:
+    def refused(path: str) -> tuple[dict[str, object], bool]:
+        asked = head(f"POST {path}", "X-Request-Id: mine", f"Content-Length: {MOST + 1}")
+        answer = ask(server.port, asked)
+        return problem_in(answer), b"x-should-retry: false" in answer.lower()
+
+    ours, theirs = refused("/generate"), refused(path)
+
+    assert (ours[0]["request_id"], theirs[0]["request_id"]) == ("mine", "mine")
+    assert (ours[0].get("error"), ours[1]) == (None, False)
+    message = f"the body must be at most {MOST} bytes"
+    error = {"message": message, "type": "invalid_request_error", "param": None, "code": "too-large"}
+    assert theirs == (ours[0] | {"error": error}, True)

@@ -280,7 +280,7 @@ def test_errors_are_in_openais_form_under_its_paths_and_nowhere_else(client: Tes
 
     assert (theirs.status_code, ours.status_code) == (404, 404)
     assert theirs.json()["error"] == {
-        "message": "Not Found",
+        "message": "there is no such path",
         "type": "invalid_request_error",
         "param": None,
         "code": "not-found",

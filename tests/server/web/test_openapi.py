@@ -15,7 +15,16 @@ from ddpm_client.wire import unpack
 from starlette.testclient import TestClient
 
 from server.engines.backend import Progress, Restarting, SampleEvent
-from server.errors import SampleLost
+from server.errors import (
+    ANSWERS,
+    BodyTooLarge,
+    HeadTooLarge,
+    Malformed,
+    SampleLost,
+    TargetTooLong,
+    TooManyConnections,
+    TooSlow,
+)
 from server.jobs.stream import Stream, Subscriber, TextMessage
 from server.settings import Settings
 from server.web.app import create_app
@@ -27,6 +36,7 @@ from tests.server.web.described import Description
 from tests.waiting import until
 
 STREAMED = {"seed": 5, "steps": 4, "n": 2, "frames": {"count": 3, "kind": "both"}}
+NOBODY = "http://127.0.0.1:9/"  # a receiver that is not there
 
 
 class Halting(FakeBackend):
@@ -50,7 +60,11 @@ class Halting(FakeBackend):
 def site(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
     """The application over a backend without an engine."""
     settings = Settings(
-        weights=weights, data_dir=tmp_path_factory.mktemp("data"), max_queued_steps=500, webhook_secret="s" * 24
+        weights=weights,
+        data_dir=tmp_path_factory.mktemp("data"),
+        max_queued_steps=500,
+        webhook_secret="s" * 24,
+        webhook_hosts="127.0.0.1",
     )
     with TestClient(create_app(settings, Halting()), raise_server_exceptions=False) as made:
         yield made
@@ -106,6 +120,8 @@ def test_every_answer_of_every_operation_is_as_described(site: TestClient, descr
         asked("GET /jobs/{id}/trajectory", f"/jobs/{done}/trajectory", headers={"accept": media})
     for path in ("/jobs", "/models", "/healthz", "/readyz", "/status", "/metrics", "/v1/models", "/webhooks/secret"):
         asked(f"GET {path}")
+    told = asked("POST /generate", headers={"prefer": "respond-async"}, json={"seed": 4, "webhook": NOBODY})
+    assert asked("GET /jobs/{id}", told.headers["location"]).json()["webhook"]["state"] == "pending"
     for path in ("/models/{name}", "/v1/models/{name}"):
         asked(f"GET {path}", path.format(name="tiny"))
     for body in ({"stream": True, "partial_images": 1}, {"response_format": "url"}, {"output_format": "webp", "n": 2}):
@@ -227,6 +243,15 @@ async def gaps() -> list[Any]:
                 stream.keep_picture({}, True, lambda: b"png")
             subscriber.fell_behind()
     return heard
+
+
+def test_what_any_request_may_be_refused_for_is_said_of_every_operation(description: Description) -> None:
+    of_the_protocol = (Malformed, TooSlow, BodyTooLarge, TargetTooLong, HeadTooLarge, TooManyConnections)
+    statuses = {str(ANSWERS[kind][0]) for kind in of_the_protocol}
+    said = {path: operation["responses"].keys() for path, _, operation in description.operations()}
+
+    assert [path for path in said if statuses - said[path]] == []
+    assert said["/generate"] - said["/v1/images/generations"] == {"202", "406", "422"}
 
 
 def test_every_example_is_accepted(site: TestClient, description: Description) -> None:

@@ -15,6 +15,7 @@ from server.web.app import create_app
 from server.web.info import STATIC
 from tests.server.fakes import FakeBackend
 from tests.server.web.lines import Threaded, threaded
+from tests.server.web.raw import ask, problem_in, request
 
 PREFIX = "/apps/ddpm"
 as_it_comes = pytest.mark.parametrize("sent", [PREFIX, ""], ids=["left", "taken off"])
@@ -127,3 +128,11 @@ def test_the_client_works_under_the_prefix(grey: Threaded) -> None:
         assert [picture.png for picture in job.images()] == [made.png]
         assert job.trajectory("gif").startswith(b"GIF89a")
         assert [picture.png for picture in near.job(made.job["id"]).images()] == [made.png]
+
+
+def test_a_refusal_of_the_protocol_has_the_form_of_openai_under_the_prefix_too(grey: Threaded) -> None:
+    def refused(path: str) -> dict[str, object]:
+        return problem_in(ask(grey.port, request(path, content_length="9999999")))
+
+    assert ["error" in refused(f"{sent}/v1/images/generations") for sent in ("", PREFIX)] == [True, True]
+    assert "error" not in refused(f"{PREFIX}/generate")

@@ -19,7 +19,8 @@ from tests.server.jobs.test_durability import ended, later
 from tests.server.jobs.test_metrics import read
 
 REASONS = {
-    "header": f"{WEIGHTS} is not a safetensors file: it is a web page, so the download failed",
+    "header": f"{WEIGHTS} is not a safetensors file: "
+    "it is a web page, such as a login or an error in place of the file",
     "labels": "config.json: num_class_embeds must be null, got 10: "
     "it is a class-conditional net, and such nets are not served yet",
     "nan": f"{WEIGHTS}: conv_in.bias holds numbers that are not finite",
@@ -57,6 +58,20 @@ def test_the_good_model_serves_and_the_others_are_told_of(server: Server) -> Non
     assert (ready.status_code, ready.json()["refused"]) == (200, list(REASONS))
     assert read(server.client.get("/metrics").text)["ddpm_models_refused"] == 3
     assert server.client.post("/generate", json={"model": "good", "steps": 2}).status_code == 200
+
+
+def test_a_directory_whose_name_is_no_text_is_told_of_too(tmp_path: Path) -> None:
+    write_model(tmp_path / "models" / "good")
+    for name in (b"\xffbad", b"two\nlines"):
+        os.mkdir(os.fsencode(tmp_path / "models") + b"/" + name)
+    settings = Settings(weights=tmp_path / "models", data_dir=tmp_path / "data")
+    with TestClient(create_app(settings, FakeBackend())) as client:
+        ready, listed = client.get("/readyz"), client.get("/models")
+        asked = client.post("/generate", json={"model": "two\\nlines"})
+
+    assert (ready.status_code, ready.json()["refused"]) == (200, ["two\\nlines", "\\udcffbad"])
+    assert [each["name"] for each in listed.json()["refused"]] == ready.json()["refused"]
+    assert (asked.status_code, asked.json()["code"]) == (503, "model-broken")
 
 
 @pytest.mark.parametrize("name", REASONS)
@@ -112,4 +127,4 @@ def test_a_job_of_a_model_that_is_refused_now_fails_with_that_reason(tmp_path: P
     with TestClient(create_app(knobs, FakeBackend())) as client:
         error = ended(client, job["id"])["error"]
 
-    assert (error["code"], "its header claims 0 of 0 bytes" in error["detail"]) == ("model-broken", True)
+    assert (error["code"], "it is empty" in error["detail"]) == ("model-broken", True)

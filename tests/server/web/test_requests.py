@@ -206,6 +206,8 @@ def test_unknown_routes_and_methods_are_problems_too(client: TestClient) -> None
 
 def test_a_forbidden_method_is_answered_with_the_allowed_ones(client: TestClient) -> None:
     assert client.put("/jobs/x").headers["allow"] == "DELETE, GET, HEAD"
+    assert client.put("/jobs/x").json()["detail"] == "this path has DELETE, GET, HEAD"
+    assert client.get("/static/x").json()["detail"] == client.get("/x").json()["detail"] == "there is no such path"
     assert client.post("/static/app.js").headers["allow"] == "GET, HEAD"
     assert client.head("/generate").headers["allow"] == "POST"
 

@@ -177,6 +177,15 @@ def test_what_http_lets_a_server_ignore_is_ignored(client: TestClient, header: H
     assert (answer.status_code, answer.headers["content-type"]) == (status, media)
 
 
+def test_a_form_that_no_answer_has_is_refused_but_for_pages_server_state_and_openai(
+    client: TestClient, job: str
+) -> None:
+    answered = {"/", "/docs", "/openapi.json", "/healthz", "/readyz", "/metrics", "/status"}
+    for method, path in (route.replace("JOB", job).split() for route in ROUTES):
+        if path not in answered and not path.startswith("/v1/") and not path.endswith("/stream"):
+            assert client.request(method, path, headers={"accept": "text/x-none"}).status_code == 406, path
+
+
 def test_a_picture_is_not_sent_as_another_type_than_accept_allows(client: TestClient, job: str) -> None:
     path = f"/jobs/{job}/images/0"
 
@@ -192,6 +201,26 @@ def test_events_go_on_behind_the_last_one_that_was_heard(client: TestClient) -> 
 
     assert numbers() == [1, 2, 3, 4, 5, 6]
     assert numbers(("last-event-id", "4")) == [5, 6]
+
+
+STREAM = ("accept", "text/event-stream")
+
+
+@pytest.mark.parametrize(
+    ("given", "status"),
+    [
+        ([("accept", "image/png")], 400),
+        ([STREAM, ("prefer", "respond-async")], 400),
+        ([STREAM, ("last-event-id", "4")], 422),
+    ],
+)
+def test_a_last_event_id_that_no_stream_can_continue_from_is_refused(
+    client: TestClient, given: list[HEADER], status: int
+) -> None:
+    sent = [("idempotency-key", "k"), ("last-event-id", "3"), *given]
+    answer = client.post("/generate", json={"seed": 1, "steps": 4}, headers=sent)
+
+    assert (answer.status_code, specs(client)) == (status, 0)
 
 
 @pytest.mark.parametrize("line", ["no-cache", "no-store", "max-age=0", "max-age=60, no-transform"])

@@ -70,4 +70,5 @@ def test_a_generated_client_compiles_strictly_runs_and_knows_every_answer(server
     assert set(map(str.strip, left)) == {"[name: string]: unknown;"}  # other headers than those that are described
     told = result.pop("told")
     assert result == {"T": 30, "exact": True, "seed": 42, "sha256": True, "refused": "/seed"}
-    assert (told[-2:], "5 steps" in told) == (["image/png", "succeeded"], True)
+    kept = [message for message in told if " of " not in message]  # progress may come at any moment
+    assert (kept[-2:], "5 steps" in told) == (["image/png", "succeeded"], True)
