@@ -101,8 +101,10 @@ async def get_image(request: Request, id: str, index: Index) -> Response:
 async def get_events(request: Request, id: str, after: Seq = None) -> Response:
     """The messages of a job from number `after` + 1 on, or behind the `Last-Event-ID` that an EventSource sends when it
     reconnects. A client that disconnects cancels nothing."""
-    name, given = ("after", after) if (last := header(request, "last-event-id")) is None else ("Last-Event-ID", last)
-    passed, job = 0 if given is None else whole_number(name, given, 0, MAX_SEQ), await find_job(request, id)
+    passed = 0 if after is None else whole_number("after", after, 0, MAX_SEQ)
+    if (last := header(request, "last-event-id")) is not None:
+        passed = whole_number("Last-Event-ID", last, 0, MAX_SEQ)
+    job = await find_job(request, id)
     if job.ended and job.stream.closed and passed >= len(job.stream.kept):
         return Response(status_code=204)  # at which an EventSource stops
     jobs: JobService = request.app.state.jobs

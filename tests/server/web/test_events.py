@@ -112,11 +112,12 @@ def test_a_place_that_is_no_number_is_refused(client: TestClient, given: str) ->
     answers = {
         "Last-Event-ID": client.get(f"{job}/events", headers={b"last-event-id": given.encode()}),
         "after": client.get(f"{job}/events", params={"after": given}),
+        "after ": client.get(f"{job}/events", params={"after": given}, headers={"last-event-id": "0"}),
     }
 
     for name, answer in answers.items():
         assert answer.status_code == 422
-        assert answer.json()["detail"].startswith(f"{name} must be an integer in 0..999999999")
+        assert answer.json()["detail"].startswith(f"{name.strip()} must be an integer in 0..999999999")
 
 
 def test_a_stream_is_for_those_who_accept_one(client: TestClient) -> None:
