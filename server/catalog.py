@@ -114,11 +114,10 @@ def _fetch(id: str, revision: str, name: str) -> ModelCard:
 def _find_here(weights: Path) -> list[_Listed]:
     alone = any((weights / file).is_file() for file in ("config.json", INDEX)) or (weights / "unet").is_dir()
     inside = (d for d in weights.iterdir() if d.is_dir() and d.name[0] != "." and d.name != LOST_AND_FOUND)
-    directories = [weights] if alone else sorted(inside)
-    if not directories:
+    named = {weights.resolve().name: weights} if alone else {at.name: at for at in sorted(inside)}  # links by their own
+    if not named:
         raise ModelRefused(f"{weights} holds no model directory")
-    names = [directory.resolve().name for directory in directories]
-    return [_Listed(name, f"{at}: ", partial(_read, at, name)) for name, at in zip(names, directories, strict=True)]
+    return [_Listed(name, f"{at}: ", partial(_read, at, name)) for name, at in named.items()]
 
 
 def _read(directory: Path, name: str) -> ModelCard:

@@ -6,6 +6,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -57,11 +58,13 @@ def write(converted: Converted, target: Path, readme: str) -> None:
     with tempfile.TemporaryDirectory(prefix=".convert-", dir=target.parent) as scratch:
         directory = Path(scratch) / "model"
         directory.mkdir()
-        index = {
+        index: dict[str, Any] = {
             "_class_name": "DDPMPipeline",
             "scheduler": ["diffusers", converted.scheduler.get("_class_name", "DDPMScheduler")],
             "unet": ["diffusers", converted.config.get("_class_name", "UNet2DModel")],
         }
+        if converted.default_steps is not None:
+            index["default_steps"] = converted.default_steps
         written = {
             "config.json": converted.config,
             "scheduler_config.json": converted.scheduler,

@@ -12,6 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from model.checkpoint.card import shard_names
+from model.checkpoint.pipeline import read_index
 from model.convert import formats
 from model.convert.nets import averaged, standing
 from model.convert.protocol import OF_THE_SCHEDULER, Converted, Options, refuse_unread
@@ -89,7 +90,9 @@ def convert(directory: Path, options: Options, part: str | None = None) -> tuple
     if "ch_mult" in config:  # the very first layout: that of pesser's port
         options = replace(options, config=None, image_size=options.image_size or whole(config.get("resolution")))
     made = formats.convert(state, options, where=taken.name)
-    return replace(made, origin="Saved by diffusers", notes=(_told(taken, found), *made.notes)), files
+    steps = read_index(directory).get("default_steps")
+    notes = (_told(taken, found), *made.notes)
+    return replace(made, origin="Saved by diffusers", notes=notes, default_steps=steps), files
 
 
 def _told(taken: Candidate, found: list[Candidate]) -> str:

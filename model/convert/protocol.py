@@ -45,6 +45,7 @@ class Converted:
     tensors: dict[str, Tensor]  # by their names in config.json's net
     origin: str  # one line: whose layout this was, and what was assumed
     notes: tuple[str, ...] = ()  # one line each: what was taken and what was left, and where the schedule comes from
+    default_steps: int | None = None  # of model_index.json
 
 
 OF_BETAS = ("schedule", "timesteps", "beta_start", "beta_end", "scheduler")

@@ -10,6 +10,7 @@ import torch
 from diffusers import DDPMScheduler, UNet2DModel
 from diffusers.training_utils import EMAModel
 
+from model.checkpoint.card import read_card
 from model.convert.directories import _named
 from model.errors import ModelRefused
 from tests.model.convert.test_convert import apart, converted, noise, refused, written
@@ -201,3 +202,10 @@ def test_a_net_without_a_configuration_nearby_asks_for_it(tmp_path: Path, capsys
         "model.safetensors has no config.json beside it: give --config"
     )
     assert is_of(converted(tmp_path / "some", "--config", str(tmp_path / "config" / "config.json")), net)
+
+
+def test_the_default_steps_of_a_pipeline_are_kept(training: tuple[Path, UNet2DModel, UNet2DModel]) -> None:
+    index = training[0].parent / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"default_steps": 50}))
+
+    assert read_card(converted(training[0])).process.default_steps == 50
