@@ -23,6 +23,7 @@ T = TypeVar("T")
 RETRY_S = 0.5  # between attempts at what the system has too little for
 PATIENCE_S = 4.0  # that a caller waits for the disk or the system, before it is told to come again
 FILES, MEMORY, PROCESSES = "file descriptors", "memory", "threads or processes"
+SYSTEM = {FILES, MEMORY, PROCESSES}
 SHORTAGES = {errno.EMFILE: FILES, errno.ENFILE: FILES, errno.ENOMEM: MEMORY, errno.EAGAIN: PROCESSES}
 STORE = JOURNAL, PICTURES = "journal", "pictures"  # the resources of the store
 LACKING = (OSError, MemoryError, RuntimeError, ImportError)  # errors that may mean a shortage
@@ -81,8 +82,8 @@ class Troubles:
 
     async def outlast(self, work: Callable[[], Awaitable[T]], within_s: float = math.inf) -> T:
         """The result of `work`, which is tried again while the system has too little of something for it. Raises
-        NotReady after so many seconds."""
-        lacked, until = set[str](), time.monotonic() + within_s
+        NotReady after so many seconds; then the shortage lasts until some work is done."""
+        lacked, until, given_up = set[str](), time.monotonic() + within_s, False
         try:
             while True:
                 try:
@@ -93,12 +94,12 @@ class Troubles:
                     self._waiting.update({resource} - lacked)
                     lacked.add(resource)
                     self.begin(resource, error)
-                    if time.monotonic() > until:
+                    if given_up := time.monotonic() > until:
                         raise too_little(resource) from None
                 await asyncio.sleep(RETRY_S)
         finally:
             self._waiting.subtract(lacked)
-            for resource in lacked:
+            for resource in set() if given_up else SYSTEM & self.now.keys():
                 if not self._waiting[resource]:
                     self.end(resource)
 

@@ -60,7 +60,9 @@ def test_a_lack_that_many_wait_for_begins_once_and_is_over_when_nobody_waits(
     ]
 
 
-def test_whoever_stops_waiting_ends_the_trouble_and_is_told_what_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whoever_stops_waiting_is_told_what_is_short_and_the_trouble_ends_with_the_next_success(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(troubles, "RETRY_S", 0.0)
     shared = Troubles()
 
@@ -69,6 +71,8 @@ def test_whoever_stops_waiting_ends_the_trouble_and_is_told_what_is_short(monkey
 
     with pytest.raises(NotReady, match="the system has too little for the server now: file descriptors"):
         asyncio.run(shared.outlast(work, within_s=0.0))
+    assert shared.now.keys() == {"file descriptors"}
+    asyncio.run(shared.in_thread(lambda: None))
     assert shared.now == {}
 
 
