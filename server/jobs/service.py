@@ -144,7 +144,7 @@ class JobService:
         stopping = asyncio.create_task(self._runner.stop(job, JobCancelled("the job was cancelled")))
         if not (await asyncio.wait([stopping], timeout=PATIENCE_S))[0]:
             stopping.add_done_callback(report)
-            raise StorageFull(f"the job was stopped, its end is not written yet: {self.repository.store.trouble}")
+            raise StorageFull("the job was stopped, but its end is not on disk yet")
         await stopping
         return job
 

@@ -35,6 +35,8 @@ class Salvaged:
 
 def salvage(directory: Path, out: Path) -> Salvaged:
     """Writes every sound job of a store into a new one. Raises SettingsError unless `out` is empty or not there."""
+    if out.resolve().is_relative_to(directory.resolve()):
+        raise SettingsError(f"{out} must not be in the data directory")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise SettingsError(f"{out} must be a directory that is empty or does not exist")
     (out / PICTURES).mkdir(mode=0o700, parents=True)

@@ -494,6 +494,8 @@ def test_salvage_ends_whichever_frame_is_bad_though_a_key_was_used_again(tmp_pat
 
 def test_salvage_does_not_write_into_a_directory_with_something_in_it(data: Path) -> None:
     assert main(["check", str(data), "--salvage", str(data)]) == 2
+    assert main(["check", str(data), "--salvage", str(data / "new")]) == 2
+    assert not (data / "new").exists()
 
 
 def test_a_damaged_picture_is_made_again_and_never_served(weights: Path, promised: Promised, data: Path) -> None:
