@@ -1,8 +1,8 @@
 """Says what of a data directory is damaged and what is sound, and changes nothing."""
 
 import os
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from model.usage import Parser
@@ -28,38 +28,45 @@ def main(arguments: Sequence[str]) -> int:
     given = parser.parse_args(arguments)
     if not any((given.directory / name).exists() for name in (JOURNAL, PICTURES, lock.LOCK)):
         raise SettingsError(f"{given.directory} is not a data directory: it has no {JOURNAL}")
-    held = _hold(given.directory)
+    with _hold(given.directory) as held:
+        return _check(given.directory, held, given.salvage)
+
+
+def _check(directory: Path, held: int | None, out: Path | None) -> int:
     floor, damages = 0, list[str]()
     try:
-        if held is not None:
-            floor = lock.read_floor(held)
+        floor = lock.read_floor(held) if held is not None else 0
     except ValueError as error:
         damages.append(str(error))
-    found = inspect(given.directory, floor, hashes=True)
+    found = inspect(directory, floor, hashes=True)
     damages += found.damages
     print(f"sound: {found.jobs} jobs ({found.unfinished} have not ended), {found.pictures} pictures")
     _list("damaged", damages + found.bad_pictures)
     lost = bool(damages + found.bad_pictures)
-    if given.salvage is not None:
-        saved = salvage(given.directory, given.salvage)
-        print(f"saved in {given.salvage}: {saved.jobs} jobs, {saved.pictures} pictures")
+    if out is not None:
+        saved = salvage(directory, out)
+        print(f"saved in {out}: {saved.jobs} jobs, {saved.pictures} pictures")
         _list("will run again, for a picture was damaged: job", saved.again)
         _list("lost", saved.lost)
         if found.damages:
             print(f"lost: perhaps some of what was written up to transaction {floor}, where the journal is damaged")
         lost = bool(saved.lost or found.damages)
-    if held is not None:
-        os.close(held)
     return EXIT_STORE_REFUSED if lost else 0
 
 
-def _hold(directory: Path) -> int | None:
+@contextmanager
+def _hold(directory: Path) -> Iterator[int | None]:
     """The lock file, held, so that no server starts meanwhile; None if there is none."""
-    with suppress(FileNotFoundError):
+    try:
         held = os.open(directory / lock.LOCK, os.O_RDONLY)
+    except FileNotFoundError:
+        yield None
+        return
+    try:
         lock.hold(held, directory)
-        return held
-    return None
+        yield held
+    finally:
+        os.close(held)
 
 
 def _list(what: str, lines: list[str]) -> None:
