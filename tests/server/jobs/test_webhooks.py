@@ -28,7 +28,7 @@ from server import troubles
 from server.jobs import deliveries
 from server.jobs.deliveries import MOST, MOST_OF_A_KEY, PAUSES_S, after_attempt
 from server.settings import Settings
-from server.store import rows
+from server.store import retention, rows
 from server.store.records import Delivery
 from server.web.app import create_app
 from server.web.auth import make_key
@@ -350,7 +350,7 @@ def test_a_job_whose_webhook_is_pending_is_kept_while_there_is_room(sending: Sen
         told(client, owed["id"], "pending", 1)
         call(client, jobs_of(client).repository.sweep)
         kept = [client.get(f"/jobs/{job['id']}").status_code for job in (plain, owed)]
-        with mock.patch.object(rows, "size_bytes", lambda db: 1 << 60):
+        with mock.patch.object(retention, "size_bytes", lambda db: 1 << 60):
             call(client, jobs_of(client).repository.sweep)
 
         assert kept == [410, 200]
@@ -363,7 +363,7 @@ def test_a_job_that_is_deleted_during_an_attempt_is_not_delivered_again(sending:
         job, other = later(client, webhook=receiver.url), later(client, seed=1)
         ended(client, other["id"])
         receiver.next()
-        with mock.patch.object(rows, "size_bytes", lambda db: 1 << 60):
+        with mock.patch.object(retention, "size_bytes", lambda db: 1 << 60):
             call(client, jobs_of(client).repository.sweep)
         deleted.set()
         until(lambda: not jobs_of(client)._deliveries._sending)
