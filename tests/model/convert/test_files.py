@@ -79,11 +79,11 @@ FOREIGN: dict[str, tuple[bytes, str]] = {
 }
 
 
-@pytest.mark.parametrize(("name", "content"), [(name, content) for name, (content, _) in FOREIGN.items()])
+@pytest.mark.parametrize("name", FOREIGN)
 def test_a_file_that_is_no_checkpoint_is_refused_with_what_it_is(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, content: bytes
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
-    (tmp_path / name).write_bytes(content)
+    (tmp_path / name).write_bytes(FOREIGN[name][0])
 
     assert refused(capsys, tmp_path / name).startswith(f"{name} is {FOREIGN[name][1]}")
 
