@@ -82,7 +82,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     await run_in_threadpool(bool)  # imports what starlette would import when it sends the first stream
     try:
         await app.state.jobs.start()
-    except BaseException as error:  # or the web server would choose the exit code
+    except Exception as error:  # or the web server would choose the exit code
         app.state.on_failed(error if isinstance(error, ServerError) else StartFailed(f"the start failed: {error!r}"))
         raise
     following = asyncio.create_task(app.state.keys.follow(), name="API keys") if app.state.keys is not None else None

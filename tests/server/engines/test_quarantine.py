@@ -1,5 +1,7 @@
 """Which jobs are blamed for the death of an engine."""
 
+import pytest
+
 from model.sampling.plan import resolve
 from server.engines.quarantine import DEATHS_LOADING, Place, Quarantine, Record
 from server.worker.messages import Spec
@@ -78,24 +80,15 @@ def test_a_job_that_is_killed_alone_at_one_step_five_times_in_a_row_is_the_reaso
     assert [quarantine.died({a: at(3)}, killed=True) for _ in range(5)] == [[], [], [], [], [a]]
 
 
-def test_kills_of_engines_without_a_sample_clear_all_jobs() -> None:
+@pytest.mark.parametrize("killed", [True, False])
+def test_an_engine_without_a_sample_that_is_killed_clears_all_jobs_and_one_that_crashes_none(killed: bool) -> None:
     quarantine = Quarantine()
     a = isolated(quarantine, "a")
     for _ in range(4):
         quarantine.died({a: at(3)}, killed=True)
-    quarantine.died({}, killed=True)
+    quarantine.died({}, killed=killed)
 
-    assert quarantine.died({a: at(3)}, killed=True) == []
-
-
-def test_a_crash_of_an_engine_without_a_sample_clears_nobody() -> None:
-    quarantine = Quarantine()
-    a = isolated(quarantine, "a")
-    for _ in range(4):
-        quarantine.died({a: at(3)}, killed=True)
-    quarantine.died({}, killed=False)
-
-    assert quarantine.died({a: at(3)}, killed=True) == [a]
+    assert quarantine.died({a: at(3)}, killed=True) == ([] if killed else [a])
 
 
 def test_kills_and_crashes_are_counted_apart() -> None:
