@@ -18,7 +18,7 @@ from server.engines.backend import Backend
 from server.errors import Gone, NotFound, NotReady, StorageFull
 from server.jobs import encode
 from server.jobs.codec import answered_from_cache, concluded, identities, stored, to_job, to_record
-from server.jobs.job import Job
+from server.jobs.job import Image, Job
 from server.jobs.stream import StreamCounts
 from server.logs import report
 from server.settings import Settings
@@ -31,7 +31,7 @@ from server.worker.messages import Spec
 logger = logging.getLogger(__name__)
 SWEEP_S = 10.0  # between two looks for jobs whose retention has ended
 DAY_S = 86_400.0
-REMAKE_S = 10.0  # that a caller waits for a picture that is made again
+REMAKE_S = 10.0  # that a caller waits for all the pictures that are made again for its request
 KEPT_BYTES = 256 << 20  # what ended jobs hold in memory, at most
 KEPT_JOBS = 10_000  # and how many of them there are
 
@@ -60,7 +60,7 @@ class JobRepository:
         self._settings = settings
         self._sweeper: asyncio.Task[None] | None = None
         self._backend = backend
-        self._remaking: asyncio.Task[bytes] | None = None
+        self._remaking: asyncio.Task[dict[int, bool]] | None = None
 
     async def start(self) -> list[Job]:
         """Opens the journal. -> the jobs that the last server had not ended, in order of arrival"""
@@ -128,50 +128,65 @@ class JobRepository:
                 job.images[kept.index] = stored(job, kept, self.read)
 
     def read(self, job: Job, kept: ImageRow) -> bytes:
-        """The PNG of an image on disk. One that is missing or damaged is made again, to the same bytes.
+        """The PNG of an image on disk. If it is missing or damaged, all such pictures of its job are made again, to the
+        same bytes.
 
-        Slow: call it in a thread. Raises NotReady while it is being made, Gone if it comes out otherwise now.
+        Slow: call it in a thread. Raises NotReady while they are being made, Gone if this one comes out otherwise now.
         """
         try:
             return self.store.blobs.read(kept.sha256)
         except Gone as damage:
-            made = asyncio.run_coroutine_threadsafe(self._remade(job, kept, damage), self._loop)
-            return made.result(2 * REMAKE_S)
+            asyncio.run_coroutine_threadsafe(self._mended(job, kept, damage), self._loop).result()
+        return self.store.blobs.read(kept.sha256)
 
-    async def _remade(self, job: Job, kept: ImageRow, damage: Gone) -> bytes:
-        """Waits for a picture that is made again, but not long, and for one at a time: a thread waits, too."""
+    async def _mended(self, job: Job, kept: ImageRow, damage: Gone) -> None:
+        """Waits until a picture has been made again, but not long, and for one job at a time: a thread waits, too."""
         if self._remaking is not None and not self._remaking.done():
             raise NotReady("another picture that was damaged on disk is being made again")
-        self._remaking = task = asyncio.create_task(self._remake(job, kept, damage), name=f"again {kept.sha256}")
+        self._remaking = task = asyncio.create_task(self._remake(job, damage), name=f"again {job.id}")
         task.add_done_callback(lambda done: done.cancelled() or done.exception())
         await asyncio.wait([task], timeout=REMAKE_S)
-        if not task.done():
+        if not task.done() or task.cancelled():
             raise NotReady("this picture was damaged on disk and is being made again")
-        return task.result()
+        match task.result().get(kept.index):
+            case None:
+                raise NotReady("this picture was damaged on disk and could not be made again now")
+            case False:
+                raise Gone(f"{damage}, and it comes out with other bytes on this machine")
 
-    async def _remake(self, job: Job, kept: ImageRow, damage: Gone) -> bytes:
+    async def _remake(self, job: Job, damage: Gone) -> dict[int, bool]:
+        """Makes the damaged pictures of a job again, all at once: who asks for one asks for the others, too.
+        -> by index, whether a picture that is there now has the bytes that it had"""
         backend, request = self._backend, job.request
         await self.store.find(job.id, request.owner)  # raises Gone if it was deleted meanwhile
-        logger.error("a picture was damaged on disk", extra={"job": job.id, "sha256": kept.sha256})
+        images = job.images.items()
+        damaged = await asyncio.to_thread(lambda: {i: image for i, image in images if self._is_damaged(image)})
+        logger.error("a picture was damaged on disk", extra={"job": job.id, "images": [*damaged]})
         if backend is None or request.model not in backend.models:
             raise NotReady(str(damage)) if backend is not None and backend.trouble is not None else damage
         if backend.models[request.model].digest != job.model.digest:
             raise Gone(f"{damage}, and the model that made it is no longer served")
-        spec = Spec(model=request.model, seeds=(kept.seed,), sampling=request.sampling, shows_x=False, job=kept.sha256)
-        png = b""
+        same = dict.fromkeys(job.images.keys() - damaged.keys(), True)
+        seeds, asked = tuple(image.seed for image in damaged.values()), request.sampling
+        spec = Spec(model=request.model, seeds=seeds, indices=(*damaged,), sampling=asked, shows_x=False, job=job.id)
         async with aclosing(backend.run(spec)) as events:
             async for event in events:
-                if isinstance(event, Finished):
-                    png = await asyncio.to_thread(encode.png, event.picture, job.texts(kept.seed))
-        if not png:
-            raise NotReady("this picture was damaged on disk and could not be made again now")
-        if not is_sound(kept.sha256, png):
-            self.mismatches += 1
-            raise Gone(f"{damage}, and it comes out with other bytes on this machine")
-        await self.store.blobs.save({kept.sha256: png})
-        self.store.blobs.unpin([kept.sha256])
-        logger.warning("a picture was made again", extra={"job": job.id, "sha256": kept.sha256})
-        return png
+                if isinstance(event, Finished) and isinstance(event.id, int):
+                    image = damaged[event.id]
+                    png = await asyncio.to_thread(encode.png, event.picture, job.texts(image.seed))
+                    if same.setdefault(event.id, is_sound(image.known_sha256, png)):
+                        await self.store.blobs.save({image.known_sha256: png})
+                        self.store.blobs.unpin([image.known_sha256])
+        self.mismatches += [*same.values()].count(False)
+        logger.warning("pictures were made again", extra={"job": job.id, "images": [i for i in damaged if same.get(i)]})
+        return same
+
+    def _is_damaged(self, image: Image) -> bool:
+        """Whether an image that is on disk only is missing there, or damaged. Slow."""
+        try:
+            return bool(image.known_sha256) and not self.store.blobs.read(image.known_sha256)
+        except Gone:
+            return True
 
     def retire(self, job: Job) -> None:
         """A job has ended, and its last message was sent: what it holds does not change any more."""
