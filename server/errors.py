@@ -12,9 +12,7 @@ if TYPE_CHECKING:  # whose import takes a quarter of a second, and commands that
 EXIT_FAILED, EXIT_USAGE, EXIT_MODEL_REFUSED, EXIT_STORE_REFUSED, EXIT_STORE_IN_USE = 1, 2, 3, 4, 5
 EXIT_NO_DEVICE, EXIT_STORAGE_FULL, EXIT_ENGINE = 6, 7, 70
 
-
-# The status and the code of each error, which its class declares
-ANSWERS: dict[type[Exception], tuple[int, str]] = {PlanError: (422, "invalid-request")}
+ANSWERS: dict[type[Exception], tuple[int, str]] = {PlanError: (422, "invalid-request")}  # as each class declares
 UNFORESEEN = (500, "internal")
 
 
@@ -200,6 +198,11 @@ EXIT_CODES: dict[type[Exception], int] = {
     StorageFull: EXIT_STORAGE_FULL,
     StartFailed: EXIT_FAILED,
 }
+
+
+def exit_code(error: Exception) -> int:
+    """The exit code of a command that an error ends."""
+    return error.exit_code if isinstance(error, EngineFailed) else EXIT_CODES.get(type(error), EXIT_FAILED)
 
 
 @dataclass(frozen=True, slots=True)

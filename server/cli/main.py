@@ -8,10 +8,11 @@ from ddpm_client.errors import ClientError, Invalid
 
 from model.usage import Parser
 from server import __version__
-from server.errors import EXIT_CODES, EXIT_FAILED, EXIT_USAGE, EngineFailed
+from server.errors import EXIT_CODES, EXIT_FAILED, EXIT_USAGE, ServerError, exit_code
 from server.troubles import shortage
 
 INTERRUPTED = 130  # a shell's exit code for a process that Ctrl-C ended
+ENDS: tuple[type[Exception], ...] = (ServerError, *EXIT_CODES)  # of which an exit code tells
 COMMANDS = {
     "serve": "serve model directories over HTTP",
     "generate": "make a picture",
@@ -38,10 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         code: int = import_module(f"server.cli.{given[0]}").main(given[1:])
         return code
-    except EngineFailed as error:
-        failure, code = error, error.exit_code
-    except tuple(EXIT_CODES) as error:
-        failure, code = error, EXIT_CODES[type(error)]
+    except ENDS as error:
+        failure, code = error, exit_code(error)
     except ClientError as error:
         refused = isinstance(error, Invalid) or getattr(error, "code", "") == "model-not-found"
         failure, code = error, EXIT_USAGE if refused else EXIT_FAILED

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 import os
 import resource
 import signal
@@ -10,6 +11,8 @@ import time
 from argparse import SUPPRESS
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from queue import Empty, SimpleQueue
+from threading import TIMEOUT_MAX, Thread
 from types import FrameType
 from typing import Any
 
@@ -19,15 +22,15 @@ from model.usage import Parser
 from server import logs
 from server.bounds import listed
 from server.engines.process import ENDING
-from server.errors import EXIT_FAILED, ServerError, SettingsError
-from server.jobs.service import JobService
+from server.errors import EXIT_FAILED, ServerError, SettingsError, exit_code
+from server.jobs.service import PARKING_S, JobService
 from server.settings import Settings
 from server.web.app import create_app
 from server.web.protocol import Config, Limits
 
 logger = logging.getLogger(__name__)
 GOODBYE_S = 1.0  # for telling subscribers that the server shuts down
-END_S = 20.0  # for all that comes after the drain; then a disk does not answer
+END_S = 20.0  # for all that comes after the drain, to the end of the process; then something hangs
 STALLED_MS, SEND_BUFFER_BYTES = 10_000, 128 << 10
 OTHER_FILES = 256  # descriptors for anything but connections: journal, pictures, pages, engines and their starts
 UNUSED = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM, signal.SIGVTALRM, signal.SIGPROF, signal.SIGIO)
@@ -99,10 +102,37 @@ class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, jobs: JobService, drain_s: float) -> None:
         super().__init__(config)
         self.jobs, self.drain_s, self.hurried = jobs, drain_s, False
+        self.failure: ServerError | None = None  # what ended it
+        self._ends_by: SimpleQueue[float] = SimpleQueue()  # times at which the process is to be gone
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Drains on the first signal; on the second, parks the jobs that have not ended."""
         self.hurried, self.should_exit, self.jobs.admission.closing = self.should_exit, True, True
+        self.end_within((0.0 if self.hurried else self.drain_s) + PARKING_S + GOODBYE_S + END_S)
+
+    def fail(self, failure: ServerError) -> None:
+        """Ends it without a drain."""
+        self.failure = self.failure or failure
+        self.should_exit = self.hurried = True
+        self.end_within(PARKING_S + GOODBYE_S + END_S)
+
+    def end_within(self, seconds: float) -> None:
+        """Cuts the end of the process short if it takes longer. May be called by a signal's handler."""
+        self._ends_by.put(time.monotonic() + seconds)
+
+    def guard_the_end(self) -> None:
+        """Ends the process at the earliest of the times given, with the code that its failure has, whatever hangs: the
+        event loop, a thread that waits for a disk and that Python would join, or standard error."""
+        at = math.inf
+        while (left_s := at - time.monotonic()) > 0:
+            with suppress(Empty):
+                at = min(at, self._ends_by.get(timeout=min(left_s, TIMEOUT_MAX)))
+        words = "the end takes too long, and is cut short: the next server runs what has not ended"
+        telling = Thread(target=logger.critical, args=(words,), daemon=True)
+        with suppress(RuntimeError):  # there may be no thread left
+            telling.start()
+            telling.join(1.0)
+        os._exit(EXIT_FAILED if self.failure is None else exit_code(self.failure))
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Waits up to `drain_s` seconds for jobs to end, then for subscribers to be told, then closes connections.
@@ -116,12 +146,8 @@ class _Server(uvicorn.Server):
         until = time.monotonic() + GOODBYE_S
         while self.jobs.counts.subscribers and time.monotonic() < until:
             await asyncio.sleep(0.01)
-        try:
-            async with asyncio.timeout(END_S):
-                await super().shutdown(sockets)
-        except TimeoutError:  # a thread waits for the disk, for which the process would wait, too
-            logger.critical("the end takes too long, and is cut short: the next server runs what has not ended")
-            os._exit(EXIT_FAILED)
+        self.end_within(END_S)
+        await super().shutdown(sockets)
         running, waiting, ended = self.jobs.tally()
         logger.info("stopped", extra={"jobs_ended": ended - ended_before, "jobs_parked": running + waiting})
 
@@ -156,18 +182,14 @@ def main(arguments: Sequence[str]) -> int:
     flags = vars(_parser().parse_args(arguments))
     settings = Settings.read(os.environ, flags)
     logs.configure(settings.log_level)
-    failures: list[ServerError] = []
-
-    def stop(failure: ServerError) -> None:
-        failures.append(failure)
-        server.should_exit = server.hurried = True
-
-    app = create_app(settings, on_failed=stop)
+    app = create_app(settings, on_failed=lambda failure: server.fail(failure))
     server = _Server(configure(app, settings, affordable(settings.max_connections)), app.state.jobs, settings.drain_s)
     with listen(settings.host, settings.port) as listening:
         logger.info("listening", extra={"host": settings.host, "port": listening.getsockname()[1]})
+        Thread(target=server.guard_the_end, name="guard of the end", daemon=True).start()
         with suppress(SystemExit):  # uvicorn's own, after a failed start: its code means something else here
             server.run([listening])
-    if failures:
-        raise failures[0]
+    server.end_within(END_S)
+    if server.failure is not None:
+        raise server.failure
     return 0 if server.started else EXIT_FAILED

@@ -1,6 +1,5 @@
 """ddpm serve: its help, and the number of connections that it accepts."""
 
-import asyncio
 import json
 import os
 import re
@@ -9,15 +8,12 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from unittest import mock
 
 import pytest
-import uvicorn
 from ddpm_client import Client
 
 from server.cli import main, serve
 from server.engines.process import ENDING
-from server.errors import EXIT_FAILED
 from server.settings import Settings
 
 
@@ -116,15 +112,63 @@ def test_every_signal_that_would_end_the_server_is_drained_or_ignored(nohup: boo
     assert {number for number, handler in found.items() if handler is signal.SIG_IGN} == set(found) - drained
 
 
-def test_an_end_that_waits_for_the_disk_is_cut_short(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def never(*arguments: object) -> None:
+HANGS = """
+import asyncio, os, signal, sys, threading, time
+from contextlib import asynccontextmanager
+from unittest import mock
+from fastapi import FastAPI
+from server.cli import main, serve
+from server.errors import EngineFailed, StoreRefused
+
+failures = {"70": EngineFailed("none", 70), "4": StoreRefused("none"), "1": None}
+serve.END_S = serve.PARKING_S = serve.GOODBYE_S = 0.1
+forever = threading.Event()
+
+async def end():
+    if failure is not None:
+        told(failure)
+    else:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+@asynccontextmanager
+async def lifespan(app):
+    ending = asyncio.create_task(end())
+    if where == "start":
         await asyncio.Event().wait()
+    yield
+    match where:
+        case "task":
+            await asyncio.Event().wait()
+        case "loop":
+            time.sleep(1e6)
+        case "executor":
+            asyncio.get_running_loop().run_in_executor(None, forever.wait)
+        case "thread":
+            threading.Thread(target=forever.wait).start()
+        case "log":
+            serve.logging.getLogger().handlers[0].acquire()
+            time.sleep(1e6)
 
-    monkeypatch.setattr(serve, "END_S", 0.01)
-    monkeypatch.setattr(uvicorn.Server, "shutdown", never)
-    monkeypatch.setattr(os, "_exit", mock.Mock(side_effect=SystemExit))
-    jobs = mock.Mock(tally=lambda: (0, 0, 0), drain=mock.AsyncMock(), counts=mock.Mock(subscribers=0))
-    with pytest.raises(SystemExit):
-        asyncio.run(serve._Server(uvicorn.Config("app"), jobs, drain_s=0.0).shutdown())
+def create_app(settings, on_failed):
+    global told
+    told, app = on_failed, FastAPI(lifespan=lifespan)
+    app.state.cors = app.state.jobs = mock.MagicMock(drain=mock.AsyncMock(), tally=lambda: (0, 0, 0))
+    app.state.jobs.counts.subscribers = 0
+    return app
 
-    assert os._exit.call_args == mock.call(EXIT_FAILED)  # type: ignore[attr-defined]
+serve.create_app = create_app
+for case in sys.argv[1:]:
+    where, code = case.split()
+    failure = failures[code]
+    if not (child := os.fork()):
+        sys.exit(main.main(["serve", "--port", "0", "--drain-s", "0.1"]))
+    print(where, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+def test_an_end_is_cut_short_whatever_hangs_and_has_the_code_of_what_ended_the_server() -> None:
+    cases = ["start 1", "start 4", "task 1", "task 70", "loop 70", "executor 4", "thread 70", "log 4"]
+    ended = subprocess.run([sys.executable, "-c", HANGS, *cases], capture_output=True, text=True, timeout=60)
+
+    assert ended.stdout.splitlines() == cases, ended.stderr
+    assert ended.stderr.count("the end takes too long, and is cut short") == len(cases) - 1  # one cannot log
