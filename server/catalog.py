@@ -10,6 +10,7 @@ from model.checkpoint.card import ModelCard, read_card
 from model.checkpoint.pipeline import INDEX
 from model.errors import ModelRefused
 from server.errors import ModelBroken, ModelNotFound
+from server.troubles import shortage
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([A-Za-z0-9][\w./-]*))?", re.ASCII)
@@ -80,6 +81,8 @@ def find_models(weights: str | Path) -> Catalog:
         try:
             cards[listed.name] = listed.read()
         except ModelRefused as error:
+            if (cause := error.__cause__) is not None and shortage(cause) is not None:
+                raise cause from None  # which passes: the model is sound, for all that is known
             first = first if reasons else f"{listed.where}{error}"
             reasons[listed.shown] = str(error)
     if not cards:

@@ -16,13 +16,18 @@ from pathlib import Path
 from threading import Thread
 
 from server import logs
-from server.troubles import LACKING, Troubles
-from server.worker.messages import Cancel, Died, Refused, Start, Submit
+from server.troubles import LACKING, Troubles, shortage
+from server.worker.messages import Cancel, Died, Lacking, Refused, Start, Submit
 
 logger = logging.getLogger(__name__)
 POLL_S = 0.25  # between two looks at the process
 ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)  # these signals end a server in order
 END_POLL_S = 0.005  # between two at its end
+CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGABRT)  # of native code
+UNUSABLE = {  # by the signal that ended an engine, what OpenVINO is taken to have done
+    signal.SIGILL: "ended an engine by an instruction that this processor lacks",
+    **dict.fromkeys(CRASHES, "ended an engine that was loading a model"),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +48,7 @@ class EngineProcess:
     def __init__(self) -> None:
         self.over = asyncio.Event()  # set by what has read its last message
         self.refused: Refused | None = None  # why it makes no sense to start another
+        self.lacked: Exception | None = None  # why it could not begin, if another may
         self.signal = 0  # the signal that ended it, if one did; SIGKILL may have been ours
         self.cause = "died"  # the label of its end in the metrics
         self.stopped_s = 0.0  # for how long a signal has stopped it
@@ -60,13 +66,16 @@ class EngineProcess:
         """Queues a message, which the process gets as soon as it listens."""
         self._outbox.put(message)
 
-    def end(self, reason: Died | Refused) -> None:
+    def end(self, reason: Died | Lacking | Refused) -> None:
         """Ends it: nothing more is to be expected of it, though it may never exit by itself."""
-        if isinstance(reason, Refused):
-            self.refused = reason
-        else:
-            self.cause = reason.cause
-            logger.error("engine failed", extra={"traceback": reason.traceback})
+        match reason:
+            case Refused():
+                self.refused = reason
+            case Lacking(error):
+                self.lacked = error
+            case Died(cause, traceback):
+                self.cause = cause
+                logger.error("engine failed", extra={"traceback": traceback})
         self.over.set()
 
     async def run(self, start: Start, receive: Callable[[object], None], hangs: Callable[[], bool]) -> None:
@@ -120,7 +129,9 @@ class EngineProcess:
         try:
             while True:
                 message = pipe.recv()
-                loop.call_soon_threadsafe(self.end if isinstance(message, Died | Refused) else receive, message)
+                loop.call_soon_threadsafe(
+                    self.end if isinstance(message, Died | Lacking | Refused) else receive, message
+                )
         except (EOFError, OSError):
             loop.call_soon_threadsafe(self.over.set)
 
@@ -166,7 +177,12 @@ def _serve(pipe: Connection, start: Start) -> None:
     """The main function of the engine process."""
     logs.configure(start.log_level)
     gc.disable()  # while torch is imported, where it would take a sixth of the time and find nothing
-    from server.worker import main  # the API process never imports torch
-
-    gc.enable()
+    try:
+        from server.worker import main  # the API process never imports torch
+    except LACKING as error:
+        if shortage(error) is None:
+            raise
+        return pipe.send(Lacking(error))
+    finally:
+        gc.enable()
     main.serve(pipe, start)

@@ -12,7 +12,7 @@ from model import errors as model_errors
 from model.engine.events import Stats
 from server.engines.backend import Assigned, EngineHealth, Restarting, SampleEvent
 from server.engines.inflight import InFlight
-from server.engines.process import EngineProcess, Patience
+from server.engines.process import UNUSABLE, EngineProcess, Patience
 from server.engines.quarantine import KILL, Quarantine
 from server.engines.step_times import StepTimes
 from server.errors import EXIT_CODES, EXIT_ENGINE, EngineFailed, ModelBroken, NotReady
@@ -22,12 +22,8 @@ from server.worker.messages import ModelStatus, Spec, Start
 
 logger = logging.getLogger(__name__)
 DIED = "the engine died without a step done, and so it was each time it was replaced"
+BEGINNING, AGAIN_S = "the start of an engine", 2.0  # for which there may be too little, and the pause until the next
 NO_MEMORY = "; memory ran out: a smaller DDPM_SLOTS takes less, and DDPM_MODEL_MEMORY_BYTES fewer models at once"
-CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGABRT)  # of native code
-UNUSABLE = {  # by the signal that ended an engine, what OpenVINO is taken to have done
-    signal.SIGILL: "ended an engine by an instruction that this processor lacks",
-    **dict.fromkeys(CRASHES, "ended an engine that was loading a model"),
-}
 
 
 class EngineSupervisor:
@@ -52,8 +48,7 @@ class EngineSupervisor:
         self._trouble: str | None = "the engine is loading"
         self._models: dict[str, ModelStatus] = {}  # as they were last; empty before the first engine is ready
         self._past, self._stats = Stats(), Stats()  # of former engines; of the present one
-        self._memory_bytes, self._replayed = 0, 0
-        self._causes: Counter[str] = Counter()  # of restarts
+        self._memory_bytes, self._replayed, self._causes = 0, 0, Counter[str]()  # causes of restarts
 
     @property
     def models(self) -> dict[str, ModelStatus]:
@@ -146,8 +141,12 @@ class EngineSupervisor:
             self._process, process.troubles = process, self._troubles
             await process.run(replace(self._start, again=bool(self._models)), self._receive, self._hangs)
             if process.refused is not None:
-                kind = getattr(model_errors, process.refused.error)
-                return self._fail(EngineFailed(process.refused.message, EXIT_CODES[kind]))
+                code = EXIT_CODES[getattr(model_errors, process.refused.error)]
+                return self._fail(EngineFailed(process.refused.message, code))
+            if process.lacked is not None:  # no death: it had nothing to do with jobs and models
+                self._troubles.begin(BEGINNING, process.lacked)
+                await asyncio.sleep(AGAIN_S)
+                continue
             death = self._in_flight.on_death(process.killed)
             failures = 0 if death.explained or self.health.stats.steps > steps_before else failures
             failures += 0 if death.isolated else KILL if process.killed else 1
@@ -215,6 +214,7 @@ class EngineSupervisor:
             if (trouble := troubles[name]) is not None:
                 self._give_up(name, trouble)
         self._trouble = None
+        self._troubles.end(BEGINNING)
         self._times.started(models)
         logger.info("engine ready", extra={name: model.numerics for name, model in models.items()})
         self._assign()

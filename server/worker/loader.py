@@ -4,11 +4,12 @@ import errno
 import logging
 import time
 import weakref
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
+from typing import TypeVar
 
 import torch
 
@@ -19,13 +20,15 @@ from model.engine.footprint import footprint
 from model.engine.runner import Runner
 from model.errors import ModelRefused
 from model.nets.cpu import CpuNet
+from server.troubles import LACKING, RETRY_S, Troubles, shortage
 from server.worker import device
 from server.worker.cpus import cores
 from server.worker.messages import CHANGED, ModelStatus, Start, Step
 
 logger = logging.getLogger(__name__)
 NO_MEMORY = "the memory of the device is too small for it"
-PASSING = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ESTALE, errno.ETIMEDOUT}
+AWAY = {errno.ESTALE, errno.ETIMEDOUT}  # errors of files on other machines
+T = TypeVar("T")
 POLL_S = 0.01  # between two looks at the thread, while nothing else is to be done
 
 
@@ -65,12 +68,24 @@ class Loader:
         except OSError as error:
             raise ModelRefused(f"{card.weights.name} could not be read: {type(error).__name__}") from error
 
+    def announced(self, name: str, directory: Path) -> Generator[float, None, tuple[ModelCard, ModelStatus]]:
+        """What `announce` returns, as soon as there is enough for it."""
+
+        def work() -> Generator[float, None, tuple[ModelCard, ModelStatus]]:
+            yield 0.0
+            return self.announce(name, directory)
+
+        return _outlast(work)
+
     def load(self, card: ModelCard, digest: str) -> Generator[float, None, Loaded]:
         """Loads a model, which was announced with this digest, in pieces of about a step; yields for how many seconds
         there is no next one. Raises ModelRefused or torch.OutOfMemoryError.
 
         Afterwards the thread goes on to compile larger batch sizes, and ends.
         """
+        return _outlast(lambda: self._load(card, digest))
+
+    def _load(self, card: ModelCard, digest: str) -> Generator[float, None, Loaded]:
         began, held_bytes, grows = time.monotonic(), device.held_bytes(self.device), False
         thread = ThreadPoolExecutor(1, "loader")
         try:
@@ -141,8 +156,27 @@ def _time_a_step(runner: Runner, bucket: int) -> float:
     return time.monotonic() - began
 
 
-def raise_passing(error: Exception) -> None:
-    """Raises what kept a file from being read, if that may pass: the engine ends, and the next one tries again."""
-    cause = error.__cause__
-    if isinstance(cause, OSError) and cause.errno in PASSING:
-        raise cause
+def _lack(error: Exception) -> str | None:
+    """What kept a model from being loaded, if that may pass."""
+    cause = error.__cause__ if isinstance(error, ModelRefused) else error
+    return "files of a network" if isinstance(cause, OSError) and cause.errno in AWAY else shortage(cause)
+
+
+def _outlast(work: Callable[[], Generator[float, None, T]]) -> Generator[float, None, T]:
+    """What `work` comes to, which begins again while there is too little of something for it: other models make their
+    steps meanwhile, and neither this model nor the engine is given up for it."""
+    troubles = Troubles()
+    try:
+        while True:
+            try:
+                return (yield from work())
+            except (*LACKING, ModelRefused) as error:
+                if (resource := _lack(error)) is None:
+                    raise
+                troubles.begin(resource, error.__cause__ or error)
+            until = time.monotonic() + RETRY_S
+            while (left_s := until - time.monotonic()) > 0:
+                yield left_s
+    finally:
+        for resource in [*troubles.now]:
+            troubles.end(resource)

@@ -131,6 +131,13 @@ class Died:
 
 
 @dataclass(frozen=True, slots=True)
+class Lacking:
+    """What the system had too little of for an engine process to begin: another one may."""
+
+    error: Exception
+
+
+@dataclass(frozen=True, slots=True)
 class Heartbeat:
     """Where an engine stands, sent every now and then between two steps."""
 

@@ -19,7 +19,7 @@ from model.errors import ModelRefused
 from model.sampling.plan import plan
 from server.worker.device import give_back, held_bytes, refuse
 from server.worker.eviction import Eviction
-from server.worker.loader import NO_MEMORY, Loader, raise_passing
+from server.worker.loader import NO_MEMORY, Loader
 from server.worker.messages import Cancel, Changed, Heartbeat, Loading, ModelStatus, Start, Step, Submit
 
 HEARTBEAT_S = 0.25
@@ -52,7 +52,7 @@ class Models:
         for name, directory in self._start.models:
             self._held[name] = {}
             try:
-                card, status = self._loader.announce(name, directory)
+                card, status = yield from self._loader.announced(name, directory)
                 self._eviction.require_room(name, status.memory_bytes)
             except ModelRefused as error:
                 self._refuse(name, error)
@@ -70,7 +70,6 @@ class Models:
 
     def _refuse(self, name: str, error: Exception) -> None:
         """At the start: notes why a model cannot be loaded. Raises the error if nothing is to be served without it."""
-        raise_passing(error)
         again, short = self._start.again, isinstance(error, torch.OutOfMemoryError)  # which may pass
         if (short and (again or len(self._start.models) == 1)) or (not again and name == self._start.default):
             raise error
@@ -95,7 +94,6 @@ class Models:
             yield from self._bring(name)
             self._hand_over(name)  # at once: a model with nothing to do would be the first to leave
         except ModelRefused as error:
-            raise_passing(error)
             reason = str(error)
         except torch.OutOfMemoryError:
             if self._engines:  # it is tried once more, alone

@@ -1,6 +1,8 @@
 """Models that are given up, and what is left of an engine that is: scripted engine processes say what real ones do."""
 
 import asyncio
+import errno
+import logging
 import signal
 from collections.abc import Callable, Sequence
 from contextlib import aclosing
@@ -14,7 +16,7 @@ from server.engines import supervisor
 from server.engines.process import EngineProcess
 from server.engines.supervisor import EngineSupervisor
 from server.errors import EngineFailed, ModelBroken
-from server.worker.messages import Changed, Ready, Report, Spec, Start
+from server.worker.messages import Changed, Lacking, Ready, Report, Spec, Start
 from tests.model.tiny import PROCESS
 from tests.server.fakes import FakeBackend, grey
 
@@ -37,6 +39,8 @@ class Scripted(EngineProcess):
         for message in self.scripts.pop(0):
             if message == WAITS:
                 return await self.over.wait() and None
+            if isinstance(message, Lacking):
+                return self.end(message)
             receive(message)
             await asyncio.sleep(0)
             if self.refused is not None:
@@ -169,3 +173,23 @@ def test_what_native_code_ended_is_run_by_torch_in_the_next_engine(
     unusable = asyncio.run(scene())
     assert told in unusable
     assert bool(told) == bool(unusable)
+
+
+@pytest.mark.parametrize("lack", [OSError(errno.ENFILE, "Too many open files in system"), MemoryError()])
+def test_an_engine_that_finds_too_little_to_begin_has_not_died(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, lack: Exception
+) -> None:
+    async def scene() -> tuple[int, dict[str, int]]:
+        engine, failed = supervise(monkeypatch, [*4 * [[Lacking(lack)]], [Ready({"tiny": STATUS}, []), WAITS]], 1)
+        await engine.start()
+        await until(lambda: engine.trouble is None or failed.done())
+        await engine.close()
+        return len(Scripted.starts), dict(engine.health.restarts)
+
+    monkeypatch.setattr(supervisor, "AGAIN_S", 0.0)
+    with caplog.at_level(logging.INFO, "server.troubles"):
+        assert asyncio.run(scene()) == (5, {})
+    assert [record.getMessage() for record in caplog.records] == [
+        "a resource is short",
+        "a resource is no longer short",
+    ]

@@ -3,17 +3,20 @@
 import asyncio
 import errno
 import logging
+import multiprocessing
 import os
+import sys
 import threading
 from multiprocessing.context import SpawnProcess
 
 import pytest
 
-from server import troubles
+from server import logs, troubles
 from server.engines import process
 from server.engines.process import EngineProcess
-from server.worker.messages import Start
+from server.worker.messages import Lacking, Start
 
+TASK = Start(models=(), device="cpu", dtype="auto", slots=1, threads=1, exact=True, log_level="info")
 LACK = {
     "file descriptors": OSError(errno.EMFILE, "Too many open files"),
     "memory": OSError(errno.ENOMEM, "Cannot allocate memory"),
@@ -46,10 +49,9 @@ def test_a_start_that_finds_too_little_is_tried_again_and_leaves_nothing(
     monkeypatch.setattr(troubles, "RETRY_S", 0.0)
     monkeypatch.setattr(process, "_start", start)
     monkeypatch.setattr(process, "Thread", Rare)
-    task = Start(models=(), device="cpu", dtype="auto", slots=1, threads=1, exact=True, log_level="info")
     before, running = len(os.listdir("/proc/self/fd")), threading.active_count()
     with caplog.at_level(logging.INFO, "server"):
-        asyncio.run(EngineProcess().run(task, lambda message: None, lambda: False))
+        asyncio.run(EngineProcess().run(TASK, lambda message: None, lambda: False))
 
     assert len(attempts) == 5
     assert (len(os.listdir("/proc/self/fd")), threading.active_count()) == (before, running)
@@ -57,3 +59,29 @@ def test_a_start_that_finds_too_little_is_tried_again_and_leaves_nothing(
         *(resource, resource),
         "no process could be started",
     ]
+
+
+@pytest.mark.parametrize(
+    ("said", "passes"),
+    [("libtorch_cpu.so: cannot open shared object file: Too many open files", True), ("No module named 'x'", False)],
+)
+def test_a_process_that_finds_too_little_to_import_torch_tells_it(
+    monkeypatch: pytest.MonkeyPatch, said: str, passes: bool
+) -> None:
+    class Finder:
+        def find_spec(self, name: str, *more: object) -> None:
+            if name == "server.worker.main":
+                raise ImportError(said)
+
+    monkeypatch.setattr(logs, "configure", lambda level: None)
+    monkeypatch.delitem(sys.modules, "server.worker.main", raising=False)
+    monkeypatch.delattr("server.worker.main", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Finder(), *sys.meta_path])
+    ours, theirs = multiprocessing.Pipe()
+    if not passes:
+        with pytest.raises(ImportError):
+            process._serve(theirs, TASK)
+    else:
+        process._serve(theirs, TASK)
+        told = ours.recv()
+        assert isinstance(told, Lacking) and troubles.shortage(told.error) == "file descriptors"

@@ -4,7 +4,6 @@ import errno
 import os
 import time
 from collections.abc import Generator, Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import pytest
 import torch
 
 from model.checkpoint.card import ModelCard, read_card
+from model.checkpoint.load import load_model
 from model.engine.events import Event, Finished
 from model.engine.footprint import footprint
 from model.errors import ModelRefused
@@ -164,21 +164,58 @@ def test_a_model_that_the_memory_is_too_small_for_is_left_out_if_there_are_other
         start(tmp_path, default="good")
 
 
-@pytest.mark.parametrize(("number", "raised"), [(errno.ENFILE, OSError), (errno.EIO, None)])
-def test_a_file_that_cannot_be_read_for_a_moment_refuses_no_model(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, raised: type[OSError] | None
+@pytest.mark.parametrize("number", [errno.ENFILE, errno.ESTALE, errno.EIO])
+def test_a_file_that_cannot_be_read_for_a_moment_refuses_no_model_and_ends_no_engine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, number: int
 ) -> None:
-    played = Played(tmp_path)
+    played, reads, usual = Played(tmp_path), list[int](), load_model
+    played.submit("a", 0, 64)
     played.submit("c", 100)
 
-    def read(*given: object) -> None:
-        try:
-            raise OSError(number, os.strerror(number))
-        except OSError as error:
-            raise ModelRefused("it could not be read") from error
+    def read(*given: Any) -> Any:
+        reads.append(played.models.stats.steps)
+        if len(reads) < 4:
+            try:
+                raise OSError(number, os.strerror(number))
+            except OSError as error:
+                raise ModelRefused("it could not be read") from error
+        return usual(*given)
 
+    monkeypatch.setattr(loader, "RETRY_S", 0.01)
     monkeypatch.setattr(loader, "load_model", read)
-    with pytest.raises(raised) if raised else nullcontext():
-        while played.models.statuses["c"].trouble is None:
+    with caplog.at_level("INFO", "server.troubles"):
+        while played.models.statuses["c"].trouble is None and "c" not in played.loaded:
             played.turn()
-    assert played.models.statuses["c"].trouble == (None if raised else "it could not be read")
+
+    lasts = number == errno.EIO
+    assert played.models.statuses["c"].trouble == ("it could not be read" if lasts else None)
+    assert [record.getMessage() for record in caplog.records] == (
+        [] if lasts else ["a resource is short", "a resource is no longer short"]
+    )
+    assert lasts or reads[0] < reads[3]  # others make their steps meanwhile
+
+
+@pytest.mark.parametrize("lack", [OSError(errno.EMFILE, ""), MemoryError(), RuntimeError("can't start new thread")])
+def test_a_start_that_finds_too_little_leaves_no_model_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lack: Exception
+) -> None:
+    failures = {"announce": [lack, lack], "_read": [lack, lack]}
+
+    def rarely(name: str) -> None:
+        usual = getattr(Loader, name)
+
+        def work(self: Loader, *given: Any) -> Any:
+            if failures[name]:
+                raise failures[name].pop()
+            return usual(self, *given)
+
+        monkeypatch.setattr(Loader, name, work)
+
+    monkeypatch.setattr(loader, "RETRY_S", 0.01)
+    for name in failures:
+        rarely(name)
+    troubles = {name: status.trouble for name, status in start(tmp_path).statuses.items()}
+
+    assert troubles["good"] is None
+    assert str(troubles["bad"]).endswith("holds numbers that are not finite")
+    assert failures == {"announce": [], "_read": []}
