@@ -12,6 +12,11 @@ Only deaths in isolation are evidence, and how much depends on what ended the en
 
 A job that merely sat beside the killer completes. A model loads by itself, and is given up after DEATHS_LOADING deaths,
 of which a kill counts KILL.
+
+A device that breaks is no job's doing, and shows when its engine is replaced: an engine takes work only after its
+loads, and each load runs the net, on a GPU in whole steps of the smallest and the largest batch. An engine that dies
+there has no sample, so no job is blamed: the server ends after DDPM_ENGINE_RESTARTS of them, and the next one runs its
+jobs. What no load meets, as a part of a device that only some batches use, cannot be told from a job's doing.
 """
 
 from collections import defaultdict

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from model.engine.events import Stats
+from model.engine.events import Finished, Stats
 from model.sampling.plan import resolve
 from server.engines import supervisor
 from server.engines.process import EngineProcess
@@ -15,7 +15,7 @@ from server.engines.supervisor import EngineSupervisor
 from server.errors import EXIT_ENGINE, EngineFailed, SampleLost
 from server.worker.messages import Cancel, Died, Ready, Report, Spec, Start, Submit
 from tests.model.tiny import PROCESS
-from tests.server.fakes import FakeBackend
+from tests.server.fakes import FakeBackend, grey
 
 START = Start(
     models=(("tiny", Path("tiny")),),
@@ -62,6 +62,22 @@ class Stillborn(EngineProcess):
         self.end(Died("memory", ""))
 
 
+class Breaking(Played):
+    """An engine whose device breaks for good after its first picture: this one dies in a step, and those that replace
+    it when their loads run the net."""
+
+    broken = False
+
+    async def run(self, start: Start, receive: Callable[[object], None], hangs: Callable[[], bool]) -> None:
+        if not Breaking.broken:
+            receive(Ready(FakeBackend().models, []))
+            (id,) = (await self.submitted()).ids
+            receive(Report(Stats(steps=5), [Finished(id, grey(1), None)], []))
+            receive(Report(Stats(steps=5), [], [(id, 0) for id in (await self.submitted()).ids]))
+        Breaking.broken = True
+        self.end(Died("cuda", ""))
+
+
 @asynccontextmanager
 async def supervised(restarts: int, failures: list[EngineFailed]) -> AsyncIterator[EngineSupervisor]:
     """A backend whose engines may be replaced so often."""
@@ -93,6 +109,22 @@ def test_any_number_of_jobs_that_kill_at_their_first_step_fail_one_by_one_and_th
     monkeypatch.setattr(supervisor, "EngineProcess", Frail)
 
     assert asyncio.run(scene()) == []
+
+
+def test_a_device_that_breaks_while_it_serves_ends_the_server_and_fails_no_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scene() -> list[EngineFailed]:
+        failures: list[EngineFailed] = []
+        async with supervised(2, failures) as backend:
+            await asyncio.wait_for(run(backend, 1), 30)
+            jobs = [run(backend, seed) for seed in (2, 3)]
+            outcomes = await asyncio.wait_for(asyncio.gather(*jobs, return_exceptions=True), 30)
+            assert [type(outcome) for outcome in outcomes] == [EngineFailed] * 2  # at which a job is parked
+        return failures
+
+    monkeypatch.setattr(supervisor, "EngineProcess", Breaking)
+    monkeypatch.setattr(Breaking, "broken", False)
+
+    assert [failure.exit_code for failure in asyncio.run(scene())] == [EXIT_ENGINE]
 
 
 def test_an_engine_that_dies_with_no_sample_on_it_is_given_up_and_what_helps_is_named(

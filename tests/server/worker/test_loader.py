@@ -6,16 +6,20 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
 from model.checkpoint.card import ModelCard, read_card
+from model.checkpoint.load import load_layers
+from model.engine.runner import prepared
 from model.errors import ModelRefused
 from model.nets import openvino_graph
 from model.nets.build import Net
 from model.nets.cpu import CpuNet
 from model.nets.openvino_graph import Run
+from model.nets.unet import UNet
 from server.worker import device, loader
 from server.worker.loader import Loaded, Loader
 from server.worker.messages import Start
@@ -193,3 +197,29 @@ def test_an_engine_serves_no_other_configuration_than_the_api_process_has_read(t
     with pytest.raises(ModelRefused, match="changed while they were served"):
         made.announce("tiny", card.directory)
     torch.set_num_threads(before)
+
+
+def test_every_load_runs_the_net_so_that_a_broken_device_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: UNet, *given: torch.Tensor) -> torch.Tensor:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    before = torch.get_num_threads()
+    load(tmp_path)
+    wait_until_grown()
+    monkeypatch.setattr(UNet, "forward", broken)
+    for _ in range(2):
+        with pytest.raises(torch.AcceleratorError):
+            load(tmp_path)
+    torch.set_num_threads(before)
+
+
+def test_a_load_onto_a_gpu_makes_whole_steps_of_the_smallest_and_the_largest_batch(
+    tmp_path: Path,
+) -> None:
+    """Over the layers that a GPU runs, here on a CPU."""
+    card = read_card(write_model(tmp_path / "tiny"))
+    runner = prepared(load_layers(card, torch.device("cpu"), torch.float32), 4, exact=False)
+    with mock.patch.object(runner, "step", wraps=runner.step) as steps:
+        assert [step.bucket for step in loader._time_steps("tiny", runner)] == [1, 4]
+
+    assert {call.args for call in steps.mock_calls} == {(1,), (4,)}
