@@ -105,8 +105,9 @@ def code_of(answer: httpx.Response) -> tuple[int, str]:
 def parsed(answer: bytes) -> httpx.Response:
     """An answer of which all bytes are there."""
     head, _, body = answer.partition(b"\r\n\r\n")
-    status, *headers = head.decode("latin-1").split("\r\n")
-    return httpx.Response(int(status.split()[1]), headers=[line.split(": ", 1) for line in headers], content=body)
+    status, *lines = head.decode("latin-1").split("\r\n")
+    headers = dict(line.split(": ", 1) for line in lines)
+    return httpx.Response(int(status.split()[1]), headers=headers, content=body)
 
 
 def head(path: str, length: int) -> bytes:
