@@ -177,7 +177,7 @@ class Connection(HttpToolsProtocol):
         if len(self.pipeline) >= MAX_PIPELINED:
             self._stop(errors.Malformed(f"at most {MAX_PIPELINED} requests may wait for the answer to the one before"))
         reserved = self in self._limits.reserved
-        if reserved and self.url != PROBE:
+        if reserved and self.url.removeprefix(self._limits.prefix.encode()) != PROBE:
             self._stop(
                 errors.TooManyConnections(f"there are {self._limits.connections} connections, as many as may be")
             )
