@@ -15,6 +15,7 @@ from server.errors import Invalid
 
 NAME = re.compile(r"[A-Za-z_]{1,40}")  # not a key, a path or a tag
 NUMBER = re.compile(r"-?[0-9]{1,20}(?:\.[0-9]{1,20})?")
+WHOLE = re.compile(r"0|[1-9][0-9]{0,18}")  # the only form of an integer in a URL
 MAX_DIGITS = 25  # of a number that a message repeats
 KINDS = {str: "a string", list: "a list", dict: "an object", NoneType: "null"}
 
@@ -107,7 +108,7 @@ def unknown(kind: str, name: str, known: Collection[str], where: Sequence[str] =
 
 
 def whole_number(name: str, given: str, least: int, most: int) -> int:
-    """An integer of a URL. Raises Invalid."""
-    if given.isascii() and given.isdigit() and len(given) <= len(str(most)) and least <= int(given) <= most:
+    """An integer of a URL or a header. Raises Invalid."""
+    if WHOLE.fullmatch(given) and least <= int(given) <= most:
         return int(given)
     raise Invalid((name, f"{name} must be an integer in {least}..{most}{_got(given, text=True)}"))

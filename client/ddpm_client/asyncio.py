@@ -196,6 +196,10 @@ class AsyncClient(AbstractAsyncContextManager["AsyncClient"]):
         """The models that the server serves."""
         return list((await self._run(protocol.fetch(self.timeout_s, "/models")))["models"])
 
+    async def refused_models(self) -> list[Document]:
+        """The `name` and the `reason` of each model that the server was told to serve and refused."""
+        return list((await self._run(protocol.fetch(self.timeout_s, "/models")))["refused"])
+
     async def model(self, name: str) -> Document:
         """One model and its card. Raises NotFound."""
         return await self._run(protocol.fetch(self.timeout_s, f"/models/{quote(name, safe='')}"))

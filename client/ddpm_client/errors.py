@@ -75,10 +75,9 @@ class Response:
     def json(self) -> dict[str, Any]:
         """The JSON document in the body. Raises Refused if there is none: then it is not the server that answered."""
         try:
-            document: dict[str, Any] = json.loads(self.body)
-        except ValueError:
+            return dict(json.loads(self.body))
+        except (TypeError, ValueError):
             raise Refused({"status": self.status, "detail": f"the answer was {self.status}, and no JSON"}) from None
-        return document
 
 
 BY_STATUS: dict[int, type[Refused]] = {401: Denied, 403: Denied, 404: NotFound, 410: NotFound, 422: Invalid}
@@ -94,8 +93,7 @@ def refusal_in(response: Response) -> Refused:
         if response.status == 503 and not retry_after:  # the server's way to say that waiting will not help
             return Refused(document)
     retry_after_s = float(retry_after) if retry_after.isascii() and retry_after.isdigit() else None
-    status = int(document["status"])
-    return BY_STATUS.get(status, Busy if status in BUSY else Refused)(document, retry_after_s)
+    return BY_STATUS.get(response.status, Busy if response.status in BUSY else Refused)(document, retry_after_s)
 
 
 def close_error(code: int | None, reason: str) -> ClientError:

@@ -7,6 +7,7 @@ each, or has a ClientError thrown into it. asyncio.py and threads.py perform the
 import random
 import time
 from collections.abc import Generator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias, TypeVar
 from urllib.parse import quote, urlencode
@@ -145,13 +146,11 @@ def trajectory(timeout_s: float, id: str, media: Animation) -> Flow[bytes]:
 
 def look(document: Document, pictures: tuple[Picture, ...]) -> Flow[tuple[Document, tuple[Picture, ...]]]:
     """A job as it is now, for display; as it was before if the server does not answer soon."""
-    try:
+    with suppress(ClientError):  # a notebook shows the last known state instead of an error
         if document["status"] not in ENDS:
             document = yield from fetch(LOOK_S, job_path(document["id"]))
         if document["status"] == "succeeded" and not pictures:
             pictures = yield from images(LOOK_S, document)
-    except ClientError:
-        pass  # a notebook shows the last known state instead of an error
     return document, pictures
 
 
@@ -203,14 +202,12 @@ class Subscription:
 
     def leave(self) -> Flow[None]:
         """Closes the websocket and cancels the job if this subscription submitted it. Raises no ClientError."""
-        try:
+        with suppress(ClientError):
             yield Close()
             if self._submitted and not self.ended:
                 self.ended, retry = True, Retry(min(CANCEL_S, self._timeout_s))
                 path = yield from self._path(retry)  # if the id is unknown, the same key finds the job
                 yield from send(retry, Send(path=path, method="DELETE"))
-        except ClientError:
-            pass
 
     def _path(self, retry: Retry) -> Flow[str]:
         """The job's path. Submits the job first if it has no id yet."""

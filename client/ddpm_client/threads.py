@@ -192,6 +192,10 @@ class Client(AbstractContextManager["Client"]):
         """The models that the server serves."""
         return list(self._run(protocol.fetch(self.timeout_s, "/models"))["models"])
 
+    def refused_models(self) -> list[Document]:
+        """The `name` and the `reason` of each model that the server was told to serve and refused."""
+        return list(self._run(protocol.fetch(self.timeout_s, "/models"))["refused"])
+
     def model(self, name: str) -> Document:
         """One model and its card. Raises NotFound."""
         return self._run(protocol.fetch(self.timeout_s, f"/models/{quote(name, safe='')}"))

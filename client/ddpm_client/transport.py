@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable
+from contextlib import suppress
 from typing import Any
 
 import httpx
@@ -49,20 +50,17 @@ class Address:
 
 def _parse(url: str) -> httpx.URL:
     """Raises a ValueError that does not repeat the URL, which may contain a password."""
-    try:
+    with suppress(httpx.InvalidURL):
         parsed = httpx.URL(url)
         if parsed.scheme in ("http", "https") and parsed.host and (parsed.port is None or 0 < parsed.port < 1 << 16):
             return parsed
-    except httpx.InvalidURL:
-        pass
     raise ValueError("the URL of a server is like http://127.0.0.1:8000 or https://example.com")
 
 
 def request_options(effect: Send) -> dict[str, Any]:
     """The arguments for httpx's `request`."""
     timeout = httpx.Timeout(effect.timeout_s, connect=min(effect.timeout_s, CONNECT_S))
-    named = {"method": effect.method, "url": effect.path, "json": effect.json, "headers": effect.headers}
-    return {**named, "timeout": timeout}
+    return dict(method=effect.method, url=effect.path, json=effect.json, headers=effect.headers, timeout=timeout)
 
 
 def reply_for(error: Exception) -> ClientError | None:

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ddpm_client import Document
 
@@ -19,10 +19,13 @@ def main(arguments: Sequence[str]) -> int:
     connect.add_arguments(parser)
     given = parser.parse_args(arguments)
     if given.url is None:
-        rows = _local_rows()
+        rows, refused = _local()
     else:
         with connect.progress_bar() as bar, connect.server(given, bar) as client:
             rows = [_row(model) for model in client.models()]
+            refused = {model["name"]: model["reason"] for model in client.refused_models()}
+    for name, reason in refused.items():
+        print(f"{name} is refused: {reason}", file=sys.stderr)
     table = [COLUMNS, *rows]
     widths = [max(len(row[i]) for row in table) for i in range(len(COLUMNS))]
     for row in table:
@@ -39,17 +42,16 @@ def _row(model: Document) -> tuple[str, ...]:
     return (model["name"], size, *known, *loaded, (model["digest"] or "-")[:DIGEST])
 
 
-def _local_rows() -> list[tuple[str, ...]]:
+def _local() -> tuple[list[tuple[str, ...]], Mapping[str, str]]:
+    """The rows of the models in DDPM_WEIGHTS, and why others there are refused."""
     from server.catalog import find_models
     from server.settings import Settings
 
     rows: list[tuple[str, ...]] = []
     found = find_models(Settings.read(os.environ).weights)
-    for name, reason in found.refused.items():
-        print(f"{name} is refused: {reason}", file=sys.stderr)
     for card in found.values():
         channels, height, width = card.shape
         process = card.process
         known = (str(process.schedule.T), str(process.default_steps), process.prediction)
         rows.append((card.name, f"{channels}x{height}x{width}", *known, "-", "-", "-", card.digest[:DIGEST]))
-    return rows
+    return rows, found.refused

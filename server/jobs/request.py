@@ -3,7 +3,7 @@
 import json
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
 from typing import cast
@@ -18,7 +18,7 @@ from server.jobs.tenants import Tenant
 from server.settings import Settings
 from server.webhooks.target import parse_url
 
-DEFAULT_FRAMES = Frames(count=30)
+DEFAULT_FRAMES, FEWEST_FRAMES = 30, 2  # of each picture
 MESSAGE_BYTES, JOB_BYTES = 2_000, 6_000  # a little more than what was measured
 
 
@@ -145,20 +145,24 @@ def resolve_request(
     card = _model(request.model, cards, settings)
     chosen = request.model_dump(include={"variance", "eta", "spacing", "clip", "noise"})
     sampling = resolve(card.process, request.sampler, request.steps, **chosen)
-    return ResolvedRequest(
+    resolved = ResolvedRequest(
         model=card.name,
         T=card.process.schedule.T,
         shape=card.shape,
         seed=secrets.randbelow(MAX_SEED - request.n) if request.seed is None else request.seed,
         n=request.n,
         sampling=sampling,
-        frames=_frames(request, sampling.steps, settings.max_frames, context),
         priority=request.priority,
         deadline_s=request.deadline_s,
         webhook=_webhook(request.webhook, settings),
         floats=context.floats,
         owner=context.owner,
     )
+    if "frames" in request.model_fields_set:
+        frames = _frames(request.frames, resolved, settings.max_frames, context)
+    else:
+        frames = _default_frames(resolved, settings, context) if context.shows or context.draws else None
+    return replace(resolved, frames=frames)
 
 
 def _largest(value: Mapping[str, object], cards: Mapping[str, ModelCard], settings: Settings) -> dict[str, int]:
@@ -171,18 +175,30 @@ def _largest(value: Mapping[str, object], cards: Mapping[str, ModelCard], settin
     return largest
 
 
-def _frames(request: GenerateRequest, steps: int, most: int, context: RequestContext) -> FramePoints | None:
-    """Which frames are kept. Raises Invalid if they are too many, or missing where the answer is drawn from them."""
-    says_nothing = "frames" not in request.model_fields_set
-    frames = DEFAULT_FRAMES if says_nothing and (context.shows or context.draws) else request.frames
+def _frames(frames: Frames | None, request: ResolvedRequest, most: int, context: RequestContext) -> FramePoints | None:
+    """The frames in the body. Raises Invalid if they are too many, or null where the answer is drawn from them."""
     if frames is None:
         if context.draws:
             raise Invalid(("frames", "frames must not be null: an animation is made of them"))
         return None
-    points = FramePoints.of(frames, steps, most)
+    points = FramePoints.of(frames, request.sampling.steps, most)
     if (count := request.n * points.count) > most:
         raise Invalid(("frames", f"frames: pictures x points x kinds must be at most {most}, got {count}"))
     return points
+
+
+def _default_frames(request: ResolvedRequest, settings: Settings, context: RequestContext) -> FramePoints | None:
+    """The frames of a request that says nothing of them: as many as the limits leave room for, or none if these are too
+    few. Raises Invalid then if the answer is drawn from them."""
+    for count in range(DEFAULT_FRAMES, FEWEST_FRAMES - 1, -1):
+        points = FramePoints.of(Frames(count=count), request.sampling.steps, settings.max_frames)
+        fits = request.n * points.count <= settings.max_frames
+        if fits and replace(request, frames=points).size_bytes <= settings.max_live_bytes:
+            return points
+    if context.draws:
+        limits = f"{settings.max_frames} frames and {settings.max_live_bytes} bytes"
+        raise Invalid(("n", f"n: an animation of so many pictures exceeds {limits}, got {request.n}"))
+    return None
 
 
 def _webhook(url: str | None, settings: Settings) -> str | None:

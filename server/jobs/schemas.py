@@ -80,7 +80,9 @@ class GenerateRequest(_Fields):
     noise: Noise = Field(
         "philox", description="torch: the draws that diffusers makes; which pictures are then its own: docs/numerics.md"
     )
-    frames: Frames | None = Field(None, description="30 for streams, animations and asynchronous jobs, else none")
+    frames: Frames | None = Field(
+        None, description="30 for streams, animations and asynchronous jobs, fewer if these are too many; else none"
+    )
     priority: int = Field(0, ge=-10, le=10, description="higher is seated first")
     deadline_s: float | None = Field(None, gt=0, le=1e6, description="give up after this many seconds")
     webhook: str | None = Field(None, description="https URL to which the job is posted when it has ended")

@@ -7,11 +7,14 @@ function fill(select, words, chosen) {
   select.replaceChildren(...words.map((word) => new Option(word || "as trained", word, false, word === chosen)));
 }
 
-/** What `GET /models` answers; it may say which model is the default, and how many pictures there may be. */
-export function offer({ models: listed, default: preferred, max_n = form.n.max }) {
+/** What `GET /models` answers: models and those that are refused, which is the default, how many pictures there may be. */
+export function offer({ models: listed, refused = [], default: preferred, max_n = form.n.max }) {
   const first = models.length === 0;
   models = listed;
   fill(form.model, models.map((model) => model.name), form.model.value || preferred || models[0]?.name);
+  for (const { name } of refused) form.model.append(Object.assign(new Option(name), { disabled: true }));
+  const reasons = refused.map(({ name, reason }) => `${name} is refused: ${reason}`);
+  document.getElementById("refused").textContent = reasons.join("\n");
   form.n.max = max_n;
   if (first) form.n.value = Math.min(form.n.value, max_n);
   modelChosen(first);

@@ -56,9 +56,14 @@ def frame_policy(text: str) -> tuple[str, dict[str, str]]:
 
 
 def targets(target: bytes, hosts: list[bytes]) -> bool:
-    """Whether the target of a request is a path, or a whole URL with the host of its Host header (RFC 9112, 3.2.2)."""
+    """Whether the target of a request is a path, or a whole URL with the host of its Host header (RFC 9112, 3.2.2); a
+    fragment is no part of one."""
     host = target.lower().partition(b"://")[2].partition(b"/")[0]
-    return target.isascii() and (target.startswith(b"/") or [host] == [given.lower() for given in hosts])
+    return (
+        target.isascii()
+        and b"#" not in target
+        and (target.startswith(b"/") or [host] == [given.lower() for given in hosts])
+    )
 
 
 def _is_address(name: str) -> bool:

@@ -24,6 +24,7 @@ TEXT: Json = {"type": "string"}
 EVENTS = "text/event-stream"
 MOST_WRONG = 20  # that are told of one request
 TAG = re.compile(r'"[^"]*"')
+WEIGHT = re.compile(r"[0-9]+\.?[0-9]*|\.[0-9]+")  # also as old clients write it, without a digit before the point
 KEY = re.compile(r"[!-~]{1,255}")
 REQUEST_ID = re.compile(r"[\w-]{1,64}", re.ASCII)
 PROBLEM = "application/problem+json"
@@ -231,14 +232,11 @@ def negotiate(accept: str | None, offers: Sequence[str]) -> str:
     ranges: dict[str, float] = {}
     for part in (accept or "*/*").split(","):
         media, parameters = _media_type(part)
-        try:
-            weight = float(parameters.get("q", 1.0))
-        except ValueError:
-            continue
+        weight = parameters.get("q", "1")
         if {name: parameters[name] for name in takewhile("q".__ne__, parameters)} not in ({}, {"charset": "utf-8"}):
             continue
-        if 0 <= weight <= 1:  # which nan is not
-            ranges[media] = max(weight, ranges.get(media, 0.0))
+        if WEIGHT.fullmatch(weight) and float(weight) <= 1:
+            ranges[media] = max(float(weight), ranges.get(media, 0.0))
 
     def weight_of(offer: str) -> float:
         patterns = (offer, f"{offer.partition('/')[0]}/*", "*/*")  # the most specific range decides

@@ -4,7 +4,7 @@ from fastapi import APIRouter, Request, Response
 from starlette.requests import HTTPConnection
 from starlette.responses import JSONResponse
 
-from server.bounds import whole_number
+from server.bounds import WHOLE, whole_number
 from server.documents import JobDocument, JobPage, WebhookSecret
 from server.errors import Invalid, NotFound
 from server.jobs.job import Job
@@ -77,7 +77,7 @@ async def cancel_job(request: Request, id: str) -> JSONResponse:
 async def get_image(request: Request, id: str, index: Index) -> Response:
     """The PNG. It never changes."""
     job = await find_job(request, id)
-    if not (index.isascii() and index.isdigit() and len(index) < 6 and int(index) in job.images):
+    if not (WHOLE.fullmatch(index) and int(index) in job.images):
         raise NotFound(f"this job has {len(job.images)} of its images 0..{job.request.n - 1}")
     image, jobs = job.images[int(index)], request.app.state.jobs
     tag = f'"{await jobs.in_thread(lambda: image.sha256)}"'

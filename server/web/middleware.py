@@ -55,7 +55,9 @@ class Access:
         return cls(rules, keys, Keyring.of_one(secret), PROBES | {METRICS})  # a page in a browser has no such key
 
     def check_source(self, scope: Scope) -> None:
-        """Checks Host and Origin. Raises BadHost, Forbidden."""
+        """Checks path, Host and Origin. Raises NotFound, BadHost, Forbidden."""
+        if not scope["path"].isprintable() or b"%2f" in scope["raw_path"].lower():  # a route's $ lets \\n pass
+            raise NotFound("there is no such path")
         hosts, origins = _values(scope, b"host"), _values(scope, b"origin")
         if scope["type"] == "websocket" or scope["path"] not in self.any_host:
             self.rules.check_host(hosts)
@@ -91,6 +93,7 @@ class Middleware:
             return await self._app(scope, receive, send)
         id = request_id_of(scope["headers"])
         common = [(b"x-request-id", id.encode()), *self._access.rules.cors(scope["headers"])]
+        scope["headers"] = [each for each in scope["headers"] if each[0] != b"range"]  # answers are whole
         scope.setdefault("state", {}).update(request_id=id, headers=common)
         logs.request_id.set(id)
         head = scope["type"] == "http" and scope["method"] == "HEAD"

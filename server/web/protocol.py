@@ -163,7 +163,7 @@ class Connection(HttpToolsProtocol):
             limits = f"{MAX_HEADERS} headers, of {MAX_HEADER_BYTES} bytes each and {MAX_HEADERS_BYTES} in all"
             self._stop(errors.HeadTooLarge(f"a request may have at most {limits}"))
         if self._in_head:  # a trailer behind the body must not change what was decided before it
-            super().on_header(name, value)
+            super().on_header(name, value.rstrip(b" \t"))
 
     def on_headers_complete(self) -> None:
         self._in_head = False
@@ -171,13 +171,13 @@ class Connection(HttpToolsProtocol):
         if self.parser.get_http_version() not in ("1.0", "1.1"):
             self._stop(errors.Malformed("requests are HTTP/1.1"))
         if not targets(self.url, [value for name, value in self.headers if name == b"host"]):
-            self._stop(errors.Malformed("the target of a request must be a path, in ASCII"))
+            self._stop(errors.Malformed("the target of a request must be a path, in ASCII, without a fragment"))
         if any(int(value) > self._limits.body_bytes for name, value in self.headers if name == b"content-length"):
             self._stop(too_large(self._limits.body_bytes))
         if len(self.pipeline) >= MAX_PIPELINED:
             self._stop(errors.Malformed(f"at most {MAX_PIPELINED} requests may wait for the answer to the one before"))
         reserved = self in self._limits.reserved
-        if reserved and self.url != PROBE:
+        if reserved and self.url.removeprefix(self._limits.prefix.encode()) != PROBE:
             self._stop(
                 errors.TooManyConnections(f"there are {self._limits.connections} connections, as many as may be")
             )

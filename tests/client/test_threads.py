@@ -206,6 +206,7 @@ def test_models_are_described(client: Client) -> None:
 
     assert (model["name"], model["T"]) == ("tiny", 30)
     assert client.model("tiny")["digest"] == model["digest"]
+    assert client.refused_models() == []
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ import re
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from server.settings import Settings
 from tests.deploy.files import DEPLOY, ROOT, compose
@@ -78,8 +79,17 @@ def test_nginx_allows_fewer_connections_than_the_server() -> None:
 
 def test_nginx_takes_the_bodies_that_the_server_takes() -> None:
     text = (DEPLOY / "nginx" / "nginx.conf").read_text()
+    most = Settings.model_fields["max_body_bytes"].default
 
-    assert f"client_max_body_size {Settings.model_fields['max_body_bytes'].default // 1024}k;" in text
+    assert f"client_max_body_size {most // 1024}k;" in text and f"at most {most} bytes" in text
+
+
+def test_the_server_decides_how_long_a_body_may_take() -> None:
+    pause = re.search(r"client_body_timeout (\w+);", (DEPLOY / "nginx" / "nginx.conf").read_text())
+
+    assert pause is not None
+    with pytest.raises(ValidationError):  # no server waits longer for a body
+        Settings(request_s=seconds(pause[1]) + 1)
 
 
 def test_a_gpu_is_asked_for_as_compose_wants_it() -> None:

@@ -2,15 +2,21 @@
 
 import os
 import signal
+from pathlib import Path
 
 import pytest
 from selenium.webdriver import Chrome
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
-from selenium.webdriver.support.ui import WebDriverWait
+from selenium.webdriver.support.ui import Select, WebDriverWait
 
+from server.settings import Settings
+from server.web.app import create_app
 from tests.e2e.conftest import KEY, PREFIX, ROOT, Site
 from tests.e2e.page import Page
+from tests.model.convert.directories import write_model
+from tests.server.fakes import FakeBackend
+from tests.server.web.lines import threaded
 
 OTHER_MODELS = """
 const real = fetch;
@@ -150,6 +156,25 @@ def test_the_form_begins_with_the_default_model_and_no_more_pictures_than_may_be
     assert page.field("model").get_attribute("value") == "digits"
     assert [page.field("n").get_attribute(name) for name in ("value", "max")] == ["4", "4"]
     assert page.find("api").is_displayed()
+
+
+def test_models_that_are_refused_are_shown_with_their_reasons_and_cannot_be_chosen(
+    driver: Chrome, tmp_path: Path
+) -> None:
+    folder = write_model(tmp_path / "weights" / "good").parent
+    write_model(folder / "labels", {"num_class_embeds": 10})
+    (folder / "half-copied").mkdir()
+    app = create_app(Settings(weights=str(folder), data_dir=tmp_path / "data"), FakeBackend())
+    with threaded(app) as made:
+        page = Page(driver, f"{made.url}/").open_anew()
+        models = [(each.text, each.is_enabled()) for each in Select(page.field("model")).options]
+        told = page.find("refused").text.splitlines()
+        SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+        driver.save_screenshot(str(SCREENSHOTS / "refused.png"))
+
+    assert models == [("good", True), ("half-copied", False), ("labels", False)]
+    assert told[0] == "half-copied is refused: config.json is missing"
+    assert told[1].startswith("labels is refused: config.json: num_class_embeds must be null, got 10: ")
 
 
 def test_an_engine_that_is_killed_is_told_of_and_the_picture_is_the_same(page: Page, site: Site) -> None:

@@ -8,7 +8,11 @@ import numpy as np
 import pytest
 
 from server.cli import main
+from server.settings import Settings
+from server.web.app import create_app
 from tests.model.convert.directories import write_model
+from tests.server.fakes import FakeBackend
+from tests.server.web.lines import threaded
 
 
 def test_models_are_listed_with_and_without_a_server(
@@ -26,14 +30,17 @@ def test_models_are_listed_with_and_without_a_server(
 def test_models_that_would_be_refused_are_named_beside_the_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_model(tmp_path / "good")
-    write_model(tmp_path / "labels", {"num_class_embeds": 10})
-    monkeypatch.setenv("DDPM_WEIGHTS", str(tmp_path))
-    assert main.main(["models"]) == 0
+    folder = write_model(tmp_path / "weights" / "good").parent
+    write_model(folder / "labels", {"num_class_embeds": 10})
+    monkeypatch.setenv("DDPM_WEIGHTS", str(folder))
+    app = create_app(Settings(weights=str(folder), data_dir=tmp_path / "data"), FakeBackend())
+    with threaded(app) as made:
+        for command in (["models"], ["models", "--url", made.url]):
+            assert main.main(command) == 0
 
-    said = capsys.readouterr()
-    assert [line.split()[0] for line in said.out.splitlines()] == ["name", "good"]
-    assert said.err.startswith("labels is refused: config.json: num_class_embeds must be null, got 10: ")
+            said = capsys.readouterr()
+            assert [line.split()[0] for line in said.out.splitlines()] == ["name", "good"]
+            assert said.err.startswith("labels is refused: config.json: num_class_embeds must be null, got 10: ")
 
 
 def test_a_benchmark_goes_up_to_all_slots(url: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -171,6 +171,7 @@ def test_metrics_take_a_key_of_their_own(weights: Path, keys: Path, tmp_path: Pa
                 assert made.get("/metrics").status_code == status
                 wrong, right = (made.get("/metrics", headers=bearer(key)).status_code for key in (ALICE, SCRAPER))
                 assert (wrong, right) == ((401, 200) if metrics_key else (status, status))
+                assert made.get("/metrics%0A", headers=bearer(ALICE)).status_code == 404
 
 
 def test_refusals_are_counted(locked: TestClient) -> None:

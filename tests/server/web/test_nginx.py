@@ -15,12 +15,14 @@ import httpx
 import pytest
 from websockets.sync.client import connect
 
+from server.errors import Problem
 from server.settings import Settings
 from server.web.app import create_app
+from server.web.openai_schema import error_object
 from tests.server.conftest import Server
 from tests.server.fakes import FakeBackend
 from tests.server.web.lines import threaded
-from tests.server.web.raw import ask, connected, rest, say, statuses
+from tests.server.web.raw import ask, connected, request, rest, say, statuses
 from tests.waiting import until
 
 CONFIGURATION = Path(__file__).parents[3] / "deploy" / "nginx" / "nginx.conf"
@@ -98,6 +100,14 @@ def code_of(answer: httpx.Response) -> tuple[int, str]:
     assert problem.keys() >= {"title", "status", "detail", "request_id"}
     assert problem["status"] == answer.status_code
     return answer.status_code, problem["code"]
+
+
+def parsed(answer: bytes) -> httpx.Response:
+    """An answer of which all bytes are there."""
+    head, _, body = answer.partition(b"\r\n\r\n")
+    status, *lines = head.decode("latin-1").split("\r\n")
+    headers = dict(line.split(": ", 1) for line in lines)
+    return httpx.Response(int(status.split()[1]), headers=headers, content=body)
 
 
 def head(path: str, length: int) -> bytes:
@@ -205,6 +215,46 @@ def test_a_large_body_is_refused(client: httpx.Client, size: int) -> None:
     answers = [code_of(client.post("/generate", content=b" " * size)) for _ in range(20)]
 
     assert set(answers) == {(413, "too-large")}
+
+
+REFUSED_BY_NGINX = {
+    b"\x16\x03\x01\x00\r\n\r\n": (400, "malformed"),
+    request("/v1/models", method="GET", Host="twice"): (400, "malformed"),
+    request("/v1/../..", method="GET"): (400, "malformed"),
+    request("/v1/models", method="TRACE"): (405, "method-not-allowed"),
+    request("/" + 9000 * "a", method="GET"): (414, "target-too-long"),
+    request("/v1/models", method="GET", X=9000 * "a"): (431, "head-too-large"),
+    request("/metrics", method="GET"): (404, "not-found"),
+    request("/generate", Content_Length="65537"): (413, "too-large"),
+}
+
+
+@pytest.mark.parametrize("sent", REFUSED_BY_NGINX)
+def test_what_nginx_refuses_itself_has_the_form_of_all_errors(front: int, sent: bytes) -> None:
+    answer = parsed(ask(front, sent))
+    problem = answer.json()
+
+    assert code_of(answer) == REFUSED_BY_NGINX[sent]
+    assert answer.headers["x-request-id"] == problem["request_id"]
+    assert answer.headers["access-control-allow-origin"] == "*"
+    assert answer.headers["cache-control"] == "no-store"
+    if b" /v1/models " in sent:
+        assert answer.headers["x-should-retry"] == "false"
+        assert problem["error"] == error_object(Problem(answer.status_code, problem["code"], problem["detail"]))
+
+
+@pytest.mark.parametrize("path", ["/ddpm/v1/models", "/jobs?of=/v1/models"])
+def test_a_server_that_cannot_be_reached_is_told_of_in_the_form_of_all_errors(tmp_path: Path, path: str) -> None:
+    with before(free_port(), tmp_path) as port:
+        answer = httpx.get(f"http://127.0.0.1:{port}{path}")
+    problem = answer.json()
+
+    assert code_of(answer) == (503, "not-ready")
+    assert answer.headers["retry-after"] == "5"
+    assert answer.headers["access-control-allow-origin"] == "*"
+    assert "Retry-After" in answer.headers["access-control-expose-headers"]
+    expected = error_object(Problem(503, problem["code"], problem["detail"])) if "?" not in path else None
+    assert (problem.get("error"), answer.headers.get("x-should-retry")) == (expected, "true" if expected else None)
 
 
 def test_a_slow_head_is_cut_off(front: int) -> None:
@@ -324,7 +374,7 @@ def test_nginx_starts_before_the_server_and_finds_it_later(hasty: Server, tmp_pa
 
 def test_logs_are_json_without_query_strings(client: httpx.Client, tmp_path: Path) -> None:
     with deaf() as (upstream, _), before(upstream, tmp_path) as port:
-        httpx.get(f"http://127.0.0.1:{port}/jobs?secret=1", headers={"user-agent": '"\n'.strip()})
+        httpx.post(f"http://127.0.0.1:{port}/jobs?secret=1", headers={"user-agent": '"\n'.strip()})
     lines = [json.loads(line) for line in io.StringIO((tmp_path / "access.log").read_text())]
 
-    assert [(line["path"], line["status"]) for line in lines if line["path"] != ""] == [("/jobs", 503)]
+    assert [(line["method"], line["path"], line["status"]) for line in lines] == [("POST", "/jobs", 503)]

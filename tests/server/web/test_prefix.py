@@ -3,6 +3,7 @@ whether the proxy takes the path off or leaves it."""
 
 import re
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from server.web.app import create_app
 from server.web.info import STATIC
 from tests.server.fakes import FakeBackend
 from tests.server.web.lines import Threaded, threaded
-from tests.server.web.raw import ask, problem_in, request
+from tests.server.web.raw import ask, connected, problem_in, request, statuses
 
 PREFIX = "/apps/ddpm"
 as_it_comes = pytest.mark.parametrize("sent", [PREFIX, ""], ids=["left", "taken off"])
@@ -128,6 +129,17 @@ def test_the_client_works_under_the_prefix(grey: Threaded) -> None:
         assert [picture.png for picture in job.images()] == [made.png]
         assert job.trajectory("gif").startswith(b"GIF89a")
         assert [picture.png for picture in near.job(made.job["id"]).images()] == [made.png]
+
+
+def test_health_is_answered_under_the_prefix_too_when_there_are_as_many_connections_as_may_be(grey: Threaded) -> None:
+    with ExitStack() as stack:
+        for _ in range(64):
+            stack.enter_context(connected(grey.port))
+        answers = {path: ask(grey.port, request(path, method="GET")) for path in ("/healthz", f"{PREFIX}/healthz")}
+        others = {path: ask(grey.port, request(path, method="GET")) for path in (f"{PREFIX}/jobs", f"{PREFIX}healthz")}
+
+    assert [statuses(answer) for answer in answers.values()] == [[200], [200]]
+    assert [problem_in(answer)["code"] for answer in others.values()] == ["too-many-connections"] * 2
 
 
 def test_a_refusal_of_the_protocol_has_the_form_of_openai_under_the_prefix_too(grey: Threaded) -> None:

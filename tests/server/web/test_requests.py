@@ -113,6 +113,35 @@ def test_null_means_no_frames_and_inside_frames_it_means_not_set(client: TestCli
     assert frames({"count": 3, "every": None, "kind": None})["request"]["frames"] == {"count": 3, "kind": "x_t"}
 
 
+@pytest.mark.parametrize(
+    ("n", "limits", "frames"),
+    [
+        (64, {}, {"count": 30, "kind": "x_t"}),
+        (137, {}, {"count": 29, "kind": "x_t"}),  # 4,096 frames in all
+        (200, {}, {"count": 20, "kind": "x_t"}),
+        (200, {"max_frames": 399}, None),
+        (200, {"max_live_bytes": 2 << 20}, {"count": 3, "kind": "x_t"}),
+        (200, {"max_live_bytes": 1 << 20}, None),
+    ],
+)
+def test_frames_that_nobody_asked_for_are_as_many_as_fit(
+    weights: Path, tmp_path: Path, n: int, limits: dict[str, int], frames: object
+) -> None:
+    settings = Settings(weights=str(weights), data_dir=tmp_path, max_n=256, **limits)
+    with TestClient(create_app(settings, FakeBackend())) as client:
+        animated = client.post("/generate", json={"n": n}, headers={"accept": "image/gif"})
+        later = client.post("/generate", json={"n": n}, headers={"prefer": "respond-async"}).json()
+        asked = client.post("/generate", json={"n": n, "frames": {"count": 31}}, headers={"prefer": "respond-async"})
+
+    assert later["request"]["frames"] == frames
+    assert animated.status_code == (200 if frames else 422)
+    if frames is None:
+        most = f"{settings.max_frames} frames and {settings.max_live_bytes} bytes"
+        message = f"n: an animation of so many pictures exceeds {most}, got {n}"
+        assert animated.json()["errors"] == [{"pointer": "/n", "message": message}]
+    assert asked.status_code == (202 if n == 64 else 422)
+
+
 MALFORMED = [
     b"{",
     b"[1",

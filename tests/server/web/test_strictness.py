@@ -104,6 +104,55 @@ def test_a_body_that_a_route_does_not_take_is_refused(client: TestClient, job: s
     assert client.get("/jobs", headers={"content-length": "0"}).status_code == 200
 
 
+@pytest.mark.parametrize(
+    "index", ["00", "+0", "-0", "0_0", "%200", "0%20", "0%0A", "0.0", "0x0", "%D9%A0", "%EF%BC%90"]
+)
+def test_a_number_in_a_path_has_one_form(client: TestClient, job: str, index: str) -> None:
+    answer = client.get(f"/jobs/{job}/images/{index}")
+
+    assert (answer.status_code, answer.json()["code"]) == (404, "not-found")
+
+
+@pytest.mark.parametrize(
+    "number", ["01", "+1", "-1", "1_0", "%201", "1%20", "1%0A", "1.0", "1e0", "%D9%A1", "%C2%B2", ""]
+)
+def test_a_number_in_a_query_has_one_form(client: TestClient, job: str, number: str) -> None:
+    for path in ("/jobs?limit=", f"/jobs/{job}/events?after="):
+        answer = client.get(f"{path}{number}")
+        assert (answer.status_code, answer.json()["code"]) == (422, "invalid-request"), path
+    with client.websocket_connect(f"/jobs/{job}/stream?after={number}") as socket:
+        assert socket.receive_json()["problem"]["code"] == "invalid-request"
+
+
+@pytest.mark.parametrize("number", ["01", "+1", "-1", "1_0", "1.0", "1e0", "1, 1", ""])
+def test_a_number_in_a_header_has_one_form(client: TestClient, job: str, number: str) -> None:
+    answer = client.get(f"/jobs/{job}/events", headers={"last-event-id": number})
+
+    assert (answer.status_code, answer.json()["code"]) == (422, "invalid-request")
+
+
+def test_a_path_has_one_form(client: TestClient, job: str) -> None:
+    for method, path in (route.replace("JOB", job).split() for route in ROUTES):
+        others = {f"{path}{more}" for more in ("%0A", "%0a", "%00")} | {path.upper()} - {path}
+        if path.count("/") > 1:
+            others |= {"%2f".join(path.rsplit("/", 1)), "%2F".join(path.rsplit("/", 1))}
+        for other in others:
+            assert client.request(method, other).status_code == 404, other
+
+
+def test_a_page_of_another_origin_does_not_watch_by_another_form_of_the_path(client: TestClient, job: str) -> None:
+    for path, status in ((f"/jobs/{job}/events", 403), (f"/jobs/{job}/events%0A", 404)):
+        assert client.get(path, headers={"origin": "https://evil.example"}).status_code == status
+
+
+@pytest.mark.parametrize("path", ["/", "/docs", "/static/app.js"])
+def test_pages_are_sent_whole_whatever_range_is_asked_for(client: TestClient, path: str) -> None:
+    whole = client.get(path).content
+    for given in ("bytes=0-9", "bytes=99999999-", "bytes=5-2", "lines=1-2", "bytes=0-1,4-5"):
+        answer = client.get(path, headers={"range": given})
+        assert (answer.status_code, answer.content) == (200, whole), given
+
+
 def test_refusals_are_counted(client: TestClient) -> None:
     before = dict(client.app.state.jobs.admission.rejected)  # type: ignore[attr-defined]
     client.get("/jobs?x=1")
