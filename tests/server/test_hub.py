@@ -120,10 +120,13 @@ def test_a_list_may_name_folders_directories_and_hub_ids(hub: Hub, tmp_path: Pat
     assert list(find_models(f"{tmp_path / 'folder'}, {tmp_path / 'b'},{ID}@main")) == ["a", "b", "tiny"]
 
 
-def test_two_models_of_one_name_are_refused(hub: Hub, tmp_path: Path) -> None:
+def test_a_model_of_a_hub_is_not_fetched_under_a_name_that_is_taken(hub: Hub, tmp_path: Path) -> None:
     write_model(tmp_path / "tiny")
+    found = find_models(f"{tmp_path / 'tiny'},{ID},{ID}@main")
 
-    assert "two of the models of DDPM_WEIGHTS are called tiny" in refusal(f"{tmp_path / 'tiny'},{ID}")
+    assert (found["tiny"].source, hub.asked) == (None, [])
+    assert found.refused.keys() == {"tiny (2)", "tiny (3)"}
+    assert found.refused["tiny (2)"].startswith(f"{ID}@main has the name of {tmp_path / 'tiny'}, which is listed first")
 
 
 def test_lost_and_found_is_not_a_model(tmp_path: Path) -> None:
