@@ -40,6 +40,7 @@ def _row(model: Document) -> tuple[str, ...]:
 
 
 def _local_rows() -> list[tuple[str, ...]]:
+    from model.checkpoint.weighing import told
     from server.catalog import find_models
     from server.settings import Settings
 
@@ -48,6 +49,8 @@ def _local_rows() -> list[tuple[str, ...]]:
     for name, reason in found.refused.items():
         print(f"{name} is refused: {reason}", file=sys.stderr)
     for card in found.values():
+        if card.left:
+            print(f"{card.name}: {told(card.taken, card.left)}", file=sys.stderr)
         channels, height, width = card.shape
         process = card.process
         known = (str(process.schedule.T), str(process.default_steps), process.prediction)

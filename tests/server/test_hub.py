@@ -94,6 +94,16 @@ def test_folders_and_shards_are_fetched(hub: Hub, tmp_path: Path) -> None:
     assert find_models(ID)["tiny"].shards[0].name == shard
 
 
+def test_an_average_is_fetched_in_place_of_the_net(hub: Hub, tmp_path: Path) -> None:
+    directory = write_model(tmp_path / "folders", folders=True)
+    (write_model(directory / "unet_ema") / "scheduler_config.json").unlink()
+    write_model(directory / "checkpoint-500" / "unet_ema")
+    hub.add(ID, directory)
+
+    assert find_models(ID)["tiny"].taken == f"unet_ema/{WEIGHTS}"
+    assert hub.fetched.count(WEIGHTS) == 1
+
+
 def test_files_in_the_cache_are_not_fetched_again(hub: Hub) -> None:
     first, sent = find_models(ID)["tiny"], list(hub.fetched)
 

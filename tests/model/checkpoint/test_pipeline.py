@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from model.checkpoint.card import config_files, read_card
+from model.checkpoint.card import read_card, schedule_file
 from tests.model.convert.directories import write_model
 from tests.model.convert.refusals import refusal
 
@@ -96,7 +96,7 @@ def test_a_checkpoint_of_a_training_has_its_schedule_one_folder_up(tmp_path: Pat
     shutil.copytree(whole / "unet", whole / "checkpoint-500" / "unet")
 
     assert read_card(whole / "checkpoint-500").process.schedule.T == read_card(whole).process.schedule.T
-    assert config_files(whole / "checkpoint-500")[1] == whole / "scheduler" / "scheduler_config.json"
+    assert schedule_file(whole / "checkpoint-500") == whole / "scheduler" / "scheduler_config.json"
     (whole / "model_index.json").write_text(json.dumps(LDM))
     assert refusal(lambda: read_card(whole / "checkpoint-500")).startswith(BESIDE)
 
@@ -105,5 +105,5 @@ def test_a_flat_schedule_serves_a_net_in_a_folder(tmp_path: Path) -> None:
     whole = write_pipeline(tmp_path / "run", DDPM)
     (whole / "scheduler" / "scheduler_config.json").rename(whole / "scheduler_config.json")
 
-    assert config_files(whole)[1] == config_files(whole / "unet")[1] == whole / "scheduler_config.json"
+    assert schedule_file(whole) == schedule_file(whole / "unet") == whole / "scheduler_config.json"
     assert read_card(whole).process.schedule.T == read_card(whole / "unet").process.schedule.T
