@@ -7,12 +7,11 @@ from torch import Tensor
 
 from model.checkpoint.card import shard_names
 from model.checkpoint.pipeline import read_index
-from model.checkpoint.weighing import INDEX, SHADOW, SUFFIXES, Candidate, candidates, told
-from model.convert import formats
+from model.checkpoint.weighing import INDEX, SHADOW, SUFFIXES, Candidate, told
+from model.convert import choice, formats
 from model.convert.protocol import OF_THE_SCHEDULER, Converted, Options, refuse_unread
 from model.convert.sources import read_state
 from model.errors import ModelRefused
-from model.nets.lucidrains_config import LUCIDRAINS
 from model.options import read_json, whole
 
 READS = OF_THE_SCHEDULER | {"image_size", "config"}
@@ -28,52 +27,22 @@ ORDER = (
 def convert(directory: Path, options: Options, part: str | None = None) -> tuple[Converted, list[Path]]:
     """The model directory, and the files that its weights were read from. Raises ModelRefused."""
     refuse_unread(options, READS, "a directory of diffusers")
-    found, fitting = _candidates_of(directory, part)
+    found, fitting = choice.fitting(directory, part)
     for taken in fitting:
         if (read := _read(taken, found)) is not None:
             break
     else:
         raise ModelRefused(f"{fitting[0].name} holds no net")
     state, files = read
-    options = replace(options, config=options.config or taken.config or _above(directory, "net"))
-    if options.config is None:
-        raise ModelRefused(f"{taken.name} has no config.json beside it: give --config CONFIG.json")
-    config = read_json(options.config)
-    if config.get("_class_name") == LUCIDRAINS:
-        raise ModelRefused(f"{directory.name} is a model directory already, which needs no conversion")
-    options = replace(options, scheduler=options.scheduler or _above(directory, "scheduler"))
+    file, schedule = options.config or choice.config_of(taken, directory), choice.above(directory, "scheduler")
+    config = choice.read_net_config(file)
+    options = replace(options, config=file, scheduler=options.scheduler or schedule)
     if "ch_mult" in config:  # the very first layout: that of pesser's port
         options = replace(options, config=None, image_size=options.image_size or whole(config.get("resolution")))
     made = formats.convert(state, options, where=taken.name)
     steps = read_index(directory).get("default_steps")
     notes = (told(taken.name, [each.name for each in found if each is not taken]), *made.notes)
     return replace(made, origin="Saved by diffusers", notes=notes, default_steps=steps), files
-
-
-def _candidates_of(directory: Path, part: str | None) -> tuple[list[Candidate], list[Candidate]]:
-    """(all weights in a directory, those that may be taken), the best first. Raises ModelRefused."""
-    found = candidates(directory)
-    if not found:
-        raise ModelRefused(_instead(directory))
-    fitting = [each for each in found if part is None or f"{each.name}/".startswith(f"{part}/")]
-    if not fitting and len(found) == 1:
-        raise ModelRefused("--format and --part must not be given: SRC is a directory of diffusers with one net")
-    if not fitting:
-        raise ModelRefused(f"--part must be one of {', '.join(ascii(each.name) for each in found)}")
-    return found, fitting
-
-
-def _above(directory: Path, what: str) -> Path | None:
-    """The nearest configuration of a net or a scheduler: here, in the folder above, or, in a folder of the net, above
-    that."""
-    names = {
-        "net": ("config.json", "unet/config.json", "unet_ema/config.json"),
-        "scheduler": ("scheduler/scheduler_config.json", "scheduler_config.json"),
-    }
-    home = directory.resolve()
-    above = list(home.parents)[: 2 if home.name.startswith("unet") else 1]
-    paths = (place / name for place in (home, *above) for name in names[what])
-    return next((path for path in paths if path.is_file()), None)
 
 
 def _read(taken: Candidate, found: list[Candidate]) -> tuple[dict[str, Tensor], list[Path]] | None:
@@ -118,10 +87,3 @@ def _named(average: dict[str, Tensor], net: dict[str, Tensor], name: str) -> dic
     if [net[key].shape for key in names] != [average[str(i)].shape for i in range(len(average))]:
         raise ModelRefused(f"{name}: its tensors do not have the shapes of the net's; --part takes the net itself")
     return dict(zip(names, (average[str(i)] for i in range(len(average))), strict=True))
-
-
-def _instead(directory: Path) -> str:
-    """What is in a directory that holds no net."""
-    entries = sorted(each.name + "/" * each.is_dir() for each in directory.iterdir())
-    some = ", ".join(ascii(name) for name in entries[:5]) + (", …" if len(entries) > 5 else "")
-    return f"{directory.name} holds no weights of a net: {some or 'it is empty'}"
