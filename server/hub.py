@@ -19,7 +19,7 @@ from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from model.checkpoint.card import WEIGHTS, ModelCard, Source, read_card, shard_names
 from model.checkpoint.foreign import require_served_kind
-from model.checkpoint.pipeline import INDEX, require_served
+from model.checkpoint.pipeline import INDEX, PARTS, require_served
 from model.checkpoint.weighing import served_names
 from model.digests import file_digest
 from model.errors import ModelRefused
@@ -88,7 +88,7 @@ def _fetch_all(id: str, revision: str, commit: str, files: dict[str, RepoSibling
     net, schedule = (f"{part}/" * any(f.startswith(f"{part}/") for f in files) for part in ("unet", "scheduler"))
     index = _fetch_file(id, revision, commit, files[INDEX]) if INDEX in files else None
     with _naming(id):
-        require_served({} if index is None else read_json(index), {file.split("/")[0] for file in files})
+        require_served({} if index is None else read_json(index), PARTS & {file.split("/")[0] for file in files})
     weights = next(iter(served_names(file for file in files if _of_a_net(file, files))), None)
     if weights is not None:
         net = weights.removesuffix(Path(weights).name)

@@ -4,7 +4,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from model.checkpoint.foreign import require_served_kind
-from model.checkpoint.pipeline import is_part, read_index, require_served
+from model.checkpoint.pipeline import is_other, is_part, read_index, require_served
 from model.checkpoint.scheduler import todays
 from model.checkpoint.weighing import INDEX, SHADOW, Candidate, candidates
 from model.convert import files
@@ -36,9 +36,10 @@ def check(given: Namespace) -> None:
 def _require_pictures(directory: Path) -> None:
     """Raises ModelRefused if a net in this directory makes no pictures alone."""
     read_index(directory)
-    if is_part(directory):  # `unet/` of a checkpoint, in the folder of a pipeline
-        read_index(directory.parent)
-        require_served({}, [each.name for each in directory.iterdir()])
+    if is_part(directory):
+        if is_part(directory.parent):  # `unet/` of a checkpoint, in the folder of a pipeline
+            read_index(directory.parent)
+        require_served({}, [each.name for each in directory.iterdir() if is_other(each)])
 
 
 def fitting(directory: Path, part: str | None) -> tuple[list[Candidate], list[Candidate]]:
