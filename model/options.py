@@ -51,6 +51,9 @@ def read_config(path: Path) -> tuple[dict[str, Any], str]:
         raise ModelRefused(f"{path.name} is not valid JSON: {type(error).__name__}") from error
     if not isinstance(values, dict):
         raise ModelRefused(f"{path.name} must be a JSON object")
+    defaults = values.get("_use_default_values")  # options that diffusers passes over, whatever the file says of them
+    if isinstance(defaults, list):
+        values = {option: value for option, value in values.items() if option not in defaults}
     return values, hashlib.sha256(text).hexdigest()
 
 

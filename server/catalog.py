@@ -4,6 +4,8 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
+from os.path import exists, isdir, realpath
 from pathlib import Path
 
 from model.checkpoint.card import ModelCard, read_card
@@ -56,49 +58,68 @@ def card_of(name: str, cards: Mapping[str, ModelCard]) -> ModelCard:
     return cards[name]
 
 
+def _printable(text: str) -> str:
+    """Text that can be sent: the name of a directory may be any bytes."""
+    return text if text.isprintable() else ascii(text)[1:-1]
+
+
 @dataclass(frozen=True, slots=True)
 class _Listed:
-    """A model that DDPM_WEIGHTS lists. where: words before the reason that it is refused for"""
+    """A model that DDPM_WEIGHTS lists. place: one for one model, wherever it is listed. where: words before the reason
+    that it is refused for"""
 
     name: str
+    place: str
     where: str
     read: Callable[[], ModelCard]
 
-    @property
-    def shown(self) -> str:
-        """The name as text that can be sent: that of a directory may be any bytes."""
-        return self.name if self.name.isprintable() else ascii(self.name)[1:-1]
-
 
 def find_models(weights: str | Path) -> Catalog:
-    """All listed models but those that cannot be served. Raises ModelRefused if none is left, or for a name's sake."""
+    """All listed models but those that cannot be served. Raises ModelRefused if none is left.
+
+    A name belongs to the first model that is listed under it, even if that one is refused: damage to a directory must
+    not make pictures of another model.
+    """
     text = str(weights)
-    places = [text] if Path(text).is_dir() else [place.strip() for place in text.split(",") if place.strip()]
-    cards, reasons, first = dict[str, ModelCard](), dict[str, str](), "DDPM_WEIGHTS names no model"
-    for listed in (listed for place in places for listed in _find(place)):
-        if listed.name in cards or listed.shown in reasons:
-            raise ModelRefused(f"two of the models of DDPM_WEIGHTS are called {listed.name}; rename one's directory")
+    entries = [text] if isdir(text) else [entry.strip() for entry in text.split(",") if entry.strip()]
+    cards, reasons, places, first = dict[str, ModelCard](), dict[str, str](), dict[str, str](), ""
+    for listed in (listed for entry in entries for listed in _find(entry)):
+        name, read = _printable(listed.name), listed.read
+        if name in places:
+            if places[name] == listed.place:
+                continue
+            read = partial(_refuse, f"{listed.place} has the name of {places[name]}, which is listed first; rename one")
+            name = next(free for i in count(2) if (free := f"{name} ({i})") not in places)
+        places[name] = listed.place
         try:
-            cards[listed.name] = listed.read()
+            cards[name] = read()
         except ModelRefused as error:
             if (cause := error.__cause__) is not None and shortage(cause) is not None:
                 raise cause from None  # which passes: the model is sound, for all that is known
-            first = first if reasons else f"{listed.where}{error}"
-            reasons[listed.shown] = str(error)
+            first = first or f"{listed.where}{error}"
+            reasons[name] = str(error)
     if not cards:
-        raise ModelRefused(first)
+        raise ModelRefused(first or "DDPM_WEIGHTS names no model")
     return Catalog(cards, reasons)
 
 
-def _find(place: str) -> Iterable[_Listed]:
-    """The models of one entry of the list."""
-    if Path(place).is_dir():
-        return _find_here(Path(place))
-    on_hub = HUB_ID.fullmatch(place)
-    if on_hub is None:
-        return [_Listed(Path(place).name, f"{place} ", partial(_refuse, "is not a directory"))]
-    name = on_hub[1].split("/")[1]
-    return [_Listed(name, "", partial(_fetch, on_hub[1], on_hub[2] or "main", name))]
+def _find(entry: str) -> Iterable[_Listed]:
+    """The models of one entry of the list; or what it is instead, which is refused."""
+    path, instead = Path(entry), "is not a directory"
+    if isdir(path):
+        try:
+            if found := _find_here(path):
+                return found
+            instead = "holds no model directory"
+        except OSError as error:
+            if shortage(error) is not None:
+                raise
+            instead = f"could not be read: {type(error).__name__}"
+    elif on_hub := HUB_ID.fullmatch(entry):
+        id, revision = on_hub[1], on_hub[2] or "main"
+        name = id.split("/")[1]
+        return [_Listed(name, f"{id}@{revision}", "", partial(_fetch, id, revision, name))]
+    return [_Listed(path.name, _printable(realpath(path)), f"{entry} ", partial(_refuse, instead))]
 
 
 def _refuse(reason: str) -> ModelCard:
@@ -115,12 +136,14 @@ def _fetch(id: str, revision: str, name: str) -> ModelCard:
 
 
 def _find_here(weights: Path) -> list[_Listed]:
+    """The model that a directory is, or those in it. Raises OSError."""
     alone = any((weights / file).is_file() for file in ("config.json", INDEX)) or (weights / "unet").is_dir()
-    inside = (d for d in weights.iterdir() if d.is_dir() and d.name[0] != "." and d.name != LOST_AND_FOUND)
-    named = {weights.resolve().name: weights} if alone else {at.name: at for at in sorted(inside)}  # links by their own
-    if not named:
-        raise ModelRefused(f"{weights} holds no model directory")
-    return [_Listed(name, f"{at}: ", partial(_read, at, name)) for name, at in named.items()]
+    inside = (at for at in sorted(weights.iterdir()) if at.name[0] != "." and at.name != LOST_AND_FOUND)
+    # a link that leads nowhere may be a model whose volume is missing
+    named = (
+        {weights.resolve().name: weights} if alone else {at.name: at for at in inside if isdir(at) or not exists(at)}
+    )
+    return [_Listed(name, _printable(realpath(at)), f"{at}: ", partial(_read, at, name)) for name, at in named.items()]
 
 
 def _read(directory: Path, name: str) -> ModelCard:

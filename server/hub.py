@@ -7,7 +7,7 @@ without asking the hub; a branch or tag is looked up at every start, or served a
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -17,9 +17,10 @@ from huggingface_hub import HfApi, errors, hf_hub_download, snapshot_download
 from huggingface_hub.hf_api import RepoSibling
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
-from model.checkpoint.card import ModelCard, Source, read_card, shard_names, weights_names
+from model.checkpoint.card import WEIGHTS, ModelCard, Source, read_card, shard_names
 from model.checkpoint.foreign import require_served_kind
-from model.checkpoint.pipeline import INDEX, require_served
+from model.checkpoint.pipeline import INDEX, PARTS, require_served
+from model.checkpoint.weighing import served_names
 from model.digests import file_digest
 from model.errors import ModelRefused
 from model.options import MAX_CONFIG_BYTES, read_json
@@ -84,17 +85,17 @@ def _cached(id: str, revision: str, name: str) -> ModelCard:
 
 def _fetch_all(id: str, revision: str, commit: str, files: dict[str, RepoSibling]) -> None:
     """Fetches the files of a model directory that are not in the cache. Raises ModelRefused."""
-    net, schedule = (
-        f"{part}/" if any(f.startswith(f"{part}/") for f in files) else "" for part in ("unet", "scheduler")
-    )
+    net, schedule = (f"{part}/" * any(f.startswith(f"{part}/") for f in files) for part in ("unet", "scheduler"))
     index = _fetch_file(id, revision, commit, files[INDEX]) if INDEX in files else None
     with _naming(id):
-        require_served({} if index is None else read_json(index), {file.split("/")[0] for file in files})
-    weights = next((net + file for file in weights_names() if net + file in files), None)
-    if weights is None and any(file.endswith(PICKLES) for file in files):
+        require_served({} if index is None else read_json(index), PARTS & {file.split("/")[0] for file in files})
+    weights = next(iter(served_names(file for file in files if _of_a_net(file, files))), None)
+    if weights is not None:
+        net = weights.removesuffix(Path(weights).name)
+    elif any(file.endswith(PICKLES) for file in files):
         convert = f"`hf download {id} --local-dir SRC`, then `ddpm convert SRC DIR`"
         raise ModelRefused(f"{id} has its weights as a pickle only, which is never read; {convert}")
-    required = [f"{net}config.json", f"{schedule}scheduler_config.json", weights or weights_names()[0]]
+    required = [f"{net}config.json", f"{schedule}scheduler_config.json", weights or net + WEIGHTS]
     for file in required:
         if file not in files:
             raise ModelRefused(f"{id} is not a model directory of diffusers: it has no {file}")
@@ -109,6 +110,14 @@ def _fetch_all(id: str, revision: str, commit: str, files: dict[str, RepoSibling
             raise ModelRefused(f"{id} lacks {shard}, which {path.name} names")
         _fetch_file(id, revision, commit, files[net + shard])
     logger.info("model fetched", extra={"id": id, "revision": commit})
+
+
+def _of_a_net(file: str, files: Collection[str]) -> bool:
+    """Whether a file lies where a net's weights are looked for, beside its configuration."""
+    folder = file.rpartition("/")[0]
+    return f"{folder}/config.json".lstrip("/") in files and (
+        not folder or re.fullmatch(r"unet[^/]*", folder) is not None
+    )
 
 
 @contextmanager

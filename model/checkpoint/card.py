@@ -17,6 +17,7 @@ from model.checkpoint.pipeline import is_part, read_index
 from model.checkpoint.scheduler import FILE as SCHEDULER
 from model.checkpoint.scheduler import read_process
 from model.checkpoint.shapes import Shapes, count, embedding_width, shapes
+from model.checkpoint.weighing import candidates, served_names
 from model.digests import combined_digest, file_digest, text_digest
 from model.errors import ModelRefused
 from model.nets.config import MAX_PARAMETERS, architecture
@@ -25,9 +26,7 @@ from model.options import MAX_CONFIG_BYTES, Json, read_config, read_json, requir
 from model.sampling.schedule import Process
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-# The names that are tried, in this order: one file, several with an index, the same in half precision.
 INDEX = f"{WEIGHTS}.index.json"
-VARIANTS = ("fp16", "bf16")
 SHARD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,139}")
 MAX_SHARDS = 256
 MAX_TABLE = 1 << 30  # numbers in the table of timestep embeddings
@@ -52,12 +51,18 @@ class ModelCard:
     process: Process
     configs: tuple[str, ...] = ()  # sha256 of the net's and the scheduler's configuration as they were read
     shards: tuple[Path, ...] = ()  # the files of an index, ordered by name
+    left: tuple[str, ...] = ()  # the names of other weights in the directory that could have been taken
     source: Source | None = None  # None: a directory of this machine
 
     @cached_property
     def shape(self) -> tuple[int, int, int]:
         """(C, H, W) of a picture."""
         return self.architecture.shape
+
+    @property
+    def taken(self) -> str:
+        """The name of the weights, relative to the directory."""
+        return self.weights.relative_to(self.directory).as_posix()
 
     @property
     def weight_files(self) -> tuple[Path, ...]:
@@ -81,30 +86,40 @@ class ModelCard:
             return file.read(MAX_CONFIG_BYTES).decode(errors="replace")
 
 
-def config_files(directory: Path) -> tuple[Path, Path]:
-    """The paths of config.json and scheduler_config.json of this directory. A scheduler may lie beside `unet/`."""
-    net, schedule, above = directory / "unet", directory / "scheduler", directory.resolve().parent
+def weighed(directory: Path) -> tuple[Path, tuple[str, ...]]:
+    """(the path of the weights that are taken, the names of others that could have been). Raises OSError."""
+    found = candidates(directory)
+    served = served_names(each.name for each in found if each.config is not None)
+    usual = f"unet/{WEIGHTS}" if (directory / "unet").is_dir() else WEIGHTS
+    taken = served[0] if served else usual
+    others = [each.name for each in found if each.averaged or each.name in served]
+    return directory / taken, tuple(name for name in others if name != taken)
+
+
+def schedule_file(directory: Path) -> Path:
+    """The path of the scheduler_config.json of this directory. It may lie beside `unet/`."""
+    schedule, above = directory / "scheduler", directory.resolve().parent
     folders = [schedule, directory, *([above / "scheduler", above] if is_part(directory) else [])]
     found = (path for path in (folder / SCHEDULER for folder in folders) if path.exists() or path.is_symlink())
-    usual = (schedule if schedule.is_dir() else directory) / SCHEDULER
-    return (net if net.is_dir() else directory) / "config.json", next(found, usual)
+    return next(found, (schedule if schedule.is_dir() else directory) / SCHEDULER)
 
 
 def read_card(directory: Path, name: str | None = None) -> ModelCard:
     """The card of a model directory. Raises ModelRefused, in one line, if the directory is not usable."""
     if not directory.is_dir():
         raise ModelRefused(f"{directory.name} is not a directory")
-    net_file, schedule_file = config_files(directory)
     index = read_index(directory)
-    require_file(net_file, found_instead(net_file.parent, weights_names()))
+    weights, left = weighed(directory)
+    net_file, hint = weights.parent / "config.json", found_instead(weights.parent)
+    require_file(net_file, hint)
     config, digest = read_config(net_file)
     require_served_kind(config)
-    scheduler, schedule_digest = read_config(schedule_file)
+    scheduler, schedule_digest = read_config(schedule_file(directory))
     arch = lucidrains_architecture(config) if config.get("_class_name") == LUCIDRAINS else architecture(config)
     process, tensors = read_process(scheduler, index, arch.learned_variance), shapes(arch)
     _require_bounds(tensors, process.schedule.T)
     told = index.get("scheduler") if scheduler.get("_class_name") is None else None  # the scheduler's class
-    weights = _weights(net_file.parent)
+    require_file(weights, hint)
     card = ModelCard(
         name=name or directory.name,
         directory=directory,
@@ -113,6 +128,7 @@ def read_card(directory: Path, name: str | None = None) -> ModelCard:
         process=process,
         configs=(digest, schedule_digest, *([text_digest(json.dumps(told))] if told is not None else [])),
         shards=_shards(weights) if weights.suffix == ".json" else (),
+        left=left,
     )
     require_tensors([(path.name, entries_of(path)) for path in card.weight_files], tensors, weights.name)
     return card
@@ -124,21 +140,6 @@ def _require_bounds(tensors: Shapes, T: int) -> None:
         raise ModelRefused(f"config.json: at most {MAX_PARAMETERS} parameters are allowed, it calls for {parameters}")
     if (numbers := embedding_width(tensors) * T) > MAX_TABLE:
         raise ModelRefused(f"config.json: at most {MAX_TABLE} timestep embeddings are allowed, it calls for {numbers}")
-
-
-def weights_names() -> list[str]:
-    """The names that a folder's weights may have. The first that exists is taken."""
-    stem, suffix = WEIGHTS.split(".")
-    halves = [[f"{stem}.{variant}.{suffix}", f"{WEIGHTS}.index.{variant}.json"] for variant in VARIANTS]
-    return sum(halves, [WEIGHTS, INDEX])
-
-
-def _weights(folder: Path) -> Path:
-    """The path of the weights in this folder, or of their index. Raises ModelRefused."""
-    paths = [folder / name for name in weights_names()]
-    found = next((path for path in paths if path.exists() or path.is_symlink()), paths[0])
-    require_file(found, found_instead(folder, weights_names()))
-    return found
 
 
 def shard_names(index: Json, name: str, suffixes: tuple[str, ...] = (".safetensors",)) -> tuple[str, ...]:

@@ -1,9 +1,9 @@
 """Checkpoints of other kinds: what they are, in words, where the general checks would only call an option wrong."""
 
-from collections.abc import Collection
 from dataclasses import fields
 from pathlib import Path
 
+from model.checkpoint.weighing import served_names
 from model.errors import ModelRefused
 from model.nets.config import OPENAI, RENAMED, Architecture, with_todays_names
 from model.nets.lucidrains_config import LUCIDRAINS
@@ -32,9 +32,11 @@ WHY = {
     "quantization_config": "its weights are quantized, and only floats are read",
 }
 UNKNOWN = "UNet2DModel has no such option, and it may change pictures"
+# What diffusers' EMAModel adds to the configuration of the net that it averages.
+OF_AVERAGES = {"decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup", "inv_gamma", "power"}
 # Options of UNet2DModel besides those of `Architecture`: checked elsewhere, or without any effect on pictures.
 OTHERS = {"sample_size", "act_fn", "time_embedding_type", "center_input_sample", "conv_resample"}
-OTHERS |= {"dropout", "num_train_timesteps", "resamp_with_conv", *RENAMED}
+OTHERS |= {"dropout", "num_train_timesteps", "resamp_with_conv", *RENAMED, *OF_AVERAGES}
 # What may lie where weights are looked for, by the end of its name.
 _PICKLE = "is a pickle, which is never read; `ddpm convert` makes safetensors of it"
 FOUND = {
@@ -48,10 +50,11 @@ FOUND = {
 }
 
 
-def found_instead(folder: Path, expected: Collection[str]) -> str:
-    """Words about a file of another format in a folder, or nothing. expected: names that are no such files"""
+def found_instead(folder: Path) -> str:
+    """Words about a file of another format in a folder, or nothing."""
+    others = sorted(path.name for path in folder.iterdir() if not served_names([path.name]))
     for suffix, what in FOUND.items():
-        names = sorted(path.name for path in folder.iterdir() if path.suffix == suffix and path.name not in expected)
+        names = [name for name in others if name.endswith(suffix)]
         if names:
             return f" ({names[0]!r} {what})"
     return ""

@@ -7,6 +7,9 @@ import re
 from collections.abc import Collection
 from pathlib import Path
 
+from model.checkpoint.foreign import CLASSES as NETS
+from model.checkpoint.foreign import KINDS as OTHER_NETS
+from model.checkpoint.scheduler import CLASSES as SCHEDULERS
 from model.errors import ModelRefused
 from model.options import Json, read_json
 
@@ -20,6 +23,8 @@ WHY = {
 }
 # Folders of what makes pictures of a net's output, or conditions for it.
 PARTS = frozenset({"vqvae", "vae", "movq", "text_encoder", "text_encoder_2", "image_encoder", "bert", "prior"})
+# The parts that a served pipeline has, and their classes.
+KNOWN = {"unet": NETS, "scheduler": {f"{flax}{kind}Scheduler" for kind in SCHEDULERS for flax in ("", "Flax")}}
 PART = re.compile(r"unet.*|checkpoint-.*")  # a folder that is a part of what lies one folder up
 
 
@@ -41,23 +46,33 @@ def read_index(directory: Path) -> Json:
 
     Raises ModelRefused unless the net makes pictures alone, as far as the index and the folders beside it tell.
     """
-    folder = directory.resolve().parent if is_part(directory) else directory
+    home, part = directory.resolve(), is_part(directory)
+    folder = home.parent if part else directory
     index = read_json(folder / INDEX) if (folder / INDEX).exists() else {}
-    require_served(index, [part for part in PARTS if (folder / part).is_dir()])
+    own = not part or home.name == "unet"  # beside `unet_faces/` may lie other models
+    require_served(index, [] if index else [each.name for each in folder.iterdir() if is_other(each, own)])
     return index
 
 
 def require_served(index: Json, folders: Collection[str] = ()) -> None:
     """Raises ModelRefused unless this pipeline's net makes pictures alone.
 
-    folders: those beside `unet/`, which tell of parts where there is no index
+    folders: other parts beside `unet/`, which count where there is no index
     """
     given = index.get("_class_name")
-    kind = str(given[-1] if isinstance(given, list) and given else given)  # a list: code of the model's authors
-    entries = {name: entry for name, entry in index.items() if name[:1] != "_" and name not in ("unet", "scheduler")}
-    pairs = [(name, each[1]) for name, each in entries.items() if isinstance(each, list) and len(each) == 2]
-    others = [f"{_word(name)} ({_word(part)})" for name, part in pairs if isinstance(part, str)]
-    others += [] if index else sorted(PARTS.intersection(folders))
+    if isinstance(given, list):
+        name = _word(str(given[-1]) if given else "")
+        raise ModelRefused(f"{INDEX}: {name} is not served, for it is code of the model's authors")
+    kind, others = str(given), list[str]()
+    for name, entry in index.items():
+        if (part := _part(entry)) is None or name[:1] == "_":
+            continue
+        if name not in KNOWN:
+            others.append(f"{_word(name)} ({_word(part[1])})")
+        elif part[0] != "diffusers" or part[1] not in KNOWN[name]:
+            words = f"{_word(name)} is {_word(part[1])} of {_word(part[0])}, which is not one that is served"
+            raise ModelRefused(f"{INDEX}: {words}")
+    others += [] if index else sorted(folders)
     owner = "the pipeline" if given is None else _word(kind)
     if others:
         has = f"{owner} has {', '.join(others[:6])} besides unet and scheduler"
@@ -65,6 +80,29 @@ def require_served(index: Json, folders: Collection[str] = ()) -> None:
     if given is not None and f"{kind.removesuffix('Pipeline')}Pipeline" not in SERVED:
         why = WHY.get(kind, "it is not known to make pictures with its net alone")
         raise ModelRefused(f"{INDEX}: {owner} is not served, for {why}; served are {', '.join(SERVED)}")
+
+
+def _part(entry: object) -> tuple[str, str] | None:
+    """(library, class) of a part of a pipeline; None for anything else in its index."""
+    match entry:
+        case [str(library), str(kind), *_]:
+            return library, kind
+        case {"_class_name": str(kind)}:
+            return "diffusers", kind
+    return None
+
+
+def is_other(folder: Path, by_class: bool = True) -> bool:
+    """Whether a folder beside `unet/` holds a part that makes pictures of the net's output, or a condition for it.
+
+    by_class: whether a folder of any name is looked into
+    """
+    if folder.name in PARTS or not by_class:
+        return folder.name in PARTS and folder.is_dir()
+    try:
+        return str(read_json(folder / "config.json").get("_class_name")) in OTHER_NETS
+    except ModelRefused:
+        return False
 
 
 def _word(text: str) -> str:

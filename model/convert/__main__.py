@@ -2,31 +2,18 @@
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from model.checkpoint.pipeline import is_part, read_index, require_served
-from model.convert import files, flags
+from model.convert import choice, flags
 from model.errors import ModelRefused
 
 EXIT_FAILED, EXIT_MODEL_REFUSED = 1, 3
-
-
-def _require_pictures(directory: Path) -> None:
-    """Raises ModelRefused if a net in this directory makes no pictures alone."""
-    read_index(directory)
-    if is_part(directory):  # `unet/` of a checkpoint, in the folder of a pipeline
-        read_index(directory.parent)
-        require_served({}, [each.name for each in directory.iterdir()])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Converts. Returns the exit code: 0 done, 1 failed, 3 model refused; a usage error exits with 2."""
     given = flags.parsed(arguments)
     try:
-        if given.source.is_dir():
-            _require_pictures(given.source.resolve())
-        else:
-            files.kind(given.source)
+        choice.check(given)
         from model.convert import conversion
 
         for line in conversion.convert(given):

@@ -17,7 +17,6 @@ from model.convert import directories, formats
 from model.convert.protocol import Converted, Options
 from model.convert.sources import read_state
 from model.digests import file_digest
-from model.errors import ModelRefused
 
 
 def convert(given: Namespace) -> list[str]:
@@ -28,8 +27,6 @@ def convert(given: Namespace) -> list[str]:
     options = Options(**{field.name: getattr(given, field.name) for field in fields(Options)})
     source, target, told = given.source, given.target, list[str]()
     if source.is_dir():
-        if given.format:
-            raise ModelRefused("--format and --part must not be given: SRC is a directory of diffusers")
         converted, files = directories.convert(source, options, given.part)
         part = ""
     else:

@@ -1,44 +1,20 @@
-"""A directory that diffusers or accelerate saved: several nets, several files of one, the schedule in a folder above.
+"""A directory of diffusers or accelerate: several nets, several files of one, the schedule in a folder above."""
 
-Parts of a directory are weighed as parts of a file are: an average over training before the net itself, all digits
-before half of them.
-"""
-
-import re
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
 
 from model.checkpoint.card import shard_names
 from model.checkpoint.pipeline import read_index
-from model.convert import formats
-from model.convert.nets import averaged, standing
+from model.checkpoint.weighing import INDEX, SHADOW, SUFFIXES, Candidate, told
+from model.convert import choice, formats
 from model.convert.protocol import OF_THE_SCHEDULER, Converted, Options, refuse_unread
 from model.convert.sources import read_state
 from model.errors import ModelRefused
-from model.nets.lucidrains_config import LUCIDRAINS
 from model.options import read_json, whole
 
 READS = OF_THE_SCHEDULER | {"image_size", "config"}
-SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl")
-INDEX = re.compile(r"\.index(\.\w+)?\.json")  # of several files; with a variant, such as .index.fp16.json
-# What a training saves beside its nets: of the optimizer, of the learning rate, of random numbers.
-NO_WEIGHTS = (
-    "optimizer",
-    "scheduler",
-    "random_states",
-    "scaler",
-    "sampler",
-    "dl_",
-    "rng_",
-    "training_args",
-    "trainer_",
-)
-HALVES = ("fp16", "bf16")
-OF_NETS = ("UNet2DModel", "UNetUnconditionalModel", "UNetModel", "OpenAIUNet")
-SHADOW = "custom_checkpoint"  # accelerate's name for what else it was told to save: an EMAModel, mostly
 # The words of tensors' names in the order in which diffusers registers them; numbers come in their own.
 ORDER = (
     *("conv_in", "time_embedding", "linear_1", "linear_2", "down_blocks", "up_blocks", "mid_block"),
@@ -48,102 +24,25 @@ ORDER = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """The weights of a net in a directory."""
-
-    name: str  # relative to the directory
-    path: Path  # of the weights, or of the index of several files
-    config: Path | None
-
-    @property
-    def rank(self) -> tuple[object, ...]:
-        """The least is taken."""
-        best = 0 if self.averaged else standing(self.name)
-        loose = self.config is None or self.config.parent != self.path.parent
-        kinds = [not INDEX.sub("", self.path.name).endswith(suffix) for suffix in SUFFIXES]
-        return best, loose, any(half in self.name for half in HALVES), kinds, self.name
-
-    @property
-    def averaged(self) -> bool:
-        """Whether it is an average over training, as far as its name tells."""
-        return averaged(self.name) or SHADOW in self.name
-
-
 def convert(directory: Path, options: Options, part: str | None = None) -> tuple[Converted, list[Path]]:
     """The model directory, and the files that its weights were read from. Raises ModelRefused."""
     refuse_unread(options, READS, "a directory of diffusers")
-    found, fitting = _candidates_of(directory, part)
+    found, fitting = choice.fitting(directory, part)
     for taken in fitting:
         if (read := _read(taken, found)) is not None:
             break
     else:
         raise ModelRefused(f"{fitting[0].name} holds no net")
     state, files = read
-    options = replace(options, config=options.config or taken.config)
-    if options.config is None:
-        raise ModelRefused(f"{taken.name} has no config.json beside it: give --config CONFIG.json")
-    config = read_json(options.config)
-    if config.get("_class_name") == LUCIDRAINS:
-        raise ModelRefused(f"{directory.name} is a model directory already, which needs no conversion")
-    options = replace(options, scheduler=options.scheduler or _above(directory, "scheduler"))
+    file, schedule = options.config or choice.config_of(taken, directory), choice.above(directory, "scheduler")
+    config = choice.read_net_config(file)
+    options = replace(options, config=file, scheduler=options.scheduler or schedule)
     if "ch_mult" in config:  # the very first layout: that of pesser's port
         options = replace(options, config=None, image_size=options.image_size or whole(config.get("resolution")))
     made = formats.convert(state, options, where=taken.name)
     steps = read_index(directory).get("default_steps")
-    notes = (_told(taken, found), *made.notes)
+    notes = (told(taken.name, [each.name for each in found if each is not taken]), *made.notes)
     return replace(made, origin="Saved by diffusers", notes=notes, default_steps=steps), files
-
-
-def _told(taken: Candidate, found: list[Candidate]) -> str:
-    how = " (an average over training)" if taken.averaged else ""
-    left = [ascii(each.name) for each in found if each is not taken]
-    others = f"; left {', '.join(left)}" if left else ""
-    return f"weights: took {ascii(taken.name)}{how}{others}"
-
-
-def _candidates_of(directory: Path, part: str | None) -> tuple[list[Candidate], list[Candidate]]:
-    """(all weights in a directory, those that may be taken), the best first. Raises ModelRefused."""
-    found = sorted(_candidates(directory), key=lambda candidate: candidate.rank)
-    if not found:
-        raise ModelRefused(_instead(directory))
-    fitting = [each for each in found if part is None or f"{each.name}/".startswith(f"{part}/")]
-    if not fitting and len(found) == 1:
-        raise ModelRefused("--format and --part must not be given: SRC is a directory of diffusers with one net")
-    if not fitting:
-        raise ModelRefused(f"--part must be one of {', '.join(ascii(each.name) for each in found)}")
-    return found, fitting
-
-
-def _candidates(directory: Path) -> Iterator[Candidate]:
-    """All weights in a directory and in its folders that hold nets."""
-    for folder in [directory, *(each for each in sorted(directory.iterdir()) if each.is_dir())]:
-        config = folder / "config.json"
-        if folder != directory and not (folder.name.startswith("unet") or _is_net(config)):
-            continue
-        for path in sorted(folder.iterdir()):
-            stem, weights = path.name.lower(), path.suffix in SUFFIXES or INDEX.search(path.name)
-            if not weights or not path.is_file() or stem.startswith(NO_WEIGHTS) or "-of-" in stem:
-                continue
-            name = str(path.relative_to(directory))
-            yield Candidate(name, path, config if config.is_file() else _above(directory, "net"))
-
-
-def _is_net(config: Path) -> bool:
-    return config.is_file() and read_json(config).get("_class_name") in OF_NETS
-
-
-def _above(directory: Path, what: str) -> Path | None:
-    """The nearest configuration of a net or a scheduler: here, in the folder above, or, in a folder of the net, above
-    that."""
-    names = {
-        "net": ("config.json", "unet/config.json", "unet_ema/config.json"),
-        "scheduler": ("scheduler/scheduler_config.json", "scheduler_config.json"),
-    }
-    home = directory.resolve()
-    above = list(home.parents)[: 2 if home.name.startswith("unet") else 1]
-    paths = (place / name for place in (home, *above) for name in names[what])
-    return next((path for path in paths if path.is_file()), None)
 
 
 def _read(taken: Candidate, found: list[Candidate]) -> tuple[dict[str, Tensor], list[Path]] | None:
@@ -188,10 +87,3 @@ def _named(average: dict[str, Tensor], net: dict[str, Tensor], name: str) -> dic
     if [net[key].shape for key in names] != [average[str(i)].shape for i in range(len(average))]:
         raise ModelRefused(f"{name}: its tensors do not have the shapes of the net's; --part takes the net itself")
     return dict(zip(names, (average[str(i)] for i in range(len(average))), strict=True))
-
-
-def _instead(directory: Path) -> str:
-    """What is in a directory that holds no net."""
-    entries = sorted(each.name + "/" * each.is_dir() for each in directory.iterdir())
-    some = ", ".join(ascii(name) for name in entries[:5]) + (", …" if len(entries) > 5 else "")
-    return f"{directory.name} holds no weights of a net: {some or 'it is empty'}"

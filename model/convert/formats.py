@@ -7,9 +7,10 @@ from typing import Any, cast
 
 from torch import Tensor
 
+from model.checkpoint.weighing import averaged
 from model.convert import foreign
 from model.convert.flags import LAYOUTS
-from model.convert.nets import Net, averaged, find, strangers, tables
+from model.convert.nets import Net, find, strangers, tables
 from model.convert.protocol import OF_BETAS, Converted, Format, Options, refuse_unread
 from model.errors import ModelRefused
 

@@ -4,29 +4,16 @@ A training saves its net below the names of whatever wraps it (`module.`, `_orig
 No list of such prefixes is kept: a net is where all names that its layout cannot lack follow one and the same prefix.
 """
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from os.path import commonprefix
 
 from torch import Tensor
 
+from model.checkpoint.weighing import averaged, standing
 from model.errors import ModelRefused
 
 MAX_NETS = 32
-AVERAGED = re.compile(r"ema|shadow|averaged?|avg|swa")
-NOT_AVERAGED = re.compile(r"(non?|not|without|pre)[._-]?(ema|averaged?|avg|swa)")
-
-
-def standing(name: str) -> int:
-    """0 if something of this name is an average over training, 2 if the name says that it is not one, else 1."""
-    name = name.lower()
-    return 0 if AVERAGED.search(NOT_AVERAGED.sub("", name)) else 2 if NOT_AVERAGED.search(name) else 1
-
-
-def averaged(name: str) -> bool:
-    """Whether something of this name is an average over training."""
-    return standing(name) == 0
 
 
 @dataclass(frozen=True, slots=True)

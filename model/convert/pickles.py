@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from model.convert.nets import standing
+from model.checkpoint.weighing import standing
 from model.errors import ModelRefused
 
 MAX_FILE_BYTES = 64 << 30

@@ -44,12 +44,15 @@ def _row(model: Document) -> tuple[str, ...]:
 
 def _local() -> tuple[list[tuple[str, ...]], Mapping[str, str]]:
     """The rows of the models in DDPM_WEIGHTS, and why others there are refused."""
+    from model.checkpoint.weighing import told
     from server.catalog import find_models
     from server.settings import Settings
 
     rows: list[tuple[str, ...]] = []
     found = find_models(Settings.read(os.environ).weights)
     for card in found.values():
+        if card.left:
+            print(f"{card.name}: {told(card.taken, card.left)}", file=sys.stderr)
         channels, height, width = card.shape
         process = card.process
         known = (str(process.schedule.T), str(process.default_steps), process.prediction)

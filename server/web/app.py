@@ -108,6 +108,9 @@ def _find_models(settings: Settings) -> Catalog:
         if name == settings.default_model:
             raise ModelRefused(f"{name}: {reason}")
         logger.error("model refused", extra={"model": name, "reason": reason})
+    for card in cards.values():
+        if card.left:
+            logger.info("weights taken", extra={"model": card.name, "taken": card.taken, "left": list(card.left)})
     if settings.default_model and settings.default_model not in cards:
         raise SettingsError(f"DDPM_DEFAULT_MODEL must be {one_of(cards)}")
     return cards

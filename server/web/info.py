@@ -37,6 +37,7 @@ class ModelDocument(TypedDict):
     name: str
     digest: Annotated[str | None, Field(description="of the model directory; null while no engine takes work")]
     source: Annotated[Source | None, Field(description="of a model from a hub")]
+    weights: Annotated[str, Field(description="the file that is served, of those in the model's directory")]
     shape: Shape
     T: Annotated[int, Field(description="noise levels")]
     prediction: Prediction
@@ -74,6 +75,7 @@ def _document(card: ModelCard, backend: Backend) -> ModelDocument:
         "name": card.name,
         "digest": (status.digest or None) if status is not None else None,
         "source": card.source,
+        "weights": card.taken,
         "shape": {"channels": channels, "height": height, "width": width},
         "T": process.schedule.T,
         "prediction": process.prediction,

@@ -94,6 +94,16 @@ def test_folders_and_shards_are_fetched(hub: Hub, tmp_path: Path) -> None:
     assert find_models(ID)["tiny"].shards[0].name == shard
 
 
+def test_an_average_is_fetched_in_place_of_the_net(hub: Hub, tmp_path: Path) -> None:
+    directory = write_model(tmp_path / "folders", folders=True)
+    (write_model(directory / "unet_ema") / "scheduler_config.json").unlink()
+    write_model(directory / "checkpoint-500" / "unet_ema")
+    hub.add(ID, directory)
+
+    assert find_models(ID)["tiny"].taken == f"unet_ema/{WEIGHTS}"
+    assert hub.fetched.count(WEIGHTS) == 1
+
+
 def test_files_in_the_cache_are_not_fetched_again(hub: Hub) -> None:
     first, sent = find_models(ID)["tiny"], list(hub.fetched)
 
@@ -120,10 +130,13 @@ def test_a_list_may_name_folders_directories_and_hub_ids(hub: Hub, tmp_path: Pat
     assert list(find_models(f"{tmp_path / 'folder'}, {tmp_path / 'b'},{ID}@main")) == ["a", "b", "tiny"]
 
 
-def test_two_models_of_one_name_are_refused(hub: Hub, tmp_path: Path) -> None:
+def test_a_model_of_a_hub_is_not_fetched_under_a_name_that_is_taken(hub: Hub, tmp_path: Path) -> None:
     write_model(tmp_path / "tiny")
+    found = find_models(f"{tmp_path / 'tiny'},{ID},{ID}@main")
 
-    assert "two of the models of DDPM_WEIGHTS are called tiny" in refusal(f"{tmp_path / 'tiny'},{ID}")
+    assert (found["tiny"].source, hub.asked) == (None, [])
+    assert found.refused.keys() == {"tiny (2)", "tiny (3)"}
+    assert found.refused["tiny (2)"].startswith(f"{ID}@main has the name of {tmp_path / 'tiny'}, which is listed first")
 
 
 def test_lost_and_found_is_not_a_model(tmp_path: Path) -> None:

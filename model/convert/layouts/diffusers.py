@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from model.checkpoint.foreign import require_served_kind
+from model.checkpoint.foreign import OF_AVERAGES, require_served_kind
 from model.checkpoint.header import modern
 from model.checkpoint.pipeline import read_index
 from model.convert.nets import Net
@@ -16,16 +16,6 @@ from model.options import read_json
 
 READS = OF_THE_SCHEDULER | {"image_size", "config"}
 NAMES = frozenset({"conv_in.weight", "conv_norm_out.weight", "time_embedding.linear_1.weight"})
-# What diffusers' EMAModel adds to the configuration of the net that it averages.
-OF_AVERAGES = {
-    "decay",
-    "inv_gamma",
-    "min_decay",
-    "optimization_step",
-    "power",
-    "update_after_step",
-    "use_ema_warmup",
-}
 
 
 def _config(config: dict[str, Any], options: Options) -> dict[str, Any]:
@@ -56,7 +46,7 @@ def convert(net: Net, options: Options, tables: Mapping[str, Tensor]) -> Convert
         )
     read_index(options.config.parent)
     config = read_json(options.config)
-    require_served_kind({name: value for name, value in config.items() if name not in OF_AVERAGES})
+    require_served_kind(config)
     config = _config(config, options)
     tensors = _tensors(net.tensors)
     return Converted(config, scheduler_config(options, "fixed_small"), tensors, "A net of diffusers")

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.convert.nets import Net, averaged
+from model.checkpoint.weighing import averaged
+from model.convert.nets import Net
 from model.convert.protocol import OF_THE_SCHEDULER, Converted, Options, required, scheduler_config, with_scaled_betas
 from model.errors import ModelRefused
 from model.nets.config import CHANNELS

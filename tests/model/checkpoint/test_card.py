@@ -55,6 +55,15 @@ def test_the_card_is_read_without_torch(tmp_path: Path) -> None:
     assert subprocess.run([sys.executable, "-c", "\n".join(lines), write_model(tmp_path)]).returncode == 0
 
 
+def test_options_that_diffusers_passes_over_are_passed_over(tmp_path: Path) -> None:
+    """A file may list options that were not given when it was made: `from_config` takes today's defaults for them."""
+    write_model(tmp_path, {"_use_default_values": ["freq_shift"], "freq_shift": 1.0}, {"_use_default_values": 7})
+    assert asdict(read_card(tmp_path).architecture)["freq_shift"] == 0.0
+
+    write_model(tmp_path, scheduler={"_use_default_values": ["clip_sample", "prediction_type"], "clip_sample": False})
+    assert read_card(tmp_path).process.clip
+
+
 def test_the_index_may_name_the_default_steps(tmp_path: Path) -> None:
     write_model(tmp_path)
     (tmp_path / "model_index.json").write_text('{"_class_name": "DDPMPipeline", "default_steps": 7}')

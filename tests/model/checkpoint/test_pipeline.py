@@ -2,12 +2,14 @@
 
 import json
 import shutil
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from model.checkpoint.card import config_files, read_card
+from model.checkpoint.card import read_card, schedule_file
+from model.convert.choice import check
 from tests.model.convert.directories import write_model
 from tests.model.convert.refusals import refusal
 
@@ -47,6 +49,24 @@ def test_without_an_index_the_folders_beside_the_net_tell(tmp_path: Path, part: 
     assert message.startswith(f"unet: the pipeline has {part} besides unet and scheduler")
 
 
+@pytest.mark.parametrize("at", ["", "unet"])
+def test_without_an_index_a_folder_of_any_name_tells_by_its_class(tmp_path: Path, at: str) -> None:
+    directory = write_pipeline(tmp_path / "some", None)
+    (directory / "first_stage").mkdir()
+    (directory / "first_stage" / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
+
+    assert refusal(lambda: read_card(directory / at)).startswith("unet: the pipeline has first_stage besides unet")
+
+
+def test_another_model_beside_a_model_is_no_part_of_it(tmp_path: Path) -> None:
+    write_model(tmp_path / "unet_faces")
+    (tmp_path / "autoencoder").mkdir()
+    (tmp_path / "autoencoder" / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
+
+    assert read_card(tmp_path / "unet_faces").name == "unet_faces"
+    check(Namespace(source=tmp_path / "unet_faces", part=None, format=None, config=None, scheduler=None))
+
+
 @pytest.mark.parametrize("kind", ["DDPMPipeline", "DDIMPipeline", "PNDMPipeline", "RePaintPipeline", "DDPM", None])
 def test_pipelines_of_a_net_of_pictures_are_served(tmp_path: Path, kind: str | None) -> None:
     absent = {"vqvae": [None, None], "safety_checker": None, "trained_on": ["a", None], "default_steps": 5}
@@ -67,6 +87,25 @@ OTHERS: dict[str, tuple[dict[str, Any], str]] = {
     "an empty list": ({"_class_name": []}, "is not served"),
     "a text": ({"text_encoder": ["transformers", "CLIPTextModel"]}, "has text_encoder (CLIPTextModel) besides"),
     "code of a part": ({"vae": ["vae", "MyVae"]}, "has vae (MyVae) besides"),
+    "a pipeline's name for other code": (
+        {"_class_name": ["my", "DDPMPipeline"]},
+        "DDPMPipeline is not served, for it is ",
+    ),
+    "another net": (
+        {"unet": ["diffusers", "UNet2DConditionModel"]},
+        "unet is UNet2DConditionModel of diffusers, which ",
+    ),
+    "code of a net": ({"unet": ["my_unet", "UNet2DModel"]}, "unet is UNet2DModel of my_unet, which is not one"),
+    "another process": (
+        {"scheduler": ["diffusers", "KarrasVeScheduler"]},
+        "scheduler is KarrasVeScheduler of diffusers",
+    ),
+    "code of a process": ({"scheduler": ["steps", "DDPMScheduler"]}, "scheduler is DDPMScheduler of steps, which"),
+    "a part with options": (
+        {"vae": ["diffusers", "AutoencoderKL", {"dtype": None}]},
+        "has vae (AutoencoderKL) besides",
+    ),
+    "a part as an object": ({"decoder": {"_class_name": "VQModel"}}, "has decoder (VQModel) besides"),
     "a hostile part": ({"a\nb": ["x", "y\nz"]}, "has 'a\\nb' ('y\\nz') besides"),
 }
 
@@ -96,7 +135,7 @@ def test_a_checkpoint_of_a_training_has_its_schedule_one_folder_up(tmp_path: Pat
     shutil.copytree(whole / "unet", whole / "checkpoint-500" / "unet")
 
     assert read_card(whole / "checkpoint-500").process.schedule.T == read_card(whole).process.schedule.T
-    assert config_files(whole / "checkpoint-500")[1] == whole / "scheduler" / "scheduler_config.json"
+    assert schedule_file(whole / "checkpoint-500") == whole / "scheduler" / "scheduler_config.json"
     (whole / "model_index.json").write_text(json.dumps(LDM))
     assert refusal(lambda: read_card(whole / "checkpoint-500")).startswith(BESIDE)
 
@@ -105,5 +144,5 @@ def test_a_flat_schedule_serves_a_net_in_a_folder(tmp_path: Path) -> None:
     whole = write_pipeline(tmp_path / "run", DDPM)
     (whole / "scheduler" / "scheduler_config.json").rename(whole / "scheduler_config.json")
 
-    assert config_files(whole)[1] == config_files(whole / "unet")[1] == whole / "scheduler_config.json"
+    assert schedule_file(whole) == schedule_file(whole / "unet") == whole / "scheduler_config.json"
     assert read_card(whole).process.schedule.T == read_card(whole / "unet").process.schedule.T

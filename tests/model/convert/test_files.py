@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -105,18 +106,84 @@ def test_what_is_left_of_a_safetensors_file_is_nothing_else(length: int) -> None
     assert recognised(struct.pack("<Q", length) + b'{"conv_in.weight":{') == ""
 
 
-def test_a_foreign_file_is_refused_without_torch_in_little_memory(tmp_path: Path) -> None:
-    (tmp_path / "picture.png").write_bytes(picture("PNG"))
-    code = (
-        "import sys; from model.convert.__main__ import main; print(main(sys.argv[1:]), 'torch' in sys.modules, "
-        "*[line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')])"
-    )
-    arguments = [sys.executable, "-c", code, str(tmp_path / "picture.png"), str(tmp_path / "model")]
-    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True)
-    code_, imported, most_kib = done.stdout.split()
+def only(*names: str, **configs: object) -> Callable[[Path], object]:
+    """A directory of these files, each four bytes that are nothing, and of these configurations of a net."""
 
-    assert (code_, imported, done.stderr.count("\n")) == ("3", "False", 1)
+    def write(directory: Path) -> None:
+        for name in [*names, *(f"{name}.json" for name in configs)]:
+            (directory / name).parent.mkdir(parents=True, exist_ok=True)
+            (directory / name).write_text(json.dumps(configs.get(name.removesuffix(".json"), 1234)))
+
+    return write
+
+
+def torch_file(path: Path) -> Path:
+    """A file of torch.save."""
+    torch.save({}, path)
+    return path
+
+
+# What is refused before torch is imported: the arguments, what writes them, and what is said.
+EARLY: dict[str, tuple[list[str], Callable[[Path], object], str]] = {
+    "a picture": (["a.png"], lambda directory: (directory / "a.png").write_bytes(picture("PNG")), "is a PNG picture"),
+    "nothing": (["."], only(), "holds no weights of a net: it is empty"),
+    "no net": (["."], only("notes.txt"), "holds no weights of a net: 'notes.txt'"),
+    "weights of no kind": (
+        ["."],
+        only("unet/model.safetensors", config={}),
+        "model.safetensors is a text file; a checkpoint",
+    ),
+    "no configuration": (["unet"], only("unet/a.bin"), "a.bin has no config.json beside it"),
+    "no such part": (
+        ["unet", "--part", "x"],
+        only("unet/a.bin", "unet/b.bin"),
+        "--part must be one of 'a.bin', 'b.bin'",
+    ),
+    "a format of a directory": (["unet", "--format", "openai"], only("unet/a.bin"), "--format and --part must not be"),
+    "a net that is told a class": (
+        ["a.bin", "--config", "config.json"],
+        lambda directory: [only(config={"num_class_embeds": 10})(directory), torch_file(directory / "a.bin")],
+        "it is a class-conditional net",
+    ),
+    "a configuration that is none": (
+        ["a.bin", "--config", "config.json"],
+        lambda directory: [only("config.json")(directory), torch_file(directory / "a.bin")],
+        "config.json must be a JSON object",
+    ),
+    "a schedule that is none": (
+        ["a.bin", "--scheduler", "a.bin"],
+        lambda directory: torch_file(directory / "a.bin"),
+        "a.bin is not valid JSON",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def early(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What one process that imports no torch says of each, and as the last how much memory it took."""
+    lines = []
+    for arguments, write, _ in EARLY.values():
+        write(directory := tmp_path_factory.mktemp("early"))
+        lines.append(
+            json.dumps([str(directory / word) if "." in word or word == "unet" else word for word in arguments])
+        )
+    code = (
+        "import json, sys; from model.convert.__main__ import main\n"
+        "for line in sys.stdin: print(main([*json.loads(line), '/tmp/nothing/is/made']), 'torch' in sys.modules)\n"
+        "print(*[line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], input="\n".join(lines), cwd=ROOT, capture_output=True, text=True
+    )
+    *codes, most_kib = done.stdout.splitlines()
+    assert codes == ["3 False"] * len(EARLY), done.stderr
     assert int(most_kib) < 64 << 10
+    return dict(zip(EARLY, done.stderr.splitlines(), strict=True))
+
+
+@pytest.mark.parametrize("kind", EARLY)
+def test_what_can_be_told_without_torch_is_refused_without_it(kind: str, early: dict[str, str]) -> None:
+    assert EARLY[kind][2] in early[kind]
 
 
 def test_a_checkpoint_is_known_by_its_content_whatever_its_name(tmp_path: Path) -> None:

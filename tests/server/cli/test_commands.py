@@ -43,6 +43,19 @@ def test_models_that_would_be_refused_are_named_beside_the_table(
             assert said.err.startswith("labels is refused: config.json: num_class_embeds must be null, got 10: ")
 
 
+def test_the_weights_that_were_taken_are_named_where_there_are_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_model(tmp_path / "run", folders=True)
+    (write_model(tmp_path / "run" / "unet_ema") / "scheduler_config.json").unlink()
+    monkeypatch.setenv("DDPM_WEIGHTS", str(tmp_path))
+    assert main.main(["models"]) == 0
+
+    name = "diffusion_pytorch_model.safetensors"
+    told = f"run: weights: took 'unet_ema/{name}' (an average over training); left 'unet/{name}'\n"
+    assert capsys.readouterr().err == told
+
+
 def test_a_benchmark_goes_up_to_all_slots(url: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main.main(["bench", "--url", url, "--steps", "3", "--times", "1"]) == 0
 

@@ -55,6 +55,7 @@ def test_the_good_model_serves_and_the_others_are_told_of(server: Server) -> Non
 
     assert {each["name"]: each["reason"] for each in listed["refused"]} == REASONS
     assert listed["default"] is None
+    assert [each["weights"] for each in listed["models"]] == [WEIGHTS, WEIGHTS]
     assert (ready.status_code, ready.json()["refused"]) == (200, list(REASONS))
     assert read(server.client.get("/metrics").text)["ddpm_models_refused"] == 3
     assert server.client.post("/generate", json={"model": "good", "steps": 2}).status_code == 200

@@ -1,0 +1,83 @@
+"""Serving weighs the weights in a directory as converting does: averages first, and what was left is told."""
+
+import json
+from pathlib import Path
+
+import pytest
+from safetensors.torch import save_file
+
+from model.checkpoint.card import WEIGHTS, read_card
+from model.checkpoint.weighing import served_names, told
+from model.convert import directories
+from model.convert.protocol import Options
+from model.digests import file_digest
+from tests.model.convert.directories import weights as sound
+from tests.model.convert.directories import write_model
+
+EMA, NON_EMA = "diffusion_pytorch_model.ema.safetensors", "diffusion_pytorch_model.non_ema.safetensors"
+HALF = "diffusion_pytorch_model.fp16.safetensors"
+# What a directory holds: the names of its weights, the best first, and those that are never served.
+DIRECTORIES: dict[str, tuple[list[str], list[str]]] = {
+    "a checkpoint of a training": ([f"unet_ema/{WEIGHTS}", f"unet/{WEIGHTS}"], []),
+    "an average in halves": ([f"unet_ema/{HALF}", f"unet/{WEIGHTS}"], []),
+    "an average in a file of its own": ([EMA, WEIGHTS], []),
+    "what says that it is no average": ([WEIGHTS], [NON_EMA]),
+    "a folder of any name": ([f"averaged/{WEIGHTS}", WEIGHTS], []),
+    "a folder before loose files": ([f"unet/{WEIGHTS}", WEIGHTS], ["diffusion_pytorch_model.early.safetensors"]),
+    "two folders": ([f"unet/{WEIGHTS}", f"unet_2/{WEIGHTS}"], []),
+    "halves": ([WEIGHTS, HALF, "diffusion_pytorch_model.bf16.safetensors"], []),
+}
+
+
+def write(directory: Path, names: list[str]) -> Path:
+    """A directory with a schedule, and the same net's weights under these names, each times another number."""
+    for i, name in enumerate(names, 1):
+        if not (directory / name).parent.joinpath("config.json").exists():
+            (write_model((directory / name).parent, {"optimization_step": 500, "decay": 0.9999}) / WEIGHTS).unlink()
+        save_file({key: tensor * i for key, tensor in sound().items()}, directory / name)
+    if not (directory / "scheduler_config.json").exists():
+        (directory / names[0]).with_name("scheduler_config.json").rename(directory / "scheduler_config.json")
+    return directory
+
+
+@pytest.mark.parametrize("kind", DIRECTORIES)
+def test_what_is_served_is_what_would_be_converted(tmp_path: Path, kind: str) -> None:
+    best, others = DIRECTORIES[kind]
+    card = read_card(write(tmp_path, [*others, *reversed(best)]))
+
+    assert (card.taken, card.left) == (best[0], tuple(best[1:]))
+    assert directories.convert(tmp_path, Options())[1] == [card.weights] == [tmp_path / best[0]]
+
+
+def test_a_damaged_average_is_not_replaced_by_the_net(tmp_path: Path) -> None:
+    directory = write(tmp_path, [f"unet_ema/{WEIGHTS}", f"unet/{WEIGHTS}"])
+    (directory / "unet_ema" / "config.json").write_text("{")
+
+    with pytest.raises(Exception, match="config.json is not valid JSON"):
+        read_card(directory)
+
+
+def test_an_average_that_cannot_be_served_is_told_of(tmp_path: Path) -> None:
+    directory = write(tmp_path, [f"unet_ema/{WEIGHTS}", f"unet/{WEIGHTS}"])
+    (directory / "unet_ema" / WEIGHTS).rename(directory / "unet_ema" / "diffusion_pytorch_model.bin")
+    card = read_card(directory)
+
+    assert told(card.taken, card.left) == (
+        f"weights: took 'unet/{WEIGHTS}'; left 'unet_ema/diffusion_pytorch_model.bin'"
+    )
+
+
+def test_the_names_that_weights_may_have_are_few() -> None:
+    index = "diffusion_pytorch_model.safetensors.index.json"
+    shard, halves = "diffusion_pytorch_model-00001-of-00002.safetensors", f"{index.removesuffix('json')}fp16.json"
+
+    assert served_names([NON_EMA, shard, "lora.safetensors", halves, index, HALF]) == [index, HALF, halves]
+
+
+def test_a_model_of_one_net_leaves_nothing(tmp_path: Path) -> None:
+    card = read_card(write_model(tmp_path))
+    (tmp_path / "diffusion_pytorch_model.bin").write_bytes(b"the same as a pickle")
+    (tmp_path / "vae.json").write_text(json.dumps({}))
+
+    assert (read_card(tmp_path).left, read_card(tmp_path).digest) == ((), card.digest)
+    assert file_digest(card.weights)
