@@ -7,6 +7,7 @@ import asyncio
 import os
 import re
 import secrets
+import stat
 import threading
 import time
 from collections import Counter
@@ -172,6 +173,19 @@ def is_ours(entry: "os.DirEntry[str]") -> bool:
 def is_sound(name: str, data: bytes) -> bool:
     """Whether a blob has the bytes that its name says."""
     return sha256(data).hexdigest() == name
+
+
+def why_unreadable(path: Path) -> str | None:
+    """Why the system does not read a file; None if it does, or there is no such file."""
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            return f"{path.name} is not a file"
+        with open(path, "rb"):
+            return None
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        return f"{path.name} cannot be read: {(error.strerror or str(error)).lower()}"
 
 
 def sync_folder(folder: Path) -> None:

@@ -62,7 +62,8 @@ CREATE TABLE expired (number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL
 """
 VERSION_2 = """
 PRAGMA user_version = 2;
-ALTER TABLE jobs ADD COLUMN checksum INTEGER NOT NULL DEFAULT 0;      -- of the row and those of its images
+ALTER TABLE jobs ADD COLUMN checksum INTEGER NOT NULL DEFAULT 0;      -- of the row
+ALTER TABLE jobs ADD COLUMN images_checksum INTEGER NOT NULL DEFAULT 0; -- of the rows of its images
 ALTER TABLE known ADD COLUMN checksum INTEGER NOT NULL DEFAULT 0;     -- of the row
 ALTER TABLE expired ADD COLUMN checksum INTEGER NOT NULL DEFAULT 0;
 CREATE TABLE deliveries (                       -- of webhooks of jobs that have ended

@@ -58,7 +58,7 @@ class Store:
         self.troubles = troubles or Troubles()
         make_directory(directory)
         with as_storage_full(directory):
-            self._lock = os.open(directory / lock.LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+            self._lock = lock.opened(directory, os.O_RDWR | os.O_CREAT)
             try:
                 lock.hold(self._lock, directory)
                 check_journal(directory, self._lock)
