@@ -34,10 +34,11 @@ def expire(db: sqlite3.Connection, before: float, most_bytes: int, limit: int) -
     return Expired(ids, unused, more=len(ids) == limit)
 
 
-def revoke(db: sqlite3.Connection, id: str) -> None:
-    """Deletes a job that was inserted too late: whoever asked for it has been told that it was not."""
-    for row in db.execute("SELECT number FROM jobs WHERE id = ?", (id,)).fetchall():
-        _delete(db, row["number"])
+def revoke(db: sqlite3.Connection, id: str) -> list[str]:
+    """Deletes a job that was inserted too late: whoever asked for it has been told that it was not. -> the names of
+    blobs that no job has any more"""
+    row = db.execute("SELECT number FROM jobs WHERE id = ?", (id,)).fetchone()
+    return _delete(db, row["number"]) if row is not None else []
 
 
 def _delete(db: sqlite3.Connection, number: int) -> list[str]:

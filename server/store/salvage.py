@@ -10,7 +10,7 @@ from typing import Any
 
 from server.errors import Gone, SettingsError
 from server.store import deliveries, lock, rows, wal
-from server.store.blobs import is_sound, why_unreadable
+from server.store.blobs import copy_file, is_sound, why_unreadable
 from server.store.checks import PLAIN
 from server.store.journal import create
 from server.store.records import (
@@ -108,7 +108,7 @@ def _states(directory: Path, out: Path) -> Iterator[State]:
         copy = out / f"state{number}"
         copy.write_bytes(b"")
         if journal.exists() and why_unreadable(journal) is None:  # else the log may still have much of it
-            _copy_file(journal, copy)
+            copy_file(journal, copy)
         if frames is not None:
             wal.apply(log, frames, copy, len(frames.pages) if number == 0 else frames.committed)
         _mend_header(copy, (out / JOURNAL).read_bytes())
@@ -120,17 +120,6 @@ def _states(directory: Path, out: Path) -> Iterator[State]:
             if not checked:
                 db.executescript(VERSION_2)
         yield State(db, checked)
-
-
-def _copy_file(source: Path, target: Path) -> None:
-    """Copies a file, with zeros for what the disk cannot read."""
-    with open(source, "rb", buffering=0) as file, open(target, "wb") as copy:
-        for at in range(0, os.fstat(file.fileno()).st_size, PAGE_BYTES):
-            try:
-                page = os.pread(file.fileno(), PAGE_BYTES, at)
-            except OSError:
-                page = bytes(PAGE_BYTES)
-            copy.write(page)
 
 
 def _mend_header(path: Path, sound: bytes) -> None:

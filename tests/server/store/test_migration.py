@@ -41,7 +41,8 @@ async def some(directory: Path) -> list[Record]:
     """A store with an ended job of two pictures, one that was deleted, and one that has not ended -> the ended one"""
     async with a_store(directory) as store:
         await keep(store, "gone", b"x", owner="me", ended=1.0)
-        await store.delete((await store.expire(before=1.5, most_bytes=1 << 40)).blobs)
+        await store.expire(before=1.5, most_bytes=1 << 40)
+        await store.delete_unused()
         await keep(store, "a", b"png", b"other", identities=("i", "j"), created_at=5.0)
         await store.insert(record("b", owner="me", key="k", fingerprint="f"))
         return [await store.find("a", None)]
