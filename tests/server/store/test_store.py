@@ -515,8 +515,9 @@ def test_a_blob_that_cannot_be_deleted_is_a_trouble_of_the_pictures_and_is_delet
     assert asyncio.run(story()) == [["pictures"], [bad], []]
 
 
-def test_the_blobs_of_a_job_that_was_refused_and_undone_are_deleted_as_those_of_deleted_jobs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("end", [999.0, 2.0])  # the last job with the picture is undone; it expires before that
+def test_the_blobs_of_jobs_are_deleted_though_the_disk_answers_late(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: float
 ) -> None:
     answers = threading.Event()
 
@@ -527,7 +528,7 @@ def test_the_blobs_of_a_job_that_was_refused_and_undone_are_deleted_as_those_of_
             monkeypatch.setattr(writer, "PATIENCE_S", 0.05)
             monkeypatch.setattr(store._writer, "_work", lambda request: (answers.wait(20), usual(request))[1])
             asked: list[asyncio.Future[Any]] = [
-                store.insert(record("b"), ended("b", (b"png",)), ("i",)),  # from the cache
+                store.insert(record("b"), ended("b", (b"png",), ended=end), ("i",)),  # from the cache
                 store.expire(before=99.0, most_bytes=1 << 40),
             ]
             assert [type(answer) for answer in await asyncio.gather(*asked, return_exceptions=True)] == [
