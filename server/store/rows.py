@@ -3,7 +3,6 @@
 import logging
 import sqlite3
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from server.errors import Gone, NotFound
@@ -29,6 +28,7 @@ FINISH = f"""UPDATE jobs SET {", ".join(f"{name} = ?" for name in RESULT)}, runn
     images_checksum = ? WHERE number = ?"""
 IMAGES = """SELECT place AS "index", seed, sha256, size, message FROM images JOIN files USING (sha256)
     WHERE job = ? ORDER BY place"""
+MOST_DAMAGED = 20  # jobs that are passed over for one that is not
 KNOWN = "SELECT sha256, size, checksum FROM known LEFT JOIN files USING (sha256) WHERE identity = ?"
 
 
@@ -165,11 +165,19 @@ def recover(db: sqlite3.Connection, crashed: bool) -> list[Record]:
     return jobs
 
 
-def next_delivery(db: sqlite3.Connection, now: float, *busy: Sequence[int | str]) -> Record | None:
-    """The job whose webhook is next, and that is not damaged: see `deliveries.next_jobs`."""
-    for number in deliveries.next_jobs(db, now, *busy):
-        with suppress(Gone):
+def next_delivery(
+    db: sqlite3.Connection, now: float, jobs: Sequence[int], hosts: Sequence[str], owners: Sequence[str]
+) -> Record | None:
+    """The job whose webhook is next, and that is not damaged: see `deliveries.next_job`."""
+    passed = list(jobs)
+    while len(passed) < len(jobs) + MOST_DAMAGED:
+        number = deliveries.next_job(db, now, passed, hosts, owners)
+        if number is None:
+            break
+        try:
             return read(db, db.execute(f"{SELECT} WHERE number = ?", (number,)).fetchone())
+        except Gone:
+            passed.append(number)
     return None
 
 
