@@ -26,7 +26,11 @@ def main(arguments: Sequence[str]) -> int:
     salvaging = "write what is sound into this new directory, which a server can start on"
     parser.add_argument("--salvage", metavar="OUT", type=Path, help=salvaging)
     given = parser.parse_args(arguments)
-    if not any((given.directory / name).exists() for name in (JOURNAL, PICTURES, lock.LOCK)):
+    try:
+        found = {JOURNAL, PICTURES, lock.LOCK}.intersection(os.listdir(given.directory))
+    except OSError as error:
+        raise SettingsError(f"{given.directory} cannot be read: {(error.strerror or str(error)).lower()}") from None
+    if not found:
         raise SettingsError(f"{given.directory} is not a data directory: it has no {JOURNAL}")
     with _hold(given.directory) as held:
         return _check(given.directory, held, given.salvage)
@@ -46,7 +50,7 @@ def _check(directory: Path, held: int | None, out: Path | None) -> int:
     if out is not None:
         saved = salvage(directory, out)
         print(f"saved in {out}: {saved.jobs} jobs, {saved.pictures} pictures")
-        _list("will run again, for a picture was damaged: job", saved.again)
+        _list("will run again, for its pictures, or their rows, were damaged: job", saved.again)
         _list("lost", saved.lost)
         if found.damages:
             print(f"lost: perhaps some of what was written up to transaction {floor}, where the journal is damaged")
@@ -58,7 +62,7 @@ def _check(directory: Path, held: int | None, out: Path | None) -> int:
 def _hold(directory: Path) -> Iterator[int | None]:
     """The lock file, held, so that no server starts meanwhile; None if there is none."""
     try:
-        held = os.open(directory / lock.LOCK, os.O_RDONLY)
+        held = lock.opened(directory, os.O_RDONLY)
     except FileNotFoundError:
         yield None
         return

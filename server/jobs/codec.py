@@ -99,7 +99,7 @@ def to_job(record: Record, read: Read, counts: StreamCounts) -> Job:
     job = Job(**fields, request=request, model=model, counts=counts, state=State(record.status or "queued"))
     if record.status is not None:
         _restore_result(job, record, read)
-        job.delivery = record.delivery  # the last message told of it as it was then
+    job.delivery = record.delivery or job.delivery  # the last message told of it as it was then
     return job
 
 

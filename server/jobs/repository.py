@@ -236,7 +236,7 @@ class JobRepository:
         while more:
             expired = await self.store.expire(before, self._settings.retention_bytes)
             self._forget(expired.ids)
-            await self.store.delete(expired.blobs)
+            await self.store.delete_unused()
             more = expired.more
         await asyncio.to_thread(self.store.blobs.clear_aside)
 

@@ -7,6 +7,7 @@ import asyncio
 import os
 import re
 import secrets
+import stat
 import threading
 import time
 from collections import Counter
@@ -21,6 +22,7 @@ RETRY_S = 1.0  # between attempts to write while the disk is full
 BLOB = re.compile("[0-9a-f]{64}")  # the names of blobs
 UNFINISHED = ".part"
 ASIDE, ASIDE_S = "aside", 86_400.0  # the folder of what no row names, and how long that is kept
+BLOCK_BYTES = 4096  # of a file that are read at once where some may be unreadable
 THREADS = 8  # blobs that are synced at once: the file system writes them down together
 
 
@@ -30,6 +32,7 @@ class Blobs:
     def __init__(self, folder: Path, on_error: Callable[[OSError], None], troubles: Troubles) -> None:
         self.folder, self._aside = folder, folder.with_name(ASIDE)
         folder.mkdir(mode=0o700, exist_ok=True)
+        self._opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)  # so that no other folder has its inode number
         self._on_error, self._troubles = on_error, troubles
         self._threads = started(THREADS, "blobs")
         self._pinned: Counter[str] = Counter()
@@ -40,6 +43,7 @@ class Blobs:
     def close(self) -> None:
         """Waits for blobs that are being written. Slow: call it in a thread."""
         self._threads.shutdown()
+        os.close(self._opened)
 
     async def save(self, blobs: Mapping[str, bytes]) -> None:
         """Writes blobs by name and pins them: `unpin` them after a row names them. Waits for room on the disk."""
@@ -81,7 +85,7 @@ class Blobs:
         except OSError:
             part.unlink(missing_ok=True)
             raise
-        sync_folder(self.folder)
+        os.fsync(self._opened)
         self._writes += 1
 
     def read(self, name: str) -> bytes:
@@ -110,12 +114,13 @@ class Blobs:
         self._pinned.subtract(list(names))
         self._pinned = +self._pinned
 
-    def delete(self, names: Iterable[str]) -> None:
-        """Deletes blobs, except pinned ones."""
-        for name in names:
-            with self._lock:
-                if name not in self._pinned:
-                    (self.folder / name).unlink(missing_ok=True)
+    def delete(self, name: str) -> bool:
+        """Deletes a blob -> False if it is pinned."""
+        with self._lock:
+            if name in self._pinned:
+                return False
+            (self.folder / name).unlink(missing_ok=True)
+            return True
 
     def set_aside(self, named: Set[str]) -> int:
         """Moves blobs that rows do not name, and unfinished ones, out of the folder -> how many
@@ -172,6 +177,30 @@ def is_ours(entry: "os.DirEntry[str]") -> bool:
 def is_sound(name: str, data: bytes) -> bool:
     """Whether a blob has the bytes that its name says."""
     return sha256(data).hexdigest() == name
+
+
+def why_unreadable(path: Path) -> str | None:
+    """Why the system does not read a file; None if it does, or there is no such file."""
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            return f"{path.name} is not a file"
+        with open(path, "rb"):
+            return None
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        return f"{path.name} cannot be read: {(error.strerror or str(error)).lower()}"
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copies a file, with zeros for what the disk cannot read."""
+    with open(source, "rb") as file, open(target, "wb") as copy:
+        for at in range(0, os.fstat(file.fileno()).st_size, BLOCK_BYTES):
+            try:
+                block = os.pread(file.fileno(), BLOCK_BYTES, at)
+            except OSError:
+                block = bytes(BLOCK_BYTES)
+            copy.write(block)
 
 
 def sync_folder(folder: Path) -> None:

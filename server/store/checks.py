@@ -9,11 +9,11 @@ from pathlib import Path
 
 from server.errors import StoreRefused
 from server.store import wal
-from server.store.blobs import blobs_in, is_sound
+from server.store.blobs import blobs_in, is_sound, why_unreadable
 from server.store.deliveries import COLUMNS
-from server.store.records import Record, checksum, job_checksum, record_of
+from server.store.records import Record, checksum, checksums, record_of
 from server.store.rows import SELECT
-from server.store.schema import APPLICATION, JOURNAL, LOG, PICTURES, VERSION, VERSIONS, commits, is_full
+from server.store.schema import APPLICATION, JOURNAL, LOG, PICTURES, VERSION, VERSIONS, commits
 
 ALL_IMAGES = """SELECT job, place AS "index", seed, sha256, size, message FROM images LEFT JOIN files USING (sha256)
     ORDER BY job, place"""
@@ -40,6 +40,9 @@ def inspect(directory: Path, floor: int, hashes: bool = False) -> Report:
     Raises StoreRefused if the journal is of a newer version or of something else.
     """
     report, path = Report(), directory / JOURNAL
+    if unreadable := list(filter(None, map(why_unreadable, (path, path.with_name(LOG))))):
+        report.damages += unreadable
+        return report
     if not path.exists() or path.stat().st_size < HEADER:  # SQLite would delete the log of an empty one
         report.damages.append(f"{JOURNAL} is missing, or cut off in its header")
         return report
@@ -47,12 +50,10 @@ def inspect(directory: Path, floor: int, hashes: bool = False) -> Report:
     committed, complete = 0 if frames is None else frames.committed, False
     try:
         with closing(_open(path, committed > 0)) as db:
-            version = _version(db, path)
             found = [text for (text,) in db.execute("PRAGMA integrity_check(20)")]
             report.damages += [line for text in found for line in text.splitlines()[-1:] if text != "ok"]
-            if _schema(db) != _schema(_empty(version)):
-                report.damages.append(f"the schema of {JOURNAL} is not that of version {version}")
-            elif version == VERSION:
+            version = _version(db, path, report)
+            if version == VERSION:
                 number = commits(db)
                 complete = 0 < floor <= number and committed > 0
                 if number < floor:
@@ -61,8 +62,6 @@ def inspect(directory: Path, floor: int, hashes: bool = False) -> Report:
             _check_rows(db, version, report)
             _check_pictures(directory / PICTURES, db, report, hashes)
     except (sqlite3.DatabaseError, TypeError, ValueError) as error:
-        if is_full(error):
-            raise
         report.damages.append(f"{JOURNAL} cannot be read: {error}")
     if frames is not None and not frames.is_torn and not complete:  # else they are of transactions that failed
         of = f"{committed + 1} of {len(frames.pages)}"
@@ -78,7 +77,7 @@ def _check_files(path: Path, report: Report) -> wal.Frames | None:
         report.damages.append(f"the header of {JOURNAL} is damaged")
     try:
         return wal.read(path.with_name(LOG))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         report.damages.append(f"{LOG}: {error}")
         return None
 
@@ -95,19 +94,23 @@ def _open(path: Path, with_log: bool) -> sqlite3.Connection:
     return db
 
 
-def _version(db: sqlite3.Connection, path: Path) -> int:
-    """The version that the header tells. Raises StoreRefused if it is unknown, ValueError if the tables are ours though
-    the header says otherwise."""
-    (version,), (application,) = (
-        db.execute(f"PRAGMA {name}").fetchone() for name in ("user_version", "application_id")
-    )
-    if (application != APPLICATION or version < 1) and _schema(db) == _schema(_empty(VERSION)):
-        raise ValueError("its header is damaged")
-    if version > VERSION:
-        raise StoreRefused(f"the store {path} is of version {version}, this server knows up to version {VERSION}")
-    if application != APPLICATION or version < 1:
+def _version(db: sqlite3.Connection, path: Path, report: Report) -> int:
+    """The version of the tables. The header is believed alone only where nothing is damaged: a newer version has other
+    tables. Raises StoreRefused of a journal that is of a newer version or of something else."""
+    (told,), (application,) = (db.execute(f"PRAGMA {name}").fetchone() for name in ("user_version", "application_id"))
+    schema = _schema(db)
+    for version in range(1, VERSION + 1):
+        if schema == _schema(_empty(version)):
+            if (told, application) != (version, APPLICATION):
+                report.damages.append(f"the header of {JOURNAL} is damaged: its tables are those of version {version}")
+            return version
+    sound = not report.damages
+    if application != APPLICATION and (sound or not schema & _schema(_empty(1))):
         raise StoreRefused(f"{path} is a database of something else")
-    return int(version)
+    if application == APPLICATION and sound and told > VERSION:
+        raise StoreRefused(f"the store {path} is of version {told}, this server knows up to version {VERSION}")
+    report.damages.append(f"the schema of {JOURNAL} is not that of its version")
+    return VERSION
 
 
 def _empty(version: int) -> sqlite3.Connection:
@@ -120,20 +123,20 @@ def _schema(db: sqlite3.Connection) -> set[tuple[str, ...]]:
     return {tuple(row) for row in db.execute("SELECT type, name, tbl_name, sql FROM sqlite_schema")}
 
 
-def all_records(db: sqlite3.Connection) -> Iterator[tuple[Record, int]]:
-    """Every job with the checksum that was written with it, in one pass over the tables."""
+def all_records(db: sqlite3.Connection) -> Iterator[tuple[Record, tuple[int, int]]]:
+    """Every job with the checksums that were written with it, in one pass over the tables."""
     groups = groupby(db.execute(ALL_IMAGES), key=lambda row: int(row["job"]))
     number, images = next(groups, (1 << 62, iter(())))
     for row in db.execute(f"{SELECT} ORDER BY number"):
         while number < row["number"]:
             number, images = next(groups, (1 << 62, iter(())))
-        yield record_of(row, images if number == row["number"] else ()), row["checksum"]
+        yield record_of(row, images if number == row["number"] else ()), (row["checksum"], row["images_checksum"])
 
 
 def _check_rows(db: sqlite3.Connection, version: int, report: Report) -> None:
     if version == VERSION:
         for record, written in all_records(db):
-            if job_checksum(record) != written:
+            if checksums(record) != written:
                 report.damages.append(f"the row of job {record.id} (number {record.number}), or of one of its images")
             else:
                 report.jobs += 1
@@ -168,7 +171,14 @@ def _check_pictures(folder: Path, db: sqlite3.Connection, report: Report, hashes
         if there.get(name) != size:
             found = f"has {there[name]} bytes instead of {size}" if name in there else "is missing"
             report.bad_pictures.append(f"the picture {name} {found}")
-        elif hashes and not is_sound(name, (folder / name).read_bytes()):
-            report.bad_pictures.append(f"the picture {name} has other bytes than its name says")
+        elif hashes and not _is_sound(folder / name):
+            report.bad_pictures.append(f"the picture {name} has other bytes than its name says, or cannot be read")
         else:
             report.pictures += 1
+
+
+def _is_sound(picture: Path) -> bool:
+    try:
+        return is_sound(picture.name, picture.read_bytes())
+    except OSError:
+        return False

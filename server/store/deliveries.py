@@ -2,16 +2,20 @@
 
 import json
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator
+from itertools import islice
 
 from server.errors import Gone
 from server.store.records import Delivery, Record, checksum
 
-PENDING = "SELECT job FROM deliveries WHERE due IS NOT NULL"
-NEXT = f"""{PENDING} AND job NOT IN (SELECT value FROM json_each(?)) AND host NOT IN (SELECT value FROM json_each(?))
-    AND ifnull(owner, '') NOT IN (SELECT value FROM json_each(?))
-    ORDER BY max(due, ?), iif(due > ?, 0, attempts), due, job LIMIT ?"""
-MOST = 20  # of which one is sound, or the journal is not worth asking
+IDLE = "due IS NOT NULL AND job NOT IN (SELECT value FROM json_each(?))"
+NEXT = f"""SELECT job FROM deliveries WHERE {IDLE} AND host NOT IN (SELECT value FROM json_each(?))
+    AND owner NOT IN (SELECT value FROM json_each(?))
+    ORDER BY max(due, ?), iif(due > ?, 0, attempts), due, job LIMIT 1"""
+HEAD = f"""SELECT owner, host, attempts, due, job FROM deliveries WHERE {IDLE} AND (owner, host, attempts) >= (?, ?, ?)
+    ORDER BY owner, host, attempts, due, job LIMIT 1"""
+MOST_GROUPS = 300  # that are looked up one by one: beyond that, one pass over all deliveries takes no longer
+LAST_HOST, LAST_ATTEMPT = "\U0010ffff", 1 << 62  # which sort behind all others
 FIELDS = tuple(Delivery.__slots__)
 COLUMNS = ("job", "owner", *FIELDS)
 INSERT = f"INSERT INTO deliveries ({', '.join(COLUMNS)}, checksum) VALUES ({'?, ' * len(COLUMNS)} ?)"
@@ -26,14 +30,14 @@ def _values(delivery: Delivery) -> list[object]:
 def insert(db: sqlite3.Connection, number: int, owner: str | None, delivery: Delivery | None) -> None:
     """A job has ended; its webhook, if it has one, is to be delivered. number: of the job"""
     if delivery is not None:
-        values = [number, owner, *_values(delivery)]
+        values = [number, owner or "", *_values(delivery)]
         db.execute(INSERT, [*values, checksum(*values)])
 
 
 def update(db: sqlite3.Connection, number: int, owner: str | None, delivery: Delivery) -> None:
     """Notes how far a delivery is, unless the job has been deleted meanwhile."""
     values = _values(delivery)
-    db.execute(UPDATE, [*values, checksum(number, owner, *values), number])
+    db.execute(UPDATE, [*values, checksum(number, owner or "", *values), number])
 
 
 def read(db: sqlite3.Connection, number: int) -> Delivery | None:
@@ -54,10 +58,32 @@ def first(record: Record) -> Delivery | None:
     return Delivery.to(url) if url is not None else None
 
 
-def next_jobs(db: sqlite3.Connection, now: float, *busy: Sequence[int | str]) -> list[int]:
-    """The numbers of jobs whose webhooks are next: of those that are due the ones with the fewest attempts, then those
-    that are due first. busy: jobs, hosts and owners that have their turn already"""
-    return [number for (number,) in db.execute(NEXT, [*map(json.dumps, busy), now, now, MOST])]
+def next_job(
+    db: sqlite3.Connection, now: float, jobs: Collection[int], hosts: Collection[str], owners: Collection[str]
+) -> int | None:
+    """The number of the job whose webhook is next: of those that are due the one with the fewest attempts, then the one
+    that is due first. jobs, hosts, owners: those that have their turn already"""
+    heads = list(islice(_heads(db, json.dumps(jobs), hosts, owners), MOST_GROUPS))
+    if len(heads) < MOST_GROUPS:
+        order = [(max(due, now), attempts if due <= now else 0, due, job) for *_, attempts, due, job in heads]
+        return min(order)[-1] if order else None
+    row = db.execute(NEXT, [*map(json.dumps, (jobs, hosts, owners)), now, now]).fetchone()
+    return row[0] if row is not None else None
+
+
+def _heads(db: sqlite3.Connection, jobs: str, hosts: Collection[str], owners: Collection[str]) -> Iterator[sqlite3.Row]:
+    """The first delivery of each group of equal owner, host and attempts: a search of the index for each, however many
+    others are pending."""
+    start: tuple[str, str, int] = "", "", 0
+    while (head := db.execute(HEAD, (jobs, *start)).fetchone()) is not None:
+        owner, host, attempts, *_ = head
+        if owner in owners:
+            start = owner, LAST_HOST, 0
+        elif host in hosts:
+            start = owner, host, LAST_ATTEMPT
+        else:
+            yield head
+            start = owner, host, attempts + 1
 
 
 def delete(db: sqlite3.Connection, number: int) -> None:

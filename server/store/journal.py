@@ -9,7 +9,7 @@ from server.store import rows
 from server.store.blobs import blobs_in, sync_folder
 from server.store.checks import PLAIN, inspect
 from server.store.lock import read_floor
-from server.store.records import checksum, job_checksum, record_of
+from server.store.records import checksum, checksums, record_of
 from server.store.schema import JOURNAL, LOG, PICTURES, VERSION, VERSION_2, VERSIONS, is_full
 
 
@@ -78,12 +78,12 @@ def migrate(db: sqlite3.Connection) -> None:
         return
     try:
         db.executescript(f"BEGIN IMMEDIATE; {VERSION_2}")
-        for row in db.execute(rows.SELECT).fetchall():
+        for row in db.execute(rows.SELECT):  # no update moves a row to another place in the order of this scan
             record = record_of(row, db.execute(rows.IMAGES, (row["number"],)))
-            values = (job_checksum(record), record.number)
-            db.execute("UPDATE jobs SET checksum = ? WHERE number = ?", values)
+            values = (*checksums(record), record.number)
+            db.execute("UPDATE jobs SET checksum = ?, images_checksum = ? WHERE number = ?", values)
         for table, columns in PLAIN.items():
-            for row in db.execute(f"SELECT {', '.join(columns)} FROM {table}").fetchall():
+            for row in db.execute(f"SELECT {', '.join(columns)} FROM {table}"):
                 db.execute(f"UPDATE {table} SET checksum = ? WHERE {columns[0]} = ?", (checksum(*row), row[0]))
         db.execute("COMMIT")
     except BaseException:

@@ -11,11 +11,19 @@ from contextlib import suppress
 from pathlib import Path
 from zlib import crc32
 
-from server.errors import StoreInUse
+from server.errors import StoreInUse, StoreRefused
+from server.store.blobs import why_unreadable
 
 LOCK = "lock"
 MARK, PARKED = 32, b"."  # the holder's process id, and at MARK whether it ended in order
 FLOOR, FLOOR_BYTES = 64, 26  # and there the number of the last transaction that was promised, with a checksum
+
+
+def opened(directory: Path, how: int) -> int:
+    """The lock file, open. how: flags of `os.open`. Raises StoreRefused if it is not a file that can be read."""
+    if (reason := why_unreadable(directory / LOCK)) is not None:
+        raise StoreRefused(f"the store {directory} cannot be used: {reason}")
+    return os.open(directory / LOCK, how, 0o600)
 
 
 def hold(lock: int, directory: Path) -> None:

@@ -90,17 +90,29 @@ def checksum(*values: object) -> int:
 
 
 def job_checksum(record: Record) -> int:
-    """The checksum of a job's row together with those of its images."""
+    """The checksum of a job's own row."""
     values = {name: getattr(record, name) for name in FIELDS}
     values |= {name: float(values[name]) for name in TIMES if isinstance(values[name], int)}  # as SQLite returns them
-    return checksum(values, [_values(image) for image in record.images])
+    return checksum(values)
+
+
+def images_checksum(images: Iterable[ImageRow]) -> int:
+    """The checksum of the rows of a job's images. It is in the job's row beside its own: damage to these rows costs no
+    job, for its pictures can be made again."""
+    return checksum([_values(image) for image in images])
+
+
+def checksums(record: Record) -> tuple[int, int]:
+    """Both checksums of a job, in the order of their columns."""
+    return job_checksum(record), images_checksum(record.images)
 
 
 def record_of(row: sqlite3.Row, images: Iterable[sqlite3.Row]) -> Record:
     """A job as its rows have it."""
     values = {name: row[name] for name in ("number", *FIELDS)} | {"attached": bool(row["attached"])}
-    return Record(**values, images=tuple(map(_image, images)))
+    return Record(**values, images=tuple(map(image_of, images)))
 
 
-def _image(row: sqlite3.Row) -> ImageRow:
+def image_of(row: sqlite3.Row) -> ImageRow:
+    """An image as its rows have it."""
     return ImageRow(**{name: row[name] for name in ImageRow.__slots__})

@@ -7,6 +7,7 @@ from server.store import deliveries
 from server.store.records import checksum
 from server.store.rows import size_bytes
 
+OWED = "EXISTS (SELECT 1 FROM deliveries WHERE job = number AND due IS NOT NULL)"
 EXPIRED = 100_000  # remembered ids of deleted jobs, which are answered with 410 instead of 404
 
 
@@ -22,11 +23,12 @@ class Expired:
 def expire(db: sqlite3.Connection, before: float, most_bytes: int, limit: int) -> Expired:
     """Deletes up to `limit` jobs: those that ended before a time and have no pending webhook, and the oldest while all
     take more than `most_bytes`. Their blobs must be deleted after this is on disk."""
-    query = f"SELECT number, id, ended, number IN ({deliveries.PENDING}) AS owed FROM jobs WHERE status IS NOT NULL"
+    query = f"SELECT number, id, ended, {OWED} AS owed FROM jobs WHERE status IS NOT NULL"
     if size_bytes(db) <= most_bytes:
-        query += " AND NOT owed"
+        query += " AND ended < :before AND NOT owed"
+    query, values = f"{query} ORDER BY ended, number LIMIT :limit", {"before": before, "limit": limit}
     ids, unused = list[str](), list[str]()
-    for number, id, ended, owed in db.execute(f"{query} ORDER BY ended, number LIMIT ?", (limit,)).fetchall():
+    for number, id, ended, owed in db.execute(query, values).fetchall():
         if (owed or ended >= before) and size_bytes(db) <= most_bytes:
             break
         unused += _delete(db, number)
@@ -34,10 +36,11 @@ def expire(db: sqlite3.Connection, before: float, most_bytes: int, limit: int) -
     return Expired(ids, unused, more=len(ids) == limit)
 
 
-def revoke(db: sqlite3.Connection, id: str) -> None:
-    """Deletes a job that was inserted too late: whoever asked for it has been told that it was not."""
-    for row in db.execute("SELECT number FROM jobs WHERE id = ?", (id,)).fetchall():
-        _delete(db, row["number"])
+def revoke(db: sqlite3.Connection, id: str) -> list[str]:
+    """Deletes a job that was inserted too late: whoever asked for it has been told that it was not. -> the names of
+    blobs that no job has any more"""
+    row = db.execute("SELECT number FROM jobs WHERE id = ?", (id,)).fetchone()
+    return _delete(db, row["number"]) if row is not None else []
 
 
 def _delete(db: sqlite3.Connection, number: int) -> list[str]:

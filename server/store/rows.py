@@ -3,12 +3,11 @@
 import logging
 import sqlite3
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from server.errors import Gone, NotFound
 from server.store import deliveries
-from server.store.records import FIELDS, ImageRow, Record, checksum, job_checksum, record_of
+from server.store.records import FIELDS, ImageRow, Record, checksum, checksums, job_checksum, record_of
 
 logger = logging.getLogger(__name__)
 
@@ -21,12 +20,15 @@ class IdempotentHit:
     fingerprint: str
 
 
-SELECT = f"SELECT number, {', '.join(FIELDS)}, checksum FROM jobs"
-INSERT = f"INSERT INTO jobs ({', '.join(FIELDS)}, checksum) VALUES ({'?, ' * len(FIELDS)} ?) RETURNING number"
+CHECKSUMS = "checksum, images_checksum"
+SELECT = f"SELECT number, {', '.join(FIELDS)}, {CHECKSUMS} FROM jobs"
+INSERT = f"INSERT INTO jobs ({', '.join(FIELDS)}, {CHECKSUMS}) VALUES ({'?, ' * len(FIELDS)} ?, ?) RETURNING number"
 RESULT = ("status", "started_at", "finished_at", "ended", "served", "steps", "error", "messages")
-FINISH = f"UPDATE jobs SET {', '.join(f'{name} = ?' for name in RESULT)}, running = 0, checksum = ? WHERE number = ?"
+FINISH = f"""UPDATE jobs SET {", ".join(f"{name} = ?" for name in RESULT)}, running = 0, checksum = ?,
+    images_checksum = ? WHERE number = ?"""
 IMAGES = """SELECT place AS "index", seed, sha256, size, message FROM images JOIN files USING (sha256)
     WHERE job = ? ORDER BY place"""
+MOST_DAMAGED = 20  # jobs that are passed over for one that is not
 KNOWN = "SELECT sha256, size, checksum FROM known LEFT JOIN files USING (sha256) WHERE identity = ?"
 
 
@@ -43,7 +45,7 @@ def insert(
     if cached is not None and (images := _stored_images(db, cached.images, identities, has_blob)):
         record = replace(cached, images=images)
     values = [getattr(record, name) for name in FIELDS]
-    (number,) = db.execute(INSERT, [*values, job_checksum(record)]).fetchone()
+    (number,) = db.execute(INSERT, [*values, *checksums(record)]).fetchone()
     insert_images(db, number, record.images)
     deliveries.insert(db, number, record.owner, record.delivery)
     return record
@@ -69,9 +71,10 @@ def finish(db: sqlite3.Connection, record: Record, identities: Sequence[str]) ->
         record = replace(record, images=tuple(firsts))
     result = {name: getattr(record, name) for name in RESULT}
     kept = replace(before, **result, images=record.images)
-    db.execute(FINISH, [*result.values(), job_checksum(kept), kept.number])
+    db.execute(FINISH, [*result.values(), *checksums(kept), kept.number])
     insert_images(db, kept.number, record.images)
-    deliveries.insert(db, kept.number, record.owner, record.delivery)
+    if before.delivery is None:  # else the job was salvaged, and its webhook had been delivered
+        deliveries.insert(db, kept.number, record.owner, record.delivery)
     return record
 
 
@@ -162,11 +165,19 @@ def recover(db: sqlite3.Connection, crashed: bool) -> list[Record]:
     return jobs
 
 
-def next_delivery(db: sqlite3.Connection, now: float, *busy: Sequence[int | str]) -> Record | None:
-    """The job whose webhook is next, and that is not damaged: see `deliveries.next_jobs`."""
-    for number in deliveries.next_jobs(db, now, *busy):
-        with suppress(Gone):
+def next_delivery(
+    db: sqlite3.Connection, now: float, jobs: Sequence[int], hosts: Sequence[str], owners: Sequence[str]
+) -> Record | None:
+    """The job whose webhook is next, and that is not damaged: see `deliveries.next_job`."""
+    passed = list(jobs)
+    while len(passed) < len(jobs) + MOST_DAMAGED:
+        number = deliveries.next_job(db, now, passed, hosts, owners)
+        if number is None:
+            break
+        try:
             return read(db, db.execute(f"{SELECT} WHERE number = ?", (number,)).fetchone())
+        except Gone:
+            passed.append(number)
     return None
 
 
@@ -210,6 +221,6 @@ def read(db: sqlite3.Connection, row: sqlite3.Row) -> Record:
 def read_job(db: sqlite3.Connection, row: sqlite3.Row) -> Record:
     """The same without the delivery of its webhook."""
     record = record_of(row, db.execute(IMAGES, (row["number"],)))
-    if job_checksum(record) != row["checksum"]:
+    if checksums(record) != (row["checksum"], row["images_checksum"]):
         raise Gone("this job was damaged on disk")
     return record

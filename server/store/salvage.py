@@ -1,7 +1,6 @@
 """Copies what is sound of a damaged store into a new directory, which a server can start on."""
 
 import os
-import shutil
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, suppress
@@ -10,17 +9,28 @@ from pathlib import Path
 from typing import Any
 
 from server.errors import Gone, SettingsError
-from server.store import deliveries, rows, wal
-from server.store.blobs import is_sound
+from server.store import deliveries, lock, rows, wal
+from server.store.blobs import copy_file, is_sound, why_unreadable
 from server.store.checks import PLAIN
-from server.store.journal import create, migrate
-from server.store.records import FIELDS, Record, checksum, job_checksum
-from server.store.schema import JOURNAL, LOG, PICTURES
+from server.store.journal import create
+from server.store.records import (
+    FIELDS,
+    Delivery,
+    ImageRow,
+    Record,
+    checksum,
+    checksums,
+    image_of,
+    images_checksum,
+    job_checksum,
+    record_of,
+)
+from server.store.schema import JOURNAL, LOG, PICTURES, VERSION_2, as_storage_full, count_commit
 
 MOST_UNREADABLE = 100_000  # numbers that are tried one by one where the table cannot be read
 PAGE_BYTES = 4096  # as SQLite chooses it
 UNREADABLE = (sqlite3.Error, Gone, TypeError, ValueError)
-INSERT = f"INSERT INTO jobs (number, {', '.join(FIELDS)}, checksum) VALUES ({'?, ' * len(FIELDS)} ?, ?)"
+INSERT = f"INSERT INTO jobs (number, {', '.join(FIELDS)}, {rows.CHECKSUMS}) VALUES ({'?, ' * len(FIELDS)} ?, ?, ?)"
 
 
 @dataclass(slots=True)
@@ -29,62 +39,87 @@ class Salvaged:
 
     jobs: int = 0
     pictures: int = 0
-    again: list[str] = field(default_factory=list)  # ended jobs that will run again: a picture was damaged
+    again: list[str] = field(default_factory=list)  # ended jobs that will run again: their pictures are not all sound
     lost: list[str] = field(default_factory=list)  # what cannot be read, in words
 
 
+@dataclass(frozen=True, slots=True)
+class State:
+    """A copy of the journal. checked: its rows have checksums, which those of version 1 lack"""
+
+    db: sqlite3.Connection
+    checked: bool
+
+
 def salvage(directory: Path, out: Path) -> Salvaged:
-    """Writes every sound job of a store into a new one. Raises SettingsError unless `out` is empty or not there."""
+    """Writes every sound job of a store into a new one. No server starts on that before it is complete.
+
+    Raises SettingsError unless `out` is empty or not there, StorageFull if it cannot be written.
+    """
     if out.resolve().is_relative_to(directory.resolve()):
         raise SettingsError(f"{out} must not be in the data directory")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise SettingsError(f"{out} must be a directory that is empty or does not exist")
-    (out / PICTURES).mkdir(mode=0o700, parents=True)
-    create(out / JOURNAL)
+    with as_storage_full(out):
+        (out / PICTURES).mkdir(mode=0o700, parents=True)
+        held = lock.opened(out, os.O_RDWR | os.O_CREAT)
+        try:
+            lock.hold(held, out)
+            lock.write_floor(held, 1)  # the transaction below: without it the new store is refused
+            create(out / JOURNAL)
+            return _copy(directory, out)
+        finally:
+            os.close(held)
+
+
+def _copy(directory: Path, out: Path) -> Salvaged:
     report = Salvaged()
     states = list(_states(directory, out))
-    jobs = _jobs(states, report)
     with closing(sqlite3.connect(out / JOURNAL, isolation_level=None)) as db:
         db.execute("BEGIN")
-        for record in jobs:
+        for record, images in _jobs(states, report):
             try:
-                _save(db, record, directory, out, report)
+                _save(db, record, images, directory, out, report)
             except sqlite3.IntegrityError:  # it was deleted, and its Idempotency-Key used again
                 report.lost.append(f"job number {record.number}: a later one has its id or its Idempotency-Key")
         report.again.reverse()
         report.lost.reverse()
         for table in PLAIN:
-            _copy(states, db, table, report)
+            _copy_table(states, db, table, report)
+        count_commit(db)
         db.execute("COMMIT")
     for state in states:
-        state.close()
+        state.db.close()
     for left in out.glob("state*"):
         left.unlink()
     os.sync()
     return report
 
 
-def _states(directory: Path, out: Path) -> Iterator[sqlite3.Connection]:
+def _states(directory: Path, out: Path) -> Iterator[State]:
     """Copies of the journal, the best one first: with every sound page of the log, even behind a bad one; and as it was
     before the first bad one. Whatever of their rows fits its checksum is right."""
     journal, log = directory / JOURNAL, directory / LOG
     try:
-        frames = wal.read(log)
+        frames = wal.read(log) if why_unreadable(log) is None else None
     except ValueError:
         frames = wal.read_without_header(log, PAGE_BYTES)
     for number in range(1 if frames is None else 2):
         copy = out / f"state{number}"
         copy.write_bytes(b"")
-        with suppress(FileNotFoundError):  # then the log may still have much of it
-            shutil.copyfile(journal, copy)
+        if journal.exists() and why_unreadable(journal) is None:  # else the log may still have much of it
+            copy_file(journal, copy)
         if frames is not None:
             wal.apply(log, frames, copy, len(frames.pages) if number == 0 else frames.committed)
         _mend_header(copy, (out / JOURNAL).read_bytes())
         db = sqlite3.connect(copy, isolation_level=None)
         db.row_factory = sqlite3.Row
+        checked = True
         with suppress(*UNREADABLE):
-            migrate(db)
-        yield db
+            checked = "checksum" in [row["name"] for row in db.execute("PRAGMA table_info(jobs)")]
+            if not checked:
+                db.executescript(VERSION_2)
+        yield State(db, checked)
 
 
 def _mend_header(path: Path, sound: bytes) -> None:
@@ -118,58 +153,91 @@ def _numbers(db: sqlite3.Connection) -> set[int]:
     return found
 
 
-def _jobs(states: list[sqlite3.Connection], report: Salvaged) -> Iterator[Record]:
-    """All jobs that are sound in some state, newest first."""
-    for number in sorted(set[int]().union(*map(_numbers, states)), reverse=True):
-        failure = None
-        for db in states:
+def _jobs(states: list[State], report: Salvaged) -> Iterator[tuple[Record, tuple[ImageRow, ...] | None]]:
+    """All jobs whose own rows are sound in some state, newest first, with their images: None if those of an ended job
+    are sound in no state."""
+    for number in sorted(set[int]().union(*(_numbers(state.db) for state in states)), reverse=True):
+        failure: Exception | None = None
+        for state in states:
             try:
-                row = db.execute(f"{rows.SELECT} WHERE number = ?", (number,)).fetchone()
-                if row is not None:
-                    record = rows.read_job(db, row)
-                    with suppress(*UNREADABLE):
-                        record = replace(record, delivery=deliveries.read(db, number))
-                    yield record
-                    break
+                row = state.db.execute(f"{rows.SELECT} WHERE number = ?", (number,)).fetchone()
+                if row is None:
+                    continue
+                record = record_of(row, ())
+                if state.checked and job_checksum(record) != row["checksum"]:
+                    raise Gone("this job was damaged on disk")
             except UNREADABLE as error:
                 failure = error
+                continue
+            written = row["images_checksum"] if state.checked else None
+            yield replace(record, delivery=_delivery(states, number)), _images(states, record, written)
+            break
         else:
             if failure is not None:
                 report.lost.append(f"job number {number}: {failure}")
 
 
-def _save(db: sqlite3.Connection, record: Record, directory: Path, out: Path, report: Salvaged) -> None:
-    """Writes a job, its pictures and the delivery of its webhook. If a picture is damaged, the job is written as it was
-    when it was accepted: the next server makes the same pictures. A delivery that is damaged begins anew."""
+def _images(states: list[State], record: Record, written: int | None) -> tuple[ImageRow, ...] | None:
+    """The images of a job that fit their checksum in some state. written: the checksum; None if there is none"""
+    if record.status != "succeeded":  # others have none
+        return ()
+    for state in states:
+        with suppress(*UNREADABLE):
+            images = tuple(map(image_of, state.db.execute(rows.IMAGES, (record.number,))))
+            if images_checksum(images) == written or (images and written is None):
+                return images
+    return None
+
+
+def _delivery(states: list[State], number: int) -> Delivery | None:
+    """How far the delivery of a job's webhook is, as the best state has it where it is sound."""
+    for state in states:
+        with suppress(*UNREADABLE):
+            if (found := deliveries.read(state.db, number)) is not None:
+                return found
+    return None
+
+
+def _save(
+    db: sqlite3.Connection,
+    record: Record,
+    images: tuple[ImageRow, ...] | None,
+    directory: Path,
+    out: Path,
+    report: Salvaged,
+) -> None:
+    """Writes a job, its pictures and the delivery of its webhook. If a picture or its row is damaged, the job is
+    written as it was when it was accepted: the next server makes the same pictures, and sends the webhook unless its
+    delivery had ended. A delivery that is damaged begins anew."""
     pngs = dict[str, bytes]()
-    for image in record.images:
+    for image in images or ():
         with suppress(OSError):
             pngs[image.sha256] = (directory / PICTURES / image.sha256).read_bytes()
-    record = replace(record, delivery=record.delivery or deliveries.first(record))
-    if not all(is_sound(image.sha256, pngs.get(image.sha256, b"")) for image in record.images):
+    if images is None or not all(is_sound(image.sha256, pngs.get(image.sha256, b"")) for image in images):
         report.again.append(record.id)
         empty: dict[str, Any] = dict.fromkeys(("status", "started_at", "finished_at", "ended", "steps", "error"))
-        record = replace(
-            record, **empty, images=(), delivery=None, messages=0, attempt=record.attempt + 1, attached=False
-        )
-        pngs = {}
+        record = replace(record, **empty, messages=0, attempt=record.attempt + 1, attached=False)
+        if record.delivery is not None and record.delivery.due is not None:
+            record = replace(record, delivery=None)
+        images, pngs = (), {}
+    record = replace(record, images=images, delivery=record.delivery or deliveries.first(record))
     for name, png in pngs.items():
         (out / PICTURES / name).write_bytes(png)
-    db.execute(INSERT, [record.number, *(getattr(record, name) for name in FIELDS), job_checksum(record)])
+    db.execute(INSERT, [record.number, *(getattr(record, name) for name in FIELDS), *checksums(record)])
     rows.insert_images(db, record.number, record.images)
     deliveries.insert(db, record.number, record.owner, record.delivery)
     report.jobs += 1
     report.pictures += len(pngs)
 
 
-def _copy(states: list[sqlite3.Connection], db: sqlite3.Connection, table: str, report: Salvaged) -> None:
+def _copy_table(states: list[State], db: sqlite3.Connection, table: str, report: Salvaged) -> None:
     """Copies the sound rows of a table, except for known pictures that were not saved."""
     columns = ", ".join(PLAIN[table])
+    query = f"INSERT OR IGNORE INTO {table} ({columns}, checksum) VALUES (?, ?, ?)"
     for state in states:
         with suppress(*UNREADABLE):
-            for *values, written in state.execute(f"SELECT {columns}, checksum FROM {table}"):
-                if checksum(*values) != written:
+            for *values, written in state.db.execute(f"SELECT {columns}, checksum FROM {table}"):
+                if state.checked and checksum(*values) != written:
                     report.lost.append(f"the row of {values[0]} in the table {table}")
                 elif table != "known" or rows.has_job(db, values[1]):
-                    query = f"INSERT OR IGNORE INTO {table} ({columns}, checksum) VALUES (?, ?, ?)"
-                    db.execute(query, (*values, written))
+                    db.execute(query, (*values, checksum(*values)))

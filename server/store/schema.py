@@ -62,12 +62,13 @@ CREATE TABLE expired (number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL
 """
 VERSION_2 = """
 PRAGMA user_version = 2;
-ALTER TABLE jobs ADD COLUMN checksum INTEGER NOT NULL DEFAULT 0;      -- of the row and those of its images
+ALTER TABLE jobs ADD COLUMN checksum INTEGER NOT NULL DEFAULT 0;      -- of the row
+ALTER TABLE jobs ADD COLUMN images_checksum INTEGER NOT NULL DEFAULT 0; -- of the rows of its images
 ALTER TABLE known ADD COLUMN checksum INTEGER NOT NULL DEFAULT 0;     -- of the row
 ALTER TABLE expired ADD COLUMN checksum INTEGER NOT NULL DEFAULT 0;
 CREATE TABLE deliveries (                       -- of webhooks of jobs that have ended
     job          INTEGER PRIMARY KEY,
-    owner        TEXT,
+    owner        TEXT NOT NULL,                 -- '': nobody
     host         TEXT NOT NULL,
     due          REAL,                          -- by the clock that does not jump; NULL: no more
     state        TEXT NOT NULL,
@@ -77,7 +78,7 @@ CREATE TABLE deliveries (                       -- of webhooks of jobs that have
     delivered_at REAL,
     checksum     INTEGER NOT NULL
 );
-CREATE INDEX pending ON deliveries (due, attempts, host, owner) WHERE due IS NOT NULL;
+CREATE INDEX pending ON deliveries (owner, host, attempts, due) WHERE due IS NOT NULL;
 ALTER TABLE total ADD COLUMN commits INTEGER NOT NULL DEFAULT 0;      -- transactions, which the lock file counts, too
 """
 VERSIONS = (VERSION_1, VERSION_2)  # each is what the one before lacks

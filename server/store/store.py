@@ -58,7 +58,7 @@ class Store:
         self.troubles = troubles or Troubles()
         make_directory(directory)
         with as_storage_full(directory):
-            self._lock = os.open(directory / lock.LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+            self._lock = lock.opened(directory, os.O_RDWR | os.O_CREAT)
             try:
                 lock.hold(self._lock, directory)
                 check_journal(directory, self._lock)
@@ -72,6 +72,7 @@ class Store:
                 raise
         failed = f"the store {directory} has failed"
         self._on_commit = on_commit
+        self._unused = set[str]()  # blobs of deleted jobs; changed in the journal's thread
         self._writer = Writer(
             self._db,
             self._probe,
@@ -147,7 +148,7 @@ class Store:
         all images with these `identities` are stored.
         """
         work = partial(rows.insert, record=record, cached=cached, identities=identities, has_blob=self.blobs.has)
-        return self._writer.ask(work, undo=partial(retention.revoke, id=record.id))
+        return self._writer.ask(work, undo=lambda db: self._unused.update(retention.revoke(db, record.id)))
 
     def mark_running(self, id: str) -> None:
         """Marks a job as running: if the server dies, the job may be why. Nobody waits until this is on disk."""
@@ -216,17 +217,33 @@ class Store:
 
     def expire(self, before: float, most_bytes: int) -> "asyncio.Future[Expired]":
         """Deletes some of the jobs that ended before this time, and of the oldest while all take more than
-        `most_bytes`. Pass the blobs to `delete` when this is certainly on disk."""
-        return self._writer.ask(partial(retention.expire, before=before, most_bytes=most_bytes, limit=BATCH))
+        `most_bytes`. `delete_unused` deletes their blobs when this is on disk."""
 
-    async def delete(self, blobs: Sequence[str]) -> None:
-        """Deletes blobs, except those that a new job has been given meanwhile. Raises StorageFull.
+        def work(db: sqlite3.Connection) -> Expired:
+            expired = retention.expire(db, before, most_bytes, BATCH)
+            self._unused.update(expired.blobs)
+            return expired
+
+        return self._writer.ask(work)
+
+    async def delete_unused(self) -> None:
+        """Deletes the blobs of deleted jobs, except those that another job has. Raises StorageFull.
 
         It runs in the journal's thread, so that no row can name a blob between the check and the deletion.
         """
 
-        def delete(db: sqlite3.Connection, some: Sequence[str]) -> None:
-            self.blobs.delete(blob for blob in some if not rows.has_job(db, blob))
+        def work(db: sqlite3.Connection, some: Sequence[str]) -> list[OSError]:
+            failures = list[OSError]()
+            for blob in some:
+                try:
+                    if rows.has_job(db, blob) or self.blobs.delete(blob):
+                        self._unused.discard(blob)
+                except OSError as error:
+                    failures.append(error)
+            return failures
 
-        for first in range(0, len(blobs), BATCH):  # in batches: others wait for the journal, too
-            await self._writer.ask(partial(delete, some=blobs[first : first + BATCH]))
+        unused = list(self._unused)
+        for first in range(0, len(unused), BATCH):  # in batches: others wait for the journal, too
+            if failures := await self._writer.ask(partial(work, some=unused[first : first + BATCH])):
+                self._pictures_failed(failures[0])
+                raise StorageFull(self.trouble or "")

@@ -200,7 +200,8 @@ def test_while_a_large_picture_waits_for_room_a_smaller_probe_ends_no_trouble_an
         full.setattr(store.blobs, "_write", write)
         id = later(client, seed=1)
         until(lambda: len(probes) > 5, 10)
-        portal.call(store.delete, portal.call(store.expire, jobs.repository.clock.now(), 1 << 40).blobs)
+        portal.call(store.expire, jobs.repository.clock.now(), 1 << 40)
+        portal.call(store.delete_unused)
         deleted = not picture.exists()
     until(lambda: status(client, id) == "succeeded" and not ready(client), 10)
 

@@ -1,6 +1,7 @@
 """Which webhook is next, as the journal has it."""
 
 import asyncio
+import random
 import sqlite3
 from pathlib import Path
 from unittest import mock
@@ -8,11 +9,11 @@ from unittest import mock
 import pytest
 
 from server.errors import Gone, StoreRefused
-from server.store import retention
+from server.store import deliveries, retention
 from server.store.checks import inspect
 from server.store.records import Delivery, Record
 from server.store.salvage import salvage
-from server.store.schema import JOURNAL
+from server.store.schema import JOURNAL, VERSIONS
 from server.store.store import Store
 from tests.server.jobs.records import a_store, ended, keep, record
 
@@ -138,3 +139,44 @@ def test_retention_passes_over_jobs_with_pending_webhooks_and_bytes_do_not(tmp_p
             return deleted
 
     assert asyncio.run(story()) == [["a"], ["owed"], ["b", "c"]]
+
+
+def pending(rows: list[tuple[int, str, str, float | None, int]]) -> sqlite3.Connection:
+    """A journal with deliveries of (job, owner, host, due, attempts)."""
+    db = sqlite3.connect(":memory:")
+    db.executescript("".join(VERSIONS))
+    columns = "job, owner, host, due, attempts, state, checksum"
+    db.executemany(f"INSERT INTO deliveries ({columns}) VALUES (?, ?, ?, ?, ?, 'pending', 0)", rows)
+    return db
+
+
+@pytest.mark.parametrize("most_groups", [1, 1000])  # one pass over all; a look at each group
+def test_the_next_job_is_the_first_of_all_in_the_order(monkeypatch: pytest.MonkeyPatch, most_groups: int) -> None:
+    monkeypatch.setattr(deliveries, "MOST_GROUPS", most_groups)
+    draw, now = random.Random(5), 10.0
+    for _ in range(200):
+        rows = [
+            (job, draw.choice(("", "me", "you")), draw.choice("ab"), draw.choice((None, 1.0, 5.0, 20.0)), job % 3)
+            for job in range(draw.randrange(12))
+        ]
+        jobs, hosts, owners = draw.sample(range(12), 3), draw.choice(([], ["a"])), draw.choice(([], ["me"]))
+        free = [
+            (max(due, now), attempts if due <= now else 0, due, job)
+            for job, owner, host, due, attempts in rows
+            if due is not None and job not in jobs and host not in hosts and owner not in owners
+        ]
+
+        found = deliveries.next_job(pending(rows), now, jobs, hosts, owners)
+
+        assert found == (min(free)[-1] if free else None)
+
+
+def test_looking_for_the_next_job_takes_no_longer_for_more_that_wait_for_one_host() -> None:
+    def steps(count: int, hosts: list[str]) -> int:
+        db, taken = pending([(job, "", "a", float(job), job % 3) for job in range(count)]), list[int]()
+        db.set_progress_handler(lambda: taken.append(1), 1)
+        deliveries.next_job(db, 1e9, [0, 1], hosts, [])
+        return len(taken)
+
+    assert steps(20_000, []) == steps(100, [])
+    assert steps(20_000, ["a"]) == steps(100, ["a"])

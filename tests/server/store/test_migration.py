@@ -2,6 +2,7 @@
 
 import asyncio
 import sqlite3
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -40,7 +41,8 @@ async def some(directory: Path) -> list[Record]:
     """A store with an ended job of two pictures, one that was deleted, and one that has not ended -> the ended one"""
     async with a_store(directory) as store:
         await keep(store, "gone", b"x", owner="me", ended=1.0)
-        await store.delete((await store.expire(before=1.5, most_bytes=1 << 40)).blobs)
+        await store.expire(before=1.5, most_bytes=1 << 40)
+        await store.delete_unused()
         await keep(store, "a", b"png", b"other", identities=("i", "j"), created_at=5.0)
         await store.insert(record("b", owner="me", key="k", fingerprint="f"))
         return [await store.find("a", None)]
@@ -81,7 +83,7 @@ def test_a_migration_that_fails_leaves_version_1(tmp_path: Path, monkeypatch: py
     asyncio.run(some(tmp_path))
     as_version_1(tmp_path)
     with monkeypatch.context() as patched:
-        patched.setattr(journal, "job_checksum", lambda record: None)
+        patched.setattr(journal, "checksums", lambda record: (None, None))
         with pytest.raises(StoreRefused):
             open_journal(tmp_path)
     db = sqlite3.connect(tmp_path / JOURNAL)
@@ -90,3 +92,19 @@ def test_a_migration_that_fails_leaves_version_1(tmp_path: Path, monkeypatch: py
     with pytest.raises(sqlite3.OperationalError, match="no such column: checksum"):
         db.execute(SELECT)
     db.close()
+
+
+def test_a_migration_takes_no_more_memory_for_more_jobs(tmp_path: Path) -> None:
+    insert = """INSERT INTO jobs (id, created_at, arrived, request, served, attached, attempt)
+        VALUES (?, 0, 0, ?, '{}', 0, 1)"""
+    with sqlite3.connect(tmp_path / JOURNAL) as db:
+        db.executescript(f"PRAGMA journal_mode = WAL; {VERSION_1}")
+        db.executemany(insert, ((f"{number}", "x" * 10_000) for number in range(2000)))
+        db.executemany("INSERT INTO expired (id) VALUES (?)", (("x" * 10_000 + f"{number}",) for number in range(2000)))
+    db.close()
+    tracemalloc.start()
+    try:
+        open_journal(tmp_path).close()
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()

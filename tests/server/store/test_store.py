@@ -23,7 +23,7 @@ from server.errors import Gone, NotFound, NotReady, StorageFull, StoreInUse, Sto
 from server.store import rows, writer
 from server.store.records import Record
 from server.store.rows import IdempotentHit
-from server.store.schema import JOURNAL, VERSION
+from server.store.schema import JOURNAL, PICTURES, VERSION
 from server.store.store import Store
 from tests.server.jobs.records import a_store, ended, keep, name, record, without_room
 
@@ -124,7 +124,7 @@ def test_the_oldest_jobs_expire_first_and_a_blob_stays_while_a_job_has_it(tmp_pa
             for i, pngs in enumerate([(b"x", b"y"), (b"y",), (b"z",)]):
                 await keep(store, f"{i}", *pngs, ended=10.0 + i)
             gone = await store.expire(before=11.0, most_bytes=1 << 40)
-            await store.delete(gone.blobs)
+            await store.delete_unused()
             left = [store.blobs.has(name(png), 1) for png in (b"x", b"y", b"z")]
             errors = list[object]()
             for id in ("0", "9"):
@@ -158,8 +158,8 @@ def test_a_pinned_blob_is_not_deleted_with_its_job(tmp_path: Path) -> None:
             await keep(store, "a", b"png")
             await store.insert(record("b"))
             await store.blobs.save({name(b"png"): b"png"})
-            gone = await store.expire(before=99.0, most_bytes=1 << 40)  # between the picture and its row
-            await store.delete(gone.blobs)
+            await store.expire(before=99.0, most_bytes=1 << 40)  # between the picture and its row
+            await store.delete_unused()
             await store.finish(ended("b", (b"png",)))
             return store.blobs.read(name(b"png"))
 
@@ -170,9 +170,9 @@ def test_a_blob_that_another_job_has_is_not_deleted_with_its_job(tmp_path: Path)
     async def story() -> bytes:
         async with a_store(tmp_path) as store:
             await keep(store, "a", b"png")
-            gone = await store.expire(before=99.0, most_bytes=1 << 40)
+            await store.expire(before=99.0, most_bytes=1 << 40)
             await keep(store, "b", b"png")  # between the end of its row and the end of its file
-            await store.delete(gone.blobs)
+            await store.delete_unused()
             return store.blobs.read(name(b"png"))
 
     assert asyncio.run(story()) == b"png"
@@ -492,3 +492,74 @@ def test_a_blob_is_on_disk_before_the_row_that_names_it(tmp_path: Path, monkeypa
     asyncio.run(story())
 
     assert done == ["sync", "rename", "sync", "commit"]
+
+
+def test_a_blob_that_cannot_be_deleted_is_a_trouble_of_the_pictures_and_is_deleted_later(tmp_path: Path) -> None:
+    bad, usual = name(b"x"), Path.unlink
+
+    def unlink(path: Path, missing_ok: bool = False) -> None:
+        if path.name == bad:
+            raise OSError(errno.EIO, "Input/output error")
+        usual(path, missing_ok)
+
+    async def story() -> list[object]:
+        async with a_store(tmp_path) as store:
+            await keep(store, "a", b"x", b"y", b"z")
+            await store.expire(before=99.0, most_bytes=1 << 40)
+            with mock.patch.object(Path, "unlink", unlink), pytest.raises(StorageFull, match="pictures"):
+                await store.delete_unused()
+            found: list[object] = [list(store.troubles.now), [path.name for path in (tmp_path / PICTURES).iterdir()]]
+            await store.delete_unused()
+            return [*found, [*(tmp_path / PICTURES).iterdir()]]
+
+    assert asyncio.run(story()) == [["pictures"], [bad], []]
+
+
+@pytest.mark.parametrize("end", [999.0, 2.0])  # the last job with the picture is undone; it expires before that
+def test_the_blobs_of_jobs_are_deleted_though_the_disk_answers_late(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: float
+) -> None:
+    answers = threading.Event()
+
+    async def story() -> list[Path]:
+        async with a_store(tmp_path) as store:
+            await keep(store, "a", b"png", identities=("i",))
+            usual = store._writer._work
+            monkeypatch.setattr(writer, "PATIENCE_S", 0.05)
+            monkeypatch.setattr(store._writer, "_work", lambda request: (answers.wait(20), usual(request))[1])
+            asked: list[asyncio.Future[Any]] = [
+                store.insert(record("b"), ended("b", (b"png",), ended=end), ("i",)),  # from the cache
+                store.expire(before=99.0, most_bytes=1 << 40),
+            ]
+            assert [type(answer) for answer in await asyncio.gather(*asked, return_exceptions=True)] == [
+                StorageFull
+            ] * 2
+            answers.set()
+            while store.blobs.has(name(b"png"), 3):
+                with contextlib.suppress(StorageFull):  # until the disk answers again
+                    await store.delete_unused()
+                await asyncio.sleep(0)
+            return [*(tmp_path / PICTURES).iterdir()]
+
+    assert asyncio.run(story()) == []
+
+
+def test_a_folder_of_pictures_that_was_made_anew_is_noticed_though_inode_numbers_are_used_again(tmp_path: Path) -> None:
+    failures = list[StoreRefused]()
+
+    async def story() -> None:
+        store = Store(tmp_path, on_failed=failures.append)
+        store.start()
+        before = (tmp_path / PICTURES).stat().st_ino
+        for _ in range(100):
+            (tmp_path / PICTURES).rmdir()
+            (tmp_path / PICTURES).mkdir()
+            if (tmp_path / PICTURES).stat().st_ino == before:
+                break
+        with pytest.raises(StorageFull):
+            await store.insert(record("b"))
+        await store.close()
+
+    asyncio.run(story())
+
+    assert "pictures was removed or replaced" in str(failures[0])
