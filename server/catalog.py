@@ -72,7 +72,7 @@ class _Listed:
 def find_models(weights: str | Path) -> Catalog:
     """All listed models but those that cannot be served. Raises ModelRefused if none is left, or for a name's sake."""
     text = str(weights)
-    places = [text] if Path(text).is_dir() else [place.strip() for place in text.split(",") if place.strip()]
+    places = [text] if text and Path(text).is_dir() else [place.strip() for place in text.split(",") if place.strip()]
     cards, reasons, first = dict[str, ModelCard](), dict[str, str](), "DDPM_WEIGHTS names no model"
     for listed in (listed for place in places for listed in _find(place)):
         if listed.name in cards or listed.shown in reasons:
