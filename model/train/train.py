@@ -128,6 +128,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
 
 
+def has_device(name: str) -> bool:
+    """Whether tensors can be computed on a device of this name."""
+    try:
+        return torch.device(name).type in ("cpu", "cuda") and bool(torch.zeros(1, device=name).item() == 0)
+    except (RuntimeError, AssertionError):  # the latter: a PyTorch without CUDA
+        return False
+
+
 def run(source: Path, directory: Path, args: argparse.Namespace) -> None:
     """Trains with these flags, alone or as one of the processes that torchrun has started."""
     device = args.device

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, distributed
 
@@ -162,8 +162,17 @@ class Trainer:
     def resume(self, path: Path, weights: Path) -> None:
         """Resumes from a state that `save` wrote, or from the two files into which `split` divided it.
 
-        Raises ModelRefused if the average is not in the state and `weights` is not the file that belongs to it.
+        Raises ModelRefused if it is damaged or of another net, and if the average is not in the state and `weights` is
+        not the file that belongs to it.
         """
+        try:
+            self._resume(path, weights)
+        except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise ModelRefused(
+                f"{path.name} is damaged, or of another net; without it, training begins anew"
+            ) from error
+
+    def _resume(self, path: Path, weights: Path) -> None:
         with safe_open(path, "pt", device=self.device) as file:
             metadata, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}
         if "weights" in metadata:
@@ -179,9 +188,13 @@ class Trainer:
 
 
 def write(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Writes a safetensors file that all users may read. It is replaced atomically."""
+    """Writes a safetensors file that all users may read. It is replaced atomically. Raises OSError."""
     part = path.with_suffix(".part")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part, metadata)
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part, metadata)
+    except SafetensorError as error:
+        part.unlink(missing_ok=True)
+        raise OSError(f"{path.name} could not be written: {error}") from None
     part.chmod(0o644)  # the server may be run by another user
     part.replace(path)
 

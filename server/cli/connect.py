@@ -4,14 +4,15 @@ The private one is the whole server, with the same engine, settings and bytes. I
 accepts one key that only this command has, and stores its data in a temporary folder.
 """
 
+import math
 import os
 import sys
 import tempfile
 import threading
 import time
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ddpm_client import Client
@@ -28,7 +29,15 @@ def add_arguments(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("server")
     group.add_argument("--url", help="a running server (default: start one here, from the DDPM_* settings)")
     group.add_argument("--key-file", type=Path, metavar="FILE", help="file with the API key (default: no key)")
-    group.add_argument("--timeout", type=float, default=60.0, metavar="S", help="seconds to wait in silence (60)")
+    group.add_argument("--timeout", type=_seconds, default=60.0, metavar="S", help="seconds to wait in silence (60)")
+
+
+def _seconds(text: str) -> float:
+    """A time that can be waited for. Raises ArgumentTypeError."""
+    with suppress(ValueError):
+        if 0 < (seconds := float(text)) < math.inf:
+            return seconds
+    raise ArgumentTypeError("must be a positive number of seconds")
 
 
 def progress_bar() -> "tqdm[None]":

@@ -5,8 +5,9 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from model.errors import NoSuchDevice
 from model.usage import Parser
-from server.errors import SettingsError
+from server.errors import SettingsError, StorageFull
 
 CONFIGURATIONS = ("config.json", "scheduler_config.json")
 
@@ -32,10 +33,14 @@ def main(arguments: Sequence[str]) -> int:
         raise SettingsError(f"--out must be a folder with {' and '.join(CONFIGURATIONS)}, or --config must name one")
     if not given.images.exists():
         raise SettingsError(f"{given.images} is not there")
+    if not train.has_device(given.device):
+        raise NoSuchDevice(f"--device must be cpu, or a GPU that PyTorch finds here, got {given.device!r:.40}")
     try:
         train.run(given.images, given.out, given)
     except ValueError as error:
         raise SettingsError(str(error)) from None
+    except OSError as error:
+        raise StorageFull(f"--out {given.out} cannot be written: {error.strerror or error}") from None
     return 0
 
 
@@ -43,7 +48,10 @@ def _configure(directory: Path, source: Path) -> None:
     """Copies the configurations that the directory lacks."""
     if not all((source / name).is_file() for name in CONFIGURATIONS):
         raise SettingsError(f"--config must be a folder with {' and '.join(CONFIGURATIONS)}")
-    directory.mkdir(parents=True, exist_ok=True)
-    for name in CONFIGURATIONS:
-        if not (directory / name).exists():
-            shutil.copy(source / name, directory / name)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for name in CONFIGURATIONS:
+            if not (directory / name).exists():
+                shutil.copy(source / name, directory / name)
+    except OSError as error:
+        raise SettingsError(f"--out {directory} cannot be written: {error.strerror or type(error).__name__}") from None

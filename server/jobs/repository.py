@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from contextlib import aclosing
 
 from model.engine.events import Finished
+from server.clock import DAY_S, Clock
 from server.documents import ProblemDocument
 from server.engines.backend import Backend
 from server.errors import Gone, NotFound, NotReady, StorageFull
@@ -30,22 +31,9 @@ from server.worker.messages import Spec
 
 logger = logging.getLogger(__name__)
 SWEEP_S = 10.0  # between two looks for jobs whose retention has ended
-DAY_S = 86_400.0
 REMAKE_S = 10.0  # that a caller waits for all the pictures that are made again for its request
 KEPT_BYTES = 256 << 20  # what ended jobs hold in memory, at most
 KEPT_JOBS = 10_000  # and how many of them there are
-
-
-class Clock:
-    """Seconds since 1970 that do not jump, whatever becomes of the wall clock while a server runs: the order in which
-    jobs wait and are kept. It starts at the time of day, or later if the journal has later times."""
-
-    def __init__(self, not_before: float = 0.0) -> None:
-        self._offset_s = max(time.time(), not_before) - time.monotonic()
-
-    def now(self) -> float:
-        """The time."""
-        return time.monotonic() + self._offset_s
 
 
 class JobRepository:
@@ -66,7 +54,7 @@ class JobRepository:
         """Opens the journal. -> the jobs that the last server had not ended, in order of arrival"""
         self.store.start()
         self._loop = asyncio.get_running_loop()
-        self.clock = Clock(not_before=await self.store.latest())
+        self.clock = Clock(await self.store.latest())
         self._sweeper = asyncio.create_task(self._sweep(), name="retention")
         self._sweeper.add_done_callback(report)
         jobs = [to_job(record, self.read, self.counts) for record in await self.store.recover()]
@@ -231,11 +219,13 @@ class JobRepository:
 
         Raises StorageFull, NotReady or OSError, and then there may be more to delete.
         """
-        before = self.clock.now() - self._settings.retention_days * DAY_S
-        more = True
+        now, more = self.clock.now(), True
         while more:
-            expired = await self.store.expire(before, self._settings.retention_bytes)
+            before = now - self._settings.retention_days * DAY_S
+            expired = await self.store.expire(before, self._settings.retention_bytes, now)
             self._forget(expired.ids)
+            if expired.ids:
+                logger.info("jobs were deleted, for their retention had ended", extra={"count": len(expired.ids)})
             await self.store.delete_unused()
             more = expired.more
         await asyncio.to_thread(self.store.blobs.clear_aside)

@@ -17,6 +17,7 @@ from server.store.blobs import why_unreadable
 LOCK = "lock"
 MARK, PARKED = 32, b"."  # the holder's process id, and at MARK whether it ended in order
 FLOOR, FLOOR_BYTES = 64, 26  # and there the number of the last transaction that was promised, with a checksum
+SEEN, SEEN_S = 96, 600.0  # and there a time at which the store was in use, with one; how old it may be meanwhile
 
 
 def opened(directory: Path, how: int) -> int:
@@ -66,6 +67,19 @@ def write_floor(lock: int, number: int) -> None:
     """Records the number of the last transaction on disk, which is going to be promised."""
     with suppress(OSError):  # then a loss of this one transaction alone would not be noticed
         os.pwrite(lock, _floor(f"{number:016x}".encode()), FLOOR)
+
+
+def read_seen(lock: int) -> float:
+    """A time at which the store was in use, by the clock that does not jump; 0 if none can be read."""
+    found = os.pread(lock, FLOOR_BYTES, SEEN)
+    return float(int(found[:16], 16)) if found and found == _floor(found[:16]) else 0.0
+
+
+def write_seen(lock: int, now: float) -> None:
+    """Records that the store is in use, now and then."""
+    if now >= read_seen(lock) + SEEN_S:
+        with suppress(OSError):  # then the time between two servers begins earlier
+            os.pwrite(lock, _floor(f"{int(now):016x}".encode()), SEEN)
 
 
 def _floor(number: bytes) -> bytes:

@@ -212,12 +212,13 @@ class Store:
         await self._writer.ask(rows.park)
 
     async def latest(self) -> float:
-        """The latest arrival or end of a job, by the clock that does not jump; 0 if there is none."""
-        return await self._writer.ask(rows.latest)
+        """The latest time that is known here, by the clock that does not jump; 0 if there is none."""
+        return max(await self._writer.ask(rows.latest), lock.read_seen(self._lock))
 
-    def expire(self, before: float, most_bytes: int) -> "asyncio.Future[Expired]":
+    def expire(self, before: float, most_bytes: int, now: float = 0.0) -> "asyncio.Future[Expired]":
         """Deletes some of the jobs that ended before this time, and of the oldest while all take more than
-        `most_bytes`. `delete_unused` deletes their blobs when this is on disk."""
+        `most_bytes`. `delete_unused` deletes their blobs when this is on disk. now: is noted for `latest`"""
+        lock.write_seen(self._lock, now)
 
         def work(db: sqlite3.Connection) -> Expired:
             expired = retention.expire(db, before, most_bytes, BATCH)

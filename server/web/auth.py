@@ -44,6 +44,11 @@ def make_key(name: str, quota: int | None = None) -> tuple[str, str]:
     return key, line
 
 
+def _open(path: str, flags: int) -> int:
+    """Opens a file without a wait for what may never come, such as the other end of a named pipe."""
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
 class Keyring:
     """The keys that are accepted."""
 
@@ -64,8 +69,8 @@ class Keyring:
     def read(cls, path: Path) -> "Keyring":
         """The keys of a file. Raises SettingsError, with a message that repeats nothing of the file."""
         try:
-            with path.open("rb") as file:
-                text = file.read(MAX_FILE_BYTES + 1)
+            with open(path, "rb", opener=_open) as file:
+                text = file.read(MAX_FILE_BYTES + 1) or b""
         except OSError as error:
             raise SettingsError(f"DDPM_API_KEYS: the file could not be read: {type(error).__name__}") from None
         if len(text) > MAX_FILE_BYTES:

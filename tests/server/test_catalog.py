@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from model.errors import ModelRefused
 from server.catalog import find_models
 from tests.model.convert.directories import write_model
 
@@ -108,3 +109,14 @@ def test_a_link_that_leads_nowhere_is_told_of(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("no model")
 
     assert find_models(tmp_path).refused == {"faces": "faces is not a directory"}
+
+
+@pytest.mark.parametrize("weights", ["", " ", ",", " , "])
+def test_an_empty_list_lists_nothing_not_even_where_the_server_starts(
+    weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_model(tmp_path / "stray")
+    monkeypatch.chdir(tmp_path)
+
+    with pytest.raises(ModelRefused, match="DDPM_WEIGHTS names no model"):
+        find_models(weights)

@@ -6,7 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors import SafetensorError
 
+from model.train import trainer
 from server.cli import main
 from server.settings import Settings
 from server.web.app import create_app
@@ -107,3 +109,47 @@ def test_an_error_in_training_is_one_line(
     assert main.main(words) == 2
     line = capsys.readouterr().err
     assert line.startswith(f"ddpm: {named} ") and line.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "said"),
+    [
+        (["--device", "abacus"], 6, "--device must be cpu, or a GPU that PyTorch finds here, got 'abacus'"),
+        (["--device", "meta"], 6, "--device must be cpu"),
+        (["--out", "FILE"], 2, "cannot be written: File exists"),
+        (["--out", "DAMAGED"], 3, "training.safetensors is damaged, or of another net"),
+        (["--out", "FULL"], 7, "cannot be written: training.safetensors could not be written"),
+    ],
+)
+def test_a_training_that_cannot_begin_or_be_kept_says_so_in_one_line(
+    flags: list[str],
+    code: int,
+    said: str,
+    weights: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def save_file(*given: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "FILE").touch()
+    (tmp_path / "DAMAGED").mkdir()
+    (tmp_path / "DAMAGED" / "training.safetensors").write_bytes(b"not quite")
+    if "FULL" in flags:
+        monkeypatch.setattr(trainer, "save_file", save_file)
+    np.savez("pictures.npz", images=np.zeros((40, 8, 8), np.uint8))
+    words = ["train", "pictures.npz", "--out", "new", "--config", str(weights / "tiny"), "--device", "cpu"]
+
+    assert main.main([*words, "--images", "8", "--batch", "8", *flags]) == code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("ddpm: ") and said in line
+
+
+@pytest.mark.parametrize("seconds", ["nan", "0", "-1", "inf", "soon"])
+def test_a_time_that_cannot_be_waited_for_is_refused(seconds: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main.main(["models", "--url", "http://127.0.0.1:1", "--timeout", seconds])
+
+    assert "argument --timeout: must be a positive number of seconds" in capsys.readouterr().err

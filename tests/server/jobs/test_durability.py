@@ -1,7 +1,6 @@
 """Nothing accepted is lost: what a server answers after it was started anew, and to those who ask the same again."""
 
 import errno
-import itertools
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
@@ -18,9 +17,9 @@ import pytest
 from starlette.testclient import TestClient
 
 from model.engine.events import Finished
+from server.clock import DAY_S
 from server.errors import StorageFull
 from server.jobs import repository
-from server.jobs.repository import Clock
 from server.jobs.request import RequestContext
 from server.jobs.service import JobService
 from server.settings import Settings
@@ -489,11 +488,11 @@ def test_a_disk_that_was_full_for_a_while_does_not_end_retention(start: Start, m
         store = jobs_of(client).repository.store
         usual = store.expire
 
-        async def expire(before: float, most_bytes: int) -> Expired:
+        async def expire(before: float, most_bytes: int, now: float) -> Expired:
             swept.append(before)
             if len(swept) == 1:
                 raise StorageFull("the disk is full")
-            return await usual(before, most_bytes)
+            return await usual(before, most_bytes, now)
 
         monkeypatch.setattr(store, "expire", expire)
         job = later(client, seed=1)
@@ -518,15 +517,35 @@ def test_a_full_disk_is_told_by_every_door_and_passes(start: Start) -> None:
     assert all(int(answer.headers["retry-after"]) > 0 for answer in refused)
 
 
-def test_order_and_retention_do_not_depend_on_the_clock_on_the_wall(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, year = Clock(), 365 * 86400.0
-    times = [clock.now()]
-    for jump in (10 * year, -10 * year):
-        monkeypatch.setattr(time, "time", partial(float, time.time() + jump))
-        times.append(clock.now())
+@pytest.mark.parametrize("years", [(-50, 0, -50, 0), (0, 95, 0, 95)])
+def test_a_wall_clock_that_is_wrong_at_a_start_deletes_nothing(
+    start: Start, monkeypatch: pytest.MonkeyPatch, years: tuple[int, ...]
+) -> None:
+    usual, kept, all_kept = time.time, list[str](), list[int]()
+    for shift in years:
+        monkeypatch.setattr(time, "time", lambda: usual() + shift * 365 * DAY_S)  # noqa: B023
+        with start() as client:
+            kept.append(later(client, seed=len(kept))["id"])
+            ended(client, kept[-1])
+            call(client, jobs_of(client).repository.sweep)
+            all_kept.append(sum(client.get(f"/jobs/{id}").status_code == 200 for id in kept))
 
-    assert all(0 <= b - a < 1 for a, b in itertools.pairwise(times))
-    assert Clock(not_before=times[-1]).now() >= times[-1]  # of a server that starts while the clock is far behind
+    assert all_kept == [1, 2, 3, 4]
+
+
+def test_time_without_a_job_counts_beyond_a_restart(start: Start) -> None:
+    with start() as client:
+        job = later(client, seed=1)
+        ended(client, job["id"])
+        repository = jobs_of(client).repository
+        repository.clock._offset_s += 6.9 * DAY_S  # a server that nobody asks for anything, for days
+        call(client, repository.sweep)
+    with start() as client:
+        repository = jobs_of(client).repository
+        assert client.get(f"/jobs/{job['id']}").status_code == 200
+        repository.clock._offset_s += 0.2 * DAY_S
+        call(client, repository.sweep)
+        assert client.get(f"/jobs/{job['id']}").status_code == 410
 
 
 def test_while_it_drains_a_server_says_so_and_ends_what_it_has(start: Start) -> None:

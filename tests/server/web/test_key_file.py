@@ -140,6 +140,20 @@ def test_a_file_with_a_mistake_changes_nothing_and_is_told_once(
     assert [key for key in "abx" if is_valid(keys, key)] == ["x"]
 
 
+def test_a_pipe_in_the_place_of_the_file_does_not_end_the_looks(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    keys = KeyFile(path)
+    path.unlink()
+    os.mkfifo(path)
+    with caplog.at_level(logging.ERROR):
+        refresh(keys)  # which waited for a writer, and with it all later ones
+    path.unlink()
+    path.write_text(line("alice", "x"))
+    refresh(keys)
+
+    assert len(caplog.records) == 1
+    assert [key for key in "abx" if is_valid(keys, key)] == ["x"]
+
+
 @pytest.mark.parametrize(("capacity", "left"), [(60, 20), (100, 60), (30, -10)])
 def test_what_was_used_of_a_quota_is_used_of_the_next_one(capacity: int, left: int) -> None:
     before, after = (Quota(most, clock=lambda: 0.0) for most in (60, capacity))
@@ -179,7 +193,7 @@ def test_a_file_that_could_not_be_read_for_a_moment_is_read_at_the_next_look(
     keys = KeyFile(path)
     replace(path, line("alice", "x"))
     with monkeypatch.context() as short, caplog.at_level(logging.ERROR):
-        short.setattr(Path, "open", no_descriptor)
+        short.setattr("server.web.auth._open", no_descriptor)
         for _ in range(3):
             refresh(keys)
     assert [key for key in "abx" if is_valid(keys, key)] == ["a", "b"]
