@@ -126,9 +126,11 @@ def test_a_number_in_a_query_has_one_form(client: TestClient, job: str, number: 
 
 @pytest.mark.parametrize("number", ["01", "+1", "-1", "1_0", "1.0", "1e0", "1, 1", ""])
 def test_a_number_in_a_header_has_one_form(client: TestClient, job: str, number: str) -> None:
-    answer = client.get(f"/jobs/{job}/events", headers={"last-event-id": number})
+    for method, path in (("GET", f"/jobs/{job}/events"), ("POST", "/generate")):
+        answer = client.request(method, path, headers={"last-event-id": number, "accept": "text/event-stream"})
 
-    assert (answer.status_code, answer.json()["code"]) == (422, "invalid-request")
+        assert (answer.status_code, answer.json()["code"]) == (422, "invalid-request")
+        assert [each["pointer"] for each in answer.json()["errors"]] == [""]  # no pointer leads to a header
 
 
 def test_a_path_has_one_form(client: TestClient, job: str) -> None:
