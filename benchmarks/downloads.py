@@ -1,6 +1,6 @@
 """What the first `make serve` downloads: the sizes of the wheels that pip chooses, with PyTorch's two builds.
 
-python -m benchmarks.downloads [--cpu-wheels PLACE] [--out FILE]     needs a network; downloads metadata only, for two minutes
+python -m benchmarks.downloads     takes two minutes, and a network, from which it reads metadata only
 """
 
 import argparse
@@ -28,7 +28,15 @@ def size_bytes(url: str) -> int:
 
 def wheels(*options: str) -> list[str]:
     """Where pip would get each package from that the server needs, but for our own."""
-    command = [sys.executable, *PIP, "--constraint", ROOT / "constraints.txt", *options, ROOT / "client", ROOT]
+    command: list[str | Path] = [
+        sys.executable,
+        *PIP,
+        "--constraint",
+        ROOT / "constraints.txt",
+        *options,
+        ROOT / "client",
+        ROOT,
+    ]
     told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = [each["download_info"] for each in json.loads(told)["install"]]
     return [each["url"] for each in found if "dir_info" not in each]
