@@ -20,7 +20,7 @@ Level: TypeAlias = Annotated[int, Field(description="noise level, T .. 0")]
 class FieldError(TypedDict):
     """What is wrong with one field."""
 
-    pointer: Annotated[str, Field(description="where the field is in the body (RFC 6901), or its name in the URL")]
+    pointer: Annotated[str, Field(description="where it is in the body (RFC 6901), or its name in the URL; or empty")]
     message: Annotated[str, Field(description="what was given and what is allowed")]
 
 

@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from model.checkpoint.card import read_card
+from model.checkpoint.shapes import count, shapes
 from model.engine.footprint import footprint
 from tests.test_docs import DOCUMENTS, ROOT, headings
 
 CLAIMS = (ROOT / "docs" / "claims.md").read_text()
-README = (ROOT / "README.md").read_text()
+README, START = (ROOT / "README.md").read_text(), (ROOT / "docs" / "quick-start.md").read_text()
 HISTORY = ("CHANGELOG.md", "RESULTS.md")  # which name what was there then
 EVIDENCE = re.compile(
     r"(?P<test>\btests/[\w/]+\.py)(?:::(?P<name>\w+))?|`(?P<alone>test_\w+)`"
@@ -170,6 +171,19 @@ def test_servers_are_as_fast_as_was_measured_and_none_promises_bytes_that_differ
         if times:
             (median, _, p99) = next(v for n, v in values.items() if n.startswith(f"{rate}, {name}: 50 steps"))
             assert NUMBER.findall(times) == as_written(times, iter([median, p99]))
+
+
+def test_it_is_said_how_much_is_downloaded_and_how_large_the_model_is() -> None:
+    values, text = measured("downloads"), " ".join(README.split())
+    sizes = [
+        next(v[0] for name, v in values.items() if f"serve, {build} CUDA" in name) for build in ("without", "with")
+    ]
+    card = read_card(ROOT / "weights" / "digits")
+    parameters = count(shapes(card.architecture))
+
+    assert "downloads {:.1f} GB, with an NVIDIA driver {:.1f} GB".format(*sizes) in text
+    assert [f"{size:.1f}" for size in sizes] == re.findall(r"^\|.* ([\d.]+) GB \|$", START, re.MULTILINE)
+    assert f"{parameters / 1e6:.1f} million parameters" in text
 
 
 def test_other_pages_say_what_was_measured() -> None:

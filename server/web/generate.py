@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 from model.engine.events import Picture
 from server.bounds import whole_number
 from server.documents import JobDocument, Kind
-from server.errors import Gone, Malformed
+from server.errors import Gone, Invalid, Malformed
 from server.jobs import encode
 from server.jobs.job import Job, State
 from server.jobs.request import RequestContext
@@ -142,11 +142,19 @@ async def generate(request: Request) -> Response:
     return Response(await jobs.in_thread(lambda: ENCODERS[media](job)), media_type=media, headers=headers)
 
 
+def last_event_id(request: Request) -> int | None:
+    """The number of the message behind which a client that reconnects continues. Raises Invalid."""
+    if (last := header(request, "last-event-id")) is None:
+        return None
+    try:
+        return whole_number("Last-Event-ID", last, 0, MAX_SEQ)
+    except Invalid as error:
+        raise Invalid(("", str(error))) from None  # a pointer leads into the body
+
+
 def _passed(request: Request, streams: bool, key: str | None) -> int:
     """The number of the message behind which a stream continues. Raises Invalid, Malformed."""
-    if (last := header(request, "last-event-id")) is None:
-        return 0
-    passed = whole_number("Last-Event-ID", last, 0, MAX_SEQ)
+    passed = last_event_id(request) or 0
     if passed and not streams:
         raise Malformed(f"Last-Event-ID is for answers as {EVENTS}")
     if passed and key is None:

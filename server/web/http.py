@@ -23,6 +23,7 @@ Json = dict[str, Any]
 TEXT: Json = {"type": "string"}
 EVENTS = "text/event-stream"
 MOST_WRONG = 20  # that are told of one request
+ITEM = re.compile(r'(?:[^,"]|"(?:\\.|[^"\\])*"?)+')  # of a list; commas in quotes separate nothing
 TAG = re.compile(r'"[^"]*"')
 WEIGHT = re.compile(r"[0-9]+\.?[0-9]*|\.[0-9]+")  # also as old clients write it, without a digit before the point
 KEY = re.compile(r"[!-~]{1,255}")
@@ -165,8 +166,8 @@ def header(request: HTTPConnection, name: str) -> str | None:
 
 def directives(request: HTTPConnection, name: str) -> dict[str, str]:
     """The items of a header that is a list, Prefer or Cache-Control: their names in lower case and their values, or "".
-    Parameters behind a semicolon are left out."""
-    items = (part.partition(";")[0].partition("=") for part in (header(request, name) or "").split(","))
+    Of equal names the first counts (RFC 7240, 2). Parameters behind a semicolon are left out."""
+    items = (part.partition(";")[0].partition("=") for part in reversed(ITEM.findall(header(request, name) or "")))
     return {key.strip().lower(): value.strip().strip('"') for key, _, value in items}
 
 
@@ -230,7 +231,7 @@ def negotiate(accept: str | None, offers: Sequence[str]) -> str:
     The offers have no parameters, but for `charset=utf-8`. What stands behind the weight has no meaning.
     """
     ranges: dict[str, float] = {}
-    for part in (accept or "*/*").split(","):
+    for part in ITEM.findall(accept or "*/*"):
         media, parameters = _media_type(part)
         weight = parameters.get("q", "1")
         if {name: parameters[name] for name in takewhile("q".__ne__, parameters)} not in ({}, {"charset": "utf-8"}):

@@ -11,7 +11,7 @@ from server.jobs.job import Job
 from server.jobs.schemas import JOBS, MAX_SEQ, MOST_JOBS, STATUSES, After, Index, Limit, Seq, Status
 from server.jobs.service import JobService
 from server.settings import Settings
-from server.web.generate import ANIMATIONS, PNG, ServerSent, draw, sent_events
+from server.web.generate import ANIMATIONS, PNG, ServerSent, draw, last_event_id, sent_events
 from server.web.http import EVENTS, has_current, header, negotiate, tenant_of
 from server.web.openapi import FILE, JOB_EVENTS, asks, event_stream, refusals, sends
 from server.webhooks.signing import secret_of
@@ -102,8 +102,8 @@ async def get_events(request: Request, id: str, after: Seq = None) -> Response:
     """The messages of a job from number `after` + 1 on, or behind the `Last-Event-ID` that an EventSource sends when it
     reconnects. A client that disconnects cancels nothing."""
     passed = 0 if after is None else whole_number("after", after, 0, MAX_SEQ)
-    if (last := header(request, "last-event-id")) is not None:
-        passed = whole_number("Last-Event-ID", last, 0, MAX_SEQ)
+    if (last := last_event_id(request)) is not None:
+        passed = last
     job = await find_job(request, id)
     if job.ended and job.stream.closed and passed >= len(job.stream.kept):
         return Response(status_code=204)  # at which an EventSource stops

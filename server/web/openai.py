@@ -14,7 +14,7 @@ from fastapi import APIRouter, Request, Response
 from starlette.responses import JSONResponse
 
 from server.catalog import card_of
-from server.errors import problem
+from server.errors import Invalid, problem
 from server.jobs import encode
 from server.jobs.job import Image, Job
 from server.jobs.request import RequestContext, resolve_request
@@ -75,7 +75,11 @@ async def openai_generate(request: Request) -> Response:
         asked = parse_images(await read_json_body(request, settings.max_body_bytes) or b"{}")
         body = asked.generate()
         context = RequestContext(attached=not asked.stream, **from_headers(request))
-        _, height, width = resolve_request(body, jobs.cards, settings, context).shape
+        try:
+            _, height, width = resolve_request(body, jobs.cards, settings, context).shape
+        except Invalid as error:
+            ours = {"frames": "partial_images"} if asked.partial_images else {}  # our names and the caller's
+            raise Invalid(*((ours.get(name, name), message) for name, message in error.fields)) from None
         asked.check_size(width, height)
         job = await jobs.submit(body, context)
     headers = {"X-Job-Id": job.id, "X-Seed": str(job.request.seed)} | ({"X-Cache": "hit"} if job.cached else {})

@@ -179,8 +179,11 @@ def test_a_client_that_disconnects_cancels_its_job(client: httpx.Client, hasty: 
     assert hasty.client.get(f"/jobs/{job}").json()["status"] == "cancelled"
 
 
-def test_metrics_are_not_public(client: httpx.Client) -> None:
-    assert code_of(client.get("/metrics")) == (404, "not-found")
+@pytest.mark.parametrize(
+    "path", ["/metrics", "/metrics?", "/metrics%0A", "/%6Detrics", "//metrics", "/x/../metrics", "/x%2f../metrics"]
+)
+def test_metrics_are_not_public(front: int, path: str) -> None:
+    assert code_of(parsed(ask(front, request(path, method="GET")))) == (404, "not-found")
 
 
 @pytest.mark.parametrize("taken_off", [False, True])

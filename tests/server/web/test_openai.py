@@ -187,6 +187,14 @@ def test_unsupported_fields_are_bad_requests_that_name_the_field(
     assert backend_of(client).specs == []
 
 
+def test_too_many_partial_images_are_refused_by_their_own_name(weights: Path, tmp_path: Path) -> None:
+    settings = Settings(weights=str(weights), data_dir=tmp_path, max_frames=4)
+    with TestClient(create_app(settings, FakeBackend())) as client, pytest.raises(openai.BadRequestError) as refusal:
+        over(client).images.generate(prompt="", stream=True, partial_images=3)
+
+    assert (refusal.value.param, "at most 4, got 5" in refusal.value.message) == ("partial_images", True)
+
+
 def test_a_full_queue_is_a_rate_limit_and_the_package_waits_as_told(
     client: TestClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:

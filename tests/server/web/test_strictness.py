@@ -126,9 +126,11 @@ def test_a_number_in_a_query_has_one_form(client: TestClient, job: str, number: 
 
 @pytest.mark.parametrize("number", ["01", "+1", "-1", "1_0", "1.0", "1e0", "1, 1", ""])
 def test_a_number_in_a_header_has_one_form(client: TestClient, job: str, number: str) -> None:
-    answer = client.get(f"/jobs/{job}/events", headers={"last-event-id": number})
+    for method, path in (("GET", f"/jobs/{job}/events"), ("POST", "/generate")):
+        answer = client.request(method, path, headers={"last-event-id": number, "accept": "text/event-stream"})
 
-    assert (answer.status_code, answer.json()["code"]) == (422, "invalid-request")
+        assert (answer.status_code, answer.json()["code"]) == (422, "invalid-request")
+        assert [each["pointer"] for each in answer.json()["errors"]] == [""]  # no pointer leads to a header
 
 
 def test_a_path_has_one_form(client: TestClient, job: str) -> None:
@@ -209,6 +211,12 @@ def test_two_content_types_or_encodings_are_refused(client: TestClient) -> None:
         (("prefer", "handling=strict, wait=10"), 200, "image/png"),
         (("prefer", "respond-async=no"), 200, "image/png"),
         (("prefer", 'respond-async=""'), 202, "application/json"),
+        (("prefer", "respond-async, respond-async=no"), 202, "application/json"),
+        (("prefer", "respond-async=no, respond-async"), 200, "image/png"),
+        (("prefer", 'x="a, respond-async, b"'), 200, "image/png"),
+        (("prefer", 'x="a\\", respond-async, b"'), 200, "image/png"),
+        (("prefer", 'x="a, b", respond-async'), 202, "application/json"),
+        (("accept", 'image/*;x="a, application/json, b", image/gif;q=0.1'), 200, "image/gif"),
         (("accept-encoding", "gzip, br;q=0.5"), 200, "image/png"),
         (("accept-language", "tlh"), 200, "image/png"),
         (("accept", "application/json; charset=UTF-8"), 200, "application/json"),
