@@ -13,7 +13,7 @@ from server.store.blobs import blobs_in, is_sound, why_unreadable
 from server.store.deliveries import COLUMNS
 from server.store.records import Record, checksum, checksums, record_of
 from server.store.rows import SELECT
-from server.store.schema import APPLICATION, JOURNAL, LOG, PICTURES, VERSION, VERSIONS, commits
+from server.store.schema import APPLICATION, JOURNAL, LOCK, LOG, PICTURES, VERSION, VERSIONS, commits
 
 ALL_IMAGES = """SELECT job, place AS "index", seed, sha256, size, message FROM images LEFT JOIN files USING (sha256)
     ORDER BY job, place"""
@@ -34,8 +34,9 @@ class Report:
     bad_pictures: list[str] = field(default_factory=list)
 
 
-def inspect(directory: Path, floor: int, hashes: bool = False) -> Report:
-    """Checks everything. floor: the number of the last transaction that was promised. hashes: also of the pictures.
+def inspect(directory: Path, floor: int, store: str = "", hashes: bool = False) -> Report:
+    """Checks everything. floor, store: the last transaction that was promised, as the lock file has it. hashes: also of
+    the pictures.
 
     Raises StoreRefused if the journal is of a newer version or of something else.
     """
@@ -54,7 +55,9 @@ def inspect(directory: Path, floor: int, hashes: bool = False) -> Report:
             report.damages += [line for text in found for line in text.splitlines()[-1:] if text != "ok"]
             version = _version(db, path, report)
             if version == VERSION:
-                number = commits(db)
+                number, found_store = commits(db)
+                if store not in ("", found_store):
+                    report.damages.append(f"{JOURNAL} or {LOCK} is of another store")
                 complete = 0 < floor <= number and committed > 0
                 if number < floor:
                     lost = f"transaction {floor} was promised, and the last one that can be read is {number}"

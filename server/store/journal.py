@@ -19,11 +19,11 @@ def check_journal(directory: Path, lock: int) -> None:
     Raises StoreRefused, without changing a byte, or the error of a full disk.
     """
     try:
-        floor = read_floor(lock)
+        floor, store = read_floor(lock)
         if not (directory / JOURNAL).exists():
             _require_new(directory, floor)
             create(directory / JOURNAL)
-        found = inspect(directory, floor)
+        found = inspect(directory, floor, store)
         damages = found.damages + found.bad_pictures
     except ValueError as error:
         damages = [str(error)]

@@ -16,7 +16,7 @@ from server.store.blobs import why_unreadable
 
 LOCK = "lock"
 MARK, PARKED = 32, b"."  # the holder's process id, and at MARK whether it ended in order
-FLOOR, FLOOR_BYTES = 64, 26  # and there the number of the last transaction that was promised, with a checksum
+FLOOR, FLOOR_BYTES = 64, 43  # there: the number of the last transaction that was promised, the store, a checksum
 
 
 def opened(directory: Path, how: int) -> int:
@@ -51,22 +51,22 @@ def mark_parked(lock: int, parked: bool) -> None:
         os.pwrite(lock, PARKED if parked else b" ", MARK)
 
 
-def read_floor(lock: int) -> int:
-    """The number of the last transaction that was promised; 0 if none is recorded. Raises ValueError."""
+def read_floor(lock: int) -> tuple[int, str]:
+    """The number of the last transaction that was promised, and the store's name; 0 and "" if nothing is recorded.
+    Raises ValueError."""
     found = os.pread(lock, FLOOR_BYTES, FLOOR)
     if not found.strip(b"\0 "):
-        return 0
-    number = found[:16]
-    if found != _floor(number):
+        return 0, ""
+    if found != _sealed(found[:33]):
         raise ValueError(f"{LOCK} is damaged")
-    return int(number, 16)
+    return int(found[:16], 16), found[17:33].decode().strip()
 
 
-def write_floor(lock: int, number: int) -> None:
-    """Records the number of the last transaction on disk, which is going to be promised."""
+def write_floor(lock: int, number: int, store: str) -> None:
+    """Records the number of the last transaction on disk, which is going to be promised. store: its name, or "" """
     with suppress(OSError):  # then a loss of this one transaction alone would not be noticed
-        os.pwrite(lock, _floor(f"{number:016x}".encode()), FLOOR)
+        os.pwrite(lock, _sealed(f"{number:016x} {store:16}".encode()), FLOOR)
 
 
-def _floor(number: bytes) -> bytes:
-    return b"%s %08x\n" % (number, crc32(number))
+def _sealed(floor: bytes) -> bytes:
+    return b"%s %08x\n" % (floor, crc32(floor))

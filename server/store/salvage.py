@@ -65,7 +65,7 @@ def salvage(directory: Path, out: Path) -> Salvaged:
         held = lock.opened(out, os.O_RDWR | os.O_CREAT)
         try:
             lock.hold(held, out)
-            lock.write_floor(held, 1)  # the transaction below: without it the new store is refused
+            lock.write_floor(held, 1, "")  # the transaction below: without it the new store is refused
             create(out / JOURNAL)
             return _copy(directory, out)
         finally:
