@@ -101,14 +101,14 @@ def _version(db: sqlite3.Connection, path: Path, report: Report) -> int:
     """The version of the tables. The header is believed alone only where nothing is damaged: a newer version has other
     tables. Raises StoreRefused of a journal that is of a newer version or of something else."""
     (told,), (application,) = (db.execute(f"PRAGMA {name}").fetchone() for name in ("user_version", "application_id"))
-    schema = _schema(db)
+    schema = schema_of(db)
     for version in range(1, VERSION + 1):
-        if schema == _schema(_empty(version)):
+        if schema == schema_of(empty(version)):
             if (told, application) != (version, APPLICATION):
                 report.damages.append(f"the header of {JOURNAL} is damaged: its tables are those of version {version}")
             return version
     sound = not report.damages
-    if application != APPLICATION and (sound or not schema & _schema(_empty(1))):
+    if application != APPLICATION and (sound or not schema & schema_of(empty(1))):
         raise StoreRefused(f"{path} is a database of something else")
     if application == APPLICATION and sound and told > VERSION:
         raise StoreRefused(f"the store {path} is of version {told}, this server knows up to version {VERSION}")
@@ -116,13 +116,15 @@ def _version(db: sqlite3.Connection, path: Path, report: Report) -> int:
     return VERSION
 
 
-def _empty(version: int) -> sqlite3.Connection:
+def empty(version: int) -> sqlite3.Connection:
+    """A journal of this version without rows, in memory."""
     db = sqlite3.connect(":memory:")
     db.executescript("".join(VERSIONS[:version]))
     return db
 
 
-def _schema(db: sqlite3.Connection) -> set[tuple[str, ...]]:
+def schema_of(db: sqlite3.Connection) -> set[tuple[str, ...]]:
+    """The tables, indexes and triggers of a journal."""
     return {tuple(row) for row in db.execute("SELECT type, name, tbl_name, sql FROM sqlite_schema")}
 
 
