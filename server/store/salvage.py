@@ -1,5 +1,6 @@
 """Copies what is sound of a damaged store into a new directory, which a server can start on."""
 
+import errno
 import os
 import sqlite3
 from collections.abc import Iterator
@@ -65,6 +66,8 @@ def salvage(directory: Path, out: Path) -> Salvaged:
         try:
             lock.hold(held, out)
             lock.write_floor(held, 1, "")  # the transaction below: without it the new store is refused
+            if lock.read_floor(held) != (1, ""):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             create(out / JOURNAL)
             return _copy(directory, out)
         finally:

@@ -263,4 +263,7 @@ def test_a_salvage_that_is_cut_short_leaves_nothing_that_a_server_starts_on(
         with pytest.raises(StoreRefused):
             Store(tmp_path / "out")
         shutil.rmtree(tmp_path / "out")
-    assert "No space left on device" in capsys.readouterr().err
+    with mock.patch("os.pwrite", side_effect=OSError(errno.ENOSPC, "No space left on device")):
+        assert main(["check", str(tmp_path / "data"), "--salvage", str(tmp_path / "out")]) == 7
+    assert not (tmp_path / "out" / JOURNAL).exists()
+    assert capsys.readouterr().err.count("No space left on device") == 2
