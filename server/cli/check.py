@@ -37,12 +37,12 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _check(directory: Path, held: int | None, out: Path | None) -> int:
-    floor, damages = 0, list[str]()
+    floor, store, damages = 0, "", list[str]()
     try:
-        floor = lock.read_floor(held) if held is not None else 0
+        floor, store = lock.read_floor(held) if held is not None else (0, "")
     except ValueError as error:
         damages.append(str(error))
-    found = inspect(directory, floor, hashes=True)
+    found = inspect(directory, floor, store, hashes=True)
     damages += found.damages
     print(f"sound: {found.jobs} jobs ({found.unfinished} have not ended), {found.pictures} pictures")
     _list("damaged", damages + found.bad_pictures)

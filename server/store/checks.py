@@ -13,7 +13,7 @@ from server.store.blobs import blobs_in, is_sound, why_unreadable
 from server.store.deliveries import COLUMNS
 from server.store.records import Record, checksum, checksums, record_of
 from server.store.rows import SELECT
-from server.store.schema import APPLICATION, JOURNAL, LOG, PICTURES, VERSION, VERSIONS, commits
+from server.store.schema import APPLICATION, JOURNAL, LOCK, LOG, PICTURES, VERSION, VERSIONS, commits
 
 ALL_IMAGES = """SELECT job, place AS "index", seed, sha256, size, message FROM images LEFT JOIN files USING (sha256)
     ORDER BY job, place"""
@@ -34,8 +34,9 @@ class Report:
     bad_pictures: list[str] = field(default_factory=list)
 
 
-def inspect(directory: Path, floor: int, hashes: bool = False) -> Report:
-    """Checks everything. floor: the number of the last transaction that was promised. hashes: also of the pictures.
+def inspect(directory: Path, floor: int, store: str = "", hashes: bool = False) -> Report:
+    """Checks everything. floor, store: the last transaction that was promised, as the lock file has it. hashes: also of
+    the pictures.
 
     Raises StoreRefused if the journal is of a newer version or of something else.
     """
@@ -54,7 +55,9 @@ def inspect(directory: Path, floor: int, hashes: bool = False) -> Report:
             report.damages += [line for text in found for line in text.splitlines()[-1:] if text != "ok"]
             version = _version(db, path, report)
             if version == VERSION:
-                number = commits(db)
+                number, found_store = commits(db)
+                if store not in ("", found_store):
+                    report.damages.append(f"{JOURNAL} or {LOCK} is of another store")
                 complete = 0 < floor <= number and committed > 0
                 if number < floor:
                     lost = f"transaction {floor} was promised, and the last one that can be read is {number}"
@@ -98,14 +101,14 @@ def _version(db: sqlite3.Connection, path: Path, report: Report) -> int:
     """The version of the tables. The header is believed alone only where nothing is damaged: a newer version has other
     tables. Raises StoreRefused of a journal that is of a newer version or of something else."""
     (told,), (application,) = (db.execute(f"PRAGMA {name}").fetchone() for name in ("user_version", "application_id"))
-    schema = _schema(db)
+    schema = schema_of(db)
     for version in range(1, VERSION + 1):
-        if schema == _schema(_empty(version)):
+        if schema == schema_of(empty(version)):
             if (told, application) != (version, APPLICATION):
                 report.damages.append(f"the header of {JOURNAL} is damaged: its tables are those of version {version}")
             return version
     sound = not report.damages
-    if application != APPLICATION and (sound or not schema & _schema(_empty(1))):
+    if application != APPLICATION and (sound or not schema & schema_of(empty(1))):
         raise StoreRefused(f"{path} is a database of something else")
     if application == APPLICATION and sound and told > VERSION:
         raise StoreRefused(f"the store {path} is of version {told}, this server knows up to version {VERSION}")
@@ -113,13 +116,15 @@ def _version(db: sqlite3.Connection, path: Path, report: Report) -> int:
     return VERSION
 
 
-def _empty(version: int) -> sqlite3.Connection:
+def empty(version: int) -> sqlite3.Connection:
+    """A journal of this version without rows, in memory."""
     db = sqlite3.connect(":memory:")
     db.executescript("".join(VERSIONS[:version]))
     return db
 
 
-def _schema(db: sqlite3.Connection) -> set[tuple[str, ...]]:
+def schema_of(db: sqlite3.Connection) -> set[tuple[str, ...]]:
+    """The tables, indexes and triggers of a journal."""
     return {tuple(row) for row in db.execute("SELECT type, name, tbl_name, sql FROM sqlite_schema")}
 
 

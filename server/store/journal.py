@@ -2,15 +2,19 @@
 
 import os
 import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 from server.errors import StoreRefused
 from server.store import rows
 from server.store.blobs import blobs_in, sync_folder
-from server.store.checks import PLAIN, inspect
+from server.store.checks import PLAIN, empty, inspect, schema_of
 from server.store.lock import read_floor
 from server.store.records import checksum, checksums, record_of
 from server.store.schema import JOURNAL, LOG, PICTURES, VERSION, VERSION_2, VERSIONS, is_full
+
+PAGE_BYTES = 4096  # as SQLite chooses it
+NO_TABLES = b"\x0d" + bytes(4) + PAGE_BYTES.to_bytes(2) + b"\0"  # an empty page of a table, without free blocks
 
 
 def check_journal(directory: Path, lock: int) -> None:
@@ -19,11 +23,11 @@ def check_journal(directory: Path, lock: int) -> None:
     Raises StoreRefused, without changing a byte, or the error of a full disk.
     """
     try:
-        floor = read_floor(lock)
+        floor, store = read_floor(lock)
         if not (directory / JOURNAL).exists():
             _require_new(directory, floor)
             create(directory / JOURNAL)
-        found = inspect(directory, floor)
+        found = inspect(directory, floor, store)
         damages = found.damages + found.bad_pictures
     except ValueError as error:
         damages = [str(error)]
@@ -90,3 +94,36 @@ def migrate(db: sqlite3.Connection) -> None:
         if db.in_transaction:
             db.execute("ROLLBACK")
         raise
+
+
+def mend(path: Path, sound: bytes) -> int:
+    """Writes into a copy of the journal what all journals have: parts of the header, and the schema, unless it is one
+    of ours -> the version. sound: a new journal"""
+    pages = path.stat().st_size // PAGE_BYTES
+    with open(path, "rb") as file:
+        told = int.from_bytes(file.read(64)[60:])
+    _write(path, {0: sound[:18] + b"\1\1" + sound[20:24], 28: pages.to_bytes(4), 44: sound[44:48], 56: sound[56:60]})
+    with closing(sqlite3.connect(path)) as db:  # the ones at 18: there is no log
+        for version in range(1, VERSION + 1):
+            try:
+                if schema_of(db) == schema_of(empty(version)):
+                    return version
+            except (sqlite3.DatabaseError, ValueError):  # the latter: of the text of the former
+                break
+    version = 1 if told == 1 else VERSION
+    _write(path, {32: bytes(8), 100: NO_TABLES})  # and no page is free
+    with closing(sqlite3.connect(path)) as db, db:
+        db.execute(
+            "PRAGMA writable_schema = ON"
+        )  # tables are where a journal of this version has had them from the first
+        db.executemany(
+            "INSERT INTO sqlite_schema VALUES (?, ?, ?, ?, ?)", empty(version).execute("SELECT * FROM sqlite_schema")
+        )
+    return version
+
+
+def _write(path: Path, parts: dict[int, bytes]) -> None:
+    with open(path, "r+b") as file:
+        for at, part in parts.items():
+            file.seek(at)
+            file.write(part)

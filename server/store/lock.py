@@ -16,8 +16,9 @@ from server.store.blobs import why_unreadable
 
 LOCK = "lock"
 MARK, PARKED = 32, b"."  # the holder's process id, and at MARK whether it ended in order
-FLOOR, FLOOR_BYTES = 64, 26  # and there the number of the last transaction that was promised, with a checksum
-SEEN, SEEN_S = 96, 600.0  # and there a time at which the store was in use, with one; how old it may be meanwhile
+FLOOR, FLOOR_BYTES = 64, 43  # there: the number of the last transaction that was promised, the store, a checksum
+SEEN, SEEN_BYTES = 128, 26  # there: a time at which the store was in use, with a checksum
+SEEN_S = 600.0  # after which that time is written again
 
 
 def opened(directory: Path, how: int) -> int:
@@ -52,35 +53,35 @@ def mark_parked(lock: int, parked: bool) -> None:
         os.pwrite(lock, PARKED if parked else b" ", MARK)
 
 
-def read_floor(lock: int) -> int:
-    """The number of the last transaction that was promised; 0 if none is recorded. Raises ValueError."""
+def read_floor(lock: int) -> tuple[int, str]:
+    """The number of the last transaction that was promised, and the store's name; 0 and "" if nothing is recorded.
+    Raises ValueError."""
     found = os.pread(lock, FLOOR_BYTES, FLOOR)
     if not found.strip(b"\0 "):
-        return 0
-    number = found[:16]
-    if found != _floor(number):
+        return 0, ""
+    if found != _sealed(found[:33]):
         raise ValueError(f"{LOCK} is damaged")
-    return int(number, 16)
+    return int(found[:16], 16), found[17:33].decode().strip()
 
 
-def write_floor(lock: int, number: int) -> None:
-    """Records the number of the last transaction on disk, which is going to be promised."""
+def write_floor(lock: int, number: int, store: str) -> None:
+    """Records the number of the last transaction on disk, which is going to be promised. store: its name, or "" """
     with suppress(OSError):  # then a loss of this one transaction alone would not be noticed
-        os.pwrite(lock, _floor(f"{number:016x}".encode()), FLOOR)
+        os.pwrite(lock, _sealed(f"{number:016x} {store:16}".encode()), FLOOR)
 
 
 def read_seen(lock: int) -> float:
     """A time at which the store was in use, by the clock that does not jump; 0 if none can be read."""
-    found = os.pread(lock, FLOOR_BYTES, SEEN)
-    return float(int(found[:16], 16)) if found and found == _floor(found[:16]) else 0.0
+    found = os.pread(lock, SEEN_BYTES, SEEN)
+    return float(int(found[:16], 16)) if found and found == _sealed(found[:16]) else 0.0
 
 
 def write_seen(lock: int, now: float) -> None:
     """Records that the store is in use, now and then."""
     if now >= read_seen(lock) + SEEN_S:
         with suppress(OSError):  # then the time between two servers begins earlier
-            os.pwrite(lock, _floor(f"{int(now):016x}".encode()), SEEN)
+            os.pwrite(lock, _sealed(f"{int(now):016x}".encode()), SEEN)
 
 
-def _floor(number: bytes) -> bytes:
-    return b"%s %08x\n" % (number, crc32(number))
+def _sealed(record: bytes) -> bytes:
+    return b"%s %08x\n" % (record, crc32(record))

@@ -1,5 +1,6 @@
 """Copies what is sound of a damaged store into a new directory, which a server can start on."""
 
+import errno
 import os
 import sqlite3
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from server.errors import Gone, SettingsError
 from server.store import deliveries, lock, rows, wal
 from server.store.blobs import copy_file, is_sound, why_unreadable
 from server.store.checks import PLAIN
-from server.store.journal import create
+from server.store.journal import PAGE_BYTES, create, mend
 from server.store.records import (
     FIELDS,
     Delivery,
@@ -28,7 +29,6 @@ from server.store.records import (
 from server.store.schema import JOURNAL, LOG, PICTURES, VERSION_2, as_storage_full, count_commit
 
 MOST_UNREADABLE = 100_000  # numbers that are tried one by one where the table cannot be read
-PAGE_BYTES = 4096  # as SQLite chooses it
 UNREADABLE = (sqlite3.Error, Gone, TypeError, ValueError)
 INSERT = f"INSERT INTO jobs (number, {', '.join(FIELDS)}, {rows.CHECKSUMS}) VALUES ({'?, ' * len(FIELDS)} ?, ?, ?)"
 
@@ -65,7 +65,9 @@ def salvage(directory: Path, out: Path) -> Salvaged:
         held = lock.opened(out, os.O_RDWR | os.O_CREAT)
         try:
             lock.hold(held, out)
-            lock.write_floor(held, 1)  # the transaction below: without it the new store is refused
+            lock.write_floor(held, 1, "")  # the transaction below: without it the new store is refused
+            if lock.read_floor(held) != (1, ""):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             create(out / JOURNAL)
             return _copy(directory, out)
         finally:
@@ -111,25 +113,13 @@ def _states(directory: Path, out: Path) -> Iterator[State]:
             copy_file(journal, copy)
         if frames is not None:
             wal.apply(log, frames, copy, len(frames.pages) if number == 0 else frames.committed)
-        _mend_header(copy, (out / JOURNAL).read_bytes())
+        version = mend(copy, (out / JOURNAL).read_bytes())
         db = sqlite3.connect(copy, isolation_level=None)
         db.row_factory = sqlite3.Row
-        checked = True
-        with suppress(*UNREADABLE):
-            checked = "checksum" in [row["name"] for row in db.execute("PRAGMA table_info(jobs)")]
-            if not checked:
+        if version == 1:
+            with suppress(*UNREADABLE):
                 db.executescript(VERSION_2)
-        yield State(db, checked)
-
-
-def _mend_header(path: Path, sound: bytes) -> None:
-    """Writes into a copy of the journal what all journals have in their headers. sound: a new one"""
-    pages = path.stat().st_size // PAGE_BYTES
-    parts = {0: sound[:18] + b"\1\1" + sound[20:24], 28: pages.to_bytes(4), 44: sound[44:48], 56: sound[56:60]}
-    with open(path, "r+b") as file:
-        for at, part in parts.items():  # the ones at 18: there is no log
-            file.seek(at)
-            file.write(part)
+        yield State(db, checked=version > 1)
 
 
 def _numbers(db: sqlite3.Connection) -> set[int]:

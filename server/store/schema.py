@@ -80,6 +80,8 @@ CREATE TABLE deliveries (                       -- of webhooks of jobs that have
 );
 CREATE INDEX pending ON deliveries (owner, host, attempts, due) WHERE due IS NOT NULL;
 ALTER TABLE total ADD COLUMN commits INTEGER NOT NULL DEFAULT 0;      -- transactions, which the lock file counts, too
+ALTER TABLE total ADD COLUMN store TEXT NOT NULL DEFAULT '';          -- the store's name, which is there, too
+UPDATE total SET store = lower(hex(randomblob(8)));
 """
 VERSIONS = (VERSION_1, VERSION_2)  # each is what the one before lacks
 
@@ -113,9 +115,10 @@ def make_directory(directory: Path) -> None:
         raise SettingsError(f"DDPM_DATA_DIR {directory} cannot be used: {reason.lower()}") from None
 
 
-def commits(db: sqlite3.Connection) -> int:
-    """The number of the last transaction."""
-    return int(db.execute("SELECT commits FROM total").fetchone()[0])
+def commits(db: sqlite3.Connection) -> tuple[int, str]:
+    """The number of the last transaction, and the store's name."""
+    number, store = db.execute("SELECT commits, store FROM total").fetchone()
+    return int(number), str(store)
 
 
 def count_commit(db: sqlite3.Connection) -> int:

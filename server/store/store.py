@@ -66,7 +66,8 @@ class Store:
                 self.blobs = Blobs(directory / PICTURES, self._pictures_failed, self.troubles)
                 self.blobs.probe(PROBE_BYTES)
                 self._db = open_journal(directory)
-                lock.write_floor(self._lock, commits(self._db))
+                number, self._name = commits(self._db)
+                lock.write_floor(self._lock, number, self._name)
             except BaseException:
                 os.close(self._lock)
                 raise
@@ -87,7 +88,7 @@ class Store:
 
     def _committed(self, number: int, seconds: float) -> None:
         """A transaction is on disk. Runs in the journal's thread, before anyone is told."""
-        lock.write_floor(self._lock, number)
+        lock.write_floor(self._lock, number, self._name)
         with suppress(OSError):  # the places cannot be looked at now: `_watch` does, until it can
             self._require_places()
         self._on_commit(seconds)

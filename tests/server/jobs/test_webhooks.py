@@ -30,6 +30,7 @@ from server.jobs.deliveries import MOST, MOST_OF_A_KEY, PAUSES_S, after_attempt
 from server.settings import Settings
 from server.store import retention, rows
 from server.store.records import Delivery
+from server.store.salvage import salvage
 from server.web.app import create_app
 from server.web.auth import make_key
 from server.webhooks import post
@@ -54,8 +55,8 @@ def sending(weights: Path, tmp_path: Path) -> Sending:
 
     @contextmanager
     def started(**other: Any) -> Iterator[TestClient]:
-        usual = {"webhook_secret": SECRET, "webhook_hosts": "localhost"}
-        settings = Settings(weights=weights, data_dir=tmp_path / "data", **usual | other)
+        usual = {"webhook_secret": SECRET, "webhook_hosts": "localhost", "data_dir": tmp_path / "data"}
+        settings = Settings(weights=weights, **usual | other)
         with TestClient(create_app(settings, FakeBackend()), raise_server_exceptions=False) as client:
             yield client
 
@@ -220,6 +221,24 @@ def test_a_webhook_that_a_dead_server_owes_is_sent_by_the_next(sending: Sending)
 
     assert received.document == before
     assert receiver.came.empty()
+
+
+def test_a_job_that_salvage_lets_run_again_is_not_posted_again(sending: Sending, tmp_path: Path) -> None:
+    with a_receiver() as receiver:
+        with sending() as client:
+            first = later(client, seed=1, webhook=receiver.url)
+            receiver.next()
+            webhook = told(client, first["id"], "delivered", 1)
+        next((tmp_path / "data" / "pictures").iterdir()).unlink()
+        salvage(tmp_path / "data", tmp_path / "out")
+        with sending(data_dir=tmp_path / "out") as client:
+            again = ended(client, first["id"])
+            later(client, seed=2, webhook=receiver.url)
+            after = receiver.next()
+            assert client.get(again["images"][0]["url"]).status_code == 200
+
+    assert (again["status"], again["webhook"]) == ("succeeded", webhook)
+    assert after.document["id"] != first["id"]
 
 
 def test_each_host_and_each_key_has_so_many_at_once_and_first_attempts_go_first(sending: Sending) -> None:

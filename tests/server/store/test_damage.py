@@ -134,6 +134,21 @@ def test_an_older_journal_is_refused(tmp_path: Path) -> None:
     assert "was promised, and the last one that can be read" in refusal(tmp_path / "data")
 
 
+@pytest.mark.parametrize("file", [JOURNAL, LOCK])
+def test_a_file_of_another_store_is_refused_though_that_has_had_more_transactions(tmp_path: Path, file: str) -> None:
+    async def story(directory: Path, jobs: int) -> None:
+        async with a_store(directory) as store:
+            for number in range(jobs):
+                await store.insert(record(f"{number}"))
+
+    ours, theirs = (tmp_path / "b", tmp_path / "a") if file == JOURNAL else (tmp_path / "a", tmp_path / "b")
+    asyncio.run(story(tmp_path / "a", 5))
+    asyncio.run(story(tmp_path / "b", 1))
+    shutil.copy(theirs / file, ours / file)
+
+    assert "is of another store" in refusal(ours)
+
+
 def test_a_damaged_lock_file_is_refused_and_a_lost_one_is_not(data: Path) -> None:
     whole = (data / LOCK).read_bytes()
     for at in range(FLOOR, FLOOR + FLOOR_BYTES):

@@ -149,6 +149,24 @@ def test_a_flipped_bit_of_the_version_is_damage_and_no_newer_version(tmp_path: P
         shutil.rmtree(tmp_path / "out")
 
 
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("damage", [slice(100, 101), slice(2040, 2060), slice(3990, 4096), slice(100, 4096)])
+def test_a_damaged_schema_costs_no_job(tmp_path: Path, version: int, damage: slice) -> None:
+    data = tmp_path / "data"
+    asyncio.run(fill(data))
+    if version == 1:
+        as_version_1(data)
+    whole = bytearray((data / JOURNAL).read_bytes())
+    whole[damage] = b"\xff" * (damage.stop - damage.start)
+    (data / JOURNAL).write_bytes(whole)
+
+    with pytest.raises(StoreRefused, match="is damaged"):
+        Store(data)
+    assert main(["check", str(data), "--salvage", str(tmp_path / "out")]) == 4
+    kept = {"a": ("succeeded", 2), "b": ("succeeded", 1)}
+    assert asyncio.run(states(tmp_path / "out")) == ALL | kept
+
+
 def as_folder(path: Path) -> None:
     """A folder of this name."""
     path.unlink(missing_ok=True)
@@ -245,4 +263,7 @@ def test_a_salvage_that_is_cut_short_leaves_nothing_that_a_server_starts_on(
         with pytest.raises(StoreRefused):
             Store(tmp_path / "out")
         shutil.rmtree(tmp_path / "out")
-    assert "No space left on device" in capsys.readouterr().err
+    with mock.patch("os.pwrite", side_effect=OSError(errno.ENOSPC, "No space left on device")):
+        assert main(["check", str(tmp_path / "data"), "--salvage", str(tmp_path / "out")]) == 7
+    assert not (tmp_path / "out" / JOURNAL).exists()
+    assert capsys.readouterr().err.count("No space left on device") == 2
