@@ -6,6 +6,9 @@ An average over training is taken before the net itself, all digits before half 
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
+from os import listdir
+from os.path import getsize, isdir, isfile, join, splitext
 from pathlib import Path
 
 from model.errors import ModelRefused
@@ -30,6 +33,7 @@ NO_WEIGHTS = (
     "training_args",
     "trainer_",
 )
+MOST_FOLDERS, PEEKED_BYTES = 100, 1 << 16  # that are looked into, and of a configuration
 OF_NETS = ("UNet2DModel", "UNetUnconditionalModel", "UNetModel", "OpenAIUNet")
 
 
@@ -49,16 +53,17 @@ def rank(name: str, loose: bool = False) -> tuple[object, ...]:
     folder, _, file = name.rpartition("/")
     best = 0 if SHADOW in file else standing(name)
     half = next((i for i, half in enumerate(HALVES, 1) if half in file), 0)
-    kinds = [not INDEX.sub("", file).endswith(suffix) for suffix in SUFFIXES]
-    return best, loose, folder != "unet", half, kinds, len(name), name
+    kind = SUFFIXES.index(splitext(INDEX.sub("", file))[1])
+    return best, loose, folder != "unet", half, kind, len(name), name
 
 
 def served_names(names: Iterable[str]) -> list[str]:
     """Those of the names that weights of a model directory may have, relative to it, the best first."""
-    return sorted(filter(_is_served, names), key=rank)
+    return sorted(filter(is_served, names), key=rank)
 
 
-def _is_served(name: str) -> bool:
+def is_served(name: str) -> bool:
+    """Whether weights of a model directory may have this name."""
     known = VARIANT.fullmatch(name.rpartition("/")[2])
     variants = [] if known is None else [variant for variant in known.groups() if variant is not None]
     return known is not None and all(variant in HALVES or averaged(variant) for variant in variants)
@@ -85,27 +90,40 @@ class Candidate:
 
 def candidates(directory: Path) -> list[Candidate]:
     """All weights in a directory and in its folders that hold nets, the best first. Raises OSError."""
-    return sorted(_candidates(directory), key=lambda candidate: candidate.rank)
+    nets = [name for name, kind in classes(directory).items() if kind in OF_NETS]
+    unets = [name for name in _folders(directory) if name.startswith("unet")]
+    folders = ["", *sorted({*nets, *unets})]
+    found = [candidate for folder in folders for candidate in _candidates(directory / folder, folder)]
+    return sorted(found, key=lambda candidate: candidate.rank)
 
 
-def _candidates(directory: Path) -> Iterator[Candidate]:
-    for folder in [directory, *(each for each in sorted(directory.iterdir()) if each.is_dir())]:
-        config = folder / "config.json"
-        if folder != directory and not (folder.name.startswith("unet") or _is_net(config)):
+def _candidates(folder: Path, name: str) -> Iterator[Candidate]:
+    config = folder / "config.json"
+    beside = config if config.is_file() else None
+    for file in listdir(folder):
+        stem = file.lower()
+        if not (splitext(file)[1] in SUFFIXES or INDEX.search(file)) or stem.startswith(NO_WEIGHTS) or "-of-" in stem:
             continue
-        for path in folder.iterdir():
-            stem, weights = path.name.lower(), path.suffix in SUFFIXES or INDEX.search(path.name)
-            if not weights or not path.is_file() or stem.startswith(NO_WEIGHTS) or "-of-" in stem:
-                continue
-            name = path.relative_to(directory).as_posix()
-            yield Candidate(name, path, config if config.is_file() else None)
+        if isfile(path := folder / file):
+            yield Candidate(f"{name}/{file}".lstrip("/"), path, beside)
 
 
-def _is_net(config: Path) -> bool:
+def classes(directory: Path) -> dict[str, str]:
+    """{name of a folder: class that its config.json names}, of the first folders that have one. Raises OSError."""
+    configs = (directory / name / "config.json" for name in _folders(directory))
+    found = islice((config for config in configs if isfile(config) and getsize(config) <= PEEKED_BYTES), MOST_FOLDERS)
+    return {config.parent.name: _class_of(config) for config in found}
+
+
+def _folders(directory: Path) -> list[str]:
+    return sorted(name for name in listdir(directory) if isdir(join(directory, name)))
+
+
+def _class_of(config: Path) -> str:
     try:
-        return config.is_file() and read_json(config).get("_class_name") in OF_NETS
+        return str(read_json(config).get("_class_name"))
     except ModelRefused:
-        return False
+        return ""
 
 
 def told(taken: str, left: Iterable[str]) -> str:

@@ -4,7 +4,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from model.checkpoint.foreign import require_served_kind
-from model.checkpoint.pipeline import is_other, is_part, read_index, require_served
+from model.checkpoint.pipeline import is_part, other_parts, read_index, require_served
 from model.checkpoint.scheduler import todays
 from model.checkpoint.weighing import INDEX, SHADOW, Candidate, candidates
 from model.convert import files
@@ -39,7 +39,7 @@ def _require_pictures(directory: Path) -> None:
     if is_part(directory):
         if is_part(directory.parent):  # `unet/` of a checkpoint, in the folder of a pipeline
             read_index(directory.parent)
-        require_served({}, [each.name for each in directory.iterdir() if is_other(each)])
+        require_served({}, other_parts(directory))
 
 
 def fitting(directory: Path, part: str | None) -> tuple[list[Candidate], list[Candidate]]:

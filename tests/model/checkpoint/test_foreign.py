@@ -125,6 +125,16 @@ def with_folder(name: str) -> Callable[[Path], object]:
     return lambda directory: (write_model(directory, folders=True) / name).mkdir()
 
 
+def crowded(directory: Path) -> None:
+    """Folders whose configurations take a second each to read, and a net that is served by none of them."""
+    config(num_class_embeds=10)(directory)
+    for i in range(20):
+        (directory / f"run-{i}").mkdir()
+        (directory / f"run-{i}" / "config.json").write_text(f'{{"a": [{"[], " * 250_000}0]}}')
+    for i in range(9_000):
+        (directory / f"model-{i}.pt").touch()
+
+
 HEADER = '{"a":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}'
 GIANT = {"block_out_channels": [8192] * 8, "down_block_types": ["DownBlock2D"] * 8, "sample_size": 128}
 CROSS = {"down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"], "cross_attention_dim": 768}
@@ -212,7 +222,8 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "only GGUF": (instead("model.gguf", config=False), "config.json is missing ('model.gguf' is a GGUF file"),
     "only TensorFlow": (instead("model.ckpt.index", config=False), "('model.ckpt.index' is a file of TensorFlow"),
     "only LoRA": (instead("lora.safetensors"), "('lora.safetensors' is not looked for under this name)"),
-    # what is no file
+    # what is no file, or many
+    "a crowd": (crowded, "num_class_embeds must be null, got 10"),
     "folder": (changed(Path.mkdir), f"{WEIGHTS} is not a regular file"),
     "pipe": (changed(os.mkfifo), f"{WEIGHTS} is not a regular file"),
     "pipe as config": (changed(os.mkfifo, "config.json"), "config.json is not a regular file"),
