@@ -1,7 +1,6 @@
 """Checkpoints of other kinds: what they are, in words, where the general checks would only call an option wrong."""
 
 from dataclasses import fields
-from os import listdir
 from pathlib import Path
 
 from model.checkpoint.weighing import is_served
@@ -53,7 +52,7 @@ FOUND = {
 
 def found_instead(folder: Path) -> str:
     """Words about a file of another format in a folder, or nothing."""
-    others = sorted(name for name in listdir(folder) if not is_served(name))
+    others = sorted(path.name for path in folder.iterdir() if not is_served(path.name))
     for suffix, what in FOUND.items():
         names = [name for name in others if name.endswith(suffix)]
         if names:

@@ -7,14 +7,15 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from os import listdir
-from os.path import getsize, isdir, isfile, join, splitext
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from model.errors import ModelRefused
 from model.options import read_json
 
-AVERAGED = re.compile(r"ema|shadow|averaged?|avg|swa")
+# Words, of which `ema` may be joined to a few others: a schema is no average.
+AVERAGED = re.compile(
+    r"(?<![a-z])(ema|swa)(?![a-z])|(model|net|weights|params)ema|ema(model|net|weights|params)|shadow|averaged?|avg"
+)
 NOT_AVERAGED = re.compile(r"(non?|not|without|pre)[._-]?(ema|averaged?|avg|swa)")
 SHADOW = "custom_checkpoint"  # accelerate's name for what else it was told to save: an EMAModel, mostly
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -53,7 +54,7 @@ def rank(name: str, loose: bool = False) -> tuple[object, ...]:
     folder, _, file = name.rpartition("/")
     best = 0 if SHADOW in file else standing(name)
     half = next((i for i, half in enumerate(HALVES, 1) if half in file), 0)
-    kind = SUFFIXES.index(splitext(INDEX.sub("", file))[1])
+    kind = SUFFIXES.index(PurePath(INDEX.sub("", file)).suffix)
     return best, loose, folder != "unet", half, kind, len(name), name
 
 
@@ -100,23 +101,21 @@ def candidates(directory: Path) -> list[Candidate]:
 def _candidates(folder: Path, name: str) -> Iterator[Candidate]:
     config = folder / "config.json"
     beside = config if config.is_file() else None
-    for file in listdir(folder):
-        stem = file.lower()
-        if not (splitext(file)[1] in SUFFIXES or INDEX.search(file)) or stem.startswith(NO_WEIGHTS) or "-of-" in stem:
-            continue
-        if isfile(path := folder / file):
-            yield Candidate(f"{name}/{file}".lstrip("/"), path, beside)
+    for path in folder.iterdir():
+        stem, weights = path.name.lower(), path.suffix in SUFFIXES or INDEX.search(path.name)
+        if weights and not stem.startswith(NO_WEIGHTS) and "-of-" not in stem and path.is_file():
+            yield Candidate(f"{name}/{path.name}".lstrip("/"), path, beside)
 
 
 def classes(directory: Path) -> dict[str, str]:
     """{name of a folder: class that its config.json names}, of the first folders that have one. Raises OSError."""
     configs = (directory / name / "config.json" for name in _folders(directory))
-    found = islice((config for config in configs if isfile(config) and getsize(config) <= PEEKED_BYTES), MOST_FOLDERS)
-    return {config.parent.name: _class_of(config) for config in found}
+    found = islice((config for config in configs if config.is_file()), MOST_FOLDERS)
+    return {config.parent.name: _class_of(config) for config in found if config.stat().st_size <= PEEKED_BYTES}
 
 
 def _folders(directory: Path) -> list[str]:
-    return sorted(name for name in listdir(directory) if isdir(join(directory, name)))
+    return sorted(path.name for path in directory.iterdir() if path.is_dir())
 
 
 def _class_of(config: Path) -> str:

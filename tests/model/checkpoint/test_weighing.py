@@ -7,7 +7,7 @@ import pytest
 from safetensors.torch import save_file
 
 from model.checkpoint.card import WEIGHTS, read_card
-from model.checkpoint.weighing import served_names, told
+from model.checkpoint.weighing import served_names, standing, told
 from model.convert import directories
 from model.convert.protocol import Options
 from model.digests import file_digest
@@ -47,6 +47,21 @@ def test_what_is_served_is_what_would_be_converted(tmp_path: Path, kind: str) ->
 
     assert (card.taken, card.left) == (best[0], tuple(best[1:]))
     assert directories.convert(tmp_path, Options())[1] == [card.weights] == [tmp_path / best[0]]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        *(
+            (name, 0)
+            for name in ("unet_ema/a", "ema.pt", "ema_0.9999", "state_dict_ema", "ModelEMA", "emaModel", "swa")
+        ),
+        *((name, 1) for name in ("schema", "cinema/unet", "remake.pt", "swapped", "semantic", "model", "best")),
+        *((name, 2) for name in ("non_ema", "no-average", "pre_swa")),
+    ],
+)
+def test_an_average_is_known_by_whole_words(name: str, expected: int) -> None:
+    assert standing(name) == expected
 
 
 def test_a_damaged_average_is_not_replaced_by_the_net(tmp_path: Path) -> None:
