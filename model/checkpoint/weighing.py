@@ -53,7 +53,7 @@ def rank(name: str, loose: bool = False) -> tuple[object, ...]:
     """Of several weights the least is taken. name: relative to the directory. loose: without a configuration beside"""
     folder, _, file = name.rpartition("/")
     best = 0 if SHADOW in file else standing(name)
-    half = next((i for i, half in enumerate(HALVES, 1) if half in file), 0)
+    half = next((i for i, half in enumerate(HALVES, 1) if half in name), 0)
     kind = SUFFIXES.index(PurePath(INDEX.sub("", file)).suffix)
     return best, loose, folder != "unet", half, kind, len(name), name
 

@@ -14,6 +14,7 @@ import pytest
 
 from model.checkpoint.card import INDEX, WEIGHTS, read_card
 from tests.model.convert.directories import CONFIG, SCHEDULER, entry, safetensors, write_model
+from tests.model.convert.directories import weights as state
 from tests.model.convert.refusals import refusal
 
 MAX_SECONDS, MAX_BYTES = 2.0, 64 << 20
@@ -115,6 +116,12 @@ def doubled(directory: Path) -> None:
     (write_model(directory) / "config.json").write_text(json.dumps(CONFIG)[:-1] + ', "sample_size": 16}')
 
 
+def second(directory: Path) -> None:
+    """A net and its average in one file."""
+    net, average = state(), state()
+    write_model(directory, tensors=net | {f"ema.{name}": tensor for name, tensor in average.items()})
+
+
 def typed(dtype: str, width: int) -> bytes:
     """A file with one tensor of another type."""
     return safetensors({"conv_in.weight": entry([8, 1, 3, 3], 0, 72 * width, dtype)}, bytes(72 * width))
@@ -210,6 +217,7 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "overlap": (weights(safetensors({"a": entry([2], 0, 8), "b": entry([1], 4, 8)}, bytes(8))), "overlap"),
     "other names": (weights(safetensors(HEADER)), "lacks conv_in.weight"),
     "wrong shapes": (config(block_out_channels=[16, 32]), "conv_in.weight must have shape [16, 1, 3, 3], got [8, "),
+    "net and average": (second, "such as 'ema.conv_in.bias' (a second net: `ddpm convert` takes one of them"),
     "fp8": (weights(typed("F8_E4M3", 1)), "holds 'conv_in.weight' as 'F8_E4M3'"),
     "integers": (weights(typed("I64", 8)), "holds 'conv_in.weight' as 'I64'"),
     "index elsewhere": (
