@@ -5,12 +5,11 @@ from pathlib import Path
 
 from model.checkpoint.weighing import is_served
 from model.errors import ModelRefused
-from model.nets.config import OPENAI, RENAMED, Architecture, with_todays_names
+from model.nets.config import DIFFUSERS, OPENAI, RENAMED, Architecture, with_todays_names
 from model.nets.lucidrains_config import LUCIDRAINS
 from model.options import Json, Options, whole
 
 # The classes that are served: diffusers' of today and of 2022, and ours.
-DIFFUSERS = ("UNet2DModel", "UNetUnconditionalModel", "UNetModel")
 CLASSES = (*DIFFUSERS, OPENAI, LUCIDRAINS)
 _TEXT, _CODER = "a net that needs a text or another condition", "an autoencoder"
 _STEERS, _SDE = "a part that steers another net", "a net for another process (a variance-exploding SDE)"

@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path, PurePath
 
 from model.errors import ModelRefused
+from model.nets.config import DIFFUSERS, OPENAI
 from model.options import read_json
 
 # Words, of which `ema` may be joined to a few others: a schema is no average.
@@ -35,7 +36,7 @@ NO_WEIGHTS = (
     "trainer_",
 )
 MOST_FOLDERS, PEEKED_BYTES = 100, 1 << 16  # that are looked into, and of a configuration
-OF_NETS = ("UNet2DModel", "UNetUnconditionalModel", "UNetModel", "OpenAIUNet")
+OF_NETS = (*DIFFUSERS, OPENAI)
 
 
 def standing(name: str) -> int:
