@@ -90,6 +90,8 @@ def weighed(directory: Path) -> tuple[Path, tuple[str, ...]]:
     """(the path of the weights that are taken, the names of others that could have been). Raises OSError."""
     found = candidates(directory)
     served = served_names(each.name for each in found if each.config is not None)
+    if not any("/" not in name or name.startswith("unet") for name in served):
+        served = []  # a folder of models is no model
     usual = f"unet/{WEIGHTS}" if (directory / "unet").is_dir() else WEIGHTS
     taken = served[0] if served else usual
     others = [each.name for each in found if each.averaged or each.name in served]

@@ -3,14 +3,13 @@
 from dataclasses import fields
 from pathlib import Path
 
-from model.checkpoint.weighing import served_names
+from model.checkpoint.weighing import is_served
 from model.errors import ModelRefused
-from model.nets.config import OPENAI, RENAMED, Architecture, with_todays_names
+from model.nets.config import DIFFUSERS, OPENAI, RENAMED, Architecture, with_todays_names
 from model.nets.lucidrains_config import LUCIDRAINS
 from model.options import Json, Options, whole
 
 # The classes that are served: diffusers' of today and of 2022, and ours.
-DIFFUSERS = ("UNet2DModel", "UNetUnconditionalModel", "UNetModel")
 CLASSES = (*DIFFUSERS, OPENAI, LUCIDRAINS)
 _TEXT, _CODER = "a net that needs a text or another condition", "an autoencoder"
 _STEERS, _SDE = "a part that steers another net", "a net for another process (a variance-exploding SDE)"
@@ -52,7 +51,7 @@ FOUND = {
 
 def found_instead(folder: Path) -> str:
     """Words about a file of another format in a folder, or nothing."""
-    others = sorted(path.name for path in folder.iterdir() if not served_names([path.name]))
+    others = sorted(path.name for path in folder.iterdir() if not is_served(path.name))
     for suffix, what in FOUND.items():
         names = [name for name in others if name.endswith(suffix)]
         if names:

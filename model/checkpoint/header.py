@@ -143,4 +143,8 @@ def require_tensors(files: Iterable[tuple[str, Iterable[Entry]]], expected: Shap
             raise ModelRefused(f"{name}: {key} must have shape {list(shape)}, got {list(given[key])}")
     if extra := sorted(given.keys() - expected.keys()):
         some = ascii(extra[0])[:60]
-        raise ModelRefused(f"{name} holds {len(extra)} tensors that config.json does not call for, such as {some}")
+        second = any(other.endswith(f".{key}") for other in extra for key in list(expected)[:1])
+        hint = " (a second net: `ddpm convert` takes one of them, the average if there is one)" if second else ""
+        raise ModelRefused(
+            f"{name} holds {len(extra)} tensors that config.json does not call for, such as {some}{hint}"
+        )

@@ -10,6 +10,7 @@ from pathlib import Path
 from model.checkpoint.foreign import CLASSES as NETS
 from model.checkpoint.foreign import KINDS as OTHER_NETS
 from model.checkpoint.scheduler import CLASSES as SCHEDULERS
+from model.checkpoint.weighing import classes
 from model.errors import ModelRefused
 from model.options import Json, read_json
 
@@ -50,7 +51,7 @@ def read_index(directory: Path) -> Json:
     folder = home.parent if part else directory
     index = read_json(folder / INDEX) if (folder / INDEX).exists() else {}
     own = not part or home.name == "unet"  # beside `unet_faces/` may lie other models
-    require_served(index, [] if index else [each.name for each in folder.iterdir() if is_other(each, own)])
+    require_served(index, [] if index else other_parts(folder, own))
     return index
 
 
@@ -92,17 +93,14 @@ def _part(entry: object) -> tuple[str, str] | None:
     return None
 
 
-def is_other(folder: Path, by_class: bool = True) -> bool:
-    """Whether a folder beside `unet/` holds a part that makes pictures of the net's output, or a condition for it.
+def other_parts(directory: Path, by_class: bool = True) -> list[str]:
+    """The folders that hold what makes pictures of a net's output, or a condition for it. Raises OSError.
 
-    by_class: whether a folder of any name is looked into
+    by_class: whether folders of any name are looked into
     """
-    if folder.name in PARTS or not by_class:
-        return folder.name in PARTS and folder.is_dir()
-    try:
-        return str(read_json(folder / "config.json").get("_class_name")) in OTHER_NETS
-    except ModelRefused:
-        return False
+    kinds = classes(directory) if by_class else {}
+    named = [part for part in PARTS if (directory / part).is_dir()]
+    return sorted({*named, *(name for name, kind in kinds.items() if kind in OTHER_NETS)})
 
 
 def _word(text: str) -> str:

@@ -6,12 +6,17 @@ An average over training is taken before the net itself, all digits before half 
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import islice
+from pathlib import Path, PurePath
 
 from model.errors import ModelRefused
+from model.nets.config import DIFFUSERS, OPENAI
 from model.options import read_json
 
-AVERAGED = re.compile(r"ema|shadow|averaged?|avg|swa")
+# Words, of which `ema` may be joined to a few others: a schema is no average.
+AVERAGED = re.compile(
+    r"(?<![a-z])(ema|swa)(?![a-z])|(model|net|weights|params)ema|ema(model|net|weights|params)|shadow|averaged?|avg"
+)
 NOT_AVERAGED = re.compile(r"(non?|not|without|pre)[._-]?(ema|averaged?|avg|swa)")
 SHADOW = "custom_checkpoint"  # accelerate's name for what else it was told to save: an EMAModel, mostly
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -30,7 +35,8 @@ NO_WEIGHTS = (
     "training_args",
     "trainer_",
 )
-OF_NETS = ("UNet2DModel", "UNetUnconditionalModel", "UNetModel", "OpenAIUNet")
+MOST_FOLDERS, PEEKED_BYTES = 100, 1 << 16  # that are looked into, and of a configuration
+OF_NETS = (*DIFFUSERS, OPENAI)
 
 
 def standing(name: str) -> int:
@@ -48,17 +54,18 @@ def rank(name: str, loose: bool = False) -> tuple[object, ...]:
     """Of several weights the least is taken. name: relative to the directory. loose: without a configuration beside"""
     folder, _, file = name.rpartition("/")
     best = 0 if SHADOW in file else standing(name)
-    half = next((i for i, half in enumerate(HALVES, 1) if half in file), 0)
-    kinds = [not INDEX.sub("", file).endswith(suffix) for suffix in SUFFIXES]
-    return best, loose, folder != "unet", half, kinds, len(name), name
+    half = next((i for i, half in enumerate(HALVES, 1) if half in name), 0)
+    kind = SUFFIXES.index(PurePath(INDEX.sub("", file)).suffix)
+    return best, loose, folder != "unet", half, kind, len(name), name
 
 
 def served_names(names: Iterable[str]) -> list[str]:
     """Those of the names that weights of a model directory may have, relative to it, the best first."""
-    return sorted(filter(_is_served, names), key=rank)
+    return sorted(filter(is_served, names), key=rank)
 
 
-def _is_served(name: str) -> bool:
+def is_served(name: str) -> bool:
+    """Whether weights of a model directory may have this name."""
     known = VARIANT.fullmatch(name.rpartition("/")[2])
     variants = [] if known is None else [variant for variant in known.groups() if variant is not None]
     return known is not None and all(variant in HALVES or averaged(variant) for variant in variants)
@@ -85,27 +92,38 @@ class Candidate:
 
 def candidates(directory: Path) -> list[Candidate]:
     """All weights in a directory and in its folders that hold nets, the best first. Raises OSError."""
-    return sorted(_candidates(directory), key=lambda candidate: candidate.rank)
+    nets = [name for name, kind in classes(directory).items() if kind in OF_NETS]
+    unets = [name for name in _folders(directory) if name.startswith("unet")]
+    folders = ["", *sorted({*nets, *unets})]
+    found = [candidate for folder in folders for candidate in _candidates(directory / folder, folder)]
+    return sorted(found, key=lambda candidate: candidate.rank)
 
 
-def _candidates(directory: Path) -> Iterator[Candidate]:
-    for folder in [directory, *(each for each in sorted(directory.iterdir()) if each.is_dir())]:
-        config = folder / "config.json"
-        if folder != directory and not (folder.name.startswith("unet") or _is_net(config)):
-            continue
-        for path in folder.iterdir():
-            stem, weights = path.name.lower(), path.suffix in SUFFIXES or INDEX.search(path.name)
-            if not weights or not path.is_file() or stem.startswith(NO_WEIGHTS) or "-of-" in stem:
-                continue
-            name = path.relative_to(directory).as_posix()
-            yield Candidate(name, path, config if config.is_file() else None)
+def _candidates(folder: Path, name: str) -> Iterator[Candidate]:
+    config = folder / "config.json"
+    beside = config if config.is_file() else None
+    for path in folder.iterdir():
+        stem, weights = path.name.lower(), path.suffix in SUFFIXES or INDEX.search(path.name)
+        if weights and not stem.startswith(NO_WEIGHTS) and "-of-" not in stem and path.is_file():
+            yield Candidate(f"{name}/{path.name}".lstrip("/"), path, beside)
 
 
-def _is_net(config: Path) -> bool:
+def classes(directory: Path) -> dict[str, str]:
+    """{name of a folder: class that its config.json names}, of the first folders that have one. Raises OSError."""
+    configs = (directory / name / "config.json" for name in _folders(directory))
+    found = islice((config for config in configs if config.is_file()), MOST_FOLDERS)
+    return {config.parent.name: _class_of(config) for config in found if config.stat().st_size <= PEEKED_BYTES}
+
+
+def _folders(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir() if path.is_dir())
+
+
+def _class_of(config: Path) -> str:
     try:
-        return config.is_file() and read_json(config).get("_class_name") in OF_NETS
+        return str(read_json(config).get("_class_name"))
     except ModelRefused:
-        return False
+        return ""
 
 
 def told(taken: str, left: Iterable[str]) -> str:

@@ -4,8 +4,8 @@ from argparse import Namespace
 from pathlib import Path
 
 from model.checkpoint.foreign import require_served_kind
-from model.checkpoint.pipeline import is_other, is_part, read_index, require_served
-from model.checkpoint.scheduler import todays
+from model.checkpoint.pipeline import is_part, other_parts, read_index, require_served
+from model.checkpoint.scheduler import noise_schedule
 from model.checkpoint.weighing import INDEX, SHADOW, Candidate, candidates
 from model.convert import files
 from model.errors import ModelRefused
@@ -15,7 +15,8 @@ from model.options import Json, read_json
 
 def check(given: Namespace) -> None:
     """Raises ModelRefused for a source or for files of options that can be of no use, whatever the weights are."""
-    config = given.config
+    overruling = given.schedule, given.timesteps, given.beta_start, given.beta_end
+    config, scheduler = given.config, given.scheduler
     if given.source.is_dir():
         _require_pictures(given.source.resolve())
         if given.format:
@@ -25,12 +26,13 @@ def check(given: Namespace) -> None:
             config = config or config_of(taken, given.source)
             if not INDEX.search(taken.path.name):
                 files.kind(taken.path)
+        scheduler = scheduler or above(given.source, "scheduler")
     else:
         files.kind(given.source)
     if config is not None:
         read_net_config(config)
-    if given.scheduler is not None:
-        todays(read_json(given.scheduler))
+    if scheduler is not None and not any(overruling):
+        noise_schedule({"_class_name": "DDPMScheduler"} | read_json(scheduler))
 
 
 def _require_pictures(directory: Path) -> None:
@@ -39,7 +41,7 @@ def _require_pictures(directory: Path) -> None:
     if is_part(directory):
         if is_part(directory.parent):  # `unet/` of a checkpoint, in the folder of a pipeline
             read_index(directory.parent)
-        require_served({}, [each.name for each in directory.iterdir() if is_other(each)])
+        require_served({}, other_parts(directory))
 
 
 def fitting(directory: Path, part: str | None) -> tuple[list[Candidate], list[Candidate]]:

@@ -1,10 +1,12 @@
 """Converts a state dict by the layout of the net in it. To add a layout, write its module and name it in `LAYOUTS`."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from importlib import import_module
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 
 from model.checkpoint.weighing import averaged
@@ -15,6 +17,20 @@ from model.convert.protocol import OF_BETAS, Converted, Format, Options, refuse_
 from model.errors import ModelRefused
 
 FORMATS = {name: cast(Format, import_module(f"model.convert.layouts.{at}")) for name, at in LAYOUTS.items()}
+
+
+def _steps(left: Tensor) -> Tensor:
+    """The variances of the steps after which so much of the picture's variance is left."""
+    return 1 - left / torch.cat([left.new_ones(1), left[:-1]])
+
+
+# Tables that tell the whole schedule, by the names that implementations of DDPM give them: the variances of steps.
+SCHEDULES: dict[str, Callable[[Tensor], Tensor]] = {
+    "betas": lambda betas: betas,
+    **dict.fromkeys(("alphas_cumprod", "alphas_bar", "alpha_bar", "alpha_bars", "alpha_hat"), _steps),
+    **dict.fromkeys(("sqrt_alphas_cumprod", "sqrt_alphas_bar"), lambda root: _steps(root**2)),
+}
+OF_A_SCHEDULE = re.compile(r"alpha|beta(?!\d)")
 
 
 def convert(
@@ -73,15 +89,24 @@ def _chosen(state: Mapping[str, Tensor], name: str | None, part: str, where: str
 
 def _betas(beside: Mapping[str, Tensor], options: Options) -> list[float] | None:
     """The schedule that lies beside the net in its file, if there is one. Raises ModelRefused."""
-    if "betas" not in beside:
+    told = [option for option in OF_BETAS if getattr(options, option) is not None]
+    name = next((name for name in SCHEDULES if name in beside), None)
+    if name is None:
+        unknown = [name for name, table in beside.items() if OF_A_SCHEDULE.search(name) and table.numel() > 1]
+        if unknown and not told:
+            some = ", ".join(map(ascii, unknown[:5]))
+            raise ModelRefused(
+                f"the file holds a schedule as {some}, which is not read: give --schedule and --timesteps"
+            )
         return None
-    if any(getattr(options, option) is not None for option in OF_BETAS):
+    if told:
         raise ModelRefused(
             "the file holds its own schedule: --schedule, --timesteps, --scheduler and betas must not be given"
         )
-    if beside["betas"].ndim != 1:
-        raise ModelRefused(f"betas must be one list of numbers, got {beside['betas'].ndim} dimensions")
-    betas: list[float] = beside["betas"].double().tolist()
+    table = beside[name].double()
+    if table.ndim != 1:
+        raise ModelRefused(f"{name} must be one list of numbers, got {table.ndim} dimensions")
+    betas: list[float] = SCHEDULES[name](table).tolist()
     return betas
 
 

@@ -14,6 +14,7 @@ from model.checkpoint.weighing import averaged, standing
 from model.errors import ModelRefused
 
 MAX_NETS = 32
+OUTER = "../"  # before the names of tables that a file has beside the state dict of the net
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,8 @@ def find(state: Mapping[str, Tensor], layouts: Mapping[str, frozenset[str]]) -> 
     nets = []
     for prefix, layout in places.items():
         inner = tuple(other for other in places if other != prefix and other.startswith(prefix))
-        keys = [key for key in state if key.startswith(prefix) and not (inner and key.startswith(inner))]
+        others = (OUTER, *inner)
+        keys = [key for key in state if key.startswith(prefix) and not key.startswith(others)]
         net = Net(layout, prefix, {key.removeprefix(prefix): state[key] for key in keys})
         nets += [net, *_without_dots(state, net)]
     return sorted(nets, key=lambda net: (standing(net.prefix), -len(net.tensors), len(net.prefix)))
@@ -68,7 +70,7 @@ def _without_dots(state: Mapping[str, Tensor], net: Net) -> Iterator[Net]:
 
 def tables(state: Mapping[str, Tensor], net: Net) -> dict[str, Tensor]:
     """The tensors beside the net, or beside what wraps it, by their names there: those of its diffusion process."""
-    placed: list[tuple[int, str, Tensor]] = []
+    placed = [(-1, key.removeprefix(OUTER), tensor) for key, tensor in state.items() if key.startswith(OUTER)]
     for key, tensor in state.items():
         shared = len(commonprefix([key, net.prefix]))
         if shared < len(net.prefix):

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from model.checkpoint.weighing import standing
+from model.convert.nets import OUTER
 from model.errors import ModelRefused
 
 MAX_FILE_BYTES = 64 << 30
@@ -126,6 +127,18 @@ def choose(found: Mapping[str, Mapping[str, Tensor]], part: str | None) -> str:
     return max(averages, key=lambda name: len(found[name]))
 
 
+def _tables(found: Mapping[str, Mapping[str, Tensor]], taken: str) -> dict[str, Tensor]:
+    """The vectors of a checkpoint's parts that hold nothing else: of its diffusion process, if they are tables."""
+    others = [tensors for name, tensors in found.items() if name != taken]
+    plain = [tensors for tensors in others if all(each.ndim < 2 for each in tensors.values())]
+    return {
+        key: tensor
+        for tensors in plain
+        for key, tensor in tensors.items()
+        if tensor.layout == torch.strided and not tensor.is_quantized and tensor.ndim == 1
+    }
+
+
 def _number_makers() -> list[Any]:
     """What pickles of NumPy's numbers call, such as that of a loss, under its names in NumPy 1 and 2."""
     scalar = np.float64(0).__reduce__()[0]
@@ -168,8 +181,9 @@ def extract(source: Path, target: Path, part: str | None = None) -> tuple[str, l
     name = choose(found, part)
     if any(tensor.layout != torch.strided or tensor.is_quantized for tensor in found[name].values()):
         raise ModelRefused(f"{source.name} holds sparse or quantised tensors")
+    state = found[name] | {f"{OUTER}{key}": tensor for key, tensor in _tables(found, name).items()}
     # a copy of each tensor: safetensors knows no views of a common storage
-    save_file({key: tensor.detach().clone().contiguous() for key, tensor in found[name].items()}, target)
+    save_file({key: tensor.detach().clone().contiguous() for key, tensor in state.items()}, target)
     return name, list(found)
 
 

@@ -14,6 +14,7 @@ CHANNELS = (1, 3)  # of a picture: grey, or red, green and blue
 MAX_SIDE = 2048  # pixels
 MAX_PARAMETERS = 4_000_000_000
 PLAIN, ATTENTION, RESNET = "plain", "attention", "resnet"
+DIFFUSERS = ("UNet2DModel", "UNetUnconditionalModel", "UNetModel")  # of today and of 2022
 OPENAI = "OpenAIUNet"
 DOWN_BLOCKS = {"DownBlock2D": PLAIN, "AttnDownBlock2D": ATTENTION, "ResnetDownsampleBlock2D": RESNET}
 UP_BLOCKS = {"UpBlock2D": PLAIN, "AttnUpBlock2D": ATTENTION, "ResnetUpsampleBlock2D": RESNET}

@@ -14,6 +14,7 @@ import pytest
 
 from model.checkpoint.card import INDEX, WEIGHTS, read_card
 from tests.model.convert.directories import CONFIG, SCHEDULER, entry, safetensors, write_model
+from tests.model.convert.directories import weights as state
 from tests.model.convert.refusals import refusal
 
 MAX_SECONDS, MAX_BYTES = 2.0, 64 << 20
@@ -115,6 +116,12 @@ def doubled(directory: Path) -> None:
     (write_model(directory) / "config.json").write_text(json.dumps(CONFIG)[:-1] + ', "sample_size": 16}')
 
 
+def second(directory: Path) -> None:
+    """A net and its average in one file."""
+    net, average = state(), state()
+    write_model(directory, tensors=net | {f"ema.{name}": tensor for name, tensor in average.items()})
+
+
 def typed(dtype: str, width: int) -> bytes:
     """A file with one tensor of another type."""
     return safetensors({"conv_in.weight": entry([8, 1, 3, 3], 0, 72 * width, dtype)}, bytes(72 * width))
@@ -123,6 +130,16 @@ def typed(dtype: str, width: int) -> bytes:
 def with_folder(name: str) -> Callable[[Path], object]:
     """A net in folders without an index, with this one beside it."""
     return lambda directory: (write_model(directory, folders=True) / name).mkdir()
+
+
+def crowded(directory: Path) -> None:
+    """Folders whose configurations take a second each to read, and a net that is served by none of them."""
+    config(num_class_embeds=10)(directory)
+    for i in range(20):
+        (directory / f"run-{i}").mkdir()
+        (directory / f"run-{i}" / "config.json").write_text(f'{{"a": [{"[], " * 250_000}0]}}')
+    for i in range(9_000):
+        (directory / f"model-{i}.pt").touch()
 
 
 HEADER = '{"a":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}'
@@ -200,6 +217,7 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "overlap": (weights(safetensors({"a": entry([2], 0, 8), "b": entry([1], 4, 8)}, bytes(8))), "overlap"),
     "other names": (weights(safetensors(HEADER)), "lacks conv_in.weight"),
     "wrong shapes": (config(block_out_channels=[16, 32]), "conv_in.weight must have shape [16, 1, 3, 3], got [8, "),
+    "net and average": (second, "such as 'ema.conv_in.bias' (a second net: `ddpm convert` takes one of them"),
     "fp8": (weights(typed("F8_E4M3", 1)), "holds 'conv_in.weight' as 'F8_E4M3'"),
     "integers": (weights(typed("I64", 8)), "holds 'conv_in.weight' as 'I64'"),
     "index elsewhere": (
@@ -212,7 +230,8 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "only GGUF": (instead("model.gguf", config=False), "config.json is missing ('model.gguf' is a GGUF file"),
     "only TensorFlow": (instead("model.ckpt.index", config=False), "('model.ckpt.index' is a file of TensorFlow"),
     "only LoRA": (instead("lora.safetensors"), "('lora.safetensors' is not looked for under this name)"),
-    # what is no file
+    # what is no file, or many
+    "a crowd": (crowded, "num_class_embeds must be null, got 10"),
     "folder": (changed(Path.mkdir), f"{WEIGHTS} is not a regular file"),
     "pipe": (changed(os.mkfifo), f"{WEIGHTS} is not a regular file"),
     "pipe as config": (changed(os.mkfifo, "config.json"), "config.json is not a regular file"),

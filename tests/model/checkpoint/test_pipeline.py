@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import pytest
 
 from model.checkpoint.card import read_card, schedule_file
 from model.convert.choice import check
+from model.convert.flags import parsed
 from tests.model.convert.directories import write_model
 from tests.model.convert.refusals import refusal
 
@@ -64,7 +64,7 @@ def test_another_model_beside_a_model_is_no_part_of_it(tmp_path: Path) -> None:
     (tmp_path / "autoencoder" / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
 
     assert read_card(tmp_path / "unet_faces").name == "unet_faces"
-    check(Namespace(source=tmp_path / "unet_faces", part=None, format=None, config=None, scheduler=None))
+    check(parsed([str(tmp_path / "unet_faces"), str(tmp_path / "new")]))
 
 
 @pytest.mark.parametrize("kind", ["DDPMPipeline", "DDIMPipeline", "PNDMPipeline", "RePaintPipeline", "DDPM", None])

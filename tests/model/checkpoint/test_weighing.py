@@ -7,10 +7,11 @@ import pytest
 from safetensors.torch import save_file
 
 from model.checkpoint.card import WEIGHTS, read_card
-from model.checkpoint.weighing import served_names, told
+from model.checkpoint.weighing import served_names, standing, told
 from model.convert import directories
 from model.convert.protocol import Options
 from model.digests import file_digest
+from model.errors import ModelRefused
 from tests.model.convert.directories import weights as sound
 from tests.model.convert.directories import write_model
 
@@ -49,11 +50,34 @@ def test_what_is_served_is_what_would_be_converted(tmp_path: Path, kind: str) ->
     assert directories.convert(tmp_path, Options())[1] == [card.weights] == [tmp_path / best[0]]
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        *(
+            (name, 0)
+            for name in ("unet_ema/a", "ema.pt", "ema_0.9999", "state_dict_ema", "ModelEMA", "emaModel", "swa")
+        ),
+        *((name, 1) for name in ("schema", "cinema/unet", "remake.pt", "swapped", "semantic", "model", "best")),
+        *((name, 2) for name in ("non_ema", "no-average", "pre_swa")),
+    ],
+)
+def test_an_average_is_known_by_whole_words(name: str, expected: int) -> None:
+    assert standing(name) == expected
+
+
+def test_a_folder_of_models_is_no_model(tmp_path: Path) -> None:
+    for name in ("digits", "faces_ema"):
+        write_model(tmp_path / name)
+
+    with pytest.raises(ModelRefused, match="^config.json is missing$"):
+        read_card(tmp_path)
+
+
 def test_a_damaged_average_is_not_replaced_by_the_net(tmp_path: Path) -> None:
     directory = write(tmp_path, [f"unet_ema/{WEIGHTS}", f"unet/{WEIGHTS}"])
     (directory / "unet_ema" / "config.json").write_text("{")
 
-    with pytest.raises(Exception, match="config.json is not valid JSON"):
+    with pytest.raises(ModelRefused, match="config.json is not valid JSON"):
         read_card(directory)
 
 

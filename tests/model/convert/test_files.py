@@ -123,6 +123,7 @@ def torch_file(path: Path) -> Path:
     return path
 
 
+FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
 # What is refused before torch is imported: the arguments, what writes them, and what is said.
 EARLY: dict[str, tuple[list[str], Callable[[Path], object], str]] = {
     "a picture": (["a.png"], lambda directory: (directory / "a.png").write_bytes(picture("PNG")), "is a PNG picture"),
@@ -154,6 +155,19 @@ EARLY: dict[str, tuple[list[str], Callable[[Path], object], str]] = {
         ["a.bin", "--scheduler", "a.bin"],
         lambda directory: torch_file(directory / "a.bin"),
         "a.bin is not valid JSON",
+    ),
+    "another process": (
+        ["a.bin", "--scheduler", "flow.json"],
+        lambda directory: [only(flow=FLOW)(directory), torch_file(directory / "a.bin")],
+        "flow matching, EDM and score SDEs are other processes",
+    ),
+    "another process beside the net": (
+        ["unet"],
+        lambda directory: [
+            only(**{"unet/config": {}, "scheduler_config": FLOW})(directory),
+            torch_file(directory / "unet/a.bin"),
+        ],
+        "flow matching, EDM and score SDEs are other processes",
     ),
 }
 
