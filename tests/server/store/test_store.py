@@ -183,7 +183,7 @@ def test_blobs_without_a_job_are_deleted_at_the_start_and_damaged_ones_are_refus
         async with a_store(tmp_path) as store:
             await keep(store, "a", b"good")
             await store.blobs.save({name(b"nobody's"): b"nobody's"})
-            (tmp_path / "pictures" / "half.part").write_bytes(b"ha")
+            (tmp_path / "pictures" / f"{7:016x}.part").write_bytes(b"ha")
             (tmp_path / "pictures" / name(b"good")).write_bytes(b"evil")
             with pytest.raises(Gone, match="damaged"):
                 store.blobs.read(name(b"good"))
