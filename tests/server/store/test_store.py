@@ -492,3 +492,12 @@ def test_a_blob_is_on_disk_before_the_row_that_names_it(tmp_path: Path, monkeypa
     asyncio.run(story())
 
     assert done == ["sync", "rename", "sync", "commit"]
+
+
+def test_a_file_system_that_is_read_only_is_no_mistake_of_the_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "statvfs", lambda path: mock.Mock(f_flag=os.ST_RDONLY))
+
+    with pytest.raises(StorageFull, match="its file system is mounted read-only; what is in it has been left as it is"):
+        Store(tmp_path)
