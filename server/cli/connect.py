@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from server.errors import EXIT_FAILED, EngineFailed, ServerError, SettingsError
 
+MOST_KEY = 4096  # characters that are read of the file of a key
 CONNECTIONS = 64  # of the one command that a private server is for
 STARTUP_S, SHUTDOWN_S = 600.0, 30.0  # for a private server with its engine
 
@@ -45,6 +46,12 @@ def progress_bar() -> "tqdm[None]":
     return tqdm(file=sys.stderr, bar_format="{desc}", disable=None, leave=False)
 
 
+def _read_key(path: Path) -> str:
+    """The key in a file. Raises OSError."""
+    with path.open(encoding="latin-1") as file:  # never a decoding error
+        return file.read(MOST_KEY)
+
+
 @contextmanager
 def server(given: Namespace, bar: "tqdm[None]") -> Iterator[Client]:
     """A client of the server that the flags name. Raises SettingsError, ModelRefused, EngineFailed, ClientError."""
@@ -53,7 +60,7 @@ def server(given: Namespace, bar: "tqdm[None]") -> Iterator[Client]:
             yield client
         return
     try:
-        key = given.key_file.read_text("latin-1") if given.key_file is not None else None  # never a decoding error
+        key = _read_key(given.key_file) if given.key_file is not None else None
         client = Client(given.url, key, given.timeout)
     except OSError as error:
         raise SettingsError(f"--key-file could not be read: {error.strerror}") from None

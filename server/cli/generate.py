@@ -19,6 +19,18 @@ from server.jobs.schemas import GenerateRequest
 
 FIELDS = {name: kind for name, kind in get_type_hints(Request).items() if kind in (str, int, float)}
 ANIMATIONS: dict[str, Animation] = {".gif": "gif", ".apng": "apng", ".png": "apng", ".webp": "webp"}
+OTHER_FORMATS = {
+    ".jpg",
+    ".jpeg",
+    ".gif",
+    ".webp",
+    ".bmp",
+    ".tif",
+    ".tiff",
+    ".npy",
+    ".zip",
+}  # than the PNG that we write
+MOST_BYTES = 1 << 26  # of a picture that is repeated
 STDOUT = Path("-")
 BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}"
 
@@ -63,9 +75,7 @@ def main(arguments: Sequence[str]) -> int:
     given = _parser().parse_args(arguments)
     before = _read_texts(given.like) if given.like is not None else {}
     request = _request(given, before)
-    for path in (given.out, given.frames):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise SettingsError(f"{path.parent} is not a folder")
+    _check_files(given)
     if given.out == STDOUT and request.get("n", 1) > 1:
         raise SettingsError("-o - takes one picture: with -o FILE each goes to a file of its own")
     with connect.progress_bar() as bar, connect.server(given, bar) as client:
@@ -87,10 +97,24 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _check_files(given: Namespace) -> None:
+    """Raises SettingsError for files that cannot be written, before anything is made for them."""
+    for path in (given.out, given.frames):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise SettingsError(f"{path.parent} is not a folder")
+        if path is not None and path.is_dir():
+            raise SettingsError(f"{path} is a folder")
+    if given.out.suffix.lower() in OTHER_FORMATS:
+        raise SettingsError(f"-o {given.out}: pictures are written as PNG, not as {given.out.suffix}")
+    if given.frames is not None and given.frames.absolute() == given.out.absolute():
+        raise SettingsError("-o and --frames must name two files")
+
+
 def _read_texts(path: Path) -> dict[str, str]:
     """The text chunks of a picture that ddpm made. Raises SettingsError."""
     try:
-        found = png_texts(path.read_bytes())
+        with path.open("rb") as file:
+            found = png_texts(file.read(MOST_BYTES))
     except OSError as error:
         raise SettingsError(f"--like: {path} could not be read: {error.strerror}") from None
     except ValueError:

@@ -1,7 +1,10 @@
 """The `ddpm` command. Each subcommand is a module of `server.cli`, imported only when it is used."""
 
+import errno
+import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
 
 from ddpm_client.errors import ClientError, Invalid
@@ -13,6 +16,7 @@ from server.troubles import shortage
 
 INTERRUPTED = 130  # a shell's exit code for a process that Ctrl-C ended
 ENDS: tuple[type[Exception], ...] = (ServerError, *EXIT_CODES)  # of which an exit code tells
+OUTPUT = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # what a command's output may meet
 COMMANDS = {
     "serve": "serve model directories over HTTP",
     "generate": "make a picture",
@@ -38,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     failure: Exception
     try:
         code: int = import_module(f"server.cli.{given[0]}").main(given[1:])
+        print(end="", flush=True)
         return code
     except ENDS as error:
         failure, code = error, exit_code(error)
@@ -45,10 +50,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         refused = isinstance(error, Invalid) or getattr(error, "code", "") == "model-not-found"
         failure, code = error, EXIT_USAGE if refused else EXIT_FAILED
     except OSError as error:
-        if shortage(error) is None:
+        if shortage(error) is None and error.errno not in OUTPUT:
             raise
+        _discard_output()
+        if error.errno == errno.EPIPE:  # whoever reads has had enough, as `head`
+            return EXIT_FAILED
         failure, code = error, EXIT_FAILED
     except KeyboardInterrupt:
         return INTERRUPTED
     print(f"ddpm: {failure}", file=sys.stderr)
     return code
+
+
+def _discard_output() -> None:
+    """Lets what is still buffered for standard output go nowhere, or Python would write it in the end."""
+    with suppress(OSError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -21,6 +21,7 @@ from server.troubles import PATIENCE_S, Troubles, started
 RETRY_S = 1.0  # between attempts to write while the disk is full
 BLOB = re.compile("[0-9a-f]{64}")  # the names of blobs
 UNFINISHED = ".part"
+PART = re.compile(f"(?:[0-9a-f]{{16}}|probe){re.escape(UNFINISHED)}")  # the names of blobs that are being written
 ASIDE, ASIDE_S = "aside", 86_400.0  # the folder of what no row names, and how long that is kept
 BLOCK_BYTES = 4096  # of a file that are read at once where some may be unreadable
 THREADS = 8  # blobs that are synced at once: the file system writes them down together
@@ -171,7 +172,7 @@ def blobs_in(folder: Path) -> dict[str, int]:
 
 def is_ours(entry: "os.DirEntry[str]") -> bool:
     """Whether this is a blob, or one that was not finished."""
-    return is_blob(entry) or (entry.name.endswith(UNFINISHED) and entry.is_file(follow_symlinks=False))
+    return is_blob(entry) or (PART.fullmatch(entry.name) is not None and entry.is_file(follow_symlinks=False))
 
 
 def is_sound(name: str, data: bytes) -> bool:

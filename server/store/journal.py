@@ -66,8 +66,8 @@ def _require_new(directory: Path, floor: int) -> None:
 def create(path: Path) -> None:
     """Creates an empty journal, atomically."""
     new = path.with_suffix(".new")
-    for left in path.parent.glob(f"{new.name}*"):
-        left.unlink()
+    for suffix in ("", "-wal", "-shm", "-journal"):  # that a server which died here has left
+        new.with_name(new.name + suffix).unlink(missing_ok=True)
     db = sqlite3.connect(new, isolation_level=None)
     db.execute("PRAGMA journal_mode = WAL")
     db.executescript(f"BEGIN; {''.join(VERSIONS)} COMMIT;")

@@ -105,9 +105,13 @@ def as_storage_full(directory: Path) -> Iterator[None]:
 
 
 def make_directory(directory: Path) -> None:
-    """Creates the directory, readable for this user alone. Raises SettingsError."""
+    """Creates the directory, readable for this user alone. Raises SettingsError, or StorageFull if its file system is
+    read-only, as after an error of the disk."""
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if os.statvfs(directory).f_flag & os.ST_RDONLY:
+            words = f"the store {directory} cannot be written: its file system is mounted read-only"
+            raise StorageFull(f"{words}; what is in it has been left as it is")
         if not os.access(directory, os.R_OK | os.W_OK | os.X_OK):
             raise PermissionError
     except OSError as error:

@@ -200,12 +200,12 @@ def from_headers(request: Request) -> dict[str, Any]:
 
 async def read_json_body(request: Request, limit: int) -> bytes:
     """The body, declared as JSON and of at most `limit` bytes. Raises BodyTooLarge, UnsupportedMedia, Malformed."""
-    if (header(request, "content-encoding") or "identity").strip().lower() != "identity":
-        raise UnsupportedMedia("the body must be sent as it is, without a content-encoding")
-    given = header(request, "content-type")
+    for name, usual in (("content-encoding", "identity"), ("transfer-encoding", "chunked")):
+        if (header(request, name) or usual).strip().lower() != usual:
+            raise UnsupportedMedia(f"the body must be sent as it is, with no other {name} than {usual}")
+    given, body = header(request, "content-type"), bytearray()
     media, parameters = _media_type("application/json" if given is None else given)
     charset = parameters.get("charset", "utf-8")
-    body = bytearray()
     try:
         async for chunk in request.stream():
             body += chunk

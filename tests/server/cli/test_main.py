@@ -1,6 +1,7 @@
 """The `ddpm` command itself: its version, its help and its usage errors."""
 
 import errno
+import os
 import subprocess
 import sys
 from unittest import mock
@@ -80,3 +81,21 @@ def test_a_start_that_lacks_a_resource_says_which_in_one_line(
     assert main.main(["serve"]) == EXIT_FAILED
     assert capsys.readouterr().err == "ddpm: [Errno 24] Too many open files\n"
     assert not is_full(lack)
+
+
+@pytest.mark.parametrize("buffered", ["", "1"])
+@pytest.mark.parametrize(("output", "said"), [("/dev/full", "ddpm: [Errno 28] No space left on device\n"), (None, "")])
+def test_output_that_cannot_be_written_ends_a_command_without_a_traceback(
+    output: str | None, said: str, buffered: str
+) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    environ = {**os.environ, "PYTHONUNBUFFERED": buffered}
+    with open(output or writer, "wb") as closed:
+        ended = subprocess.run(
+            [sys.executable, "-m", "server", "key", "alice"], stdout=closed, stderr=subprocess.PIPE, env=environ
+        )
+
+    assert ended.returncode == EXIT_FAILED
+    assert ended.stderr.decode().removeprefix("ddpm_").endswith(said)
+    assert b"Traceback" not in ended.stderr and b"Exception" not in ended.stderr

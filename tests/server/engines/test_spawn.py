@@ -7,7 +7,9 @@ import multiprocessing
 import os
 import sys
 import threading
+import time
 from multiprocessing.context import SpawnProcess
+from unittest import mock
 
 import pytest
 
@@ -85,3 +87,23 @@ def test_a_process_that_finds_too_little_to_import_torch_tells_it(
         process._serve(theirs, TASK)
         told = ours.recv()
         assert isinstance(told, Lacking) and troubles.shortage(told.error) == "file descriptors"
+
+
+def test_an_engine_is_not_taken_to_hang_for_the_time_in_which_the_server_stood_still() -> None:
+    engine, child, silent_s = EngineProcess(), mock.Mock(pid=os.getpid()), list[float]()
+
+    def hangs() -> bool:
+        silent_s.append(time.monotonic() - engine.heard_at)
+        return silent_s[-1] > 2
+
+    async def story() -> None:
+        watching = asyncio.create_task(engine._watch(child, hangs))
+        await asyncio.sleep(0.1)
+        time.sleep(3)  # as for a process that is stopped, or on a host that is
+        await asyncio.sleep(1)
+        engine.over.set()
+        await watching
+
+    asyncio.run(story())
+    assert not child.kill.called
+    assert 0.5 < silent_s[-1] < 2  # of the rest it counts

@@ -282,10 +282,12 @@ def test_what_is_not_ours_is_left_alone_and_what_no_job_names_is_kept_for_a_day(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pictures, aside = tmp_path / PICTURES, tmp_path / "aside"
-    foreign = [".DS_Store", "README", "0" * 63, "F" * 64]
+    foreign = [".DS_Store", "README", "0" * 63, "F" * 64, "film.part", "jobs.newer", "jobs.new.txt"]
 
     async def story() -> None:
+        (tmp_path / "jobs.newer").write_bytes(b"mine")
         async with a_store(tmp_path) as store:
+            assert (tmp_path / "jobs.newer").exists()
             await keep(store, "a", b"png")
             await store.blobs.save({name(b"lost"): b"lost"})
         for folder in (tmp_path, pictures):

@@ -183,7 +183,7 @@ def test_blobs_without_a_job_are_deleted_at_the_start_and_damaged_ones_are_refus
         async with a_store(tmp_path) as store:
             await keep(store, "a", b"good")
             await store.blobs.save({name(b"nobody's"): b"nobody's"})
-            (tmp_path / "pictures" / "half.part").write_bytes(b"ha")
+            (tmp_path / "pictures" / f"{7:016x}.part").write_bytes(b"ha")
             (tmp_path / "pictures" / name(b"good")).write_bytes(b"evil")
             with pytest.raises(Gone, match="damaged"):
                 store.blobs.read(name(b"good"))
@@ -563,3 +563,12 @@ def test_a_folder_of_pictures_that_was_made_anew_is_noticed_though_inode_numbers
     asyncio.run(story())
 
     assert "pictures was removed or replaced" in str(failures[0])
+
+
+def test_a_file_system_that_is_read_only_is_no_mistake_of_the_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "statvfs", lambda path: mock.Mock(f_flag=os.ST_RDONLY))
+
+    with pytest.raises(StorageFull, match="its file system is mounted read-only; what is in it has been left as it is"):
+        Store(tmp_path)

@@ -184,6 +184,7 @@ REFUSED: list[tuple[HEADER, int, str]] = [
     (("content-type", "application/json; charset=latin-1"), 415, "unsupported-media-type"),
     (("content-type", 'application/json;charset="UTF-16"'), 415, "unsupported-media-type"),
     (("content-encoding", "gzip"), 415, "unsupported-media-type"),
+    (("transfer-encoding", "gzip, chunked"), 415, "unsupported-media-type"),
     (("accept", "application/json;version=2"), 406, "not-acceptable"),
     (("accept", "image/png;q=0, text/html"), 406, "not-acceptable"),
     (("accept", "application/json;q=2"), 406, "not-acceptable"),
