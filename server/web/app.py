@@ -12,7 +12,6 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.routing import Match
-from starlette.staticfiles import StaticFiles
 
 from model.errors import ModelRefused, PlanError
 from server import __version__
@@ -153,7 +152,7 @@ def create_app(
         refused=service.admission.count_refusal,
         prefix=settings.path_prefix,
     )
-    app.mount("/static", StaticFiles(directory=info.STATIC), name="static")
+    app.add_route("/static/{name:path}", info.static_file)
     for router in ROUTERS:
         app.include_router(router, dependencies=[Depends(check_request)])
     openapi.describe(app, service, settings)
