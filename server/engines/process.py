@@ -144,9 +144,12 @@ class EngineProcess:
 
     async def _watch(self, process: SpawnProcess, hangs: Callable[[], bool]) -> None:
         while not self.over.is_set():
+            looked_at = time.monotonic()
             try:
                 await asyncio.wait_for(self.over.wait(), POLL_S)
             except TimeoutError:
+                now = time.monotonic()  # while this server did not run, it heard nothing of an engine that may run
+                self.heard_at = min(now, self.heard_at + now - looked_at - POLL_S)
                 self.stopped_s = self.stopped_s + POLL_S if _is_stopped(process.pid) else 0.0
                 if hangs():
                     logger.error("engine hangs and is killed", extra={"pid": process.pid})

@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 from ddpm_client.wire import pack
 
 from server.errors import problem
-from server.troubles import shortage, too_little
+from server.troubles import LACKING, shortage, too_little
 
 Body: TypeAlias = dict[str, Any]
 TRANSIENT_PER_S = 500.0  # transient messages, to all subscribers of all jobs together
@@ -60,7 +60,7 @@ class PictureMessage:
                 self._encoding = asyncio.create_task(asyncio.to_thread(self._pack))
             try:
                 await asyncio.shield(self._encoding)
-            except OSError as error:
+            except LACKING as error:
                 if (resource := shortage(error)) is None:
                     raise
                 raise too_little(resource) from None

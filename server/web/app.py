@@ -77,9 +77,9 @@ def _methods(request: Request) -> list[str]:
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     """Starts the jobs before the first request and closes them after the last one."""
-    asyncio.get_running_loop().set_default_executor(started(THREADS, "worker"))
-    await run_in_threadpool(bool)  # imports what starlette would import when it sends the first stream
     try:
+        asyncio.get_running_loop().set_default_executor(started(THREADS, "worker"))
+        await run_in_threadpool(bool)  # imports what starlette would import when it sends the first stream
         await app.state.jobs.start()
     except Exception as error:  # or the web server would choose the exit code
         app.state.on_failed(error if isinstance(error, ServerError) else StartFailed(f"the start failed: {error!r}"))

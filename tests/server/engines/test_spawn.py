@@ -8,6 +8,7 @@ import os
 import sys
 import threading
 from multiprocessing.context import SpawnProcess
+from unittest import mock
 
 import pytest
 
@@ -59,6 +60,35 @@ def test_a_start_that_finds_too_little_is_tried_again_and_leaves_nothing(
         *(resource, resource),
         "no process could be started",
     ]
+
+
+def test_a_server_that_did_not_run_for_a_while_holds_no_silence_against_its_engine(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As after SIGSTOP and SIGCONT: the engine may have sent its messages all the while."""
+    times = [0.0, *(0.0, 0.01), *(0.01, 3600.01), *(3600.01, 3600.02)]  # of its making; before and after each wait
+    passed = list[float]()
+
+    def monotonic() -> float:
+        passed.append(times[len(passed)])
+        return passed[-1]
+
+    monkeypatch.setattr(process, "POLL_S", 0.01)
+    monkeypatch.setattr(process, "time", mock.Mock(monotonic=monotonic))
+
+    async def scene() -> list[float]:
+        engine, silences = EngineProcess(), list[float]()
+
+        def hangs() -> bool:
+            silences.append(passed[-1] - engine.heard_at)
+            if len(passed) == len(times):
+                engine.over.set()
+            return False
+
+        await engine._watch(mock.Mock(pid=0), hangs)
+        return silences
+
+    assert asyncio.run(asyncio.wait_for(scene(), 10)) == pytest.approx([0.01, 0.02, 0.03])
 
 
 @pytest.mark.parametrize(
