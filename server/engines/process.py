@@ -22,7 +22,6 @@ from server.worker.messages import Cancel, Died, Lacking, Refused, Start, Submit
 logger = logging.getLogger(__name__)
 POLL_S = 0.25  # between two looks at the process
 ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)  # these signals end a server in order
-LATE_S = 1.0  # by which a look is late only if this process could not run: the host, or a pause of all of it
 END_POLL_S = 0.005  # between two at its end
 CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGABRT)  # of native code
 UNUSABLE = {  # by the signal that ended an engine, what OpenVINO is taken to have done
@@ -145,14 +144,12 @@ class EngineProcess:
 
     async def _watch(self, process: SpawnProcess, hangs: Callable[[], bool]) -> None:
         while not self.over.is_set():
-            began = time.monotonic()
+            looked_at = time.monotonic()
             try:
                 await asyncio.wait_for(self.over.wait(), POLL_S)
             except TimeoutError:
-                if (
-                    late_s := time.monotonic() - began - POLL_S
-                ) > LATE_S:  # we stood still, so the engine may have, too
-                    self.heard_at = min(self.heard_at + late_s, time.monotonic())
+                now = time.monotonic()  # while this server did not run, it heard nothing of an engine that may run
+                self.heard_at = min(now, self.heard_at + now - looked_at - POLL_S)
                 self.stopped_s = self.stopped_s + POLL_S if _is_stopped(process.pid) else 0.0
                 if hangs():
                     logger.error("engine hangs and is killed", extra={"pid": process.pid})

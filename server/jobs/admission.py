@@ -135,11 +135,17 @@ class Admission:
             usage.sample_steps += done
 
     def advance(self, job: Job, index: int, step: int) -> None:
-        """Notes how many updates a picture has had, and that so much less is left to do."""
-        more = step - job.steps[index]  # less than none if it begins again
+        """Notes how many updates a picture has had, and that so much less is left to do; nothing if more is known."""
+        more = max(0, step - job.steps[index])
         self.capacity.steps -= more
-        self._count_steps(job, -more, max(0, more))
-        job.steps[index] = step
+        self._count_steps(job, -more, more)
+        job.steps[index] += more
+
+    def restart(self, job: Job, index: int) -> None:
+        """Notes that a picture begins again."""
+        self.capacity.steps += job.steps[index]
+        self._count_steps(job, job.steps[index])
+        job.steps[index] = 0
 
     def release(self, job: Job) -> None:
         """A job has ended: what is left of its work will not be done, and its memory is free."""

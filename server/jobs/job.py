@@ -176,12 +176,14 @@ class Job:
             return
         self.frames[index, step, kind] = picture
         header = self._header(index, step, self.levels[step if kind == "x_t" else step - 1], kind)
-        self.stream.keep_picture(header, True, partial(encode.png, picture, {}), picture.nbytes <= SMALL_BYTES)
+        small, done = picture.nbytes <= SMALL_BYTES, sum(self.steps)
+        self.stream.keep_picture(header, True, partial(encode.png, picture, {}), small, done)
 
     def finish(self, image: Image) -> None:
         """A picture is made."""
         self.images[image.index] = image
-        self.stream.keep_picture(self._header(image.index, self.request.sampling.steps, 0, "image"), False, image.read)
+        header = self._header(image.index, self.request.sampling.steps, 0, "image")
+        self.stream.keep_picture(header, False, image.read, done=sum(self.steps))
         image.message = len(self.stream.kept)
 
     def _header(self, index: int, step: int, level: int, kind: str) -> dict[str, Any]:

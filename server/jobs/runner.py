@@ -136,6 +136,7 @@ class JobRunner:
             self._mark_started(job)
         match event:
             case Preview(int(index), step, x, x0):
+                self.admission.advance(job, index, step)
                 job.show_frame(index, step, "x_t", x)
                 job.show_frame(index, step, "x0", x0)
             case Progress(steps):
@@ -156,7 +157,7 @@ class JobRunner:
             case Restarting(retry_after_s):
                 for index in range(job.request.n):
                     if index not in job.images:
-                        self.admission.advance(job, index, 0)
+                        self.admission.restart(job, index)
                 job.stream.send_transient("restarting", urgent=True, retry_after_s=retry_after_s)
             case Failed(_, reason):
                 raise SampleLost(reason)

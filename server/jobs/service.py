@@ -29,10 +29,9 @@ from server.metrics import Family, Metrics, counter, gauge
 from server.settings import Settings
 from server.store.rows import IdempotentHit
 from server.store.store import Store
-from server.troubles import PATIENCE_S
+from server.troubles import PATIENCE_S, SYSTEM, too_little
 
 T = TypeVar("T")
-ANIMATIONS = 2  # so many are drawn at once: the other threads encode frames
 TICK_S = 0.25  # between two messages to those who wait
 PARKING_S = 5.0  # within which every job is parked at the end
 
@@ -44,7 +43,7 @@ class JobService:
         self, settings: Settings, cards: Mapping[str, ModelCard], backend: Backend, store: Store, metrics: Metrics
     ) -> None:
         self.cards, self.backend, self.metrics, self._settings = cards, backend, metrics, settings
-        self.drawing = asyncio.Semaphore(ANIMATIONS)
+        self.drawing = asyncio.Semaphore(2)  # animations at once: the other threads encode frames
         self.counts = StreamCounts(prefix=settings.path_prefix)
         self.repository = JobRepository(store, settings, self.counts, backend)
         self.admission = Admission(settings, backend, self.repository, metrics)
@@ -155,10 +154,14 @@ class JobService:
                 await self.cancel(job)
 
     async def result(self, job: Job) -> Job:
-        """The job, once it has succeeded. Raises what made it fail, or StorageFull if that takes long to be written."""
+        """The job, once it has succeeded. Raises what made it fail, or StorageFull or NotReady if it cannot end."""
+        store = self.repository.store
         while job.task is not None and not (await asyncio.wait([job.task], timeout=PATIENCE_S))[0]:
-            if job.state is State.ENDING and (trouble := self.repository.store.trouble) is not None:
-                raise StorageFull(f"the pictures are made, and not written yet: {trouble}")
+            made = job.state is State.ENDING or len(job.images) == job.request.n
+            if made and store.trouble is not None:
+                raise StorageFull(f"the pictures are made, and not written yet: {store.trouble}")
+            if made and (short := SYSTEM & store.troubles.now.keys()):
+                raise too_little(", ".join(short))
         if job.failure is not None:
             raise job.failure
         if job.task is not None:
@@ -213,7 +216,6 @@ class JobService:
         running, waiting, _ = self.tally()
         admission, store, backend, counts = self.admission, self.repository.store, self.backend, self.counts
         health, stats, steps = backend.health, backend.health.stats, admission.capacity.steps
-        differ = self.repository.mismatches
         return [
             gauge("jobs_running", "Jobs with a picture that has been started.", running),
             gauge("jobs_waiting", "Jobs that wait for a slot.", waiting),
@@ -234,14 +236,12 @@ class JobService:
             counter("sample_steps", "Denoising steps of single pictures.", stats.sample_steps),
             counter("engine_steps", "Denoising steps of a batch.", stats.steps),
             counter("padded_slots", "Slots that were computed as padding of a batch.", stats.padded),
-            counter(
-                "out_of_memory", "Times that device memory ran out, which reduces the batch size.", stats.exhausted
-            ),
+            counter("out_of_memory", "Times that device memory ran out, which reduces the batch.", stats.exhausted),
             counter("engine_restarts", "Engine restarts by cause.", health.restarts, "cause"),
             counter("jobs_replayed", "Jobs that were run again after an engine restart.", health.replayed),
             counter("frames", "Frames kept for clients that watch.", counts.frames),
             counter("frames_dropped", "Frames that slow clients missed.", counts.dropped),
-            counter("replay_mismatch", "Pictures with other bytes than the same picture had before.", differ),
+            counter("replay_mismatch", "Pictures with other bytes than before.", self.repository.mismatches),
             counter("cache_hits", "Jobs answered with stored pictures of an equal job.", self._cache_hits),
             counter("webhooks", "Attempts to deliver a webhook by outcome.", self._deliveries.outcomes, "outcome"),
             *self.metrics.by_model.families(),

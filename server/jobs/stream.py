@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 from ddpm_client.wire import pack
 
 from server.errors import problem
-from server.troubles import shortage, too_little
+from server.troubles import LACKING, shortage, too_little
 
 Body: TypeAlias = dict[str, Any]
 TRANSIENT_PER_S = 500.0  # transient messages, to all subscribers of all jobs together
@@ -47,6 +47,7 @@ class PictureMessage:
     passing: bool  # a frame, which a slow subscriber may miss
     small: bool  # so small that a thread would cost more than encoding it here
     _encode: Callable[[], bytes]
+    done: int = 0  # image-steps of the job, when this was kept
     _packed: bytes | None = None
     _encoding: "asyncio.Task[None] | None" = None
 
@@ -59,7 +60,7 @@ class PictureMessage:
                 self._encoding = asyncio.create_task(asyncio.to_thread(self._pack))
             try:
                 await asyncio.shield(self._encoding)
-            except OSError as error:
+            except LACKING as error:
                 if (resource := shortage(error)) is None:
                     raise
                 raise too_little(resource) from None
@@ -107,12 +108,14 @@ class Stream:
         """Keeps a JSON message."""
         self._keep(self.text(len(self.kept) + 1, type, **body))
 
-    def keep_picture(self, header: Body, passing: bool, encode: Callable[[], bytes], small: bool = False) -> None:
+    def keep_picture(
+        self, header: Body, passing: bool, encode: Callable[[], bytes], small: bool = False, done: int = 0
+    ) -> None:
         """Keeps a message with a picture."""
         seq = len(self.kept) + 1
         if passing:
             self.counts.frames += 1
-        self._keep(PictureMessage(seq, {"job": self.job, "seq": seq, **header}, passing, small, encode))
+        self._keep(PictureMessage(seq, {"job": self.job, "seq": seq, **header}, passing, small, encode, done))
 
     def send_transient(self, type: str, urgent: bool = False, **body: Any) -> None:
         """A transient message, for subscribers that are not behind. urgent: for those that had one lately, too."""
@@ -155,8 +158,7 @@ class Stream:
 
     def _keep(self, message: Message) -> None:
         self.kept.append(message)
-        if self._transient is not None and self._transient.body["type"] != "progress":
-            self._transient = None  # the job is not queued or restarting any more
+        self._transient = None  # it told of the moment before
         self._wake()
 
     def _wake(self) -> None:
@@ -179,6 +181,7 @@ class Subscriber:
         self.heard = 0  # how many transient messages there were when it was sent one
         self._cursor = min(after, len(stream.kept))  # how many of the kept messages it has passed
         self._skip_to = 0  # frames before this number are not worth sending any more
+        self._done = 0  # image-steps of which it has been told, since the engine was last said to restart
 
     def fell_behind(self) -> None:
         """The last message took long to send: of the frames of a stream that goes on, only the newest is worth it."""
@@ -196,11 +199,14 @@ class Subscriber:
                 if (gap := self._gap()) is not None:
                     yield gap
                 elif self._cursor < len(stream.kept):
+                    message = stream.kept[self._cursor]
                     self._cursor += 1
-                    yield stream.kept[self._cursor - 1] or self._resync()
+                    if isinstance(message, PictureMessage):
+                        self._done = max(self._done, message.done)
+                    yield message or self._resync()
                 elif stream.closed:
                     return
-                elif self.is_due() and (now := stream.transient(self._cursor)) is not None:
+                elif self.is_due() and (now := stream.transient(self._cursor)) is not None and self._follows(now):
                     self.heard, self.due = stream.transients, time.monotonic() + stream.counts.pause_s()
                     yield now
                 else:
@@ -208,6 +214,14 @@ class Subscriber:
         finally:
             stream.subscribers.discard(self)
             stream.counts.subscribers -= 1
+
+    def _follows(self, now: TextMessage) -> bool:
+        """Notes how far the job is by a transient message. Returns whether that is true behind what was told before."""
+        done: int = now.body.get("step", 0)
+        if now.body["type"] == "progress" and done < self._done:
+            return False
+        self._done = done
+        return True
 
     def is_due(self) -> bool:
         """Whether there is a transient message that it may be sent now."""

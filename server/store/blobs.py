@@ -16,7 +16,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from server.errors import Gone
-from server.troubles import PATIENCE_S, Troubles, started
+from server.troubles import PATIENCE_S, Troubles, shortage, started
 
 RETRY_S = 1.0  # between attempts to write while the disk is full
 BLOB = re.compile("[0-9a-f]{64}")  # the names of blobs
@@ -95,6 +95,10 @@ class Blobs:
             data = (self.folder / name).read_bytes()
         except FileNotFoundError:
             raise Gone("this picture is no longer kept") from None
+        except OSError as error:
+            if shortage(error) is not None:
+                raise
+            raise Gone("this picture was damaged on disk") from error
         if not is_sound(name, data):
             raise Gone("this picture was damaged on disk")
         return data

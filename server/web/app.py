@@ -12,7 +12,6 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.routing import Match
-from starlette.staticfiles import StaticFiles
 
 from model.errors import ModelRefused, PlanError
 from server import __version__
@@ -78,9 +77,9 @@ def _methods(request: Request) -> list[str]:
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     """Starts the jobs before the first request and closes them after the last one."""
-    asyncio.get_running_loop().set_default_executor(started(THREADS, "worker"))
-    await run_in_threadpool(bool)  # imports what starlette would import when it sends the first stream
     try:
+        asyncio.get_running_loop().set_default_executor(started(THREADS, "worker"))
+        await run_in_threadpool(bool)  # imports what starlette would import when it sends the first stream
         await app.state.jobs.start()
     except Exception as error:  # or the web server would choose the exit code
         app.state.on_failed(error if isinstance(error, ServerError) else StartFailed(f"the start failed: {error!r}"))
@@ -156,7 +155,7 @@ def create_app(
         refused=service.admission.count_refusal,
         prefix=settings.path_prefix,
     )
-    app.mount("/static", StaticFiles(directory=info.STATIC), name="static")
+    app.add_route("/static/{name:path}", info.static_file)
     for router in ROUTERS:
         app.include_router(router, dependencies=[Depends(check_request)])
     openapi.describe(app, service, settings)

@@ -1,12 +1,16 @@
 """What the server says about itself: `/models`, `/healthz`, `/readyz`, `/status`, `/metrics`, and the two pages."""
 
 import asyncio
+import mimetypes
+from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Annotated
 
 from fastapi import APIRouter, Request, Response
 from pydantic import Field
-from starlette.responses import FileResponse, JSONResponse, PlainTextResponse
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, PlainTextResponse
 from typing_extensions import TypedDict
 
 from model.checkpoint.card import ModelCard, Source
@@ -29,6 +33,24 @@ CONTENT_POLICY = (
     "default-src 'self'; img-src 'self' blob: data:; connect-src 'self' blob:; base-uri 'none'; form-action 'self'"
 )
 STATIC = Path(__file__).parent.parent / "static"
+
+
+@dataclass(frozen=True, slots=True)
+class StaticFile:
+    """A file of the pages, in memory: to read it when it is asked for would take a descriptor."""
+
+    data: bytes
+    media: str
+    tag: str
+
+    @classmethod
+    def read(cls, path: Path) -> "StaticFile":
+        """The file at a path."""
+        data = path.read_bytes()
+        return cls(data, mimetypes.guess_type(path)[0] or "application/octet-stream", f'"{sha256(data).hexdigest()}"')
+
+
+FILES = {path.name: StaticFile.read(path) for path in STATIC.iterdir()}
 
 
 class ModelDocument(TypedDict):
@@ -97,11 +119,19 @@ def page_headers(settings: Settings) -> dict[str, str]:
     return {"Content-Security-Policy": f"{CONTENT_POLICY}; {ancestors}"} | older
 
 
-def _page(request: Request, name: str) -> Response:
-    path, headers = STATIC / name, request.app.state.page_headers
-    page = FileResponse(path, headers=headers, stat_result=path.stat())
-    tag = page.headers["etag"]
-    return Response(status_code=304, headers=headers | {"ETag": tag}) if has_current(request, tag) else page
+def _send(request: Request, name: str, headers: dict[str, str]) -> Response:
+    """A file of the pages. Raises HTTPException."""
+    if (file := FILES.get(name)) is None:
+        raise HTTPException(404)
+    headers = headers | {"ETag": file.tag}
+    if has_current(request, file.tag):
+        return Response(status_code=304, headers=headers)
+    return Response(file.data, media_type=file.media, headers=headers)
+
+
+async def static_file(request: Request) -> Response:
+    """What the pages load."""
+    return _send(request, request.path_params["name"], {})
 
 
 @router.get("/models", summary="List models", tags=["models"], response_model=ModelPage, responses=refusals(406))
@@ -199,10 +229,10 @@ async def openapi_document(request: Request) -> JSONResponse:
 @router.get("/", include_in_schema=False)
 async def index_page(request: Request) -> Response:
     """The page on which jobs are made and watched."""
-    return _page(request, "index.html")
+    return _send(request, "index.html", request.app.state.page_headers)
 
 
 @router.get("/docs", include_in_schema=False)
 async def docs_page(request: Request) -> Response:
     """A readable `/openapi.json`."""
-    return _page(request, "docs.html")
+    return _send(request, "docs.html", request.app.state.page_headers)

@@ -19,24 +19,28 @@ MAX_HEAD_BYTES = 16 << 10  # of an answer, with all interim answers before it
 
 async def _addresses(target: Target) -> list[str]:
     """The addresses of a host. The lookup has a thread of its own, which nobody waits for at the end: it may take as
-    long as the resolver likes."""
+    long as the resolver likes. Raises OSError if the system has too little of something."""
     loop = asyncio.get_running_loop()
-    answer: asyncio.Future[list[str]] = loop.create_future()
+    answer: asyncio.Future[list[str] | Exception] = loop.create_future()
 
-    def settle(found: list[str]) -> None:
+    def settle(found: list[str] | Exception) -> None:
         if not answer.done():
             answer.set_result(found)
 
     def look_up() -> None:
+        found: list[str] | Exception = []
         try:
-            found = socket.getaddrinfo(target.host, target.port, type=socket.SOCK_STREAM)
-        except (OSError, UnicodeError):
-            found = []
+            infos = socket.getaddrinfo(target.host, target.port, type=socket.SOCK_STREAM)
+            found = list(dict.fromkeys(str(info[4][0]) for info in infos))
+        except (OSError, UnicodeError) as error:
+            found = error if shortage(error) is not None else []  # a shortage says nothing of the host
         with suppress(RuntimeError):  # the loop is closed
-            loop.call_soon_threadsafe(settle, list(dict.fromkeys(str(each[4][0]) for each in found)))
+            loop.call_soon_threadsafe(settle, found)
 
     threading.Thread(target=look_up, name="webhook resolver", daemon=True).start()
-    return await answer
+    if isinstance(found := await answer, Exception):
+        raise found
+    return found
 
 
 def _permitted(target: Target, addresses: list[str]) -> list[str]:

@@ -17,6 +17,8 @@ import pytest
 
 from server.cli.serve import UNUSED
 from server.engines.process import ENDING
+from server.web.generate import ANIMATIONS
+from server.web.info import STATIC
 from tests.server.conftest import Server
 from tests.server.web.raw import ask, connected, request, statuses
 
@@ -71,6 +73,26 @@ def pressed(long_weights: Path) -> Iterator[Pressed]:
         os.kill(server.engine_pid, number)
     server.wait_until_ready()
     yield server
+
+
+def test_what_a_server_knows_is_answered_for_the_first_time_without_a_descriptor(pressed: Pressed) -> None:
+    """Pages, documents, and what is drawn of pictures in memory: nothing opens or imports a file while it serves."""
+    frames = {"every": 1, "kind": "both"}
+    (id,) = pressed.submit(1, steps=2, n=2, frames=frames)
+    pressed.until(lambda: pressed.outcomes([id]) == {"succeeded": 1})
+    paths = ["/", "/docs", *(f"/static/{path.name}" for path in STATIC.iterdir()), "/openapi.json", "/metrics"]
+    paths += ["/healthz", "/readyz", "/status", "/models", "/models/long", "/v1/models", "/v1/models/long", "/jobs"]
+    paths += [f"/jobs/{id}", f"/jobs/{id}/events", f"/jobs/{id}/images/1"]
+    wrong = {"/nothing": 404, "/jobs/x": 404, "/jobs?limit=x": 422, "/static/nothing": 404, "/generate": 405}
+    usual = resource.prlimit(pressed.process.pid, resource.RLIMIT_NOFILE, (1, FILES))  # nothing more can be opened
+    try:
+        found = {path: pressed.client.get(path).status_code for path in [*paths, *wrong]}
+        drawn = [pressed.client.get(f"/jobs/{id}/trajectory", headers={"accept": media}) for media in ANIMATIONS]
+    finally:
+        resource.prlimit(pressed.process.pid, resource.RLIMIT_NOFILE, usual)
+
+    assert found == dict.fromkeys(paths, 200) | wrong
+    assert [answer.status_code for answer in drawn] == [200] * len(ANIMATIONS)
 
 
 def test_idle_connections_take_no_descriptor_from_health_and_from_jobs(pressed: Pressed) -> None:

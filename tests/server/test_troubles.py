@@ -4,12 +4,19 @@ import asyncio
 import errno
 import logging
 import threading
+from pathlib import Path
+from unittest import mock
 
 import pytest
+from starlette.testclient import TestClient
 
 from server import troubles
-from server.errors import NotReady
+from server.errors import EXIT_FAILED, NotReady, ServerError, exit_code
+from server.settings import Settings
 from server.troubles import Troubles, shortage, started
+from server.web import app
+from server.web.app import create_app
+from tests.server.fakes import FakeBackend
 
 ENFILE = OSError(errno.ENFILE, "Too many open files in system")
 
@@ -87,3 +94,16 @@ def test_all_threads_of_a_pool_run_from_the_start(monkeypatch: pytest.MonkeyPatc
         assert [task.result(10) for task in [pool.submit(int, n) for n in "12345678"]] == list(range(1, 9))
     with pytest.raises(RuntimeError, match="new thread"):
         started(4, "none")
+
+
+def test_a_start_that_gets_no_thread_fails_with_a_reason_and_an_exit_code(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failures, lack = list[ServerError](), mock.Mock(side_effect=RuntimeError("can't start new thread"))
+    made = create_app(Settings(weights=weights, data_dir=tmp_path), FakeBackend(), failures.append)
+    monkeypatch.setattr(app, "started", lack)
+    with pytest.raises(RuntimeError), TestClient(made):
+        pass
+
+    assert [exit_code(failure) for failure in failures] == [EXIT_FAILED]
+    assert "can't start new thread" in str(failures[0])

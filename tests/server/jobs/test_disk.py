@@ -244,6 +244,22 @@ def test_a_passing_lack_is_no_jobs_failure_and_no_full_disk(
     assert told() == [("a resource is short", resource), ("a resource is no longer short", resource)]
 
 
+@pytest.mark.parametrize("where", ["encode", "write"])
+def test_a_caller_learns_what_keeps_its_pictures_from_being_written_and_gets_them_later(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    body, key = {"seed": 1}, {"Idempotency-Key": "a"}
+    with monkeypatch.context() as lacking:
+        fail = mock.Mock(side_effect=SHORT["file descriptors"])
+        store = jobs_of(client).repository.store
+        lacking.setattr(*((encode, "_file", fail) if where == "encode" else (store.blobs, "_write", fail)))
+        answer = client.post("/generate", json=body, headers=key)
+    until(lambda: client.post("/generate", json=body, headers=key).status_code == 200, 10)
+
+    assert (answer.status_code, answer.json()["code"], answer.headers["retry-after"]) == (503, "not-ready", "2")
+    assert answer.json()["detail"].endswith(": file descriptors")
+
+
 def test_a_picture_that_cannot_be_opened_now_is_asked_for_again(
     client: TestClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,5 +1,6 @@
 """Pictures that were damaged on disk: all of a job are made again at once, and few threads wait for them."""
 
+import errno
 from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -69,3 +70,22 @@ def test_a_picture_that_comes_out_otherwise_takes_none_of_its_job_with_it(weight
 
     assert statuses == [200, 200, 200, 410, 200, 200, 200, 200]
     assert jobs.repository.mismatches == 2  # when all were made again, and when it alone was
+
+
+def test_a_picture_that_the_disk_cannot_read_is_damaged(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with flips.start(weights, tmp_path) as client:
+        sound, usual, failures = client.post("/generate", json=MANY).content, Path.read_bytes, [errno.EIO] * 2
+
+        def read(path: Path) -> bytes:
+            if path.parent.name == PICTURES and failures:  # once when it is asked for, once when it is checked
+                raise OSError(failures.pop(), "Input/output error")
+            return usual(path)
+
+        monkeypatch.setattr(Path, "read_bytes", read)
+        again = client.post("/generate", json=MANY)
+        backend = client.app.state.jobs.backend  # type: ignore[attr-defined]
+
+    assert (again.status_code, again.headers["x-cache"], again.content) == (200, "hit", sound)
+    assert [spec.indices for spec in backend.specs[1:]] == [(0,)]

@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import json
+import random
 import weakref
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
@@ -10,17 +11,18 @@ from pathlib import Path
 
 import pytest
 
+from model.engine.events import Finished, Preview
 from server.catalog import find_models
 from server.engines.backend import Progress, Restarting, SampleEvent
-from server.jobs.job import State
+from server.jobs.job import Job, State
 from server.jobs.request import RequestContext
 from server.jobs.service import JobService
-from server.jobs.stream import TextMessage
+from server.jobs.stream import PictureMessage, TextMessage
 from server.metrics import Metrics
 from server.settings import Settings
 from server.store.store import Store
 from server.worker.messages import Spec
-from tests.server.fakes import FakeBackend
+from tests.server.fakes import FakeBackend, grey
 
 BODY = json.dumps({"steps": 3, "n": 2, "seed": 1}).encode()
 Serve = Callable[[FakeBackend], JobService]
@@ -120,3 +122,66 @@ def test_a_cancelled_job_holds_nothing_of_its_run(serve: Serve) -> None:
         return alive
 
     assert asyncio.run(scene()) == [False]
+
+
+class Wandering(FakeBackend):
+    """Tells what an engine may tell of two pictures of nine steps, in an order that a test draws."""
+
+    def __init__(self, draw: random.Random) -> None:
+        super().__init__()
+        self.draw = draw
+
+    async def run(self, spec: Spec) -> AsyncGenerator[SampleEvent]:
+        """Frames and progress, which may be old; restarts; both pictures."""
+        done = {0: 0, 1: 0}
+        while len(done):
+            await asyncio.sleep(0)
+            index = self.draw.choice([*done])
+            match self.draw.randrange(12):
+                case 0:
+                    done = dict.fromkeys(done, 0)
+                    yield Restarting(1.0)
+                case 1 | 2:
+                    yield Progress(dict(done))
+                case 3:  # told before the last steps
+                    yield Progress({index: self.draw.randint(0, done[index])})
+                case _ if done[index] == 9:
+                    del done[index]
+                    yield Finished(index, grey(index), None)
+                case _:
+                    done[index] += 1
+                    yield Preview(index, done[index], grey(done[index]), None)
+
+
+def test_no_subscriber_is_told_of_less_progress_than_before(serve: Serve) -> None:
+    """Behind a frame or a picture, too, whenever it subscribes and however slow it is, unless told of a restart."""
+    body = json.dumps({"steps": 9, "n": 2, "seed": 1, "frames": {"every": 2}}).encode()
+    draw = random.Random(0)
+
+    async def follow(jobs: JobService, job: Job, wait: int) -> int:
+        least, pictures, told = 0, 0, 0
+        for _ in range(wait):
+            await asyncio.sleep(0)
+        async with aclosing(jobs.watch(job).messages()) as messages:
+            async for message in messages:
+                if isinstance(message, PictureMessage):
+                    pictures += not message.passing
+                    least = max(least, message.header["step"], 9 * pictures)
+                elif message.body["type"] == "restarting":
+                    least = 9 * pictures
+                elif message.body["type"] == "progress":
+                    assert message.body["step"] >= least
+                    least, told = message.body["step"], told + 1
+                for _ in range(draw.randrange(4)):
+                    await asyncio.sleep(0)
+        return told
+
+    async def scene() -> int:
+        jobs = serve(Wandering(draw))
+        await jobs.start()
+        job = await jobs.submit(body, RequestContext(shows=True))
+        told = await asyncio.gather(*(follow(jobs, job, 5 * each) for each in range(8)))
+        await jobs.close()
+        return sum(told)
+
+    assert sum(asyncio.run(scene()) for _ in range(8)) > 8

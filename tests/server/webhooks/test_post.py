@@ -1,6 +1,7 @@
 """One POST: to the address that was checked, with the name of the host, and to nowhere else."""
 
 import asyncio
+import errno
 import shutil
 import socket
 import ssl
@@ -65,6 +66,14 @@ def test_the_name_is_looked_up_once_and_the_address_that_was_checked_is_connecte
 
     assert (asked, connected) == (["a.example"], [("8.8.8.8", 8443, "a.example")])
     assert answer == "no connection, or one that broke"
+
+
+@pytest.mark.parametrize("lack", [OSError(errno.EMFILE, "Too many open files"), OSError(errno.ENOMEM, "")])
+def test_a_name_that_cannot_be_looked_up_for_a_moment_is_no_failed_attempt(lack: OSError) -> None:
+    with mock.patch.object(socket, "getaddrinfo", side_effect=lack), pytest.raises(OSError) as raised:
+        post("https://a.example/")
+
+    assert raised.value is lack  # which is waited for
 
 
 def test_a_host_with_several_addresses_is_reached_at_one_that_works() -> None:
