@@ -71,17 +71,13 @@ class Store:
             except BaseException:
                 os.close(self._lock)
                 raise
-        failed = f"the store {directory} has failed"
         self._on_commit = on_commit
         self._unused = set[str]()  # blobs of deleted jobs; changed in the journal's thread
-        self._writer = Writer(
-            self._db,
-            self._probe,
-            self._committed,
-            lambda error: on_failed(StoreRefused(f"{failed}: {error}")),
-            self.troubles,
-        )
 
+        def fail(error: BaseException) -> None:
+            on_failed(StoreRefused(f"the store {directory} has failed: {error}"))
+
+        self._writer = Writer(self._db, self._probe, self._committed, fail, self.troubles)
         paths = {name: str(directory / name) for name in (lock.LOCK, JOURNAL, LOG, PICTURES)}
         self._places = {name: (path, _place(path)) for name, path in paths.items()}
         self._watcher: asyncio.Task[None] | None = None
