@@ -179,8 +179,8 @@ class Subscriber:
         self.stream, self.news = stream, asyncio.Event()
         self.due = 0.0  # when it may be sent the next transient message
         self.heard = 0  # how many transient messages there were when it was sent one
-        self._cursor = min(after, len(stream.kept))  # how many of the kept messages it has passed
-        self._skip_to = 0  # frames before this number are not worth sending any more
+        self._cursor = after if after <= len(stream.kept) else -1  # how many of the kept messages it has passed
+        self._skip_to = -1  # frames before this number are not worth sending any more
         self._done = 0  # image-steps of which it has been told, since the engine was last said to restart
 
     def fell_behind(self) -> None:
@@ -199,7 +199,7 @@ class Subscriber:
                 if (gap := self._gap()) is not None:
                     yield gap
                 elif self._cursor < len(stream.kept):
-                    message = stream.kept[self._cursor]
+                    message = stream.kept[self._cursor] if self._cursor >= 0 else None  # -1: those of another history
                     self._cursor += 1
                     if isinstance(message, PictureMessage):
                         self._done = max(self._done, message.done)

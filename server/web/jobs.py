@@ -105,7 +105,7 @@ async def get_events(request: Request, id: str, after: Seq = None) -> Response:
     if (last := last_event_id(request)) is not None:
         passed = last
     job = await find_job(request, id)
-    if job.ended and job.stream.closed and passed >= len(job.stream.kept):
+    if job.ended and job.stream.closed and passed == len(job.stream.kept):
         return Response(status_code=204)  # at which an EventSource stops
     jobs: JobService = request.app.state.jobs
     return ServerSent(sent_events(job, jobs.watch(job, passed), request.state.request_id, RETRY_MS), {})

@@ -14,7 +14,7 @@ from server.errors import Invalid
 MAX_CHARACTERS = 2048
 LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
 URL = re.compile(
-    rf"(https?)://({LABEL}(?:\.{LABEL})*|\[[0-9A-Fa-f:.]{{2,45}}\])(?::([0-9]{{1,5}}))?"
+    rf"((?i:https?))://({LABEL}(?:\.{LABEL})*|\[[0-9A-Fa-f:.]{{2,45}}\])(?::([0-9]{{1,5}}))?"
     r"([/?](?:[A-Za-z0-9._~:/?@!$&'()*+,;=-]|%[0-9A-Fa-f]{2})*)?"
 )
 NUMERIC = re.compile(r"[0-9]+|0x[0-9a-f]*")  # a last label that resolvers read as a part of an IPv4 address
@@ -92,7 +92,7 @@ def parse_url(url: str, hosts: str) -> Target:
     match = URL.fullmatch(url) if len(url) <= MAX_CHARACTERS else None
     if match is None or len(match[2]) > 253 or not 1 <= int(match[3] or 1) <= 65535:
         raise Invalid(("webhook", ILL_FORMED))
-    scheme, host = match[1], _normal(match[2])
+    scheme, host = match[1].lower(), _normal(match[2])
     address, last = as_address(host), host.rpartition(".")[2]
     if address is None and (":" in host or NUMERIC.fullmatch(last)):
         raise Invalid(("webhook", NOT_PUBLIC))

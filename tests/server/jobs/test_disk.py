@@ -140,8 +140,10 @@ def test_troubles_of_the_journal_and_of_the_pictures_are_two(
     later(client, seed=1)
     until(lambda: ready(client), 10)
     store = jobs_of(client).repository.store
-    store._writer.write_failed(OSError(errno.ENOSPC, "full"))
-    both = ready(client)
+    with monkeypatch.context() as full:
+        full.setattr(rows, "probe", mock.Mock(side_effect=OSError(errno.ENOSPC, "full")))
+        store._writer.write_failed(OSError(errno.ENOSPC, "full"))
+        both = ready(client)
     until(lambda: ready(client).endswith("written: pictures"), 10)  # the journal is probed with success
     sync.broken = False
     until(lambda: not ready(client), 10)

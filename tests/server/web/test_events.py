@@ -99,11 +99,25 @@ def test_a_stream_that_was_read_to_its_end_is_answered_with_204(client: TestClie
     last = parse(client.get(f"{job}/events").text)[-1]["id"]
     again = [
         client.get(f"{job}/events", headers={"last-event-id": str(last)}),
-        client.get(f"{job}/events?after={last + 7}"),
+        client.get(f"{job}/events?after={last}"),
     ]
 
     assert [(answer.status_code, answer.content) for answer in again] == [(204, b"")] * 2
     assert parse(client.get(f"{job}/events?after={last - 1}").text)[0]["event"] == "succeeded"
+
+
+def test_a_client_that_is_ahead_of_the_stream_is_told_to_forget_what_it_has_and_gets_everything(
+    client: TestClient,
+) -> None:
+    """As after a store was restored from an older copy."""
+    job = job_of(client)
+    everything = kept(parse(client.get(f"{job}/events").text))
+    ahead = everything[-1]["id"] + 7
+
+    events = kept(parse(client.get(f"{job}/events?after={ahead}").text))
+    assert (events[0]["event"], events[1:]) == ("resync", everything)
+    with client.websocket_connect(f"{job}/stream?after={ahead}") as socket:
+        assert (socket.receive_json()["type"], socket.receive_json()["type"]) == ("resync", everything[0]["event"])
 
 
 @pytest.mark.parametrize("given", ["-1", "x", "1.0", "1e3", "9999999999", "٣"])

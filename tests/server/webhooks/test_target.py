@@ -108,7 +108,7 @@ def test_other_notations_of_addresses_and_names_that_nobody_can_register_are_ref
 @pytest.mark.parametrize(
     ("url", "target"),
     [
-        ("https://A.Example", Target("https", "a.example", 443, "/", False)),
+        ("HTTPS://A.Example", Target("https", "a.example", 443, "/", False)),
         ("https://a.example:8443/b?c=d&e=%2F", Target("https", "a.example", 8443, "/b?c=d&e=%2F", False)),
         ("https://a.example?b", Target("https", "a.example", 443, "/?b", False)),
         ("http://localhost:9/", Target("http", "localhost", 9, "/", True)),
