@@ -158,7 +158,10 @@ class Stream:
 
     def _keep(self, message: Message) -> None:
         self.kept.append(message)
-        self._transient = None  # it told of the moment before
+        before, self._transient = self._transient, None  # it told of the moment before
+        if before is not None and before.body["type"] == "progress" and isinstance(message, PictureMessage):
+            step = max(before.body["step"], message.done)
+            self._transient = TextMessage(message.seq, before.body | {"seq": message.seq, "step": step})
         self._wake()
 
     def _wake(self) -> None:

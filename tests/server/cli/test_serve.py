@@ -121,7 +121,7 @@ from server.cli import main, serve
 from server.errors import EngineFailed, StoreRefused
 
 failures = {"70": EngineFailed("none", 70), "4": StoreRefused("none"), "1": None}
-serve.END_S = serve.PARKING_S = serve.GOODBYE_S = 0.1
+serve.END_S, serve.PARKING_S, serve.GOODBYE_S = 1.0, 0.1, 0.1
 forever = threading.Event()
 
 async def end():
@@ -157,12 +157,15 @@ def create_app(settings, on_failed):
     return app
 
 serve.create_app = create_app
+children = []
 for case in sys.argv[1:]:
     where, code = case.split()
     failure = failures[code]
-    if not (child := os.fork()):
+    children.append(os.fork())
+    if not children[-1]:
         sys.exit(main.main(["serve", "--port", "0", "--drain-s", "0.1"]))
-    print(where, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+for case, child in zip(sys.argv[1:], children):
+    print(case.split()[0], os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 
