@@ -141,7 +141,9 @@ def test_troubles_of_the_journal_and_of_the_pictures_are_two(
     until(lambda: ready(client), 10)
     store = jobs_of(client).repository.store
     with monkeypatch.context() as full:
-        full.setattr(rows, "probe", mock.Mock(side_effect=OSError(errno.ENOSPC, "full")))
+        probe = mock.Mock(side_effect=OSError(errno.ENOSPC, "full"))
+        full.setattr(rows, "probe", probe)
+        until(lambda: probe.called, 10)  # an earlier probe would end the trouble
         store._writer.write_failed(OSError(errno.ENOSPC, "full"))
         both = ready(client)
     until(lambda: ready(client).endswith("written: pictures"), 10)  # the journal is probed with success

@@ -20,7 +20,6 @@ ILL = [
         "https:// a.example/",
     ),
     *(
-        "HTTPS://a.example/",
         "https://a.example/ ",
         "https://a.example\t/",
         "https://a.example/\n",
