@@ -186,11 +186,11 @@ def test_progress_is_drawn_on_a_terminal_and_disappears(
 ) -> None:
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
-    assert main.main(["generate", "--steps", "30", "-o", str(tmp_path / "out.png"), "--url", url]) == 0
+    assert main.main(["generate", "--n", "64", "--steps", "30", "-o", str(tmp_path / "out.png"), "--url", url]) == 0
 
     bar, told = terminal.getvalue().rstrip("\n").rsplit("\r", 1)
-    assert told.startswith(f"{tmp_path / 'out.png'}: tiny, seed ")
-    assert "/30, about " in bar
+    assert told.startswith(f"{tmp_path}/out-")
+    assert "/1920, about " in bar
     assert bar.rsplit("\r", 1)[1].strip() == ""
 
 
