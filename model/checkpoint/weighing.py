@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
+from os.path import isfile
 from pathlib import Path, PurePath
 
 from model.errors import ModelRefused
@@ -20,7 +21,7 @@ AVERAGED = re.compile(
 NOT_AVERAGED = re.compile(r"(non?|not|without|pre)[._-]?(ema|averaged?|avg|swa)")
 SHADOW = "custom_checkpoint"  # accelerate's name for what else it was told to save: an EMAModel, mostly
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl")
-INDEX = re.compile(r"\.index(\.\w+)?\.json")  # of several files; with a variant, such as .index.fp16.json
+INDEX = re.compile(r"\.index(\.[\w-]+)?\.json$")  # of several files; with a variant, such as .index.fp16.json
 VARIANT = re.compile(r"diffusion_pytorch_model(?:\.([\w-]+))?\.safetensors(?:\.index(?:\.([\w-]+))?\.json)?", re.ASCII)
 HALVES = ("fp16", "bf16")
 # What a training saves beside its nets: of the optimizer, of the learning rate, of random numbers.
@@ -103,7 +104,7 @@ def _candidates(folder: Path, name: str) -> Iterator[Candidate]:
     config = folder / "config.json"
     beside = config if config.is_file() else None
     for path in folder.iterdir():
-        stem, weights = path.name.lower(), path.suffix in SUFFIXES or INDEX.search(path.name)
+        stem, weights = path.name.lower(), PurePath(INDEX.sub("", path.name)).suffix in SUFFIXES
         if weights and not stem.startswith(NO_WEIGHTS) and "-of-" not in stem and path.is_file():
             yield Candidate(f"{name}/{path.name}".lstrip("/"), path, beside)
 
@@ -111,7 +112,7 @@ def _candidates(folder: Path, name: str) -> Iterator[Candidate]:
 def classes(directory: Path) -> dict[str, str]:
     """{name of a folder: class that its config.json names}, of the first folders that have one. Raises OSError."""
     configs = (directory / name / "config.json" for name in _folders(directory))
-    found = islice((config for config in configs if config.is_file()), MOST_FOLDERS)
+    found = islice(filter(isfile, configs), MOST_FOLDERS)  # not where this user may not look
     return {config.parent.name: _class_of(config) for config in found if config.stat().st_size <= PEEKED_BYTES}
 
 

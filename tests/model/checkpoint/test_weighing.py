@@ -1,7 +1,9 @@
 """Serving weighs the weights in a directory as converting does: averages first, and what was left is told."""
 
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import save_file
@@ -105,3 +107,32 @@ def test_a_model_of_one_net_leaves_nothing(tmp_path: Path) -> None:
 
     assert (read_card(tmp_path).left, read_card(tmp_path).digest) == ((), card.digest)
     assert file_digest(card.weights)
+
+
+@pytest.mark.parametrize("name", ["faces.index.json", f"{WEIGHTS}.index.json.bak", f"{WEIGHTS}.index.not.json"])
+def test_a_file_whose_name_is_like_that_of_an_index_is_no_weights(tmp_path: Path, name: str) -> None:
+    (write_model(tmp_path) / name).write_text("{}")
+
+    assert (read_card(tmp_path).taken, read_card(tmp_path).left) == (WEIGHTS, ())
+
+
+def test_the_variant_of_an_index_may_have_a_hyphen() -> None:
+    index = f"{WEIGHTS}.index.ema-only.json"
+
+    assert served_names([WEIGHTS, index]) == [index, WEIGHTS]
+
+
+def test_a_folder_that_cannot_be_read_keeps_no_model_from_being_served(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (write_model(tmp_path) / "lost+found").mkdir()  # at the root of a volume, for its owner alone
+    usual = os.stat
+
+    def stat(path: Any, **named: Any) -> os.stat_result:
+        if "lost+found/" in os.fspath(path):
+            raise PermissionError(13, "Permission denied")
+        return usual(path, **named)
+
+    monkeypatch.setattr(os, "stat", stat)
+
+    assert read_card(tmp_path).taken == WEIGHTS
