@@ -20,7 +20,7 @@ from huggingface_hub.utils.tqdm import disable_progress_bars
 from model.checkpoint.card import WEIGHTS, ModelCard, Source, read_card, shard_names
 from model.checkpoint.foreign import require_served_kind
 from model.checkpoint.pipeline import INDEX, PARTS, require_served
-from model.checkpoint.weighing import served_names
+from model.checkpoint.weighing import PICKLES, served_names
 from model.digests import file_digest
 from model.errors import ModelRefused
 from model.options import MAX_CONFIG_BYTES, read_json
@@ -29,7 +29,6 @@ logger = logging.getLogger(__name__)
 COMMIT = re.compile(r"[0-9a-f]{40}")
 TIMEOUT_S = 4.0  # of the hub; there is no retry, so that a server says at once what it lacks
 MAX_WEIGHTS_BYTES = 64 << 30
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 FAILURES = (httpx2.HTTPError, OSError, ValueError, RuntimeError)  # of the hub's library
 
 

@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from os.path import isfile
 from pathlib import Path, PurePath
 
 from model.errors import ModelRefused
@@ -20,7 +19,8 @@ AVERAGED = re.compile(
 )
 NOT_AVERAGED = re.compile(r"(non?|not|without|pre)[._-]?(ema|averaged?|avg|swa)")
 SHADOW = "custom_checkpoint"  # accelerate's name for what else it was told to save: an EMAModel, mostly
-SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+SUFFIXES = (".safetensors", *PICKLES)
 INDEX = re.compile(r"\.index(\.[\w-]+)?\.json$")  # of several files; with a variant, such as .index.fp16.json
 VARIANT = re.compile(r"diffusion_pytorch_model(?:\.([\w-]+))?\.safetensors(?:\.index(?:\.([\w-]+))?\.json)?", re.ASCII)
 HALVES = ("fp16", "bf16")
@@ -112,12 +112,19 @@ def _candidates(folder: Path, name: str) -> Iterator[Candidate]:
 def classes(directory: Path) -> dict[str, str]:
     """{name of a folder: class that its config.json names}, of the first folders that have one. Raises OSError."""
     configs = (directory / name / "config.json" for name in _folders(directory))
-    found = islice(filter(isfile, configs), MOST_FOLDERS)  # not where this user may not look
+    found = islice(filter(_is_there, configs), MOST_FOLDERS)
     return {config.parent.name: _class_of(config) for config in found if config.stat().st_size <= PEEKED_BYTES}
 
 
 def _folders(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir() if path.is_dir())
+
+
+def _is_there(config: Path) -> bool:
+    try:
+        return config.is_file()
+    except PermissionError:  # in a folder that is not for this user
+        return False
 
 
 def _class_of(config: Path) -> str:
