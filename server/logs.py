@@ -60,11 +60,11 @@ class Lines(logging.Handler):
     def _write(self, line: str) -> bool:
         """Whether a line was written. If only its beginning was, the next one begins a line nevertheless."""
         text = ("\n" * self._torn + line + "\n").encode(errors="backslashreplace")
-        for start in range(0, len(text), AT_ONCE):
+        while text:
             if not self._poll.poll(0 if self._lost else PATIENCE_MS):
                 return False
             self._torn = True
-            os.write(self._descriptor, text[start : start + AT_ONCE])
+            text = text[os.write(self._descriptor, text[:AT_ONCE]) :]  # it may take less, as on a disk that gets full
         self._torn = False
         return True
 

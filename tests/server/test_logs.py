@@ -5,6 +5,8 @@ import logging
 import os
 import time
 
+import pytest
+
 from server.logs import JsonLines, Lines
 
 
@@ -57,3 +59,15 @@ def test_a_log_whose_reader_has_gone_raises_nothing() -> None:
     lines = Lines(writer)
 
     lines.emit(logging.makeLogRecord({"msg": "x", "levelname": "INFO"}))
+
+
+def test_a_line_that_is_taken_in_pieces_is_written_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    (reader, writer), usual = os.pipe(), os.write
+    monkeypatch.setattr(os, "write", lambda descriptor, data: usual(descriptor, data[:7]))
+    lines = Lines(writer)
+    lines.setFormatter(JsonLines())
+
+    for word in ("first", "second"):
+        lines.emit(logging.makeLogRecord({"msg": word, "levelname": "INFO"}))
+
+    assert [json.loads(line)["event"] for line in os.read(reader, 1 << 20).splitlines()] == ["first", "second"]
