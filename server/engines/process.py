@@ -151,7 +151,7 @@ class EngineProcess:
                 now = time.monotonic()  # while this server did not run, it heard nothing of an engine that may run
                 self.heard_at = min(now, self.heard_at + now - looked_at - POLL_S)
                 self.stopped_s = self.stopped_s + POLL_S if _is_stopped(process.pid) else 0.0
-                if hangs():
+                if hangs() and self.cause != "hung":  # a process that waits for a device may not end when it is killed
                     logger.error("engine hangs and is killed", extra={"pid": process.pid})
                     self.cause = "hung"
                     process.kill()

@@ -91,6 +91,31 @@ def test_a_server_that_did_not_run_for_a_while_holds_no_silence_against_its_engi
     assert asyncio.run(asyncio.wait_for(scene(), 10)) == pytest.approx([0.01, 0.02, 0.03])
 
 
+def test_an_engine_that_does_not_end_when_it_is_killed_is_killed_and_told_of_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(process, "POLL_S", 0.01)
+    stuck, looks = mock.Mock(pid=0), list[int]()  # as one that waits for its device
+
+    async def scene() -> None:
+        engine = EngineProcess()
+
+        def hangs() -> bool:
+            looks.append(len(looks))
+            if len(looks) == 3:
+                engine.over.set()
+            return True
+
+        await engine._watch(stuck, hangs)
+
+    with caplog.at_level(logging.ERROR, "server"):
+        asyncio.run(asyncio.wait_for(scene(), 10))
+
+    assert len(looks) == 3
+    assert stuck.kill.mock_calls == [mock.call()]
+    assert caplog.messages == ["engine hangs and is killed"]
+
+
 @pytest.mark.parametrize(
     ("said", "passes"),
     [("libtorch_cpu.so: cannot open shared object file: Too many open files", True), ("No module named 'x'", False)],
