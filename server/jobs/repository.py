@@ -149,12 +149,14 @@ class JobRepository:
         await self.store.find(job.id, request.owner)  # raises Gone if it was deleted meanwhile
         images = job.images.items()
         damaged = await asyncio.to_thread(lambda: {i: image for i, image in images if self._is_damaged(image)})
+        same = dict.fromkeys(job.images.keys() - damaged.keys(), True)
+        if not damaged:  # they have been made again since
+            return same
         logger.error("a picture was damaged on disk", extra={"job": job.id, "images": [*damaged]})
         if backend is None or request.model not in backend.models:
             raise NotReady(str(damage)) if backend is not None and backend.trouble is not None else damage
         if backend.models[request.model].digest != job.model.digest:
             raise Gone(f"{damage}, and the model that made it is no longer served")
-        same = dict.fromkeys(job.images.keys() - damaged.keys(), True)
         seeds, asked = tuple(image.seed for image in damaged.values()), request.sampling
         spec = Spec(model=request.model, seeds=seeds, indices=(*damaged,), sampling=asked, shows_x=False, job=job.id)
         async with aclosing(backend.run(spec)) as events:

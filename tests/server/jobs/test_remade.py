@@ -9,6 +9,7 @@ import pytest
 
 from model.engine.events import Finished
 from server.engines.backend import SampleEvent
+from server.errors import Gone
 from server.store.schema import PICTURES
 from server.worker.messages import Spec
 from tests.server.fakes import grey
@@ -89,3 +90,16 @@ def test_a_picture_that_the_disk_cannot_read_is_damaged(
 
     assert (again.status_code, again.headers["x-cache"], again.content) == (200, "hit", sound)
     assert [spec.indices for spec in backend.specs[1:]] == [(0,)]
+
+
+def test_pictures_that_were_made_again_a_moment_ago_are_not_made_once_more(weights: Path, tmp_path: Path) -> None:
+    with flips.start(weights, tmp_path) as client:
+        client.post("/generate", json=MANY)
+        job = client.post("/generate", json=MANY).headers["x-job-id"]  # of the cache: its pictures are on disk
+        jobs = client.app.state.jobs  # type: ignore[attr-defined]
+        assert client.portal is not None
+        found = client.portal.call(jobs.repository.find, job, None)
+        same = client.portal.call(jobs.repository._remake, found, Gone("this picture was damaged on disk"))
+
+    assert same == dict.fromkeys(range(8), True)
+    assert len(jobs.backend.specs) == 1
