@@ -29,12 +29,15 @@ def opened(directory: Path, how: int) -> int:
 
 
 def hold(lock: int, directory: Path) -> None:
-    """Locks the store for this process. lock: its open file. Raises StoreInUse, naming the process that holds it."""
+    """Locks the store for this process. lock: its open file. Raises StoreInUse, naming the process that holds it, or
+    StoreRefused."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         holder = os.pread(lock, MARK, 0).decode("ascii", "replace").strip()
         raise StoreInUse(f"the store {directory} is in use by another server, process {holder}") from None
+    except OSError as error:  # a file system that knows no locks
+        raise StoreRefused(f"the store {directory} cannot be locked: {error.strerror}") from None
 
 
 def sign(lock: int) -> None:

@@ -215,9 +215,9 @@ class Store:
     def expire(self, before: float, most_bytes: int, now: float = 0.0) -> "asyncio.Future[Expired]":
         """Deletes some of the jobs that ended before this time, and of the oldest while all take more than
         `most_bytes`. `delete_unused` deletes their blobs when this is on disk. now: is noted for `latest`"""
-        lock.write_seen(self._lock, now)
 
         def work(db: sqlite3.Connection) -> Expired:
+            lock.write_seen(self._lock, now)
             expired = retention.expire(db, before, most_bytes, BATCH)
             self._unused.update(expired.blobs)
             return expired

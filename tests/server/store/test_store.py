@@ -572,3 +572,26 @@ def test_a_file_system_that_is_read_only_is_no_mistake_of_the_settings(
 
     with pytest.raises(StorageFull, match="its file system is mounted read-only; what is in it has been left as it is"):
         Store(tmp_path)
+
+
+def test_a_file_system_without_locks_is_not_taken_for_another_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fcntl.flock", mock.Mock(side_effect=OSError(errno.ENOLCK, "No locks available")))
+
+    with pytest.raises(StoreRefused, match="cannot be locked: No locks available$"):
+        Store(tmp_path)
+
+
+def test_a_disk_that_does_not_answer_holds_up_no_event_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writers = list[int]()
+    monkeypatch.setattr("server.store.lock.write_seen", lambda *_: writers.append(threading.get_ident()))
+
+    async def story() -> None:
+        async with a_store(tmp_path) as store:
+            await store.expire(before=0.0, most_bytes=1 << 40, now=5.0)
+
+    asyncio.run(story())
+
+    assert writers
+    assert threading.get_ident() not in writers
