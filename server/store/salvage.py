@@ -222,12 +222,15 @@ def _save(
 
 def _copy_table(states: list[State], db: sqlite3.Connection, table: str, report: Salvaged) -> None:
     """Copies the sound rows of a table, except for known pictures that were not saved."""
-    columns = ", ".join(PLAIN[table])
+    columns, damaged = ", ".join(PLAIN[table]), dict[Any, None]()
     query = f"INSERT OR IGNORE INTO {table} ({columns}, checksum) VALUES (?, ?, ?)"
     for state in states:
         with suppress(*UNREADABLE):
             for *values, written in state.db.execute(f"SELECT {columns}, checksum FROM {table}"):
                 if state.checked and checksum(*values) != written:
-                    report.lost.append(f"the row of {values[0]} in the table {table}")
+                    damaged[values[0]] = None
                 elif table != "known" or rows.has_job(db, values[1]):
                     db.execute(query, (*values, checksum(*values)))
+    saved = f"SELECT 1 FROM {table} WHERE {PLAIN[table][0]} = ?"  # as another state had it
+    lost = (name for name in damaged if not db.execute(saved, (name,)).fetchone())
+    report.lost += [f"the row of {name} in the table {table}" for name in lost]

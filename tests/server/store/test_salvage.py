@@ -16,9 +16,9 @@ from server.cli.main import main
 from server.errors import StoreRefused
 from server.store import salvage as salvaging
 from server.store.lock import LOCK
-from server.store.records import Delivery, Record
+from server.store.records import Delivery, Record, checksum
 from server.store.salvage import salvage
-from server.store.schema import JOURNAL, LOG, PICTURES
+from server.store.schema import JOURNAL, LOG, PICTURES, VERSIONS
 from server.store.store import Store
 from tests.server.jobs.records import a_store, ended, name, record
 from tests.server.store.test_migration import as_version_1
@@ -267,3 +267,20 @@ def test_a_salvage_that_is_cut_short_leaves_nothing_that_a_server_starts_on(
         assert main(["check", str(tmp_path / "data"), "--salvage", str(tmp_path / "out")]) == 7
     assert not (tmp_path / "out" / JOURNAL).exists()
     assert capsys.readouterr().err.count("No space left on device") == 2
+
+
+def test_a_row_is_told_of_as_lost_once_and_only_if_no_state_of_the_journal_has_it(tmp_path: Path) -> None:
+    def states_of(checksums: list[tuple[str, int]]) -> salvaging.State:
+        db = sqlite3.connect(":memory:")
+        db.executescript("".join(VERSIONS))
+        db.executemany("INSERT INTO expired (id, owner, checksum) VALUES (?, 'me', ?)", checksums)
+        return salvaging.State(db, checked=True)
+
+    sound, report = [("a", checksum("a", "me")), ("b", checksum("b", "me"))], salvaging.Salvaged()
+    states = [states_of([("a", 0), ("b", 0), ("c", 0)]), states_of([*sound, ("c", 0)])]
+    out = states_of([]).db
+
+    salvaging._copy_table(states, out, "expired", report)
+
+    assert out.execute("SELECT id, checksum FROM expired ORDER BY id").fetchall() == sound
+    assert report.lost == ["the row of c in the table expired"]
