@@ -167,6 +167,8 @@ class Trainer:
         """
         try:
             self._resume(path, weights)
+        except torch.OutOfMemoryError:
+            raise
         except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ModelRefused(
                 f"{path.name} is damaged, or of another net; without it, training begins anew"

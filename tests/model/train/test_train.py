@@ -5,6 +5,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -229,3 +230,10 @@ def test_when_its_minutes_are_over_training_stops_at_a_checkpoint(
 def test_minutes_that_are_not_positive_are_refused(minutes: float) -> None:
     with pytest.raises(ValueError, match="minutes must be a positive number"):
         Recipe(minutes=minutes)
+
+
+def test_a_device_without_room_for_a_state_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("model.train.trainer.safe_open", mock.Mock(side_effect=torch.OutOfMemoryError))
+
+    with pytest.raises(torch.OutOfMemoryError):
+        trainer().resume(tmp_path / STATE, tmp_path / WEIGHTS)
