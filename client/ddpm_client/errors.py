@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,10 +75,10 @@ class Response:
 
     def json(self) -> dict[str, Any]:
         """The JSON document in the body. Raises Refused if there is none: then it is not the server that answered."""
-        try:
-            return dict(json.loads(self.body))
-        except (TypeError, ValueError):
-            raise Refused({"status": self.status, "detail": f"the answer was {self.status}, and no JSON"}) from None
+        with suppress(ValueError):
+            if isinstance(document := json.loads(self.body), dict):
+                return document
+        raise Refused({"status": self.status, "detail": f"the answer was {self.status}, and no JSON document"})
 
 
 BY_STATUS: dict[int, type[Refused]] = {401: Denied, 403: Denied, 404: NotFound, 410: NotFound, 422: Invalid}

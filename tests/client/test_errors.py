@@ -64,3 +64,9 @@ def test_a_websocket_that_ended_is_an_error_by_its_close_code() -> None:
     assert [type(error) for error in ended] == [NotFound, Refused, Refused, Unreachable]
     assert {str(error) for error in ended} == {"why"}
     assert str(close_error(None, "")) == "the connection to the server was lost"
+
+
+@pytest.mark.parametrize("body", [b"", b"[]", b'""', b"null", b'[["a", 1]]', b"<html>"])
+def test_an_answer_without_a_document_is_not_of_the_server(body: bytes) -> None:
+    with pytest.raises(Refused, match="the answer was 200, and no JSON document"):
+        Response(200, {}, body).json()
