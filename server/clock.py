@@ -3,13 +3,13 @@
 import time
 
 DAY_S = 86_400.0
-MOST_OFF_S = DAY_S  # that the time between two servers counts for
+MOST_OFF_S = DAY_S  # of the time between two servers that counts
 
 
 class Clock:
     """Seconds since 1970 that do not jump. It starts at the time of day, or later if the store has later times.
 
-    last: the latest time that the store has, if any. The clock starts at most a day behind it: a wall clock that is
+    last: the latest time that the store has, if any. The clock starts at most a day after it: a wall clock that is
     wrong by years, as on a machine that starts before it is told the time, must not end the retention of everything.
     """
 

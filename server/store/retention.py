@@ -7,7 +7,7 @@ from server.store import deliveries
 from server.store.records import checksum
 from server.store.rows import size_bytes
 
-OWED = "EXISTS (SELECT 1 FROM deliveries WHERE job = number AND due IS NOT NULL)"
+PENDING = "EXISTS (SELECT 1 FROM deliveries WHERE job = number AND due IS NOT NULL)"
 EXPIRED = 100_000  # remembered ids of deleted jobs, which are answered with 410 instead of 404
 
 
@@ -23,7 +23,7 @@ class Expired:
 def expire(db: sqlite3.Connection, before: float, most_bytes: int, limit: int) -> Expired:
     """Deletes up to `limit` jobs: those that ended before a time and have no pending webhook, and the oldest while all
     take more than `most_bytes`. Their blobs must be deleted after this is on disk."""
-    query = f"SELECT number, id, ended, {OWED} AS owed FROM jobs WHERE status IS NOT NULL"
+    query = f"SELECT number, id, ended, {PENDING} AS owed FROM jobs WHERE status IS NOT NULL"
     if size_bytes(db) <= most_bytes:
         query += " AND ended < :before AND NOT owed"
     query, values = f"{query} ORDER BY ended, number LIMIT :limit", {"before": before, "limit": limit}

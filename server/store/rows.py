@@ -215,12 +215,7 @@ def probe(db: sqlite3.Connection, size: int) -> None:
 
 def read(db: sqlite3.Connection, row: sqlite3.Row) -> Record:
     """The job of a row of SELECT. Raises Gone if it is damaged."""
-    return replace(read_job(db, row), delivery=deliveries.read(db, row["number"]))
-
-
-def read_job(db: sqlite3.Connection, row: sqlite3.Row) -> Record:
-    """The same without the delivery of its webhook."""
     record = record_of(row, db.execute(IMAGES, (row["number"],)))
     if checksums(record) != (row["checksum"], row["images_checksum"]):
         raise Gone("this job was damaged on disk")
-    return record
+    return replace(record, delivery=deliveries.read(db, record.number))
