@@ -108,6 +108,20 @@ def test_of_a_journal_of_version_1_no_job_is_lost_for_its_images(tmp_path: Path)
     assert asyncio.run(states(tmp_path / "out")) == ALL
 
 
+@pytest.mark.parametrize("request_", ["'{'", "'[]'", "x'ff'"])
+@pytest.mark.parametrize("number", [1, 4])  # one that has ended, and one that waits
+def test_of_a_journal_of_version_1_a_damaged_request_costs_no_other_job(
+    tmp_path: Path, request_: str, number: int
+) -> None:
+    asyncio.run(fill(tmp_path / "data"))
+    as_version_1(tmp_path / "data")
+    change(tmp_path / "data", f"UPDATE jobs SET request = {request_} WHERE number = {number}")
+
+    report = salvage(tmp_path / "data", tmp_path / "out")
+
+    assert (report.jobs, [line.split(":")[0] for line in report.lost]) == (3, [f"job number {number}"])
+
+
 def test_a_webhook_that_was_delivered_is_not_delivered_again_by_a_job_that_runs_again(tmp_path: Path) -> None:
     asyncio.run(fill(tmp_path / "data"))
     change(tmp_path / "data", "DELETE FROM images")
