@@ -61,8 +61,9 @@ class ModelCard:
 
     @property
     def taken(self) -> str:
-        """The name of the weights, relative to the directory."""
-        return self.weights.relative_to(self.directory).as_posix()
+        """The name of the weights, relative to the directory, to be shown."""
+        name = self.weights.relative_to(self.directory).as_posix()
+        return name.encode(errors="backslashreplace").decode()  # the name of a folder may be any bytes
 
     @property
     def weight_files(self) -> tuple[Path, ...]:

@@ -102,11 +102,16 @@ def candidates(directory: Path) -> list[Candidate]:
 
 def _candidates(folder: Path, name: str) -> Iterator[Candidate]:
     config = folder / "config.json"
-    beside = config if config.is_file() else None
+    beside = config if _is_meant(config) else None
     for path in folder.iterdir():
         stem, weights = path.name.lower(), PurePath(INDEX.sub("", path.name)).suffix in SUFFIXES
-        if weights and not stem.startswith(NO_WEIGHTS) and "-of-" not in stem and path.is_file():
+        if weights and not stem.startswith(NO_WEIGHTS) and "-of-" not in stem and _is_meant(path):
             yield Candidate(f"{name}/{path.name}".lstrip("/"), path, beside)
+
+
+def _is_meant(path: Path) -> bool:
+    """Whether there is a file, or a link to one that is missing: then nothing else is taken instead of it."""
+    return path.is_file() or (path.is_symlink() and not path.exists())
 
 
 def classes(directory: Path) -> dict[str, str]:

@@ -136,3 +136,19 @@ def test_a_folder_that_cannot_be_read_keeps_no_model_from_being_served(
     monkeypatch.setattr(os, "stat", stat)
 
     assert read_card(tmp_path).taken == WEIGHTS
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, EMA, f"unet_ema/{WEIGHTS}", "unet_ema/config.json"])
+def test_a_link_that_leads_nowhere_makes_no_other_net_be_taken(tmp_path: Path, name: str) -> None:
+    directory = write(tmp_path, [f"unet_ema/{WEIGHTS}", HALF] if "/" in name else [HALF])
+    (directory / name).unlink(missing_ok=True)
+    (directory / name).symlink_to("nowhere")
+
+    with pytest.raises(ModelRefused, match=f"{Path(name).name} is not a regular file"):
+        read_card(directory)
+
+
+def test_what_is_shown_of_the_weights_can_be_sent_whatever_bytes_their_folder_is_named_of(tmp_path: Path) -> None:
+    card = read_card(write(tmp_path, [f"ema_\udcff/{WEIGHTS}", WEIGHTS]))
+
+    assert card.taken.encode() == rb"ema_\udcff/" + WEIGHTS.encode()
