@@ -4,7 +4,6 @@ The private one is the whole server, with the same engine, settings and bytes. I
 accepts one key that only this command has, and stores its data in a temporary folder.
 """
 
-import math
 import os
 import sys
 import tempfile
@@ -20,6 +19,7 @@ from tqdm import tqdm
 
 from server.errors import EXIT_FAILED, EngineFailed, ServerError, SettingsError
 
+MOST_S = 1e9  # to wait: sockets take a little more
 MOST_KEY = 4096  # characters that are read of the file of a key
 CONNECTIONS = 64  # of the one command that a private server is for
 STARTUP_S, SHUTDOWN_S = 600.0, 30.0  # for a private server with its engine
@@ -36,9 +36,9 @@ def add_arguments(parser: ArgumentParser) -> None:
 def _seconds(text: str) -> float:
     """A time that can be waited for. Raises ArgumentTypeError."""
     with suppress(ValueError):
-        if 0 < (seconds := float(text)) < math.inf:
+        if 0 < (seconds := float(text)) <= MOST_S:
             return seconds
-    raise ArgumentTypeError("must be a positive number of seconds")
+    raise ArgumentTypeError(f"must be a positive number of seconds, at most {MOST_S:g}")
 
 
 def progress_bar() -> "tqdm[None]":
