@@ -35,11 +35,10 @@ class Displaced(Exception):
 
 
 def _place(path: str) -> tuple[int, int] | None:
-    try:
+    with suppress(FileNotFoundError, NotADirectoryError):
         found = os.stat(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    return found.st_dev, found.st_ino
+        return found.st_dev, found.st_ino
+    return None
 
 
 class Store:
@@ -71,8 +70,7 @@ class Store:
             except BaseException:
                 os.close(self._lock)
                 raise
-        self._on_commit = on_commit
-        self._unused = set[str]()  # blobs of deleted jobs; changed in the journal's thread
+        self._on_commit, self._unused = on_commit, set[str]()  # blobs of deleted jobs; changed in the journal's thread
 
         def fail(error: BaseException) -> None:
             on_failed(StoreRefused(f"the store {directory} has failed: {error}"))
@@ -218,8 +216,7 @@ class Store:
 
         def work(db: sqlite3.Connection) -> Expired:
             lock.write_seen(self._lock, now)
-            expired = retention.expire(db, before, most_bytes, BATCH)
-            self._unused.update(expired.blobs)
+            self._unused.update((expired := retention.expire(db, before, most_bytes, BATCH)).blobs)
             return expired
 
         return self._writer.ask(work)
@@ -227,10 +224,15 @@ class Store:
     async def delete_unused(self) -> None:
         """Deletes the blobs of deleted jobs, except those that another job has. Raises StorageFull.
 
-        It runs in the journal's thread, so that no row can name a blob between the check and the deletion.
+        It runs in the journal's thread, so that no row can name a blob between the check and the deletion; and after a
+        look that is on disk: what has deleted the rows cannot be undone any more.
         """
 
-        def work(db: sqlite3.Connection, some: Sequence[str]) -> list[OSError]:
+        def look(db: sqlite3.Connection, some: Sequence[str]) -> list[str]:
+            self._unused.difference_update(blob for blob in some if rows.has_job(db, blob))
+            return list(self._unused.intersection(some))
+
+        def delete(db: sqlite3.Connection, some: Sequence[str]) -> list[OSError]:
             failures = list[OSError]()
             for blob in some:
                 try:
@@ -242,6 +244,7 @@ class Store:
 
         unused = list(self._unused)
         for first in range(0, len(unused), BATCH):  # in batches: others wait for the journal, too
-            if failures := await self._writer.ask(partial(work, some=unused[first : first + BATCH])):
+            some = await self._writer.ask(partial(look, some=unused[first : first + BATCH]))
+            if failures := await self._writer.ask(partial(delete, some=some)):
                 self._pictures_failed(failures[0])
                 raise StorageFull(self.trouble or "")

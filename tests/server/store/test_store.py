@@ -20,7 +20,7 @@ from unittest import mock
 import pytest
 
 from server.errors import Gone, NotFound, NotReady, StorageFull, StoreInUse, StoreRefused
-from server.store import rows, writer
+from server.store import retention, rows, writer
 from server.store.records import Record
 from server.store.rows import IdempotentHit
 from server.store.schema import JOURNAL, PICTURES, VERSION
@@ -595,3 +595,36 @@ def test_a_disk_that_does_not_answer_holds_up_no_event_loop(tmp_path: Path, monk
 
     assert writers
     assert threading.get_ident() not in writers
+
+
+def test_no_picture_is_deleted_with_a_job_whose_deletion_may_be_undone(tmp_path: Path) -> None:
+    class Full:
+        """The journal while no transaction that changes something can be committed."""
+
+        def __init__(self, db: sqlite3.Connection) -> None:
+            self.db, self.room, self.before = db, asyncio.Event(), db.total_changes
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.db, name)
+
+        def execute(self, query: str, *values: Any) -> sqlite3.Cursor:
+            if query == "COMMIT" and not self.room.is_set() and self.db.total_changes > self.before:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return self.db.execute(query, *values)
+
+    async def story() -> tuple[bool, bool]:
+        async with a_store(tmp_path) as store:
+            await keep(store, "a", b"png")
+            full = Full(store._db)
+            store._writer._db = full  # type: ignore[assignment]
+            revoking = store._writer.ask(lambda db: store._unused.update(retention.revoke(db, "a")), durable=True)
+            store._unused.add(name(b"png"))  # as after a first attempt
+            with contextlib.suppress(StorageFull):
+                await store.delete_unused()
+            kept = store.blobs.has(name(b"png"), 3)
+            full.room.set()
+            await revoking
+            await store.delete_unused()
+            return kept, store.blobs.has(name(b"png"), 3)
+
+    assert asyncio.run(story()) == (True, False)
