@@ -57,6 +57,8 @@ def says(field: FieldInfo, error: Mapping[str, Any], largest: int | None = None,
     got = _got(given, text)
     if error["type"] == "value_error":
         return str(error["ctx"]["error"])
+    if error["type"] == "string_unicode":  # half of a surrogate pair, or bytes of a variable that are not UTF-8
+        return "must be Unicode text"
     if error["type"] == "string_pattern_mismatch":
         return "is ill-formed"
     if get_origin(kind) is Literal:

@@ -11,12 +11,29 @@ from server.errors import SettingsError
 
 PREFIX = "DDPM_"
 MIN_SECRET = 24  # characters
+MAX_KEY_BYTES = 1024  # of a key in a request
 
 
 def _long_enough(secret: SecretStr) -> SecretStr:
-    if 0 < len(secret) < MIN_SECRET:
-        raise ValueError(f"must be empty, or at least {MIN_SECRET} random characters")
+    text = secret.get_secret_value()
+    if 0 < len(text) < MIN_SECRET or text.encode(errors="replace") != text.encode(errors="surrogateescape"):
+        raise ValueError(f"must be empty, or at least {MIN_SECRET} random characters in UTF-8")
     return secret
+
+
+def _can_be_sent(key: SecretStr) -> SecretStr:
+    text = key.get_secret_value()
+    if text.strip() != text or not text.isprintable() or len(text.encode()) > MAX_KEY_BYTES:
+        most = f"up to {MAX_KEY_BYTES} bytes of printable characters"
+        raise ValueError(f"must be empty, or {most} without a blank or a line's end around them")
+    return key
+
+
+def _is_meant(directory: object) -> object:
+    text = str(directory)
+    if not text.strip() or text.startswith("~"):
+        raise ValueError("must not be empty or begin with ~, which only a shell understands")
+    return directory
 
 
 class Settings(BaseModel):
@@ -24,7 +41,9 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    host: str = Field("127.0.0.1", description="address to listen on")
+    host: str = Field(
+        "127.0.0.1", pattern="^[!-~]+$", description="address to listen on; 0.0.0.0: every IPv4 address of this machine"
+    )
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0: any free port")
     weights: Annotated[str, BeforeValidator(str)] = Field(
         "weights",
@@ -52,7 +71,9 @@ class Settings(BaseModel):
     exact: bool = Field(
         True, description="use only batch sizes that give a picture the same bytes whatever else is in the batch"
     )
-    data_dir: Path = Field(Path("data"), description="folder of the journal and the pictures, for one server alone")
+    data_dir: Annotated[Path, BeforeValidator(_is_meant)] = Field(
+        Path("data"), description="folder of the journal and the pictures, for one server alone"
+    )
     retention_days: float = Field(7.0, ge=0, le=36500, description="days that ended jobs are kept")
     retention_bytes: int = Field(
         10 << 30, ge=0, description="bytes of jobs on disk, beyond which the oldest ended jobs are deleted"
@@ -85,7 +106,7 @@ class Settings(BaseModel):
         "",
         description="file of keys, one name:sha256[:quota] per line, read again when changed; empty: no key is needed",
     )
-    metrics_key: SecretStr = Field(
+    metrics_key: Annotated[SecretStr, AfterValidator(_can_be_sent)] = Field(
         SecretStr(""), description="key for /metrics; empty: open if there are no API keys, else closed"
     )
     allowed_hosts: str = Field(

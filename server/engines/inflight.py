@@ -55,6 +55,11 @@ class InFlight:
         return [*self.assigned, *self.waiting]
 
     @property
+    def models(self) -> set[str]:
+        """The models that the engine has work for."""
+        return {run.spec.model for run in self.assigned}
+
+    @property
     def isolated(self) -> list[Run]:
         """The runs that have the engine to themselves, or wait to have it."""
         alone = self.assigned if len(self.assigned) == 1 else {}

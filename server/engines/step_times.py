@@ -2,7 +2,7 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -32,6 +32,11 @@ class StepTimes:
             mean_s[step.bucket] = before + NEWEST * (step.seconds - before)
         longest_s = max((step.seconds for step in steps), default=0.0)
         self.longest_s = max(longest_s * models, FADING * self.longest_s)
+
+    def turn_s(self, models: Iterable[str]) -> float:
+        """The longest turn that is to be expected while these models have work, however long ago their steps were."""
+        known = sum(max(self._mean_s[model].values()) for model in models if model in self._mean_s)
+        return max(self.longest_s, known)
 
     def started(self, models: Mapping[str, ModelStatus]) -> None:
         """An engine has become ready with these models."""

@@ -65,9 +65,10 @@ class EngineSupervisor:
         """Why no work can be taken right now, or None."""
         if self._trouble is not None or self._process.stopped_s:
             return self._trouble or "the engine process has been stopped"
-        silence_s = time.monotonic() - self._process.heard_at
-        limit_s = self._limit_s(self._patience.silence_s, self._patience.silence_steps)
-        return f"the engine has not answered for {silence_s:.0f} s" if silence_s > limit_s else None
+        silence_s, patience = time.monotonic() - self._process.heard_at, self._patience
+        if silence_s <= patience.silence_s or silence_s <= self._limit_s(patience.silence_s, patience.silence_steps):
+            return None
+        return f"the engine has not answered for {silence_s:.0f} s"
 
     @property
     def health(self) -> EngineHealth:
@@ -173,13 +174,12 @@ class EngineSupervisor:
     def _hangs(self) -> bool:
         patience = self._patience
         hang_s = self._limit_s(patience.hang_s, patience.hang_steps) if self._trouble is None else patience.start_s
-        silence_s = time.monotonic() - self._process.heard_at
-        return silence_s > hang_s or self._process.stopped_s > patience.silence_s
+        return time.monotonic() - self._process.heard_at > hang_s or self._process.stopped_s > patience.silence_s
 
     def _limit_s(self, seconds: float, steps: float) -> float:
         """How long it may be silent now, if it may for so long while no model loads."""
         load_s = self._patience.load_s if self._process.loading is not None else 0.0
-        return max(seconds, steps * self._times.longest_s, load_s)
+        return max(seconds, steps * self._times.turn_s(self._in_flight.models), load_s)
 
     def _receive(self, message: object) -> None:
         if self._task is not None and self._task.cancelling():

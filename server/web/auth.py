@@ -19,13 +19,13 @@ from pathlib import Path
 
 from server.errors import SettingsError, Unauthenticated
 from server.jobs.tenants import Quota, Tenant
+from server.settings import MAX_KEY_BYTES
 
 logger = logging.getLogger(__name__)
 LOOK_S = 1.0  # between two looks at whether the file of keys has changed
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 LINE = re.compile(rf"({NAME.pattern}):([0-9a-f]{{64}})(?::([1-9][0-9]{{0,14}}))?")
 MAX_FILE_BYTES = 1 << 20
-MAX_KEY_BYTES = 1024
 SUBPROTOCOL = "ddpm.key."  # prefix of the subprotocol in which a browser's websocket sends its key
 SAME_FOR_ALL = "a valid key is needed, as Authorization: Bearer KEY"  # for a missing, an ill-formed and a wrong key
 

@@ -38,8 +38,9 @@ def _words(text: str) -> list[str]:
 def _origins(setting: str, text: str, *others: str) -> list[str]:
     """The origins in a setting, as browsers write them, and the other words that it may have. Raises SettingsError."""
     words = _words(text)
-    if not all(word in others or ORIGIN.fullmatch(word) for word in words):
-        raise SettingsError(f"{setting} must be origins like https://a.example, or {', '.join(others)}")
+    if not all(word in others or (ORIGIN.fullmatch(word) and word.isascii()) for word in words):
+        form = "origins like https://a.example, other letters as browsers send them (xn--…)"
+        raise SettingsError(f"{setting} must be {form}, or {', '.join(others)}")
     default_ports = {"http": ":80", "https": ":443"}  # browsers leave them out
     return [word.removesuffix(default_ports.get(word.partition("://")[0], "/")) for word in words]
 

@@ -1,9 +1,11 @@
 """Engines that die of what they are given: over processes that are played, to see what is held against which job."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -13,7 +15,7 @@ from server.engines import supervisor
 from server.engines.process import EngineProcess
 from server.engines.supervisor import EngineSupervisor
 from server.errors import EXIT_ENGINE, EngineFailed, SampleLost
-from server.worker.messages import Cancel, Died, Ready, Report, Spec, Start, Submit
+from server.worker.messages import Cancel, Died, Heartbeat, Ready, Report, Spec, Start, Step, Submit
 from tests.model.tiny import PROCESS
 from tests.server.fakes import FakeBackend, grey
 
@@ -78,6 +80,26 @@ class Breaking(Played):
         self.end(Died("cuda", ""))
 
 
+class Slow(Played):
+    """An engine whose steps take twelve seconds. It was idle for a while, and is given a picture."""
+
+    found: ClassVar[dict[str, bool]] = {}  # whether it is taken to hang after so long a silence
+
+    async def run(self, start: Start, receive: Callable[[object], None], hangs: Callable[[], bool]) -> None:
+        def hangs_after(seconds: float) -> bool:
+            self.heard_at = time.monotonic() - seconds
+            return hangs()
+
+        receive(Ready(FakeBackend().models, [Step("tiny", 4, 12.0)]))
+        for _ in range(100):
+            receive(Report(Stats(), [], [], Heartbeat([], [], 0)))
+        self.found["idle, 9 s"] = hangs_after(9.0)
+        (id,) = (await self.submitted()).ids
+        self.found.update({f"in a step, {seconds} s": hangs_after(seconds) for seconds in (400, 500)})
+        receive(Report(Stats(steps=5), [Finished(id, grey(1), None)], []))
+        await self.submitted()
+
+
 @asynccontextmanager
 async def supervised(restarts: int, failures: list[EngineFailed]) -> AsyncIterator[EngineSupervisor]:
     """A backend whose engines may be replaced so often."""
@@ -93,6 +115,20 @@ async def run(backend: EngineSupervisor, seed: int, alone: bool = False) -> None
     """A job of one picture."""
     async for _ in backend.run(Spec(model="tiny", seeds=(seed,), sampling=SAMPLING, alone=alone)):
         pass
+
+
+def test_an_engine_may_be_silent_for_as_long_as_its_steps_take_also_after_an_idle_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def scene() -> None:
+        async with supervised(2, []) as backend:
+            await asyncio.wait_for(run(backend, 1), 30)
+
+    monkeypatch.setattr(supervisor, "EngineProcess", Slow)
+    monkeypatch.setattr(Slow, "found", {})
+    asyncio.run(scene())
+
+    assert Slow.found == {"idle, 9 s": True, "in a step, 400 s": False, "in a step, 500 s": True}
 
 
 def test_any_number_of_jobs_that_kill_at_their_first_step_fail_one_by_one_and_the_engine_is_replaced(

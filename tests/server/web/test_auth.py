@@ -222,6 +222,19 @@ def test_a_job_that_is_refused_for_another_reason_uses_no_quota(weights: Path, k
         assert client.post("/generate", json={"steps": 30}, headers=bearer(ALICE)).status_code == 200
 
 
+def test_an_answer_from_the_cache_uses_no_quota_but_must_be_within_it(
+    weights: Path, keys: Path, tmp_path: Path
+) -> None:
+    settings = Settings(weights=weights, data_dir=tmp_path, api_keys=str(keys))
+    with TestClient(create_app(settings, FakeBackend())) as client:
+
+        def ask(seed: int) -> tuple[int, str | None]:
+            answer = client.post("/generate", json={"seed": seed, "steps": 30}, headers=bearer(ALICE))
+            return answer.status_code, answer.headers.get("x-cache")
+
+        assert [ask(seed) for seed in (1, 1, 1, 2, 1)] == [(200, None), *[(200, "hit")] * 2, (200, None), (429, None)]
+
+
 def test_a_name_may_have_two_keys_while_one_is_being_changed(tmp_path: Path) -> None:
     path = tmp_path / "keys"
     path.write_text(line("alice", "old", ":60") + line("alice", "new", ":60"))

@@ -109,7 +109,9 @@ def test_ill_formed_allowed_hosts_stop_the_start(text: str) -> None:
         rules(hosts=text)
 
 
-@pytest.mark.parametrize("text", ["a.example", "https://a.example/", "//a", "https://", "null"])
+@pytest.mark.parametrize(
+    "text", ["a.example", "https://a.example/", "//a", "https://", "null", "https://bücher.example"]
+)
 def test_ill_formed_allowed_origins_stop_the_start(text: str) -> None:
     with pytest.raises(SettingsError, match="DDPM_ALLOWED_ORIGINS"):
         rules(origins=text)
