@@ -81,8 +81,7 @@ class Response:
         raise Refused({"status": self.status, "detail": f"the answer was {self.status}, and no JSON document"})
 
 
-BY_STATUS: dict[int, type[Refused]] = {401: Denied, 403: Denied, 404: NotFound, 410: NotFound, 422: Invalid}
-BUSY = (429, 502, 503)
+BY_STATUS = {401: Denied, 403: Denied, 404: NotFound, 410: NotFound, 422: Invalid, 429: Busy, 502: Busy, 503: Busy}
 
 
 def refusal_in(response: Response) -> Refused:
@@ -94,7 +93,7 @@ def refusal_in(response: Response) -> Refused:
         if response.status == 503 and not retry_after:  # the server's way to say that waiting will not help
             return Refused(document)
     retry_after_s = float(retry_after) if retry_after.isascii() and retry_after.isdigit() else None
-    return BY_STATUS.get(response.status, Busy if response.status in BUSY else Refused)(document, retry_after_s)
+    return BY_STATUS.get(response.status, Refused)(document, retry_after_s)
 
 
 def close_error(code: int | None, reason: str) -> ClientError:

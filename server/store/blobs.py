@@ -12,6 +12,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Set
+from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 
@@ -137,10 +138,13 @@ class Blobs:
             others = [entry.name for entry in entries if is_ours(entry) and entry.name not in named]
         if others:
             self._aside.mkdir(mode=0o700, exist_ok=True)
+        moved = 0
         for name in others:
-            os.utime(self.folder / name)  # their day begins
-            os.replace(self.folder / name, self._aside / name)
-        return len(others)
+            with suppress(FileNotFoundError):  # it was a probe's
+                os.utime(self.folder / name)  # their day begins
+                os.replace(self.folder / name, self._aside / name)
+                moved += 1
+        return moved
 
     def clear_aside(self) -> None:
         """Deletes what was set aside a day ago."""

@@ -278,6 +278,27 @@ def test_a_missing_journal_beside_pictures_alone_is_no_fresh_start(data: Path) -
         Store(data)
 
 
+def test_a_file_that_a_probe_of_the_disk_takes_away_does_not_end_a_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = os.utime
+
+    def late(path: Path) -> None:
+        if path.name == "probe.part":
+            path.unlink()
+        usual(path)
+
+    async def story() -> list[str]:
+        async with a_store(tmp_path) as store:
+            await store.blobs.save({name(b"lost"): b"lost"})
+            (tmp_path / PICTURES / "probe.part").write_bytes(b"")
+            monkeypatch.setattr(os, "utime", late)
+            await store.recover()
+            return [path.name for path in (tmp_path / "aside").iterdir()]
+
+    assert asyncio.run(story()) == [name(b"lost")]
+
+
 def test_what_is_not_ours_is_left_alone_and_what_no_job_names_is_kept_for_a_day(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
