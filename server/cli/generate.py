@@ -19,17 +19,7 @@ from server.jobs.schemas import GenerateRequest
 
 FIELDS = {name: kind for name, kind in get_type_hints(Request).items() if kind in (str, int, float)}
 ANIMATIONS: dict[str, Animation] = {".gif": "gif", ".apng": "apng", ".png": "apng", ".webp": "webp"}
-OTHER_FORMATS = {
-    ".jpg",
-    ".jpeg",
-    ".gif",
-    ".webp",
-    ".bmp",
-    ".tif",
-    ".tiff",
-    ".npy",
-    ".zip",
-}  # than the PNG that we write
+OTHER_FORMATS = (".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".npy", ".zip")  # none is written by -o
 MOST_BYTES = 1 << 26  # of a picture that is repeated
 STDOUT = Path("-")
 BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}"

@@ -178,7 +178,10 @@ def _parser() -> Parser:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Serves until a signal arrives. Returns the exit code. Raises the ServerError that ended the engine."""
+    """Serves until a signal arrives. Returns the exit code. Raises the ServerError that ended the engine.
+
+    Within END_S seconds after that the process ends, whatever it does.
+    """
     flags = vars(_parser().parse_args(arguments))
     settings = Settings.read(os.environ, flags)
     logs.configure(settings.log_level)
