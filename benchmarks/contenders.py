@@ -20,7 +20,8 @@ from model.checkpoint.load import load_model
 from model.engine.engine import Engine
 from model.engine.events import Request
 from model.engine.runner import prepared
-from model.sampling.plan import COLUMNS, plan, resolve
+from model.sampling.plan import plan, resolve
+from model.sampling.table import COLUMNS
 from server.worker.cpus import cores
 from server.worker.device import choose_dtype
 
@@ -84,7 +85,7 @@ class Ours:
         row = torch.zeros(count, len(COLUMNS))
         row[:, COLUMNS.index("k")], row[:, COLUMNS.index("c")], row[:, COLUMNS.index("e")] = t, 1.0, 1.0
         slots.x[:count], slots.rows[:count, 0] = x.to(slots.x.device), row.to(slots.x.device)
-        slots.x0[:count] = slots.cursor[:count] = 0
+        slots.history[:count] = slots.cursor[:count] = 0
         slots.last[:count] = 1
         runner.step(runner.bucket_for(count))
         out = slots.x[:count].clone()

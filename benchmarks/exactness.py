@@ -15,7 +15,9 @@ from benchmarks.measure import Measure
 from benchmarks.models import our_engine
 from model.engine.engine import Engine
 from model.engine.events import Finished, Request
-from model.sampling.plan import Plan, Sampling, plan, resolve
+from model.sampling.plan import plan, resolve
+from model.sampling.samplers import Sampling
+from model.sampling.table import Plan
 
 LONGEST = 6  # steps
 

@@ -16,7 +16,8 @@ from benchmarks.measure import Measure, median_ratio
 from benchmarks.models import our_engine
 from model.engine.engine import Engine
 from model.engine.events import Finished, Request
-from model.sampling.plan import Plan, plan, resolve
+from model.sampling.plan import plan, resolve
+from model.sampling.table import Plan
 
 LENGTHS = (1000, 50, 20)  # steps of a request; the first is what the others are held against
 ROUNDS, FIRST_STEPS, TRIED_STEPS = 4, 5, 10

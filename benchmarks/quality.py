@@ -27,7 +27,8 @@ from model.checkpoint.load import load_model
 from model.engine.engine import Engine
 from model.engine.events import Finished, Request
 from model.engine.runner import prepared
-from model.sampling.plan import Sampling, plan, resolve
+from model.sampling.plan import plan, resolve
+from model.sampling.samplers import Sampling
 from model.train.data import Uint8Array
 from server.worker.cpus import cores
 from server.worker.device import DTYPES, choose_dtype

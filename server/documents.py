@@ -5,8 +5,8 @@ from typing import Annotated, Literal, NotRequired, TypeAlias
 from pydantic import Field
 from typing_extensions import TypedDict
 
-from model.sampling.plan import Noise
 from model.sampling.schedule import Spacing, Variance
+from model.sampling.table import Noise
 
 Kind: TypeAlias = Literal["x_t", "x0"]
 DeliveryState: TypeAlias = Literal["pending", "delivered", "gone", "failed"]

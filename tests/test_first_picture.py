@@ -18,7 +18,8 @@ from model.engine.events import Finished, Picture, Request
 from model.engine.runner import prepared
 from model.errors import PlanError
 from model.nets.cpu import CpuNet
-from model.sampling.plan import Sampling, plan, resolve
+from model.sampling.plan import plan, resolve
+from model.sampling.samplers import Sampling
 from server.jobs.schemas import GenerateRequest
 from server.worker.device import choose_dtype
 from tests.asked import PLACES, name_of, requests, seeds_told

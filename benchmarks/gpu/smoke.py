@@ -24,7 +24,8 @@ from model.engine.events import Finished, Picture, Request
 from model.engine.runner import prepared
 from model.engine.slots import Slots
 from model.engine.step import denoise
-from model.sampling.plan import COLUMNS, plan, resolve
+from model.sampling.plan import plan, resolve
+from model.sampling.table import COLUMNS
 from server.worker.device import choose_dtype
 
 BATCHES, DRY_BATCHES = (1, 8, 64), (1, 2, 4)
@@ -50,12 +51,13 @@ def replays(directory: Path, device: torch.device) -> Iterator[Fact]:
     runner = prepared(load_layers(read_card(directory), device, choose_dtype("auto", device)), 4)
     slots, generator, wrong = runner.slots, torch.Generator().manual_seed(0), list[int]()
     x = torch.randn(slots.x.shape, generator=generator).to(device)
+    history = torch.randn(slots.history.shape, generator=generator).to(device)
     row = torch.rand(slots.capacity, len(COLUMNS), generator=generator).to(device)
     for bucket in runner.buckets:
         results = []
         for step in (runner.step, partial(denoise, runner.model.net, runner.model.table, slots)):
             slots.x.copy_(x)
-            slots.x0.zero_()
+            slots.history.copy_(history)
             slots.rows[:, 0] = row
             slots.cursor.zero_()
             slots.last.fill_(1)

@@ -19,7 +19,7 @@ from model.engine.sample import Sample
 from model.engine.scheduler import Scheduler
 from model.engine.slots import Seating, upload
 from model.sampling.noise import TorchNoise
-from model.sampling.plan import U
+from model.sampling.table import U
 
 CHECK_EVERY = 64  # steps after which all seated samples are checked for numbers that are not finite
 

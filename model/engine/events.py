@@ -7,7 +7,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from model.sampling.plan import Plan
+from model.sampling.table import Plan
 
 Picture: TypeAlias = NDArray[np.uint8]  # [H, W, C]
 Floats: TypeAlias = NDArray[np.float32]  # [C, H, W]

@@ -8,7 +8,7 @@ from torch import Tensor
 from model.digests import short_digest
 from model.engine.slots import Slots
 from model.sampling.noise import gaussian
-from model.sampling.plan import COLUMNS, C, K
+from model.sampling.table import COLUMNS, C, K
 
 DRAWS = 3  # batches of each size that are compared
 
@@ -26,7 +26,8 @@ class _Trial:
         seeds = torch.arange(slots.capacity)
         self.slots, self.step = slots, step
         self.x = torch.randn(slots.x.shape, generator=generator).to(slots.device)  # [B, C, H, W]
-        self.row = torch.randn(slots.capacity, len(COLUMNS), generator=generator).to(slots.device)  # [B, 11]
+        self.history = torch.randn(slots.history.shape, generator=generator).to(slots.device)  # [B, 3, C, H, W]
+        self.row = torch.randn(slots.capacity, len(COLUMNS), generator=generator).to(slots.device)  # [B, 15]
         self.row[:, K] = torch.randint(T, (slots.capacity,), generator=generator).to(slots.device)
         self.row[:, C] = 1.0
         self.ahead = gaussian(seeds, 0 * seeds, slots.shape) if slots.ahead_steps else None  # [B, C, H, W]
@@ -36,6 +37,7 @@ class _Trial:
         slots, count, chosen = self.slots, len(chosen), chosen.to(self.slots.device)
         slots.x[:count], slots.rows[:count, 0], slots.seed[:count] = self.x[chosen], self.row[chosen], chosen
         slots.x0[:count] = slots.cursor[:count] = 0
+        slots.history[:count] = self.history[chosen]
         slots.last[:count] = 1
         if self.ahead is not None:
             slots.ahead[:count] = self.ahead[chosen, None]

@@ -15,7 +15,7 @@ from torch import Tensor
 from model.engine.events import Event, Finished, Preview
 from model.engine.sample import Sample
 from model.engine.slots import Slots, send
-from model.sampling.plan import COLUMNS, Plan
+from model.sampling.table import COLUMNS, Plan
 
 
 def as_bytes(x: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from model.nets.layers import uses_triton
 from model.sampling.noise import INITIAL, gaussian
-from model.sampling.plan import COLUMNS, Plan
+from model.sampling.table import COLUMNS, HISTORY, Plan
 
 AHEAD_ELEMENTS = 32_768  # on a CPU a slot's noise is drawn for several steps at once, about this many numbers
 
@@ -35,7 +35,7 @@ class Seating:
 class SavedState:
     """The state of a preempted picture, without its plan."""
 
-    pictures: Tensor  # [3, C, H, W] x, x0, given
+    pictures: Tensor  # [3 + HISTORY, C, H, W] x, x0, given, history
     ahead: Tensor     # [A, C, H, W]
 
 
@@ -43,7 +43,7 @@ class PlanCache:
     """The rows of recently seated plans, on the device: requests of one kind share their plan."""
 
     def __init__(self, size: int, device: torch.device) -> None:
-        self.rows = torch.empty(size, len(COLUMNS), device=device)  # [size, 11], filled from the top
+        self.rows = torch.empty(size, len(COLUMNS), device=device)  # [size, 15], filled from the top
         self._starts: dict[Plan, int] = {}  # each a plan's first row; together they are all that has been filled
         self._used = 0
 
@@ -85,7 +85,8 @@ class Slots:
         self.x      = torch.zeros(capacity, *shape, device=device)                             # [B, C, H, W] x_t
         self.x0     = torch.zeros(capacity, *shape, device=device)                             # [B, C, H, W] predicted
         self.given  = torch.zeros(capacity, *shape, device=device)                             # [B, C, H, W] noise
-        self.rows   = torch.zeros(capacity, max_steps + 1, len(COLUMNS), device=device)        # [B, S + 1, 11] plans
+        self.history = torch.zeros(capacity, HISTORY, *shape, device=device)                   # [B, 3, C, H, W]
+        self.rows   = torch.zeros(capacity, max_steps + 1, len(COLUMNS), device=device)        # [B, S + 1, 15] plans
         self.cursor = torch.zeros(capacity, dtype=torch.int64, device=device)                  # [B] the next row
         self.last   = torch.zeros(capacity, dtype=torch.int64, device=device)                  # [B] the row of zeros
         self.seed   = torch.zeros(capacity, dtype=torch.int64, device=device)                  # [B]
@@ -119,7 +120,7 @@ class Slots:
 
     @property
     def _state(self) -> tuple[Tensor, ...]:
-        return self.x, self.x0, self.given, self.rows
+        return self.x, self.x0, self.given, self.history, self.rows
 
     @property
     def _columns(self) -> tuple[Tensor, ...]:
@@ -149,6 +150,7 @@ class Slots:
         upload(self.x[slot], x)
         self.x0[slot].zero_()
         self.given[slot].zero_()
+        self.history[slot].zero_()
         self.ahead[slot].zero_()
         upload(self.rows[slot, :steps], torch.from_numpy(new.plan.rows.astype("float32")))
         self.rows[slot, steps:].zero_()
@@ -174,7 +176,8 @@ class Slots:
 
     def save(self, slot: int) -> SavedState:
         """A copy of the state of a picture that is preempted, for `resume`."""
-        return SavedState(torch.stack([self.x[slot], self.x0[slot], self.given[slot]]), self.ahead[slot].clone())
+        pictures = torch.stack([self.x[slot], self.x0[slot], self.given[slot], *self.history[slot]])
+        return SavedState(pictures, self.ahead[slot].clone())
 
     def resume(self, slot: int, seed: int, plan: Plan, step: int, saved: SavedState) -> None:
         """Writes a preempted picture that has had `step` updates to any slot."""
@@ -184,6 +187,7 @@ class Slots:
         self._seat(seating, saved.pictures[0])
         self.x0[slot].copy_(saved.pictures[1])
         self.given[slot].copy_(saved.pictures[2])
+        self.history[slot].copy_(saved.pictures[3:])
         self.ahead[slot].copy_(saved.ahead)
         self.cursor[slot] = step
 
@@ -200,7 +204,7 @@ class Slots:
         """Frees a slot: its cursor stands on the row of zeros, and nothing of its picture is left."""
         if self.by_kernels:
             return self._vacate_by_kernel(slot, None, clears=True)
-        for tensor in (self.x, self.x0, self.given, self.ahead):
+        for tensor in (self.x, self.x0, self.given, self.history, self.ahead):
             tensor[slot].zero_()
         self.cursor[slot] = self.last[slot]
 

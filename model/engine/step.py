@@ -1,6 +1,6 @@
 """One denoising step of a batch as a function of its slots, which a GPU captures as a CUDA graph.
 
-`model.sampling.plan` explains the letters. Nothing here reads the host, branches on a request or allocates per sample.
+`model.sampling.table` explains the letters. Nothing here reads the host, branches on a request or allocates per sample.
 """
 
 import numpy as np
@@ -28,15 +28,16 @@ def denoise_by_kernels(net: Net, table: Tensor, slots: Slots, batch: int) -> Non
     x, cursor = slots.x[:batch], slots.cursor[:batch]  # [b, C, H, W], [b]
     picture, embedding, now = kernels.enter(x, slots.rows, cursor, table, net.reads)
     state = {"rows": slots.rows, "cursor": cursor, "last": slots.last, "seed": slots.seed}
-    kernels.update(net(picture, embedding), x, slots.x0, slots.given, now=now, **state)
+    kernels.update(net(picture, embedding), x, slots.x0, slots.given, slots.history, now=now, **state)
 
 
 def algebra(net: Net | CpuNet, table: Tensor, slots: Slots, batch: int) -> None:
     """One denoising step: in numpy on a CPU, in torch elsewhere."""
     at, library = slots.arrays, slots.library
-    x, x0_before, cursor = at.x[:batch], at.x0[:batch], at.cursor[:batch]  # [b, C, H, W] twice, [b]
-    row = at.rows[at.order[:batch], cursor]  # [b, 11]
-    k, p, q, c, m, h, n, e, s, w, u = row.T[..., None, None, None]  # [b, 1, 1, 1] each
+    x, history, cursor = at.x[:batch], at.history[:batch], at.cursor[:batch]  # [b, C, H, W], [b, 3, C, H, W], [b]
+    row = at.rows[at.order[:batch], cursor]  # [b, 15]
+    k, p, q, c, m, h, n, e, s, w, u, g, d, a, b = row.T[..., None, None, None]  # [b, 1, 1, 1] each
+    y1, y2, y3 = history[:, 0], history[:, 1], history[:, 2]  # [b, C, H, W] each
     picture = slots.x[:batch]
     if not isinstance(net, CpuNet):
         picture = picture.to(table.dtype, memory_format=torch.channels_last)
@@ -46,6 +47,9 @@ def algebra(net: Net | CpuNet, table: Tensor, slots: Slots, batch: int) -> None:
         out, f = out[:, : x.shape[1]], out[:, x.shape[1] :]
         z = library.exp(w * f) * z
     x0 = library.clip(p * x + q * out, -c, c)
-    x[...] = m * x0 + h * x0_before + n * x + e * out + s * z + u * at.given[:batch]
-    x0_before[...] = x0
+    y = a * x0 + b * x
+    x[...] = m * x0 + (h * y1 + g * y2 + d * y3) + n * x + e * out + s * z + u * at.given[:batch]
+    at.x0[:batch] = x0
+    history[:, 1:] = history[:, :-1]
+    history[:, 0] = y
     cursor[...] = library.minimum(cursor + 1, at.last[:batch])

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from model.kernels.noise import gaussian
 from model.sampling.noise import INITIAL
-from model.sampling.plan import COLUMNS
+from model.sampling.table import COLUMNS, HISTORY
 
 BLOCK = 1024  # numbers in a program
 ORDER = 6  # slot, seed, steps, index of its first row in the tables, current step, index of its pictures or -1
@@ -20,8 +20,9 @@ ORDER = 6  # slot, seed, steps, index of its first row in the tables, current st
 
 @triton.jit
 def _seat(
-    orders, pictures, tables, x, x0, given, rows, cursor, last, seed, numbers, elements,
-    KEPT: tl.constexpr, DOMAIN: tl.constexpr, COLUMNS: tl.constexpr, ORDER: tl.constexpr, QUADS: tl.constexpr,
+    orders, pictures, tables, x, x0, given, history, rows, cursor, last, seed, numbers, elements,
+    KEPT: tl.constexpr, HISTORY: tl.constexpr, DOMAIN: tl.constexpr, COLUMNS: tl.constexpr, ORDER: tl.constexpr,
+    QUADS: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0)
     at = block * (4 * QUADS) + tl.arange(0, 4 * QUADS)
@@ -43,13 +44,18 @@ def _seat(
         else:
             kept = pictures + source * (KEPT * elements) + at
             tl.store(x + there, tl.load(kept, mask=inside), mask=inside)
-        if KEPT == 3:
+        past = history + slot * (HISTORY * elements) + at
+        if KEPT == 3 + HISTORY:
             kept = pictures + source * (KEPT * elements) + at
             tl.store(x0 + there, tl.load(kept + elements, mask=inside), mask=inside)
             tl.store(given + there, tl.load(kept + 2 * elements, mask=inside), mask=inside)
+            for i in tl.static_range(HISTORY):
+                tl.store(past + i * elements, tl.load(kept + (3 + i) * elements, mask=inside), mask=inside)
         else:
             tl.store(x0 + there, nothing, mask=inside)
             tl.store(given + there, nothing, mask=inside)
+            for i in tl.static_range(HISTORY):
+                tl.store(past + i * elements, nothing, mask=inside)
 
 
 def seat(
@@ -57,15 +63,15 @@ def seat(
 ) -> None:
     """Writes new or preempted pictures to cleared slots.
 
-    orders: [n, 6] int64, pictures: [m, 1 or 3, C, H, W], tables: [R, 11], state: x, x0, given [B, C, H, W] and
-    rows [B, S + 1, 11], columns: cursor, last, seed [B]
+    orders: [n, 6] int64, pictures: [m, 1 or 6, C, H, W], tables: [R, 15], state: x, x0, given [B, C, H, W],
+    history [B, 3, C, H, W] and rows [B, S + 1, 15], columns: cursor, last, seed [B]
     """
-    x, x0, given, rows = state
+    x, x0, given, history, rows = state
     elements, numbers = x[0].numel(), rows[0].numel()
     _seat[(triton.cdiv(max(elements, numbers), BLOCK), len(orders))](
-        orders, x if pictures is None else pictures, tables, x, x0, given, rows, *columns, numbers, elements,
-        KEPT=1 if pictures is None else pictures.shape[1], DOMAIN=INITIAL, COLUMNS=len(COLUMNS), ORDER=ORDER,
-        QUADS=BLOCK // 4, enable_fp_fusion=False,
+        orders, x if pictures is None else pictures, tables, x, x0, given, history, rows, *columns, numbers, elements,
+        KEPT=1 if pictures is None else pictures.shape[1], HISTORY=HISTORY, DOMAIN=INITIAL, COLUMNS=len(COLUMNS),
+        ORDER=ORDER, QUADS=BLOCK // 4, enable_fp_fusion=False,
     )  # fmt: skip
 
 
@@ -81,8 +87,8 @@ def _carry(state, source, target, at, inside, MOVES: tl.constexpr, CLEARS: tl.co
 
 @triton.jit(do_not_specialize=["source", "target"])
 def _vacate(
-    x, x0, given, rows, cursor, last, seed, source, target, numbers, elements,
-    MOVES: tl.constexpr, CLEARS: tl.constexpr, BLOCK: tl.constexpr,
+    x, x0, given, history, rows, cursor, last, seed, source, target, numbers, elements,
+    HISTORY: tl.constexpr, MOVES: tl.constexpr, CLEARS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0)
     at = block * BLOCK + tl.arange(0, BLOCK)
@@ -90,6 +96,9 @@ def _vacate(
     _carry(x, source * elements, target * elements, at, at < elements, MOVES, CLEARS)
     _carry(x0, source * elements, target * elements, at, at < elements, MOVES, CLEARS)
     _carry(given, source * elements, target * elements, at, at < elements, MOVES, CLEARS)
+    for i in tl.static_range(HISTORY):
+        there, here = (target * HISTORY + i) * elements, (source * HISTORY + i) * elements
+        _carry(history, here, there, at, at < elements, MOVES, CLEARS)
     _carry(rows, source * numbers, target * numbers, at, at < numbers, MOVES, False)
     if block == 0:
         if MOVES:
@@ -106,12 +115,12 @@ def vacate(
 ) -> None:
     """Copies the picture in `source` to `target`, if there is one, and then frees `source`, if it `clears`.
 
-    state: x, x0, given [B, C, H, W] and rows [B, S + 1, 11], columns: cursor, last, seed [B]
+    state: x, x0, given [B, C, H, W], history [B, 3, C, H, W] and rows [B, S + 1, 15], columns: cursor, last, seed [B]
     """
-    elements, numbers, moves = state[0][0].numel(), state[3][0].numel(), target is not None
+    elements, numbers, moves = state[0][0].numel(), state[4][0].numel(), target is not None
     _vacate[(triton.cdiv(max(elements, numbers if moves else 0), BLOCK),)](
         *state, *columns, source, source if target is None else target, numbers, elements,
-        MOVES=moves, CLEARS=clears, BLOCK=BLOCK, enable_fp_fusion=False,
+        HISTORY=HISTORY, MOVES=moves, CLEARS=clears, BLOCK=BLOCK, enable_fp_fusion=False,
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from model.kernels.launch import dependent, ready
 from model.kernels.noise import gaussian
 from model.sampling.noise import STEP
-from model.sampling.plan import COLUMNS
+from model.sampling.table import COLUMNS
 
 BLOCK = 1024  # numbers in a program
 
@@ -41,7 +41,7 @@ def enter(x: Tensor, rows: Tensor, cursor: Tensor, table: Tensor, read: int) -> 
     """The net's arguments and the current step: the pictures in the net's dtype, channels-last, with zeros in the
     channels that it reads beyond theirs; their rows of the table; and a copy of the cursor.
 
-    x: [b, C, H, W], rows: [B, S + 1, 11], cursor: [B], table: [T, P] -> [b, read, H, W], [b, P], [b]
+    x: [b, C, H, W], rows: [B, S + 1, 15], cursor: [B], table: [T, P] -> [b, read, H, W], [b, P], [b]
     """
     (b, C, H, W), P = x.shape, table.shape[1]
     out = torch.empty((b, read, H, W), dtype=table.dtype, device=x.device, memory_format=torch.channels_last)
@@ -56,13 +56,13 @@ def enter(x: Tensor, rows: Tensor, cursor: Tensor, table: Tensor, read: int) -> 
 
 @triton.jit
 def _update(
-    net_out, x, x0, given, rows, now, cursor, last, seed, rows_stride, elements, pixels, channels,
+    net_out, x, x0, given, history, rows, now, cursor, last, seed, rows_stride, elements, pixels, channels,
     LEARNED: tl.constexpr, DOMAIN: tl.constexpr, COLUMNS: tl.constexpr, QUADS: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     sample = tl.program_id(1).to(tl.int64)
     ready(DEPENDENT)
     step = tl.load(now + sample)
-    row = rows + sample * rows_stride + step * COLUMNS  # k, p, q, c, m, h, n, e, s, w, u
+    row = rows + sample * rows_stride + step * COLUMNS  # k, p, q, c, m, h, n, e, s, w, u, g, d, a, b
     z = gaussian(tl.load(seed + sample), step, tl.program_id(0) * QUADS + tl.arange(0, QUADS), DOMAIN)
     at = tl.program_id(0) * (4 * QUADS) + tl.arange(0, 4 * QUADS)  # in [C, H, W]
     inside = at < elements
@@ -73,14 +73,21 @@ def _update(
         f = tl.load(net_out + channels, mask=inside).to(tl.float32)
         z *= tl.exp(tl.load(row + 9) * f)
     at += sample * elements
-    old, before = tl.load(x + at, mask=inside), tl.load(x0 + at, mask=inside)
+    old = tl.load(x + at, mask=inside)
+    y1 = history + 2 * sample * elements + at  # of [B, 3, C, H, W]
+    y2, y3 = y1 + elements, y1 + 2 * elements
+    before, earlier, earliest = tl.load(y1, mask=inside), tl.load(y2, mask=inside), tl.load(y3, mask=inside)
     limit = tl.load(row + 3)
     clean = tl.load(row + 1) * old + tl.load(row + 2) * out
     clean = tl.where(clean > limit, limit, tl.where(clean < -limit, -limit, clean))  # NaN stays NaN
-    new = tl.load(row + 4) * clean + tl.load(row + 5) * before + tl.load(row + 6) * old + tl.load(row + 7) * out
+    past = tl.load(row + 5) * before + tl.load(row + 11) * earlier + tl.load(row + 12) * earliest
+    new = tl.load(row + 4) * clean + past + tl.load(row + 6) * old + tl.load(row + 7) * out
     new += tl.load(row + 8) * z + tl.load(row + 10) * tl.load(given + at, mask=inside)
     tl.store(x + at, new, mask=inside)
     tl.store(x0 + at, clean, mask=inside)
+    tl.store(y1, tl.load(row + 13) * clean + tl.load(row + 14) * old, mask=inside)
+    tl.store(y2, before, mask=inside)
+    tl.store(y3, earlier, mask=inside)
     if tl.program_id(0) == 0:  # no program reads the cursor here: all read `now`
         tl.store(cursor + sample, tl.minimum(step + 1, tl.load(last + sample)))
 
@@ -90,6 +97,7 @@ def update(
     x: Tensor,
     x0: Tensor,
     given: Tensor,
+    history: Tensor,
     *,
     rows: Tensor,
     now: Tensor,
@@ -97,16 +105,16 @@ def update(
     last: Tensor,
     seed: Tensor,
 ) -> None:
-    """The sampler's step with its noise, written to x and x0. Each cursor moves on by one row, or stays on the last.
-    See `model.engine.step.algebra`.
+    """The sampler's step with its noise, written to x, x0 and history. Each cursor moves on by one row, or stays on the
+    last. See `model.engine.step.algebra`.
 
-    out: [b, C or 2C, H, W] the net's result, x, x0, given: [b, C, H, W], rows: [B, S + 1, 11],
-    now: [b] from `enter`, cursor, last, seed: [B]
+    out: [b, C or 2C, H, W] the net's result, x, x0, given: [b, C, H, W], history: [B, 3, C, H, W],
+    rows: [B, S + 1, 15], now: [b] from `enter`, cursor, last, seed: [B]
     """
     b, C, H, W = x.shape
     out = out.contiguous(memory_format=torch.channels_last)
     _update[(triton.cdiv(C * H * W, BLOCK), b)](
-        out, x, x0, given, rows, now, cursor, last, seed, rows.stride(0), C * H * W, H * W, C,
+        out, x, x0, given, history, rows, now, cursor, last, seed, rows.stride(0), C * H * W, H * W, C,
         LEARNED=out.shape[1] == 2 * C, DOMAIN=STEP, COLUMNS=len(COLUMNS), QUADS=BLOCK // 4, enable_fp_fusion=False,
         **dependent(x.device),
     )  # fmt: skip

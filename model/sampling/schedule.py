@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 FloatArray: TypeAlias = NDArray[np.float64]
+IntArray: TypeAlias = NDArray[np.int64]
 Prediction = Literal["epsilon", "v_prediction", "sample"]
 Variance = Literal["small", "large", "learned"]
 Spacing = Literal["leading", "linspace", "trailing"]

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-from model.sampling.plan import Sampling
+from model.sampling.samplers import Sampling
 from server.documents import ProblemDocument
 from server.errors import Problem, Recalled
 from server.jobs.job import Image, Job, State

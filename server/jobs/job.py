@@ -16,7 +16,7 @@ from hashlib import sha256
 from typing import Any
 
 from model.engine.events import Floats, Picture
-from model.sampling.plan import timesteps
+from model.sampling.levels import timesteps
 from model.sampling.schedule import Spacing
 from server.documents import ImageDocument, ImageWithPng, JobDocument, Kind, ProblemDocument, Status
 from server.jobs import encode

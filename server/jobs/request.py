@@ -9,7 +9,8 @@ from hashlib import sha256
 from typing import cast
 
 from model.checkpoint.card import ModelCard
-from model.sampling.plan import Sampling, resolve
+from model.sampling.plan import resolve
+from model.sampling.samplers import Sampling
 from server.catalog import card_of, one_of, refused
 from server.documents import FramesDocument, RequestDocument
 from server.errors import Invalid

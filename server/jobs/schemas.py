@@ -8,8 +8,8 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema, model_validator
 
 from model.options import unique_keys
-from model.sampling.plan import Noise
 from model.sampling.schedule import Spacing, Variance
+from model.sampling.table import Noise
 from server.bounds import kind_of, says, unknown
 from server.documents import Status as JobStatus
 from server.errors import Invalid, Malformed

@@ -14,7 +14,8 @@ from starlette.responses import JSONResponse, PlainTextResponse
 from typing_extensions import TypedDict
 
 from model.checkpoint.card import ModelCard, Source
-from model.sampling.plan import SAMPLERS, SPACINGS
+from model.sampling.levels import SPACINGS
+from model.sampling.plan import SAMPLERS
 from model.sampling.schedule import Prediction, Spacing, Variance
 from server.catalog import card_of
 from server.engines.backend import Backend

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from model.engine.events import Event, Stats
-from model.sampling.plan import Sampling
+from model.sampling.samplers import Sampling
 
 CHANGED = "the weights were changed while they were served"  # either process may find it out
 

@@ -15,8 +15,9 @@ from model.engine.runner import prepared
 from model.nets.config import Architecture
 from model.nets.lucidrains_config import LucidrainsArchitecture
 from model.nets.unet import UNet
-from model.sampling.plan import Plan, plan, resolve
+from model.sampling.plan import plan, resolve
 from model.sampling.schedule import Process, linear
+from model.sampling.table import Plan
 
 T = 30
 PROCESS = Process(linear(T, 1e-3, 0.3), default_steps=T)

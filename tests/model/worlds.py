@@ -15,8 +15,9 @@ from model.engine.events import Finished, Request
 from model.engine.runner import prepared
 from model.nets.config import architecture
 from model.nets.unet import UNet
-from model.sampling.plan import Plan, plan, resolve
+from model.sampling.plan import plan, resolve
 from model.sampling.schedule import Prediction, Process
+from model.sampling.table import Plan
 
 PREDICTIONS: list[Prediction] = ["epsilon", "v_prediction", "sample"]
 

@@ -17,8 +17,8 @@ from model.checkpoint.load import Model
 from model.convert.formats import convert
 from model.convert.protocol import Options
 from model.nets.config import OPENAI
+from model.sampling.levels import timesteps
 from model.sampling.noise import INITIAL, gaussian
-from model.sampling.plan import timesteps
 from tests.model.convert.openai_nets import Kind, UNetModel, shaken
 from tests.model.convert.refusals import refusal
 from tests.model.worlds import opened, pictures, planned, relative_error

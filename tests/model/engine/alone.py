@@ -4,8 +4,8 @@ import numpy as np
 
 from model.engine.events import Picture, Request
 from model.engine.readout import as_bytes
-from model.sampling.plan import P, Plan
 from model.sampling.reference import sample_alone
+from model.sampling.table import P, Plan
 from tests.model.tiny import (
     ARCHITECTURE,
     T,

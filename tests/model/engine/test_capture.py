@@ -104,7 +104,7 @@ def test_a_slip_in_the_step_would_be_noticed(slip: str, monkeypatch: pytest.Monk
 
 def test_the_step_writes_in_place() -> None:
     runner = prepared(tiny_model(), 3)
-    names = ("x", "x0", "given", "rows", "cursor", "last", "seed", "ahead")
+    names = ("x", "x0", "given", "history", "rows", "cursor", "last", "seed", "ahead")
     before = {name: getattr(runner.slots, name).data_ptr() for name in names}
     runner.slots.seat(0, 1, a_plan(5), runner.slots.draw_initial([1])[0])
     runner.slots.seat(1, 2, a_plan(3), runner.slots.draw_initial([2])[0])

@@ -19,7 +19,7 @@ from model.engine.engine import Engine
 from model.engine.events import Event, Request
 from model.engine.runner import prepared
 from model.engine.slots import SavedState
-from model.sampling.plan import Plan
+from model.sampling.table import Plan
 from tests.model.convert.directories import write_model
 from tests.model.tiny import PROCESS, a_plan, endings, pictures, run
 

@@ -12,7 +12,7 @@ from model.engine.runner import prepared, ranges, usual_buckets
 from model.engine.slots import Slots
 from model.engine.step import denoise
 from model.sampling.noise import gaussian
-from model.sampling.plan import COLUMNS, C, E, H, K, M, N, P, Q, S, U
+from model.sampling.table import COLUMNS, A, B, C, D, E, G, H, K, M, N, P, Q, S, U
 from tests.model.tiny import CPU, T, a_plan, a_request, function_model, halve, pictures, quick_engine, run, tiny_model
 
 Function = Callable[[Tensor, Tensor], Tensor]
@@ -47,10 +47,10 @@ def test_a_step_is_the_formula_of_the_plan_row_by_row() -> None:
     generator = torch.Generator().manual_seed(5)
     slots.rows[:, 0] = torch.rand(3, len(COLUMNS), generator=generator, dtype=torch.float64).float()
     slots.rows[:, 0, K] = torch.tensor([0.0, 11.0, 29.0])
-    for tensor in (slots.x, slots.x0, slots.given, slots.ahead):
+    for tensor in (slots.x, slots.given, slots.history, slots.ahead):
         tensor.copy_(torch.randn(tensor.shape, generator=generator))
     slots.last[:] = 1
-    x, before, given, z = slots.x.clone(), slots.x0.clone(), slots.given.clone(), slots.ahead[:, 0].clone()
+    x, past, given, z = slots.x.clone(), slots.history.clone(), slots.given.clone(), slots.ahead[:, 0].clone()
     with torch.inference_mode():
         denoise(model.net, model.table, slots, 3)
 
@@ -58,9 +58,12 @@ def test_a_step_is_the_formula_of_the_plan_row_by_row() -> None:
         row = slots.rows[i, 0]
         out = halve(x[i : i + 1], row[K : K + 1])[0]
         x0 = (row[P] * x[i] + row[Q] * out).clamp(-row[C], row[C])
-        after = row[M] * x0 + row[H] * before[i] + row[N] * x[i] + row[E] * out + row[S] * z[i] + row[U] * given[i]
+        before = row[H] * past[i, 0] + row[G] * past[i, 1] + row[D] * past[i, 2]
+        after = row[M] * x0 + before + row[N] * x[i] + row[E] * out + row[S] * z[i] + row[U] * given[i]
+        history = torch.stack([row[A] * x0 + row[B] * x[i], past[i, 0], past[i, 1]])
         assert torch.allclose(slots.x0[i], x0, atol=1e-6)
         assert torch.allclose(slots.x[i], after, atol=1e-5)
+        assert torch.allclose(slots.history[i], history, atol=1e-6)
     assert slots.cursor.tolist() == [1, 1, 1]
 
 
@@ -186,7 +189,7 @@ def test_a_real_net_is_exact_in_batches_that_keep_the_bits_of_the_full_one(
 def test_the_check_leaves_no_trace() -> None:
     slots, fresh = prepared(tiny_model(), 4).slots, Slots(4, (1, 8, 8), T, CPU)
 
-    for name in ("x", "x0", "given", "ahead", "rows"):
+    for name in ("x", "x0", "given", "history", "ahead", "rows"):
         assert torch.equal(getattr(slots, name), getattr(fresh, name)), name
     assert torch.equal(slots.cursor, slots.last)
 

@@ -9,7 +9,7 @@ from model.engine.readout import as_bytes, pack, unpack
 from model.engine.slots import Seating, Slots
 from model.engine.step import denoise
 from model.sampling.noise import INITIAL, TorchNoise, gaussian
-from model.sampling.plan import K
+from model.sampling.table import K
 from tests.model.tiny import CPU, T, a_plan, function_model
 
 SHAPE = (1, 8, 8)
@@ -22,13 +22,13 @@ def x_T(seed: int) -> Tensor:
 
 def state(slots: Slots, slot: int) -> list[Tensor]:
     """Everything a slot holds."""
-    tensors = (slots.x, slots.x0, slots.given, slots.rows, slots.cursor, slots.last, slots.seed, slots.ahead)
+    tensors = (*floats(slots), slots.rows, slots.cursor, slots.last, slots.seed)
     return [tensor[slot].clone() for tensor in tensors]
 
 
 def floats(slots: Slots) -> tuple[Tensor, ...]:
     """The tensors in which a NaN could hide."""
-    return slots.x, slots.x0, slots.given, slots.ahead
+    return slots.x, slots.x0, slots.given, slots.history, slots.ahead
 
 
 def test_a_seated_picture_starts_from_the_noise_of_its_seed() -> None:
@@ -99,6 +99,7 @@ def test_a_move_carries_everything() -> None:
     slots.seat(2, 2, a_plan(4), slots.draw_initial([2])[0])
     slots.draw_ahead(2, 2, 0)
     slots.given[2], slots.x0[2], slots.cursor[2] = 0.5, 0.25, 3
+    slots.history[2] = torch.randn(slots.history[2].shape)
     before = state(slots, 2)
     slots.move(2, 0)
 
@@ -139,6 +140,7 @@ def test_a_preempted_picture_is_resumed_at_its_step() -> None:
     slots.seat(0, 3, a_plan(9), x_T(3))
     slots.draw_ahead(0, 3, 0)
     slots.x0[0], slots.given[0], slots.cursor[0] = 0.25, 0.5, 4
+    slots.history[0] = torch.randn(slots.history[0].shape)
     before, saved = state(slots, 0), slots.save(0)
     slots.clear(0)
     slots.resume(1, 3, a_plan(9), 4, saved)

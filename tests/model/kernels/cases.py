@@ -24,7 +24,7 @@ from model.nets.lucidrains import LucidrainsUNet
 from model.nets.lucidrains_config import LucidrainsArchitecture
 from model.nets.unet import UNet
 from model.sampling.noise import STEP, gaussian, philox
-from model.sampling.plan import C, K, S, W
+from model.sampling.table import C, K, S, W
 from tests.model.kernels.world import DEVICE, DTYPES, draw, error
 from tests.model.sampling.test_noise import KNOWN_ANSWERS
 from tests.model.tiny import ARCHITECTURE, FunctionNet, T, a_plan
@@ -257,7 +257,7 @@ def a_world(
     table = torch.arange(T, device=DEVICE, dtype=dtype)[:, None] / 10
     world = Slots(slots, shape, T, DEVICE)
     world.ahead = torch.zeros(slots, 0, *shape, device=DEVICE)  # so that the algebra, too, draws inside the step
-    for tensor in (world.x, world.x0, world.given):
+    for tensor in (world.x, world.x0, world.given, world.history):
         tensor.copy_(torch.randn(tensor.shape).to(dtype))  # Triton's interpreter cuts bfloat16 where a GPU rounds
     world.rows.copy_(torch.rand(world.rows.shape) + 0.1)
     world.rows[..., K] = torch.randint(T, world.rows.shape[:2]).to(DEVICE).float()
@@ -280,7 +280,7 @@ def twin(slots: Slots) -> Slots:
     """The same numbers in other memory."""
     copy = Slots(slots.capacity, slots.shape, T, DEVICE)
     copy.ahead = slots.ahead
-    for name in ("x", "x0", "given", "rows", "cursor", "last", "seed"):
+    for name in ("x", "x0", "given", "history", "rows", "cursor", "last", "seed"):
         getattr(copy, name).copy_(getattr(slots, name))
     return copy
 
@@ -296,8 +296,9 @@ def test_the_sampler_is_the_algebra(shape: tuple[int, int, int], learned: bool, 
 
     assert error(slots.x, expected.x.double()) < 1e-5
     assert error(slots.x0, expected.x0.double()) < 1e-5
+    assert error(slots.history, expected.history.double()) < 1e-5
     assert torch.equal(slots.cursor, expected.cursor)
-    for name in ("x", "x0", "cursor"):
+    for name in ("x", "x0", "history", "cursor"):
         assert torch.equal(getattr(slots, name)[batch:], getattr(before, name)[batch:])  # of no other slot
 
 
@@ -326,13 +327,14 @@ def test_a_step_depends_neither_on_other_pictures_nor_on_the_slot() -> None:
     before, elsewhere = twin(slots), Slots(5, (3, 5, 7), T, DEVICE)
     denoise_by_kernels(net, table, slots, 5)
     for i in range(5):
-        for name in ("x", "x0", "given", "rows", "cursor", "last", "seed"):
+        for name in ("x", "x0", "given", "history", "rows", "cursor", "last", "seed"):
             getattr(elsewhere, name)[4 - i].copy_(getattr(before, name)[i])
             getattr(elsewhere, name)[(7 - i) % 5].copy_(getattr(before, name)[i])
         elsewhere.x[(6 - i) % 5] = torch.nan
         denoise_by_kernels(net, table, elsewhere, 5)
         assert torch.equal(elsewhere.x[4 - i], slots.x[i])
         assert torch.equal(elsewhere.x0[4 - i], slots.x0[i])
+        assert torch.equal(elsewhere.history[4 - i], slots.history[i])
 
 
 def test_a_nan_stays_in_its_own_picture() -> None:

@@ -27,7 +27,7 @@ SHAPES: dict[str, Shape] = {
     "no whole block": (3, 29, 31),
     "one number": (1, 1, 1),
 }
-STATE = ("x", "x0", "given", "rows", "cursor", "last", "seed")
+STATE = ("x", "x0", "given", "history", "rows", "cursor", "last", "seed")
 SEEDS = [0, 1, 16, 2**31, 2**32 - 1, 2**32, 2**32 + 16, 0x1234567890ABCDEF, 2**63 - 1]
 
 
@@ -49,7 +49,7 @@ def ruin(capacity: int, shape: Shape) -> Slots:
     """Slots in which sick pictures sat, none the same as another."""
     slots = Slots(capacity, shape, T, DEVICE)
     slots.ahead = torch.zeros(capacity, 0, *shape, device=DEVICE)  # as on a GPU
-    for tensor in (slots.x, slots.x0, slots.given, slots.rows):
+    for tensor in (slots.x, slots.x0, slots.given, slots.history, slots.rows):
         tensor.fill_(torch.nan)
     for number, column in enumerate((slots.cursor, slots.last, slots.seed)):
         column.copy_(torch.arange(capacity) + 100 * number + 7)
@@ -59,7 +59,7 @@ def ruin(capacity: int, shape: Shape) -> Slots:
 def lively(capacity: int, shape: Shape) -> Slots:
     """Slots in which every number is another."""
     slots, generator = ruin(capacity, shape), torch.Generator().manual_seed(0)
-    for tensor in (slots.x, slots.x0, slots.given, slots.rows):
+    for tensor in (slots.x, slots.x0, slots.given, slots.history, slots.rows):
         tensor.copy_(torch.randn(tensor.shape, generator=generator))
     return slots
 
@@ -209,7 +209,7 @@ def test_nothing_of_a_sick_picture_is_left_in_a_slot_that_is_cleared(shape: Shap
         theirs.clear(capacity - 1)
 
     assert bits(ours) == bits(theirs)
-    assert not any(tensor[-1].any() for tensor in (ours.x, ours.x0, ours.given))
+    assert not any(tensor[-1].any() for tensor in (ours.x, ours.x0, ours.given, ours.history))
 
 
 @pytest.mark.parametrize(("slot", "successor"), [(0, 3), (2, 3), (1, 2), (3, None)])
@@ -306,7 +306,7 @@ def test_a_warm_up_leaves_free_slots(capacity: int) -> None:
     for _ in warm_up(slots):
         pass
 
-    assert not any(tensor.any() for tensor in (slots.x, slots.x0, slots.given))
+    assert not any(tensor.any() for tensor in (slots.x, slots.x0, slots.given, slots.history))
     assert torch.equal(slots.cursor, slots.last)
     for slot in range(capacity):
         assert not slots.rows[slot, int(slots.cursor[slot])].any()

@@ -105,11 +105,11 @@ def test_every_kernel_compiles_and_has_no_atomics(compiled: Counter[str]) -> Non
         last = terms.transpose(-1, -2).transpose(-1, -3).contiguous().movedim(-1, -3)
         norm.group_norm(last, 32, wide, wide, 1e-6, beside=None, before=None, time=None, silu=True)
     norm.add_bias(x, channels, x)
-    state, rows, table = torch.zeros(2, 3, 8, 8), torch.zeros(2, 5, 11), torch.zeros(9, 40, dtype=torch.bfloat16)
+    state, rows, table = torch.zeros(2, 3, 8, 8), torch.zeros(2, 5, 15), torch.zeros(9, 40, dtype=torch.bfloat16)
     step.enter(state, rows, cursor, table, 16)
     at: dict[str, Any] = {"rows": rows, "now": cursor, "cursor": cursor, "last": cursor, "seed": cursor}
     for out in (3, 6):
-        step.update(torch.zeros(2, out, 8, 8), state, state, state, **at)
+        step.update(torch.zeros(2, out, 8, 8), state, state, state, state, **at)
 
     assert compiled == {
         "_norm_in_registers": 6,
@@ -126,11 +126,12 @@ def test_kernels_between_two_steps_compile_without_spilling(compiled: Counter[st
 
     for shape, rows in (((3, 256, 256), 1001), ((3, 28, 28), 1001), ((1, 1, 1), 31)):
         pictures = [torch.empty(4, *shape, device=META) for _ in range(3)]
-        state = (*pictures, torch.empty(4, rows, 11, device=META))
+        history = torch.empty(4, 3, *shape, device=META)
+        state = (*pictures, history, torch.empty(4, rows, 15, device=META))
         numbers = torch.empty(4, dtype=torch.int64, device=META)
         columns, orders = (numbers, numbers, numbers), torch.empty(2, 6, dtype=torch.int64, device=META)
-        for brought in (None, pictures[0][:2, None], torch.empty(1, 3, *shape, device=META)):
-            slots.seat(orders, brought, state[3][0], state, columns)
+        for brought in (None, pictures[0][:2, None], torch.empty(1, 6, *shape, device=META)):
+            slots.seat(orders, brought, state[4][0], state, columns)
         slots.vacate(state, columns, 3, 1, clears=True)
         slots.vacate(state, columns, 3, 1, clears=False)
         slots.vacate(state, columns, 1, None, clears=True)

@@ -13,9 +13,12 @@ from numpy.typing import NDArray
 
 from model.checkpoint.card import read_card
 from model.engine.events import Finished
-from model.sampling.plan import SPACINGS, Plan, Sampling, plan, resolve
+from model.sampling.levels import SPACINGS
+from model.sampling.plan import plan, resolve
 from model.sampling.reference import sample_alone
+from model.sampling.samplers import Sampling
 from model.sampling.schedule import Prediction, Process, Spacing, linear
+from model.sampling.table import Plan
 from tests.model.worlds import PREDICTIONS, generator, opened, pictures, pipeline, planned, saved, shaken, small
 
 DIGITS = Path(__file__).parents[3] / "weights" / "digits"

@@ -8,7 +8,8 @@ import pytest
 from diffusers import DDPMScheduler
 
 from model.errors import PlanError
-from model.sampling.plan import COLUMNS, SPACINGS, C, E, H, K, M, N, P, Q, S, U, W, resolve, timesteps
+from model.sampling.levels import SPACINGS, timesteps
+from model.sampling.plan import resolve
 from model.sampling.schedule import (
     FloatArray,
     NoiseSchedule,
@@ -20,6 +21,7 @@ from model.sampling.schedule import (
     linear,
     su_2022,
 )
+from model.sampling.table import COLUMNS, C, E, H, K, M, N, P, Q, S, U, W
 from tests.model.worlds import PREDICTIONS, planned
 
 EVERY_SAMPLER: list[dict[str, Any]] = [
@@ -259,7 +261,7 @@ def test_a_learned_variance_lies_between_the_small_and_the_large() -> None:
 
 def test_a_plan_cannot_be_written_to_and_has_a_row_a_step() -> None:
     table = planned(Process(linear()), "ddim", 4, spacing="trailing")
-    assert table.rows.shape == (table.steps, len(COLUMNS)) == (4, 11)
+    assert table.rows.shape == (table.steps, len(COLUMNS)) == (4, 15)
     assert table.t.tolist() == [1000, 750, 500, 250, 0]
     with pytest.raises(ValueError, match="read-only"):
         table.rows[0, 0] = 1

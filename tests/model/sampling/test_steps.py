@@ -14,10 +14,11 @@ from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from diffusers.schedulers import scheduling_ddpm
 from torch import Tensor
 
+from model.sampling.levels import SPACINGS
 from model.sampling.noise import gaussian
-from model.sampling.plan import SPACINGS, Plan
 from model.sampling.reference import sample_alone
 from model.sampling.schedule import BY_NAME, Prediction, Process, Spacing
+from model.sampling.table import Plan
 from tests.model.worlds import PREDICTIONS, generator, planned
 
 SHAPE = (2, 4, 4)

@@ -7,7 +7,7 @@ from unittest import mock
 import pytest
 from ddpm_client.wire import pack
 
-from model.sampling.plan import Sampling
+from model.sampling.samplers import Sampling
 from server.errors import NotReady
 from server.jobs.job import ENDED, Job, State
 from server.jobs.request import ResolvedRequest

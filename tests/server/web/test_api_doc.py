@@ -9,8 +9,10 @@ from typing import get_args
 import pytest
 from starlette.testclient import TestClient
 
-from model.sampling.plan import NOISES, SAMPLERS, SPACINGS
+from model.sampling.levels import SPACINGS
+from model.sampling.plan import SAMPLERS
 from model.sampling.schedule import Variance
+from model.sampling.table import NOISES
 from server.errors import ANSWERS, UNFORESEEN
 from server.jobs.schemas import STATUSES, GenerateRequest
 from server.web import watch
