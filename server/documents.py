@@ -52,7 +52,7 @@ class RequestDocument(TypedDict):
     n: int
     sampler: str
     steps: int
-    spacing: Spacing
+    spacing: Spacing | None
     clip: bool
     noise: Noise
     variance: Variance | None

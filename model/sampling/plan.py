@@ -1,7 +1,8 @@
 """From a request's choices to its plan: which sampler, with which of its fields, at which levels."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -9,16 +10,18 @@ from model.errors import PlanError
 from model.sampling.levels import SPACINGS, timesteps
 from model.sampling.multistep import dpmpp_2m
 from model.sampling.samplers import Sampling, Walk, ddim, ddpm, greedy
-from model.sampling.schedule import FloatArray, Process, Spacing, Variance
+from model.sampling.schedule import FloatArray, IntArray, Process, Spacing, Variance
 from model.sampling.table import COLUMNS, NOISES, C, K, Noise, P, Plan, Q, S, U
 
 
 @dataclass(frozen=True, slots=True)
 class Sampler:
-    """A sampler's function, and those of the optional fields that it uses."""
+    """A sampler's function, those of the optional fields that it uses, and its orders."""
 
     fill: Callable[[Walk, FloatArray, Sampling], None]
     fields: frozenset[str] = frozenset()
+    orders: range = range(0)  # that may be asked for; empty if it has none
+    order: int | None = None  # unless asked for
 
 
 SAMPLERS: dict[str, Sampler] = {
@@ -36,7 +39,9 @@ def resolve(
     *,
     variance: Variance | None = None,
     eta: float | None = None,
+    order: int | None = None,
     spacing: Spacing | None = None,
+    timesteps: Sequence[int] | None = None,
     clip: bool | None = None,
     noise: Noise = "philox",
 ) -> Sampling:
@@ -44,7 +49,8 @@ def resolve(
     if sampler not in SAMPLERS:
         raise PlanError("sampler", f"sampler must be one of {', '.join(SAMPLERS)}")
     fields, T = SAMPLERS[sampler].fields, process.schedule.T
-    steps = process.default_steps if steps is None else steps
+    chosen = None if timesteps is None else _resolve_timesteps(timesteps, T, steps, spacing)
+    steps = len(chosen) if chosen else process.default_steps if steps is None else steps
     if not 1 <= steps <= T:
         raise PlanError("steps", f"steps must lie in 1..{T}, got {steps}")
     for name, given in (("variance", variance), ("eta", eta)):
@@ -57,17 +63,47 @@ def resolve(
         raise PlanError("eta", f"eta must lie in 0..1, got {eta}")
     if spacing is not None and spacing not in SPACINGS:
         raise PlanError("spacing", f"spacing must be one of {', '.join(SPACINGS)}")
+    order = _resolve_order(sampler, order)
     if noise not in NOISES:
         raise PlanError("noise", f"noise must be one of {', '.join(NOISES)}")
     return Sampling(
         sampler=sampler,
         steps=steps,
-        spacing=spacing or process.spacing,
+        spacing=None if chosen else spacing or process.spacing,
         clip=process.clip if clip is None else clip,
         noise=noise,
         variance=variance,
         eta=eta,
+        order=order,
+        timesteps=chosen,
     )
+
+
+def _resolve_timesteps(given: Sequence[int], T: int, steps: int | None, spacing: Spacing | None) -> tuple[int, ...]:
+    """The given noise levels. Raises PlanError unless they are 1..T of 1..T, descending, with no other choice of levels
+    beside them."""
+    for name, other in (("steps", steps), ("spacing", spacing)):
+        if other is not None:
+            raise PlanError(name, f"{name} must be left out beside timesteps, which choose the levels")
+    if not 1 <= len(given) <= T:
+        raise PlanError("timesteps", f"timesteps must be 1..{T} levels, got {len(given)}")
+    if wrong := [t for t in given if not 1 <= t <= T]:
+        raise PlanError("timesteps", f"timesteps must lie in 1..{T}, got {wrong[0]}")
+    for t, t_next in pairwise(given):
+        if t <= t_next:
+            raise PlanError("timesteps", f"timesteps must descend without repeats, got {t_next} behind {t}")
+    return tuple(given)
+
+
+def _resolve_order(sampler: str, order: int | None) -> int | None:
+    """The given order, or the sampler's own. Raises PlanError."""
+    orders = SAMPLERS[sampler].orders
+    if order is None or order in orders:
+        return SAMPLERS[sampler].order if order is None else order
+    if not orders:
+        owners = ", ".join(owner for owner, s in SAMPLERS.items() if s.orders)
+        raise PlanError("order", f"order applies to {owners} only, not to {sampler}")
+    raise PlanError("order", f"order must lie in {orders[0]}..{orders[-1]} for {sampler}, got {order}")
 
 
 def _resolve_variance(process: Process, steps: int, variance: Variance | None, noise: Noise) -> Variance:
@@ -83,9 +119,17 @@ def _resolve_variance(process: Process, steps: int, variance: Variance | None, n
     return variance
 
 
+def levels(T: int, choice: Sampling) -> IntArray:
+    """The noise level before each step. -> [steps]"""
+    if choice.timesteps is not None:
+        return np.array(choice.timesteps, np.int64)
+    assert choice.spacing is not None
+    return timesteps(T, choice.steps, choice.spacing)
+
+
 def plan(process: Process, choice: Sampling) -> Plan:
     """The table for these choices, which come from `resolve`, so that such a plan exists."""
-    t = timesteps(process.schedule.T, choice.steps, choice.spacing)
+    t = levels(process.schedule.T, choice)
     walk, rows = Walk(process, t), np.zeros((choice.steps, len(COLUMNS)))
     rows[:, K] = t - 1
     rows[:, P], rows[:, Q] = walk.p, walk.q

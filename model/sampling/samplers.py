@@ -17,11 +17,15 @@ class Sampling:
 
     sampler: str
     steps: int
-    spacing: Spacing
+    spacing: Spacing | None  # None where the levels are given, or come from a plan
     clip: bool
     noise: Noise
     variance: Variance | None = None
     eta: float | None = None
+    order: int | None = None  # of a multistep solver
+    timesteps: tuple[int, ...] | None = None  # the levels, descending, where they are given
+    plan: str | None = None  # the name of a plan in the model directory, from which all but the noise comes
+    plan_digest: str | None = None  # of its file
 
 
 class Walk:

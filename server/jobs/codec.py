@@ -32,7 +32,10 @@ def identities(job: Job) -> list[str]:
 
 def _request(text: str, owner: str | None) -> ResolvedRequest:
     fields = json.loads(text)
-    sampling = Sampling(**{name: fields.pop(name) for name in Sampling.__slots__})
+    chosen = {name: fields.pop(name) for name in Sampling.__slots__ if name in fields}  # older rows lack some
+    if (levels := chosen.get("timesteps")) is not None:
+        chosen["timesteps"] = tuple(levels)
+    sampling = Sampling(**chosen)
     frames, shape = fields.pop("frames"), tuple(fields.pop("shape"))
     points = FramePoints.of(Frames(**frames), sampling.steps, sampling.steps) if frames is not None else None
     return ResolvedRequest(**fields, shape=shape, sampling=sampling, frames=points, owner=owner)

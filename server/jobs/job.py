@@ -16,8 +16,8 @@ from hashlib import sha256
 from typing import Any
 
 from model.engine.events import Floats, Picture
-from model.sampling.levels import timesteps
-from model.sampling.schedule import Spacing
+from model.sampling.plan import levels
+from model.sampling.samplers import Sampling
 from server.documents import ImageDocument, ImageWithPng, JobDocument, Kind, ProblemDocument, Status
 from server.jobs import encode
 from server.jobs.request import JOB_BYTES, MESSAGE_BYTES, ResolvedRequest
@@ -97,9 +97,9 @@ class Image:
 
 
 @lru_cache(64)
-def _levels(T: int, steps: int, spacing: Spacing) -> tuple[int, ...]:
+def _levels(T: int, sampling: Sampling) -> tuple[int, ...]:
     """The noise level after each number of updates, 0 .. steps."""
-    return (*timesteps(T, steps, spacing).tolist(), 0)
+    return (*levels(T, sampling).tolist(), 0)
 
 
 @dataclass(eq=False, kw_only=True)
@@ -137,7 +137,7 @@ class Job:
         if self.request.webhook is not None:
             self.delivery = Delivery.to(self.request.webhook)
         self.rank = self.arrived / 60 - self.request.priority  # smaller is seated first
-        self.levels = _levels(self.request.T, self.request.sampling.steps, self.request.sampling.spacing)
+        self.levels = _levels(self.request.T, self.request.sampling)
         messages = 2 + self.request.n * (1 + self.request.frame_count)  # started, frames, images, the end
         self.stream.skip_to((self.attempt - 1) * messages + 1)  # no number is used twice
 
