@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from model.checkpoint.load import Model
 from model.digests import short_digest
-from model.engine.exactness import find_exact, noise_bytes
+from model.engine.exactness import find_exact, noise_bytes, plan_bytes
 from model.engine.readout import warm_up
 from model.engine.slots import Slots
 from model.engine.step import denoise
@@ -67,7 +67,7 @@ class Runner:
             self.buckets = sorted({*buckets, slots}) if buckets else usual_buckets(slots)
         self.exact_buckets: list[int] = []  # in which a picture's bits are always the same
         self.admitted: list[int] = []  # that are used
-        self.bits = ""  # digest of what the check computed, where something is promised
+        self.bits = ""  # digest of what the check computed and of some plans, where something is promised
         self.chosen: Chosen | None = None  # on a GPU that promises something
         self.note: str | None = None  # a sentence about the promise, or about the net
         self._promises = exact
@@ -81,6 +81,8 @@ class Runner:
             yield from self._prepare_layers(net)
         elif self._promises:
             self.exact_buckets, self.bits = self.buckets, short_digest(net.bits.encode(), noise_bytes(self.slots.shape))
+        if self.bits:
+            self.bits = short_digest(self.bits.encode(), plan_bytes(self.model.card.process))
         # A full batch needs a bucket, even one that promises nothing.
         self.admitted = sorted({*self.exact_buckets, self.slots.capacity}) if self._promises else self.buckets
         self.note = self._note()
