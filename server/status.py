@@ -1,9 +1,12 @@
 """What clients receive as JSON about the server itself. Its jobs are in `server.documents`."""
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 from typing_extensions import TypedDict
+
+from model.sampling.schedule import SavedPlan
 
 
 class Shape(TypedDict):
@@ -16,6 +19,36 @@ class Shape(TypedDict):
 
 class RefusedModel(TypedDict):
     """A model that is not served."""
+
+    name: str
+    reason: str
+
+
+class PlanDocument(TypedDict):
+    """A plan in a model's directory."""
+
+    name: Annotated[str, Field(description="what a request's `plan` may be")]
+    digest: Annotated[str, Field(description="of its file")]
+    sampler: str
+    steps: int
+    source: Annotated[str, Field(description="where it comes from, as its file says")]
+    measured: Annotated[Mapping[str, Any], Field(description="what was measured of it, as its file says")]
+
+
+def plan_document(name: str, saved: SavedPlan) -> PlanDocument:
+    """A plan of a model as clients see it."""
+    return {
+        "name": name,
+        "digest": saved.digest,
+        "sampler": saved.sampler,
+        "steps": len(saved.timesteps),
+        "source": saved.source,
+        "measured": saved.measured,
+    }
+
+
+class RefusedPlan(TypedDict):
+    """A plan in a model's directory that cannot be used."""
 
     name: str
     reason: str

@@ -23,7 +23,7 @@ from server.jobs.request import default_model
 from server.jobs.service import JobService
 from server.metrics import MEDIA
 from server.settings import Settings
-from server.status import Health, Readiness, RefusedModel, ServerStatus, Shape
+from server.status import Health, PlanDocument, Readiness, RefusedModel, RefusedPlan, ServerStatus, Shape, plan_document
 from server.web.hosts import frame_policy
 from server.web.http import DocumentResponse, has_current
 from server.web.openapi import refusals, sends
@@ -70,6 +70,8 @@ class ModelDocument(TypedDict):
     samplers: Annotated[list[str], Field(description="allowed values of `sampler`")]
     variances: list[Variance]
     spacings: list[Spacing]
+    plans: list[PlanDocument]
+    refused_plans: Annotated[list[RefusedPlan], Field(description="files in `plans` that cannot be used")]
     loaded: Annotated[bool, Field(description="whether it is in memory")]
     runs: Annotated[ModelStatus | None, Field(description="how it is run; null while no engine takes work")]
     engines: Annotated[list[ModelStatus | None], Field(description="the same for each engine")]
@@ -108,6 +110,8 @@ def _document(card: ModelCard, backend: Backend) -> ModelDocument:
         "samplers": list(SAMPLERS),
         "variances": variances,
         "spacings": list(SPACINGS),
+        "plans": [plan_document(name, saved) for name, saved in process.plans.items()],
+        "refused_plans": [{"name": name, "reason": reason} for name, reason in process.refused_plans.items()],
         "loaded": status is not None and status.loaded,
         "runs": status,
         "engines": [place.get(card.name) for place in backend.replicas],
