@@ -78,6 +78,17 @@ BY_NAME: dict[str, Callable[[int, float, float], NoiseSchedule]] = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class Thresholding:
+    """Dynamic thresholding (Saharia et al. 2022, section 2.3): x0 is divided by s before it is clamped to [-1, 1].
+
+    s is a quantile of |x0| over one picture, linear between two of its numbers, but at least 1.
+    """
+
+    ratio: float = 0.995  # which quantile, in (0, 1]
+    max: float = 1.0  # the largest s
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Process:
     """The diffusion process of a net's training, and its authors' sampling choices: `scheduler_config.json`."""
@@ -90,4 +101,5 @@ class Process:
     spacing: Spacing = "leading"
     clip: bool = True  # whether x0 is clamped to [-clip_range, clip_range] in every step
     clip_range: float = 1.0
+    thresholding: Thresholding | None = None  # where x0 is clamped
     default_steps: int = 1000
