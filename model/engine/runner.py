@@ -133,7 +133,12 @@ class Runner:
         if bucket in self._graphs:
             self._graphs[bucket].replay()
         else:
-            denoise(self.model.net, self.model.table, self.slots, bucket)
+            self._denoise(bucket)
+
+    def _denoise(self, bucket: int) -> None:
+        """The same, as a graph captures it."""
+        thresholding = self.model.card.process.thresholding
+        denoise(self.model.net, self.model.table, self.slots, bucket, thresholding)
 
     def _note(self) -> str | None:
         """A sentence about what the check found, or about the net; None if there is nothing to say."""
@@ -190,13 +195,13 @@ class Runner:
             stream.wait_stream(torch.cuda.current_stream(self.device))
             with torch.cuda.stream(stream):
                 for _ in range(2):
-                    denoise(self.model.net, self.model.table, self.slots, bucket)
+                    self._denoise(bucket)
             torch.cuda.current_stream(self.device).wait_stream(stream)
             yield
         for bucket in reversed(self.buckets):
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-                denoise(self.model.net, self.model.table, self.slots, bucket)
+                self._denoise(bucket)
             self._graphs[bucket] = graph
             yield
 

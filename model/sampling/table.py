@@ -5,7 +5,7 @@
 and one denoising step, for every sampler, step count, prediction and clipping choice, is
 
     out, f = net(x, k)                                    f: the extra channels of a learned-variance net, else 0
-    x0  = clamp(p x + q out, -c, c)
+    x0  = clamp((p x + q out) / s0, -c, c)                s0: with dynamic thresholding and a finite c, else 1
     x'  = m x0 + h y1 + g y2 + d y3 + n x + e out + s exp(w f) z + u given
     y1, y2, y3 = a x0 + b x, y1, y2
 

@@ -184,7 +184,7 @@ class FakeCuda:
             cuda.pools += 1
             return f"pool {cuda.pools}"
 
-        def record(net: UNet, table: Tensor, slots: Slots, batch: int) -> None:
+        def record(net: UNet, table: Tensor, slots: Slots, batch: int, thresholding: None) -> None:
             cuda.diary.append(("capture" if cuda.pool else "run", batch, cuda.stream, cuda.pool))
 
         for name, value in {
@@ -301,7 +301,7 @@ class Layer(nn.Module):
 def layers(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> nn.Module:
     """A net of four layers of three kinds, two of them in a block, on the GPU that keeps a diary."""
 
-    def denoise(net: nn.Module, table: Tensor, slots: Slots, batch: int) -> None:
+    def denoise(net: nn.Module, table: Tensor, slots: Slots, batch: int, thresholding: None) -> None:
         net(torch.zeros(batch))
         cuda.diary.append(("capture" if cuda.pool else "run", batch, cuda.stream, cuda.pool))
 
