@@ -61,7 +61,7 @@ class Classifier(nn.Module):
         self.out = nn.Linear(widths[-1] * 4 * 4, 10)
 
     def forward(self, x: Tensor) -> Tensor:
-        features: Tensor = self.features(x)
+        features: Tensor = self.features(x)  # [B, 64, 4, 4]
         logits: Tensor = self.out(features.flatten(1))
         return logits
 
@@ -125,3 +125,12 @@ def judge(net: Classifier, pictures: Tensor | Uint8Array) -> FloatArray:
     parts = [net(pixels[at : at + at_once].float() / 255).softmax(1) for at in range(0, len(pixels), at_once)]
     probabilities: FloatArray = torch.cat(parts).numpy()
     return probabilities
+
+
+@torch.inference_mode()
+def features(net: Classifier, pictures: Tensor | Uint8Array) -> NDArray[np.float64]:
+    """The last layer before the decision, averaged over its 4 x 4 places. [N, 1, 32, 32] uint8 -> [N, 64]"""
+    pixels, at_once = torch.as_tensor(pictures), 250
+    parts = [net.features(pixels[at : at + at_once].float() / 255) for at in range(0, len(pixels), at_once)]
+    means: NDArray[np.float64] = torch.cat(parts).double().mean((2, 3)).numpy()
+    return means

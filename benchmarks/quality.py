@@ -28,7 +28,7 @@ from model.engine.engine import Engine
 from model.engine.events import Finished, Request
 from model.engine.runner import prepared
 from model.sampling.plan import plan, resolve
-from model.sampling.samplers import Sampling
+from model.sampling.table import Plan
 from model.train.data import Uint8Array
 from server.worker.cpus import cores
 from server.worker.device import DTYPES, choose_dtype
@@ -45,14 +45,18 @@ class Batch:
     wall_s: float
 
 
-def make(card: ModelCard, choice: Sampling, count: int, dtype: torch.dtype, slots: int) -> Batch:
-    """The pictures of seeds 0..count-1, through the engine. Tells its progress on stderr."""
+def engine_of(card: ModelCard, dtype: torch.dtype, slots: int) -> Engine:
+    """An engine on all cores, as a server has it."""
     torch.set_num_threads(cores())  # the net takes as many; `grow_up` leaves fewer
     model = load_model(card, torch.device("cpu"), dtype)
     grow_up(model, slots)
-    engine = Engine(prepared(model, slots))
-    table, pictures = plan(card.process, choice), dict[int, Uint8Array]()
-    for seed in range(count):
+    return Engine(prepared(model, slots))
+
+
+def make(engine: Engine, table: Plan, seeds: range) -> Batch:
+    """The pictures of these seeds. Tells its progress on stderr."""
+    pictures = dict[int, Uint8Array]()
+    for seed in seeds:
         engine.submit(Request(seed, seed, table))
     started = told = time.monotonic()
     while engine.busy:
@@ -63,10 +67,10 @@ def make(card: ModelCard, choice: Sampling, count: int, dtype: torch.dtype, slot
             pictures[event.id] = event.picture
         if pictures and time.monotonic() - told > 10:
             told = time.monotonic()
-            left_s = (told - started) * (count - len(pictures)) / len(pictures)
-            print(f"pictures: {len(pictures)} of {count}, {left_s / 60:.1f} min left", file=sys.stderr)
+            left_s = (told - started) * (len(seeds) - len(pictures)) / len(pictures)
+            print(f"pictures: {len(pictures)} of {len(seeds)}, {left_s / 60:.1f} min left", file=sys.stderr)
     wall_s = time.monotonic() - started
-    return Batch(np.stack([pictures[seed] for seed in range(count)]), wall_s)
+    return Batch(np.stack([pictures[seed] for seed in seeds]), wall_s)
 
 
 def of_real(probabilities: FloatArray, labels: Tensor) -> list[Measure]:
@@ -168,7 +172,7 @@ def main() -> None:
         print(measure.line(), flush=True)
 
     dtype = choose_dtype(args.dtype, torch.device("cpu"))
-    made = make(card, choice, args.pictures, dtype, args.slots)
+    made = make(engine_of(card, dtype, args.slots), plan(card.process, choice), range(args.pictures))
     if args.sheet:
         sheet(made.pictures).save(args.sheet, optimize=True)
     what = f"{card.name}, {args.pictures} pictures of {choice.steps} steps of {choice.sampler}"
