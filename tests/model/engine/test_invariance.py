@@ -32,7 +32,13 @@ CHOICES: list[dict[str, Any]] = [
     {"sampler": "greedy"},
     {"sampler": "ddim"},
     {"sampler": "ddim", "eta": 0.7, "spacing": "linspace"},
-    {"sampler": "dpmpp_2m"},
+    {"sampler": "dpmpp", "order": 3},
+    {"sampler": "dpmpp_2m", "spacing": "trailing"},
+    {"sampler": "dpmpp_sde"},
+    {"sampler": "unipc"},
+    {"sampler": "unipc", "order": 3, "clip": False},
+    {"sampler": "deis", "order": 3, "noise": "torch"},
+    {"sampler": "ipndm"},
 ]
 THRESHOLDING = {"thresholding": True, "dynamic_thresholding_ratio": 0.9, "sample_max_value": 3.0}
 MANY_THREADS = pytest.mark.skipif(
