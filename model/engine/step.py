@@ -49,8 +49,8 @@ def denoise_by_kernels(
 def scales(x0: Tensor, c: Tensor, thresholding: Thresholding) -> Tensor:
     """The number by which dynamic thresholding divides each picture's x0: 1 where c is infinite.
 
-    A quantile is chosen, not computed from sums, so it has the same bits whatever else is in the batch. `torch.lerp`
-    would round otherwise in some places of a vector than in others. x0: [b, C, H, W], c: [b, 1, 1, 1] -> [b, 1, 1, 1]
+    x0: [b, C, H, W] not yet clamped, c: [b, 1, 1, 1] -> [b, 1, 1, 1]. Two numbers are chosen, and nothing is added up,
+    so that the bits do not depend on the batch. `torch.lerp` may round by the place in a vector.
     """
     size = x0.abs().flatten(1)  # [b, N]
     rank, weight = divmod(thresholding.ratio * (size.shape[1] - 1), 1)

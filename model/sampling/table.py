@@ -5,10 +5,11 @@
 and one denoising step, for every sampler, step count, prediction and clipping choice, is
 
     out, f = net(x, k)                                    f: the extra channels of a learned-variance net, else 0
-    x0  = clamp((p x + q out) / s0, -c, c)                s0: with dynamic thresholding and a finite c, else 1
+    x0  = clamp(p x + q out, -c, c)
     x'  = m x0 + h y1 + g y2 + d y3 + n x + e out + s exp(w f) z + u given
     y1, y2, y3 = a x0 + b x, y1, y2
 
+A model with dynamic thresholding divides p x + q out by a quantile of its own before it is clamped, where c is finite.
 The history y1, y2, y3 is what the last three steps have left for multistep solvers: each its x0, or its eps. A sampler
 is a pure function of a `Walk` that fills columns (`model.sampling.samplers`, `model.sampling.multistep`); rows are
 computed once, on the host, in float64.

@@ -16,7 +16,7 @@ from typing_extensions import TypedDict
 from model.checkpoint.card import ModelCard, Source
 from model.sampling.levels import SPACINGS
 from model.sampling.plan import SAMPLERS
-from model.sampling.schedule import Prediction, Spacing, Variance
+from model.sampling.schedule import Prediction, Spacing, Thresholding, Variance
 from server.catalog import card_of
 from server.engines.backend import Backend
 from server.jobs.request import default_model
@@ -66,6 +66,7 @@ class ModelDocument(TypedDict):
     prediction: Prediction
     default_steps: int | None
     clip: bool
+    thresholding: Annotated[Thresholding | None, Field(description="what clipping means; null: to clamp to [-1, 1]")]
     spacing: Spacing
     samplers: Annotated[list[str], Field(description="allowed values of `sampler`")]
     variances: list[Variance]
@@ -106,6 +107,7 @@ def _document(card: ModelCard, backend: Backend) -> ModelDocument:
         "prediction": process.prediction,
         "default_steps": process.default_steps,
         "clip": process.clip,
+        "thresholding": process.thresholding,
         "spacing": process.spacing,
         "samplers": list(SAMPLERS),
         "variances": variances,
