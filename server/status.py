@@ -1,9 +1,14 @@
 """What clients receive as JSON about the server itself. Its jobs are in `server.documents`."""
 
-from typing import Annotated, Literal
+from dataclasses import asdict
+from typing import Annotated, Literal, cast
 
 from pydantic import Field
 from typing_extensions import TypedDict
+
+from model.checkpoint.card import ModelCard
+from model.sampling.plan import resolve
+from model.sampling.schedule import Spacing, Variance
 
 
 class Shape(TypedDict):
@@ -19,6 +24,34 @@ class RefusedModel(TypedDict):
 
     name: str
     reason: str
+
+
+class PresetDocument(TypedDict):
+    """What a preset stands for."""
+
+    sampler: str
+    steps: int
+    order: int | None
+    plan: str | None
+    spacing: Annotated[Spacing | None, Field(description="null of a plan, which has levels of its own")]
+    eta: float | None
+    variance: Variance | None
+    clip: bool
+
+
+class Presets(TypedDict):
+    """What each value of `preset` stands for."""
+
+    fast: PresetDocument
+    balanced: PresetDocument
+    full: PresetDocument
+
+
+def presets_of(card: ModelCard) -> Presets:
+    """The presets of a model."""
+    chosen = {name: asdict(resolve(card.process, **fields)) for name, fields in card.presets.items()}
+    shown = PresetDocument.__annotations__
+    return cast(Presets, {name: {field: made[field] for field in shown} for name, made in chosen.items()})
 
 
 class Health(TypedDict):

@@ -7,6 +7,7 @@ Nothing in it is executed, and every number in it is checked against bounds here
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 from model.checkpoint.foreign import found_instead, require_served_kind
 from model.checkpoint.header import entries_of, require_tensors
 from model.checkpoint.pipeline import is_part, read_index
+from model.checkpoint.presets import Fields, Preset, read_presets
 from model.checkpoint.scheduler import FILE as SCHEDULER
 from model.checkpoint.scheduler import read_process
 from model.checkpoint.shapes import Shapes, count, embedding_width, shapes
@@ -49,6 +51,7 @@ class ModelCard:
     weights: Path  # the safetensors file, or the index of several
     architecture: AnyArchitecture
     process: Process
+    presets: Mapping[Preset, Fields]
     configs: tuple[str, ...] = ()  # sha256 of the net's and the scheduler's configuration as they were read
     shards: tuple[Path, ...] = ()  # the files of an index, ordered by name
     left: tuple[str, ...] = ()  # the names of other weights in the directory that could have been taken
@@ -129,6 +132,7 @@ def read_card(directory: Path, name: str | None = None) -> ModelCard:
         weights=weights,
         architecture=arch,
         process=process,
+        presets=read_presets(index, process),
         configs=(digest, schedule_digest, *([text_digest(json.dumps(told))] if told is not None else [])),
         shards=_shards(weights) if weights.suffix == ".json" else (),
         left=left,

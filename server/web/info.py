@@ -23,7 +23,7 @@ from server.jobs.request import default_model
 from server.jobs.service import JobService
 from server.metrics import MEDIA
 from server.settings import Settings
-from server.status import Health, Readiness, RefusedModel, ServerStatus, Shape
+from server.status import Health, Presets, Readiness, RefusedModel, ServerStatus, Shape, presets_of
 from server.web.hosts import frame_policy
 from server.web.http import DocumentResponse, has_current
 from server.web.openapi import refusals, sends
@@ -68,6 +68,8 @@ class ModelDocument(TypedDict):
     clip: bool
     spacing: Spacing
     samplers: Annotated[list[str], Field(description="allowed values of `sampler`")]
+    orders: Annotated[dict[str, list[int]], Field(description="allowed values of `order`, by sampler that has several")]
+    presets: Presets
     variances: list[Variance]
     spacings: list[Spacing]
     loaded: Annotated[bool, Field(description="whether it is in memory")]
@@ -106,6 +108,8 @@ def _document(card: ModelCard, backend: Backend) -> ModelDocument:
         "clip": process.clip,
         "spacing": process.spacing,
         "samplers": list(SAMPLERS),
+        "orders": {name: list(sampler.orders) for name, sampler in SAMPLERS.items() if sampler.orders},
+        "presets": presets_of(card),
         "variances": variances,
         "spacings": list(SPACINGS),
         "loaded": status is not None and status.loaded,
