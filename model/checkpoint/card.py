@@ -8,13 +8,14 @@ Nothing in it is executed, and every number in it is checked against bounds here
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 from model.checkpoint.foreign import found_instead, require_served_kind
 from model.checkpoint.header import entries_of, require_tensors
 from model.checkpoint.pipeline import is_part, read_index
+from model.checkpoint.plans import read_plans
 from model.checkpoint.presets import Fields, Preset, read_presets
 from model.checkpoint.scheduler import FILE as SCHEDULER
 from model.checkpoint.scheduler import read_process
@@ -82,12 +83,16 @@ class ModelCard:
     def readme(self) -> str:
         """The text of README.md, or nothing."""
         path = self.directory / "README.md"
-        # in a hub's cache, snapshots/<revision>/ consists of links to blobs/ beside it
-        home = self.directory if self.source is None else self.directory.parents[1]
-        if not path.is_file() or not path.resolve().is_relative_to(home.resolve()):
+        if not path.is_file() or not path.resolve().is_relative_to(home(self.directory, self.source).resolve()):
             return ""  # a link could lead to any file of this machine, and the text is shown
         with path.open("rb") as file:
             return file.read(MAX_CONFIG_BYTES).decode(errors="replace")
+
+
+def home(directory: Path, source: Source | None) -> Path:
+    """The folder that files of a model directory lie in, wherever its links lead: in a hub's cache,
+    snapshots/<revision>/ consists of links to blobs/ beside it."""
+    return directory if source is None else directory.parents[1]
 
 
 def weighed(directory: Path) -> tuple[Path, tuple[str, ...]]:
@@ -110,7 +115,7 @@ def schedule_file(directory: Path) -> Path:
     return next(found, (schedule if schedule.is_dir() else directory) / SCHEDULER)
 
 
-def read_card(directory: Path, name: str | None = None) -> ModelCard:
+def read_card(directory: Path, name: str | None = None, source: Source | None = None) -> ModelCard:
     """The card of a model directory. Raises ModelRefused, in one line, if the directory is not usable."""
     if not directory.is_dir():
         raise ModelRefused(f"{directory.name} is not a directory")
@@ -124,6 +129,8 @@ def read_card(directory: Path, name: str | None = None) -> ModelCard:
     arch = lucidrains_architecture(config) if config.get("_class_name") == LUCIDRAINS else architecture(config)
     process, tensors = read_process(scheduler, index, arch.learned_variance), shapes(arch)
     _require_bounds(tensors, process.schedule.T)
+    plans, refused = read_plans(directory, home(directory, source), process)
+    process = replace(process, plans=plans, refused_plans=refused)
     told = index.get("scheduler") if scheduler.get("_class_name") is None else None  # the scheduler's class
     require_file(weights, hint)
     card = ModelCard(
@@ -136,6 +143,7 @@ def read_card(directory: Path, name: str | None = None) -> ModelCard:
         configs=(digest, schedule_digest, *([text_digest(json.dumps(told))] if told is not None else [])),
         shards=_shards(weights) if weights.suffix == ".json" else (),
         left=left,
+        source=source,
     )
     require_tensors([(path.name, entries_of(path)) for path in card.weight_files], tensors, weights.name)
     return card

@@ -6,7 +6,7 @@ import time
 import weakref
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock
 from typing import TypeVar
@@ -62,6 +62,8 @@ class Loader:
         card = read_card(directory, name)
         if self._start.configs.get(name, card.configs) != card.configs:
             raise ModelRefused(CHANGED)
+        plans = self._start.plans.get(name, card.process.plans)  # those that requests are resolved with
+        card = replace(card, process=replace(card.process, plans=plans))
         size = footprint(card, self._slots, self.device, self._dtype)
         try:
             return card, device.announce(card, self.device, self._dtype, self._slots, size)
