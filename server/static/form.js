@@ -26,9 +26,7 @@ function modelChosen(anew) {
   const model = chosenModel();
   if (!model) return;
   const { presets } = model, preset = form.preset.value;
-  const named = Object.entries(presets).map(([name, { steps }]) => new Option(`${name}: ${steps} steps`, name));
-  form.preset.replaceChildren(...named, new Option("custom", "custom"));
-  form.preset.value = preset;
+  fill(form.preset, [...Object.keys(presets), "custom"], preset);
   form.steps.max = model.T;
   fill(form.sampler, model.samplers, form.sampler.value);
   fill(form.variance, ["", ...model.variances], form.variance.value, "as trained");
@@ -50,8 +48,10 @@ function spread(asked) {
 
 /** Fields that do not apply are neither shown nor checked. */
 function settle() {
-  const { orders = {}, plans = [] } = chosenModel() ?? {}, sampler = form.sampler.value;
+  const { orders = {}, plans = [], presets = {} } = chosenModel() ?? {}, sampler = form.sampler.value;
   fill(form.order, ["", ...(orders[sampler] ?? []).map(String)], form.order.value);
+  const { steps, sampler: by, plan } = presets[form.preset.value] ?? {};
+  document.getElementById("stands").textContent = by ? `${steps} steps of ${by}${plan ? `, plan ${plan}` : ""}` : "";
   const custom = form.preset.value === "custom", planned = form.plan.value !== "";
   for (const label of form.querySelectorAll("[data-custom]")) {
     const field = label.querySelector("input, select"), owner = label.dataset.custom;
