@@ -7,6 +7,7 @@ Nothing in it is executed, and every number in it is checked against bounds here
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +16,7 @@ from model.checkpoint.foreign import found_instead, require_served_kind
 from model.checkpoint.header import entries_of, require_tensors
 from model.checkpoint.pipeline import is_part, read_index
 from model.checkpoint.plans import read_plans
+from model.checkpoint.presets import Fields, Preset, read_presets
 from model.checkpoint.scheduler import FILE as SCHEDULER
 from model.checkpoint.scheduler import read_process
 from model.checkpoint.shapes import Shapes, count, embedding_width, shapes
@@ -50,6 +52,7 @@ class ModelCard:
     weights: Path  # the safetensors file, or the index of several
     architecture: AnyArchitecture
     process: Process
+    presets: Mapping[Preset, Fields]
     configs: tuple[str, ...] = ()  # sha256 of the net's and the scheduler's configuration as they were read
     shards: tuple[Path, ...] = ()  # the files of an index, ordered by name
     left: tuple[str, ...] = ()  # the names of other weights in the directory that could have been taken
@@ -127,6 +130,7 @@ def read_card(directory: Path, name: str | None = None, source: Source | None = 
     process, tensors = read_process(scheduler, index, arch.learned_variance), shapes(arch)
     _require_bounds(tensors, process.schedule.T)
     plans, refused = read_plans(directory, home(directory, source), process)
+    process = replace(process, plans=plans, refused_plans=refused)
     told = index.get("scheduler") if scheduler.get("_class_name") is None else None  # the scheduler's class
     require_file(weights, hint)
     card = ModelCard(
@@ -134,7 +138,8 @@ def read_card(directory: Path, name: str | None = None, source: Source | None = 
         directory=directory,
         weights=weights,
         architecture=arch,
-        process=replace(process, plans=plans, refused_plans=refused),
+        process=process,
+        presets=read_presets(index, process),
         configs=(digest, schedule_digest, *([text_digest(json.dumps(told))] if told is not None else [])),
         shards=_shards(weights) if weights.suffix == ".json" else (),
         left=left,
