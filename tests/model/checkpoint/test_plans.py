@@ -231,7 +231,7 @@ def test_only_a_regular_file_of_the_directory_is_read(tmp_path: Path, kind: str)
         case "folder":
             path.mkdir()
         case _:
-            path.symlink_to({"device": "/dev/zero", "link to nothing": "nothing", "link out": outside}[kind])
+            path.symlink_to({"device": "/dev/zero", "link to nothing": "nothing", "link out": str(outside)}[kind])
 
     out = kind == "link out"
     assert (
