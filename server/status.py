@@ -1,12 +1,16 @@
 """What clients receive as JSON about the server itself. Its jobs are in `server.documents`."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from dataclasses import asdict
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import Field
 from typing_extensions import TypedDict
 
-from model.sampling.schedule import SavedPlan
+from model.checkpoint.card import ModelCard
+from model.sampling.levels import SPACINGS
+from model.sampling.plan import SAMPLERS, resolve
+from model.sampling.schedule import SavedPlan, Spacing, Variance
 
 
 class Shape(TypedDict):
@@ -24,6 +28,27 @@ class RefusedModel(TypedDict):
     reason: str
 
 
+class PresetDocument(TypedDict):
+    """What a preset stands for."""
+
+    sampler: str
+    steps: int
+    order: int | None
+    plan: str | None
+    spacing: Annotated[Spacing | None, Field(description="null of a plan, which has levels of its own")]
+    eta: float | None
+    variance: Variance | None
+    clip: bool
+
+
+class Presets(TypedDict):
+    """What each value of `preset` stands for."""
+
+    fast: PresetDocument
+    balanced: PresetDocument
+    full: PresetDocument
+
+
 class PlanDocument(TypedDict):
     """A plan in a model's directory."""
 
@@ -35,7 +60,42 @@ class PlanDocument(TypedDict):
     measured: Annotated[Mapping[str, Any], Field(description="what was measured of it, as its file says")]
 
 
-def plan_document(name: str, saved: SavedPlan) -> PlanDocument:
+class RefusedPlan(TypedDict):
+    """A plan in a model's directory that cannot be used."""
+
+    name: str
+    reason: str
+
+
+class Choices(TypedDict):
+    """What requests for a model may choose."""
+
+    samplers: Annotated[list[str], Field(description="allowed values of `sampler`")]
+    orders: Annotated[dict[str, list[int]], Field(description="allowed values of `order`, by sampler that has several")]
+    presets: Presets
+    variances: list[Variance]
+    spacings: list[Spacing]
+    plans: list[PlanDocument]
+    refused_plans: Annotated[list[RefusedPlan], Field(description="files in `plans` that cannot be used")]
+
+
+def choices_of(card: ModelCard) -> Choices:
+    """What requests for this model may choose."""
+    process, shown = card.process, PresetDocument.__annotations__
+    chosen = {name: asdict(resolve(process, **fields)) for name, fields in card.presets.items()}
+    presets = {name: {field: made[field] for field in shown} for name, made in chosen.items()}
+    return {
+        "samplers": list(SAMPLERS),
+        "orders": {name: list(sampler.orders) for name, sampler in SAMPLERS.items() if sampler.orders},
+        "presets": cast(Presets, presets),
+        "variances": ["small", "large", "learned"] if process.learned_variance else ["small", "large"],
+        "spacings": list(SPACINGS),
+        "plans": [_shown(name, saved) for name, saved in process.plans.items()],
+        "refused_plans": [{"name": name, "reason": reason} for name, reason in process.refused_plans.items()],
+    }
+
+
+def _shown(name: str, saved: SavedPlan) -> PlanDocument:
     """A plan of a model as clients see it."""
     return {
         "name": name,
@@ -45,13 +105,6 @@ def plan_document(name: str, saved: SavedPlan) -> PlanDocument:
         "source": saved.source,
         "measured": saved.measured,
     }
-
-
-class RefusedPlan(TypedDict):
-    """A plan in a model's directory that cannot be used."""
-
-    name: str
-    reason: str
 
 
 class Health(TypedDict):

@@ -16,6 +16,7 @@ from model.checkpoint.foreign import found_instead, require_served_kind
 from model.checkpoint.header import entries_of, require_tensors
 from model.checkpoint.pipeline import is_part, read_index
 from model.checkpoint.plans import read_plans
+from model.checkpoint.presets import Fields, Preset, read_presets
 from model.checkpoint.scheduler import FILE as SCHEDULER
 from model.checkpoint.scheduler import read_process
 from model.checkpoint.shapes import Shapes, count, embedding_width, shapes
@@ -51,6 +52,7 @@ class ModelCard:
     weights: Path  # the safetensors file, or the index of several
     architecture: AnyArchitecture
     process: Process
+    presets: Mapping[Preset, Fields]
     configs: tuple[str, ...] = ()  # sha256 of the net's and the scheduler's configuration as they were read
     shards: tuple[Path, ...] = ()  # the files of an index, ordered by name
     left: tuple[str, ...] = ()  # the names of other weights in the directory that could have been taken
@@ -134,6 +136,7 @@ def read_card(directory: Path, name: str | None = None, plans: Mapping[str, Save
         weights=weights,
         architecture=arch,
         process=process,
+        presets=read_presets(index, process),
         configs=(digest, schedule_digest, *([text_digest(json.dumps(told))] if told is not None else [])),
         shards=_shards(weights) if weights.suffix == ".json" else (),
         left=left,
