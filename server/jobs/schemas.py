@@ -80,7 +80,9 @@ class GenerateRequest(_Fields):
     preset: Preset | None = Field(
         None, description="a sampler, its steps and its other fields, as the model has chosen them"
     )
-    sampler: str = Field("ddpm", max_length=32, description="ddpm, greedy, ddim or dpmpp_2m")
+    sampler: str = Field(
+        "ddpm", max_length=32, description="ddpm, greedy, ddim, dpmpp, unipc, deis, ipndm or dpmpp_sde"
+    )
     order: int | None = Field(None, ge=1, le=HISTORY + 1, description="of samplers that have several")
     eta: float | None = Field(None, ge=0, le=1, description="ddim only: 0 adds no noise, 1 as much as ddpm")
     variance: Variance | None = Field(None, description="ddpm only; learned: nets that have it")
