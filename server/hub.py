@@ -9,6 +9,7 @@ import logging
 import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import httpx2
@@ -80,7 +81,7 @@ def _cached(id: str, revision: str, name: str) -> ModelCard:
     except (OSError, ValueError) as error:
         raise ModelRefused(f"{id}@{revision} is not in the cache") from error
     with _naming(id):
-        return read_card(directory, name, Source(id, directory.name))
+        return replace(read_card(directory, name), source=Source(id, directory.name))
 
 
 def _fetch_all(id: str, revision: str, commit: str, files: dict[str, RepoSibling]) -> None:

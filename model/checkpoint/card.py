@@ -25,8 +25,8 @@ from model.digests import combined_digest, file_digest, text_digest
 from model.errors import ModelRefused
 from model.nets.config import MAX_PARAMETERS, architecture
 from model.nets.lucidrains_config import LUCIDRAINS, AnyArchitecture, lucidrains_architecture
-from model.options import MAX_CONFIG_BYTES, Json, read_config, read_json, require_file
-from model.sampling.schedule import Process
+from model.options import MAX_CONFIG_BYTES, Json, lies_in, read_config, read_json, require_file
+from model.sampling.schedule import Process, SavedPlan
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
@@ -83,16 +83,10 @@ class ModelCard:
     def readme(self) -> str:
         """The text of README.md, or nothing."""
         path = self.directory / "README.md"
-        if not path.is_file() or not path.resolve().is_relative_to(home(self.directory, self.source).resolve()):
+        if not path.is_file() or not lies_in(path, self.directory):
             return ""  # a link could lead to any file of this machine, and the text is shown
         with path.open("rb") as file:
             return file.read(MAX_CONFIG_BYTES).decode(errors="replace")
-
-
-def home(directory: Path, source: Source | None) -> Path:
-    """The folder that files of a model directory lie in, wherever its links lead: in a hub's cache,
-    snapshots/<revision>/ consists of links to blobs/ beside it."""
-    return directory if source is None else directory.parents[1]
 
 
 def weighed(directory: Path) -> tuple[Path, tuple[str, ...]]:
@@ -115,8 +109,11 @@ def schedule_file(directory: Path) -> Path:
     return next(found, (schedule if schedule.is_dir() else directory) / SCHEDULER)
 
 
-def read_card(directory: Path, name: str | None = None, source: Source | None = None) -> ModelCard:
-    """The card of a model directory. Raises ModelRefused, in one line, if the directory is not usable."""
+def read_card(directory: Path, name: str | None = None, plans: Mapping[str, SavedPlan] | None = None) -> ModelCard:
+    """The card of a model directory. Raises ModelRefused, in one line, if the directory is not usable.
+
+    plans: those that were read of it before, whatever is there now
+    """
     if not directory.is_dir():
         raise ModelRefused(f"{directory.name} is not a directory")
     index = read_index(directory)
@@ -129,7 +126,7 @@ def read_card(directory: Path, name: str | None = None, source: Source | None = 
     arch = lucidrains_architecture(config) if config.get("_class_name") == LUCIDRAINS else architecture(config)
     process, tensors = read_process(scheduler, index, arch.learned_variance), shapes(arch)
     _require_bounds(tensors, process.schedule.T)
-    plans, refused = read_plans(directory, home(directory, source), process)
+    plans, refused = read_plans(directory, process) if plans is None else (plans, {})
     process = replace(process, plans=plans, refused_plans=refused)
     told = index.get("scheduler") if scheduler.get("_class_name") is None else None  # the scheduler's class
     require_file(weights, hint)
@@ -143,7 +140,6 @@ def read_card(directory: Path, name: str | None = None, source: Source | None = 
         configs=(digest, schedule_digest, *([text_digest(json.dumps(told))] if told is not None else [])),
         shards=_shards(weights) if weights.suffix == ".json" else (),
         left=left,
-        source=source,
     )
     require_tensors([(path.name, entries_of(path)) for path in card.weight_files], tensors, weights.name)
     return card

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from model.errors import ModelRefused, PlanError
-from model.options import Options, read_config, require_file, whole
+from model.options import Options, lies_in, read_config, require_file, whole
 from model.sampling.plan import SAMPLERS, resolve
 from model.sampling.schedule import Process, SavedPlan, Variance
 
@@ -24,11 +24,8 @@ COLUMNS = "mhneswgdab"  # that a file may set: those of the solver, not of the n
 KEYS = {"sampler", "order", "eta", "variance", "timesteps", "clip", "columns", "rows", "process", "source", "measured"}
 
 
-def read_plans(directory: Path, home: Path, process: Process) -> tuple[dict[str, SavedPlan], dict[str, str]]:
-    """({name: plan}, {name: why it is refused}) of a model directory. Raises OSError or ModelRefused if the disk fails.
-
-    home: the folder that no file may lead out of
-    """
+def read_plans(directory: Path, process: Process) -> tuple[dict[str, SavedPlan], dict[str, str]]:
+    """({name: plan}, {name: why it is refused}). Raises OSError or ModelRefused if the disk fails."""
     folder, plans, refused = directory / FOLDER, dict[str, SavedPlan](), dict[str, str]()
     if not folder.is_dir():
         there = folder.exists() or folder.is_symlink()
@@ -41,7 +38,7 @@ def read_plans(directory: Path, home: Path, process: Process) -> tuple[dict[str,
                 raise ModelRefused(f"the first {MAX_PLANS} plans are read, and there are {len(files)}")
             if not NAME.fullmatch(name):
                 raise ModelRefused(f"a plan is named after its file, and {ascii(name)} is not {NAME.pattern}")
-            plans[name] = _read(path, home, process)
+            plans[name] = _read(path, directory, process)
         except ModelRefused as error:
             if isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, PermissionError):
                 raise
@@ -49,10 +46,10 @@ def read_plans(directory: Path, home: Path, process: Process) -> tuple[dict[str,
     return plans, refused
 
 
-def _read(path: Path, home: Path, process: Process) -> SavedPlan:
+def _read(path: Path, directory: Path, process: Process) -> SavedPlan:
     """The plan in a file. Raises ModelRefused."""
     require_file(path)
-    if not path.resolve().is_relative_to(home.resolve()):
+    if not lies_in(path, directory):
         raise ModelRefused(f"{path.name} leads out of the model directory")
     values, digest = read_config(path)
     options = Options(path.name, values)

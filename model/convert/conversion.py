@@ -84,7 +84,7 @@ def write(converted: Converted, target: Path, readme: str, source: Path | None =
         card = read_card(directory)
         load_layers(card, torch.device("cpu"), torch.float32)
         if source is not None:
-            plans, refused = read_plans(source, source, card.process)
+            plans, refused = read_plans(source, card.process)
             for name in plans:
                 (directory / FOLDER).mkdir(exist_ok=True)
                 copyfile(source / FOLDER / f"{name}.json", directory / FOLDER / f"{name}.json")
