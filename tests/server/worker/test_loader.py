@@ -176,8 +176,8 @@ def test_weights_that_change_between_their_check_and_their_use_are_not_served(
     card, before = read_card(write_model(tmp_path / "tiny")), torch.get_num_threads()
     digest = card.digest
 
-    def read_then_change(directory: Path, name: str) -> ModelCard:
-        read = read_card(directory, name)
+    def read_then_change(directory: Path, name: str, plans: Any) -> ModelCard:
+        read = read_card(directory, name, plans)
         assert read.digest == digest
         write_model(directory, tensors={name: tensor + 1 for name, tensor in weights().items()})
         return read
