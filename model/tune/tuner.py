@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.checkpoint.load import Model
-from model.nets.cpu import CpuNet
+from model.checkpoint.card import ModelCard
+from model.checkpoint.load import Model, load_model
+from model.nets.cpu import CpuNet, grow_up
 from model.sampling.plan import levels, plan, resolve
 from model.sampling.samplers import Sampling
 from model.sampling.schedule import FloatArray
@@ -186,3 +187,20 @@ class Tuner:
                 "seeds": recipe.measured,
             },
         }
+
+
+def load_tuner(
+    card: ModelCard,
+    recipe: Recipe,
+    teacher_file: Path,
+    fit_file: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    threads: int,
+) -> Tuner:
+    """Loads a model, computed in `dtype` by so many threads of a CPU, and begins or resumes. Raises ModelRefused."""
+    torch.set_num_threads(threads)
+    model = load_model(card, device, dtype)
+    if isinstance(model.net, CpuNet):
+        grow_up(model.net, recipe.batch)
+    return Tuner(model, recipe, teacher_file, fit_file, device)

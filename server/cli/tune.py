@@ -54,13 +54,9 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _tune(given: Namespace, name: str) -> int:
-    import torch
-
     from model.checkpoint.card import read_card
-    from model.checkpoint.load import load_model
     from model.checkpoint.plans import FOLDER
-    from model.nets.cpu import CpuNet, grow_up
-    from model.tune.tuner import Recipe, Tuner
+    from model.tune.tuner import Recipe, load_tuner
     from server.worker.cpus import cores
     from server.worker.device import choose_device, choose_dtype
 
@@ -69,14 +65,11 @@ def _tune(given: Namespace, name: str) -> int:
         raise SettingsError(f"--steps must lie in 1..{card.process.schedule.T} for {card.name}, got {given.steps}")
     recipe = Recipe(steps=given.steps, seeds=given.seeds, updates=given.updates, batch=given.batch)
     device, folder = choose_device(given.device), given.out or given.model / FOLDER
-    torch.set_num_threads(given.threads or cores())
-    model = load_model(card, device, choose_dtype(given.dtype, device))
-    if isinstance(model.net, CpuNet):
-        grow_up(model.net, recipe.batch)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         files = folder / ".teacher.npz", folder / f".{name}.npz"
-        document = _run(Tuner(model, recipe, *files, device))
+        dtype, threads = choose_dtype(given.dtype, device), given.threads or cores()
+        document = _run(load_tuner(card, recipe, *files, device, dtype, threads))
         part = folder / f".{name}.part"
         part.write_text(_text(document))
         part.replace(folder / f"{name}.json")
@@ -89,11 +82,13 @@ def _tune(given: Namespace, name: str) -> int:
 
 def _run(tuner: "Tuner") -> dict[str, Any]:
     """The document of the plan. Tells the progress on standard error, if that is a terminal."""
+    part = ""
     with tqdm(file=sys.stderr, disable=None, leave=False, unit="walk") as bar:
         for progress in tuner.run():
-            if bar.desc != f"{progress.part}: ":
+            if part != progress.part:
+                part = progress.part
                 bar.reset(progress.of)
-                bar.set_description(progress.part)
+                bar.set_description(part)
             bar.update(progress.done - bar.n)
     return tuner.document()
 
