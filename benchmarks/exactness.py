@@ -15,7 +15,7 @@ from benchmarks.measure import Measure
 from benchmarks.models import our_engine
 from model.engine.engine import Engine
 from model.engine.events import Finished, Request
-from model.sampling.plan import plan, resolve
+from model.sampling.plan import SAMPLERS, plan, resolve
 from model.sampling.samplers import Sampling
 from model.sampling.table import Plan
 
@@ -42,7 +42,7 @@ def compare(engine: Engine, comparisons: int) -> Measure:
     process, plans = engine.runner.model.card.process, dict[Sampling, Plan]()
     wanted: list[Request] = []
     for id in range(comparisons):
-        sampler = draw.choice(["ddpm", "ddim", "greedy", "dpmpp_2m"])
+        sampler = draw.choice(list(SAMPLERS))
         sampling = resolve(process, sampler, draw.randint(1, LONGEST))
         table = plans.setdefault(sampling, plan(process, sampling))
         wanted.append(Request(id, draw.randrange(1 << 40), table, rank=draw.random()))

@@ -8,7 +8,7 @@ import numpy as np
 
 from model.errors import PlanError
 from model.sampling.levels import SPACINGS, timesteps
-from model.sampling.multistep import dpmpp_2m
+from model.sampling.multistep import deis, dpmpp, dpmpp_sde, ipndm, unipc
 from model.sampling.samplers import Sampling, Walk, ddim, ddpm, greedy
 from model.sampling.schedule import FloatArray, IntArray, Process, Spacing, Variance
 from model.sampling.table import COLUMNS, NOISES, C, K, Noise, P, Plan, Q, S, U
@@ -28,7 +28,12 @@ SAMPLERS: dict[str, Sampler] = {
     "ddpm": Sampler(ddpm, frozenset({"variance"})),
     "greedy": Sampler(greedy),
     "ddim": Sampler(ddim, frozenset({"eta"})),
-    "dpmpp_2m": Sampler(dpmpp_2m),
+    "dpmpp": Sampler(dpmpp, orders=range(1, 4), order=2),
+    "unipc": Sampler(unipc, orders=range(1, 4), order=2),
+    "deis": Sampler(deis, orders=range(1, 4), order=2),
+    "ipndm": Sampler(ipndm, orders=range(1, 5), order=4),
+    "dpmpp_sde": Sampler(dpmpp_sde, orders=range(1, 4), order=2),
+    "dpmpp_2m": Sampler(dpmpp, orders=range(2, 3), order=2),  # the name of dpmpp of order 2 in earlier versions
 }
 
 

@@ -72,7 +72,9 @@ class GenerateRequest(_Fields):
     seed: int | None = Field(None, ge=0, lt=MAX_SEED, description="drawn at random if not given, and always told")
     steps: int | None = Field(None, ge=1, lt=MAX_SEED, description="denoising steps, 1 .. T of the model")
     n: int = Field(1, ge=1, lt=MAX_SEED, description="pictures; image i is the picture of seed + i")
-    sampler: str = Field("ddpm", max_length=32, description="ddpm, greedy, ddim or dpmpp_2m")
+    sampler: str = Field(
+        "ddpm", max_length=32, description="ddpm, greedy, ddim, dpmpp, unipc, deis, ipndm or dpmpp_sde"
+    )
     eta: float | None = Field(None, ge=0, le=1, description="ddim only: 0 adds no noise, 1 as much as ddpm")
     variance: Variance | None = Field(None, description="ddpm only; learned: nets that have it")
     spacing: Spacing | None = Field(None, description="which timesteps are visited")

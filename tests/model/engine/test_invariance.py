@@ -32,7 +32,13 @@ CHOICES: list[dict[str, Any]] = [
     {"sampler": "greedy"},
     {"sampler": "ddim"},
     {"sampler": "ddim", "eta": 0.7, "spacing": "linspace"},
-    {"sampler": "dpmpp_2m"},
+    {"sampler": "dpmpp", "order": 3},
+    {"sampler": "dpmpp_2m", "spacing": "trailing"},
+    {"sampler": "dpmpp_sde"},
+    {"sampler": "unipc"},
+    {"sampler": "unipc", "order": 3, "clip": False},
+    {"sampler": "deis", "order": 3, "noise": "torch"},
+    {"sampler": "ipndm"},
 ]
 MANY_THREADS = pytest.mark.skipif(
     not (os.environ.get("CI") or os.environ.get("TEST_THREADS")),

@@ -38,7 +38,7 @@ INVALID: list[tuple[dict[str, Any], str, str]] = [
         'frames: unknown field "often"; there are every, count, kind',
     ),
     ({"frames": 3}, "/frames", "frames must be an object of every, count, kind, got 3"),
-    ({"sampler": "euler"}, "/sampler", "ddpm, greedy, ddim, dpmpp_2m"),
+    ({"sampler": "euler"}, "/sampler", "ddpm, greedy, ddim, dpmpp, unipc, deis, ipndm, dpmpp_sde, dpmpp_2m"),
     ({"sampler": "e" * 33}, "/sampler", "sampler must be a string of 0 to 32 characters, got 33"),
     ({"eta": 0.5}, "/eta", "ddim only"),
     ({"sampler": "ddim", "eta": 1.5}, "/eta", "eta must lie in 0..1, got 1.5"),
