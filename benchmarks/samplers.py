@@ -11,7 +11,7 @@ run that was interrupted goes on, and more pictures are made only of the further
 import argparse
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -155,14 +155,12 @@ class Sweep:
         lines = self.out.read_text().splitlines()[1:] if self.out.is_file() else []
         return [json.loads(line)["key"] for line in lines]
 
-    def lines(self, wanted: Iterator[Sampling], count: int) -> Iterator[Json]:
-        """A line for each choice that has none yet, which is then in the file."""
-        done = self.done()
+    def lines(self, wanted: Iterable[Sampling], count: int) -> Iterator[Json]:
+        """A line for each choice that has none in the file yet, where it then is. Several runs may share the work."""
         for choice in wanted:
             table = plan(self.process, choice)
             key = self.maker.key(table) | {"judge": self.judge, "pictures": count}
-            if key not in done:
-                done.append(key)
+            if key not in self.done():
                 line = {"choice": shown(choice), **self.measured(table, count), "key": key, "commit": commit()}
                 with self.out.open("a") as file:
                     print(json.dumps(line), file=file)
@@ -218,7 +216,7 @@ def main() -> None:
         args.out.write_text(f"{machine()}\n{json.dumps(held_out | {'key': {'pictures': len(test.labels)}})}\n")
     maker = Maker(engine, args.keep, model.digest, describe(engine.runner, model, 0.0, 0).numerics)
     sweep = Sweep(card.process, maker, net, real, file_digest(JUDGE), args.out)
-    for line in sweep.lines(iter(wanted), args.pictures):
+    for line in sweep.lines(wanted, args.pictures):
         print(json.dumps({name: value for name, value in line.items() if name not in ("key", "commit")}), flush=True)
 
 
