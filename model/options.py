@@ -31,6 +31,14 @@ def require_file(path: Path, hint: str = "") -> None:
         raise ModelRefused(f"{path.name} is not a regular file" if there else f"{path.name} is missing{hint}")
 
 
+def lies_in(path: Path, directory: Path) -> bool:
+    """Whether a file of a model directory lies in it, wherever its links lead; or in the hub's cache, where
+    snapshots/<revision>/ consists of links to blobs/ beside it."""
+    home, above = directory.resolve(), directory.resolve().parent
+    blobs = [above.parent / "blobs"] if above.name == "snapshots" else []
+    return any(path.resolve().is_relative_to(place) for place in (home, *blobs))
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A configuration file as a dict. Raises ModelRefused if it is missing, too large, or not a JSON object."""
     return read_config(path)[0]

@@ -71,6 +71,11 @@ def says(field: FieldInfo, error: Mapping[str, Any], largest: int | None = None,
         most = _bound(field, "max_length")
         length = f" of {_bound(field, 'min_length') or 0} to {most} characters" if most is not None else ""
         return f"must be a string{length}{f', got {len(given)}' if isinstance(given, str) else got}"
+    if get_origin(kind) is list:
+        least, most = _bound(field, "min_length"), largest or _bound(field, "max_length")
+        return (
+            f"must be a list of {least} to {most} integers{f', got {len(given)}' if isinstance(given, list) else got}"
+        )
     if isinstance(kind, type) and issubclass(kind, BaseModel):
         return f"must be an object of {', '.join(kind.model_fields)}{got}"
     return f"is ill-formed: {error['msg']}"

@@ -11,7 +11,9 @@ from pathlib import Path
 from model.checkpoint.card import ModelCard, read_card
 from model.checkpoint.pipeline import INDEX
 from model.errors import ModelRefused
-from server.errors import ModelBroken, ModelNotFound
+from model.sampling.plan import stands
+from model.sampling.samplers import Sampling
+from server.errors import ModelBroken, ModelChanged, ModelNotFound
 from server.troubles import shortage
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -56,6 +58,17 @@ def card_of(name: str, cards: Mapping[str, ModelCard]) -> ModelCard:
     if name not in cards:
         raise ModelNotFound(f"model must be {one_of(cards)}")
     return cards[name]
+
+
+def require_unchanged(name: str, sampling: Sampling, cards: Mapping[str, ModelCard]) -> None:
+    """Raises ModelBroken or ModelChanged unless a model is served, with the plan, if any, that its job was resolved
+    with."""
+    if (reason := refused(cards).get(name)) is not None:
+        raise ModelBroken(reason)
+    if name not in cards:
+        raise ModelChanged("the model that this job was accepted for is not served any more")
+    if not stands(cards[name].process, sampling):
+        raise ModelChanged(f"the plan {sampling.plan} was changed or removed after this job had been accepted")
 
 
 def _printable(text: str) -> str:

@@ -52,7 +52,10 @@ class RequestDocument(TypedDict):
     n: int
     sampler: str
     steps: int
-    spacing: Spacing | None
+    order: Annotated[int | None, Field(description="of a sampler that has several")]
+    timesteps: Annotated[list[int] | None, Field(description="the levels, if they were given or a plan has them")]
+    plan: str | None
+    spacing: Annotated[Spacing | None, Field(description="null beside timesteps")]
     clip: bool
     noise: Noise
     variance: Variance | None

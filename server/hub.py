@@ -1,8 +1,8 @@
 """Models of a hub: fetched once into the hub's own cache, and pinned to a commit.
 
-Only the files of a model directory are fetched: configurations, safetensors, the card. A commit in the cache is served
-without asking the hub; a branch or tag is looked up at every start, or served as last seen if the hub is unreachable.
-`snapshot_download` would do less: its listing has no timeout, and it checks no digests.
+Only the files of a model directory are fetched: configurations, safetensors, plans, the card. A commit in the cache is
+served without asking the hub; a branch or tag is looked up at every start, or served as last seen if the hub is
+unreachable. `snapshot_download` would do less: its listing has no timeout, and it checks no digests.
 """
 
 import logging
@@ -20,6 +20,8 @@ from huggingface_hub.utils.tqdm import disable_progress_bars
 from model.checkpoint.card import WEIGHTS, ModelCard, Source, read_card, shard_names
 from model.checkpoint.foreign import require_served_kind
 from model.checkpoint.pipeline import INDEX, PARTS, require_served
+from model.checkpoint.plans import FILE as PLAN
+from model.checkpoint.plans import MAX_PLANS
 from model.checkpoint.weighing import PICKLES, served_names
 from model.digests import file_digest
 from model.errors import ModelRefused
@@ -99,9 +101,10 @@ def _fetch_all(id: str, revision: str, commit: str, files: dict[str, RepoSibling
         if file not in files:
             raise ModelRefused(f"{id} is not a model directory of diffusers: it has no {file}")
     logger.info("model fetch started", extra={"id": id, "revision": commit})
-    for file in (*(["README.md"] if "README.md" in files else []), *required):
+    plans = sorted(filter(PLAN.fullmatch, files))[: MAX_PLANS + 1]  # of too many one more, so that the card tells of it
+    for file in (*(["README.md"] if "README.md" in files else []), *plans, *required):
         path = _fetch_file(id, revision, commit, files[file])
-        if path.name == "config.json":  # before the weights, which may be large
+        if file == required[0]:  # before the weights, which may be large
             with _naming(id):
                 require_served_kind(read_json(path))
     for shard in shard_names(read_json(path), path.name) if path.suffix == ".json" else ():

@@ -1,9 +1,16 @@
 """What clients receive as JSON about the server itself. Its jobs are in `server.documents`."""
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import Field
 from typing_extensions import TypedDict
+
+from model.checkpoint.card import ModelCard
+from model.sampling.levels import SPACINGS
+from model.sampling.plan import SAMPLERS, resolve
+from model.sampling.schedule import SavedPlan, Spacing, Variance
 
 
 class Shape(TypedDict):
@@ -19,6 +26,85 @@ class RefusedModel(TypedDict):
 
     name: str
     reason: str
+
+
+class PresetDocument(TypedDict):
+    """What a preset stands for."""
+
+    sampler: str
+    steps: int
+    order: int | None
+    plan: str | None
+    spacing: Annotated[Spacing | None, Field(description="null of a plan, which has levels of its own")]
+    eta: float | None
+    variance: Variance | None
+    clip: bool
+
+
+class Presets(TypedDict):
+    """What each value of `preset` stands for."""
+
+    fast: PresetDocument
+    balanced: PresetDocument
+    full: PresetDocument
+
+
+class PlanDocument(TypedDict):
+    """A plan in a model's directory."""
+
+    name: Annotated[str, Field(description="what a request's `plan` may be")]
+    digest: Annotated[str, Field(description="of its file")]
+    sampler: str
+    steps: int
+    source: Annotated[str, Field(description="where it comes from, as its file says")]
+    measured: Annotated[Mapping[str, Any], Field(description="what was measured of it, as its file says")]
+
+
+class RefusedPlan(TypedDict):
+    """A plan in a model's directory that cannot be used."""
+
+    name: str
+    reason: str
+
+
+class Choices(TypedDict):
+    """What requests for a model may choose."""
+
+    samplers: Annotated[list[str], Field(description="allowed values of `sampler`")]
+    orders: Annotated[dict[str, list[int]], Field(description="allowed values of `order`, by sampler that has several")]
+    presets: Presets
+    variances: list[Variance]
+    spacings: list[Spacing]
+    plans: list[PlanDocument]
+    refused_plans: Annotated[list[RefusedPlan], Field(description="files in `plans` that cannot be used")]
+
+
+def choices_of(card: ModelCard) -> Choices:
+    """What requests for this model may choose."""
+    process, shown = card.process, PresetDocument.__annotations__
+    chosen = {name: asdict(resolve(process, **fields)) for name, fields in card.presets.items()}
+    presets = {name: {field: made[field] for field in shown} for name, made in chosen.items()}
+    return {
+        "samplers": list(SAMPLERS),
+        "orders": {name: list(sampler.orders) for name, sampler in SAMPLERS.items() if sampler.orders},
+        "presets": cast(Presets, presets),
+        "variances": ["small", "large", "learned"] if process.learned_variance else ["small", "large"],
+        "spacings": list(SPACINGS),
+        "plans": [_shown(name, saved) for name, saved in process.plans.items()],
+        "refused_plans": [{"name": name, "reason": reason} for name, reason in process.refused_plans.items()],
+    }
+
+
+def _shown(name: str, saved: SavedPlan) -> PlanDocument:
+    """A plan of a model as clients see it."""
+    return {
+        "name": name,
+        "digest": saved.digest,
+        "sampler": saved.sampler,
+        "steps": len(saved.timesteps),
+        "source": saved.source,
+        "measured": saved.measured,
+    }
 
 
 class Health(TypedDict):

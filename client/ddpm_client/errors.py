@@ -19,9 +19,8 @@ class _Problem(ClientError):
     def __init__(self, document: Mapping[str, Any], retry_after_s: float | None = None) -> None:
         self.retry_after_s = retry_after_s
         self.status, self.code = int(document.get("status", 500)), str(document.get("code", "unknown"))
-        self.detail = str(document.get("detail", ""))
+        self.detail, self.request_id = str(document.get("detail", "")), str(document.get("request_id", ""))
         self.errors: list[dict[str, str]] = list(document.get("errors", ()))
-        self.request_id = str(document.get("request_id", ""))
         super().__init__(self.detail)
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -115,11 +115,10 @@ def fetch(timeout_s: float, path: str, method: str = "GET", **parameters: str | 
 
 def ready() -> Flow[bool]:
     """Whether the server accepts jobs. Never retries."""
-    try:
+    with suppress(ClientError):
         response = yield Send(path="/readyz")
-    except ClientError:
-        return False
-    return isinstance(response, Response) and response.status == 200
+        return isinstance(response, Response) and response.status == 200
+    return False
 
 
 def submit(retry: Retry, request: Request, key: str | None = None) -> Flow[Document]:

@@ -66,9 +66,8 @@ def request_options(effect: Send) -> dict[str, Any]:
 def reply_for(error: Exception) -> ClientError | None:
     """What one of ERRORS means for a flow; None if the server closed a websocket that has no more messages."""
     if isinstance(error, InvalidStatus):
-        refused = error.response
-        headers = {name.lower(): value for name, value in refused.headers.raw_items()}
-        return refusal_in(Response(refused.status_code, headers, bytes(refused.body or b"")))
+        headers = {name.lower(): value for name, value in error.response.headers.raw_items()}
+        return refusal_in(Response(error.response.status_code, headers, bytes(error.response.body or b"")))
     if isinstance(error, ConnectionClosed):
         code, reason = (error.rcvd.code, error.rcvd.reason) if error.rcvd is not None else (None, "")
         return None if code == DONE else close_error(code, reason)

@@ -33,10 +33,14 @@ class Request(TypedDict, total=False):
     seed: int
     steps: int
     n: int
+    preset: str
     sampler: str
+    order: int
     eta: float
     variance: str
     spacing: str
+    timesteps: Sequence[int]
+    plan: str
     clip: bool
     noise: str
     frames: Frames | None
@@ -164,9 +168,8 @@ def event(message: str | bytes) -> Event | None:
         kind, said["png"] = Picture if said["kind"] == "image" else Frame, png
     else:
         said = json.loads(message)
-        kind, said["status"] = KINDS.get(said["type"]), said["type"]
-    if kind is Dropped:
-        said |= {"first": said["from"], "last": said["to"]}
+        said |= {"status": said["type"], "first": said.get("from"), "last": said.get("to")}
+        kind = KINDS.get(said["type"])
     return None if kind is None else kind(**{each.name: said[each.name] for each in fields(kind)})
 
 

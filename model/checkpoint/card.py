@@ -7,13 +7,16 @@ Nothing in it is executed, and every number in it is checked against bounds here
 
 import json
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 from model.checkpoint.foreign import found_instead, require_served_kind
 from model.checkpoint.header import entries_of, require_tensors
 from model.checkpoint.pipeline import is_part, read_index
+from model.checkpoint.plans import read_plans
+from model.checkpoint.presets import Fields, Preset, read_presets
 from model.checkpoint.scheduler import FILE as SCHEDULER
 from model.checkpoint.scheduler import read_process
 from model.checkpoint.shapes import Shapes, count, embedding_width, shapes
@@ -22,8 +25,8 @@ from model.digests import combined_digest, file_digest, text_digest
 from model.errors import ModelRefused
 from model.nets.config import MAX_PARAMETERS, architecture
 from model.nets.lucidrains_config import LUCIDRAINS, AnyArchitecture, lucidrains_architecture
-from model.options import MAX_CONFIG_BYTES, Json, read_config, read_json, require_file
-from model.sampling.schedule import Process
+from model.options import MAX_CONFIG_BYTES, Json, lies_in, read_config, read_json, require_file
+from model.sampling.schedule import Process, SavedPlan
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
@@ -49,6 +52,7 @@ class ModelCard:
     weights: Path  # the safetensors file, or the index of several
     architecture: AnyArchitecture
     process: Process
+    presets: Mapping[Preset, Fields]
     configs: tuple[str, ...] = ()  # sha256 of the net's and the scheduler's configuration as they were read
     shards: tuple[Path, ...] = ()  # the files of an index, ordered by name
     left: tuple[str, ...] = ()  # the names of other weights in the directory that could have been taken
@@ -79,9 +83,7 @@ class ModelCard:
     def readme(self) -> str:
         """The text of README.md, or nothing."""
         path = self.directory / "README.md"
-        # in a hub's cache, snapshots/<revision>/ consists of links to blobs/ beside it
-        home = self.directory if self.source is None else self.directory.parents[1]
-        if not path.is_file() or not path.resolve().is_relative_to(home.resolve()):
+        if not path.is_file() or not lies_in(path, self.directory):
             return ""  # a link could lead to any file of this machine, and the text is shown
         with path.open("rb") as file:
             return file.read(MAX_CONFIG_BYTES).decode(errors="replace")
@@ -107,8 +109,11 @@ def schedule_file(directory: Path) -> Path:
     return next(found, (schedule if schedule.is_dir() else directory) / SCHEDULER)
 
 
-def read_card(directory: Path, name: str | None = None) -> ModelCard:
-    """The card of a model directory. Raises ModelRefused, in one line, if the directory is not usable."""
+def read_card(directory: Path, name: str | None = None, plans: Mapping[str, SavedPlan] | None = None) -> ModelCard:
+    """The card of a model directory. Raises ModelRefused, in one line, if the directory is not usable.
+
+    plans: those that were read of it before, whatever is there now
+    """
     if not directory.is_dir():
         raise ModelRefused(f"{directory.name} is not a directory")
     index = read_index(directory)
@@ -121,6 +126,8 @@ def read_card(directory: Path, name: str | None = None) -> ModelCard:
     arch = lucidrains_architecture(config) if config.get("_class_name") == LUCIDRAINS else architecture(config)
     process, tensors = read_process(scheduler, index, arch.learned_variance), shapes(arch)
     _require_bounds(tensors, process.schedule.T)
+    plans, refused = read_plans(directory, process) if plans is None else (plans, {})
+    process = replace(process, plans=plans, refused_plans=refused)
     told = index.get("scheduler") if scheduler.get("_class_name") is None else None  # the scheduler's class
     require_file(weights, hint)
     card = ModelCard(
@@ -129,6 +136,7 @@ def read_card(directory: Path, name: str | None = None) -> ModelCard:
         weights=weights,
         architecture=arch,
         process=process,
+        presets=read_presets(index, process),
         configs=(digest, schedule_digest, *([text_digest(json.dumps(told))] if told is not None else [])),
         shards=_shards(weights) if weights.suffix == ".json" else (),
         left=left,

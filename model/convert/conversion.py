@@ -6,6 +6,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
+from shutil import copyfile
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from safetensors.torch import save_file
 
 from model.checkpoint.card import WEIGHTS, read_card
 from model.checkpoint.load import load_layers
+from model.checkpoint.plans import FOLDER, read_plans
 from model.convert import directories, formats
 from model.convert.protocol import Converted, Options
 from model.convert.sources import read_state
@@ -37,8 +39,10 @@ def convert(given: Namespace) -> list[str]:
         if len(parts) > 1:
             told = [f"{source.name} holds {', '.join(map(repr, parts))}; took {part!r}"]
     told += converted.notes
-    write(converted, target, _readme(target.name, converted, files, part, told))
-    return [*told, f"{target.name}: {converted.origin}"]
+    left = write(
+        converted, target, _readme(target.name, converted, files, part, told), source if source.is_dir() else None
+    )
+    return [*told, *left, f"{target.name}: {converted.origin}"]
 
 
 def _readme(name: str, converted: Converted, files: Sequence[Path], part: str, told: Sequence[str]) -> str:
@@ -49,8 +53,13 @@ def _readme(name: str, converted: Converted, files: Sequence[Path], part: str, t
     return f"# {name}\n\n{converted.origin}.\n\nConverted from {read}.\n\n{notes}"
 
 
-def write(converted: Converted, target: Path, readme: str) -> None:
-    """Writes a model directory, and moves it to its place if it can be opened. Raises ModelRefused, OSError."""
+def write(converted: Converted, target: Path, readme: str, source: Path | None = None) -> list[str]:
+    """Writes a model directory, and moves it to its place if it can be opened. Raises ModelRefused, OSError.
+
+    Plans of a source that is a directory come along, but for those that are not for the model as it was converted:
+    returns a line for each.
+    """
+    refused = dict[str, str]()
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".convert-", dir=target.parent) as scratch:
         directory = Path(scratch) / "model"
@@ -72,5 +81,12 @@ def write(converted: Converted, target: Path, readme: str) -> None:
         (directory / "README.md").write_text(readme)
         save_file({k: t.contiguous() for k, t in converted.tensors.items()}, directory / WEIGHTS, {"format": "pt"})
         (directory / WEIGHTS).chmod(0o644)  # the server may be run by another user
-        load_layers(read_card(directory), torch.device("cpu"), torch.float32)
+        card = read_card(directory)
+        load_layers(card, torch.device("cpu"), torch.float32)
+        if source is not None:
+            plans, refused = read_plans(source, card.process)
+            for name in plans:
+                (directory / FOLDER).mkdir(exist_ok=True)
+                copyfile(source / FOLDER / f"{name}.json", directory / FOLDER / f"{name}.json")
         directory.rename(target)
+    return [f"plan {name} was left: {reason}" for name, reason in refused.items()]

@@ -1,7 +1,7 @@
 """From a request's choices to its plan: which sampler, with which of its fields, at which levels."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -39,9 +39,10 @@ SAMPLERS: dict[str, Sampler] = {
 
 def resolve(
     process: Process,
-    sampler: str = "ddpm",
+    sampler: str | None = None,
     steps: int | None = None,
     *,
+    plan: str | None = None,
     variance: Variance | None = None,
     eta: float | None = None,
     order: int | None = None,
@@ -50,14 +51,79 @@ def resolve(
     clip: bool | None = None,
     noise: Noise = "philox",
 ) -> Sampling:
-    """Completes a request's choices with the checkpoint's defaults. Raises PlanError naming the field."""
+    """Completes a request's choices with the checkpoint's defaults. Raises PlanError naming the field.
+
+    plan: the name of one of the process's, which makes all other choices but the noise's
+    """
+    if noise not in NOISES:
+        raise PlanError("noise", f"noise must be one of {', '.join(NOISES)}")
+    if plan is not None:
+        others: dict[str, object] = {"sampler": sampler, "steps": steps, "order": order, "spacing": spacing}
+        others |= {"timesteps": timesteps, "variance": variance, "eta": eta, "clip": clip}
+        return _resolve_saved(process, plan, noise, others)
+    sampler = "ddpm" if sampler is None else sampler
     if sampler not in SAMPLERS:
         raise PlanError("sampler", f"sampler must be one of {', '.join(SAMPLERS)}")
-    fields, T = SAMPLERS[sampler].fields, process.schedule.T
-    chosen = None if timesteps is None else _resolve_timesteps(timesteps, T, steps, spacing)
-    steps = len(chosen) if chosen else process.default_steps if steps is None else steps
+    steps, spacing, chosen = _resolve_levels(process, steps, spacing, timesteps)
+    variance, eta = _resolve_fields(process, sampler, steps, noise, variance, eta)
+    return Sampling(
+        sampler=sampler,
+        steps=steps,
+        spacing=spacing,
+        clip=process.clip if clip is None else clip,
+        noise=noise,
+        variance=variance,
+        eta=eta,
+        order=_resolve_order(sampler, order),
+        timesteps=chosen,
+    )
+
+
+def _resolve_saved(process: Process, name: str, noise: Noise, others: Mapping[str, object]) -> Sampling:
+    """What a plan of the process chooses. others: the fields that must not be given beside it. Raises PlanError."""
+    for field, given in others.items():
+        if given is not None:
+            raise PlanError(field, f"{field} must be left out beside plan, which chooses it")
+    if name in process.refused_plans:
+        raise PlanError("plan", f"plan {name} is refused: {process.refused_plans[name]}")
+    if (saved := process.plans.get(name)) is None:
+        names = f"one of {', '.join(process.plans)}" if process.plans else "left out, for this model has none"
+        raise PlanError("plan", f"plan must be {names}")
+    choice = resolve(
+        process,
+        saved.sampler,
+        order=saved.order,
+        timesteps=saved.timesteps,
+        variance=saved.variance,
+        eta=saved.eta,
+        clip=saved.clip,
+    )
+    if noise == "torch" and (choice.variance == "learned" or "w" in saved.columns):
+        raise PlanError("noise", f"noise must be philox with plan {name}, which adds as much as the net has learned")
+    return replace(choice, noise=noise, plan=name, plan_digest=saved.digest)
+
+
+def _resolve_levels(
+    process: Process, steps: int | None, spacing: Spacing | None, timesteps: Sequence[int] | None
+) -> tuple[int, Spacing | None, tuple[int, ...] | None]:
+    """(steps, spacing, timesteps), the spacing or the timesteps None. Raises PlanError."""
+    T = process.schedule.T
+    if timesteps is not None:
+        chosen = _resolve_timesteps(timesteps, T, steps, spacing)
+        return len(chosen), None, chosen
+    steps = process.default_steps if steps is None else steps
     if not 1 <= steps <= T:
         raise PlanError("steps", f"steps must lie in 1..{T}, got {steps}")
+    if spacing is not None and spacing not in SPACINGS:
+        raise PlanError("spacing", f"spacing must be one of {', '.join(SPACINGS)}")
+    return steps, spacing or process.spacing, None
+
+
+def _resolve_fields(
+    process: Process, sampler: str, steps: int, noise: Noise, variance: Variance | None, eta: float | None
+) -> tuple[Variance | None, float | None]:
+    """(variance, eta), each None unless the sampler uses it. Raises PlanError."""
+    fields = SAMPLERS[sampler].fields
     for name, given in (("variance", variance), ("eta", eta)):
         if given is not None and name not in fields:
             owners = ", ".join(owner for owner, s in SAMPLERS.items() if name in s.fields)
@@ -66,22 +132,7 @@ def resolve(
         variance = _resolve_variance(process, steps, variance, noise)
     if "eta" in fields and not 0 <= (eta := 0.0 if eta is None else float(eta)) <= 1:
         raise PlanError("eta", f"eta must lie in 0..1, got {eta}")
-    if spacing is not None and spacing not in SPACINGS:
-        raise PlanError("spacing", f"spacing must be one of {', '.join(SPACINGS)}")
-    order = _resolve_order(sampler, order)
-    if noise not in NOISES:
-        raise PlanError("noise", f"noise must be one of {', '.join(NOISES)}")
-    return Sampling(
-        sampler=sampler,
-        steps=steps,
-        spacing=None if chosen else spacing or process.spacing,
-        clip=process.clip if clip is None else clip,
-        noise=noise,
-        variance=variance,
-        eta=eta,
-        order=order,
-        timesteps=chosen,
-    )
+    return variance, eta
 
 
 def _resolve_timesteps(given: Sequence[int], T: int, steps: int | None, spacing: Spacing | None) -> tuple[int, ...]:
@@ -132,14 +183,25 @@ def levels(T: int, choice: Sampling) -> IntArray:
     return timesteps(T, choice.steps, choice.spacing)
 
 
+def stands(process: Process, choice: Sampling) -> bool:
+    """Whether the plan of the process that these choices name, if they name one, is still what they were made of."""
+    saved = None if choice.plan is None else process.plans.get(choice.plan)
+    return choice.plan_digest == (None if saved is None else saved.digest)
+
+
 def plan(process: Process, choice: Sampling) -> Plan:
-    """The table for these choices, which come from `resolve`, so that such a plan exists."""
+    """The table for these choices, which come from `resolve`, so that such a plan exists. Raises PlanError if the plan
+    that they name has changed since."""
+    if not stands(process, choice):
+        raise PlanError("plan", f"plan {choice.plan} is not what it was when it was chosen")
     t = levels(process.schedule.T, choice)
     walk, rows = Walk(process, t), np.zeros((choice.steps, len(COLUMNS)))
     rows[:, K] = t - 1
     rows[:, P], rows[:, Q] = walk.p, walk.q
     rows[:, C] = process.clip_range if choice.clip else np.inf
     SAMPLERS[choice.sampler].fill(walk, rows, choice)
+    if choice.plan is not None and (saved := process.plans[choice.plan]).rows:
+        rows[:, [COLUMNS.index(column) for column in saved.columns]] = saved.rows
     if choice.noise == "torch":
         rows[:, U], rows[:, S] = rows[:, S].copy(), 0.0
     rows.flags.writeable = False

@@ -9,9 +9,9 @@ Ho et al. (2020) and diffusers write beta_t for what is beta_t² here, and alpha
 configuration file calls `betas` are our `beta²`.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import KW_ONLY, dataclass
-from typing import Literal, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -78,6 +78,24 @@ BY_NAME: dict[str, Callable[[int, float, float], NoiseSchedule]] = {
 }
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SavedPlan:
+    """A plan in a model directory: a solver, its levels, and perhaps columns of its own. A field that is None or empty
+    is left to the solver, or to the process."""
+
+    digest: str  # the first 16 digits of the file's SHA-256
+    sampler: str
+    timesteps: tuple[int, ...]  # descending
+    order: int | None = None
+    eta: float | None = None
+    variance: Variance | None = None
+    clip: bool | None = None
+    columns: str = ""  # of the table, which `rows` have in place of the solver's
+    rows: tuple[tuple[float, ...], ...] = ()  # [steps][columns]
+    source: str = ""  # where it comes from
+    measured: Mapping[str, Any] = field(default_factory=dict)  # what its author has measured of it, as JSON
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Process:
     """The diffusion process of a net's training, and its authors' sampling choices: `scheduler_config.json`."""
@@ -91,3 +109,5 @@ class Process:
     clip: bool = True  # whether x0 is clamped to [-clip_range, clip_range] in every step
     clip_range: float = 1.0
     default_steps: int = 1000
+    plans: Mapping[str, SavedPlan] = field(default_factory=dict)  # of the model directory, by name
+    refused_plans: Mapping[str, str] = field(default_factory=dict)  # by name: why it cannot be used

@@ -2,7 +2,7 @@
 
 import sys
 from argparse import BooleanOptionalAction, Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, cast, get_type_hints
@@ -15,11 +15,22 @@ from tqdm import tqdm
 from model.usage import Parser
 from server.cli import connect
 from server.errors import SettingsError
+from server.jobs.request import CHOICES
 from server.jobs.schemas import GenerateRequest
 
-FIELDS = {name: kind for name, kind in get_type_hints(Request).items() if kind in (str, int, float)}
+
+def numbers(text: str) -> list[int]:
+    """The integers of a list, with brackets or without. Raises ValueError."""
+    return [int(number) for number in text.strip("[]").split(",")]
+
+
+METAVARS: dict[Callable[[str], Any], str] = {int: "N", float: "X", str: "WORD", numbers: "N,N,..."}
+READERS: dict[Any, Callable[[str], Any]] = {int: int, float: float, str: str, Sequence[int]: numbers}
+# How each field is read, from a flag and from a PNG
+FIELDS = {name: READERS[kind] for name, kind in get_type_hints(Request).items() if kind in READERS}
 ANIMATIONS: dict[str, Animation] = {".gif": "gif", ".apng": "apng", ".png": "apng", ".webp": "webp"}
 OTHER_FORMATS = (".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".npy", ".zip")  # none is written by -o
+PRESET = "fast"
 MOST_BYTES = 1 << 26  # of a picture that is repeated
 STDOUT = Path("-")
 BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}"
@@ -36,12 +47,13 @@ def _parser() -> Parser:
         help="file for the picture; several pictures get -SEED before its ending; - is standard output (out.png)",
     )
     parser.add_argument("--like", type=Path, metavar="PNG", help="picture to repeat; other flags override its request")
-    fields = parser.add_argument_group("request", "The model's defaults fill in what is left out; the seed is random.")
+    told = f"The preset is {PRESET} unless a flag says how to sample; the model's defaults fill in the rest."
+    fields = parser.add_argument_group("request", f"{told} The seed is random.")
     for name, kind in FIELDS.items():
         field = GenerateRequest.model_fields[name]
         text = f"{field.description}" + (f" ({field.default})" if field.default is not None else "")
-        metavar = {int: "N", float: "X", str: "WORD"}[kind]
-        fields.add_argument(f"--{name.replace('_', '-')}", dest=name, type=kind, metavar=metavar, help=text)
+        flag = f"--{name.replace('_', '-')}"
+        fields.add_argument(flag, dest=name, type=kind, metavar=METAVARS[kind], help=text)
     clip = GenerateRequest.model_fields["clip"].description
     fields.add_argument("--clip", action=BooleanOptionalAction, help=clip)
     frames = parser.add_argument_group("frames")
@@ -75,7 +87,7 @@ def main(arguments: Sequence[str]) -> int:
             print(f"ddpm: {warning}", file=sys.stderr)
         for path, picture in _files(given.out, made):
             overwrites = given.like is not None and path.absolute() == given.like.absolute()
-            if overwrites and before["digest"] != made[0].texts["digest"]:
+            if overwrites and _other(before, made[0].texts) is not None:
                 raise SettingsError(f"{path} is kept, and the other picture is not written: name another file with -o")
             _write(path, picture.png)
             words = f"{made.job['model']}, seed {picture.seed}, {made.job['request']['steps']} steps"
@@ -116,16 +128,30 @@ def _read_texts(path: Path) -> dict[str, str]:
 
 def _request(given: Namespace, before: Mapping[str, str]) -> Request:
     """The request that the flags make, completed by the texts of the picture before. Raises SettingsError."""
+    told = {name: vars(given)[name] for name in (*FIELDS, "clip") if vars(given)[name] is not None}
+    usual = {"preset": PRESET} if not before and not told.keys() & {*CHOICES, "preset"} else {}
+    return cast(Request, _repeated(before, told) | usual | told | {"frames": _frames(given)})
+
+
+def _repeated(before: Mapping[str, str], told: Mapping[str, Any]) -> dict[str, Any]:
+    """The request that made the picture before, without what the flags replace. Raises SettingsError."""
     try:
-        request: dict[str, Any] = {name: kind(before[name]) for name, kind in FIELDS.items() if name in before}
+        request: dict[str, Any] = {name: read(before[name]) for name, read in FIELDS.items() if name in before}
     except ValueError:
         raise SettingsError("--like: the picture does not say in numbers what made it") from None
-    if given.sampler not in (None, before.get("sampler")):
-        request = {name: value for name, value in request.items() if name not in ("eta", "variance")}
     if "clip" in before:
         request["clip"] = before["clip"] == "true"
-    request |= {name: vars(given)[name] for name in (*FIELDS, "clip") if vars(given)[name] is not None}
-    return cast(Request, request | {"frames": _frames(given)})
+    if told.keys() & {"preset", "plan"}:
+        gone = {*CHOICES}
+    else:  # a plan makes all the choices, or none
+        gone = CHOICES - {"plan"} if "plan" in request and not told.keys() & CHOICES else {"plan"}
+    if told.get("sampler", request.get("sampler")) != request.get("sampler"):
+        gone |= {"eta", "variance", "order"}
+    if told.keys() & {"steps", "spacing"}:
+        gone |= {"timesteps"}
+    elif "timesteps" in {**request, **told}:
+        gone |= {"steps", "spacing"}
+    return {name: value for name, value in request.items() if name not in gone}
 
 
 def _frames(given: Namespace) -> Frames | None:
@@ -171,11 +197,20 @@ def _write(path: Path, data: bytes) -> None:
         raise SettingsError(f"{path} could not be written: {error.strerror}") from None
 
 
+def _other(before: Mapping[str, str], now: Mapping[str, str]) -> str | None:
+    """The reason why the same request made another picture than before, if it did."""
+    if before["digest"] != now["digest"]:
+        return f"model {now['model']} has other weights than the one that made it"
+    if before.get("plan") == now.get("plan") and before.get("plan_digest") != now.get("plan_digest"):
+        return f"plan {now['plan']} was changed since"
+    return None
+
+
 def _differences(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     """The reasons why a repeated picture may differ from the one before. Both are given by their texts."""
     found = []
-    if before and before["digest"] != now["digest"]:
-        found.append(f"this is another picture: model {now['model']} has other weights than the one that made it")
+    if before and (other := _other(before, now)) is not None:
+        found.append(f"this is another picture: {other}")
     if before and before["numerics"] != now["numerics"]:
         found.append(f"pixels may differ: it was made in {before['numerics']}, and now in {now['numerics']}")
     return found

@@ -22,7 +22,10 @@ def main(arguments: Sequence[str]) -> int:
         rows, refused = _local()
     else:
         with connect.progress_bar() as bar, connect.server(given, bar) as client:
-            rows = [_row(model) for model in client.models()]
+            models = client.models()
+            rows = [_row(model) for model in models]
+            for model in models:
+                _tell_refused(model["name"], {each["name"]: each["reason"] for each in model["refused_plans"]})
             refused = {model["name"]: model["reason"] for model in client.refused_models()}
     for name, reason in refused.items():
         print(f"{name} is refused: {reason}", file=sys.stderr)
@@ -31,6 +34,11 @@ def main(arguments: Sequence[str]) -> int:
     for row in table:
         print("  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip())
     return 0
+
+
+def _tell_refused(model: str, plans: Mapping[str, str]) -> None:
+    for name, reason in plans.items():
+        print(f"{model}: plan {name} is refused: {reason}", file=sys.stderr)
 
 
 def _row(model: Document) -> tuple[str, ...]:
@@ -51,6 +59,7 @@ def _local() -> tuple[list[tuple[str, ...]], Mapping[str, str]]:
     rows: list[tuple[str, ...]] = []
     found = find_models(Settings.read(os.environ).weights)
     for card in found.values():
+        _tell_refused(card.name, card.process.refused_plans)
         if card.left:
             print(f"{card.name}: {told(card.taken, card.left)}", file=sys.stderr)
         channels, height, width = card.shape

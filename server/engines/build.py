@@ -51,6 +51,7 @@ def _starts(settings: Settings, cards: Mapping[str, ModelCard]) -> list[Start]:
         Start(
             models=tuple((name, card.directory) for name, card in cards.items()),
             configs={name: card.configs for name, card in cards.items()},
+            plans={name: card.process.plans for name, card in cards.items()},
             default=settings.default_model,
             device=device,
             dtype=settings.dtype,

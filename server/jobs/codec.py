@@ -45,7 +45,8 @@ def to_record(job: Job, **end: Any) -> Record:
     """The row of a job. end: the fields that are known when it has ended."""
     fields: dict[str, Any] = {name: getattr(job, name) for name in COMMON}
     request = job.request
-    document = {**request.document, "T": request.T, "shape": request.shape, "floats": request.floats}
+    document = {**request.document, "plan_digest": request.sampling.plan_digest}
+    document |= {"T": request.T, "shape": request.shape, "floats": request.floats}
     fields |= {"owner": request.owner, "request": _json(document), "served": _json(asdict(job.model))}
     return Record(**fields | end)
 

@@ -6,6 +6,7 @@ queued ──> running ──> ending ──> succeeded | failed | cancelled
 
 import asyncio
 import base64
+import json
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -168,7 +169,7 @@ class Job:
         decides = {"model": self.request.model, "digest": self.model.digest, "seed": seed}
         decides |= asdict(self.request.sampling) | {"numerics": self.model.numerics}
         known = {key: value for key, value in decides.items() if value is not None}
-        return {key: str(value).lower() if isinstance(value, bool) else str(value) for key, value in known.items()}
+        return {key: value if isinstance(value, str) else json.dumps(value) for key, value in known.items()}
 
     def show_frame(self, index: int, step: int, kind: Kind, picture: Picture | None) -> None:
         """Sends a frame to subscribers, once: a sample that is run again shows nothing twice."""

@@ -9,10 +9,12 @@ import logging
 import math
 import time
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import aclosing
 
+from model.checkpoint.card import ModelCard
 from model.engine.events import Finished
+from model.sampling.plan import stands
 from server.clock import DAY_S, Clock
 from server.documents import ProblemDocument
 from server.engines.backend import Backend
@@ -39,7 +41,9 @@ KEPT_JOBS = 10_000  # and how many of them there are
 class JobRepository:
     """The jobs of a server."""
 
-    def __init__(self, store: Store, settings: Settings, counts: StreamCounts, backend: Backend | None = None) -> None:
+    def __init__(
+        self, store: Store, settings: Settings, counts: StreamCounts, cards: Mapping[str, ModelCard], backend: Backend
+    ) -> None:
         self.store, self.counts, self.clock = store, counts, Clock()
         self.live: dict[str, Job] = {}  # those that have not ended, in order of arrival
         self.mismatches = 0  # pictures that came out with other bytes than before
@@ -47,7 +51,7 @@ class JobRepository:
         self._ended_bytes = 0
         self._settings = settings
         self._sweeper: asyncio.Task[None] | None = None
-        self._backend = backend
+        self._cards, self._backend = cards, backend
         self._remaking: asyncio.Task[dict[int, bool]] | None = None
 
     async def start(self) -> list[Job]:
@@ -153,11 +157,13 @@ class JobRepository:
         if not damaged:  # they have been made again since
             return same
         logger.error("a picture was damaged on disk", extra={"job": job.id, "images": [*damaged]})
-        if backend is None or request.model not in backend.models:
-            raise NotReady(str(damage)) if backend is not None and backend.trouble is not None else damage
+        if request.model not in backend.models:
+            raise NotReady(str(damage)) if backend.trouble is not None else damage
         if backend.models[request.model].digest != job.model.digest:
             raise Gone(f"{damage}, and the model that made it is no longer served")
         seeds, asked = tuple(image.seed for image in damaged.values()), request.sampling
+        if not stands(self._cards[request.model].process, asked):
+            raise Gone(f"{damage}, and the plan that made it is no longer served")
         spec = Spec(model=request.model, seeds=seeds, indices=(*damaged,), sampling=asked, shows_x=False, job=job.id)
         async with aclosing(backend.run(spec)) as events:
             async for event in events:

@@ -9,7 +9,8 @@ from hashlib import sha256
 from typing import cast
 
 from model.checkpoint.card import ModelCard
-from model.sampling.plan import resolve
+from model.checkpoint.presets import Fields
+from model.sampling.plan import SAMPLERS, resolve
 from model.sampling.samplers import Sampling
 from server.catalog import card_of, one_of, refused
 from server.documents import FramesDocument, RequestDocument
@@ -20,6 +21,7 @@ from server.settings import Settings
 from server.webhooks.target import parse_url
 
 DEFAULT_FRAMES, FEWEST_FRAMES = 30, 2  # of each picture
+CHOICES = {"sampler", "steps", "order", "timesteps", "plan", "spacing", "eta", "variance", "clip"}
 MESSAGE_BYTES, JOB_BYTES = 2_000, 6_000  # a little more than what was measured
 
 
@@ -110,6 +112,9 @@ class ResolvedRequest:
             "n": self.n,
             "sampler": sampling.sampler,
             "steps": sampling.steps,
+            "order": sampling.order,
+            "timesteps": list(sampling.timesteps) if sampling.timesteps is not None else None,
+            "plan": sampling.plan,
             "spacing": sampling.spacing,
             "clip": sampling.clip,
             "noise": sampling.noise,
@@ -144,8 +149,7 @@ def resolve_request(
     value = parse_object(body)
     request = validate(value, GenerateRequest, _largest(value, cards, settings))
     card = _model(request.model, cards, settings)
-    chosen = request.model_dump(include={"variance", "eta", "spacing", "clip", "noise"})
-    sampling = resolve(card.process, request.sampler, request.steps, **chosen)
+    sampling = resolve(card.process, noise=request.noise, **_chosen(request, card))
     resolved = ResolvedRequest(
         model=card.name,
         T=card.process.schedule.T,
@@ -166,13 +170,30 @@ def resolve_request(
     return replace(resolved, frames=frames)
 
 
+def _chosen(request: GenerateRequest, card: ModelCard) -> Fields:
+    """The fields that choose a sampler and its plan: of the request, or of the preset that it names. Raises Invalid if
+    it has both."""
+    chosen = request.model_dump(include=CHOICES, exclude_unset=True)
+    if request.preset is None:
+        return chosen
+    if chosen:
+        raise Invalid(*((name, f"{name} must be left out beside preset, which stands for it") for name in chosen))
+    return card.presets[request.preset]
+
+
 def _largest(value: Mapping[str, object], cards: Mapping[str, ModelCard], settings: Settings) -> dict[str, int]:
     """The largest number that each field may be, as far as the fields beside it tell."""
     n, model = value.get("n"), value.get("model") or default_model(cards, settings)
     pictures = n if type(n) is int and 1 <= n <= settings.max_n else 1
     largest = {"n": settings.max_n, "seed": MAX_SEED - pictures}
     if isinstance(model, str) and model in cards:
-        largest["steps"] = cards[model].process.schedule.T
+        largest["steps"] = largest["timesteps"] = cards[model].process.schedule.T
+    if (
+        isinstance(sampler := value.get("sampler"), str)
+        and sampler in SAMPLERS
+        and (orders := SAMPLERS[sampler].orders)
+    ):
+        largest["order"] = orders[-1]
     return largest
 
 

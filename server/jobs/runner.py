@@ -11,13 +11,12 @@ from dataclasses import dataclass, field
 
 from model.checkpoint.card import ModelCard
 from model.engine.events import Cancelled, Failed, Finished, Preview
-from server.catalog import refused
+from server.catalog import require_unchanged
 from server.engines.backend import Assigned, Backend, Progress, Restarting, SampleEvent
 from server.errors import (
     DeadlinePassed,
     EngineFailed,
     JobCancelled,
-    ModelBroken,
     ModelChanged,
     NotReady,
     SampleLost,
@@ -119,10 +118,7 @@ class JobRunner:
         await troubles.in_thread(lambda: [image.sha256 for image in images])  # makes the PNGs
 
     async def _collect(self, job: Job) -> None:
-        if (reason := refused(self.cards).get(job.request.model)) is not None:
-            raise ModelBroken(reason)
-        if job.request.model not in self.cards:
-            raise ModelChanged("the model that this job was accepted for is not served any more")
+        require_unchanged(job.request.model, job.request.sampling, self.cards)
         unmarked = job.deaths > 0  # others are marked as running when they start, without waiting for the disk
         async with aclosing(self.backend.run(_spec(job))) as events:
             async for event in events:

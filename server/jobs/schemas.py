@@ -6,10 +6,13 @@ from itertools import chain
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema, model_validator
+from pydantic.fields import FieldInfo
 
+from model.checkpoint.presets import Preset
+from model.checkpoint.scheduler import MAX_T
 from model.options import unique_keys
 from model.sampling.schedule import Spacing, Variance
-from model.sampling.table import Noise
+from model.sampling.table import HISTORY, Noise
 from server.bounds import kind_of, says, unknown
 from server.documents import Status as JobStatus
 from server.errors import Invalid, Malformed
@@ -34,6 +37,8 @@ Seq = Annotated[str | None, WithJsonSchema({"type": "integer", "minimum": 0, "ma
 Index = Annotated[
     str, WithJsonSchema({"type": "integer", "minimum": 0, "description": "of a picture of the job", "examples": [0]})
 ]
+
+Timestep = Annotated[int, Field(ge=1, lt=MAX_SEED)]
 
 
 class _Fields(BaseModel):
@@ -72,12 +77,20 @@ class GenerateRequest(_Fields):
     seed: int | None = Field(None, ge=0, lt=MAX_SEED, description="drawn at random if not given, and always told")
     steps: int | None = Field(None, ge=1, lt=MAX_SEED, description="denoising steps, 1 .. T of the model")
     n: int = Field(1, ge=1, lt=MAX_SEED, description="pictures; image i is the picture of seed + i")
+    preset: Preset | None = Field(
+        None, description="a sampler, its steps and its other fields, as the model has chosen them"
+    )
     sampler: str = Field(
         "ddpm", max_length=32, description="ddpm, greedy, ddim, dpmpp, unipc, deis, ipndm or dpmpp_sde"
     )
+    order: int | None = Field(None, ge=1, le=HISTORY + 1, description="of samplers that have several")
     eta: float | None = Field(None, ge=0, le=1, description="ddim only: 0 adds no noise, 1 as much as ddpm")
     variance: Variance | None = Field(None, description="ddpm only; learned: nets that have it")
     spacing: Spacing | None = Field(None, description="which timesteps are visited")
+    timesteps: list[Timestep] | None = Field(
+        None, min_length=1, max_length=MAX_T, fail_fast=True, description="the levels visited, descending, T .. 1"
+    )
+    plan: str | None = Field(None, min_length=1, max_length=64, description="name of a plan of the model")
     clip: bool | None = Field(None, description="whether x0 is clamped to [-1, 1] in every step")
     noise: Noise = Field(
         "philox", description="torch: the draws that diffusers makes; which pictures are then its own: docs/numerics.md"
@@ -152,12 +165,15 @@ def validate(value: dict[str, Any], form: type[Form], largest: Mapping[str, int]
 
 def _wrong(form: type[BaseModel], error: Mapping[str, Any], largest: Mapping[str, int]) -> tuple[str, str]:
     """Where something is wrong, and what."""
-    names: list[str] = []
-    for name in map(str, error["loc"]):
-        if name not in form.model_fields:
-            return unknown("field", name, form.model_fields, names)
-        names.append(name)
-        field = form.model_fields[name]
+    names, field = list[str](), FieldInfo()
+    for part in error["loc"]:
+        if isinstance(part, int):  # an item of a list
+            field = FieldInfo.from_annotation(get_args(kind_of(field))[0])
+        elif part not in form.model_fields:
+            return unknown("field", str(part), form.model_fields, names)
+        else:
+            field = form.model_fields[part]
+        names.append(str(part))
         if isinstance(kind := kind_of(field), type) and issubclass(kind, BaseModel):
             form = kind
-    return "/".join(names), f"{'.'.join(names)} {says(field, error, largest.get(name))}"
+    return "/".join(names), f"{'.'.join(names)} {says(field, error, largest.get(names[0]))}"

@@ -45,7 +45,7 @@ class JobService:
         self.cards, self.backend, self.metrics, self._settings = cards, backend, metrics, settings
         self.drawing = asyncio.Semaphore(2)  # animations at once: the other threads encode frames
         self.counts = StreamCounts(prefix=settings.path_prefix)
-        self.repository = JobRepository(store, settings, self.counts, backend)
+        self.repository = JobRepository(store, settings, self.counts, cards, backend)
         self.admission = Admission(settings, backend, self.repository, metrics)
         self._deliveries = Deliveries(settings, self.repository)
         self._etas = EtaEstimator(self.repository.live, backend)

@@ -108,6 +108,8 @@ def _find_models(settings: Settings) -> Catalog:
             raise ModelRefused(f"{name}: {reason}")
         logger.error("model refused", extra={"model": name, "reason": reason})
     for card in cards.values():
+        for name, reason in card.process.refused_plans.items():
+            logger.error("plan refused", extra={"model": card.name, "plan": name, "reason": reason})
         if card.left:
             logger.info("weights taken", extra={"model": card.name, "taken": card.taken, "left": list(card.left)})
     if settings.default_model and settings.default_model not in cards:

@@ -14,16 +14,14 @@ from starlette.responses import JSONResponse, PlainTextResponse
 from typing_extensions import TypedDict
 
 from model.checkpoint.card import ModelCard, Source
-from model.sampling.levels import SPACINGS
-from model.sampling.plan import SAMPLERS
-from model.sampling.schedule import Prediction, Spacing, Variance
+from model.sampling.schedule import Prediction, Spacing
 from server.catalog import card_of
 from server.engines.backend import Backend
 from server.jobs.request import default_model
 from server.jobs.service import JobService
 from server.metrics import MEDIA
 from server.settings import Settings
-from server.status import Health, Readiness, RefusedModel, ServerStatus, Shape
+from server.status import Choices, Health, Readiness, RefusedModel, ServerStatus, Shape, choices_of
 from server.web.hosts import frame_policy
 from server.web.http import DocumentResponse, has_current
 from server.web.openapi import refusals, sends
@@ -54,7 +52,7 @@ class StaticFile:
 FILES = {path.name: StaticFile.read(path) for path in STATIC.iterdir()}
 
 
-class ModelDocument(TypedDict):
+class ModelDocument(Choices):
     """A model."""
 
     name: str
@@ -67,9 +65,6 @@ class ModelDocument(TypedDict):
     default_steps: int | None
     clip: bool
     spacing: Spacing
-    samplers: Annotated[list[str], Field(description="allowed values of `sampler`")]
-    variances: list[Variance]
-    spacings: list[Spacing]
     loaded: Annotated[bool, Field(description="whether it is in memory")]
     runs: Annotated[ModelStatus | None, Field(description="how it is run; null while no engine takes work")]
     engines: Annotated[list[ModelStatus | None], Field(description="the same for each engine")]
@@ -93,7 +88,6 @@ class ModelPage(TypedDict):
 def _document(card: ModelCard, backend: Backend) -> ModelDocument:
     status = backend.models.get(card.name)
     process, (channels, height, width) = card.process, card.shape
-    variances: list[Variance] = ["small", "large", "learned"] if process.learned_variance else ["small", "large"]
     return {
         "name": card.name,
         "digest": (status.digest or None) if status is not None else None,
@@ -105,9 +99,7 @@ def _document(card: ModelCard, backend: Backend) -> ModelDocument:
         "default_steps": process.default_steps,
         "clip": process.clip,
         "spacing": process.spacing,
-        "samplers": list(SAMPLERS),
-        "variances": variances,
-        "spacings": list(SPACINGS),
+        **choices_of(card),
         "loaded": status is not None and status.loaded,
         "runs": status,
         "engines": [place.get(card.name) for place in backend.replicas],

@@ -122,8 +122,10 @@ def _requests(jobs: JobService, settings: Settings) -> Json:
     longest = max(card.process.schedule.T for card in jobs.cards.values())
     fields["n"] |= {"maximum": settings.max_n}
     fields["sampler"] |= {"enum": list(SAMPLERS)}
-    for field, bounds in (("steps", {"maximum": longest}), ("model", {"enum": list(jobs.cards)})):
-        fields[field]["anyOf"][0] |= bounds
+    fields["timesteps"]["anyOf"][0]["items"] |= {"maximum": longest}
+    bounds = {"steps": {"maximum": longest}, "timesteps": {"maxItems": longest}, "model": {"enum": list(jobs.cards)}}
+    for field, bound in bounds.items():
+        fields[field]["anyOf"][0] |= bound
     for properties in (fields, schemas["Frames"]["properties"], images["properties"]):
         for name, field in properties.items():
             kinds = field.pop("anyOf", None) or [field, {"type": "null"}]  # null means that it is not set

@@ -59,7 +59,7 @@ class Loader:
     def announce(self, name: str, directory: Path) -> tuple[ModelCard, ModelStatus]:
         """A model's card, and what is known of it before it is loaded. Raises ModelRefused, also if the card is not
         the one that the API process has read."""
-        card = read_card(directory, name)
+        card = read_card(directory, name, self._start.plans.get(name))
         if self._start.configs.get(name, card.configs) != card.configs:
             raise ModelRefused(CHANGED)
         size = footprint(card, self._slots, self.device, self._dtype)
@@ -115,7 +115,7 @@ class Loader:
             torch.cuda.set_device(self.device)
         else:
             torch.set_num_threads(self._start.threads or cores())  # a thread has a number of its own
-        card = read_card(card.directory, card.name)
+        card = read_card(card.directory, card.name, card.process.plans)
         model = load_model(card, self.device, self._dtype, self._start.unusable)
         if model.digest != digest:  # that of the bytes that were loaded
             raise ModelRefused(CHANGED)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from model.engine.events import Event, Stats
 from model.sampling.samplers import Sampling
+from model.sampling.schedule import SavedPlan
 
 CHANGED = "the weights were changed while they were served"  # either process may find it out
 
@@ -63,6 +64,7 @@ class Start:
     memory_bytes: int = 0  # that loaded models may take together; 0: all are loaded
     unusable: str = ""  # why OpenVINO is not tried on a CPU, if it is not: words that follow its name
     configs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # of each card that the API process has read
+    plans: Mapping[str, Mapping[str, SavedPlan]] = field(default_factory=dict)  # of each such card
     default: str = ""  # the model without which no engine starts; each other may be left out, if one is left
     again: bool = False  # it replaces an engine that served: a model refused now is left out, and the others go on
 

@@ -50,7 +50,12 @@ CPU = torch.device("cpu")
 def card(architecture: Architecture = ARCHITECTURE, process: Process = PROCESS) -> ModelCard:
     """A card with no directory behind it."""
     return ModelCard(
-        name="tiny", directory=Path("tiny"), weights=Path("tiny"), architecture=architecture, process=process
+        name="tiny",
+        directory=Path("tiny"),
+        weights=Path("tiny"),
+        architecture=architecture,
+        process=process,
+        presets={},
     )
 
 

@@ -61,7 +61,9 @@ class Description:
             return [each for i, item in enumerate(value) for each in self.wrong(schema["items"], item, f"{place}/{i}")]
         if not isinstance(value, dict):
             return []
-        fields = schema["properties"]
+        fields: Json = (
+            schema["properties"] if "properties" in schema else dict.fromkeys(value, schema["additionalProperties"])
+        )
         missing = [f"{place}/{name} is missing" for name in schema.get("required", []) if name not in value]
         more = [f"{place}/{name} is not described" for name in value if name not in fields]
         known = [name for name in value if name in fields]

@@ -1,0 +1,55 @@
+"""Presets: three choices that a request can name in place of a sampler, its steps and its other fields.
+
+A model names its own under `presets` in `model_index.json`; for those that it does not name there is a rule.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal, TypeAlias, get_args
+
+from model.checkpoint.pipeline import INDEX
+from model.errors import ModelRefused, PlanError
+from model.options import Json, Options
+from model.sampling.plan import resolve
+from model.sampling.schedule import Process
+
+Preset: TypeAlias = Literal["fast", "balanced", "full"]
+PRESETS: tuple[Preset, ...] = get_args(Preset)
+Fields: TypeAlias = Mapping[str, Any]  # of a request, without those that are left to the model
+TYPES: Mapping[str, tuple[str, tuple[type, ...]]] = {
+    **dict.fromkeys(("sampler", "plan", "spacing", "variance"), ("a word", (str,))),
+    **dict.fromkeys(("steps", "order"), ("an integer", (int,))),
+    "eta": ("a number", (int, float)),
+    "clip": ("true or false", (bool,)),
+}
+SOLVER: Fields = {"sampler": "dpmpp_2m", "spacing": "trailing"}  # the best of those that need few steps
+FAST, BALANCED = 10, 25  # steps
+
+
+def read_presets(index: Json, process: Process) -> Mapping[Preset, Fields]:
+    """What each preset of a model stands for. Raises ModelRefused naming a preset for which there is no plan."""
+    T, named = process.schedule.T, index.get("presets", {})
+    if not isinstance(named, dict) or not named.keys() <= {*PRESETS}:
+        raise Options(INDEX, index).refuse("presets", f"an object of {', '.join(PRESETS)}")
+    usual: dict[Preset, Fields] = {
+        "fast": {**SOLVER, "steps": min(FAST, T)},
+        "balanced": {**SOLVER, "steps": min(BALANCED, T)},
+        "full": {"sampler": "ddpm"},
+    }
+    return usual | {
+        name: _read(Options(f"{INDEX}: presets.{name}", {name: named[name]}), name, process) for name in named
+    }
+
+
+def _read(file: Options, name: str, process: Process) -> Fields:
+    fields = file.values[name]
+    if not isinstance(fields, dict) or not fields.keys() <= TYPES.keys():
+        raise file.refuse(name, f"an object of {', '.join(TYPES)}")
+    for field, value in fields.items():
+        words, types = TYPES[field]
+        if type(value) not in types:
+            raise Options(file.name, fields).refuse(field, words)
+    try:
+        resolve(process, **fields)
+    except PlanError as error:
+        raise ModelRefused(f"{file.name}: {error}") from None
+    return fields
