@@ -20,7 +20,7 @@ HEAD = """| sampler | steps | spacing | clip | readable | rarest digit | imbalan
 |---|---|---|---|---|---|---|---|---|---|"""
 TRAILING: Json = {"spacing": "trailing", "clip": True}
 SERIES: dict[str, tuple[Json, str]] = {  # what is drawn: the fields of a choice, and a colour
-    "ddpm": (TRAILING | {"sampler": "ddpm"}, "#555555"),
+    "ddpm": ({"sampler": "ddpm", "spacing": "linspace"}, "#555555"),  # what a request without choices has
     "ddim": (TRAILING | {"sampler": "ddim", "eta": 0.0}, "#b07d00"),
     "dpmpp_sde 2": (TRAILING | {"sampler": "dpmpp_sde", "order": 2}, "#8c564b"),
     "dpmpp 3": (TRAILING | {"sampler": "dpmpp", "order": 3}, "#1769aa"),
