@@ -12,6 +12,8 @@ from typing import Any
 from matplotlib import rcParams
 from matplotlib.figure import Figure
 
+from benchmarks.samplers_report import read, table
+
 HERE = Path(__file__).parent
 HEAD = """# Results
 
@@ -54,6 +56,8 @@ def section(file: Path) -> str:
     first, *lines = [json.loads(line) for line in file.read_text().splitlines()]
     machine = ", ".join(f"{key} {value}" for key, value in first["machine"].items() if value)
     rows = [f"## {file.stem}", "", machine, ""]
+    if "choice" in lines[0]:
+        return "\n".join([*rows, table(read(file))])
     if found := curves(lines):
         draw(found, file.with_suffix(".svg"))
         rows += [f"![image-steps per second by batch](results/{file.stem}.svg)", ""]

@@ -11,7 +11,7 @@ run that was interrupted goes on, and more pictures are made only of the further
 import argparse
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -33,18 +33,19 @@ from model.sampling.samplers import Sampling
 from model.sampling.schedule import FloatArray, Process
 from model.sampling.table import Plan
 from model.train.data import Uint8Array
+from server.worker.cpus import cores
 from server.worker.device import DTYPES, choose_dtype, describe
 
 Json: TypeAlias = dict[str, Any]
 JUDGE = ROOT / "benchmarks" / "judge.safetensors"
 CLIP = {"yes": True, "no": False, "model": None}  # None: as the model says
 STEPS = (10, 100, 5, 8, 12, 20, 50, 4, 6, 15, 30)
-CONVERGED: Json = {"sampler": "dpmpp", "order": 3, "steps": 250, "spacing": "trailing", "clip": False}
+CONVERGED: Json = {"sampler": "dpmpp", "order": 3, "steps": 200, "spacing": "trailing", "clip": False}
 HELD_OUT = "real digits, held out"
 HIDDEN = {"noise", "timesteps", "plan_digest"}
 ALL = [f"{name}:{order}" for name, s in SAMPLERS.items() for order in s.orders or [""]]
-SEEDS = 200  # of the converged solution
-PIECE = 250  # pictures that are made before they are kept
+SEEDS = 100  # of the converged solution
+PIECE = 100  # pictures that are made before they are kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,14 +155,12 @@ class Sweep:
         lines = self.out.read_text().splitlines()[1:] if self.out.is_file() else []
         return [json.loads(line)["key"] for line in lines]
 
-    def lines(self, wanted: Iterator[Sampling], count: int) -> Iterator[Json]:
-        """A line for each choice that has none yet, which is then in the file."""
-        done = self.done()
+    def lines(self, wanted: Iterable[Sampling], count: int) -> Iterator[Json]:
+        """A line for each choice that has none in the file yet, where it then is. Several runs may share the work."""
         for choice in wanted:
             table = plan(self.process, choice)
             key = self.maker.key(table) | {"judge": self.judge, "pictures": count}
-            if key not in done:
-                done.append(key)
+            if key not in self.done():
                 line = {"choice": shown(choice), **self.measured(table, count), "key": key, "commit": commit()}
                 with self.out.open("a") as file:
                     print(json.dumps(line), file=file)
@@ -204,19 +203,20 @@ def main() -> None:
         wanted = [*choices(card.process, args)]
     except PlanError as error:
         raise SystemExit(f"{error.field}: {error}") from error
+    torch.set_num_threads(cores())  # as the engine's net
     train, test = load_digits(args.digits)
     net = load_or_train(JUDGE, train)
     real = Real.of(net, train)
     engine = engine_of(card, choose_dtype(args.dtype, torch.device("cpu")), args.slots)
     model = engine.runner.model
     args.keep.mkdir(parents=True, exist_ok=True)
-    if not args.out.is_file():
+    if not args.out.is_file():  # its first lines are the machine and real pictures
         held_out = {"choice": {"sampler": HELD_OUT}, **quality(net, test.pictures.numpy(), real)}
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(f"{machine()}\n{json.dumps(held_out | {'key': {'pictures': len(test.labels)}})}\n")
     maker = Maker(engine, args.keep, model.digest, describe(engine.runner, model, 0.0, 0).numerics)
     sweep = Sweep(card.process, maker, net, real, file_digest(JUDGE), args.out)
-    for line in sweep.lines(iter(wanted), args.pictures):
+    for line in sweep.lines(wanted, args.pictures):
         print(json.dumps({name: value for name, value in line.items() if name not in ("key", "commit")}), flush=True)
 
 
