@@ -14,18 +14,30 @@ import httpx
 import pytest
 from starlette.testclient import TestClient
 
+from model.sampling.plan import plan, resolve
+from model.sampling.table import E, M
 from server.settings import Settings
 from server.web.app import create_app
-from tests.model.convert.directories import write_model
+from tests.model.convert.directories import LEVELS, PLAN, write_model, write_plan
+from tests.model.tiny import PROCESS
 from tests.server.fakes import FakeBackend
 from tests.waiting import until
+
+_TABLE = plan(PROCESS, resolve(PROCESS, "ddim", timesteps=LEVELS)).rows
+DDIM = PLAN | {  # whose rows are those of ddim, though it names another solver
+    "sampler": "greedy",
+    "columns": "men",
+    "rows": [[*row[[M, E]], 0] for row in _TABLE],
+    "source": "those of ddim",
+    "measured": {"pictures": 1},
+}
 
 
 @pytest.fixture(scope="session")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with one model directory, `tiny`: 8 x 8, T = 30."""
+    """A folder with one model directory, `tiny`: 8 x 8, T = 30; it has a plan, `fast`, of three steps."""
     folder = tmp_path_factory.mktemp("weights")
-    write_model(folder / "tiny")
+    write_plan(write_model(folder / "tiny"), DDIM)
     return folder
 
 

@@ -14,7 +14,7 @@ from model.checkpoint.card import INDEX, WEIGHTS, Source
 from model.checkpoint.load import load_model
 from model.errors import ModelRefused
 from server.catalog import find_models
-from tests.model.convert.directories import write_model
+from tests.model.convert.directories import write_model, write_plan
 from tests.model.tiny import CPU
 from tests.server.conftest import Server
 from tests.server.hub import Hub, commit, running
@@ -82,6 +82,30 @@ def test_only_the_files_of_a_model_directory_are_fetched(hub: Hub, tmp_path: Pat
     find_models(ID)
 
     assert sorted(hub.fetched) == sorted(["config.json", "scheduler_config.json", "README.md", WEIGHTS])
+
+
+def test_plans_are_fetched_before_the_weights_and_read_from_the_cache(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cache with weights and without the plans would be served by its commit."""
+    model = tmp_path / "model"
+    write_plan(model)
+    write_plan(model, b"{}", "wrong")
+    (model / "plans" / "notes.txt").write_text("no plan")
+    hub.add(ID, model)
+    card = find_models(ID)["tiny"]
+    unplug(hub, monkeypatch)
+
+    assert [*card.process.plans] == ["fast"] and [*card.process.refused_plans] == ["wrong"]
+    assert (hub.fetched[-1], sorted(hub.fetched[1:3])) == (WEIGHTS, ["fast.json", "wrong.json"])
+    assert find_models(ID)["tiny"].process.plans == card.process.plans
+
+
+def test_a_plan_that_is_too_large_is_not_fetched(hub: Hub, tmp_path: Path) -> None:
+    write_plan(tmp_path / "model", b" " * (1 << 20) + b"{}")
+    hub.add(ID, tmp_path / "model")
+
+    assert refusal(ID) == f"{ID}: plans/fast.json has 1048578 bytes, at most 1048576 are fetched"
 
 
 def test_folders_and_shards_are_fetched(hub: Hub, tmp_path: Path) -> None:

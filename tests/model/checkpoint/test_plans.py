@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import re
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -20,28 +21,17 @@ from model.options import MAX_CONFIG_BYTES
 from model.sampling.plan import plan, resolve
 from model.sampling.schedule import Process, cosine
 from model.sampling.table import COLUMNS, E, M, N, S, U
-from tests.model.convert.directories import write_model
+from tests.model.convert.directories import AMPLITUDES, LEVELS, PLAN, write_model, write_plan
 from tests.model.tiny import PROCESS, T
 
-LEVELS = [30, 17, 4]
-AMPLITUDES = PROCESS.schedule.alpha_bar[LEVELS].tolist()
-FOR_US = {"T": T, "prediction": "epsilon", "alpha_bar": AMPLITUDES}
-SOUND: dict[str, Any] = {"sampler": "ddim", "timesteps": LEVELS, "process": FOR_US}
-ROWS: dict[str, Any] = SOUND | {"columns": "ms", "rows": [[1, 0.5], [2.5, 0.25], [-3, 0]]}
+ROOT = Path(__file__).parents[3]
+ROWS: dict[str, Any] = PLAN | {"columns": "ms", "rows": [[1, 0.5], [2.5, 0.25], [-3, 0]]}
 LEARNED = replace(PROCESS, learned_variance=True)
-
-
-def put(directory: Path, content: Any, name: str = "fast") -> Path:
-    """A model directory's plan of this content: bytes, or what JSON writes of it."""
-    (directory / FOLDER).mkdir(exist_ok=True)
-    path = directory / FOLDER / f"{name}.json"
-    path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
-    return path
 
 
 def planning(directory: Path, content: Any, process: Process = PROCESS) -> Process:
     """The process with the plan `fast` of this content, which is sound."""
-    put(directory, content)
+    write_plan(directory, content)
     plans, refused = read_plans(directory, process)
     assert refused == {}
     return replace(process, plans=plans)
@@ -59,7 +49,7 @@ def why(directory: Path, process: Process = PROCESS) -> str:
 
 
 def test_a_plan_makes_every_choice_but_the_noise(tmp_path: Path) -> None:
-    process = planning(tmp_path, {**SOUND, "eta": 0.5, "clip": False, "source": "by hand", "measured": {"fid": 3.7}})
+    process = planning(tmp_path, {**PLAN, "eta": 0.5, "clip": False, "source": "by hand", "measured": {"fid": 3.7}})
     path = tmp_path / FOLDER / "fast.json"
     choice = resolve(process, plan="fast", noise="torch")
 
@@ -83,7 +73,7 @@ def test_a_file_that_repeats_a_solvers_rows_gives_its_table(tmp_path: Path, fiel
     expected = plan(PROCESS, resolve(PROCESS, timesteps=LEVELS, noise=noise, **fields))
 
     for solver in (fields, {"sampler": "greedy"}):
-        process = planning(tmp_path, SOUND | solver | rows)
+        process = planning(tmp_path, PLAN | solver | rows)
         made = plan(process, resolve(process, plan="fast", noise=noise))
         assert np.array_equal(made.rows, expected.rows)
         assert (made.t.tolist(), made.noise) == ([*LEVELS, 0], noise)
@@ -101,7 +91,7 @@ def test_the_columns_of_a_file_take_the_place_of_the_solvers(tmp_path: Path) -> 
 
 
 def test_levels_alone_need_not_say_which_amplitudes_they_were_chosen_for(tmp_path: Path) -> None:
-    process = planning(tmp_path, SOUND | {"process": {"T": T, "prediction": "epsilon"}})
+    process = planning(tmp_path, PLAN | {"process": {"T": T, "prediction": "epsilon"}})
 
     assert resolve(process, plan="fast").timesteps == tuple(LEVELS)
 
@@ -109,14 +99,14 @@ def test_levels_alone_need_not_say_which_amplitudes_they_were_chosen_for(tmp_pat
 def test_amplitudes_may_be_rounded(tmp_path: Path) -> None:
     rounded = [round(amplitude, 4) for amplitude in AMPLITUDES]
 
-    assert planning(tmp_path, ROWS | {"process": FOR_US | {"alpha_bar": rounded}}).plans.keys() == {"fast"}
+    assert planning(tmp_path, ROWS | {"process": PLAN["process"] | {"alpha_bar": rounded}}).plans.keys() == {"fast"}
 
 
 def test_a_card_has_the_plans_of_its_directory_whose_digest_is_the_same(tmp_path: Path) -> None:
     before = read_card(write_model(tmp_path))
-    put(tmp_path, SOUND, "a")
-    put(tmp_path, SOUND | {"timesteps": [31]}, "b")
-    put(tmp_path, ROWS, "config")  # no configuration of a net
+    write_plan(tmp_path, PLAN, "a")
+    write_plan(tmp_path, PLAN | {"timesteps": [31]}, "b")
+    write_plan(tmp_path, ROWS, "config")  # no configuration of a net
     for name in (".half.json", "README.md", "c.json.part"):
         (tmp_path / FOLDER / name).write_text("no plan")
     card = read_card(tmp_path)
@@ -130,7 +120,7 @@ def test_a_card_has_the_plans_of_its_directory_whose_digest_is_the_same(tmp_path
 
 # Bad files
 
-WITHOUT_LEVELS = {key: value for key, value in SOUND.items() if key != "timesteps"}
+WITHOUT_LEVELS = {key: value for key, value in PLAN.items() if key != "timesteps"}
 BAD: list[tuple[str, Any]] = [
     ("fast.json is not valid JSON: JSONDecodeError", json.dumps(ROWS).encode()[:-40]),
     ("fast.json is not valid JSON: JSONDecodeError", b""),
@@ -138,34 +128,34 @@ BAD: list[tuple[str, Any]] = [
     ("fast.json is not valid JSON: RecursionError", b'{"measured": ' + b"[" * 200_000),
     ("fast.json is not valid JSON: ValueError", b'{"sampler": "ddim", "sampler": "ddpm"}'),
     (f"fast.json is larger than {MAX_CONFIG_BYTES} bytes", b" " * MAX_CONFIG_BYTES + b"{}"),
-    ("fast.json must be a JSON object", [SOUND]),
-    ("fast.json: steps must be absent, got 3: a plan has clip, columns, ", SOUND | {"steps": 3}),
+    ("fast.json must be a JSON object", [PLAN]),
+    ("fast.json: steps must be absent, got 3: a plan has clip, columns, ", PLAN | {"steps": 3}),
     ("fast.json: _use_default_values must be absent", ROWS | {"_use_default_values": ["rows", "columns"]}),
-    ("fast.json: sampler must be one of ", SOUND | {"sampler": "euler"}),
-    ("fast.json: sampler must be one of ", SOUND | {"sampler": ["ddim"]}),
+    ("fast.json: sampler must be one of ", PLAN | {"sampler": "euler"}),
+    ("fast.json: sampler must be one of ", PLAN | {"sampler": ["ddim"]}),
     ("fast.json: timesteps must be a list of 1..30 items, got null", WITHOUT_LEVELS),
-    ("fast.json: timesteps must be a list of 1..30 items, got []", SOUND | {"timesteps": []}),
-    ("fast.json: timesteps must be a list of 1..30 items, got [30, ", SOUND | {"timesteps": [*range(30, 0, -1), 1]}),
-    ("fast.json: timesteps must be integers in 1..30, got [31, 2]", SOUND | {"timesteps": [31, 2]}),
-    ("fast.json: timesteps must be integers in 1..30, got [2, 0]", SOUND | {"timesteps": [2, 0]}),
-    ("fast.json: timesteps must be integers in 1..30, got [2.5]", SOUND | {"timesteps": [2.5]}),
-    ("fast.json: timesteps must be integers in 1..30, got [NaN]", SOUND | {"timesteps": [math.nan]}),
-    ("fast.json: timesteps must descend without repeats, got 5 behind 5", SOUND | {"timesteps": [5, 5]}),
-    ("fast.json: timesteps must descend without repeats, got 6 behind 5", SOUND | {"timesteps": [5, 6]}),
-    ("fast.json: order applies to", SOUND | {"order": 2}),
-    ("fast.json: order must be an integer in 1..", SOUND | {"order": "2"}),
-    ("fast.json: eta must be a number in 0..1, got 1.5", SOUND | {"eta": 1.5}),
-    ("fast.json: eta must be a number in 0..1, got NaN", SOUND | {"eta": math.nan}),
-    ("fast.json: eta applies to ddim only, not to ddpm", SOUND | {"sampler": "ddpm", "eta": 0.5}),
-    ("fast.json: variance must be small or large: this net", SOUND | {"sampler": "ddpm", "variance": "learned"}),
-    ('fast.json: variance must be one of null, "small"', SOUND | {"sampler": "ddpm", "variance": "huge"}),
-    ("fast.json: clip must be one of null, true, false, got 1", SOUND | {"clip": 1}),
+    ("fast.json: timesteps must be a list of 1..30 items, got []", PLAN | {"timesteps": []}),
+    ("fast.json: timesteps must be a list of 1..30 items, got [30, ", PLAN | {"timesteps": [*range(30, 0, -1), 1]}),
+    ("fast.json: timesteps must be integers in 1..30, got [31, 2]", PLAN | {"timesteps": [31, 2]}),
+    ("fast.json: timesteps must be integers in 1..30, got [2, 0]", PLAN | {"timesteps": [2, 0]}),
+    ("fast.json: timesteps must be integers in 1..30, got [2.5]", PLAN | {"timesteps": [2.5]}),
+    ("fast.json: timesteps must be integers in 1..30, got [NaN]", PLAN | {"timesteps": [math.nan]}),
+    ("fast.json: timesteps must descend without repeats, got 5 behind 5", PLAN | {"timesteps": [5, 5]}),
+    ("fast.json: timesteps must descend without repeats, got 6 behind 5", PLAN | {"timesteps": [5, 6]}),
+    ("fast.json: order applies to", PLAN | {"order": 2}),
+    ("fast.json: order must be an integer in 1..", PLAN | {"order": "2"}),
+    ("fast.json: eta must be a number in 0..1, got 1.5", PLAN | {"eta": 1.5}),
+    ("fast.json: eta must be a number in 0..1, got NaN", PLAN | {"eta": math.nan}),
+    ("fast.json: eta applies to ddim only, not to ddpm", PLAN | {"sampler": "ddpm", "eta": 0.5}),
+    ("fast.json: variance must be small or large: this net", PLAN | {"sampler": "ddpm", "variance": "learned"}),
+    ('fast.json: variance must be one of null, "small"', PLAN | {"sampler": "ddpm", "variance": "huge"}),
+    ("fast.json: clip must be one of null, true, false, got 1", PLAN | {"clip": 1}),
     ('fast.json: columns must be different letters of mhneswgdab, got "mk"', ROWS | {"columns": "mk"}),
     ('fast.json: columns must be different letters of mhneswgdab, got "mm"', ROWS | {"columns": "mm"}),
     ('fast.json: columns must be different letters of mhneswgdab, got ["m"]', ROWS | {"columns": ["m"]}),
     ('fast.json: columns must be without w, got "mw": this net', ROWS | {"columns": "mw"}),
-    ("fast.json: rows must be a list of 1..200 items, got null", SOUND | {"columns": "ms"}),
-    ("fast.json: rows must be one of null, got [[", SOUND | {"rows": ROWS["rows"]}),
+    ("fast.json: rows must be a list of 1..200 items, got null", PLAN | {"columns": "ms"}),
+    ("fast.json: rows must be one of null, got [[", PLAN | {"rows": ROWS["rows"]}),
     ("fast.json: rows must be 3 lists, a row for each level, of 2 numbers", ROWS | {"rows": ROWS["rows"][:2]}),
     ("fast.json: rows must be 3 lists, a row for each level, of 1 numbers", ROWS | {"columns": "m"}),
     ("fast.json: rows must be 3 lists, a row for each level, of 2 numbers", ROWS | {"rows": [1, 2, 3]}),
@@ -177,18 +167,18 @@ BAD: list[tuple[str, Any]] = [
     ("fast.json: rows[0]: m must be a number in -1000000.0..1000000.0, got null", (0, "m", None)),
     ("fast.json: rows[0]: s must be a number in 0..1000000.0, got -0.5", (0, "s", -0.5)),
     ("fast.json: rows[2]: s must be a number in 0..0, got 0.5", (2, "s", 0.5)),
-    ("fast.json: process must be an object of T, prediction and alpha_bar, got null", SOUND | {"process": None}),
-    ("fast.json: process: T must be one of 30, got 1000", SOUND | {"process": FOR_US | {"T": 1000}}),
+    ("fast.json: process must be an object of T, prediction and alpha_bar, got null", PLAN | {"process": None}),
+    ("fast.json: process: T must be one of 30, got 1000", PLAN | {"process": PLAN["process"] | {"T": 1000}}),
     ('fast.json: process: prediction must be one of "epsilon", got "sample"', {"prediction": "sample"}),
     ("fast.json: process: beta must be absent, got 1", {"beta": 1}),
     ("fast.json: process: alpha_bar must be a list of 1..200 items, got null", {"alpha_bar": None}),
     ("fast.json: process: alpha_bar must be 3 numbers, one of each level", {"alpha_bar": AMPLITUDES[:2]}),
     ("fast.json: process: alpha_bar_17 must be a number in 0.", {"alpha_bar": [AMPLITUDES[0], 0.9, AMPLITUDES[2]]}),
     ("fast.json: process: alpha_bar_17 must be a number in 0.", {"alpha_bar": [AMPLITUDES[0], math.nan, 0.5]}),
-    ("fast.json: source must be a text that JSON can hold in 4096 bytes", SOUND | {"source": "s" * 4096}),
-    ("fast.json: source must be a text that JSON can hold in 4096 bytes", SOUND | {"source": "\ud800"}),
-    ("fast.json: measured must be an object that JSON can hold in 4096 bytes", SOUND | {"measured": [1]}),
-    ("fast.json: measured must be an object that JSON can hold in 4096 bytes", SOUND | {"measured": {"fid": math.inf}}),
+    ("fast.json: source must be a text that JSON can hold in 4096 bytes", PLAN | {"source": "s" * 4096}),
+    ("fast.json: source must be a text that JSON can hold in 4096 bytes", PLAN | {"source": "\ud800"}),
+    ("fast.json: measured must be an object that JSON can hold in 4096 bytes", PLAN | {"measured": [1]}),
+    ("fast.json: measured must be an object that JSON can hold in 4096 bytes", PLAN | {"measured": {"fid": math.inf}}),
 ]
 
 
@@ -201,12 +191,12 @@ def content(bad: Any) -> Any:
             for j, row in enumerate(ROWS["rows"])
         ]
         return ROWS | {"rows": rows}
-    return ROWS | {"process": FOR_US | bad} if isinstance(bad, dict) and "sampler" not in bad else bad
+    return ROWS | {"process": PLAN["process"] | bad} if isinstance(bad, dict) and "sampler" not in bad else bad
 
 
 @pytest.mark.parametrize(("reason", "bad"), BAD)
 def test_a_bad_file_is_refused_with_the_field_and_its_bounds(tmp_path: Path, reason: str, bad: Any) -> None:
-    put(tmp_path, content(bad))
+    write_plan(tmp_path, content(bad))
     began = time.process_time()
 
     assert why(tmp_path).startswith(reason)
@@ -214,7 +204,7 @@ def test_a_bad_file_is_refused_with_the_field_and_its_bounds(tmp_path: Path, rea
 
 
 def test_a_plan_for_another_noise_schedule_is_refused(tmp_path: Path) -> None:
-    put(tmp_path, SOUND)
+    write_plan(tmp_path, PLAN)
 
     told = why(tmp_path, replace(PROCESS, schedule=cosine(T)))
     assert told == f"fast.json: process: alpha_bar_30 must be a number in 0.00154..0.001744, got {AMPLITUDES[0]}"
@@ -222,7 +212,7 @@ def test_a_plan_for_another_noise_schedule_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["pipe", "device", "folder", "link to nothing", "link out"])
 def test_only_a_regular_file_of_the_directory_is_read(tmp_path: Path, kind: str) -> None:
-    outside = put(tmp_path, SOUND).rename(tmp_path / "outside.json")
+    outside = write_plan(tmp_path, PLAN).rename(tmp_path / "outside.json")
     (tmp_path / "model" / FOLDER).mkdir(parents=True)
     path = tmp_path / "model" / FOLDER / "fast.json"
     match kind:
@@ -245,7 +235,7 @@ def test_a_file_that_must_not_be_read_is_refused_and_a_disk_that_fails_is_the_mo
     def fails(path: Path, *given: Any) -> None:
         raise error
 
-    put(tmp_path, SOUND)
+    write_plan(tmp_path, PLAN)
     monkeypatch.setattr(Path, "open", fails)
     error: OSError = PermissionError(errno.EACCES, "no")
     assert why(tmp_path) == "fast.json could not be read: PermissionError"
@@ -256,19 +246,19 @@ def test_a_file_that_must_not_be_read_is_refused_and_a_disk_that_fails_is_the_mo
 
 
 def test_a_link_within_the_directory_is_followed(tmp_path: Path) -> None:
-    put(tmp_path, SOUND, "fast").rename(tmp_path / "shared.json")
+    write_plan(tmp_path, PLAN, "fast").rename(tmp_path / "shared.json")
     (tmp_path / FOLDER / "fast.json").symlink_to("../shared.json")
 
     assert read_plans(tmp_path, PROCESS)[0].keys() == {"fast"}
 
 
 def test_names_that_no_request_could_have_and_too_many_plans_are_refused(tmp_path: Path) -> None:
-    put(tmp_path, SOUND, "a plan")
+    write_plan(tmp_path, PLAN, "a plan")
     (tmp_path / FOLDER / "\udcff.json").write_text("{}")
     assert read_plans(tmp_path, PROCESS)[1].keys() == {"a plan", r"\udcff"}
 
     for i in range(MAX_PLANS):
-        put(tmp_path, SOUND, f"b{i:02}")
+        write_plan(tmp_path, PLAN, f"b{i:02}")
     plans, refused = read_plans(tmp_path, PROCESS)
     assert (len(plans), plans.keys() & {"b62", "b63"}) == (MAX_PLANS - 1, {"b62"})
     assert refused["b63"] == f"the first {MAX_PLANS} plans are read, and there are {MAX_PLANS + 2}"
@@ -298,13 +288,13 @@ def test_what_stands_in_the_place_of_the_folder_is_told_of(tmp_path: Path) -> No
 )
 def test_whatever_a_plan_chooses_is_refused_beside_it(tmp_path: Path, field: str, beside: Any) -> None:
     with pytest.raises(PlanError, match=f"^{field} must be left out beside plan, which chooses it$") as refused:
-        resolve(planning(tmp_path, SOUND), plan="fast", **{field: beside})
+        resolve(planning(tmp_path, PLAN), plan="fast", **{field: beside})
     assert refused.value.field == field
 
 
 def test_a_plan_that_there_is_not_is_refused_with_those_that_there_are(tmp_path: Path) -> None:
-    put(tmp_path, SOUND, "slow")
-    process = replace(planning(tmp_path, SOUND), refused_plans={"bad": "bad.json must be a JSON object"})
+    write_plan(tmp_path, PLAN, "slow")
+    process = replace(planning(tmp_path, PLAN), refused_plans={"bad": "bad.json must be a JSON object"})
     wrong = [("none", process), ("bad", process), ("none", PROCESS)]
     reasons = ["plan must be one of fast, slow", "plan bad is refused: bad.json must be a JSON object"]
     reasons += ["plan must be left out, for this model has none"]
@@ -316,7 +306,7 @@ def test_a_plan_that_there_is_not_is_refused_with_those_that_there_are(tmp_path:
 
 @pytest.mark.parametrize("fields", [{"sampler": "ddpm"}, {"columns": "w", "rows": [[0.5], [0.5], [0]]}])
 def test_a_learned_variance_leaves_no_room_for_noise_from_outside(tmp_path: Path, fields: dict[str, Any]) -> None:
-    process = planning(tmp_path, SOUND | fields, LEARNED)
+    process = planning(tmp_path, PLAN | fields, LEARNED)
     plan(process, resolve(process, plan="fast"))
 
     with pytest.raises(PlanError, match="^noise must be philox with plan fast, which adds") as refused:
@@ -331,3 +321,11 @@ def test_a_table_is_never_made_of_another_file_than_was_chosen(tmp_path: Path) -
     for process in (changed, PROCESS):
         with pytest.raises(PlanError, match="^plan fast is not what it was when it was chosen$"):
             plan(process, choice)
+
+
+def test_the_example_of_the_documentation_is_a_plan_for_the_digits(tmp_path: Path) -> None:
+    (example,) = re.findall("```json\n(.*?)```", (ROOT / "docs" / "models.md").read_text(), re.DOTALL)
+    write_plan(tmp_path, example.encode())
+    plans, refused = read_plans(tmp_path, read_card(ROOT / "weights" / "digits").process)
+
+    assert ([*plans], refused) == (["fast"], {})

@@ -12,8 +12,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from model.checkpoint.card import WEIGHTS
+from model.checkpoint.plans import FOLDER
 from model.nets.unet import UNet
-from tests.model.tiny import ARCHITECTURE, T
+from tests.model.tiny import ARCHITECTURE, PROCESS, T
 
 CONFIG: dict[str, Any] = {
     "_class_name": "UNet2DModel",
@@ -37,6 +38,13 @@ SCHEDULER: dict[str, Any] = {
     "variance_type": "fixed_small",
     "clip_sample": True,
     "prediction_type": "epsilon",
+}
+LEVELS = [30, 17, 4]
+AMPLITUDES: list[float] = PROCESS.schedule.alpha_bar[LEVELS].tolist()
+PLAN: dict[str, Any] = {
+    "sampler": "ddim",
+    "timesteps": LEVELS,
+    "process": {"T": T, "prediction": "epsilon", "alpha_bar": AMPLITUDES},
 }
 
 
@@ -67,6 +75,14 @@ def write_model(
     (schedule / "scheduler_config.json").write_text(json.dumps(SCHEDULER | (scheduler or {})))
     save_file(weights() if tensors is None else tensors, net / WEIGHTS)
     return directory
+
+
+def write_plan(directory: Path, plan: object = PLAN, name: str = "fast") -> Path:
+    """A plan of a model directory: bytes, or what JSON writes of it."""
+    (directory / FOLDER).mkdir(parents=True, exist_ok=True)
+    path = directory / FOLDER / f"{name}.json"
+    path.write_bytes(plan if isinstance(plan, bytes) else json.dumps(plan).encode())
+    return path
 
 
 def entry(shape: list[Any], start: Any, stop: Any, dtype: Any = "F32") -> dict[str, Any]:

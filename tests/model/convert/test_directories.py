@@ -13,6 +13,7 @@ from diffusers.training_utils import EMAModel
 from model.checkpoint.card import read_card
 from model.convert.directories import _named
 from model.errors import ModelRefused
+from tests.model.convert.directories import write_plan
 from tests.model.convert.test_convert import apart, converted, noise, refused, written
 from tests.model.convert.test_layouts import output
 from tests.model.worlds import generator, pipeline, shaken, small
@@ -202,6 +203,20 @@ def test_a_net_without_a_configuration_nearby_asks_for_it(tmp_path: Path, capsys
         "model.safetensors has no config.json beside it: give --config"
     )
     assert is_of(converted(tmp_path / "some", "--config", str(tmp_path / "config" / "config.json")), net)
+
+
+def test_plans_come_along_unless_they_are_for_another_process(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipeline(shaken(small()), DDPMScheduler()).save_pretrained(tmp_path / "src")
+    levels = {"sampler": "ddim", "timesteps": [900, 100]}
+    plan = write_plan(tmp_path / "src", levels | {"process": {"T": 1000, "prediction": "epsilon"}})
+    write_plan(tmp_path / "src", levels | {"process": {"T": 500, "prediction": "epsilon"}}, "other")
+    directory = converted(tmp_path / "src")
+
+    assert [path.name for path in (directory / "plans").iterdir()] == ["fast.json"]
+    assert (directory / "plans" / "fast.json").read_bytes() == plan.read_bytes()
+    assert "plan other was left: other.json: process: T must be one of 1000, got 500\n" in capsys.readouterr().out
 
 
 def test_the_default_steps_of_a_pipeline_are_kept(training: tuple[Path, UNet2DModel, UNet2DModel]) -> None:

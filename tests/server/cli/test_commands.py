@@ -14,7 +14,7 @@ from model.train import trainer
 from server.cli import main
 from server.settings import Settings
 from server.web.app import create_app
-from tests.model.convert.directories import write_model
+from tests.model.convert.directories import write_model, write_plan
 from tests.server.fakes import FakeBackend
 from tests.server.web.lines import threaded
 
@@ -36,6 +36,7 @@ def test_models_that_would_be_refused_are_named_beside_the_table(
 ) -> None:
     folder = write_model(tmp_path / "weights" / "good").parent
     write_model(folder / "labels", {"num_class_embeds": 10})
+    write_plan(folder / "good", b"[]")
     monkeypatch.setenv("DDPM_WEIGHTS", str(folder))
     app = create_app(Settings(weights=str(folder), data_dir=tmp_path / "data"), FakeBackend())
     with threaded(app) as made:
@@ -44,7 +45,9 @@ def test_models_that_would_be_refused_are_named_beside_the_table(
 
             said = capsys.readouterr()
             assert [line.split()[0] for line in said.out.splitlines()] == ["name", "good"]
-            assert said.err.startswith("labels is refused: config.json: num_class_embeds must be null, got 10: ")
+            plan, model = said.err.splitlines()
+            assert plan == "good: plan fast is refused: fast.json must be a JSON object"
+            assert model.startswith("labels is refused: config.json: num_class_embeds must be null, got 10: ")
 
 
 def test_the_weights_that_were_taken_are_named_where_there_are_others(

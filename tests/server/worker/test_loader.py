@@ -20,10 +20,12 @@ from model.nets.build import Net
 from model.nets.cpu import CpuNet
 from model.nets.openvino_graph import Run
 from model.nets.unet import UNet
+from server.engines.build import _starts
+from server.settings import Settings
 from server.worker import device, loader
 from server.worker.loader import Loaded, Loader
 from server.worker.messages import Start
-from tests.model.convert.directories import weights, write_model
+from tests.model.convert.directories import weights, write_model, write_plan
 from tests.model.tiny import a_request as request
 from tests.model.tiny import pictures, run
 from tests.server.conftest import Server
@@ -196,6 +198,20 @@ def test_an_engine_serves_no_other_configuration_than_the_api_process_has_read(t
     write_model(tmp_path / "tiny", scheduler={"beta_end": 0.2})
     with pytest.raises(ModelRefused, match="changed while they were served"):
         made.announce("tiny", card.directory)
+    torch.set_num_threads(before)
+
+
+def test_an_engine_has_the_plans_that_the_api_process_has_read_whatever_is_there_now(tmp_path: Path) -> None:
+    write_plan(write_model(tmp_path / "tiny"))
+    card, before = read_card(tmp_path / "tiny"), torch.get_num_threads()
+    (start,) = _starts(Settings(weights=tmp_path, device="cpu", dtype="float32", slots=1), {"tiny": card})
+    write_plan(tmp_path / "tiny", b"")
+    made = Loader(start)
+    announced, status = made.announce("tiny", card.directory)
+    loaded = driven(made.load(announced, status.digest)).engine.runner.model.card
+
+    assert [*card.process.plans] == ["fast"]
+    assert [each.process.plans for each in (announced, loaded)] == [card.process.plans] * 2
     torch.set_num_threads(before)
 
 
