@@ -120,7 +120,7 @@ class Tuner:
     def _fit(self) -> Iterator[Progress]:
         """Chooses levels and a solver, then fits the numbers of its rows."""
         count, recipe = self.recipe.seeds, self.recipe
-        task = f"{self.task} {recipe.steps} {recipe.updates}"
+        task = f"{self.task} {recipe.steps}"
         known, choices = state.load(self.fit_file, task), self._choices()
         x, ends = self.x[:count], self.teacher.ends[:count].to(self.device)
         errors: list[float] = list(known.get("errors", ()))
@@ -137,15 +137,15 @@ class Tuner:
         else:
             rows = self._rows(self.start)
             self.fit = Fit(rows, mean_square(self.predict, rows, x, ends, recipe.batch))
-        for number in range(int(known.get("updates", 0)), recipe.updates):
-            before, walks = self.fit.error, -(-count // recipe.batch) * len(free(recipe.steps))
+        made, ended = int(known.get("updates", 0)), bool(known.get("ended", False))
+        walks = -(-count // recipe.batch) * len(free(recipe.steps))
+        while made < recipe.updates and not ended:
+            before = self.fit.error
             for done, _ in enumerate(update(self.predict, self.fit, x, ends, recipe.batch)):
-                yield Progress("numbers", number * walks + min(done + 1, walks), recipe.updates * walks)
-            ended = before - self.fit.error < recipe.least_gain * before
+                yield Progress("numbers", made * walks + min(done + 1, walks), recipe.updates * walks)
+            made, ended = made + 1, before - self.fit.error < recipe.least_gain * before
             held = {"rows": self.fit.rows, "error": self.fit.error, "damping": self.fit.damping}
-            state.save(self.fit_file, task, errors=errors, updates=recipe.updates if ended else number + 1, **held)
-            if ended:
-                return
+            state.save(self.fit_file, task, errors=errors, updates=made, ended=ended, **held)
 
     def _choices(self) -> list[Sampling]:
         """Solvers at levels to begin from, those at the usual levels first."""
