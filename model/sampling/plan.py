@@ -20,9 +20,9 @@ class Sampler:
 
     fill: Callable[[Walk, FloatArray, Sampling], None]
     fields: frozenset[str] = frozenset()
-    orders: range = range(0)  # that may be asked for; empty if it has none
+    orders: range = range(0)  # that may be asked for; if there are any, it does not clamp unless it is told to
     order: int | None = None  # unless asked for
-    solver: bool = False  # whether that scheduler has levels of its own and does not clamp unless it is told to
+    solver: bool = False  # whether that scheduler has levels of its own
     end: int = 0  # the level at which that scheduler ends
 
 
@@ -33,7 +33,7 @@ SAMPLERS: dict[str, Sampler] = {
     "dpmpp": Sampler(dpmpp, orders=range(1, 4), order=2, solver=True),
     "unipc": Sampler(unipc, orders=range(1, 4), order=2, solver=True),
     "deis": Sampler(deis, orders=range(1, 4), order=2, solver=True, end=1),
-    "ipndm": Sampler(ipndm, orders=range(1, 5), order=4),
+    "ipndm": Sampler(ipndm, orders=range(1, 5), order=3),
     "dpmpp_sde": Sampler(dpmpp_sde, orders=range(1, 4), order=2, solver=True),
     "dpmpp_2m": Sampler(dpmpp, orders=range(2, 3), order=2, solver=True),  # dpmpp of order 2 in earlier versions
 }
@@ -70,18 +70,17 @@ def resolve(
         raise PlanError("eta", f"eta must lie in 0..1, got {eta}")
     if spacing is not None and spacing not in SPACINGS:
         raise PlanError("spacing", f"spacing must be one of {', '.join(SPACINGS)}")
-    order = _resolve_order(sampler, order)
     if noise not in NOISES:
         raise PlanError("noise", f"noise must be one of {', '.join(NOISES)}")
     return Sampling(
         sampler=sampler,
         steps=steps,
         spacing=None if chosen else spacing or process.spacing,
-        clip=process.clip and not SAMPLERS[sampler].solver if clip is None else clip,
+        clip=process.clip and not SAMPLERS[sampler].orders if clip is None else clip,
         noise=noise,
         variance=variance,
         eta=eta,
-        order=order,
+        order=_resolve_order(sampler, order),
         timesteps=chosen,
     )
 

@@ -215,7 +215,7 @@ def test_a_step_of_deis_is_that_of_the_paper_and_with_their_noise_that_of_diffus
 @pytest.mark.parametrize("order", [1, 2, 3, 4])
 def test_a_step_of_ipndm_is_that_of_the_paper(world: World, order: int) -> None:
     for steps in STEP_COUNTS:
-        plan = planned(world.process(), "ipndm", steps, order=order)
+        plan = planned(world.process(), "ipndm", steps, order=order, clip=world.clip)
         check(plan, world, lambda walked: ipndm_steps(world, walked, order))
 
 
@@ -224,7 +224,7 @@ def test_a_step_of_ipndm_is_that_of_diffusers_on_our_schedule(spacing: Any) -> N
     """Theirs has a schedule of its own, sines and cosines, and reads a net that predicts v; both can be replaced."""
     world = World("squaredcos_cap_v2", "v_prediction", spacing, clip=False)
     for steps in STEP_COUNTS:
-        plan = planned(world.process(), "ipndm", steps)
+        plan = planned(world.process(), "ipndm", steps, order=4)
         walked = walk(world.process(), plan)
         past, theirs = Past(world, walked), IPNDMScheduler()
         theirs.set_timesteps(steps)
@@ -236,7 +236,7 @@ def test_a_step_of_ipndm_is_that_of_diffusers_on_our_schedule(spacing: Any) -> N
 def test_a_step_of_ipndm_is_that_of_diffusers_pndm_once_it_has_started() -> None:
     world = World("linear", "epsilon", "leading", clip=False)
     for steps in STEP_COUNTS[1:]:
-        walked = walk(world.process(), planned(world.process(), "ipndm", steps))
+        walked = walk(world.process(), planned(world.process(), "ipndm", steps, order=4))
         theirs: Any = PNDMScheduler(skip_prk_steps=True, set_alpha_to_one=True, **world.options())
         theirs.set_timesteps(steps)
         theirs.ets, theirs.counter = [walked[0].out], 2  # it starts with two looks at the same level
@@ -245,10 +245,8 @@ def test_a_step_of_ipndm_is_that_of_diffusers_pndm_once_it_has_started() -> None
 
 
 def test_first_order_is_ddim_and_with_noise_it_is_ddpm_with_the_small_variance() -> None:
-    process, levels = (
-        World("linear", "v_prediction", "leading", clip=False).process(),
-        {"timesteps": [1000, 700, 300, 20]},
-    )
+    process = World("linear", "v_prediction", "leading", clip=False).process()
+    levels: dict[str, Any] = {"timesteps": [1000, 700, 300, 20]}
     ddim = in_x_and_out(planned(process, "ddim", **levels))
     for sampler in ("dpmpp", "deis", "ipndm"):
         np.testing.assert_allclose(in_x_and_out(planned(process, sampler, order=1, **levels)), ddim, rtol=0, atol=1e-9)
