@@ -178,6 +178,8 @@ BAD: list[tuple[str, Any]] = [
     ("fast.json: source must be a text that JSON can hold in 4096 bytes", PLAN | {"source": "s" * 4096}),
     ("fast.json: source must be a text that JSON can hold in 4096 bytes", PLAN | {"source": "\ud800"}),
     ("fast.json: measured must be an object that JSON can hold in 4096 bytes", PLAN | {"measured": [1]}),
+    ("fast.json: measured must be an object of numbers and texts, or of ", PLAN | {"measured": {"fid": [1]}}),
+    ("fast.json: measured must be an object of numbers and texts, or of ", PLAN | {"measured": {"a": {"b": {}}}}),
     ("fast.json: measured must be an object that JSON can hold in 4096 bytes", PLAN | {"measured": {"fid": math.inf}}),
 ]
 
