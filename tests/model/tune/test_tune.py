@@ -149,3 +149,19 @@ def test_a_damaged_state_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(ModelRefused, match=r"teacher\.npz is damaged; without it, tuning begins anew"):
         list(tuner(tmp_path).run())
+
+
+def test_an_empty_history_has_no_numbers_to_fit() -> None:
+    every = [0, 1, 2, 3, 4]  # x0, y1, y2, y3, x
+    by_row = [[0, 4], [0, 1, 4], [0, 1, 2, 4], every, every]
+
+    assert free(5) == [(row, term) for row, terms in enumerate(by_row) for term in terms]
+
+
+def test_levels_are_chosen_by_the_seeds_that_are_fitted_to(tmp_path: Path) -> None:
+    tuned = tuner(tmp_path, updates=1)
+    list(tuned.run())
+
+    fitted_to = float(tuned.x[:4].double().square().sum())
+    assert tuned.teacher.gram[0, 0] == pytest.approx(fitted_to, rel=1e-5)
+    assert len(tuned.teacher.ends) == len(tuned.x) == 6
