@@ -26,6 +26,7 @@ SERIES: dict[str, tuple[Json, str]] = {  # what is drawn: the fields of a choice
     "dpmpp 3": (TRAILING | {"sampler": "dpmpp", "order": 3}, "#1769aa"),
     "unipc 3": (TRAILING | {"sampler": "unipc", "order": 3}, "#00805f"),
     "deis 3": (TRAILING | {"sampler": "deis", "order": 3}, "#c2418f"),
+    "tuned plans": ({"saved": True}, "#6a3fb5"),
     "ipndm 4": (TRAILING | {"sampler": "ipndm", "order": 4}, "#d1460f"),
 }
 
@@ -117,10 +118,9 @@ class Panel:
 
 
 def points(lines: list[Json], fields: Json, measure: str) -> Points:
-    """What was measured with these fields of a choice, by steps."""
-    return sorted(
-        (line["choice"]["steps"], line[measure]) for line in lines if fields.items() <= line["choice"].items()
-    )
+    """What was measured with these fields of a choice, by steps. One more field says whether it is a saved plan."""
+    choices = [(line["choice"] | {"saved": "plan" in line["choice"]}, line[measure]) for line in lines]
+    return sorted((choice["steps"], value) for choice, value in choices if fields.items() <= choice.items())
 
 
 def draw(lines: list[Json], shown: dict[str, tuple[Json, str]]) -> str:

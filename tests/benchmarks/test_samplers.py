@@ -159,7 +159,7 @@ def test_the_plot_names_what_it_draws_where_its_line_begins() -> None:
     lines = [a_line("ddim", steps, 1 / steps) for steps in (100, 4, 10)] + [a_line("ddpm", 5, 0.9, plan="fast")]
     series: dict[str, tuple[dict[str, Any], str]] = {
         "ddim": ({"sampler": "ddim"}, "#123456"),
-        "fast": ({"plan": "fast"}, "#654321"),
+        "fast": ({"saved": True}, "#654321"),
         "absent": ({"sampler": "unipc"}, "#000000"),
     }
     svg = ElementTree.fromstring(draw(lines, series))
