@@ -47,7 +47,7 @@ def denoise_by_kernels(
 
 
 def scales(x0: Tensor, c: Tensor, thresholding: Thresholding) -> Tensor:
-    """The number by which dynamic thresholding divides each picture's x0: 1 where c is infinite.
+    """The number by which dynamic thresholding divides each picture's x0; 1 where c is infinite.
 
     x0: [b, C, H, W] not yet clamped, c: [b, 1, 1, 1] -> [b, 1, 1, 1]. Two numbers are chosen, and nothing is added up,
     so that the bits do not depend on the batch. `torch.lerp` may round by the place in a vector.
