@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Literal, TypeAlias, cast
 
 from pydantic import Field
 from typing_extensions import TypedDict
@@ -11,6 +11,8 @@ from model.checkpoint.card import ModelCard
 from model.sampling.levels import SPACINGS
 from model.sampling.plan import SAMPLERS, resolve
 from model.sampling.schedule import SavedPlan, Spacing, Variance
+
+Told: TypeAlias = bool | int | float | str | None
 
 
 class Shape(TypedDict):
@@ -57,7 +59,7 @@ class PlanDocument(TypedDict):
     sampler: str
     steps: int
     source: Annotated[str, Field(description="where it comes from, as its file says")]
-    measured: Annotated[Mapping[str, Any], Field(description="what was measured of it, as its file says")]
+    measured: Annotated[Mapping[str, Told | dict[str, Told]], Field(description="of it, as its file says")]
 
 
 class RefusedPlan(TypedDict):

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from server.cli.generate import FIELDS
+from server.cli.generate import PRESET as COMMAND_PRESET
 from server.errors import Invalid, Malformed
+from server.jobs.request import CHOICES
 from server.jobs.schemas import GenerateRequest, parse_object, validate
 from tests.test_docs import DOCUMENTS, ROOT
 
@@ -21,6 +23,7 @@ OBJECT = re.compile(r"\{(?:[^{}]|\{[^{}]*\})*\}")
 CALL = re.compile(r"\.(?:generate|stream|submit)(\((?:[^()]|\([^()]*\))*\))")
 COMMAND = re.compile(r"(?:ddpm generate|--like \S+)((?: [^\s`#]+)+)")
 EXAMPLE = re.compile(r"examples/(\w+\.py) (\d+)")
+PRESET = re.compile(r'<select name="preset"><option>(\w+)')
 FIELD = re.compile(r'<input name="(seed|steps|n)"[^>]*? value="(\d+)"')
 SEED = re.compile(r'\bseed(?:"?: ?|=|-)(\d+)|--seed (\d+)|name="seed"[^>]*? value="(\d+)"')
 
@@ -46,10 +49,12 @@ def _by_calls(text: str) -> Iterator[GenerateRequest]:
 
 def _by_commands(text: str) -> Iterator[GenerateRequest]:
     """What `ddpm generate` is told. A picture made like another has as many steps as that: the usual ones."""
-    for told in COMMAND.findall(text):
-        words = shlex.split(told)
+    for found in COMMAND.finditer(text):
+        words = shlex.split(found[1])
         flags = {word[2:].replace("-", "_"): value for word, value in zip(words, words[1:], strict=False)}
-        yield _request({name: FIELDS[name](value) for name, value in flags.items() if name in FIELDS})
+        asked = {name: FIELDS[name](value) for name, value in flags.items() if name in FIELDS}
+        usual = {} if asked.keys() & {*CHOICES, "preset"} or "--like" in found[0] else {"preset": COMMAND_PRESET}
+        yield _request(usual | asked)
 
 
 def _by_examples(text: str) -> Iterator[GenerateRequest]:
@@ -61,7 +66,10 @@ def _by_examples(text: str) -> Iterator[GenerateRequest]:
 
 def _by_form(text: str) -> Iterator[GenerateRequest]:
     """What the page asks for if Build is pressed and nothing else."""
-    yield _request({name: int(value) for name, value in FIELD.findall(text)})
+    preset = PRESET.search(text)
+    yield _request(
+        ({"preset": preset[1]} if preset else {}) | {name: int(value) for name, value in FIELD.findall(text)}
+    )
 
 
 def _request(fields: dict[str, Any]) -> GenerateRequest:

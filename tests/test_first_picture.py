@@ -20,6 +20,8 @@ from model.errors import PlanError
 from model.nets.cpu import CpuNet
 from model.sampling.plan import plan, resolve
 from model.sampling.samplers import Sampling
+from server.errors import Invalid
+from server.jobs.request import chosen_fields
 from server.jobs.schemas import GenerateRequest
 from server.worker.device import choose_dtype
 from tests.asked import PLACES, name_of, requests, seeds_told
@@ -48,10 +50,9 @@ Made = tuple[int, Sampling]  # a seed, and all else that decides a picture
 
 def sampling(request: GenerateRequest) -> Sampling | None:
     """What a request asks of the digits; None if it is for another model, or there is no such picture."""
-    names = ("sampler", "steps", "variance", "eta", "spacing", "clip", "noise")
     try:
-        chosen = resolve(DIGITS.process, **{name: getattr(request, name) for name in names})
-    except PlanError:
+        chosen = resolve(DIGITS.process, noise=request.noise, **chosen_fields(request, DIGITS))
+    except (PlanError, Invalid):
         return None
     return chosen if request.model in (None, DIGITS.name) else None
 
@@ -148,13 +149,23 @@ def test_a_request_is_found_however_it_is_written() -> None:
     written = """
         curl -d '{"seed": 1, "n": 2, "frames": {"every": 2}}' and {"index": 0, "seed": 2}
         client.stream(seed=3, steps=9, frames={"count": 5}); client.generate(seed=seed, steps=20)
+        ddpm generate --seed 2 -o out.png
         ddpm generate --seed 4 --steps 8 -o out.png   # `ddpm generate --like out.png --seed 5`.
         python examples/watch.py 6 frames
+        <select name="preset"><option>full</option></select>
         <input name="seed" type="number" value="7" required> <input name="n" value="3">
     """
-    found = {one.seed: (one.n, one.steps) for one in requests(written)}
+    found = {one.seed: (one.n, one.steps, one.preset) for one in requests(written)}
 
-    assert found == {1: (2, None), 3: (1, 9), 4: (1, 8), 5: (1, None), 6: (1, None), 7: (3, None)}
+    assert found == {
+        1: (2, None, None),
+        2: (1, None, "fast"),
+        3: (1, 9, None),
+        4: (1, 8, None),
+        5: (1, None, None),
+        6: (1, None, None),
+        7: (3, None, "full"),
+    }
 
 
 @pytest.mark.parametrize("place", PLACES, ids=name_of)

@@ -17,7 +17,7 @@ FLOORS: list[str | tuple[str, ...]] = [
     "server.worker",
     "server",
     "model.convert.layouts",  # which model.convert finds by their names
-    ("model.convert", "model.train"),
+    ("model.convert", "model.train", "model.tune"),
     "model.engine",
     "model.checkpoint",
     "model.nets",
@@ -55,7 +55,7 @@ ROOMS = {
     "typing_extensions": ("ddpm_client", "server.documents", "server.status", "server.web"),
 }
 NOT_IN_MODEL = {"asyncio", "threading", "multiprocessing", "subprocess", "concurrent", "socket", "http", "urllib", "os"}
-OFF_THE_PATH = ("model.convert", "model.train")  # entrances of their own, which read and write files
+OFF_THE_PATH = ("model.convert", "model.train", "model.tune")  # entrances of their own, which read and write files
 
 
 def name_of(path: Path) -> str:

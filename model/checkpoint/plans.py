@@ -120,6 +120,11 @@ def _told(options: Options, option: str, default: Any) -> Any:
         size = MAX_TOLD_BYTES + 1
     if not isinstance(value, type(default)) or size > MAX_TOLD_BYTES:
         raise options.refuse(option, f"{kind} that JSON can hold in {MAX_TOLD_BYTES} bytes")
+    told = value.values() if isinstance(value, dict) else ()
+    if any(
+        isinstance(one, list | dict) for each in told for one in (each.values() if isinstance(each, dict) else [each])
+    ):
+        raise options.refuse(option, "an object of numbers and texts, or of objects of these")
     return value
 
 

@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 from model.errors import ModelRefused
 from model.options import Json, Options
-from model.sampling.schedule import BY_NAME, NoiseSchedule, Prediction, Process, Spacing, Variance
+from model.sampling.schedule import BY_NAME, NoiseSchedule, Prediction, Process, Spacing, Thresholding, Variance
 
 FILE = "scheduler_config.json"
 MAX_T = 10_000
@@ -25,6 +25,9 @@ DEFAULTS: Json = {
     "prediction_type": "epsilon",
     "variance_type": "fixed_small",
     "clip_sample_range": 1.0,
+    "thresholding": False,
+    "dynamic_thresholding_ratio": 0.995,
+    "sample_max_value": 1.0,
 }
 _ANCESTRAL = {"timestep_spacing": "leading", "clip_sample": True}
 _SOLVER = {"timestep_spacing": "linspace", "clip_sample": False}
@@ -39,7 +42,7 @@ CLASSES: dict[str, Json] = {
 
 # Options that this server lacks, with the values that mean they are not used.
 _OFF: dict[str, tuple[Any, ...]] = {
-    **dict.fromkeys(("thresholding", "rescale_betas_zero_snr", "use_dynamic_shifting"), (False, None)),
+    **dict.fromkeys(("rescale_betas_zero_snr", "use_dynamic_shifting"), (False, None)),
     **dict.fromkeys(("use_flow_sigmas", "use_karras_sigmas", "use_exponential_sigmas"), (False, None)),
     **dict.fromkeys(("use_beta_sigmas", "use_lu_lambdas"), (False, None)),
     "timestep_type": ("discrete", None),
@@ -135,6 +138,13 @@ def _usable(schedule: NoiseSchedule, option: str) -> NoiseSchedule:
     return schedule
 
 
+def _thresholding(options: Options) -> Thresholding | None:
+    if not options.word("thresholding", (True, False, None), None):
+        return None
+    ratio = options.number("dynamic_thresholding_ratio", 1e-6, 1)
+    return Thresholding(ratio, options.number("sample_max_value", 1, 1e6))
+
+
 def read_process(scheduler: Json, index: Json, learned: bool) -> Process:
     """The process that `scheduler_config.json` and `model_index.json` describe. Raises ModelRefused naming the option.
 
@@ -157,13 +167,15 @@ def read_process(scheduler: Json, index: Json, learned: bool) -> Process:
     variance = known[options.word("variance_type", tuple(known), None)]
     if learned != (variance == "learned"):
         raise options.refuse("variance_type", "learned_range if and only if the net has twice as many channels out")
+    thresholding = _thresholding(options)  # which takes the place of clipping, whatever the file says of that
     return Process(
         schedule,
         options.word("prediction_type", get_args(Prediction), None),
         learned_variance=learned,
         variance=variance,
         spacing=spacing,
-        clip=options.boolean("clip_sample"),
-        clip_range=options.number("clip_sample_range", 1e-3, 1e3),
+        clip=options.boolean("clip_sample") or thresholding is not None,
+        clip_range=1.0 if thresholding else options.number("clip_sample_range", 1e-3, 1e3),
+        thresholding=thresholding,
         default_steps=Options("model_index.json", index).integer("default_steps", 1, schedule.T, schedule.T),
     )

@@ -128,4 +128,5 @@ def _described(scheduler: Mapping[str, Any]) -> str:
         low, high = scheduler.get("beta_start", 0.0001), scheduler.get("beta_end", 0.02)
         words.append(f"{scheduler.get('beta_schedule', 'linear')} from {low} to {high}")
     words += [f"{scheduler.get('prediction_type', 'epsilon')}", f"{scheduler.get('variance_type', 'fixed_small')}"]
-    return ascii(", ".join([*words, "clipped" if scheduler.get("clip_sample", True) else "not clipped"]))[1:-1]
+    clipped = "clipped" if scheduler.get("clip_sample", True) else "not clipped"
+    return ascii(", ".join([*words, "thresholded" if scheduler.get("thresholding") else clipped]))[1:-1]

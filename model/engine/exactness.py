@@ -2,12 +2,15 @@
 
 from collections.abc import Callable, Generator
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from model.digests import short_digest
 from model.engine.slots import Slots
 from model.sampling.noise import gaussian
+from model.sampling.plan import SAMPLERS, plan, resolve
+from model.sampling.schedule import Process
 from model.sampling.table import COLUMNS, C, K
 
 DRAWS = 3  # batches of each size that are compared
@@ -17,6 +20,12 @@ def noise_bytes(shape: tuple[int, int, int]) -> bytes:
     """Some of the noise that this machine draws for pictures of this shape."""
     seeds = torch.arange(4)
     return gaussian(seeds, 0 * seeds, shape).numpy().tobytes()
+
+
+def plan_bytes(process: Process) -> bytes:
+    """A short plan of each sampler, as the device computes with it: another version may fill in other numbers."""
+    choices = (resolve(process, sampler, min(10, process.schedule.T)) for sampler in SAMPLERS)
+    return b"".join(plan(process, choice).rows.astype(np.float32).tobytes() for choice in choices)
 
 
 class _Trial:

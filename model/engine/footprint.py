@@ -16,6 +16,7 @@ from model.nets.lucidrains_config import AnyArchitecture
 
 WORKSPACE = 1.5  # times the live tensors of a step: the libraries' own memory, and fragmentation
 SAMPLER = 8  # float32 numbers that the sampler's arithmetic holds for each number of a picture
+SELECTION = 22  # and the quantile of dynamic thresholding: x0, |x0|, and a sort of them with its indices
 COMPILED_BYTES = 16 << 20  # OpenVINO's for each batch size of any net: machine code for the most part
 
 
@@ -43,7 +44,8 @@ def footprint(card: ModelCard, slots: int, device: torch.device, dtype: torch.dt
         grown = cpu_bytes(card.architecture, count, slots, dtype)
         return Footprint(count, table + slots * batch + max(checked, grown))
     weights = (count + net.embedding_width * T) * (4 + dtype.itemsize)
-    return Footprint(count, weights + slots * (batch + picture_bytes(card.architecture, dtype)))
+    sampler = SAMPLER + (SELECTION if card.process.thresholding else 0)
+    return Footprint(count, weights + slots * (batch + picture_bytes(card.architecture, dtype, sampler)))
 
 
 def resident_bytes(model: Model, slots: Slots) -> int:
@@ -69,7 +71,7 @@ def batch_bytes(slots: Slots) -> int:
     )
 
 
-def picture_bytes(arch: AnyArchitecture, dtype: torch.dtype) -> int:
-    """What a step takes at most while it runs, for each picture in it."""
+def picture_bytes(arch: AnyArchitecture, dtype: torch.dtype, sampler: int) -> int:
+    """What a step takes at most on a GPU while it runs, for each picture in it. sampler: as `SAMPLER`"""
     pixels, itemsize = arch.height * arch.width, int(dtype.itemsize)
-    return math.ceil(WORKSPACE * (itemsize * alive(arch) + SAMPLER * 4 * arch.in_channels * pixels))
+    return math.ceil(WORKSPACE * (itemsize * alive(arch) + sampler * 4 * arch.in_channels * pixels))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from model.checkpoint.load import Model
 from model.digests import short_digest
-from model.engine.exactness import find_exact, noise_bytes
+from model.engine.exactness import find_exact, noise_bytes, plan_bytes
 from model.engine.readout import warm_up
 from model.engine.slots import Slots
 from model.engine.step import denoise
@@ -67,7 +67,7 @@ class Runner:
             self.buckets = sorted({*buckets, slots}) if buckets else usual_buckets(slots)
         self.exact_buckets: list[int] = []  # in which a picture's bits are always the same
         self.admitted: list[int] = []  # that are used
-        self.bits = ""  # digest of what the check computed, where something is promised
+        self.bits = ""  # digest of what the check computed and of some plans, where something is promised
         self.chosen: Chosen | None = None  # on a GPU that promises something
         self.note: str | None = None  # a sentence about the promise, or about the net
         self._promises = exact
@@ -81,6 +81,8 @@ class Runner:
             yield from self._prepare_layers(net)
         elif self._promises:
             self.exact_buckets, self.bits = self.buckets, short_digest(net.bits.encode(), noise_bytes(self.slots.shape))
+        if self.bits:
+            self.bits = short_digest(self.bits.encode(), plan_bytes(self.model.card.process))
         # A full batch needs a bucket, even one that promises nothing.
         self.admitted = sorted({*self.exact_buckets, self.slots.capacity}) if self._promises else self.buckets
         self.note = self._note()
@@ -131,7 +133,12 @@ class Runner:
         if bucket in self._graphs:
             self._graphs[bucket].replay()
         else:
-            denoise(self.model.net, self.model.table, self.slots, bucket)
+            self._denoise(bucket)
+
+    def _denoise(self, bucket: int) -> None:
+        """The same, as a graph captures it."""
+        thresholding = self.model.card.process.thresholding
+        denoise(self.model.net, self.model.table, self.slots, bucket, thresholding)
 
     def _note(self) -> str | None:
         """A sentence about what the check found, or about the net; None if there is nothing to say."""
@@ -188,13 +195,13 @@ class Runner:
             stream.wait_stream(torch.cuda.current_stream(self.device))
             with torch.cuda.stream(stream):
                 for _ in range(2):
-                    denoise(self.model.net, self.model.table, self.slots, bucket)
+                    self._denoise(bucket)
             torch.cuda.current_stream(self.device).wait_stream(stream)
             yield
         for bucket in reversed(self.buckets):
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-                denoise(self.model.net, self.model.table, self.slots, bucket)
+                self._denoise(bucket)
             self._graphs[bucket] = graph
             yield
 

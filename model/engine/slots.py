@@ -104,9 +104,14 @@ class Slots:
         """A tensor as an array of `library`, in the same memory."""
         return tensor.numpy() if self.device.type == "cpu" else tensor
 
+    def tensor(self, array: Any) -> Tensor:
+        """An array of `library` as a tensor, in the same memory."""
+        tensor: Tensor = torch.from_numpy(array) if self.device.type == "cpu" else array
+        return tensor
+
     def index(self, numbers: Any) -> Tensor:
         """An array of whole numbers in float32, one for each slot, as the index of a tensor. -> [b] int64"""
-        return (torch.from_numpy(numbers) if self.device.type == "cpu" else numbers).reshape(-1).long()
+        return self.tensor(numbers).reshape(-1).long()
 
     @property
     def ahead_steps(self) -> int:

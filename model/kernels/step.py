@@ -56,7 +56,7 @@ def enter(x: Tensor, rows: Tensor, cursor: Tensor, table: Tensor, read: int) -> 
 
 @triton.jit
 def _update(
-    net_out, x, x0, given, history, rows, now, cursor, last, seed, rows_stride, elements, pixels, channels,
+    net_out, x, x0, given, history, scale, rows, now, cursor, last, seed, rows_stride, elements, pixels, channels,
     LEARNED: tl.constexpr, DOMAIN: tl.constexpr, COLUMNS: tl.constexpr, QUADS: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     sample = tl.program_id(1).to(tl.int64)
@@ -79,6 +79,8 @@ def _update(
     before, earlier, earliest = tl.load(y1, mask=inside), tl.load(y2, mask=inside), tl.load(y3, mask=inside)
     limit = tl.load(row + 3)
     clean = tl.load(row + 1) * old + tl.load(row + 2) * out
+    if scale is not None:
+        clean = tl.div_rn(clean, tl.load(scale + sample))
     clean = tl.where(clean > limit, limit, tl.where(clean < -limit, -limit, clean))  # NaN stays NaN
     past = tl.load(row + 5) * before + tl.load(row + 11) * earlier + tl.load(row + 12) * earliest
     new = tl.load(row + 4) * clean + past + tl.load(row + 6) * old + tl.load(row + 7) * out
@@ -98,6 +100,7 @@ def update(
     x0: Tensor,
     given: Tensor,
     history: Tensor,
+    scale: Tensor | None = None,
     *,
     rows: Tensor,
     now: Tensor,
@@ -109,12 +112,12 @@ def update(
     last. See `model.engine.step.algebra`.
 
     out: [b, C or 2C, H, W] the net's result, x, x0, given: [b, C, H, W], history: [B, 3, C, H, W],
-    rows: [B, S + 1, 15], now: [b] from `enter`, cursor, last, seed: [B]
+    scale: [b, 1, 1, 1] of dynamic thresholding, rows: [B, S + 1, 15], now: [b] from `enter`, cursor, last, seed: [B]
     """
     b, C, H, W = x.shape
     out = out.contiguous(memory_format=torch.channels_last)
     _update[(triton.cdiv(C * H * W, BLOCK), b)](
-        out, x, x0, given, history, rows, now, cursor, last, seed, rows.stride(0), C * H * W, H * W, C,
+        out, x, x0, given, history, scale, rows, now, cursor, last, seed, rows.stride(0), C * H * W, H * W, C,
         LEARNED=out.shape[1] == 2 * C, DOMAIN=STEP, COLUMNS=len(COLUMNS), QUADS=BLOCK // 4, enable_fp_fusion=False,
         **dependent(x.device),
     )  # fmt: skip

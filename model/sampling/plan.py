@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import get_args
 
 import numpy as np
 
@@ -12,6 +13,8 @@ from model.sampling.multistep import deis, dpmpp, dpmpp_sde, ipndm, unipc
 from model.sampling.samplers import Sampling, Walk, ddim, ddpm, greedy
 from model.sampling.schedule import FloatArray, IntArray, Process, Spacing, Variance
 from model.sampling.table import COLUMNS, NOISES, C, K, Noise, P, Plan, Q, S, U
+
+VARIANCES: tuple[Variance, ...] = get_args(Variance)
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +179,8 @@ def _resolve_variance(process: Process, steps: int, variance: Variance | None, n
     if variance is None:
         usual = process.variance if steps == process.schedule.T else "small"
         variance = "learned" if process.learned_variance else usual
+    if variance not in VARIANCES:
+        raise PlanError("variance", f"variance must be one of {', '.join(VARIANCES)}")
     if variance == "learned" and not process.learned_variance:
         raise PlanError("variance", "variance must be small or large: this net has not learned one")
     if variance == "learned" and noise == "torch":

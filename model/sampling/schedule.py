@@ -96,6 +96,17 @@ class SavedPlan:
     measured: Mapping[str, Any] = field(default_factory=dict)  # what its author has measured of it, as JSON
 
 
+@dataclass(frozen=True, slots=True)
+class Thresholding:
+    """Dynamic thresholding (Saharia et al. 2022, section 2.3): x0 is divided by s before it is clamped to [-1, 1].
+
+    s is a quantile of |x0| over one picture, linear between two of its numbers, but at least 1.
+    """
+
+    ratio: float = 0.995  # which quantile, in (0, 1]
+    max: float = 1.0  # the largest s
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Process:
     """The diffusion process of a net's training, and its authors' sampling choices: `scheduler_config.json`."""
@@ -108,6 +119,7 @@ class Process:
     spacing: Spacing = "leading"
     clip: bool = True  # whether x0 is clamped to [-clip_range, clip_range] in every step
     clip_range: float = 1.0
+    thresholding: Thresholding | None = None  # where x0 is clamped
     default_steps: int = 1000
     plans: Mapping[str, SavedPlan] = field(default_factory=dict)  # of the model directory, by name
     refused_plans: Mapping[str, str] = field(default_factory=dict)  # by name: why it cannot be used

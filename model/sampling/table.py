@@ -9,6 +9,9 @@ and one denoising step, for every sampler, step count, prediction and clipping c
     x'  = m x0 + h y1 + g y2 + d y3 + n x + e out + s exp(w f) z + u given
     y1, y2, y3 = a x0 + b x, y1, y2
 
+A model with dynamic thresholding (`model.sampling.schedule.Thresholding`) divides p x + q out by a quantile of the
+picture before the clamp, unless c is infinite.
+
 The history y1, y2, y3 is what the last three steps have left for multistep solvers: each its x0, or its eps. A sampler
 is a pure function of a `Walk` that fills columns (`model.sampling.samplers`, `model.sampling.multistep`); rows are
 computed once, on the host, in float64.

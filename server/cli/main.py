@@ -22,6 +22,7 @@ COMMANDS = {
     "generate": "make a picture",
     "models": "list the models of a server, or those in DDPM_WEIGHTS",
     "train": "train a model directory on pictures",
+    "tune": "find a plan of few steps for a model",
     "convert": "convert a checkpoint into a model directory",
     "bench": "measure image-steps per second",
     "key": "make an API key",

@@ -25,7 +25,7 @@ def main(arguments: Sequence[str]) -> int:
             models = client.models()
             rows = [_row(model) for model in models]
             for model in models:
-                _tell_refused(model["name"], {each["name"]: each["reason"] for each in model["refused_plans"]})
+                _tell_refused(model["name"], {each["name"]: each["reason"] for each in model.get("refused_plans", ())})
             refused = {model["name"]: model["reason"] for model in client.refused_models()}
     for name, reason in refused.items():
         print(f"{name} is refused: {reason}", file=sys.stderr)

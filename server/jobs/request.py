@@ -149,7 +149,7 @@ def resolve_request(
     value = parse_object(body)
     request = validate(value, GenerateRequest, _largest(value, cards, settings))
     card = _model(request.model, cards, settings)
-    sampling = resolve(card.process, noise=request.noise, **_chosen(request, card))
+    sampling = resolve(card.process, noise=request.noise, **chosen_fields(request, card))
     resolved = ResolvedRequest(
         model=card.name,
         T=card.process.schedule.T,
@@ -170,7 +170,7 @@ def resolve_request(
     return replace(resolved, frames=frames)
 
 
-def _chosen(request: GenerateRequest, card: ModelCard) -> Fields:
+def chosen_fields(request: GenerateRequest, card: ModelCard) -> Fields:
     """The fields that choose a sampler and its plan: of the request, or of the preset that it names. Raises Invalid if
     it has both."""
     chosen = request.model_dump(include=CHOICES, exclude_unset=True)

@@ -3,6 +3,7 @@
 import { authorized } from "./key.js";
 
 const MOST_FRAMES = 4096; // pictures x points x kinds, as the server has it unless it was told otherwise
+const PLANNED = ["sampler", "steps", "order", "timesteps", "spacing", "eta", "variance", "clip"];
 
 export class Refused extends Error {
   constructor(status, problem, retryAfter_s) {
@@ -21,6 +22,12 @@ export async function ask(path, options) {
   throw new Refused(answer.status, await answer.json().catch(() => ({})), +answer.headers.get("retry-after") || 0);
 }
 
+/** A request, or that of a job, without what a plan or given levels stand for, which may not be beside them. */
+export function decisions(request) {
+  const others = request.plan ? PLANNED : request.timesteps ? ["steps", "spacing"] : [];
+  return Object.fromEntries(Object.entries(request).filter(([name, value]) => value !== null && !others.includes(name)));
+}
+
 /** The job that a request becomes. Where the server allows fewer frames, it is asked for fewer. */
 async function submitOnce(request) {
   const headers = { "content-type": "application/json", prefer: "respond-async" };
@@ -28,7 +35,7 @@ async function submitOnce(request) {
   for (;;) {
     const frames = { count: Math.max(2, count), kind: "both" };
     try {
-      const body = JSON.stringify({ ...request, frames });
+      const body = JSON.stringify({ ...decisions(request), frames });
       return await (await ask("generate", { method: "POST", headers, body })).json();
     } catch (refusal) {
       const tooMany = refusal.status === 422 && refusal.errors.every(({ pointer }) => pointer.startsWith("/frames"));

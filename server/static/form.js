@@ -3,8 +3,8 @@
 const form = document.getElementById("form");
 let models = [];
 
-function fill(select, words, chosen) {
-  select.replaceChildren(...words.map((word) => new Option(word || "as trained", word, false, word === chosen)));
+function fill(select, words, chosen, nothing = "as usual") {
+  select.replaceChildren(...words.map((word) => new Option(word || nothing, word, false, word === chosen)));
 }
 
 /** What `GET /models` answers: models and those that are refused, which is the default, how many pictures there may be. */
@@ -20,43 +20,66 @@ export function offer({ models: listed, refused = [], default: preferred, max_n 
   modelChosen(first);
 }
 
+const chosenModel = () => models.find(({ name }) => name === form.model.value);
+
 function modelChosen(anew) {
-  const model = models.find(({ name }) => name === form.model.value);
+  const model = chosenModel();
   if (!model) return;
+  const { presets } = model, preset = form.preset.value;
+  fill(form.preset, [...Object.keys(presets), "custom"], preset);
   form.steps.max = model.T;
-  if (anew) form.steps.value = model.default_steps;
-  if (anew) form.clip.checked = model.clip;
-  fill(form.sampler, model.samplers, model.samplers.includes(form.sampler.value) ? form.sampler.value : "ddpm");
-  fill(form.variance, ["", ...model.variances], form.variance.value);
-  fill(form.spacing, model.spacings, anew ? model.spacing : form.spacing.value);
-  samplerChosen();
+  fill(form.sampler, model.samplers, form.sampler.value);
+  fill(form.variance, ["", ...model.variances], form.variance.value, "as trained");
+  fill(form.spacing, model.spacings, form.spacing.value);
+  fill(form.plan, ["", ...model.plans.map(({ name }) => name)], form.plan.value, "none");
+  if (anew) spread(presets[preset] ?? presets.full);
+  else settle();
 }
 
-/** Fields of other samplers are neither shown nor checked. */
-function samplerChosen() {
-  for (const label of form.querySelectorAll("[data-for]")) {
-    label.hidden = label.dataset.for !== form.sampler.value;
-    label.querySelector("input, select").disabled = label.hidden;
+/** Fills in the fields that only `custom` shows. */
+function spread(asked) {
+  for (const name of ["plan", "steps", "sampler", "variance"]) form[name].value = asked[name] ?? "";
+  form.spacing.value = asked.spacing ?? chosenModel()?.spacing;
+  form.eta.value = asked.eta ?? 0;
+  form.clip.checked = asked.clip;
+  settle();
+  form.order.value = asked.order ?? ""; // of those that the sampler has
+}
+
+/** Fields that do not apply are neither shown nor checked. */
+function settle() {
+  const { orders = {}, plans = [], presets = {} } = chosenModel() ?? {}, sampler = form.sampler.value;
+  fill(form.order, ["", ...(orders[sampler] ?? []).map(String)], form.order.value);
+  const { steps, sampler: by, plan } = presets[form.preset.value] ?? {};
+  document.getElementById("stands").textContent = by ? `${steps} steps of ${by}${plan ? `, plan ${plan}` : ""}` : "";
+  const custom = form.preset.value === "custom", planned = form.plan.value !== "";
+  for (const label of form.querySelectorAll("[data-custom]")) {
+    const field = label.querySelector("input, select"), owner = label.dataset.custom;
+    const applies = { plan: plans.length > 0, order: orders[sampler]?.length > 1 }[field.name] ?? (!owner || owner === sampler);
+    label.hidden = field.disabled = !(custom && applies && (!planned || field.name === "plan"));
   }
 }
 
 export function request() {
-  const { model, seed, steps, n, sampler, spacing, clip, eta, variance } = form;
-  const body = { model: model.value, seed: +seed.value, steps: +steps.value, n: +n.value };
-  Object.assign(body, { sampler: sampler.value, spacing: spacing.value, clip: clip.checked });
-  if (sampler.value === "ddim") body.eta = +eta.value;
-  if (sampler.value === "ddpm" && variance.value) body.variance = variance.value;
+  const { model, seed, n, preset } = form;
+  const body = { model: model.value, seed: +seed.value, n: +n.value };
+  if (preset.value !== "custom") return { ...body, preset: preset.value };
+  for (const field of form.querySelectorAll("[data-custom] :is(input, select):enabled")) {
+    const isNumber = field.type === "number" || field.name === "order";
+    if (field.type === "checkbox") body[field.name] = field.checked;
+    else if (field.value !== "") body[field.name] = isNumber ? +field.value : field.value;
+  }
   return body;
 }
 
 export function show(asked) {
   form.model.value = asked.model;
   modelChosen(false);
-  for (const name of ["seed", "steps", "n", "sampler", "spacing"]) form[name].value = asked[name];
-  form.eta.value = asked.eta ?? 0;
-  form.variance.value = asked.variance ?? "";
-  form.clip.checked = asked.clip;
-  samplerChosen();
+  for (const name of ["seed", "n"]) form[name].value = asked[name];
+  const stands = (preset) => Object.entries(preset).every(([name, value]) => (asked[name] ?? null) === value);
+  const presets = Object.entries(chosenModel()?.presets ?? {});
+  form.preset.value = presets.find(([, preset]) => stands(preset))?.[0] ?? "custom";
+  spread(asked);
 }
 
 export function roll() {
@@ -88,4 +111,8 @@ export function refuse(errors) {
 }
 
 form.model.addEventListener("change", () => modelChosen(true));
-form.sampler.addEventListener("change", samplerChosen);
+form.preset.addEventListener("change", () => {
+  const preset = chosenModel()?.presets[form.preset.value];
+  preset ? spread(preset) : settle();
+});
+for (const name of ["sampler", "plan"]) form[name].addEventListener("change", settle);

@@ -1,6 +1,6 @@
 // What can be taken home: the pictures, the animation, and how to make the same elsewhere.
 
-import { ask } from "./api.js";
+import { ask, decisions } from "./api.js";
 import { hasKey } from "./key.js";
 
 const $ = (id) => document.getElementById(id);
@@ -23,7 +23,7 @@ export async function saveGif(id, seed) {
 /** Everything that decides the picture, and nothing that does not. */
 export function recipes(request) {
   const { frames, priority, deadline_s, webhook, ...decides } = request;
-  const body = JSON.stringify(Object.fromEntries(Object.entries(decides).filter(([, value]) => value !== null)));
+  const body = JSON.stringify(decisions(decides));
   const url = new URL("generate", location.href).href;
   const [flag, environ, header] = hasKey() ? // the key itself does not belong into a clipboard
     [` -H "authorization: Bearer $DDPM_KEY"`, "from os import environ\n",

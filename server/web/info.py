@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, PlainTextResponse
 from typing_extensions import TypedDict
 
 from model.checkpoint.card import ModelCard, Source
-from model.sampling.schedule import Prediction, Spacing
+from model.sampling.schedule import Prediction, Spacing, Thresholding
 from server.catalog import card_of
 from server.engines.backend import Backend
 from server.jobs.request import default_model
@@ -64,6 +64,7 @@ class ModelDocument(Choices):
     prediction: Prediction
     default_steps: int | None
     clip: bool
+    thresholding: Annotated[Thresholding | None, Field(description="what clipping means; null: to clamp to [-1, 1]")]
     spacing: Spacing
     loaded: Annotated[bool, Field(description="whether it is in memory")]
     runs: Annotated[ModelStatus | None, Field(description="how it is run; null while no engine takes work")]
@@ -98,6 +99,7 @@ def _document(card: ModelCard, backend: Backend) -> ModelDocument:
         "prediction": process.prediction,
         "default_steps": process.default_steps,
         "clip": process.clip,
+        "thresholding": process.thresholding,
         "spacing": process.spacing,
         **choices_of(card),
         "loaded": status is not None and status.loaded,

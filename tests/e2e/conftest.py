@@ -27,7 +27,7 @@ FLAGS = (
 class Site(Server):
     """A server whose pictures can be had without a browser, too."""
 
-    def made(self, **request: int) -> list[bytes]:
+    def made(self, **request: int | str) -> list[bytes]:
         """The pictures of a request, by the plainest way there is."""
         answer = self.client.post("/generate", json=request, headers={"accept": "application/json"})
         images: list[dict[str, Any]] = answer.raise_for_status().json()["images"]

@@ -8,7 +8,7 @@ from selenium.common.exceptions import StaleElementReferenceException, TimeoutEx
 from selenium.webdriver import ActionChains, Chrome
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
-from selenium.webdriver.support.ui import WebDriverWait
+from selenium.webdriver.support.ui import Select, WebDriverWait
 
 PATIENCE_S = 40
 DRAWN = "return [...document.querySelectorAll('#tiles canvas')].map((canvas) => canvas.toDataURL())"
@@ -82,6 +82,9 @@ class Page:
     def build(self, **fields: int) -> None:
         """Fills the form and presses Build; comes back once the job is on the stage, or was refused."""
         before = self.job
+        if "steps" in fields:
+            for preset in ("full", "custom"):  # the fields begin with what was chosen before
+                Select(self.field("preset")).select_by_value(preset)
         for name, value in fields.items():
             self.run("arguments[0].value = arguments[1]", self.field(name), value)
         self.find("build").click()
@@ -94,6 +97,13 @@ class Page:
     def press(self, *keys: str) -> None:
         """Keys, wherever the focus is."""
         ActionChains(self.driver).send_keys(*keys).perform()
+
+    def go_to(self, name: str, *keys: str) -> None:
+        """Presses these keys until the focus is on a field of the form."""
+        for _ in range(20):
+            if self.run("return document.activeElement.name") == name:
+                return
+            self.press(*keys)
 
     def scrub(self, place: int) -> list[str]:
         """Moves the scrubber; what is drawn then."""

@@ -24,7 +24,8 @@ window.fetch = async (path, options) => {
   const answer = await real(path, options);
   if (path !== "models") return answer;
   const { models: [digits] } = await answer.json();
-  return Response.json({ models: [{ ...digits, name: "first" }, digits], default: "digits", max_n: 4 });
+  const first = { ...digits, name: "first" }, second = { ...digits, plans: [{ name: "lost" }] };
+  return Response.json({ models: [first, second], default: "digits", max_n: 4 });
 };
 """
 SCREENSHOTS = ROOT / "build" / "screenshots"
@@ -156,6 +157,11 @@ def test_the_form_begins_with_the_default_model_and_no_more_pictures_than_may_be
     assert page.field("model").get_attribute("value") == "digits"
     assert [page.field("n").get_attribute(name) for name in ("value", "max")] == ["4", "4"]
     assert page.find("api").is_displayed()
+    Select(page.field("preset")).select_by_value("custom")
+    Select(page.field("plan")).select_by_value("lost")
+    assert not page.field("sampler").is_displayed()
+    page.build()  # with the plan alone, or the server would name the fields beside it
+    assert page.find("wrong-plan").text == "plan must be left out, for this model has none"
 
 
 def test_models_that_are_refused_are_shown_with_their_reasons_and_cannot_be_chosen(
@@ -188,31 +194,47 @@ def test_an_engine_that_is_killed_is_told_of_and_the_picture_is_the_same(page: P
 
 
 def test_everything_can_be_done_with_keys_alone(page: Page) -> None:
-    for _ in range(20):
-        if page.run("return document.activeElement.name") == "seed":
-            break
-        page.press(Keys.TAB)
+    page.go_to("seed", Keys.TAB)
     page.press(Keys.CONTROL, "a", Keys.NULL, "11", Keys.ENTER)
     page.until_words("Built in")
-    page.until(lambda: page.point.startswith("after 100 of 100"))
+    page.until(lambda: page.point.startswith("after 10 of 10"))
 
     finished = page.drawn
     page.press(Keys.ARROW_LEFT, Keys.ARROW_LEFT)
-    page.until(lambda: page.point.startswith("after 93 of 100"))
+    page.until(lambda: page.point.startswith("after 8 of 10"))
     assert page.drawn != finished
     page.press(Keys.ARROW_RIGHT)
-    page.until(lambda: page.point.startswith("after 97 of 100"))
+    page.until(lambda: page.point.startswith("after 9 of 10"))
     page.press(Keys.ARROW_RIGHT, " ")
     page.until(lambda: page.find("play").text == "Pause")
     page.until(lambda: page.find("play").text == "Play")
-    assert page.point.startswith("after 100 of 100")
+    assert page.point.startswith("after 10 of 10")
 
     page.press("r")
     assert page.field("seed").get_attribute("value") != "11"
-    page.press(Keys.ENTER)
+    page.go_to("preset", Keys.SHIFT, Keys.TAB, Keys.NULL)
+    page.press("fu", Keys.TAB, Keys.ENTER)  # the full preset lasts long enough to be cancelled
     page.until(lambda: page.find("cancel").is_enabled())
     page.press(Keys.ESCAPE)
     page.until_words("Cancelled")
+
+
+def test_fields_beside_the_preset_are_for_custom_requests(page: Page, site: Site) -> None:
+    fields = ("steps", "sampler", "variance", "spacing", "clip", "order", "plan")
+    preset = Select(page.field("preset"))
+    assert page.field("preset").get_attribute("value") == "fast"
+    assert [name for name in fields if page.field(name).is_displayed()] == []
+    page.build(seed=207, n=1)
+    page.until_words("Built in")
+    assert page.pictures() == site.made(seed=207, preset="fast")
+
+    preset.select_by_value("full")
+    preset.select_by_value("custom")
+    assert [name for name in fields if page.field(name).is_displayed()] == [*fields[:5]]
+    assert [page.field(name).get_attribute("value") for name in ("steps", "sampler")] == ["100", "ddpm"]
+    page.recall(0)
+    page.until_words("Built in")
+    assert page.field("preset").get_attribute("value") == "fast"
 
 
 def test_a_refusal_is_told_in_words_at_its_field(page: Page) -> None:

@@ -15,7 +15,7 @@ import torch
 from model.checkpoint.card import WEIGHTS, read_card
 from model.errors import ModelRefused
 from model.options import MAX_CONFIG_BYTES
-from model.sampling.schedule import NoiseSchedule, Process, cosine, linear, scaled_linear, sigmoid
+from model.sampling.schedule import NoiseSchedule, Process, Thresholding, cosine, linear, scaled_linear, sigmoid
 from tests.model.convert.directories import CONFIG, SCHEDULER, weights, write_model
 from tests.model.convert.refusals import refusal
 from tests.model.tiny import ARCHITECTURE, PROCESS, T
@@ -329,7 +329,8 @@ SCHEDULER_ABSURDITIES: list[tuple[str, object]] = [
     ("clip_sample", None),
     ("clip_sample_range", 0),
     ("clip_sample_range", float("inf")),
-    ("thresholding", True),
+    ("thresholding", 1),
+    ("thresholding", "true"),
     ("rescale_betas_zero_snr", True),
     ("use_flow_sigmas", True),
     ("steps_offset", 1),
@@ -417,6 +418,14 @@ HO = Process(linear(), prediction="epsilon", variance="small", spacing="leading"
         ({"timestep_spacing": "trailing"}, replace(HO, spacing="trailing")),
         ({"clip_sample": False}, replace(HO, clip=False)),
         ({"clip_sample_range": 2.5}, replace(HO, clip_range=2.5)),
+        ({"thresholding": True}, replace(HO, thresholding=Thresholding(0.995, 1.0))),
+        (
+            {"thresholding": True, "dynamic_thresholding_ratio": 0.9, "sample_max_value": 1.5, "clip_sample": False},
+            replace(HO, thresholding=Thresholding(0.9, 1.5)),
+        ),
+        ({"thresholding": True, "clip_sample_range": 2.5}, replace(HO, thresholding=Thresholding())),
+        ({"thresholding": False, "dynamic_thresholding_ratio": 7, "sample_max_value": 0}, HO),
+        ({"thresholding": None}, HO),
         ({"num_train_timesteps": 40}, replace(HO, schedule=linear(40), default_steps=40)),
         ({"beta_start": 0.01}, replace(HO, schedule=linear(beta_start=0.01))),
         ({"beta_end": 0.01}, replace(HO, schedule=linear(beta_end=0.01))),

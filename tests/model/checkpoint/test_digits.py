@@ -1,6 +1,7 @@
 """The model that ships: what is promised of small nets holds for it too, in the numbers it is served in."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ from model.checkpoint.load import load_model
 from model.engine.engine import Engine
 from model.engine.events import Finished, Picture, Request
 from model.engine.runner import prepared
+from model.nets.cpu import CpuNet, grow_up
 from model.sampling.plan import plan, resolve
+from model.tune.walk import begin, end, noise, predictor
 
 DIGITS = Path(__file__).parents[3] / "weights" / "digits"
 SAMPLERS = ("ddpm", "ddim", "greedy", "dpmpp_2m")
@@ -36,3 +39,20 @@ def test_digits_have_the_same_bytes_alone_and_in_a_batch(dtype: torch.dtype) -> 
     for i in range(12):
         assert pictures(range(i, i + 1))[i].tobytes() == together[i].tobytes()
     assert runner.exact
+
+
+@torch.inference_mode()
+def test_the_plans_of_digits_come_nearer_the_converged_pictures_than_the_solver_they_were_measured_beside() -> None:
+    model = load_model(read_card(DIGITS), torch.device("cpu"), torch.float32)
+    if isinstance(model.net, CpuNet):
+        grow_up(model.net, 8)
+    process, x = model.card.process, begin(noise(range(8), model.card.shape, torch.device("cpu")))
+    assert process.plans and not process.refused_plans
+    converged = end(predictor(model), plan(process, resolve(process, "dpmpp", 24, spacing="trailing")).rows, x)
+
+    def distance(**choices: Any) -> float:
+        made = end(predictor(model), plan(process, resolve(process, **choices)).rows, x)
+        return float((made - converged).square().mean())
+
+    for name, saved in process.plans.items():
+        assert distance(plan=name) < 0.85 * distance(steps=len(saved.timesteps), **saved.measured["by_hand"])

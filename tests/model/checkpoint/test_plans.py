@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import re
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from model.sampling.table import COLUMNS, E, M, N, S, U
 from tests.model.convert.directories import AMPLITUDES, LEVELS, PLAN, write_model, write_plan
 from tests.model.tiny import PROCESS, T
 
+ROOT = Path(__file__).parents[3]
 ROWS: dict[str, Any] = PLAN | {"columns": "ms", "rows": [[1, 0.5], [2.5, 0.25], [-3, 0]]}
 LEARNED = replace(PROCESS, learned_variance=True)
 
@@ -176,6 +178,8 @@ BAD: list[tuple[str, Any]] = [
     ("fast.json: source must be a text that JSON can hold in 4096 bytes", PLAN | {"source": "s" * 4096}),
     ("fast.json: source must be a text that JSON can hold in 4096 bytes", PLAN | {"source": "\ud800"}),
     ("fast.json: measured must be an object that JSON can hold in 4096 bytes", PLAN | {"measured": [1]}),
+    ("fast.json: measured must be an object of numbers and texts, or of ", PLAN | {"measured": {"fid": [1]}}),
+    ("fast.json: measured must be an object of numbers and texts, or of ", PLAN | {"measured": {"a": {"b": {}}}}),
     ("fast.json: measured must be an object that JSON can hold in 4096 bytes", PLAN | {"measured": {"fid": math.inf}}),
 ]
 
@@ -319,3 +323,11 @@ def test_a_table_is_never_made_of_another_file_than_was_chosen(tmp_path: Path) -
     for process in (changed, PROCESS):
         with pytest.raises(PlanError, match="^plan fast is not what it was when it was chosen$"):
             plan(process, choice)
+
+
+def test_the_example_of_the_documentation_is_a_plan_for_the_digits(tmp_path: Path) -> None:
+    (example,) = re.findall("```json\n(.*?)```", (ROOT / "docs" / "models.md").read_text(), re.DOTALL)
+    write_plan(tmp_path, example.encode())
+    plans, refused = read_plans(tmp_path, read_card(ROOT / "weights" / "digits").process)
+
+    assert ([*plans], refused) == (["fast"], {})

@@ -12,7 +12,7 @@ import pytest
 from model.checkpoint.card import read_card
 from model.checkpoint.scheduler import CLASSES, noise_schedule, read_process
 from model.errors import ModelRefused
-from model.sampling.schedule import linear
+from model.sampling.schedule import Thresholding, linear
 from tests.model.convert.directories import write_model
 
 # of July 2022; and two that need packages which the tests do without
@@ -111,6 +111,25 @@ REFUSED: list[dict[str, Any]] = [
     {"variance_type": "fixed_large_log"},
     {"beta_schedule": "laplace"},
 ]
+
+
+THRESHOLDS: list[tuple[str, Any]]
+THRESHOLDS = [("dynamic_thresholding_ratio", value) for value in (0, 1.01, -0.5, float("nan"), None, "0.9", True)]
+THRESHOLDS += [("sample_max_value", value) for value in (0.99, -1, float("inf"), float("nan"), None, [1.0], True)]
+
+
+@pytest.mark.parametrize(("option", "value"), THRESHOLDS)
+def test_a_threshold_that_cannot_be_is_refused_with_its_value(option: str, value: object) -> None:
+    message = refused(thresholding=True, **{option: value})
+
+    assert message.startswith(f"scheduler_config.json: {option} must be a number")
+    assert message.endswith(f", got {json.dumps(value)}")
+
+
+def test_thresholding_is_on_where_a_solver_would_not_clip() -> None:
+    process = read_process({"_class_name": "DPMSolverMultistepScheduler", "thresholding": True}, {}, learned=False)
+
+    assert process.clip and process.thresholding == Thresholding(0.995, 1.0)
 
 
 @pytest.mark.parametrize("options", REFUSED, ids=str)

@@ -13,6 +13,7 @@ from diffusers.training_utils import EMAModel
 from model.checkpoint.card import read_card
 from model.convert.directories import _named
 from model.errors import ModelRefused
+from model.sampling.schedule import Thresholding
 from tests.model.convert.directories import write_plan
 from tests.model.convert.test_convert import apart, converted, noise, refused, written
 from tests.model.convert.test_layouts import output
@@ -77,6 +78,16 @@ def test_a_folder_of_a_training_may_be_named_by_itself(training: tuple[Path, UNe
 
     shutil.rmtree(checkpoint / "unet")
     assert is_of(converted(checkpoint), average)
+
+
+def test_dynamic_thresholding_is_kept_and_told(
+    training: tuple[Path, UNet2DModel, UNet2DModel], capsys: pytest.CaptureFixture[str]
+) -> None:
+    options: dict[str, Any] = {"thresholding": True, "dynamic_thresholding_ratio": 0.9, "sample_max_value": 1.5}
+    DDPMScheduler(**options).save_pretrained(training[0].parent / "scheduler")
+
+    assert read_card(converted(training[0])).process.thresholding == Thresholding(0.9, 1.5)
+    assert "epsilon, fixed_small, thresholded; from scheduler/" in capsys.readouterr().out
 
 
 def test_without_a_schedule_anywhere_the_usual_one_is_assumed_and_that_is_told(

@@ -23,6 +23,7 @@ from model.engine.runner import Runner, prepared
 from model.engine.slots import Slots
 from model.engine.step import denoise
 from model.nets.unet import UNet
+from model.sampling.schedule import Thresholding
 from tests.model.tiny import ARCHITECTURE, CPU, T, a_plan, card, tiny_model
 
 META = torch.device("meta")
@@ -66,12 +67,13 @@ def capturing() -> Iterator[None]:
         yield
 
 
+@pytest.mark.parametrize("thresholding", [None, Thresholding(0.9, 2.0)], ids=["clamped", "thresholded"])
 @pytest.mark.parametrize("learned", [False, True])
 @pytest.mark.parametrize("batch", [1, 2, 3])
-def test_the_step_never_looks_at_the_host(batch: int, learned: bool) -> None:
+def test_the_step_never_looks_at_the_host(batch: int, learned: bool, thresholding: Thresholding | None) -> None:
     net, table, slots = meta_world(learned)
     with capturing():
-        denoise(net, table, slots, batch)
+        denoise(net, table, slots, batch, thresholding)
 
     assert slots.ahead_steps == 0  # so its noise was drawn inside the step
 
@@ -184,7 +186,7 @@ class FakeCuda:
             cuda.pools += 1
             return f"pool {cuda.pools}"
 
-        def record(net: UNet, table: Tensor, slots: Slots, batch: int) -> None:
+        def record(net: UNet, table: Tensor, slots: Slots, batch: int, thresholding: None) -> None:
             cuda.diary.append(("capture" if cuda.pool else "run", batch, cuda.stream, cuda.pool))
 
         for name, value in {
@@ -301,7 +303,7 @@ class Layer(nn.Module):
 def layers(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> nn.Module:
     """A net of four layers of three kinds, two of them in a block, on the GPU that keeps a diary."""
 
-    def denoise(net: nn.Module, table: Tensor, slots: Slots, batch: int) -> None:
+    def denoise(net: nn.Module, table: Tensor, slots: Slots, batch: int, thresholding: None) -> None:
         net(torch.zeros(batch))
         cuda.diary.append(("capture" if cuda.pool else "run", batch, cuda.stream, cuda.pool))
 

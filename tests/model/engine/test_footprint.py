@@ -16,13 +16,16 @@ from model.checkpoint.card import read_card
 from model.checkpoint.load import load_model
 from model.engine.footprint import footprint, resident_bytes
 from model.engine.runner import prepared
+from model.engine.step import scales
 from model.nets.activations import alive
 from model.nets.build import build
 from model.nets.config import Architecture
 from model.nets.cpu import supports
 from model.nets.lucidrains_config import AnyArchitecture
+from model.sampling.schedule import Thresholding
 from tests.model.convert.directories import write_model
 from tests.model.tiny import ARCHITECTURE, CPU, LUCIDRAINS
+from tests.model.tiny import card as tiny_card
 
 WIDE = Architecture(
     height=16,
@@ -89,6 +92,19 @@ def test_a_loaded_model_takes_no_more_than_its_footprint(tmp_path: Path, dtype: 
 
     assert before.parameters == model.parameters
     assert after <= before.size_bytes <= 2 * after
+
+
+@pytest.mark.parametrize("ratio", [1e-6, 0.995])
+def test_what_a_step_holds_for_thresholding_is_in_the_footprint(ratio: float) -> None:
+    """As far as torch's tensors show it: on a GPU a sort holds more."""
+    numbers, x0 = Thresholding(ratio, 2.0), torch.zeros(4, *WIDE.shape)
+    plain = tiny_card(WIDE)
+    with torch.inference_mode(), Counting() as counting:
+        scales(x0, torch.ones(4, 1, 1, 1), numbers)
+    thresholded = tiny_card(WIDE, replace(plain.process, thresholding=numbers))
+    sizes = [footprint(each, 4, torch.device("meta"), torch.bfloat16).size_bytes for each in (plain, thresholded)]
+
+    assert 0 < counting.most < sizes[1] - sizes[0] < 40 * x0.nbytes
 
 
 DIGITS = Path(__file__).parents[3] / "weights" / "digits"

@@ -40,6 +40,7 @@ CHOICES: list[dict[str, Any]] = [
     {"sampler": "deis", "order": 3, "noise": "torch"},
     {"sampler": "ipndm"},
 ]
+THRESHOLDING = {"thresholding": True, "dynamic_thresholding_ratio": 0.9, "sample_max_value": 3.0}
 MANY_THREADS = pytest.mark.skipif(
     not (os.environ.get("CI") or os.environ.get("TEST_THREADS")),
     reason="two threads are tried in CI, or with TEST_THREADS=1: on a busy machine they crawl",
@@ -83,10 +84,14 @@ def bustle(engine: Engine, requests: list[Request], random: Random) -> list[Even
 
 
 def check_a_picture_is_the_same_in_any_batch(
-    directory: Path, device: torch.device, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    directory: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+    scheduler: dict[str, Any] | None = None,
 ) -> None:
     """Runs the crowd together, then each survivor alone, on a runner of its own."""
-    write_model(directory)
+    write_model(directory, scheduler=scheduler)
     model = load_model(read_card(directory), device, dtype)
     assert model.card.process.schedule.T == PROCESS.schedule.T
     together, alone, resumed = prepared(model, SLOTS), prepared(model, SLOTS), list[int]()
@@ -122,10 +127,15 @@ def test_a_picture_is_the_same_in_any_batch(
     check_a_picture_is_the_same_in_any_batch(tmp_path, torch.device("cpu"), dtype, monkeypatch)
 
 
+def test_a_thresholded_picture_is_the_same_in_any_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_a_picture_is_the_same_in_any_batch(tmp_path, torch.device("cpu"), torch.float32, monkeypatch, THRESHOLDING)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU on this machine")
+@pytest.mark.parametrize("scheduler", [{}, THRESHOLDING], ids=["clamped", "thresholded"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_a_picture_is_the_same_in_any_batch_on_a_gpu(
-    dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, scheduler: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    check_a_picture_is_the_same_in_any_batch(tmp_path, torch.device("cuda"), dtype, monkeypatch)
+    check_a_picture_is_the_same_in_any_batch(tmp_path, torch.device("cuda"), dtype, monkeypatch, scheduler)

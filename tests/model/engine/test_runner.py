@@ -12,6 +12,7 @@ from model.engine.runner import prepared, ranges, usual_buckets
 from model.engine.slots import Slots
 from model.engine.step import denoise
 from model.sampling.noise import gaussian
+from model.sampling.plan import SAMPLERS
 from model.sampling.table import COLUMNS, A, B, C, D, E, G, H, K, M, N, P, Q, S, U
 from tests.model.tiny import CPU, T, a_plan, a_request, function_model, halve, pictures, quick_engine, run, tiny_model
 
@@ -159,6 +160,13 @@ def test_a_start_in_which_a_library_chose_another_kernel_has_another_hash() -> N
 
     assert [runner.exact_buckets for runner in runners] == [[1, 2, 3, 4, 5]] * 2
     assert runners[0].bits != runners[1].bits
+
+
+def test_a_version_whose_sampler_has_other_rows_has_another_hash(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = prepared(tiny_model(), 2).bits
+    monkeypatch.setitem(SAMPLERS, "greedy", SAMPLERS["ddim"])
+
+    assert prepared(tiny_model(), 2).bits != before
 
 
 def test_a_machine_that_draws_other_noise_has_another_hash(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,7 @@ from model.nets.lucidrains import LucidrainsUNet
 from model.nets.lucidrains_config import LucidrainsArchitecture
 from model.nets.unet import UNet
 from model.sampling.noise import STEP, gaussian, philox
+from model.sampling.schedule import Thresholding
 from model.sampling.table import C, K, S, W
 from tests.model.kernels.world import DEVICE, DTYPES, draw, error
 from tests.model.sampling.test_noise import KNOWN_ANSWERS
@@ -300,6 +301,49 @@ def test_the_sampler_is_the_algebra(shape: tuple[int, int, int], learned: bool, 
     assert torch.equal(slots.cursor, expected.cursor)
     for name in ("x", "x0", "history", "cursor"):
         assert torch.equal(getattr(slots, name)[batch:], getattr(before, name)[batch:])  # of no other slot
+
+
+THRESHOLDING = Thresholding(0.9, 2.0)
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize(("learned", "dtype"), [(False, torch.float32), (True, torch.bfloat16)])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 29, 31)])
+def test_the_sampler_thresholds_as_the_algebra(
+    shape: tuple[int, int, int], learned: bool, dtype: torch.dtype, batch: int
+) -> None:
+    net, table, slots = a_world(shape, learned, dtype=dtype)  # of which every other one is neither clamped nor scaled
+    slots.x *= 2
+    slots.rows[1::2, :, C] = 1
+    expected, clamped = twin(slots), twin(slots)
+    algebra(net, table, expected, batch, THRESHOLDING)
+    denoise_by_kernels(net, table, clamped, batch)
+    denoise_by_kernels(net, table, slots, batch, THRESHOLDING)
+
+    for name in ("x", "x0", "history"):
+        assert error(getattr(slots, name), getattr(expected, name).double()) < 1e-5
+    assert torch.equal(slots.cursor, expected.cursor)
+    assert torch.equal(slots.x0[::2], clamped.x0[::2])
+    scaled = [not torch.equal(*pair) for pair in zip(slots.x0[1:batch:2], clamped.x0[1:batch:2], strict=True)]
+    assert any(scaled) == (batch > 1 and shape != (1, 1, 1))
+
+
+def test_a_thresholded_step_depends_neither_on_other_pictures_nor_on_the_slot() -> None:
+    net, table, slots = a_world((3, 5, 7), dtype=torch.bfloat16)
+    slots.rows[1::2, :, C] = 1
+    reversed_, alone = twin(slots), [twin(slots) for _ in range(5)]
+    for name in ("x", "x0", "given", "history", "rows", "cursor", "last", "seed"):
+        getattr(reversed_, name).copy_(getattr(slots, name).flip(0))
+        for i, one in enumerate(alone):
+            getattr(one, name)[0].copy_(getattr(slots, name)[i])
+    reversed_.x[1, 0, 2, 3] = torch.nan  # of the fourth
+    for world, batch in ((slots, 5), (reversed_, 5), *((one, 1) for one in alone)):
+        denoise_by_kernels(net, table, world, batch, THRESHOLDING)
+    for i, one in enumerate(alone):
+        for name in ("x", "x0", "history"):
+            assert torch.equal(getattr(one, name)[0], getattr(slots, name)[i])
+            assert i == 3 or torch.equal(getattr(reversed_, name)[4 - i], getattr(slots, name)[i])
+    assert reversed_.x[1].isnan().any()
 
 
 def test_channels_that_a_picture_lacks_are_zeros() -> None:

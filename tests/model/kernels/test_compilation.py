@@ -108,8 +108,8 @@ def test_every_kernel_compiles_and_has_no_atomics(compiled: Counter[str]) -> Non
     state, rows, table = torch.zeros(2, 3, 8, 8), torch.zeros(2, 5, 15), torch.zeros(9, 40, dtype=torch.bfloat16)
     step.enter(state, rows, cursor, table, 16)
     at: dict[str, Any] = {"rows": rows, "now": cursor, "cursor": cursor, "last": cursor, "seed": cursor}
-    for out in (3, 6):
-        step.update(torch.zeros(2, out, 8, 8), state, state, state, state, **at)
+    for out, scale in ((3, None), (6, None), (3, torch.ones(2, 1, 1, 1))):
+        step.update(torch.zeros(2, out, 8, 8), state, state, state, state, scale, **at)
 
     assert compiled == {
         "_norm_in_registers": 6,
@@ -117,7 +117,7 @@ def test_every_kernel_compiles_and_has_no_atomics(compiled: Counter[str]) -> Non
         "_norm_by_moments": 4,
         "_add_bias": 1,
         "_enter": 1,
-        "_update": 2,
+        "_update": 3,
     }
 
 

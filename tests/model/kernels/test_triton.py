@@ -35,6 +35,7 @@ from model.nets.config import architecture
 from model.nets.convolution import Conv
 from model.nets.exact import use_libraries
 from model.nets.unet import UNet
+from model.sampling.schedule import Thresholding
 from tests.model.engine.test_capture import META, capturing
 from tests.model.tiny import ARCHITECTURE, FunctionNet, T, a_plan, a_request, card, halve, run
 from tests.model.worlds import CIFAR10, relative_error, shaken, small, twin
@@ -133,10 +134,11 @@ class OnTheDevice(Operations):
         return func(*args, **(kwargs or {}))
 
 
-def test_the_step_by_kernels_never_looks_at_the_host(launches: Counter[str]) -> None:
+@pytest.mark.parametrize("thresholding", [None, Thresholding(0.9, 2.0)], ids=["clamped", "thresholded"])
+def test_the_step_by_kernels_never_looks_at_the_host(thresholding: Thresholding | None, launches: Counter[str]) -> None:
     net, table, slots = meta_world(small())
     with capturing():
-        denoise(net, table, slots, 3)
+        denoise(net, table, slots, 3, thresholding)
 
     assert launches["_enter"] == launches["_update"] == 1
 

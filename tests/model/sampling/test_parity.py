@@ -111,7 +111,7 @@ def is_diffusers_picture(variance_type: str, choice: Sampling, last_level: int) 
 
 def their_picture(net: UNet2DModel, choice: Sampling, options: dict[str, Any]) -> NDArray[np.float32]:
     """The picture that diffusers makes of a net, with its own scheduler for this sampler. [H, W, C] in [0, 1]"""
-    usual = {name: options[name] for name in ("num_train_timesteps", "prediction_type", "timestep_spacing")}
+    usual = {name: options[name] for name in options if name not in ("variance_type", "clip_sample")}
     if choice.sampler == "ddpm":
         return theirs(pipeline(net, DDPMScheduler(**options)), 3, choice.steps)
     if choice.sampler == "ddim":

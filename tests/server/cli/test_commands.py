@@ -1,4 +1,4 @@
-"""The other commands that ask a server or train: models, bench, train."""
+"""The other commands that ask a server, train or tune: models, bench, train, tune."""
 
 import json
 from pathlib import Path
@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from safetensors import SafetensorError
 
+from model.checkpoint.card import read_card
+from model.sampling.plan import resolve
 from model.train import trainer
 from server.cli import main
 from server.settings import Settings
@@ -156,3 +158,49 @@ def test_a_time_that_cannot_be_waited_for_is_refused(seconds: str, capsys: pytes
         main.main(["models", "--url", "http://127.0.0.1:1", "--timeout", seconds])
 
     assert "argument --timeout: must be a positive number of seconds, at most 1e+09" in capsys.readouterr().err
+
+
+def test_a_plan_is_tuned_into_a_model_that_then_has_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = write_model(tmp_path / "tiny")
+    words = ["tune", str(model), "--steps", "2", "--seeds", "2", "--updates", "1", "--batch", "1", "--device", "cpu"]
+    assert main.main(words) == 0
+
+    process = read_card(model).process
+    told = json.loads(capsys.readouterr().out.partition(".json: ")[2])
+    assert list(process.plans) == ["tuned-2"] and not process.refused_plans
+    assert process.plans["tuned-2"].measured == told and told["rms"] <= told["rms_by_hand"]
+    assert resolve(process, plan="tuned-2").steps == 2
+    assert sorted(path.name for path in (model / "plans").iterdir()) == [".teacher.npz", "tuned-2.json"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "said"),
+    [
+        (["--steps", "0"], 2, "--steps must lie in 1..200, got 0"),
+        (["--steps", "31"], 2, "--steps must lie in 1..30 for tiny, got 31"),
+        (["--seeds", "5000"], 2, "--seeds must lie in 1..4096, got 5000"),
+        (["--name", "../tuned"], 2, "--name must be 1..64 letters, digits, -, _ and ."),
+        (["--device", "abacus"], 6, "--device must be auto, cpu, cuda or cuda:N, got 'abacus'"),
+        (["--out", "DAMAGED"], 3, ".teacher.npz is damaged; without it, tuning begins anew"),
+        (["--out", "FILE"], 7, "FILE cannot be written: File exists"),
+    ],
+)
+def test_a_tuning_that_cannot_begin_says_so_in_one_line(
+    flags: list[str],
+    code: int,
+    said: str,
+    weights: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "FILE").touch()
+    (tmp_path / "DAMAGED").mkdir()
+    (tmp_path / "DAMAGED" / ".teacher.npz").write_bytes(b"not quite")
+
+    words = ["tune", str(weights / "tiny"), "--out", "new", "--steps", "2", "--batch", "1", "--device", "cpu"]
+
+    assert main.main([*words, *flags]) == code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("ddpm: ") and said in line

@@ -48,10 +48,21 @@ def test_the_limits_of_a_public_server_are_not_those_of_a_private_one(weights: P
     assert (made.returncode, len(made.stderr.splitlines())) == (0, 64)
 
 
-def test_a_picture_can_be_repeated_from_its_png(url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "asked",
+    [
+        "--steps 11 --variance large --spacing trailing --noise torch",
+        "--sampler unipc --order 3 --timesteps 30,19,7,1 --no-clip",
+        "--plan fast --noise torch",
+        "--preset balanced",
+        "",
+    ],
+)
+def test_a_picture_can_be_repeated_from_its_png(
+    url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], asked: str
+) -> None:
     first, second = tmp_path / "first.png", tmp_path / "second.png"
-    asked = ["--seed", "7", "--steps", "11", "--variance", "large", "--spacing", "trailing", "--noise", "torch"]
-    assert main.main(["generate", *asked, "-o", str(first), "--url", url]) == 0
+    assert main.main(["generate", "--seed", "7", *asked.split(), "-o", str(first), "--url", url]) == 0
     assert main.main(["generate", "--like", str(first), "-o", str(second), "--url", url]) == 0
 
     assert second.read_bytes() == first.read_bytes()
@@ -95,6 +106,39 @@ def test_flags_override_the_request_of_a_repeated_picture(url: str, tmp_path: Pa
     assert main.main(["generate", *asked, "--sampler", "ddim", "--url", url]) == 0  # which has no variance
 
 
+def test_without_a_word_about_sampling_the_preset_is_fast(url: str, tmp_path: Path) -> None:
+    with Client(url) as client:
+        fast, full = client.generate(seed=7, preset="fast").png, client.generate(seed=7, clip=True).png
+    out = tmp_path / "out.png"
+
+    for flags, expected in (([], fast), (["--preset", "full"], full), (["--clip"], full)):
+        assert main.main(["generate", "--seed", "7", *flags, "-o", str(out), "--url", url]) == 0
+        assert out.read_bytes() == expected
+
+
+@pytest.mark.parametrize(
+    ("before", "flags", "now"),
+    [
+        ("--plan fast", "--steps 5", {"steps": "5", "spacing": "leading", "plan": None, "timesteps": None}),
+        ("--plan fast", "--order 1 --sampler unipc", {"sampler": "unipc", "steps": "3", "plan": None, "eta": None}),
+        ("--plan fast", "--preset fast", {"sampler": "unipc", "steps": "10", "plan": None, "timesteps": None}),
+        ("--sampler unipc --order 3 --timesteps 9,4", "--sampler ddim", {"order": None, "timesteps": "[9, 4]"}),
+        ("--sampler unipc --timesteps 9,4", "--spacing trailing", {"steps": "2", "timesteps": None, "order": "2"}),
+        ("--steps 7 --spacing trailing", "--timesteps 8,3", {"steps": "2", "spacing": None, "timesteps": "[8, 3]"}),
+        ("--steps 7 --variance large", "--plan fast", {"plan": "fast", "variance": None}),
+    ],
+)
+def test_flags_replace_what_cannot_stand_beside_them(
+    url: str, tmp_path: Path, before: str, flags: str, now: dict[str, str | None]
+) -> None:
+    out = str(tmp_path / "out.png")
+    assert main.main(["generate", "--seed", "7", *before.split(), "-o", out, "--url", url]) == 0
+    assert main.main(["generate", "--like", out, *flags.split(), "-o", out, "--url", url]) == 0
+    texts = read_texts(Path(out).read_bytes())
+
+    assert {name: texts.get(name) for name in now} == now
+
+
 def test_an_animation_of_several_pictures_has_one_frame_per_step_shown(
     url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -117,6 +161,10 @@ def test_a_random_seed_is_printed(url: str, tmp_path: Path, capsys: pytest.Captu
     ("words", "code", "said"),
     [
         (["--steps", "31"], 2, "steps must lie in 1..30, got 31"),
+        (["--order", "2"], 2, "order applies to dpmpp, "),
+        (["--timesteps", "3,4"], 2, "timesteps must descend without repeats, got 4 behind 3"),
+        (["--preset", "fast", "--steps", "3"], 2, "steps must be left out beside preset"),
+        (["--plan", "slow"], 2, "plan must be one of fast"),
         (["--model", "other"], 2, "model must be one of tiny"),
         (["--like", "nothing.png"], 2, "nothing.png could not be read"),
         (["--like", __file__], 2, "is not a PNG"),

@@ -47,6 +47,7 @@ WRONG = {
     "generate": ["--steps", "many"],
     "models": ["weights"],
     "train": [],
+    "tune": ["weights/digits"],
     "convert": ["net.pt"],
     "bench": ["--times"],
     "key": ["alice", "--quota", "1\n2"],

@@ -46,8 +46,10 @@ class Description:
             for method, operation in methods.items():
                 yield path, method, operation
 
-    def wrong(self, schema: Json, value: Any, place: str = "") -> list[str]:
+    def wrong(self, schema: Json | bool, value: Any, place: str = "") -> list[str]:
         """Where a value is not what a schema says. Objects have no other fields than those that are named."""
+        if isinstance(schema, bool):  # of additional properties: anything may be there
+            return [] if schema else [f"{place} is not described"]
         schema = self.follow(schema)
         if kinds := schema.get("anyOf", schema.get("oneOf")):
             found = [self.wrong(kind, value, place) for kind in kinds]

@@ -23,12 +23,14 @@ from tests.server.jobs.test_metrics import read
 NAMES = ("a", "b", "c")
 JOBS = [{"model": name, "seed": seed, "steps": 10 + seed, "n": 2} for seed in range(8) for name in NAMES]
 SLOTS = 4
+THRESHOLDING = {"thresholding": True, "sample_max_value": 1.5}
 
 
 def write(folder: Path) -> Path:
-    """Three models of one shape, and each with weights of its own."""
+    """Three models of one shape, and each with weights of its own; the last has dynamic thresholding."""
     for factor, name in enumerate(NAMES, 1):
-        write_model(folder / name, tensors={key: tensor * (1 + 0.1 * factor) for key, tensor in tensors().items()})
+        scaled, options = {key: tensor * (1 + 0.1 * factor) for key, tensor in tensors().items()}, {"c": THRESHOLDING}
+        write_model(folder / name, scheduler=options.get(name), tensors=scaled)
     return folder
 
 
@@ -96,6 +98,12 @@ def test_three_models_share_memory_for_two_and_no_request_fails(
     assert [made[i].content for i in range(len(JOBS))] == expected
     assert max(map(len, seen)) == 2
     assert set().union(*seen, loaded(server)) == {"a", "b", "c"}
+
+
+def test_the_list_tells_of_dynamic_thresholding(server: Server) -> None:
+    told = {model["name"]: (model["clip"], model["thresholding"]) for model in models(server)}
+
+    assert told == dict.fromkeys("abz", (True, None)) | {"c": (True, {"ratio": 0.995, "max": 1.5})}
 
 
 def test_the_most_recently_used_model_stays_loaded(server: Server) -> None:

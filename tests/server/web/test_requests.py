@@ -6,12 +6,13 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from server.errors import SampleLost
-from server.jobs.schemas import MAX_DEPTH, GenerateRequest
+from model.checkpoint.scheduler import MAX_T
+from server.errors import Invalid, SampleLost
+from server.jobs.schemas import MAX_DEPTH, GenerateRequest, validate
 from server.settings import Settings
 from server.web.app import create_app
 from tests.model.convert.directories import write_model
-from tests.server.fakes import FakeBackend
+from tests.server.fakes import FakeBackend, read_texts
 
 INVALID: list[tuple[dict[str, Any], str, str]] = [
     ({"seed": -1}, "/seed", "seed must lie in 0..9007199254740991, got -1"),
@@ -46,6 +47,49 @@ INVALID: list[tuple[dict[str, Any], str, str]] = [
     ({"variance": "learned"}, "/variance", "small or large"),
     ({"variance": "huge"}, "/variance", "variance must be one of small, large, learned"),
     ({"spacing": "quad"}, "/spacing", "spacing must be one of leading, linspace, trailing"),
+    ({"order": 2}, "/order", "order applies to dpmpp, "),
+    ({"sampler": "unipc", "order": 0}, "/order", "order must lie in 1..3, got 0"),
+    ({"sampler": "unipc", "order": 4}, "/order", "order must lie in 1..3, got 4"),
+    ({"sampler": "ipndm", "order": 5}, "/order", "order must lie in 1..4, got 5"),
+    ({"sampler": "unipc", "order": 2.0}, "/order", "order must be an integer in 1..3, got 2.0"),
+    ({"sampler": "unipc", "order": 10**400}, "/order", "order must lie in 1..3, got a number of 401 digits"),
+    ({"timesteps": []}, "/timesteps", "timesteps must be a list of 1 to 30 integers, got 0"),
+    ({"timesteps": "30,20"}, "/timesteps", "timesteps must be a list of 1 to 30 integers, got a string"),
+    ({"timesteps": {"0": 1}}, "/timesteps", "timesteps must be a list of 1 to 30 integers, got an object"),
+    ({"timesteps": [9, 8, "7"]}, "/timesteps/2", "timesteps.2 must be an integer in 1..30, got a string"),
+    ({"timesteps": [9, True]}, "/timesteps/1", "timesteps.1 must be an integer in 1..30, got true"),
+    ({"timesteps": [9, None]}, "/timesteps/1", "timesteps.1 must be an integer in 1..30, got null"),
+    ({"timesteps": [9, 8.5]}, "/timesteps/1", "timesteps.1 must be an integer in 1..30, got 8.5"),
+    ({"timesteps": [9, [8]]}, "/timesteps/1", "timesteps.1 must be an integer in 1..30, got a list"),
+    ({"timesteps": [9, 0]}, "/timesteps/1", "timesteps.1 must lie in 1..30, got 0"),
+    ({"timesteps": [10**400]}, "/timesteps/0", "timesteps.0 must lie in 1..30, got a number of 401 digits"),
+    ({"timesteps": [31, 9]}, "/timesteps", "timesteps must lie in 1..30, got 31"),
+    ({"timesteps": [9, 10]}, "/timesteps", "timesteps must descend without repeats, got 10 behind 9"),
+    ({"timesteps": [9, 9]}, "/timesteps", "timesteps must descend without repeats, got 9 behind 9"),
+    ({"timesteps": [*range(31, 0, -1)]}, "/timesteps", "timesteps must be 1..30 levels, got 31"),
+    ({"timesteps": [9], "steps": 1}, "/steps", "steps must be left out beside timesteps"),
+    ({"timesteps": [9], "spacing": "leading"}, "/spacing", "spacing must be left out beside timesteps"),
+    ({"plan": "slow"}, "/plan", "plan must be one of fast"),
+    ({"plan": ""}, "/plan", "plan must be a string of 1 to 64 characters, got 0"),
+    ({"plan": "p" * 65}, "/plan", "plan must be a string of 1 to 64 characters, got 65"),
+    ({"plan": "fast", "steps": 5}, "/steps", "steps must be left out beside plan"),
+    ({"plan": "fast", "sampler": "ddpm"}, "/sampler", "sampler must be left out beside plan"),
+    ({"preset": "turbo"}, "/preset", "preset must be one of fast, balanced, full"),
+    ({"preset": 1}, "/preset", "preset must be one of fast, balanced, full, got 1"),
+    *(
+        ({"preset": "fast", name: value}, f"/{name}", f"{name} must be left out beside preset")
+        for name, value in {
+            "sampler": "ddpm",
+            "steps": 5,
+            "order": 2,
+            "timesteps": [9],
+            "plan": "fast",
+            "spacing": "leading",
+            "eta": 0,
+            "variance": "small",
+            "clip": True,
+        }.items()
+    ),
     ({"clip": 1}, "/clip", "clip must be true or false, got 1"),
     ({"noise": "numpy"}, "/noise", "noise must be one of philox, torch"),
     ({"priority": 11}, "/priority", "priority must lie in -10..10, got 11"),
@@ -74,6 +118,40 @@ def test_a_field_out_of_bounds_is_named_with_its_bounds(
     assert answer.headers["content-type"] == "application/problem+json"
     assert answer.json()["errors"][0]["pointer"] == pointer
     assert limit in answer.json()["errors"][0]["message"]
+
+
+def test_more_levels_than_any_model_has_are_refused_before_they_are_looked_at(weights: Path) -> None:
+    for level, pointer in (("x", "timesteps/0"), (1, "timesteps")):
+        with pytest.raises(Invalid) as caught:
+            validate({"timesteps": [level] * (MAX_T + 1)}, GenerateRequest)
+        assert [name for name, _ in caught.value.fields] == [pointer]
+
+
+def test_a_preset_is_what_it_stands_for(client: TestClient) -> None:
+    def document(**request: Any) -> Any:
+        made = client.post("/generate", json={"seed": 7} | request, headers={"accept": "application/json"})
+        return made.raise_for_status().json()["request"]
+
+    presets = client.get("/models/tiny").json()["presets"]
+    for name, fields in presets.items():
+        asked = document(preset=name)
+        assert asked | fields == asked == document(**{field: v for field, v in fields.items() if v is not None})
+    assert document(preset="full", noise="torch") == document(noise="torch")
+    assert presets["fast"]["steps"] == 10
+
+
+def test_levels_that_are_given_are_the_steps_of_a_job(client: TestClient) -> None:
+    asked = {"seed": 7, "sampler": "unipc", "order": 3, "timesteps": [30, 11, 2], "frames": {"every": 1}}
+    job = client.post("/generate", json=asked, headers={"accept": "application/json"}).raise_for_status().json()
+    png = client.get(job["images"][0]["url"]).content
+
+    stands = {name: value for name, value in asked.items() if name != "frames"} | {"steps": 3}
+    assert {name: job["request"][name] for name in stands} == stands
+    assert (job["request"]["spacing"], job["request"]["plan"]) == (None, None)
+    assert job["progress"]["steps"] == 3
+    texts = read_texts(png)
+    assert (texts["timesteps"], texts["order"], texts["steps"]) == ("[30, 11, 2]", "3", "3")
+    assert "spacing" not in texts and "plan" not in texts
 
 
 def test_all_fields_out_of_bounds_are_named_at_once(client: TestClient) -> None:
