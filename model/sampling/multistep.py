@@ -31,7 +31,7 @@ def ipndm(walk: Walk, rows: FloatArray, choice: Sampling) -> None:
 
 def deis(walk: Walk, rows: FloatArray, choice: Sampling) -> None:
     """DEIS, Zhang & Chen (2022): eps as a polynomial in lambda (diffusers' "logrho"), integrated exactly."""
-    order, lam, h = _orders(choice), *_lambda(walk)
+    order, lam, h = _orders(walk, choice), *_lambda(walk)
     weights = np.zeros((choice.steps, 4))
     for p in range(2, order.max() + 1):
         at = np.flatnonzero(order == p)
@@ -58,7 +58,7 @@ def dpmpp_sde(walk: Walk, rows: FloatArray, choice: Sampling) -> None:
 
 def _dpmpp(walk: Walk, rows: FloatArray, choice: Sampling, speed: int) -> None:
     """Adds the terms of second and third order, where x0 has weight exp(-speed u) at a distance u from the end."""
-    order, lam, h = _orders(choice), *_lambda(walk)
+    order, lam, h = _orders(walk, choice), *_lambda(walk)
     weights = np.zeros((choice.steps, 4))
     at = np.flatnonzero(order == 2)
     first = h[at] / (lam[at] - lam[at - 1])  # h times the slope of x0, as a multiple of the difference
@@ -80,7 +80,7 @@ def unipc(walk: Walk, rows: FloatArray, choice: Sampling) -> None:
 
     The corrector adds x0's to the state in which the net has been asked. Put into the next predictor, that is one row.
     """
-    order, lam, h = _orders(choice, always=True), *_lambda(walk)
+    order, lam, h = _orders(walk, choice, always=True), *_lambda(walk)
     predictor, corrector = np.zeros(
         (2, choice.steps, 4)
     )  # beyond DDIM's step: each of this step, and of the one before
@@ -101,21 +101,20 @@ def unipc(walk: Walk, rows: FloatArray, choice: Sampling) -> None:
     _add_x0(rows, walk.alpha_bar_next[:, None] * predictor + (rows[:, N] * walk.alpha_bar)[:, None] * corrector)
 
 
-def _orders(choice: Sampling, always: bool = False) -> IntArray:
+def _orders(walk: Walk, choice: Sampling, always: bool = False) -> IntArray:
     """The order of each step: no more than there are steps so far, and at the end, if steps are few or `always`, than
-    there are steps left; that of the last is 1. -> [steps]"""
+    there are steps left; that of a step to x0 is 1. -> [steps]"""
     assert choice.order is not None
     order = np.minimum(choice.order, np.arange(1, choice.steps + 1))
     if always or choice.steps < FEW_STEPS:
         order = np.minimum(order, order[::-1])
-    order[-1] = 1
-    return order
+    return np.where(walk.beta_bar_next > 0, order, 1)
 
 
 def _lambda(walk: Walk) -> tuple[FloatArray, FloatArray]:
-    """lambda at each level, and the way from it to the next; the last way, to infinity, is given as 0. [steps] each"""
-    lam = np.log(walk.alpha_bar / walk.beta_bar)
-    return lam, np.append(np.diff(lam), 0.0)
+    """lambda at each level, and how far it is to the next; to x0, infinitely far, 0 stands here. [steps] each"""
+    decay = walk.alpha * walk.beta_bar_next / walk.beta_bar  # exp(-h)
+    return np.log(walk.alpha_bar / walk.beta_bar), -np.log(np.where(decay > 0, decay, 1.0))
 
 
 def _past(lam: FloatArray, at: IntArray, order: int) -> FloatArray:

@@ -8,7 +8,7 @@ from typing import get_args
 import numpy as np
 
 from model.errors import PlanError
-from model.sampling.levels import SPACINGS, timesteps
+from model.sampling.levels import SPACINGS, solver_timesteps, timesteps
 from model.sampling.multistep import deis, dpmpp, dpmpp_sde, ipndm, unipc
 from model.sampling.samplers import Sampling, Walk, ddim, ddpm, greedy
 from model.sampling.schedule import FloatArray, IntArray, Process, Spacing, Variance
@@ -19,24 +19,26 @@ VARIANCES: tuple[Variance, ...] = get_args(Variance)
 
 @dataclass(frozen=True, slots=True)
 class Sampler:
-    """A sampler's function, those of the optional fields that it uses, and its orders."""
+    """A sampler's function, those of the optional fields that it uses, its orders, and what diffusers does with it."""
 
     fill: Callable[[Walk, FloatArray, Sampling], None]
     fields: frozenset[str] = frozenset()
-    orders: range = range(0)  # that may be asked for; empty if it has none
+    orders: range = range(0)  # that may be asked for; if there are any, it does not clamp unless it is told to
     order: int | None = None  # unless asked for
+    solver: bool = False  # whether that scheduler has levels of its own
+    end: int = 0  # the level at which that scheduler ends
 
 
 SAMPLERS: dict[str, Sampler] = {
     "ddpm": Sampler(ddpm, frozenset({"variance"})),
     "greedy": Sampler(greedy),
     "ddim": Sampler(ddim, frozenset({"eta"})),
-    "dpmpp": Sampler(dpmpp, orders=range(1, 4), order=2),
-    "unipc": Sampler(unipc, orders=range(1, 4), order=2),
-    "deis": Sampler(deis, orders=range(1, 4), order=2),
-    "ipndm": Sampler(ipndm, orders=range(1, 5), order=4),
-    "dpmpp_sde": Sampler(dpmpp_sde, orders=range(1, 4), order=2),
-    "dpmpp_2m": Sampler(dpmpp, orders=range(2, 3), order=2),  # the name of dpmpp of order 2 in earlier versions
+    "dpmpp": Sampler(dpmpp, orders=range(1, 4), order=2, solver=True),
+    "unipc": Sampler(unipc, orders=range(1, 4), order=2, solver=True),
+    "deis": Sampler(deis, orders=range(1, 4), order=2, solver=True, end=1),
+    "ipndm": Sampler(ipndm, orders=range(1, 5), order=3),
+    "dpmpp_sde": Sampler(dpmpp_sde, orders=range(1, 4), order=2, solver=True),
+    "dpmpp_2m": Sampler(dpmpp, orders=range(2, 3), order=2, solver=True),  # dpmpp of order 2 in earlier versions
 }
 
 
@@ -73,7 +75,7 @@ def resolve(
         sampler=sampler,
         steps=steps,
         spacing=spacing,
-        clip=process.clip if clip is None else clip,
+        clip=process.clip and not SAMPLERS[sampler].orders if clip is None else clip,
         noise=noise,
         variance=variance,
         eta=eta,
@@ -185,7 +187,8 @@ def levels(T: int, choice: Sampling) -> IntArray:
     if choice.timesteps is not None:
         return np.array(choice.timesteps, np.int64)
     assert choice.spacing is not None
-    return timesteps(T, choice.steps, choice.spacing)
+    visited = solver_timesteps if SAMPLERS[choice.sampler].solver else timesteps
+    return visited(T, choice.steps, choice.spacing)
 
 
 def stands(process: Process, choice: Sampling) -> bool:
@@ -199,12 +202,13 @@ def plan(process: Process, choice: Sampling) -> Plan:
     that they name has changed since."""
     if not stands(process, choice):
         raise PlanError("plan", f"plan {choice.plan} is not what it was when it was chosen")
-    t = levels(process.schedule.T, choice)
-    walk, rows = Walk(process, t), np.zeros((choice.steps, len(COLUMNS)))
+    t, sampler = levels(process.schedule.T, choice), SAMPLERS[choice.sampler]
+    walk = Walk(process, t, sampler.end if choice.noise == "torch" else 0)
+    rows = np.zeros((choice.steps, len(COLUMNS)))
     rows[:, K] = t - 1
     rows[:, P], rows[:, Q] = walk.p, walk.q
     rows[:, C] = process.clip_range if choice.clip else np.inf
-    SAMPLERS[choice.sampler].fill(walk, rows, choice)
+    sampler.fill(walk, rows, choice)
     if choice.plan is not None and (saved := process.plans[choice.plan]).rows:
         rows[:, [COLUMNS.index(column) for column in saved.columns]] = saved.rows
     if choice.noise == "torch":

@@ -20,7 +20,7 @@ FloatArray: TypeAlias = NDArray[np.float64]
 IntArray: TypeAlias = NDArray[np.int64]
 Prediction = Literal["epsilon", "v_prediction", "sample"]
 Variance = Literal["small", "large", "learned"]
-Spacing = Literal["leading", "linspace", "trailing"]
+Spacing = Literal["leading", "linspace", "trailing", "quadratic"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -16,10 +16,11 @@ from model.engine.runner import prepared
 from model.nets.config import architecture
 from model.nets.unet import UNet
 from model.sampling.plan import plan, resolve
-from model.sampling.schedule import Prediction, Process
+from model.sampling.schedule import Prediction, Process, Spacing
 from model.sampling.table import Plan
 
 PREDICTIONS: list[Prediction] = ["epsilon", "v_prediction", "sample"]
+THEIR_SPACINGS: list[Spacing] = ["leading", "linspace", "trailing"]  # which diffusers knows
 
 # google/ddpm-cifar10-32, 35.7 million parameters.
 CIFAR10: dict[str, Any] = {

@@ -1,5 +1,6 @@
 """The engine makes the pictures diffusers makes, those it publishes, and those of our own slow sampler."""
 
+import inspect
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
@@ -8,18 +9,37 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DModel
+from diffusers import (
+    DDIMPipeline,
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    DEISMultistepScheduler,
+    DPMSolverMultistepScheduler,
+    UNet2DModel,
+    UniPCMultistepScheduler,
+)
 from numpy.typing import NDArray
 
 from model.checkpoint.card import read_card
 from model.engine.events import Finished
-from model.sampling.levels import SPACINGS
 from model.sampling.plan import plan, resolve
 from model.sampling.reference import sample_alone
 from model.sampling.samplers import Sampling
 from model.sampling.schedule import Prediction, Process, Spacing, linear
 from model.sampling.table import Plan
-from tests.model.worlds import PREDICTIONS, generator, opened, pictures, pipeline, planned, saved, shaken, small
+from tests.model.worlds import (
+    PREDICTIONS,
+    THEIR_SPACINGS,
+    generator,
+    opened,
+    pictures,
+    pipeline,
+    planned,
+    saved,
+    shaken,
+    small,
+)
 
 DIGITS = Path(__file__).parents[3] / "weights" / "digits"
 
@@ -36,7 +56,7 @@ def grey_levels_apart(ours: Finished, expected: NDArray[np.float32]) -> int:
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("spacing", THEIR_SPACINGS)
 def test_our_pictures_are_those_of_diffusers_for_the_same_seed(
     tmp_path: Path, prediction: Prediction, spacing: Spacing
 ) -> None:
@@ -86,7 +106,7 @@ def is_diffusers_picture(variance_type: str, choice: Sampling, last_level: int) 
         return f"fixed_{choice.variance}" == variance_type and (choice.variance == "small" or last_level == 1)
     if choice.sampler == "ddim":
         return spacing == "leading" or whole or (spacing == "trailing" and T % choice.steps == 0)
-    return choice.sampler == "dpmpp_2m" and spacing == "trailing" and not choice.clip
+    return choice.sampler == "dpmpp_2m" and (spacing == "trailing" or not whole)
 
 
 def their_picture(net: UNet2DModel, choice: Sampling, options: dict[str, Any]) -> NDArray[np.float32]:
@@ -101,16 +121,23 @@ def their_picture(net: UNet2DModel, choice: Sampling, options: dict[str, Any]) -
             0
         ]
         return np.asarray(made)
-    solver: Any = DPMSolverMultistepScheduler(**usual)
-    solver.set_timesteps(choice.steps)
-    x = torch.randn((1, 3, 8, 8), generator=generator(3))
+    return solved_by(DPMSolverMultistepScheduler(**usual), net, choice.steps)
+
+
+@torch.inference_mode()
+def solved_by(solver: Any, net: UNet2DModel, steps: int) -> NDArray[np.float32]:
+    """The picture of seed 3 that diffusers makes with a solver, for which it has no pipeline. [H, W, C] in [0, 1]"""
+    source, takes = generator(3), inspect.signature(solver.step).parameters
+    noise = {"generator": source} if "generator" in takes else {}
+    x = torch.randn((1, net.config.in_channels, *2 * [net.config.sample_size]), generator=source)
+    solver.set_timesteps(steps)
     for t in solver.timesteps:
-        x = solver.step(net(x, t).sample, t, x).prev_sample
+        x = solver.step(net(x, t).sample, t, x, **noise).prev_sample
     return np.asarray((x[0] / 2 + 0.5).clamp(0, 1).permute(1, 2, 0))
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation")  # of torch, which diffusers gives to NumPy
-@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("spacing", THEIR_SPACINGS)
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_the_pictures_that_are_said_to_be_those_of_diffusers_are_and_the_others_are_not(
     tmp_path: Path, prediction: Prediction, spacing: Spacing
@@ -128,7 +155,7 @@ def test_the_pictures_that_are_said_to_be_those_of_diffusers_are_and_the_others_
         if variance_type == "fixed_small":  # which is nothing to the others
             asked += [("ddim", {"eta": 0.6}), ("dpmpp_2m", {})]
         for (sampler, fields), steps in product(asked, (1, 2, 4, 10)):
-            if sampler != "dpmpp_2m" or spacing == "trailing" or steps == 4:  # else their solver has no levels
+            if sampler != "dpmpp_2m" or spacing == "trailing" or steps < 10:  # else their solver repeats levels
                 choice = resolve(process, sampler, steps, noise="torch", **fields)
                 wanted.append((options, choice, plan(process, choice)))
     made = pictures(opened(directory), [(3, table) for *_, table in wanted])
@@ -138,6 +165,43 @@ def test_the_pictures_that_are_said_to_be_those_of_diffusers_are_and_the_others_
             assert apart <= 1, (choice, apart)
         elif choice.steps in (2, 4):
             assert apart > 1, (choice, apart)
+
+
+SOLVERS: list[tuple[str, dict[str, Any], Any, dict[str, Any]]] = [  # ours with its fields, and theirs with its options
+    ("dpmpp", {}, DPMSolverMultistepScheduler, {}),
+    ("dpmpp", {"order": 3}, DPMSolverMultistepScheduler, {"solver_order": 3}),
+    ("dpmpp_sde", {}, DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}),
+    ("unipc", {}, UniPCMultistepScheduler, {}),
+    ("unipc", {"order": 3}, UniPCMultistepScheduler, {"solver_order": 3}),
+    ("deis", {}, DEISMultistepScheduler, {}),
+    ("deis", {"order": 3}, DEISMultistepScheduler, {"solver_order": 3}),
+]
+PROCESSES: list[dict[str, Any]] = [
+    {"num_train_timesteps": 50, "beta_schedule": "scaled_linear", "beta_end": 0.2, "prediction_type": "epsilon"},
+    {"num_train_timesteps": 100, "beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction"},
+    {"num_train_timesteps": 1000, "prediction_type": "sample"},
+]
+MORE: list[dict[str, Any]] = [{}]  # options of both schedulers
+
+
+@pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")  # theirs, about numpy 2
+@pytest.mark.parametrize("spacing", THEIR_SPACINGS)
+@pytest.mark.parametrize("process", PROCESSES, ids=lambda options: options["prediction_type"])
+@pytest.mark.parametrize("more", MORE)
+def test_the_pictures_of_solvers_are_those_of_diffusers_as_they_come(
+    tmp_path: Path, more: dict[str, Any], process: dict[str, Any], spacing: Spacing
+) -> None:
+    net = shaken(small(block_out_channels=[8], down_block_types=["DownBlock2D"], up_block_types=["UpBlock2D"]))
+    options = {**process, **more, "timestep_spacing": spacing}
+    model = saved(tmp_path, net, **options)
+    asked = [(*solver, steps) for solver in SOLVERS for steps in (2, 7, 16)]
+    made = pictures(
+        model,
+        [(3, planned(model.card.process, name, n, noise="torch", **fields)) for name, fields, *_, n in asked],
+    )
+    for picture, (name, fields, scheduler, its_own, steps) in zip(made, asked, strict=True):
+        expected = solved_by(scheduler(**options, **its_own), net, steps)
+        assert grey_levels_apart(picture, expected) <= 1, (name, fields, steps)
 
 
 # The numbers in diffusers' own tests: tests/pipelines/ddpm and ddim, image[0, -3:, -3:, -1] after two steps.
@@ -245,3 +309,16 @@ def test_the_digits_are_those_diffusers_makes_of_the_same_directory(sampler: str
     model, spacing = opened(DIGITS), None if sampler == "ddpm" else "leading"
     (made,) = pictures(model, [(42, planned(model.card.process, sampler, 10, noise="torch", spacing=spacing))])
     assert grey_levels_apart(made, theirs(pipe, 42, 10)) <= 1
+
+
+@pytest.mark.skipif(
+    not (DIGITS / "diffusion_pytorch_model.safetensors").is_file(), reason="the weights of weights/digits are not there"
+)
+@pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")  # theirs, about numpy 2
+def test_the_digits_of_solvers_are_those_diffusers_makes_with_the_scheduler_of_that_name() -> None:
+    pipe: Any = DDPMPipeline.from_pretrained(DIGITS)
+    model = opened(DIGITS)
+    wanted = [(3, planned(model.card.process, name, 8, noise="torch", **fields)) for name, fields, *_ in SOLVERS]
+    for made, (name, fields, scheduler, its_own) in zip(pictures(model, wanted), SOLVERS, strict=True):
+        solver = scheduler.from_config(pipe.scheduler.config, **its_own)
+        assert grey_levels_apart(made, solved_by(solver, pipe.unet, 8)) <= 1, (name, fields)

@@ -1,17 +1,19 @@
 """Plans: every one that can be asked for is usable, and on Gaussian data each sampler does what theory says."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, DEISMultistepScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 
 from model.errors import PlanError
-from model.sampling.levels import SPACINGS, timesteps
-from model.sampling.plan import SAMPLERS, resolve
+from model.sampling.levels import SPACINGS, solver_timesteps, timesteps
+from model.sampling.plan import SAMPLERS, levels, resolve
 from model.sampling.schedule import (
     FloatArray,
+    IntArray,
     NoiseSchedule,
     Prediction,
     Process,
@@ -22,7 +24,7 @@ from model.sampling.schedule import (
     su_2022,
 )
 from model.sampling.table import COLUMNS, C, D, E, G, H, K, M, N, P, Q, S, U, W
-from tests.model.worlds import PREDICTIONS, planned
+from tests.model.worlds import PREDICTIONS, THEIR_SPACINGS, planned
 
 ONE_STEP: list[dict[str, Any]] = [
     {"sampler": "ddpm", "variance": "small"},
@@ -36,14 +38,39 @@ MULTISTEP = [{"sampler": name, "order": order} for name, sampler in SAMPLERS.ite
 EVERY_SAMPLER = ONE_STEP + MULTISTEP
 
 
+@pytest.mark.parametrize("visited", [timesteps, solver_timesteps])
 @pytest.mark.parametrize("spacing", SPACINGS)
-def test_n_steps_visit_n_levels_in_descending_order(spacing: Spacing) -> None:
-    for steps in range(1, 1001):
-        t = timesteps(1000, steps, spacing)
-        assert len(t) == steps and t[0] <= 1000 and t[-1] >= 1 and (np.diff(t) < 0).all()
+def test_n_steps_visit_n_levels_in_descending_order(visited: Callable[..., IntArray], spacing: Spacing) -> None:
+    for T in (1, 2, 3, 10, 1000):
+        for steps in range(1, T + 1):
+            t = visited(T, steps, spacing)
+            assert len(t) == steps and t[0] <= T and t[-1] >= 1 and (np.diff(t) < 0).all(), (T, steps)
 
 
-@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # theirs, about numpy 2
+@pytest.mark.parametrize("scheduler", [DPMSolverMultistepScheduler, UniPCMultistepScheduler, DEISMultistepScheduler])
+@pytest.mark.parametrize("spacing", THEIR_SPACINGS)
+def test_the_levels_of_a_solver_are_those_of_diffusers(spacing: Spacing, scheduler: Any) -> None:
+    """But for trailing in 62 step counts, in which they ask for a step more, and for all steps, which they repeat."""
+    theirs, longer = scheduler(timestep_spacing=spacing), 0
+    for steps in range(1, 1000):
+        theirs.set_timesteps(steps)
+        expected = theirs.timesteps.numpy() + 1
+        longer += len(expected) > steps
+        np.testing.assert_array_equal(solver_timesteps(1000, steps, spacing), expected[:steps], err_msg=f"{steps}")
+    assert longer == (62 if spacing == "trailing" else 0)
+    assert levels(1000, resolve(Process(linear()), "unipc", 5)).tolist() == [831, 665, 499, 333, 167]
+
+
+def test_quadratic_levels_are_those_of_ddim_until_they_would_repeat() -> None:
+    for steps in range(2, 28):
+        squares = [int(s) for s in np.linspace(0, np.sqrt(1000 * 0.8), steps) ** 2]  # ddim's runners/diffusion.py
+        assert timesteps(1000, steps, "quadratic").tolist() == [1 + s for s in reversed(squares)]
+    assert timesteps(1000, 1, "quadratic").tolist() == [801]
+    assert timesteps(1000, 100, "quadratic")[-15:].tolist() == [16, *range(14, 0, -1)]
+
+
+@pytest.mark.parametrize("spacing", THEIR_SPACINGS)
 def test_the_levels_are_those_of_diffusers(spacing: Spacing) -> None:
     """But for linspace in one step, where diffusers asks the net what it sees in pure noise at the clean level."""
     theirs = DDPMScheduler(timestep_spacing=spacing)

@@ -14,12 +14,11 @@ from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from diffusers.schedulers import scheduling_ddpm
 from torch import Tensor
 
-from model.sampling.levels import SPACINGS
 from model.sampling.noise import gaussian
 from model.sampling.reference import sample_alone
 from model.sampling.schedule import BY_NAME, Prediction, Process, Spacing
 from model.sampling.table import Plan
-from tests.model.worlds import PREDICTIONS, generator, planned
+from tests.model.worlds import PREDICTIONS, THEIR_SPACINGS, generator, planned
 
 SHAPE = (2, 4, 4)
 
@@ -72,7 +71,7 @@ class World:
 
 WORLDS = [
     World(schedule, prediction, spacing, clip)
-    for schedule, spacings in (("linear", SPACINGS), ("squaredcos_cap_v2", SPACINGS[2:]))
+    for schedule, spacings in (("linear", THEIR_SPACINGS), ("squaredcos_cap_v2", THEIR_SPACINGS[2:]))
     for spacing in spacings
     for prediction in PREDICTIONS
     for clip in (True, False)
@@ -226,7 +225,7 @@ def test_a_ddim_step_is_diffusers_formula_and_its_scheduler(world: World, eta: f
 def test_a_dpm_solver_step_is_diffusers_formula_and_its_scheduler(world: World) -> None:
     process = world.process()
     for steps in STEP_COUNTS:
-        plan = planned(process, "dpmpp_2m", steps)
+        plan = planned(process, "dpmpp_2m", steps, clip=world.clip)
         # It clips only under the name of thresholding, which at a largest value of 1 is plain clipping.
         theirs: Any = DPMSolverMultistepScheduler(thresholding=world.clip, sample_max_value=1.0, **world.options())
         theirs.set_timesteps(timesteps=(plan.t[:-1] - 1).tolist())  # its own grid is another for leading and linspace
