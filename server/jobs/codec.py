@@ -34,7 +34,8 @@ def identities(job: Job) -> list[str]:
 def _request(text: str, owner: str | None) -> ResolvedRequest:
     fields = json.loads(text)
     chosen = {name: fields.pop(name) for name in Sampling.__slots__ if name in fields}  # older rows lack some
-    chosen.setdefault("order", SAMPLERS[chosen["sampler"]].order)
+    if "order" not in chosen:
+        chosen["order"] = SAMPLERS[chosen["sampler"]].order
     if (levels := chosen.get("timesteps")) is not None:
         chosen["timesteps"] = tuple(levels)
     sampling = Sampling(**chosen)
