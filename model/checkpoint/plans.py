@@ -20,6 +20,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 FILE = re.compile(rf"{FOLDER}/[^./][^/]*\.json")  # relative to the model directory
 MAX_PLANS, MAX_LEVELS, MAX_TOLD_BYTES = 64, 200, 4096
 LARGEST = 1e6  # of the numbers in rows
+LARGEST_W = 20.0  # of an exponent: exp(w f) is finite while |f| is below 4, and nets learn f in [-1, 1]
 COLUMNS = "mhneswgdab"  # that a file may set: those of the solver, not of the net, of clipping or of given noise
 KEYS = {"sampler", "order", "eta", "variance", "timesteps", "clip", "columns", "rows", "process", "source", "measured"}
 
@@ -103,11 +104,11 @@ def _rows(options: Options) -> tuple[tuple[float, ...], ...]:
         raise options.refuse("rows", f"{len(levels)} lists, a row for each level, of {len(columns)} numbers")
     rows = [Options(f"{options.name}: rows[{i}]", dict(zip(columns, row, strict=True))) for i, row in enumerate(given)]
     if "s" in columns:
-        for row in rows:
-            row.number(
-                "s", 0, LARGEST if row is not rows[-1] else 0
-            )  # noise of the last step would stay in the picture
-    return tuple(tuple(row.number(column, -LARGEST, LARGEST) for column in columns) for row in rows)
+        for row in rows[:-1]:
+            row.number("s", 0, LARGEST)
+        rows[-1].number("s", 0, 0)  # noise of the last step would stay in the picture
+    bounds = {column: LARGEST_W if column == "w" else LARGEST for column in columns}
+    return tuple(tuple(row.number(column, -bound, bound) for column, bound in bounds.items()) for row in rows)
 
 
 def _told(options: Options, option: str, default: Any) -> Any:
@@ -120,10 +121,10 @@ def _told(options: Options, option: str, default: Any) -> Any:
         size = MAX_TOLD_BYTES + 1
     if not isinstance(value, type(default)) or size > MAX_TOLD_BYTES:
         raise options.refuse(option, f"{kind} that JSON can hold in {MAX_TOLD_BYTES} bytes")
-    told = value.values() if isinstance(value, dict) else ()
-    if any(
-        isinstance(one, list | dict) for each in told for one in (each.values() if isinstance(each, dict) else [each])
-    ):
+    told = [*value.values()] if isinstance(value, dict) else []
+    inner = [one for each in told if isinstance(each, dict) for one in each.values()]
+    flat = [each for each in told if not isinstance(each, dict)] + inner
+    if any(isinstance(one, list | dict) for one in flat):
         raise options.refuse(option, "an object of numbers and texts, or of objects of these")
     return value
 

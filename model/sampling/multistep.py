@@ -84,9 +84,8 @@ def unipc(walk: Walk, rows: FloatArray, choice: Sampling) -> None:
     The corrector adds x0's to the state in which the net has been asked. Put into the next predictor, that is one row.
     """
     order, lam, h = _orders(walk, choice, always=True), *_lambda(walk)
-    predictor, corrector = np.zeros(
-        (2, choice.steps, 4)
-    )  # beyond DDIM's step: each of this step, and of the one before
+    # Weights beyond DDIM's step: those of the predictor of this step, and of the corrector of the one before.
+    predictor, corrector = np.zeros((2, choice.steps, 4))
     for p in range(1, order.max() + 1):
         at = np.flatnonzero(order[:-1] == p)
         nodes, step = _past(lam, at, p), h[at]

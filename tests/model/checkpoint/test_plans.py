@@ -315,6 +315,12 @@ def test_a_plan_that_there_is_not_is_refused_with_those_that_there_are(tmp_path:
         assert (refused.value.field, str(refused.value)) == ("plan", reason)
 
 
+def test_an_exponent_that_would_make_every_picture_infinite_is_refused(tmp_path: Path) -> None:
+    write_plan(tmp_path, ROWS | {"columns": "mw", "rows": [[1, 20], [1, -20.5], [1, 0]]})
+
+    assert why(tmp_path, LEARNED) == "fast.json: rows[1]: w must be a number in -20.0..20.0, got -20.5"
+
+
 @pytest.mark.parametrize("fields", [{"sampler": "ddpm"}, {"columns": "w", "rows": [[0.5], [0.5], [0]]}])
 def test_a_learned_variance_leaves_no_room_for_noise_from_outside(tmp_path: Path, fields: dict[str, Any]) -> None:
     process = planning(tmp_path, PLAN | fields, LEARNED)
