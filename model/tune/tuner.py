@@ -15,6 +15,7 @@ from torch import Tensor
 
 from model.checkpoint.card import ModelCard
 from model.checkpoint.load import Model, load_model
+from model.digests import short_digest
 from model.errors import ModelRefused
 from model.nets.cpu import CpuNet, grow_up
 from model.sampling.plan import levels, plan, resolve
@@ -92,9 +93,9 @@ class Tuner:
     @property
     def task(self) -> str:
         """What the teacher's file must be for. The numbers in the net change its pictures a little."""
-        net = self.model.net
+        net, rows = self.model.net, short_digest(self.teacher.rows.tobytes())
         dtype = net.dtype if isinstance(net, CpuNet) else self.model.table.dtype
-        return json.dumps([self.model.digest, self.recipe.seeds, len(self.x), self.teacher.grid.tolist(), str(dtype)])
+        return json.dumps([self.model.digest, self.recipe.seeds, len(self.x), rows, str(dtype)])
 
     @torch.inference_mode()
     def run(self) -> Iterator[Progress]:
@@ -121,8 +122,9 @@ class Tuner:
     def _fit(self) -> Iterator[Progress]:
         """Chooses levels and a solver, then fits the numbers of its rows."""
         count, recipe = self.recipe.seeds, self.recipe
-        task = f"{self.task} {recipe.steps}"
-        known, choices = state.load(self.fit_file, task), self._choices()
+        choices = self._choices()
+        task = f"{self.task} {short_digest(repr(choices).encode())}"
+        known = state.load(self.fit_file, task)
         x, ends = self.x[:count], self.teacher.ends[:count].to(self.device)
         errors: list[float] = list(known.get("errors", ()))
         for choice in choices[len(errors) :]:

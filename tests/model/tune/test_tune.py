@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import model.tune.tuner
 from model.errors import ModelRefused
 from model.sampling.plan import plan, resolve
 from model.sampling.reference import sample_alone
@@ -16,7 +17,7 @@ from model.sampling.schedule import FloatArray
 from model.sampling.table import H, M, N
 from model.tune.coefficients import Fit, free, mean_square, update
 from model.tune.levels import best_levels, local_errors
-from model.tune.tuner import Progress, Recipe, Tuner
+from model.tune.tuner import SOLVERS, Progress, Recipe, Tuner
 from model.tune.walk import begin, end, noise
 from tests.model.tiny import CPU, PROCESS, a_plan, card, function_model, halve
 
@@ -142,6 +143,16 @@ def test_what_is_known_of_other_seeds_is_not_used(tmp_path: Path) -> None:
     assert parts == {"solvers", "numbers"}
     parts = {each.part for each in tuner(tmp_path, seeds=6, updates=1).run()}
     assert parts == {"teacher", "solvers", "numbers"}
+
+
+def test_what_another_version_knew_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    list(tuner(tmp_path, updates=1).run())
+
+    monkeypatch.setattr(model.tune.tuner, "SOLVERS", SOLVERS[1:])
+    assert {each.part for each in tuner(tmp_path, updates=1).run()} == {"solvers", "numbers"}
+    another = tuner(tmp_path, updates=1)
+    another.teacher.rows = another.teacher.rows * 1.01
+    assert {each.part for each in another.run()} == {"teacher", "solvers", "numbers"}
 
 
 def test_a_damaged_state_is_refused(tmp_path: Path) -> None:
