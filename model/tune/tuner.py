@@ -125,8 +125,7 @@ class Tuner:
         x, ends = self.x[:count], self.teacher.ends[:count].to(self.device)
         errors: list[float] = list(known.get("errors", ()))
         for choice in choices[len(errors) :]:
-            few = recipe.measured  # are enough to choose
-            errors.append(mean_square(self.predict, self._rows(choice), x[:few], ends[:few], recipe.batch))
+            errors.append(mean_square(self.predict, self._rows(choice), x, ends, recipe.batch))
             state.save(self.fit_file, task, errors=errors)
             yield Progress("solvers", len(errors), len(choices))
         ranked = sorted(zip(errors, range(len(choices)), strict=True))
@@ -135,8 +134,7 @@ class Tuner:
         if "rows" in known:
             self.fit = Fit(known["rows"], float(known["error"]), float(known["damping"]))
         else:
-            rows = self._rows(self.start)
-            self.fit = Fit(rows, mean_square(self.predict, rows, x, ends, recipe.batch))
+            self.fit = Fit(self._rows(self.start), ranked[0][0])
         made, ended = int(known.get("updates", 0)), bool(known.get("ended", False))
         walks = -(-count // recipe.batch) * len(free(recipe.steps))
         while made < recipe.updates and not ended:

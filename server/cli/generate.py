@@ -200,9 +200,9 @@ def _write(path: Path, data: bytes) -> None:
 def _other(before: Mapping[str, str], now: Mapping[str, str]) -> str | None:
     """The reason why the same request made another picture than before, if it did."""
     if before["digest"] != now["digest"]:
-        return f"model {now['model']} has other weights than the one that made it"
+        return f"this is another picture: model {now['model']} has other weights than the one that made it"
     if before.get("plan") == now.get("plan") and before.get("plan_digest") != now.get("plan_digest"):
-        return f"plan {now['plan']} was changed since"
+        return f"this is another picture: plan {now['plan']} was changed since"
     return None
 
 
@@ -210,7 +210,7 @@ def _differences(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]
     """The reasons why a repeated picture may differ from the one before. Both are given by their texts."""
     found = []
     if before and (other := _other(before, now)) is not None:
-        found.append(f"this is another picture: {other}")
+        found.append(other)
     if before and before["numerics"] != now["numerics"]:
         found.append(f"pixels may differ: it was made in {before['numerics']}, and now in {now['numerics']}")
     return found

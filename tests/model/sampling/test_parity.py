@@ -124,6 +124,7 @@ def their_picture(net: UNet2DModel, choice: Sampling, options: dict[str, Any]) -
     return solved_by(DPMSolverMultistepScheduler(**usual), net, choice.steps)
 
 
+@torch.inference_mode()
 def solved_by(solver: Any, net: UNet2DModel, steps: int) -> NDArray[np.float32]:
     """The picture of seed 3 that diffusers makes with a solver, for which it has no pipeline. [H, W, C] in [0, 1]"""
     source, takes = generator(3), inspect.signature(solver.step).parameters
@@ -308,3 +309,16 @@ def test_the_digits_are_those_diffusers_makes_of_the_same_directory(sampler: str
     model, spacing = opened(DIGITS), None if sampler == "ddpm" else "leading"
     (made,) = pictures(model, [(42, planned(model.card.process, sampler, 10, noise="torch", spacing=spacing))])
     assert grey_levels_apart(made, theirs(pipe, 42, 10)) <= 1
+
+
+@pytest.mark.skipif(
+    not (DIGITS / "diffusion_pytorch_model.safetensors").is_file(), reason="the weights of weights/digits are not there"
+)
+@pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")  # theirs, about numpy 2
+def test_the_digits_of_solvers_are_those_diffusers_makes_with_the_scheduler_of_that_name() -> None:
+    pipe: Any = DDPMPipeline.from_pretrained(DIGITS)
+    model = opened(DIGITS)
+    wanted = [(3, planned(model.card.process, name, 8, noise="torch", **fields)) for name, fields, *_ in SOLVERS]
+    for made, (name, fields, scheduler, its_own) in zip(pictures(model, wanted), SOLVERS, strict=True):
+        solver = scheduler.from_config(pipe.scheduler.config, **its_own)
+        assert grey_levels_apart(made, solved_by(solver, pipe.unet, 8)) <= 1, (name, fields)
