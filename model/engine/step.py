@@ -84,6 +84,7 @@ def algebra(
     y = a * x0 + b * x
     x[...] = m * x0 + (h * y1 + g * y2 + d * y3) + n * x + e * out + s * z + u * at.given[:batch]
     at.x0[:batch] = x0
-    history[:, 1:] = history[:, :-1]
-    history[:, 0] = y
+    y3[...] = y2  # one after the other: torch cannot copy a tensor to memory that it overlaps
+    y2[...] = y1
+    y1[...] = y
     cursor[...] = library.minimum(cursor + 1, at.last[:batch])

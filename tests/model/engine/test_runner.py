@@ -2,7 +2,9 @@
 
 import logging
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -43,8 +45,16 @@ def test_the_usual_buckets_rise_to_the_number_of_slots_and_pad_by_an_eighth_at_m
     assert all(b - a <= max(1, a / 8) for a, b in zip(buckets, buckets[1:], strict=False))
 
 
-def test_a_step_is_the_formula_of_the_plan_row_by_row() -> None:
+@pytest.mark.parametrize("library", [np, torch], ids=["numpy", "torch"])  # torch: as on a GPU without Triton
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_step_is_the_formula_of_the_plan_row_by_row(
+    batch: int, library: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if library is torch:
+        for conversion in ("array", "tensor"):
+            monkeypatch.setattr(Slots, conversion, lambda slots, each: each)
     model, slots = function_model(), Slots(3, (1, 8, 8), T, CPU)
+    slots.library = library
     generator = torch.Generator().manual_seed(5)
     slots.rows[:, 0] = torch.rand(3, len(COLUMNS), generator=generator, dtype=torch.float64).float()
     slots.rows[:, 0, K] = torch.tensor([0.0, 11.0, 29.0])
@@ -53,9 +63,9 @@ def test_a_step_is_the_formula_of_the_plan_row_by_row() -> None:
     slots.last[:] = 1
     x, past, given, z = slots.x.clone(), slots.history.clone(), slots.given.clone(), slots.ahead[:, 0].clone()
     with torch.inference_mode():
-        denoise(model.net, model.table, slots, 3)
+        denoise(model.net, model.table, slots, batch)
 
-    for i in range(3):
+    for i in range(batch):
         row = slots.rows[i, 0]
         out = halve(x[i : i + 1], row[K : K + 1])[0]
         x0 = (row[P] * x[i] + row[Q] * out).clamp(-row[C], row[C])
@@ -65,7 +75,7 @@ def test_a_step_is_the_formula_of_the_plan_row_by_row() -> None:
         assert torch.allclose(slots.x0[i], x0, atol=1e-6)
         assert torch.allclose(slots.x[i], after, atol=1e-5)
         assert torch.allclose(slots.history[i], history, atol=1e-6)
-    assert slots.cursor.tolist() == [1, 1, 1]
+    assert slots.cursor.tolist() == [int(i < batch) for i in range(3)]
 
 
 def test_the_smallest_admitted_bucket_is_taken() -> None:
