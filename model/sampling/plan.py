@@ -209,7 +209,7 @@ def plan(process: Process, choice: Sampling) -> Plan:
     if not stands(process, choice):
         raise PlanError("plan", f"plan {choice.plan} is not what it was when it was chosen")
     t, sampler = levels(process.schedule.T, choice), SAMPLERS[choice.sampler]
-    walk = Walk(process, t, sampler.end if choice.noise == "torch" else 0)
+    walk = Walk(process, t, sampler.end if choice.noise == "torch" and choice.plan is None else 0)
     rows = np.zeros((choice.steps, len(COLUMNS)))
     rows[:, K] = t - 1
     rows[:, P], rows[:, Q] = walk.p, walk.q

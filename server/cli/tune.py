@@ -56,13 +56,14 @@ def main(arguments: Sequence[str]) -> int:
 def _tune(given: Namespace, name: str) -> int:
     from model.checkpoint.card import read_card
     from model.checkpoint.plans import FOLDER
+    from model.tune.teacher import LEVELS
     from model.tune.tuner import Recipe, load_tuner
     from server.worker.cpus import cores
     from server.worker.device import choose_device, choose_dtype
 
     card = read_card(given.model)
-    if given.steps > card.process.schedule.T:
-        raise SettingsError(f"--steps must lie in 1..{card.process.schedule.T} for {card.name}, got {given.steps}")
+    if given.steps > (most := min(LEVELS, card.process.schedule.T)):
+        raise SettingsError(f"--steps must lie in 1..{most} for {card.name}, got {given.steps}")
     recipe = Recipe(steps=given.steps, seeds=given.seeds, updates=given.updates, batch=given.batch)
     device, folder = choose_device(given.device), given.out or given.model / FOLDER
     try:

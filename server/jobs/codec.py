@@ -6,6 +6,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
+from model.sampling.plan import SAMPLERS
 from model.sampling.samplers import Sampling
 from server.documents import ProblemDocument
 from server.errors import Problem, Recalled
@@ -33,6 +34,8 @@ def identities(job: Job) -> list[str]:
 def _request(text: str, owner: str | None) -> ResolvedRequest:
     fields = json.loads(text)
     chosen = {name: fields.pop(name) for name in Sampling.__slots__ if name in fields}  # older rows lack some
+    if "order" not in chosen:
+        chosen["order"] = SAMPLERS[chosen["sampler"]].order
     if (levels := chosen.get("timesteps")) is not None:
         chosen["timesteps"] = tuple(levels)
     sampling = Sampling(**chosen)

@@ -18,7 +18,7 @@ from model.checkpoint.plans import FOLDER, MAX_PLANS, read_plans
 from model.digests import file_digest
 from model.errors import ModelRefused, PlanError
 from model.options import MAX_CONFIG_BYTES
-from model.sampling.plan import plan, resolve
+from model.sampling.plan import SAMPLERS, plan, resolve
 from model.sampling.schedule import Process, cosine
 from model.sampling.table import COLUMNS, E, M, N, S, U
 from tests.model.convert.directories import AMPLITUDES, LEVELS, PLAN, write_model, write_plan
@@ -88,6 +88,15 @@ def test_the_columns_of_a_file_take_the_place_of_the_solvers(tmp_path: Path) -> 
     assert (ours[:, S].tolist(), ours[:, U].tolist()) == ([0.5, 0.25, 0], [0, 0, 0])
     assert (given[:, S].tolist(), given[:, U].tolist()) == ([0, 0, 0], [0.5, 0.25, 0])
     assert np.array_equal(ours[:, [N, E]], usual[:, [N, E]])
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_the_noise_decides_nothing_else_of_a_plan(tmp_path: Path, sampler: str) -> None:
+    process = planning(tmp_path, PLAN | {"sampler": sampler})
+    ours, given = (plan(process, resolve(process, plan="fast", noise=noise)).rows for noise in ("philox", "torch"))
+
+    assert np.array_equal(given[:, U], ours[:, S])
+    assert np.array_equal(np.delete(given, [S, U], 1), np.delete(ours, [S, U], 1))
 
 
 def test_levels_alone_need_not_say_which_amplitudes_they_were_chosen_for(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """A job has one state, and only the moves that lead on are legal."""
 
 import asyncio
+import json
+from dataclasses import replace
 from itertools import product
 from unittest import mock
 
@@ -9,9 +11,10 @@ from ddpm_client.wire import pack
 
 from model.sampling.samplers import Sampling
 from server.errors import NotReady
+from server.jobs.codec import to_job, to_record
 from server.jobs.job import ENDED, Job, State
 from server.jobs.request import ResolvedRequest
-from server.jobs.stream import PictureMessage
+from server.jobs.stream import PictureMessage, StreamCounts
 from server.worker.messages import ModelStatus
 
 LEGAL = {
@@ -46,6 +49,17 @@ def job(state: State) -> Job:
         numerics="fake",
     )
     return Job(id="a", request=request, model=status, state=state)
+
+
+@pytest.mark.parametrize(("sampler", "order"), [("ddpm", None), ("dpmpp_2m", 2)])
+def test_a_job_of_a_version_without_orders_has_its_samplers_own(sampler: str, order: int | None) -> None:
+    record = to_record(job(State.QUEUED))
+    fields = json.loads(record.request) | {"sampler": sampler}
+    for newer in ("order", "timesteps", "plan", "plan_digest"):
+        del fields[newer]
+    old = to_job(replace(record, request=json.dumps(fields)), lambda job, image: b"", StreamCounts())
+
+    assert old.request.sampling.order == order
 
 
 @pytest.mark.parametrize(("before", "after"), [*product(State, State)])
