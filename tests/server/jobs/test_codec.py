@@ -10,6 +10,7 @@ from model.sampling.plan import resolve
 from model.sampling.samplers import Sampling
 from model.sampling.schedule import Process, linear
 from server.jobs.codec import to_job, to_record
+from server.jobs.job import State
 from tests.server.jobs.test_job import job
 
 PROCESS = Process(linear(30))
@@ -17,7 +18,7 @@ PROCESS = Process(linear(30))
 
 def read_again(sampling: Sampling) -> Sampling:
     """How a job of a version without orders, given levels and plans is sampled, once this version has read its row."""
-    before = job("queued")
+    before = job(State.QUEUED)
     before.request = replace(before.request, sampling=sampling)
     record = to_record(before)
     fields = json.loads(record.request)
