@@ -3,8 +3,8 @@
 import json
 import tempfile
 from argparse import Namespace
-from collections.abc import Sequence
-from dataclasses import fields
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from shutil import copyfile
 from typing import Any
@@ -14,11 +14,15 @@ from safetensors.torch import save_file
 
 from model.checkpoint.card import WEIGHTS, read_card
 from model.checkpoint.load import load_layers
+from model.checkpoint.pipeline import INDEX
 from model.checkpoint.plans import FOLDER, read_plans
+from model.checkpoint.presets import read_presets
 from model.convert import directories, formats
 from model.convert.protocol import Converted, Options
 from model.convert.sources import read_state
 from model.digests import file_digest
+from model.errors import ModelRefused
+from model.sampling.schedule import Process, SavedPlan
 
 
 def convert(given: Namespace) -> list[str]:
@@ -56,10 +60,10 @@ def _readme(name: str, converted: Converted, files: Sequence[Path], part: str, t
 def write(converted: Converted, target: Path, readme: str, source: Path | None = None) -> list[str]:
     """Writes a model directory, and moves it to its place if it can be opened. Raises ModelRefused, OSError.
 
-    Plans of a source that is a directory come along, but for those that are not for the model as it was converted:
-    returns a line for each.
+    Plans of a source that is a directory come along, and presets, but for those that are not for the model as it was
+    converted: returns a line for each.
     """
-    refused = dict[str, str]()
+    left = list[str]()
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".convert-", dir=target.parent) as scratch:
         directory = Path(scratch) / "model"
@@ -74,7 +78,7 @@ def write(converted: Converted, target: Path, readme: str, source: Path | None =
         written = {
             "config.json": converted.config,
             "scheduler_config.json": converted.scheduler,
-            "model_index.json": index,
+            INDEX: index,
         }
         for name, values in written.items():
             (directory / name).write_text(json.dumps(values, indent=2) + "\n")
@@ -84,9 +88,32 @@ def write(converted: Converted, target: Path, readme: str, source: Path | None =
         card = read_card(directory)
         load_layers(card, torch.device("cpu"), torch.float32)
         if source is not None:
-            plans, refused = read_plans(source, card.process)
-            for name in plans:
-                (directory / FOLDER).mkdir(exist_ok=True)
-                copyfile(source / FOLDER / f"{name}.json", directory / FOLDER / f"{name}.json")
+            plans, left = _take_plans(source, directory, card.process)
+            presets, others = _fitting_presets(converted.presets, replace(card.process, plans=plans))
+            left += others
+            if presets:
+                (directory / INDEX).write_text(json.dumps(index | {"presets": presets}, indent=2) + "\n")
         directory.rename(target)
-    return [f"plan {name} was left: {reason}" for name, reason in refused.items()]
+    return left
+
+
+def _take_plans(source: Path, directory: Path, process: Process) -> tuple[dict[str, SavedPlan], list[str]]:
+    """Copies the plans that are for this process. (those, a line for each that was left)"""
+    plans, refused = read_plans(source, process)
+    for name in plans:
+        (directory / FOLDER).mkdir(exist_ok=True)
+        copyfile(source / FOLDER / f"{name}.json", directory / FOLDER / f"{name}.json")
+    return plans, [f"plan {name} was left: {reason}" for name, reason in refused.items()]
+
+
+def _fitting_presets(presets: Mapping[str, Any], process: Process) -> tuple[dict[str, Any], list[str]]:
+    """(the presets that are for this process, a line for each that is not)"""
+    fitting, left = dict[str, Any](), list[str]()
+    for name, chosen in presets.items():
+        try:
+            read_presets({"presets": {name: chosen}}, process)
+        except ModelRefused as error:
+            left.append(f"preset {ascii(name)[1:-1]} was left: {error}")
+        else:
+            fitting[name] = chosen
+    return fitting, left

@@ -40,9 +40,12 @@ def convert(directory: Path, options: Options, part: str | None = None) -> tuple
     if "ch_mult" in config:  # the very first layout: that of pesser's port
         options = replace(options, config=None, image_size=options.image_size or whole(config.get("resolution")))
     made = formats.convert(state, options, where=taken.name)
-    steps = read_index(directory).get("default_steps")
+    index = read_index(directory)
+    steps, presets = index.get("default_steps"), index.get("presets")
+    presets = presets if isinstance(presets, dict) else {}
     notes = (told(taken.name, [each.name for each in found if each is not taken]), *made.notes)
-    return replace(made, origin="Saved by diffusers", notes=notes, default_steps=steps), files
+    made = replace(made, origin="Saved by diffusers", notes=notes, default_steps=steps, presets=presets)
+    return made, files
 
 
 def _read(taken: Candidate, found: list[Candidate]) -> tuple[dict[str, Tensor], list[Path]] | None:

@@ -1,7 +1,7 @@
 """The protocol of a foreign checkpoint's format: options in, a model directory out; and what all formats share."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -46,6 +46,7 @@ class Converted:
     origin: str  # one line: whose layout this was, and what was assumed
     notes: tuple[str, ...] = ()  # one line each: what was taken and what was left, and where the schedule comes from
     default_steps: int | None = None  # of model_index.json
+    presets: Mapping[str, Any] = field(default_factory=dict)  # the same, unchecked
 
 
 OF_BETAS = ("schedule", "timesteps", "beta_start", "beta_end", "scheduler")
@@ -75,7 +76,7 @@ def required(value: Any, flag: str, why: str) -> Any:
 
 def refuse_unread(options: Options, read: frozenset[str], what: str) -> None:
     """Raises ModelRefused, naming the flag, if an option was given that `what` would ignore."""
-    for name in (field.name for field in fields(options)):
+    for name in (each.name for each in fields(options)):
         if name not in read and getattr(options, name) is not None:
             raise ModelRefused(f"--{name.replace('_', '-')} must not be given: {what} has no use for it")
 

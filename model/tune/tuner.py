@@ -24,7 +24,7 @@ from model.sampling.schedule import FloatArray
 from model.tune import state
 from model.tune.coefficients import Fit, free, mean_square, update
 from model.tune.levels import best_levels
-from model.tune.teacher import Teacher
+from model.tune.teacher import Teacher, unclamped
 from model.tune.walk import NAMES, TUNED, noise, predictor
 
 FIRST_SEED = 1 << 40  # far from those that people ask for
@@ -154,7 +154,8 @@ class Tuner:
         found = {tuple(best_levels(process, teacher.grid, teacher.gram, steps, power).tolist()) for power in POWERS}
         usual = [{"steps": steps, "spacing": spacing} for spacing in SPACINGS]
         places: list[dict[str, Any]] = [*usual, *({"timesteps": each} for each in sorted(found))]
-        return [resolve(process, name, order=order, **at) for at, (name, order) in product(places, SOLVERS)]
+        clip = unclamped(process)
+        return [resolve(process, name, order=order, clip=clip, **at) for at, (name, order) in product(places, SOLVERS)]
 
     def _rows(self, choice: Sampling) -> FloatArray:
         return plan(self.model.card.process, choice).rows

@@ -203,6 +203,9 @@ def _other(before: Mapping[str, str], now: Mapping[str, str]) -> str | None:
         return f"this is another picture: model {now['model']} has other weights than the one that made it"
     if before.get("plan") == now.get("plan") and before.get("plan_digest") != now.get("plan_digest"):
         return f"this is another picture: plan {now['plan']} was changed since"
+    both = {before["sampler"], now["sampler"]} == {"dpmpp_2m"}
+    if both and "order" not in before and now.get("spacing") in ("leading", "linspace"):
+        return "this is another picture: the version that made it had other levels for dpmpp_2m"
     return None
 
 

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-from model.sampling.plan import SAMPLERS
+from model.sampling.levels import timesteps
 from model.sampling.samplers import Sampling
 from server.documents import ProblemDocument
 from server.errors import Problem, Recalled
@@ -33,15 +33,21 @@ def identities(job: Job) -> list[str]:
 
 def _request(text: str, owner: str | None) -> ResolvedRequest:
     fields = json.loads(text)
-    chosen = {name: fields.pop(name) for name in Sampling.__slots__ if name in fields}  # older rows lack some
-    if "order" not in chosen:
-        chosen["order"] = SAMPLERS[chosen["sampler"]].order
-    if (levels := chosen.get("timesteps")) is not None:
-        chosen["timesteps"] = tuple(levels)
-    sampling = Sampling(**chosen)
+    sampling = _sampling({name: fields.pop(name) for name in Sampling.__slots__ if name in fields}, fields["T"])
     frames, shape = fields.pop("frames"), tuple(fields.pop("shape"))
     points = FramePoints.of(Frames(**frames), sampling.steps, sampling.steps) if frames is not None else None
     return ResolvedRequest(**fields, shape=shape, sampling=sampling, frames=points, owner=owner)
+
+
+def _sampling(chosen: dict[str, Any], T: int) -> Sampling:
+    """How a job is sampled. Rows of earlier versions have no `timesteps`, and the levels of their `dpmpp_2m` were those
+    of `ddpm`; they are told by number, so that the job's pictures are those that it was accepted for."""
+    if "timesteps" not in chosen and chosen["sampler"] == "dpmpp_2m":
+        visited = timesteps(T, chosen["steps"], chosen["spacing"]).tolist()
+        chosen |= {"order": 2, "timesteps": visited, "spacing": None}
+    if (levels := chosen.get("timesteps")) is not None:
+        chosen["timesteps"] = tuple(levels)
+    return Sampling(**chosen)
 
 
 def to_record(job: Job, **end: Any) -> Record:

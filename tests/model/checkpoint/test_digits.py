@@ -47,12 +47,14 @@ def test_the_plans_of_digits_come_nearer_the_converged_pictures_than_the_solver_
     if isinstance(model.net, CpuNet):
         grow_up(model.net, 8)
     process, x = model.card.process, begin(noise(range(8), model.card.shape, torch.device("cpu")))
-    assert process.plans and not process.refused_plans
+    assert not process.refused_plans
     converged = end(predictor(model), plan(process, resolve(process, "dpmpp", 24, spacing="trailing")).rows, x)
 
     def distance(**choices: Any) -> float:
         made = end(predictor(model), plan(process, resolve(process, **choices)).rows, x)
         return float((made - converged).square().mean())
 
-    for name, saved in process.plans.items():
+    tuned = {name: saved for name, saved in process.plans.items() if "by_hand" in saved.measured}
+    assert tuned
+    for name, saved in tuned.items():
         assert distance(plan=name) < 0.85 * distance(steps=len(saved.timesteps), **saved.measured["by_hand"])

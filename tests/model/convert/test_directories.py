@@ -235,3 +235,20 @@ def test_the_default_steps_of_a_pipeline_are_kept(training: tuple[Path, UNet2DMo
     index.write_text(json.dumps(json.loads(index.read_text()) | {"default_steps": 50}))
 
     assert read_card(converted(training[0])).process.default_steps == 50
+
+
+def test_presets_are_kept_unless_they_are_for_another_process(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipeline(shaken(small()), DDPMScheduler()).save_pretrained(tmp_path / "src")
+    write_plan(tmp_path / "src", {"sampler": "ddim", "timesteps": [9], "process": {"T": 1000, "prediction": "epsilon"}})
+    presets = {"fast": {"plan": "fast"}, "balanced": {"sampler": "unipc", "steps": 12}, "full": {"steps": 1001}}
+    index = tmp_path / "src" / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"presets": presets}))
+    directory = converted(tmp_path / "src")
+
+    kept = {name: presets[name] for name in ("fast", "balanced")}
+    assert json.loads((directory / "model_index.json").read_text())["presets"] == kept
+    assert read_card(directory).presets == kept | {"full": {"sampler": "ddpm"}}
+    said = "preset full was left: model_index.json: presets.full: steps must lie in 1..1000, got 1001\n"
+    assert said in capsys.readouterr().out

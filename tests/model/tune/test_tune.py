@@ -1,6 +1,7 @@
 """Tuning: levels, then numbers, then a plan that a model directory can have."""
 
 import math
+from dataclasses import replace
 from itertools import combinations, islice
 from pathlib import Path
 
@@ -13,8 +14,8 @@ import model.tune.tuner
 from model.errors import ModelRefused
 from model.sampling.plan import plan, resolve
 from model.sampling.reference import sample_alone
-from model.sampling.schedule import FloatArray
-from model.sampling.table import H, M, N
+from model.sampling.schedule import FloatArray, Thresholding
+from model.sampling.table import C, H, M, N
 from model.tune.coefficients import Fit, free, mean_square, update
 from model.tune.levels import best_levels, local_errors
 from model.tune.tuner import SOLVERS, Progress, Recipe, Tuner
@@ -134,6 +135,23 @@ def test_a_plan_is_measured_on_seeds_that_it_was_not_fitted_to(tmp_path: Path) -
     assert measured["rms"] == pytest.approx(rms(tuned.fit.rows), abs=1e-5)
     assert measured["rms_by_hand"] == pytest.approx(rms(by_hand), abs=1e-5)
     assert measured["rms"] < 0.8 * measured["rms_by_hand"]
+
+
+def test_a_plan_of_a_model_with_dynamic_thresholding_does_without_it_as_its_tuning_did(tmp_path: Path) -> None:
+    tuned = tuner(tmp_path, updates=1)
+    card = tuned.model.card
+    process = replace(card.process, thresholding=Thresholding(0.9, 2.0))
+    tuned = Tuner(
+        replace(tuned.model, card=replace(card, process=process)),
+        tuned.recipe,
+        tmp_path / "teacher.npz",
+        tmp_path / "fit.npz",
+        CPU,
+    )
+    list(tuned.run())
+
+    assert np.isinf(tuned.teacher.rows[:, C]).all() and np.isinf(tuned.fit.rows[:, C]).all()
+    assert tuned.document()["clip"] is False
 
 
 def test_what_is_known_of_other_seeds_is_not_used(tmp_path: Path) -> None:

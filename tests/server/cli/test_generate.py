@@ -95,6 +95,23 @@ def test_repeating_a_picture_of_other_weights_or_another_machine_warns(
     assert path.read_bytes() == before
 
 
+@pytest.mark.parametrize(("spacing", "warns"), [("linspace", True), ("trailing", False)])
+def test_repeating_a_picture_of_dpmpp_2m_warns_if_its_version_had_other_levels(
+    url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], spacing: str, warns: bool
+) -> None:
+    with Client(url) as client:
+        texts = client.generate(seed=7, steps=3, sampler="dpmpp_2m", spacing=spacing)[0].texts
+    info, path = PngInfo(), tmp_path / "old.png"
+    for key, text in texts.items():
+        if key != "order":  # as that version wrote them
+            info.add_text(key, text)
+    Image.new("L", (8, 8)).save(path, pnginfo=info)
+
+    assert main.main(["generate", "--like", str(path), "-o", str(tmp_path / "new.png"), "--url", url]) == 0
+    said = "this is another picture: the version that made it had other levels for dpmpp_2m"
+    assert (said in capsys.readouterr().err) == warns
+
+
 def test_flags_override_the_request_of_a_repeated_picture(url: str, tmp_path: Path) -> None:
     with Client(url) as client:
         (tmp_path / "one.png").write_bytes(client.generate(seed=7, steps=5).png)
