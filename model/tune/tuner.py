@@ -16,7 +16,6 @@ from torch import Tensor
 from model.checkpoint.card import ModelCard
 from model.checkpoint.load import Model, load_model
 from model.digests import short_digest
-from model.errors import ModelRefused
 from model.nets.cpu import CpuNet, grow_up
 from model.sampling.plan import levels, plan, resolve
 from model.sampling.samplers import Sampling
@@ -201,8 +200,6 @@ def load_tuner(
     threads: int,
 ) -> Tuner:
     """Loads a model, computed in `dtype` by so many threads of a CPU, and begins or resumes. Raises ModelRefused."""
-    if card.process.thresholding is not None:  # `steps` here only clamp
-        raise ModelRefused("scheduler_config.json: thresholding must be false to tune a plan, got true")
     torch.set_num_threads(threads)
     model = load_model(card, device, dtype)
     if isinstance(model.net, CpuNet):

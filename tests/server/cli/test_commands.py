@@ -173,15 +173,6 @@ def test_a_plan_is_tuned_into_a_model_that_then_has_it(tmp_path: Path, capsys: p
     assert sorted(path.name for path in (model / "plans").iterdir()) == [".teacher.npz", "tuned-2.json"]
 
 
-def test_no_plan_is_tuned_for_a_model_whose_steps_are_others(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    model = write_model(tmp_path / "tiny", scheduler={"thresholding": True})
-
-    assert main.main(["tune", str(model), "--steps", "2", "--seeds", "1", "--device", "cpu"]) == 3
-    assert "scheduler_config.json: thresholding must be false to tune a plan" in capsys.readouterr().err
-
-
 def test_a_plan_has_no_more_steps_than_its_teacher(
     weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
