@@ -46,7 +46,7 @@ class Teacher:
         xs, x0s = [x], list[Tensor]()
         for step in steps(predict, self.rows, begin(x)):
             xs.append(step.after)
-            x0s.append(step.terms[0])
+            x0s.append(step.terms[0].clone())  # a view would keep the other terms, too
             yield
         seen = torch.stack([*xs, *x0s]).flatten(1)  # [2G + 1, B C H W]
         self.gram = self.gram + (seen @ seen.T).double().cpu().numpy()

@@ -18,6 +18,7 @@ from model.sampling.schedule import FloatArray, Thresholding
 from model.sampling.table import C, H, M, N
 from model.tune.coefficients import Fit, free, mean_square, update
 from model.tune.levels import best_levels, local_errors
+from model.tune.teacher import Teacher
 from model.tune.tuner import SOLVERS, Progress, Recipe, Tuner
 from model.tune.walk import begin, end, noise
 from tests.model.tiny import CPU, PROCESS, a_plan, card, function_model, halve
@@ -121,6 +122,19 @@ def test_an_interrupted_tuning_ends_as_another_does(tmp_path: Path) -> None:
     assert sum(map(len, runs)) < 2 * len(told)
     assert resumed.document() == whole.document()
     assert list(tuner(tmp_path).run()) == []
+
+
+def test_a_teacher_holds_two_pictures_of_each_level(monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher, x, usual, held = Teacher.untaught(PROCESS, SHAPE), noise(range(2), SHAPE, CPU), torch.stack, list[int]()
+
+    def stack(tensors: list[Tensor]) -> Tensor:
+        held.append(sum(each.untyped_storage().nbytes() for each in tensors))
+        return usual(tensors)
+
+    monkeypatch.setattr(torch, "stack", stack)
+    list(teacher.teach(gaussian_net, x))
+
+    assert held[-1] == (2 * len(teacher.grid) + 1) * x.nbytes
 
 
 def test_a_plan_is_measured_on_seeds_that_it_was_not_fitted_to(tmp_path: Path) -> None:
