@@ -56,6 +56,8 @@ def update(predict: Predict, fit: Fit, x: Tensor, ends: Tensor, batch: int, trie
         jacobian = torch.stack(columns)  # [numbers, B C H W]
         normal += (jacobian @ jacobian.T).double().cpu().numpy()
         gradient += (jacobian @ (to - base).flatten()).double().cpu().numpy()
+    if not normal.any():
+        return  # all pictures are clamped, wherever the numbers go
     for _ in range(tries):
         damped = normal + np.diag(fit.damping * np.diag(normal) + 1e-9 * np.trace(normal))
         rows = fit.rows.copy()

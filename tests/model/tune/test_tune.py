@@ -90,6 +90,14 @@ def test_the_numbers_of_a_linear_world_become_exact() -> None:
     assert fit.error == pytest.approx(mean_square(gaussian_net, fit.rows, x, ends, 6), abs=1e-10)
 
 
+def test_pictures_that_are_clamped_everywhere_leave_the_numbers_as_they_are() -> None:
+    rows, x = a_plan(2, "dpmpp", clip=False).rows, noise(range(2), SHAPE, CPU)
+    fit = Fit(rows, 1.0)
+    list(update(lambda x, k: torch.full_like(x, -1e6), fit, x, torch.zeros_like(x), 2))
+
+    assert (fit.rows is rows, fit.error) == (True, 1.0)
+
+
 @pytest.mark.parametrize("sampler", ["ddim", "dpmpp", "unipc", "ipndm"])
 def test_a_batch_is_walked_as_the_reference_walks_each_picture(sampler: str) -> None:
     table = a_plan(6, sampler)
