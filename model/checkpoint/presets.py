@@ -27,7 +27,7 @@ FAST, BALANCED = 10, 25  # steps
 
 def read_presets(index: Json, process: Process) -> Mapping[Preset, Fields]:
     """What each preset of a model stands for. Raises ModelRefused naming a preset for which there is no plan."""
-    T, named = process.schedule.T, index.get("presets", {})
+    T, named = process.schedule.T, index.get("presets") or {}
     if not isinstance(named, dict) or not named.keys() <= {*PRESETS}:
         raise Options(INDEX, index).refuse("presets", f"an object of {', '.join(PRESETS)}")
     usual: dict[Preset, Fields] = {

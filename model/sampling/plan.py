@@ -209,7 +209,8 @@ def plan(process: Process, choice: Sampling) -> Plan:
     if not stands(process, choice):
         raise PlanError("plan", f"plan {choice.plan} is not what it was when it was chosen")
     t, sampler = levels(process.schedule.T, choice), SAMPLERS[choice.sampler]
-    walk = Walk(process, t, sampler.end if choice.noise == "torch" and choice.plan is None else 0)
+    end = sampler.end if choice.noise == "torch" and choice.plan is None else 0  # diffusers' for its draws
+    walk = Walk(process, t, end)
     rows = np.zeros((choice.steps, len(COLUMNS)))
     rows[:, K] = t - 1
     rows[:, P], rows[:, Q] = walk.p, walk.q
@@ -220,4 +221,4 @@ def plan(process: Process, choice: Sampling) -> Plan:
     if choice.noise == "torch":
         rows[:, U], rows[:, S] = rows[:, S].copy(), 0.0
     rows.flags.writeable = False
-    return Plan(rows, np.append(t, 0), choice.noise)
+    return Plan(rows, np.append(t, end), choice.noise)

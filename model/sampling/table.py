@@ -35,7 +35,7 @@ class Plan:
     """The table that a sample walks down, one row per step."""
 
     rows: FloatArray  # [steps, 15]
-    t: IntArray  # [steps + 1] the noise level before each step; the last is 0
+    t: IntArray  # [steps + 1] the noise level before each step, and at the end
     noise: Noise = "philox"  # where x_T and the noise of the steps come from
     steps: int = field(init=False)
     draws: bool = field(init=False)  # whether any step adds noise that `model.sampling.noise.gaussian` draws

@@ -25,7 +25,7 @@ DEVICE = re.compile(r"auto|cpu|cuda(:[0-9]{1,3})?")
 
 def main(arguments: Sequence[str]) -> int:
     """Tunes, and prints what the plan gains. Returns the exit code."""
-    from model.checkpoint.plans import MAX_LEVELS, NAME
+    from model.checkpoint.plans import NAME
 
     parser = Parser("ddpm tune", description=__doc__)
     parser.add_argument("model", type=Path, metavar="MODEL", help="the model directory")
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str]) -> int:
         raise SettingsError(f"--name must be 1..64 letters, digits, -, _ and ., the first none of these: {name!r:.80}")
     if not DEVICE.fullmatch(given.device):
         raise NoSuchDevice(f"--device must be auto, cpu, cuda or cuda:N, got {given.device!r:.40}")
-    bounds = {"steps": MAX_LEVELS, "seeds": MOST_SEEDS, "updates": 1000, "batch": 1024}
+    bounds = {"seeds": MOST_SEEDS, "updates": 1000, "batch": 1024}
     for flag, most in {**bounds, **({"threads": 1024} if given.threads is not None else {})}.items():
         if not 1 <= (value := getattr(given, flag)) <= most:
             raise SettingsError(f"--{flag} must lie in 1..{most}, got {value}")
@@ -62,7 +62,8 @@ def _tune(given: Namespace, name: str) -> int:
     from server.worker.device import choose_device, choose_dtype
 
     card = read_card(given.model)
-    if given.steps > (most := min(LEVELS, card.process.schedule.T)):
+    most = min(LEVELS, card.process.schedule.T)  # that the teacher has
+    if not 1 <= given.steps <= most:
         raise SettingsError(f"--steps must lie in 1..{most} for {card.name}, got {given.steps}")
     recipe = Recipe(steps=given.steps, seeds=given.seeds, updates=given.updates, batch=given.batch)
     device, folder = choose_device(given.device), given.out or given.model / FOLDER
