@@ -189,12 +189,14 @@ def _resolve_variance(process: Process, steps: int, variance: Variance | None, n
 
 
 def levels(T: int, choice: Sampling) -> IntArray:
-    """The noise level before each step. -> [steps]"""
+    """The noise level before each step, and at the end. -> [steps + 1]"""
+    sampler = SAMPLERS[choice.sampler]
     if choice.timesteps is not None:
-        return np.array(choice.timesteps, np.int64)
-    assert choice.spacing is not None
-    visited = solver_timesteps if SAMPLERS[choice.sampler].solver else timesteps
-    return visited(T, choice.steps, choice.spacing)
+        t = np.array(choice.timesteps, np.int64)
+    else:
+        assert choice.spacing is not None
+        t = (solver_timesteps if sampler.solver else timesteps)(T, choice.steps, choice.spacing)
+    return np.append(t, sampler.end if choice.noise == "torch" and choice.plan is None else 0)
 
 
 def stands(process: Process, choice: Sampling) -> bool:
@@ -208,17 +210,15 @@ def plan(process: Process, choice: Sampling) -> Plan:
     that they name has changed since."""
     if not stands(process, choice):
         raise PlanError("plan", f"plan {choice.plan} is not what it was when it was chosen")
-    t, sampler = levels(process.schedule.T, choice), SAMPLERS[choice.sampler]
-    end = sampler.end if choice.noise == "torch" and choice.plan is None else 0  # diffusers' for its draws
-    walk = Walk(process, t, end)
-    rows = np.zeros((choice.steps, len(COLUMNS)))
-    rows[:, K] = t - 1
+    visited = levels(process.schedule.T, choice)
+    walk, rows = Walk(process, visited), np.zeros((choice.steps, len(COLUMNS)))
+    rows[:, K] = visited[:-1] - 1
     rows[:, P], rows[:, Q] = walk.p, walk.q
     rows[:, C] = process.clip_range if choice.clip else np.inf
-    sampler.fill(walk, rows, choice)
+    SAMPLERS[choice.sampler].fill(walk, rows, choice)
     if choice.plan is not None and (saved := process.plans[choice.plan]).rows:
         rows[:, [COLUMNS.index(column) for column in saved.columns]] = saved.rows
     if choice.noise == "torch":
         rows[:, U], rows[:, S] = rows[:, S].copy(), 0.0
     rows.flags.writeable = False
-    return Plan(rows, np.append(t, end), choice.noise)
+    return Plan(rows, visited, choice.noise)

@@ -31,13 +31,14 @@ class Sampling:
 class Walk:
     """The coefficients of samplers along chosen noise levels, from noise down to the picture.
 
-    Letters are those of Su's article (kexue.fm/archives/9119); `_next` is the level after a step, `end` after
-    the last. All arrays are [steps].
+    Letters are those of Su's article (kexue.fm/archives/9119); `_next` is the level after a step. All arrays are
+    [steps].
     """
 
-    def __init__(self, process: Process, t: IntArray, end: int = 0) -> None:
+    def __init__(self, process: Process, levels: IntArray) -> None:
+        """levels: [steps + 1] before each step, and at the end"""
         schedule: NoiseSchedule = process.schedule
-        t_next = np.append(t[1:], end)
+        t, t_next = levels[:-1], levels[1:]
         self.alpha_bar, self.beta_bar = schedule.alpha_bar[t], schedule.beta_bar[t]
         self.alpha_bar_next, self.beta_bar_next = schedule.alpha_bar[t_next], schedule.beta_bar[t_next]
         self.alpha = self.alpha_bar / self.alpha_bar_next

@@ -35,7 +35,7 @@ class Teacher:
         count = min(LEVELS, process.schedule.T)
         choice = resolve(process, "dpmpp", count, order=2, spacing="trailing", clip=unclamped(process))
         return cls(
-            levels(process.schedule.T, choice),
+            levels(process.schedule.T, choice)[:-1],
             plan(process, choice).rows,
             np.zeros((2 * count + 1, 2 * count + 1)),
             torch.zeros(0, *shape),

@@ -168,7 +168,7 @@ class Tuner:
         by_hand, start = self._rows(self.by_hand), self._rows(self.start)
         found = [mean_square(self.predict, rows, x, ends, recipe.batch) ** 0.5 for rows in (fitted, start, by_hand)]
         choice = self.by_hand if found[2] < min(found[:2]) else self.start
-        t = levels(process.schedule.T, choice).tolist()
+        t = levels(process.schedule.T, choice)[:-1].tolist()
         values: dict[str, Any] = {"sampler": choice.sampler, "timesteps": t, "clip": choice.clip}
         if choice.order is not None:
             values["order"] = choice.order

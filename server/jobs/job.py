@@ -100,7 +100,7 @@ class Image:
 @lru_cache(64)
 def _levels(T: int, sampling: Sampling) -> tuple[int, ...]:
     """The noise level after each number of updates, 0 .. steps."""
-    return (*levels(T, sampling).tolist(), 0)
+    return tuple(levels(T, sampling).tolist())
 
 
 @dataclass(eq=False, kw_only=True)
