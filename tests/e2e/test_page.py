@@ -161,7 +161,7 @@ def test_the_form_begins_with_the_default_model_and_no_more_pictures_than_may_be
     Select(page.field("plan")).select_by_value("lost")
     assert not page.field("sampler").is_displayed()
     page.build()  # with the plan alone, or the server would name the fields beside it
-    assert page.find("wrong-plan").text == "plan must be left out, for this model has none"
+    assert page.find("wrong-plan").text == "plan must be one of tuned-5"
 
 
 def test_models_that_are_refused_are_shown_with_their_reasons_and_cannot_be_chosen(
@@ -230,11 +230,24 @@ def test_fields_beside_the_preset_are_for_custom_requests(page: Page, site: Site
 
     preset.select_by_value("full")
     preset.select_by_value("custom")
-    assert [name for name in fields if page.field(name).is_displayed()] == [*fields[:5]]
+    assert [name for name in fields if page.field(name).is_displayed()] == [*fields[:5], "plan"]
     assert [page.field(name).get_attribute("value") for name in ("steps", "sampler")] == ["100", "ddpm"]
     page.recall(0)
     page.until_words("Built in")
     assert page.field("preset").get_attribute("value") == "fast"
+
+
+def test_clamping_follows_the_sampler_until_it_is_chosen(page: Page) -> None:
+    Select(page.field("preset")).select_by_value("custom")
+    sampler, seen = Select(page.field("sampler")), list[bool]()
+    for name in ("ddpm", "unipc", "ddim"):
+        seen.append(page.field("clip").is_selected())
+        sampler.select_by_value(name)
+
+    assert [*seen, page.field("clip").is_selected()] == [False, True, False, True]
+    page.field("clip").click()
+    Select(page.field("spacing")).select_by_value("leading")
+    assert not page.field("clip").is_selected()
 
 
 def test_a_refusal_is_told_in_words_at_its_field(page: Page) -> None:
