@@ -146,7 +146,7 @@ def _repeated(before: Mapping[str, str], told: Mapping[str, Any]) -> dict[str, A
     else:  # a plan makes all the choices, or none
         gone = CHOICES - {"plan"} if "plan" in request and not told.keys() & CHOICES else {"plan"}
     if told.get("sampler", request.get("sampler")) != request.get("sampler"):
-        gone |= {"eta", "variance", "order"}
+        gone |= {"eta", "variance", "order", "clip"}  # each has a default of its own for the other sampler
     if told.keys() & {"steps", "spacing"}:
         gone |= {"timesteps"}
     elif "timesteps" in {**request, **told}:

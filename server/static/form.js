@@ -115,4 +115,9 @@ form.preset.addEventListener("change", () => {
   const preset = chosenModel()?.presets[form.preset.value];
   preset ? spread(preset) : settle();
 });
-for (const name of ["sampler", "plan"]) form[name].addEventListener("change", settle);
+form.sampler.addEventListener("change", () => {
+  const { clip, thresholding, orders } = chosenModel() ?? {};
+  form.clip.checked = clip && (Boolean(thresholding) || !orders[form.sampler.value]); // what it does unless told otherwise
+  settle();
+});
+form.plan.addEventListener("change", settle);

@@ -237,6 +237,19 @@ def test_fields_beside_the_preset_are_for_custom_requests(page: Page, site: Site
     assert page.field("preset").get_attribute("value") == "fast"
 
 
+def test_clamping_follows_the_sampler_until_it_is_chosen(page: Page) -> None:
+    Select(page.field("preset")).select_by_value("custom")
+    sampler, seen = Select(page.field("sampler")), list[bool]()
+    for name in ("ddpm", "unipc", "ddim"):
+        seen.append(page.field("clip").is_selected())
+        sampler.select_by_value(name)
+
+    assert [*seen, page.field("clip").is_selected()] == [False, True, False, True]
+    page.field("clip").click()
+    Select(page.field("spacing")).select_by_value("leading")
+    assert not page.field("clip").is_selected()
+
+
 def test_a_refusal_is_told_in_words_at_its_field(page: Page) -> None:
     page.run("arguments[0].removeAttribute('max')", page.field("steps"))
     page.build(steps=100_000)
