@@ -170,7 +170,8 @@ def _resolve_order(sampler: str, order: int | None) -> int | None:
     if not orders:
         owners = ", ".join(owner for owner, s in SAMPLERS.items() if s.orders)
         raise PlanError("order", f"order applies to {owners} only, not to {sampler}")
-    raise PlanError("order", f"order must lie in {orders[0]}..{orders[-1]} for {sampler}, got {order}")
+    allowed = f"lie in {orders[0]}..{orders[-1]}" if len(orders) > 1 else f"be {orders[0]}"
+    raise PlanError("order", f"order must {allowed} for {sampler}, got {order}")
 
 
 def _resolve_variance(process: Process, steps: int, variance: Variance | None, noise: Noise) -> Variance:

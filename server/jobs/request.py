@@ -188,11 +188,8 @@ def _largest(value: Mapping[str, object], cards: Mapping[str, ModelCard], settin
     largest = {"n": settings.max_n, "seed": MAX_SEED - pictures}
     if isinstance(model, str) and model in cards:
         largest["steps"] = largest["timesteps"] = cards[model].process.schedule.T
-    if (
-        isinstance(sampler := value.get("sampler"), str)
-        and sampler in SAMPLERS
-        and (orders := SAMPLERS[sampler].orders)
-    ):
+    sampler = value.get("sampler")
+    if isinstance(sampler, str) and sampler in SAMPLERS and len(orders := SAMPLERS[sampler].orders) > 1:
         largest["order"] = orders[-1]
     return largest
 

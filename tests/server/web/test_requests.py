@@ -50,6 +50,7 @@ INVALID: list[tuple[dict[str, Any], str, str]] = [
     ({"order": 2}, "/order", "order applies to dpmpp, "),
     ({"sampler": "unipc", "order": 0}, "/order", "order must lie in 1..3, got 0"),
     ({"sampler": "unipc", "order": 4}, "/order", "order must lie in 1..3, got 4"),
+    ({"sampler": "dpmpp_2m", "order": 3}, "/order", "order must be 2 for dpmpp_2m, got 3"),
     ({"sampler": "ipndm", "order": 5}, "/order", "order must lie in 1..4, got 5"),
     ({"sampler": "unipc", "order": 2.0}, "/order", "order must be an integer in 1..3, got 2.0"),
     ({"sampler": "unipc", "order": 10**400}, "/order", "order must lie in 1..3, got a number of 401 digits"),
