@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from shutil import copytree
 from typing import Any, TypeAlias
 
 import openai
@@ -103,11 +104,8 @@ def test_of_many_models_the_first_are_named() -> None:
 @pytest.fixture
 def two(weights: Path, tmp_path: Path) -> Iterator[TestClient]:
     """Two models, none of which is the default."""
-    (tmp_path / "both").mkdir()
     for name in ("a", "b"):
-        (tmp_path / "both" / name).mkdir()
-        for file in (weights / "tiny").iterdir():
-            (tmp_path / "both" / name / file.name).write_bytes(file.read_bytes())
+        copytree(weights / "tiny", tmp_path / "both" / name)
     settings = Settings(weights=str(tmp_path / "both"), data_dir=tmp_path / "data")
     with TestClient(create_app(settings, FakeBackend())) as made:
         yield made
