@@ -108,6 +108,8 @@ def choices(process: Process, args: argparse.Namespace) -> Iterator[Sampling]:
         for name in args.samplers:
             sampler, _, order = name.partition(":")
             if name not in plans:
+                if order and not order.isdecimal():
+                    raise PlanError("order", f"it must be an integer, got {order}")
                 fields: Json = {"spacing": spacing, "clip": CLIP[clip], "order": int(order) if order else None}
                 yield resolve(process, sampler, steps, **fields)
 

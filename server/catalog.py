@@ -11,7 +11,7 @@ from pathlib import Path
 from model.checkpoint.card import ModelCard, read_card
 from model.checkpoint.pipeline import INDEX
 from model.errors import ModelRefused
-from model.sampling.plan import stands
+from model.sampling.plan import SAMPLERS, stands
 from model.sampling.samplers import Sampling
 from server.errors import ModelBroken, ModelChanged, ModelNotFound
 from server.troubles import shortage
@@ -61,12 +61,14 @@ def card_of(name: str, cards: Mapping[str, ModelCard]) -> ModelCard:
 
 
 def require_unchanged(name: str, sampling: Sampling, cards: Mapping[str, ModelCard]) -> None:
-    """Raises ModelBroken or ModelChanged unless a model is served, with the plan, if any, that its job was resolved
-    with."""
+    """Raises ModelBroken or ModelChanged unless a model is served, with the sampler and the plan, if any, that its job
+    was resolved with."""
     if (reason := refused(cards).get(name)) is not None:
         raise ModelBroken(reason)
     if name not in cards:
         raise ModelChanged("the model that this job was accepted for is not served any more")
+    if sampling.sampler not in SAMPLERS:  # of another version's journal
+        raise ModelChanged(f"this version has no sampler {sampling.sampler}, which this job was accepted with")
     if not stands(cards[name].process, sampling):
         raise ModelChanged(f"the plan {sampling.plan} was changed or removed after this job had been accepted")
 

@@ -1,7 +1,7 @@
 """Makes a picture from a seed and a step count, or repeats an earlier picture from its PNG (--like)."""
 
 import sys
-from argparse import BooleanOptionalAction, Namespace
+from argparse import ArgumentTypeError, BooleanOptionalAction, Namespace
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,8 +20,11 @@ from server.jobs.schemas import GenerateRequest
 
 
 def numbers(text: str) -> list[int]:
-    """The integers of a list, with brackets or without. Raises ValueError."""
-    return [int(number) for number in text.strip("[]").split(",")]
+    """The integers of a list, with brackets or without. Raises ArgumentTypeError."""
+    try:
+        return [int(number) for number in text.strip("[]").split(",")]
+    except ValueError:
+        raise ArgumentTypeError("must be integers with commas, such as 900,500,100") from None
 
 
 METAVARS: dict[Callable[[str], Any], str] = {int: "N", float: "X", str: "WORD", numbers: "N,N,..."}
@@ -137,7 +140,7 @@ def _repeated(before: Mapping[str, str], told: Mapping[str, Any]) -> dict[str, A
     """The request that made the picture before, without what the flags replace. Raises SettingsError."""
     try:
         request: dict[str, Any] = {name: read(before[name]) for name, read in FIELDS.items() if name in before}
-    except ValueError:
+    except (ValueError, ArgumentTypeError):
         raise SettingsError("--like: the picture does not say in numbers what made it") from None
     if "clip" in before:
         request["clip"] = before["clip"] == "true"

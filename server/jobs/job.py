@@ -138,9 +138,13 @@ class Job:
         if self.request.webhook is not None:
             self.delivery = Delivery.to(self.request.webhook)
         self.rank = self.arrived / 60 - self.request.priority  # smaller is seated first
-        self.levels = _levels(self.request.T, self.request.sampling)
         messages = 2 + self.request.n * (1 + self.request.frame_count)  # started, frames, images, the end
         self.stream.skip_to((self.attempt - 1) * messages + 1)  # no number is used twice
+
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """The noise level of a picture after each number of updates."""
+        return _levels(self.request.T, self.request.sampling)
 
     def move(self, to: State) -> None:
         """Changes its state. Only the runner does."""

@@ -264,3 +264,10 @@ def test_progress_is_not_drawn_elsewhere(url: str, tmp_path: Path, capsys: pytes
 
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"{tmp_path / 'out.png'}: tiny, seed ")
+
+
+def test_levels_are_integers_with_commas(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main.main(["generate", "--timesteps", "5,x"])
+
+    assert "argument --timesteps: must be integers with commas, such as 900,500,100" in capsys.readouterr().err

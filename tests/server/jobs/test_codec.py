@@ -9,6 +9,8 @@ import pytest
 from model.sampling.plan import resolve
 from model.sampling.samplers import Sampling
 from model.sampling.schedule import Process, linear
+from server.catalog import require_unchanged
+from server.errors import ModelChanged
 from server.jobs.codec import to_job, to_record
 from server.jobs.job import State
 from tests.server.jobs.test_job import job
@@ -38,3 +40,12 @@ def test_other_jobs_of_an_earlier_version_are_what_they_were(sampler: str) -> No
     asked = resolve(PROCESS, sampler, 4)
 
     assert read_again(asked) == asked
+
+
+def test_a_job_with_a_sampler_of_another_version_is_read_and_fails_alone() -> None:
+    queued = job(State.QUEUED)
+    queued.request = replace(queued.request, sampling=replace(queued.request.sampling, sampler="newer"))
+    read = to_job(to_record(queued), mock.Mock(), mock.Mock())
+
+    with pytest.raises(ModelChanged, match="this version has no sampler newer"):
+        require_unchanged("digits", read.request.sampling, {"digits": mock.Mock()})
