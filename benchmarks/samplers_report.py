@@ -26,7 +26,7 @@ SERIES: dict[str, tuple[Json, str]] = {  # what is drawn: the fields of a choice
     "dpmpp 3": (TRAILING | {"sampler": "dpmpp", "order": 3}, "#1769aa"),
     "unipc 3": (TRAILING | {"sampler": "unipc", "order": 3}, "#00805f"),
     "deis 3": (TRAILING | {"sampler": "deis", "order": 3}, "#c2418f"),
-    "tuned plans": ({"saved": True}, "#6a3fb5"),
+    "plans": ({"saved": True}, "#6a3fb5"),
     "ipndm 4": (TRAILING | {"sampler": "ipndm", "order": 4}, "#d1460f"),
 }
 
