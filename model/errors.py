@@ -35,6 +35,15 @@ class NoSuchDevice(ModelError):
     """The requested device is not on this machine."""
 
 
+def reason(error: Exception) -> str:
+    """Why something could not be read, for people: what the error says, in a line of at most 200 characters."""
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    line = next(iter(said.splitlines()), "")[:200]
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line) or type(error).__name__
+
+
 def attempt(call: Callable[[], R]) -> R | Exception:
     """The result of a call into an optional library, or the error that it raised.
 

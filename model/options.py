@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from model.errors import ModelRefused
+from model.errors import ModelRefused, reason
 
 Json: TypeAlias = Mapping[str, Any]
 MAX_CONFIG_BYTES = 1 << 20
@@ -54,9 +54,9 @@ def read_config(path: Path) -> tuple[dict[str, Any], str]:
             raise ModelRefused(f"{path.name} is larger than {MAX_CONFIG_BYTES} bytes")
         values = json.loads(text, object_pairs_hook=unique_keys)
     except OSError as error:
-        raise ModelRefused(f"{path.name} could not be read: {type(error).__name__}") from error
+        raise ModelRefused(f"{path.name} could not be read: {reason(error)}") from error
     except (ValueError, RecursionError) as error:
-        raise ModelRefused(f"{path.name} is not valid JSON: {type(error).__name__}") from error
+        raise ModelRefused(f"{path.name} is not valid JSON: {reason(error)}") from error
     if not isinstance(values, dict):
         raise ModelRefused(f"{path.name} must be a JSON object")
     defaults = values.get("_use_default_values")  # options that diffusers passes over, whatever the file says of them

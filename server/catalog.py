@@ -10,7 +10,7 @@ from pathlib import Path
 
 from model.checkpoint.card import ModelCard, read_card
 from model.checkpoint.pipeline import INDEX
-from model.errors import ModelRefused
+from model.errors import ModelRefused, reason
 from model.sampling.plan import SAMPLERS, stands
 from model.sampling.samplers import Sampling
 from server.errors import ModelBroken, ModelChanged, ModelNotFound
@@ -129,7 +129,7 @@ def _find(entry: str) -> Iterable[_Listed]:
         except OSError as error:
             if shortage(error) is not None:
                 raise
-            instead = f"could not be read: {type(error).__name__}"
+            instead = f"could not be read: {reason(error)}"
     elif on_hub := HUB_ID.fullmatch(entry):
         id, revision = on_hub[1], on_hub[2] or "main"
         name = id.split("/")[1]
@@ -168,4 +168,4 @@ def _read(directory: Path, name: str) -> ModelCard:
     try:
         return read_card(directory, name)
     except OSError as error:
-        raise ModelRefused(f"could not be read: {type(error).__name__}") from error
+        raise ModelRefused(f"could not be read: {reason(error)}") from error

@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 from model.checkpoint.beginnings import HEAD_BYTES, PICKLE, ZIP, recognised
 from model.checkpoint.shapes import Shapes
-from model.errors import ModelRefused
+from model.errors import ModelRefused, reason
 from model.options import unique_keys
 
 MAX_HEADER_BYTES = 1 << 20
@@ -52,7 +52,7 @@ def entries_of(path: Path) -> list[Entry]:
         with path.open("rb") as file:
             return parse(file, path.name)[0]
     except OSError as error:
-        raise ModelRefused(f"{path.name} could not be read: {type(error).__name__}") from error
+        raise ModelRefused(f"{path.name} could not be read: {reason(error)}") from error
 
 
 def parse(file: BinaryIO, name: str) -> tuple[list[Entry], bytes]:
@@ -71,7 +71,7 @@ def parse(file: BinaryIO, name: str) -> tuple[list[Entry], bytes]:
     try:
         header = json.loads(text, object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
-        raise ModelRefused(f"{name} has a malformed header: {type(error).__name__}") from error
+        raise ModelRefused(f"{name} has a malformed header: {reason(error)}") from error
     if not isinstance(header, dict):
         raise ModelRefused(f"{name} has a malformed header: not an object")
     header.pop("__metadata__", None)

@@ -16,7 +16,7 @@ from model.checkpoint.card import ModelCard
 from model.checkpoint.header import Entry, modern, parse
 from model.checkpoint.shapes import Shapes, count, shapes
 from model.digests import combined_digest
-from model.errors import ModelRefused
+from model.errors import ModelRefused, reason
 from model.nets.build import Net, build
 from model.nets.cpu import CpuNet
 from model.nets.exact import use_libraries
@@ -59,7 +59,7 @@ def read_tensors(path: Path, expected: Shapes) -> tuple[dict[str, Tensor], str]:
             if file.read(1):
                 raise ModelRefused(f"{path.name} became longer while it was read")
     except OSError as error:
-        raise ModelRefused(f"{path.name} could not be read: {type(error).__name__}") from error
+        raise ModelRefused(f"{path.name} could not be read: {reason(error)}") from error
     _require_blob(path.resolve(), hasher.hexdigest())
     return tensors, hasher.hexdigest()
 

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 
 from model.convert import choice, flags
-from model.errors import ModelRefused
+from model.errors import ModelRefused, reason
 
 EXIT_FAILED, EXIT_MODEL_REFUSED = 1, 3
 
@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_MODEL_REFUSED
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""
-        print(f"ddpm: {error.strerror or type(error).__name__}{where}", file=sys.stderr)
+        print(f"ddpm: {reason(error)}{where}", file=sys.stderr)
         return EXIT_FAILED
     return 0
 

@@ -14,7 +14,7 @@ from model.convert import foreign
 from model.convert.flags import LAYOUTS
 from model.convert.nets import Net, find, strangers, tables
 from model.convert.protocol import OF_BETAS, Converted, Format, Options, refuse_unread
-from model.errors import ModelRefused
+from model.errors import ModelRefused, reason
 
 FORMATS = {name: cast(Format, import_module(f"model.convert.layouts.{at}")) for name, at in LAYOUTS.items()}
 
@@ -52,7 +52,7 @@ def convert(
     except KeyError as error:
         raise ModelRefused(f"{ascii(error.args[0])} is missing, which such a net has") from error
     except (ArithmeticError, IndexError, RuntimeError, ValueError) as error:
-        raise ModelRefused(f"its tensors do not have the shapes of such a net: {type(error).__name__}") from error
+        raise ModelRefused(f"its tensors do not have the shapes of such a net: {reason(error)}") from error
     scheduler = made.scheduler if betas is None else made.scheduler | {"trained_betas": betas}
     source = "from the betas in the file" if betas is not None else _source(options)
     return replace(made, scheduler=scheduler, notes=(*notes, f"schedule: {_described(scheduler)}; {source}"))

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from model.checkpoint.weighing import standing
 from model.convert.nets import OUTER
-from model.errors import ModelRefused
+from model.errors import ModelRefused, reason
 
 MAX_FILE_BYTES = 64 << 30
 MAX_SECONDS = 1800  # of processor time
@@ -158,7 +158,7 @@ def _load(source: Path) -> object:
             "its state dict alone"
         ) from error
     except (MemoryError, OSError, RuntimeError, ValueError, EOFError, KeyError, TypeError, RecursionError) as error:
-        raise ModelRefused(f"{source.name} is not a sound checkpoint of torch: {type(error).__name__}") from error
+        raise ModelRefused(f"{source.name} is not a sound checkpoint of torch: {reason(error)}") from error
 
 
 def _bounded(size: int) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from model.convert.files import SAFETENSORS, kind
 from model.convert.pickles import unpickle
-from model.errors import ModelRefused
+from model.errors import ModelRefused, reason
 
 MAX_TENSORS, MAX_NAME = 20_000, 1_000  # characters of a name
 
@@ -31,7 +31,7 @@ def _load(path: Path) -> dict[str, Tensor]:
     try:
         state = dict(load_file(path))
     except (SafetensorError, OSError) as error:
-        raise ModelRefused(f"{path.name} could not be read: {type(error).__name__}") from error
+        raise ModelRefused(f"{path.name} could not be read: {reason(error)}") from error
     if len(state) > MAX_TENSORS or any(len(name) > MAX_NAME for name in state):
         raise ModelRefused(f"at most {MAX_TENSORS} tensors with names of at most {MAX_NAME} characters are read")
     return state

@@ -15,6 +15,8 @@ from zipfile import BadZipFile
 import numpy as np
 from numpy.typing import NDArray
 
+from model.errors import reason
+
 Uint8Array: TypeAlias = NDArray[np.uint8]
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
@@ -63,7 +65,7 @@ def _picture(file: Path, mode: str, size: tuple[int, int]) -> Uint8Array:
         with Image.open(file) as opened:
             upright = ImageOps.exif_transpose(opened)
     except (Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"{file.name} is not a sound picture: {type(error).__name__}") from error
+        raise ValueError(f"{file.name} is not a sound picture: {reason(error)}") from error
     if upright.mode.startswith(("I", "F")):  # Pillow would cut larger numbers off at 255
         raise ValueError(f"{file.name} must have 8 bits a channel, not be of Pillow's mode {upright.mode}")
     return np.asarray(ImageOps.fit(upright.convert(mode), size))

@@ -24,13 +24,15 @@ def free(count: int) -> list[tuple[int, int]]:
     return [(row, term) for row in range(count) for term in range(len(TUNED)) if not row < term < 4]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Fit:
     """Rows that are being fitted, and how well they do."""
 
     rows: FloatArray  # [steps, 15]
     error: float  # mean square of the difference between the end pictures and the teacher's
     damping: float = 0.01
+    updates: int = 0  # that were made
+    ended: bool = False  # the last one gained too little to go on
 
 
 def mean_square(predict: Predict, rows: FloatArray, x: Tensor, ends: Tensor, batch: int) -> float:

@@ -14,12 +14,6 @@ from model.tune.walk import Predict, begin, steps
 LEVELS = 80  # of the teacher: beyond these, its pictures hardly change
 
 
-def unclamped(process: Process) -> bool | None:
-    """`clip` of all that is walked here: false with dynamic thresholding, which `model.tune.walk` does not compute, and
-    so in the plan; else each sampler's own."""
-    return None if process.thresholding is None else False
-
-
 @dataclass(slots=True)
 class Teacher:
     """What is known of the pictures so far; `teach` adds a batch."""
@@ -33,7 +27,7 @@ class Teacher:
     def untaught(cls, process: Process, shape: tuple[int, int, int]) -> "Teacher":
         """A teacher that has seen no seed: DPM-Solver++(2M) with trailing levels."""
         count = min(LEVELS, process.schedule.T)
-        choice = resolve(process, "dpmpp", count, order=2, spacing="trailing", clip=unclamped(process))
+        choice = resolve(process, "dpmpp", count, order=2, spacing="trailing", clip=False)
         return cls(
             levels(process.schedule.T, choice)[:-1],
             plan(process, choice).rows,

@@ -10,6 +10,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,7 +24,7 @@ from model.sampling.schedule import FloatArray
 from model.tune import state
 from model.tune.coefficients import Fit, free, mean_square, update
 from model.tune.levels import best_levels
-from model.tune.teacher import Teacher, unclamped
+from model.tune.teacher import Teacher
 from model.tune.walk import NAMES, TUNED, noise, predictor
 
 FIRST_SEED = 1 << 40  # far from those that people ask for
@@ -38,6 +39,7 @@ SOLVERS = (
     ("ipndm", 4),
 )
 SPACINGS = ("linspace", "trailing")
+FITS = ("rows", "error", "damping", "updates", "ended")  # what is kept of each fit
 POWERS = (1.0, 2.0)  # of the local error, each of which gives levels to try
 
 
@@ -47,7 +49,8 @@ class Recipe:
 
     steps: int
     seeds: int = 64  # to fit to; half as many again measure the result
-    updates: int = 12  # of the numbers at most
+    updates: int = 12  # of the best numbers at most
+    first: int = 3  # updates of the numbers at each set of levels, before the best are known
     batch: int = 16
     least_gain: float = 0.002  # of an update, relative to the error, or it is the last
 
@@ -78,9 +81,10 @@ class Tuner:
     predict: Any = field(init=False)
     teacher: Teacher = field(init=False)
     x: Tensor = field(init=False)  # [N, C, H, W] the noise of all seeds
-    start: Sampling = field(init=False)  # the best that a solver makes
     by_hand: Sampling = field(init=False)  # the best that a solver makes at usual levels
-    fit: Fit = field(init=False)
+    fits: list[Fit] = field(init=False)  # of the best solver at each set of levels
+    fit: Fit = field(init=False)  # the best of them
+    start: Sampling = field(init=False)  # what it began with
 
     def __post_init__(self) -> None:
         card, recipe = self.model.card, self.recipe
@@ -130,31 +134,52 @@ class Tuner:
             errors.append(mean_square(self.predict, self._rows(choice), x, ends, recipe.batch))
             state.save(self.fit_file, task, errors=errors)
             yield Progress("solvers", len(errors), len(choices))
-        ranked = sorted(zip(errors, range(len(choices)), strict=True))
-        self.start = choices[ranked[0][1]]
-        self.by_hand = next(choices[number] for _, number in ranked if choices[number].spacing is not None)
+        starts = self._begin(choices, errors)
         if "rows" in known:
-            self.fit = Fit(known["rows"], float(known["error"]), float(known["damping"]))
-        else:
-            self.fit = Fit(self._rows(self.start), ranked[0][0])
-        made, ended = int(known.get("updates", 0)), bool(known.get("ended", False))
+            kept = zip(*(known[name] for name in FITS), strict=True)
+            self.fits = [Fit(rows, *(each.item() for each in others)) for rows, *others in kept]
         walks = -(-count // recipe.batch) * len(free(recipe.steps))
-        while made < recipe.updates and not ended:
-            before = self.fit.error
-            for done, _ in enumerate(update(self.predict, self.fit, x, ends, recipe.batch)):
-                yield Progress("numbers", made * walks + min(done + 1, walks), recipe.updates * walks)
-            made, ended = made + 1, before - self.fit.error < recipe.least_gain * before
-            held = {"rows": self.fit.rows, "error": self.fit.error, "damping": self.fit.damping}
-            state.save(self.fit_file, task, errors=errors, updates=made, ended=ended, **held)
+        most = (recipe.updates + (len(self.fits) - 1) * recipe.first) * walks
+        while (fit := self._next()) is not None:
+            made, before = sum(each.updates for each in self.fits) * walks, fit.error
+            for done, _ in enumerate(update(self.predict, fit, x, ends, recipe.batch)):
+                yield Progress("numbers", made + min(done + 1, walks), most)
+            fit.updates, fit.ended = fit.updates + 1, before - fit.error < recipe.least_gain * before
+            held = {name: np.array([getattr(each, name) for each in self.fits]) for name in FITS}
+            state.save(self.fit_file, task, errors=errors, **held)
+        self.fit = min(self.fits, key=lambda fit: fit.error)
+        self.start = starts[self.fits.index(self.fit)]
+
+    def _begin(self, choices: list[Sampling], errors: list[float]) -> list[Sampling]:
+        """The best solver at each set of levels, whose rows are to be fitted. Rows that begin nearest to the teacher
+        are not always those that end nearest to it."""
+        T, best = self.model.card.process.schedule.T, dict[bytes, tuple[Sampling, float]]()
+        ranked = sorted(zip(errors, range(len(choices)), strict=True))
+        for error, number in ranked:
+            best.setdefault(levels(T, choices[number]).tobytes(), (choices[number], error))
+        self.fits = [Fit(self._rows(choice), error) for choice, error in best.values()]
+        self.by_hand = next(choices[number] for _, number in ranked if choices[number].spacing is not None)
+        return [choice for choice, _ in best.values()]
+
+    def _next(self) -> Fit | None:
+        """What to update: each fit a few times, then the one that has come nearest to the teacher."""
+        first = min(self.recipe.first, self.recipe.updates)
+        begun = [fit for fit in self.fits if fit.updates < first and not fit.ended]
+        fit = begun[0] if begun else min(self.fits, key=lambda fit: fit.error)
+        return None if fit.ended or fit.updates >= self.recipe.updates else fit
 
     def _choices(self) -> list[Sampling]:
-        """Solvers at levels to begin from, those at the usual levels first."""
+        """Solvers at levels to begin from, those at the usual levels first. All are tried with and without clamping,
+        but for dynamic thresholding, which `model.tune.walk` does not compute."""
         process, steps, teacher = self.model.card.process, self.recipe.steps, self.teacher
         found = {tuple(best_levels(process, teacher.grid, teacher.gram, steps, power).tolist()) for power in POWERS}
         usual = [{"steps": steps, "spacing": spacing} for spacing in SPACINGS]
         places: list[dict[str, Any]] = [*usual, *({"timesteps": each} for each in sorted(found))]
-        clip = unclamped(process)
-        return [resolve(process, name, order=order, clip=clip, **at) for at, (name, order) in product(places, SOLVERS)]
+        clips = (False,) if process.thresholding else (False, True)
+        return [
+            resolve(process, name, order=order, clip=clip, **at)
+            for at, (name, order), clip in product(places, SOLVERS, clips)
+        ]
 
     def _rows(self, choice: Sampling) -> FloatArray:
         return plan(self.model.card.process, choice).rows
@@ -175,7 +200,8 @@ class Tuner:
         if found[0] <= min(found):
             values |= {"columns": NAMES, "rows": fitted[:, TUNED].tolist()}
         amplitudes = process.schedule.alpha_bar[t].round(8).tolist()
-        hand = {"sampler": self.by_hand.sampler, "order": self.by_hand.order, "spacing": self.by_hand.spacing}
+        told = ("sampler", "order", "spacing", "clip")
+        hand = {name: value for name in told if (value := getattr(self.by_hand, name)) is not None}
         return values | {
             "process": {"T": process.schedule.T, "prediction": process.prediction, "alpha_bar": amplitudes},
             "source": f"ddpm tune, {recipe.steps} steps, {recipe.seeds} seeds, model {self.model.digest}",

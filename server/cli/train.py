@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from model.errors import NoSuchDevice
+from model.errors import NoSuchDevice, reason
 from model.usage import Parser
 from server.errors import SettingsError, StorageFull
 
@@ -54,4 +54,4 @@ def _configure(directory: Path, source: Path) -> None:
             if not (directory / name).exists():
                 shutil.copy(source / name, directory / name)
     except OSError as error:
-        raise SettingsError(f"--out {directory} cannot be written: {error.strerror or type(error).__name__}") from None
+        raise SettingsError(f"--out {directory} cannot be written: {reason(error)}") from None

@@ -17,6 +17,7 @@ import secrets
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from model.errors import reason
 from server.errors import SettingsError, Unauthenticated
 from server.jobs.tenants import Quota, Tenant
 from server.settings import MAX_KEY_BYTES
@@ -72,7 +73,7 @@ class Keyring:
             with open(path, "rb", opener=_open) as file:
                 text = file.read(MAX_FILE_BYTES + 1) or b""
         except OSError as error:
-            raise SettingsError(f"DDPM_API_KEYS: the file could not be read: {type(error).__name__}") from None
+            raise SettingsError(f"DDPM_API_KEYS: the file could not be read: {reason(error)}") from None
         if len(text) > MAX_FILE_BYTES:
             raise SettingsError(f"DDPM_API_KEYS: the file must have at most {MAX_FILE_BYTES} bytes")
         owners: dict[str, Tenant] = {}

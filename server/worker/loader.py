@@ -18,7 +18,7 @@ from model.checkpoint.load import Model, load_model
 from model.engine.engine import Engine
 from model.engine.footprint import footprint
 from model.engine.runner import Runner
-from model.errors import ModelRefused
+from model.errors import ModelRefused, reason
 from model.nets.cpu import CpuNet
 from server.troubles import LACKING, RETRY_S, Troubles, shortage
 from server.worker import device
@@ -66,7 +66,7 @@ class Loader:
         try:
             return card, device.announce(card, self.device, self._dtype, self._slots, size)
         except OSError as error:
-            raise ModelRefused(f"{card.weights.name} could not be read: {type(error).__name__}") from error
+            raise ModelRefused(f"{card.weights.name} could not be read: {reason(error)}") from error
 
     def announced(self, name: str, directory: Path) -> Generator[float, None, tuple[ModelCard, ModelStatus]]:
         """What `announce` returns, as soon as there is enough for it."""

@@ -80,7 +80,7 @@ def test_one_directory_that_is_listed_twice_is_one_model(tmp_path: Path) -> None
     ("bad", "said"),
     [
         ("empty", "holds no model directory"),
-        ("closed", "could not be read: PermissionError"),
+        ("closed", "could not be read: Permission denied"),
         ("n" * 300, "is not a directory"),
     ],
 )
@@ -94,7 +94,7 @@ def test_a_place_without_a_model_does_not_keep_the_others_from_being_served(
 
     def iterdir(path: Path) -> Iterator[Path]:
         if path.name == "closed":
-            raise PermissionError
+            raise PermissionError(errno.EACCES, "Permission denied")
         return listed(path)
 
     monkeypatch.setattr(Path, "iterdir", iterdir)

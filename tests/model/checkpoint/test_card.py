@@ -470,18 +470,21 @@ def doubled(config: dict[str, Any], key: str) -> str:
 
 
 TEXTS: dict[str, tuple[bytes, str]] = {
-    "empty": (b"", "is not valid JSON: JSONDecodeError"),
-    "cut off": (json.dumps(CONFIG).encode()[:-5], "is not valid JSON: JSONDecodeError"),
+    "empty": (b"", "is not valid JSON: Expecting value: line 1 column 1"),
+    "cut off": (json.dumps(CONFIG).encode()[:-5], "is not valid JSON: Expecting"),
     "a list": (b"[]", "must be a JSON object"),
     "null": (b"null", "must be a JSON object"),
-    "not UTF-8": (b'{"sample_size": "\xff\xfe\xff"}', "is not valid JSON: UnicodeDecodeError"),
-    "duplicate key": (doubled(CONFIG, "in_channels").encode(), "is not valid JSON: ValueError"),
-    "nested duplicate": (b'{"a": {"b": 1, "b": 2}}', "is not valid JSON: ValueError"),
-    "deeply nested": (b'{"a": ' + b"[" * 500_000, "is not valid JSON: RecursionError"),
-    "deeply nested objects": (b'{"a": ' * 150_000, "is not valid JSON: RecursionError"),
-    "a number of a million digits": (b'{"in_channels": ' + b"9" * 1_000_000 + b"}", "is not valid JSON: ValueError"),
+    "not UTF-8": (b'{"sample_size": "\xff\xfe\xff"}', "is not valid JSON: 'utf-8' codec can't decode byte"),
+    "duplicate key": (doubled(CONFIG, "in_channels").encode(), "is not valid JSON: a key occurs twice"),
+    "nested duplicate": (b'{"a": {"b": 1, "b": 2}}', "is not valid JSON: a key occurs twice"),
+    "deeply nested": (b'{"a": ' + b"[" * 500_000, "is not valid JSON: it is nested too deeply"),
+    "deeply nested objects": (b'{"a": ' * 150_000, "is not valid JSON: it is nested too deeply"),
+    "a number of a million digits": (
+        b'{"in_channels": ' + b"9" * 1_000_000 + b"}",
+        "is not valid JSON: Exceeds the limit (4300 digits)",
+    ),
     "two megabytes": (b" " * (2 << 20), f"is larger than {MAX_CONFIG_BYTES} bytes"),
-    "a pickle": (b"\x80\x04\x95\x00\x00", "is not valid JSON: UnicodeDecodeError"),
+    "a pickle": (b"\x80\x04\x95\x00\x00", "is not valid JSON: 'utf-8' codec can't decode byte"),
 }
 
 
@@ -491,7 +494,7 @@ def test_malformed_json_is_refused(tmp_path: Path, name: str, kind: str) -> None
     text, expected = TEXTS[kind]
     (write_model(tmp_path) / name).write_bytes(text)
 
-    assert why(tmp_path) == f"{name} {expected}"
+    assert why(tmp_path).startswith(f"{name} {expected}")
 
 
 @pytest.mark.parametrize("depth", range(100, 1500, 100))

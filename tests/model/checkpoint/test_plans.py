@@ -131,11 +131,11 @@ def test_a_card_has_the_plans_of_its_directory_whose_digest_is_the_same(tmp_path
 
 WITHOUT_LEVELS = {key: value for key, value in PLAN.items() if key != "timesteps"}
 BAD: list[tuple[str, Any]] = [
-    ("fast.json is not valid JSON: JSONDecodeError", json.dumps(ROWS).encode()[:-40]),
-    ("fast.json is not valid JSON: JSONDecodeError", b""),
-    ("fast.json is not valid JSON: UnicodeDecodeError", b'{"sampler": "\xff"}'),
-    ("fast.json is not valid JSON: RecursionError", b'{"measured": ' + b"[" * 200_000),
-    ("fast.json is not valid JSON: ValueError", b'{"sampler": "ddim", "sampler": "ddpm"}'),
+    ("fast.json is not valid JSON: Unterminated string starting at: line 1 column", json.dumps(ROWS).encode()[:-40]),
+    ("fast.json is not valid JSON: Expecting value: line 1 column 1", b""),
+    ("fast.json is not valid JSON: 'utf-8' codec can't decode byte 0xff in position 13", b'{"sampler": "\xff"}'),
+    ("fast.json is not valid JSON: it is nested too deeply", b'{"measured": ' + b"[" * 200_000),
+    ("fast.json is not valid JSON: a key occurs twice", b'{"sampler": "ddim", "sampler": "ddpm"}'),
     (f"fast.json is larger than {MAX_CONFIG_BYTES} bytes", b" " * MAX_CONFIG_BYTES + b"{}"),
     ("fast.json must be a JSON object", [PLAN]),
     ("fast.json: steps must be absent, got 3: a plan has clip, columns, ", PLAN | {"steps": 3}),
@@ -248,11 +248,11 @@ def test_a_file_that_must_not_be_read_is_refused_and_a_disk_that_fails_is_the_mo
 
     write_plan(tmp_path, PLAN)
     monkeypatch.setattr(Path, "open", fails)
-    error: OSError = PermissionError(errno.EACCES, "no")
-    assert why(tmp_path) == "fast.json could not be read: PermissionError"
+    error: OSError = PermissionError(errno.EACCES, "Permission denied")
+    assert why(tmp_path) == "fast.json could not be read: Permission denied"
 
     error = OSError(errno.EIO, "damaged")
-    with pytest.raises(ModelRefused, match="^fast.json could not be read: OSError$"):
+    with pytest.raises(ModelRefused, match="^fast.json could not be read: damaged$"):
         read_plans(tmp_path, PROCESS)
 
 

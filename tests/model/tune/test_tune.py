@@ -12,7 +12,7 @@ from torch import Tensor
 
 import model.tune.tuner
 from model.errors import ModelRefused
-from model.sampling.plan import plan, resolve
+from model.sampling.plan import levels, plan, resolve
 from model.sampling.reference import sample_alone
 from model.sampling.schedule import FloatArray, Thresholding
 from model.sampling.table import C, H, M, N
@@ -216,3 +216,16 @@ def test_levels_are_chosen_by_the_seeds_that_are_fitted_to(tmp_path: Path) -> No
     fitted_to = float(tuned.x[:4].double().square().sum())
     assert tuned.teacher.gram[0, 0] == pytest.approx(fitted_to, rel=1e-5)
     assert len(tuned.teacher.ends) == len(tuned.x) == 6
+
+
+def test_the_best_solver_at_each_set_of_levels_is_fitted_before_one_goes_on(tmp_path: Path) -> None:
+    tuned = tuner(tmp_path, updates=5)
+    list(tuned.run())
+
+    visited = {tuple(t) for t in (levels(PROCESS.schedule.T, choice) for choice in tuned._choices())}
+    assert len(tuned.fits) == len(visited) > 2
+    assert all(fit.updates == tuned.recipe.first or fit.ended for fit in tuned.fits if fit is not tuned.fit)
+    assert tuned.fit.updates > tuned.recipe.first or tuned.fit.ended
+    assert tuned.fit.error == min(fit.error for fit in tuned.fits)
+    begun = mean_square(tuned.predict, plan(PROCESS, tuned.start).rows, tuned.x[:4], tuned.teacher.ends[:4], 2)
+    assert tuned.fit.error < begun

@@ -272,7 +272,7 @@ def test_an_error_in_a_file_of_keys_names_the_line(tmp_path: Path, text: str, re
 
 
 def test_a_missing_file_of_keys_is_refused_by_its_variable(tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match="DDPM_API_KEYS: the file could not be read: FileNotFoundError"):
+    with pytest.raises(SettingsError, match="DDPM_API_KEYS: the file could not be read: No such file or directory"):
         Keyring.read(tmp_path / "nothing")
 
 
