@@ -3,9 +3,9 @@
     python -m benchmarks.samplers benchmarks/digits.npz weights/digits --steps 5 10 --samplers ddim dpmpp:3 plan:fast
     python -m benchmarks.samplers_report build/samplers.jsonl docs/pictures/samplers.svg     the table and a plot
 
-The pictures are those of seeds 0, 1, 2, ..., made by the engine as a server makes them. They are kept, and what the
-file of results says of the same model, plan, numerics class, judge and number of pictures is not measured again: a
-run that was interrupted goes on, and more pictures are made only of the further seeds.
+The pictures are those of seeds 0, 1, 2, ... (or of `--first` and on), made by the engine as a server makes them. They
+are kept, and what the file of results says of the same model, plan, numerics class, judge, seeds and number of pictures
+is not measured again: a run that was interrupted goes on, and more pictures are made only of the further seeds.
 """
 
 import argparse
@@ -63,7 +63,7 @@ class Real:
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """Pictures of seeds 0, 1, 2, ..., and how long one took."""
+    """Pictures of consecutive seeds, and how long one took."""
 
     pictures: Uint8Array  # [N, H, W, C]
     each_s: float
@@ -77,21 +77,24 @@ class Maker:
     folder: Path
     model: str  # digest
     numerics: str
+    first: int = 0  # seed
 
     def key(self, table: Plan) -> Json:
-        """All that decides the pictures of a plan."""
+        """All that decides the pictures of a plan, but for their number."""
         rows = hashlib.sha256(table.rows.astype(np.float32).tobytes()).hexdigest()[:16]
-        return {"model": self.model, "numerics": self.numerics, "rows": rows}
+        seeds = {"first": self.first} if self.first else {}
+        return {"model": self.model, "numerics": self.numerics, "rows": rows, **seeds}
 
     def make(self, table: Plan, count: int) -> Made:
-        """The pictures of seeds 0 .. count - 1."""
+        """The pictures of `count` seeds."""
         name = hashlib.sha256(json.dumps(self.key(table)).encode()).hexdigest()[:16]
         file, pictures, wall_s = self.folder / f"{name}.npz", np.zeros((0, *SHAPE[1:], 1), np.uint8), 0.0
         if file.is_file():
             with np.load(file) as arrays:
                 pictures, wall_s = arrays["pictures"], float(arrays["wall_s"])
         while (have := len(pictures)) < count:
-            more = make(self.engine, table, range(have, min(have + PIECE, count)))
+            seeds = range(self.first + have, self.first + min(have + PIECE, count))
+            more = make(self.engine, table, seeds)
             pictures, wall_s = np.concatenate([pictures, more.pictures]), wall_s + more.wall_s
             part = file.with_suffix(".part.npz")
             np.savez_compressed(part, pictures=pictures, wall_s=wall_s)
@@ -187,6 +190,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--spacing", nargs="+", default=[None], help="(the model's)")
     parser.add_argument("--clip", nargs="+", choices=[*CLIP], default=["model"], help="(%(default)s)")
     parser.add_argument("--pictures", type=int, default=1000, help="how many of each (%(default)s)")
+    parser.add_argument("--first", type=int, default=0, metavar="SEED", help="of these pictures (%(default)s)")
     parser.add_argument("--slots", type=int, default=16, help="pictures denoised at once (%(default)s)")
     parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="as in the server (%(default)s)")
     parser.add_argument("--out", type=Path, default=Path("build/samplers.jsonl"), help="(%(default)s)")
@@ -199,8 +203,8 @@ def main() -> None:
     card = read_card(args.directory)
     if card.shape != SHAPE:
         raise SystemExit(f"the judge reads {list(SHAPE)}, but {card.name} makes {list(card.shape)}")
-    if args.pictures < GROUPS * 2 or args.slots < 1:
-        raise SystemExit(f"--pictures must be at least {GROUPS * 2}, and --slots 1")
+    if args.pictures < GROUPS * 2 or args.slots < 1 or args.first < 0:
+        raise SystemExit(f"--pictures must be at least {GROUPS * 2}, --slots 1, and --first 0")
     try:
         wanted = [*choices(card.process, args)]
     except PlanError as error:
@@ -216,7 +220,7 @@ def main() -> None:
         held_out = {"choice": {"sampler": HELD_OUT}, **quality(net, test.pictures.numpy(), real)}
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(f"{machine()}\n{json.dumps(held_out | {'key': {'pictures': len(test.labels)}})}\n")
-    maker = Maker(engine, args.keep, model.digest, describe(engine.runner, model, 0.0, 0).numerics)
+    maker = Maker(engine, args.keep, model.digest, describe(engine.runner, model, 0.0, 0).numerics, args.first)
     sweep = Sweep(card.process, maker, net, real, file_digest(JUDGE), args.out)
     for line in sweep.lines(wanted, args.pictures):
         print(json.dumps({name: value for name, value in line.items() if name not in ("key", "commit")}), flush=True)

@@ -47,7 +47,8 @@ def table(lines: list[Json]) -> str:
         clip = {True: "yes", False: "no", None: ""}[choice.get("clip")]
         cells = [name_of(choice), choice.get("steps", ""), choice.get("spacing", ""), clip]
         cells += [f"{100 * line[part]:.1f} %" for part in ("readable", "rarest", "imbalance")]
-        cells += [far, f"{line['rms']:.3f}" if "rms" in line else "", line["key"]["pictures"]]
+        seeds = f", from seed {first}" if (first := line["key"].get("first")) else ""
+        cells += [far, f"{line['rms']:.3f}" if "rms" in line else "", f"{line['key']['pictures']}{seeds}"]
         rows.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(rows) + "\n"
 
@@ -118,8 +119,10 @@ class Panel:
 
 
 def points(lines: list[Json], fields: Json, measure: str) -> Points:
-    """What was measured with these fields of a choice, by steps. One more field says whether it is a saved plan."""
-    choices = [(line["choice"] | {"saved": "plan" in line["choice"]}, line[measure]) for line in lines]
+    """What was measured with these fields of a choice from seed 0 on, by steps. One more field says whether it is a
+    saved plan."""
+    drawn = [line for line in lines if not line["key"].get("first")]
+    choices = [(line["choice"] | {"saved": "plan" in line["choice"]}, line[measure]) for line in drawn]
     return sorted((choice["steps"], value) for choice, value in choices if fields.items() <= choice.items())
 
 
@@ -144,10 +147,10 @@ def draw(lines: list[Json], shown: dict[str, tuple[Json, str]]) -> str:
 
 
 def read(file: Path) -> list[Json]:
-    """The lines behind that of the machine; of those of one choice, the one of most pictures."""
+    """The lines behind that of the machine; of those of one choice and first seed, the one of most pictures."""
     best = dict[str, Json]()
     for line in map(json.loads, file.read_text().splitlines()[1:]):
-        name = json.dumps(line["choice"])
+        name = json.dumps([line["choice"], line["key"].get("first", 0)])
         if name not in best or line["key"]["pictures"] >= best[name]["key"]["pictures"]:
             best[name] = line
     return [*best.values()]

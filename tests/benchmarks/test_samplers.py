@@ -83,9 +83,9 @@ def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list
     real = Real.of(net, digits)
     out.write_text('{"machine": {"cpu": "any"}}\n')
 
-    def run(steps: list[int], pictures: int, model: str = "sha256:0") -> list[dict[str, Any]]:
+    def run(steps: list[int], pictures: int, model: str = "sha256:0", seed: int = 0) -> list[dict[str, Any]]:
         asked = argparse.Namespace(samplers=["ddpm", "ddim"], steps=steps, spacing=[None], clip=["no"])
-        maker = Maker(an_engine(), tmp_path, model, "any")
+        maker = Maker(an_engine(), tmp_path, model, "any", seed)
         return [*Sweep(PROCESS, maker, net, real, "judge", out).lines(choices(PROCESS, asked), pictures)]
 
     return run
@@ -115,6 +115,10 @@ def test_a_second_run_makes_and_measures_only_what_the_first_has_not(
     assert made == [(3, range(20, 30)), (3, range(20, 30)), (9, range(20, 30))]
     assert len(sweep([2], 20, "sha256:1")) == 2
     assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 1 + 2 + 2 + 2 + 2
+
+    made.clear()
+    assert len(sweep([2], 20, seed=500)) == 2
+    assert made == [(2, range(500, 520)), (2, range(500, 520)), (9, range(500, 520))]
 
 
 def test_what_an_interrupted_run_has_kept_is_what_a_whole_run_makes(
