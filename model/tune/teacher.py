@@ -20,7 +20,8 @@ class Teacher:
 
     grid: IntArray  # [G] the levels that it visits
     rows: FloatArray  # [G, 15]
-    gram: FloatArray  # [2G + 1, 2G + 1] products of x at each level and at 0, then x0 at each level, summed over seeds
+    grams: FloatArray  # [2, 2G + 1, 2G + 1] products of x at each level and at 0, then x0 at each level, summed over
+    # seeds: for solvers that take x0 as it is, and for those that clamp it
     ends: Tensor  # [n, C, H, W] the pictures of the first n seeds
 
     @classmethod
@@ -31,7 +32,7 @@ class Teacher:
         return cls(
             levels(process.schedule.T, choice)[:-1],
             plan(process, choice).rows,
-            np.zeros((2 * count + 1, 2 * count + 1)),
+            np.zeros((2, 2 * count + 1, 2 * count + 1)),
             torch.zeros(0, *shape),
         )
 
@@ -43,5 +44,7 @@ class Teacher:
             x0s.append(step.terms[0].clone())  # a view would keep the other terms, too
             yield
         seen = torch.stack([*xs, *x0s]).flatten(1)  # [2G + 1, B C H W]
-        self.gram = self.gram + (seen @ seen.T).double().cpu().numpy()
+        unclamped = (seen @ seen.T).double().cpu().numpy()
+        seen[len(xs) :].clamp_(-1, 1)
+        self.grams = self.grams + np.stack([unclamped, (seen @ seen.T).double().cpu().numpy()])
         self.ends = torch.cat([self.ends, xs[-1].clamp(-1, 1).cpu()])

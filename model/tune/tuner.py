@@ -39,7 +39,9 @@ SOLVERS = (
     ("ipndm", 4),
 )
 SPACINGS = ("linspace", "trailing")
+FORMAT = 2  # of the files of a tuning that goes on
 FITS = ("rows", "error", "damping", "updates", "ended")  # what is kept of each fit
+STARTS = 4  # sets of levels, for each of which numbers are fitted
 POWERS = (1.0, 2.0)  # of the local error, each of which gives levels to try
 
 
@@ -50,7 +52,7 @@ class Recipe:
     steps: int
     seeds: int = 64  # to fit to; half as many again measure the result
     updates: int = 12  # of the best numbers at most
-    first: int = 3  # updates of the numbers at each set of levels, before the best are known
+    first: int = 2  # updates of the numbers at each set of levels, before the best are known
     batch: int = 16
     least_gain: float = 0.002  # of an update, relative to the error, or it is the last
 
@@ -98,7 +100,7 @@ class Tuner:
         """What the teacher's file must be for. The numbers in the net change its pictures a little."""
         net, rows = self.model.net, short_digest(self.teacher.rows.tobytes())
         dtype = net.dtype if isinstance(net, CpuNet) else self.model.table.dtype
-        return json.dumps([self.model.digest, self.recipe.seeds, len(self.x), rows, str(dtype)])
+        return json.dumps([FORMAT, self.model.digest, self.recipe.seeds, len(self.x), rows, str(dtype)])
 
     @torch.inference_mode()
     def run(self) -> Iterator[Progress]:
@@ -110,17 +112,17 @@ class Tuner:
         """Shows the teacher all seeds. Only those to fit to count for the levels."""
         teacher, known, count = self.teacher, state.load(self.teacher_file, self.task), self.recipe.seeds
         if known:
-            teacher.gram, teacher.ends = known["gram"], torch.from_numpy(known["ends"])
+            teacher.grams, teacher.ends = known["grams"], torch.from_numpy(known["ends"])
         parts = [*self.x[:count].split(self.recipe.batch), *self.x[count:].split(self.recipe.batch)]
         for number, part in enumerate(parts):
             if len(teacher.ends) >= sum(map(len, parts[: number + 1])):
                 continue
-            gram = teacher.gram
+            grams = teacher.grams
             for done, _ in enumerate(teacher.teach(self.predict, part)):
                 yield Progress("teacher", number * len(teacher.grid) + done + 1, len(parts) * len(teacher.grid))
             if len(teacher.ends) > count:
-                teacher.gram = gram
-            state.save(self.teacher_file, self.task, gram=teacher.gram, ends=teacher.ends.numpy())
+                teacher.grams = grams
+            state.save(self.teacher_file, self.task, grams=teacher.grams, ends=teacher.ends.numpy())
 
     def _fit(self) -> Iterator[Progress]:
         """Chooses levels and a solver, then fits the numbers of its rows."""
@@ -151,13 +153,13 @@ class Tuner:
         self.start = starts[self.fits.index(self.fit)]
 
     def _begin(self, choices: list[Sampling], errors: list[float]) -> list[Sampling]:
-        """The best solver at each set of levels, whose rows are to be fitted. Rows that begin nearest to the teacher
-        are not always those that end nearest to it."""
+        """The best solvers, each at levels of its own, whose rows are to be fitted: those that begin nearest to the
+        teacher are not always those that end nearest to it."""
         T, best = self.model.card.process.schedule.T, dict[bytes, tuple[Sampling, float]]()
         ranked = sorted(zip(errors, range(len(choices)), strict=True))
         for error, number in ranked:
             best.setdefault(levels(T, choices[number]).tobytes(), (choices[number], error))
-        self.fits = [Fit(self._rows(choice), error) for choice, error in best.values()]
+        self.fits = [Fit(self._rows(choice), error) for choice, error in [*best.values()][:STARTS]]
         self.by_hand = next(choices[number] for _, number in ranked if choices[number].spacing is not None)
         return [choice for choice, _ in best.values()]
 
@@ -172,10 +174,13 @@ class Tuner:
         """Solvers at levels to begin from, those at the usual levels first. All are tried with and without clamping,
         but for dynamic thresholding, which `model.tune.walk` does not compute."""
         process, steps, teacher = self.model.card.process, self.recipe.steps, self.teacher
-        found = {tuple(best_levels(process, teacher.grid, teacher.gram, steps, power).tolist()) for power in POWERS}
+        clips = (False,) if process.thresholding else (False, True)
+        found = {
+            tuple(best_levels(process, teacher.grid, gram, steps, power).tolist())
+            for gram, power in product(teacher.grams[: len(clips)], POWERS)
+        }
         usual = [{"steps": steps, "spacing": spacing} for spacing in SPACINGS]
         places: list[dict[str, Any]] = [*usual, *({"timesteps": each} for each in sorted(found))]
-        clips = (False,) if process.thresholding else (False, True)
         return [
             resolve(process, name, order=order, clip=clip, **at)
             for at, (name, order), clip in product(places, SOLVERS, clips)

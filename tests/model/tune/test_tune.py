@@ -19,7 +19,7 @@ from model.sampling.table import C, H, M, N
 from model.tune.coefficients import Fit, free, mean_square, update
 from model.tune.levels import best_levels, local_errors
 from model.tune.teacher import Teacher
-from model.tune.tuner import SOLVERS, Progress, Recipe, Tuner
+from model.tune.tuner import SOLVERS, STARTS, Progress, Recipe, Tuner
 from model.tune.walk import begin, end, noise
 from tests.model.tiny import CPU, PROCESS, a_plan, card, function_model, halve
 
@@ -214,7 +214,7 @@ def test_levels_are_chosen_by_the_seeds_that_are_fitted_to(tmp_path: Path) -> No
     list(tuned.run())
 
     fitted_to = float(tuned.x[:4].double().square().sum())
-    assert tuned.teacher.gram[0, 0] == pytest.approx(fitted_to, rel=1e-5)
+    assert tuned.teacher.grams[0, 0, 0] == pytest.approx(fitted_to, rel=1e-5)
     assert len(tuned.teacher.ends) == len(tuned.x) == 6
 
 
@@ -223,7 +223,7 @@ def test_the_best_solver_at_each_set_of_levels_is_fitted_before_one_goes_on(tmp_
     list(tuned.run())
 
     visited = {tuple(t) for t in (levels(PROCESS.schedule.T, choice) for choice in tuned._choices())}
-    assert len(tuned.fits) == len(visited) > 2
+    assert len(tuned.fits) == min(len(visited), STARTS) > 2
     assert all(fit.updates == tuned.recipe.first or fit.ended for fit in tuned.fits if fit is not tuned.fit)
     assert tuned.fit.updates > tuned.recipe.first or tuned.fit.ended
     assert tuned.fit.error == min(fit.error for fit in tuned.fits)
