@@ -40,8 +40,10 @@ def reason(error: Exception) -> str:
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
     said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    line = next(iter(said.splitlines()), "")[:200]
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line) or type(error).__name__
+    if isinstance(error, KeyError):  # which says only the key
+        said = ""
+    line = next(iter(said.splitlines()), "").partition("; use sys.")[0]  # which is for programmers
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)[:200] or type(error).__name__
 
 
 def attempt(call: Callable[[], R]) -> R | Exception:

@@ -1,6 +1,7 @@
 """Presets: three choices that a request can name in place of a sampler, its steps and its other fields.
 
-A model names its own under `presets` in `model_index.json`; for those that it does not name there is a rule.
+A model names its own under `presets` in `model_index.json`. There is a rule for those that it does not name, and for
+those whose plan is refused, as the model is served without that plan.
 """
 
 from collections.abc import Mapping
@@ -35,9 +36,8 @@ def read_presets(index: Json, process: Process) -> Mapping[Preset, Fields]:
         "balanced": {**SOLVER, "steps": min(BALANCED, T)},
         "full": {"sampler": "ddpm"},
     }
-    return usual | {
-        name: _read(Options(f"{INDEX}: presets.{name}", {name: named[name]}), name, process) for name in named
-    }
+    found = {name: _read(Options(f"{INDEX}: presets.{name}", {name: named[name]}), name, process) for name in named}
+    return usual | {name: fields for name, fields in found.items() if fields.get("plan") not in process.refused_plans}
 
 
 def _read(file: Options, name: str, process: Process) -> Fields:
@@ -49,7 +49,8 @@ def _read(file: Options, name: str, process: Process) -> Fields:
         if type(value) not in types:
             raise Options(file.name, fields).refuse(field, words)
     try:
-        resolve(process, **fields)
+        if fields.get("plan") not in process.refused_plans:
+            resolve(process, **fields)
     except PlanError as error:
         raise ModelRefused(f"{file.name}: {error}") from None
     return fields

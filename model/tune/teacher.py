@@ -23,6 +23,7 @@ class Teacher:
     grams: FloatArray  # [2, 2G + 1, 2G + 1] products of x at each level and at 0, then x0 at each level, summed over
     # seeds: for solvers that take x0 as it is, and for those that clamp it
     ends: Tensor  # [n, C, H, W] the pictures of the first n seeds
+    clip_range: float = 1.0  # of a solver that clamps
 
     @classmethod
     def untaught(cls, process: Process, shape: tuple[int, int, int]) -> "Teacher":
@@ -34,6 +35,7 @@ class Teacher:
             plan(process, choice).rows,
             np.zeros((2, 2 * count + 1, 2 * count + 1)),
             torch.zeros(0, *shape),
+            process.clip_range,
         )
 
     def teach(self, predict: Predict, x: Tensor) -> Iterator[None]:
@@ -45,6 +47,6 @@ class Teacher:
             yield
         seen = torch.stack([*xs, *x0s]).flatten(1)  # [2G + 1, B C H W]
         unclamped = (seen @ seen.T).double().cpu().numpy()
-        seen[len(xs) :].clamp_(-1, 1)
+        seen[len(xs) :].clamp_(-self.clip_range, self.clip_range)
         self.grams = self.grams + np.stack([unclamped, (seen @ seen.T).double().cpu().numpy()])
         self.ends = torch.cat([self.ends, xs[-1].clamp(-1, 1).cpu()])

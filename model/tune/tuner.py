@@ -42,6 +42,7 @@ SPACINGS = ("linspace", "trailing")
 FORMAT = 2  # of the files of a tuning that goes on
 FITS = ("rows", "error", "damping", "updates", "ended")  # what is kept of each fit
 STARTS = 4  # sets of levels, for each of which numbers are fitted
+BEGUN = 2  # updates of each of them
 POWERS = (1.0, 2.0)  # of the local error, each of which gives levels to try
 
 
@@ -52,9 +53,13 @@ class Recipe:
     steps: int
     seeds: int = 64  # to fit to; half as many again measure the result
     updates: int = 12  # of the best numbers at most
-    first: int = 2  # updates of the numbers at each set of levels, before the best are known
     batch: int = 16
     least_gain: float = 0.002  # of an update, relative to the error, or it is the last
+
+    @property
+    def begun(self) -> int:
+        """Updates of the numbers at each set of levels, before the best are known."""
+        return min(BEGUN, self.updates)
 
     @property
     def measured(self) -> int:
@@ -141,7 +146,7 @@ class Tuner:
             kept = zip(*(known[name] for name in FITS), strict=True)
             self.fits = [Fit(rows, *(each.item() for each in others)) for rows, *others in kept]
         walks = -(-count // recipe.batch) * len(free(recipe.steps))
-        most = (recipe.updates + (len(self.fits) - 1) * recipe.first) * walks
+        most = (recipe.updates + (len(self.fits) - 1) * recipe.begun) * walks
         while (fit := self._next()) is not None:
             made, before = sum(each.updates for each in self.fits) * walks, fit.error
             for done, _ in enumerate(update(self.predict, fit, x, ends, recipe.batch)):
@@ -165,9 +170,8 @@ class Tuner:
 
     def _next(self) -> Fit | None:
         """What to update: each fit a few times, then the one that has come nearest to the teacher."""
-        first = min(self.recipe.first, self.recipe.updates)
-        begun = [fit for fit in self.fits if fit.updates < first and not fit.ended]
-        fit = begun[0] if begun else min(self.fits, key=lambda fit: fit.error)
+        new = [fit for fit in self.fits if fit.updates < self.recipe.begun and not fit.ended]
+        fit = new[0] if new else min(self.fits, key=lambda fit: fit.error)
         return None if fit.ended or fit.updates >= self.recipe.updates else fit
 
     def _choices(self) -> list[Sampling]:
@@ -194,16 +198,18 @@ class Tuner:
         """The plan as a file: the best of what was found, by the seeds that nothing was fitted to."""
         process, recipe = self.model.card.process, self.recipe
         x, ends = self.x[recipe.seeds :], self.teacher.ends[recipe.seeds :].to(self.device)
-        fitted = self.fit.rows.round(8)
-        by_hand, start = self._rows(self.by_hand), self._rows(self.start)
-        found = [mean_square(self.predict, rows, x, ends, recipe.batch) ** 0.5 for rows in (fitted, start, by_hand)]
-        choice = self.by_hand if found[2] < min(found[:2]) else self.start
+        rows = self.fit.rows.round(8)
+        walked = rows, self._rows(self.start), self._rows(self.by_hand)
+        errors = [mean_square(self.predict, each, x, ends, recipe.batch) for each in walked]
+        fitted, start, by_hand = (round(error**0.5, 5) for error in errors)
+        gains = fitted < min(start, by_hand)
+        choice, of_its_solver = (self.start, start) if gains or start <= by_hand else (self.by_hand, by_hand)
         t = levels(process.schedule.T, choice)[:-1].tolist()
         values: dict[str, Any] = {"sampler": choice.sampler, "timesteps": t, "clip": choice.clip}
         if choice.order is not None:
             values["order"] = choice.order
-        if found[0] <= min(found):
-            values |= {"columns": NAMES, "rows": fitted[:, TUNED].tolist()}
+        if gains:
+            values |= {"columns": NAMES, "rows": rows[:, TUNED].tolist()}
         amplitudes = process.schedule.alpha_bar[t].round(8).tolist()
         told = ("sampler", "order", "spacing", "clip")
         hand = {name: value for name in told if (value := getattr(self.by_hand, name)) is not None}
@@ -211,9 +217,9 @@ class Tuner:
             "process": {"T": process.schedule.T, "prediction": process.prediction, "alpha_bar": amplitudes},
             "source": f"ddpm tune, {recipe.steps} steps, {recipe.seeds} seeds, model {self.model.digest}",
             "measured": {
-                "rms": round(min(found), 5),
-                "rms_of_its_solver": round(found[1], 5),
-                "rms_by_hand": round(found[2], 5),
+                "rms": fitted if gains else of_its_solver,
+                "rms_of_its_solver": of_its_solver,
+                "rms_by_hand": by_hand,
                 "by_hand": hand,
                 "to": f"dpmpp of order 2 in {len(self.teacher.grid)} steps",
                 "seeds": recipe.measured,

@@ -69,7 +69,7 @@ def _tune(given: Namespace, name: str) -> int:
     device, folder = choose_device(given.device), given.out or given.model / FOLDER
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        files = folder / ".teacher.npz", folder / f".{name}.npz"
+        files = folder / ".teacher.npz", folder / f".{name}.fit.npz"
         dtype, threads = choose_dtype(given.dtype, device), given.threads or cores()
         document = _run(load_tuner(card, recipe, *files, device, dtype, threads))
         part = folder / f".{name}.part"

@@ -17,7 +17,7 @@ from benchmarks.classifier import Classifier, Digits
 from benchmarks.distance import Gaussian, distance, frechet
 from benchmarks.quality import Batch, make
 from benchmarks.samplers import Maker, Real, Sweep, choices, rms
-from benchmarks.samplers_report import apart, draw, read, table
+from benchmarks.samplers_report import apart, draw, points, read, table
 from model.checkpoint.load import Model
 from model.engine.engine import Engine
 from model.engine.runner import prepared
@@ -147,16 +147,20 @@ def test_the_table_has_a_row_for_each_choice_from_the_most_pictures(tmp_path: Pa
         a_line("ddim", 10, 0.5, 300, clip=True),
         a_line("dpmpp", 10, 0.1, order=3, spacing="trailing", clip=False),
         a_line("dpmpp", 5, 0.4, order=3, plan="fast"),
+        other := a_line("dpmpp", 5, 0.7, order=3, plan="fast"),
     ]
+    other["key"]["first"] = 500
     file = tmp_path / "lines.jsonl"
     file.write_text("\n".join(map(json.dumps, [{"machine": {}}, *lines])) + "\n")
     rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in table(read(file)).splitlines()[2:]]
 
-    assert [row[:5] + [row[7]] for row in rows] == [
-        ["`fast` (plan)", "5", "", "", "81.0 %", "0.400 ± 0.010"],
-        ["dpmpp 3", "10", "trailing", "no", "81.0 %", "0.100 ± 0.010"],
-        ["ddim", "10", "", "yes", "81.0 %", "0.200 ± 0.010"],
+    assert [row[:5] + [row[7], row[9]] for row in rows] == [
+        ["`fast` (plan)", "5", "", "", "81.0 %", "0.400 ± 0.010", "1000"],
+        ["`fast` (plan)", "5", "", "", "81.0 %", "0.700 ± 0.010", "1000, from seed 500"],
+        ["dpmpp 3", "10", "trailing", "no", "81.0 %", "0.100 ± 0.010", "1000"],
+        ["ddim", "10", "", "yes", "81.0 %", "0.200 ± 0.010", "1000"],
     ]
+    assert points(read(file), {"sampler": "dpmpp"}, "frechet") == [(5, 0.4), (10, 0.1)]
 
 
 def test_the_plot_names_what_it_draws_where_its_line_begins() -> None:

@@ -21,9 +21,12 @@ def raised(text: str) -> Exception:
         (PermissionError(13, "Permission denied", "/etc/shadow"), "Permission denied"),
         (ValueError("a \x1b[31mred\u2028line\nand another"), r"a \x1b[31mred"),
         (ValueError("x" * 1000), "x" * 200),
+        (ValueError("\x1b" * 1000), r"\x1b" * 50),
+        (raised("1" * 5000), "Exceeds the limit (4300 digits) for integer string conversion: value has 5000 digits"),
         (MemoryError(), "MemoryError"),
+        (KeyError(101), "KeyError"),
     ],
-    ids=["position", "nested", "operating system", "one clean line", "short", "silent"],
+    ids=["position", "nested", "system", "one clean line", "short", "short, too", "digits", "silent", "a key"],
 )
 def test_a_reason_is_a_line_for_people(error: Exception, said: str) -> None:
     assert reason(error) == said

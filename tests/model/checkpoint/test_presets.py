@@ -56,3 +56,11 @@ def test_a_preset_that_is_named_stands_beside_those_of_the_rule() -> None:
     presets = read_presets({"presets": {"fast": named}}, PROCESS)
 
     assert presets == {**read_presets({}, PROCESS), "fast": named}
+
+
+def test_a_preset_whose_plan_is_refused_is_that_of_the_rule() -> None:
+    process = replace(PROCESS, refused_plans={"five": "five.json is not valid JSON"})
+    ddim = {"sampler": "ddim", "steps": 3}
+
+    presets = read_presets({"presets": {"fast": {"plan": "five"}, "balanced": ddim}}, process)
+    assert presets == {**read_presets({}, process), "balanced": ddim}

@@ -1,9 +1,11 @@
 """Tuning: levels, then numbers, then a plan that a model directory can have."""
 
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import combinations, islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +22,7 @@ from model.tune.coefficients import Fit, free, mean_square, update
 from model.tune.levels import best_levels, local_errors
 from model.tune.teacher import Teacher
 from model.tune.tuner import SOLVERS, STARTS, Progress, Recipe, Tuner
-from model.tune.walk import begin, end, noise
+from model.tune.walk import begin, end, noise, predictor, steps
 from tests.model.tiny import CPU, PROCESS, a_plan, card, function_model, halve
 
 GRID = np.array([30, 24, 17, 11, 6, 2])
@@ -193,12 +195,19 @@ def test_what_another_version_knew_is_not_used(tmp_path: Path, monkeypatch: pyte
     another = tuner(tmp_path, updates=1)
     another.teacher.rows = another.teacher.rows * 1.01
     assert {each.part for each in another.run()} == {"teacher", "solvers", "numbers"}
+    monkeypatch.setattr(model.tune.tuner, "FORMAT", 3)
+    assert {each.part for each in tuner(tmp_path, updates=1).run()} == {"teacher", "solvers", "numbers"}
 
 
 def test_a_damaged_state_is_refused(tmp_path: Path) -> None:
     (tmp_path / "teacher.npz").write_bytes(b"PK not quite")
 
-    with pytest.raises(ModelRefused, match=r"teacher\.npz is damaged; without it, tuning begins anew"):
+    with pytest.raises(ModelRefused, match=r"/teacher\.npz is damaged; delete it, and tuning begins anew"):
+        list(tuner(tmp_path).run())
+
+    (tmp_path / "teacher.npz").unlink()
+    (tmp_path / "teacher.npz").mkdir()
+    with pytest.raises(IsADirectoryError):
         list(tuner(tmp_path).run())
 
 
@@ -224,8 +233,82 @@ def test_the_best_solver_at_each_set_of_levels_is_fitted_before_one_goes_on(tmp_
 
     visited = {tuple(t) for t in (levels(PROCESS.schedule.T, choice) for choice in tuned._choices())}
     assert len(tuned.fits) == min(len(visited), STARTS) > 2
-    assert all(fit.updates == tuned.recipe.first or fit.ended for fit in tuned.fits if fit is not tuned.fit)
-    assert tuned.fit.updates > tuned.recipe.first or tuned.fit.ended
+    assert all(fit.updates == tuned.recipe.begun or fit.ended for fit in tuned.fits if fit is not tuned.fit)
+    assert tuned.fit.updates > tuned.recipe.begun or tuned.fit.ended
     assert tuned.fit.error == min(fit.error for fit in tuned.fits)
     begun = mean_square(tuned.predict, plan(PROCESS, tuned.start).rows, tuned.x[:4], tuned.teacher.ends[:4], 2)
     assert tuned.fit.error < begun
+
+
+@pytest.mark.parametrize("clip_range", [1.0, 0.4])
+def test_a_teacher_keeps_products_of_x0_as_it_is_and_clamped(clip_range: float) -> None:
+    teacher, x = Teacher.untaught(replace(PROCESS, clip_range=clip_range), SHAPE), noise(range(2), SHAPE, CPU)
+    predict = predictor(function_model(bend))
+    walked = [(step.after, step.terms[0].clone()) for step in steps(predict, teacher.rows, begin(x))]
+    xs, x0s = torch.stack([x, *(after for after, _ in walked)]), torch.stack([x0 for _, x0 in walked])
+    list(teacher.teach(predict, x))
+
+    assert x0s.abs().max() > clip_range
+    for gram, kept in zip(teacher.grams, (x0s, x0s.clamp(-clip_range, clip_range)), strict=True):
+        seen = torch.cat([xs, kept]).flatten(1).double()
+        np.testing.assert_allclose(gram, seen @ seen.T, rtol=1e-5, atol=1e-3)
+
+
+def improving(chosen: int, factor: float = 1.0) -> Callable[..., Iterator[None]]:
+    """An update that says of the fit of this number, and no other, that it comes nearer, and multiplies its m."""
+    fits = list[Fit]()
+
+    def update(predict: object, fit: Fit, *rest: object) -> Iterator[None]:
+        if not any(fit is each for each in fits):
+            fits.append(fit)
+        if len(fits) > chosen and fit is fits[chosen]:
+            fit.error *= 0.1
+            fit.rows = fit.rows.copy()
+            fit.rows[:, M] *= factor
+        yield
+
+    return update
+
+
+def test_the_plan_is_of_the_solver_whose_numbers_were_fitted_best(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model.tune.tuner, "update", improving(2))
+    tuned = tuner(tmp_path)
+    told = list(tuned.run())
+
+    assert tuned.fit is tuned.fits[2]
+    np.testing.assert_array_equal(tuned.fit.rows, plan(PROCESS, tuned.start).rows)
+    assert told[-1].done <= told[-1].of
+
+
+def test_numbers_that_gain_nothing_on_other_seeds_are_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model.tune.tuner, "update", improving(2, 3.0))
+    tuned = tuner(tmp_path)
+    list(tuned.run())
+    made = tuned.document()
+    measured, hand = made["measured"], made["measured"]["by_hand"]
+
+    assert not {"rows", "columns"} & made.keys()
+    assert measured["rms"] == measured["rms_of_its_solver"] <= measured["rms_by_hand"]
+    by_hand = resolve(PROCESS, steps=3, **hand)
+    assert plan(PROCESS, by_hand).rows.tolist() == plan(PROCESS, tuned.by_hand).rows.tolist()
+    best = tuned.by_hand if measured["rms"] == measured["rms_by_hand"] else tuned.start
+    fields: dict[str, Any] = {name: made.get(name) for name in ("sampler", "order", "timesteps", "clip")}
+    assert plan(PROCESS, resolve(PROCESS, **fields)).rows.tolist() == plan(PROCESS, best).rows.tolist()
+
+
+def test_a_solver_that_clamps_is_chosen_where_it_comes_nearer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nearer(predict: object, rows: FloatArray, *rest: object) -> float:
+        return 0.25 if np.isfinite(rows[:, C]).all() else 1.0
+
+    monkeypatch.setattr(model.tune.tuner, "mean_square", nearer)
+    monkeypatch.setattr(model.tune.tuner, "update", improving(9))
+    tuned = tuner(tmp_path)
+    list(tuned.run())
+    made = tuned.document()
+
+    assert (made["clip"], made["measured"]["by_hand"]["clip"]) == (True, True)
+    assert (made["measured"]["rms"], made["measured"]["rms_by_hand"]) == (0.5, 0.5)

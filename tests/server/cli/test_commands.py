@@ -187,7 +187,7 @@ def test_a_plan_has_no_more_steps_than_the_teacher_has_levels(capsys: pytest.Cap
         (["--seeds", "5000"], 2, "--seeds must lie in 1..4096, got 5000"),
         (["--name", "../tuned"], 2, "--name must be 1..64 letters, digits, -, _ and ."),
         (["--device", "abacus"], 6, "--device must be auto, cpu, cuda or cuda:N, got 'abacus'"),
-        (["--out", "DAMAGED"], 3, ".teacher.npz is damaged; without it, tuning begins anew"),
+        (["--out", "DAMAGED"], 3, ".teacher.npz is damaged; delete it, and tuning begins anew"),
         (["--out", "FILE"], 7, "FILE cannot be written: File exists"),
     ],
 )
