@@ -20,7 +20,7 @@ from model.digests import short_digest
 from model.nets.cpu import CpuNet, grow_up
 from model.sampling.plan import levels, plan, resolve
 from model.sampling.samplers import Sampling
-from model.sampling.schedule import FloatArray
+from model.sampling.schedule import FloatArray, Spacing
 from model.tune import state
 from model.tune.coefficients import Fit, free, mean_square, update
 from model.tune.levels import best_levels
@@ -38,7 +38,7 @@ SOLVERS = (
     ("ipndm", 2),
     ("ipndm", 4),
 )
-SPACINGS = ("linspace", "trailing")
+SPACINGS: tuple[Spacing, ...] = ("linspace", "trailing")
 FORMAT = 2  # of the files of a tuning that goes on
 FITS = ("rows", "error", "damping", "updates", "ended")  # what is kept of each fit
 STARTS = 4  # sets of levels, for each of which numbers are fitted

@@ -17,11 +17,11 @@ from model.errors import ModelRefused
 from model.sampling.plan import levels, plan, resolve
 from model.sampling.reference import sample_alone
 from model.sampling.schedule import FloatArray, Thresholding
-from model.sampling.table import C, H, M, N
+from model.sampling.table import C, H, K, M, N
 from model.tune.coefficients import Fit, free, mean_square, update
 from model.tune.levels import best_levels, local_errors
 from model.tune.teacher import Teacher
-from model.tune.tuner import SOLVERS, STARTS, Progress, Recipe, Tuner
+from model.tune.tuner import SOLVERS, SPACINGS, STARTS, Progress, Recipe, Tuner
 from model.tune.walk import begin, end, noise, predictor, steps
 from tests.model.tiny import CPU, PROCESS, a_plan, card, function_model, halve
 
@@ -192,11 +192,11 @@ def test_what_another_version_knew_is_not_used(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(model.tune.tuner, "SOLVERS", SOLVERS[1:])
     assert {each.part for each in tuner(tmp_path, updates=1).run()} == {"solvers", "numbers"}
+    monkeypatch.setattr(model.tune.tuner, "FORMAT", 3)
+    assert {each.part for each in tuner(tmp_path, updates=1).run()} == {"teacher", "solvers", "numbers"}
     another = tuner(tmp_path, updates=1)
     another.teacher.rows = another.teacher.rows * 1.01
     assert {each.part for each in another.run()} == {"teacher", "solvers", "numbers"}
-    monkeypatch.setattr(model.tune.tuner, "FORMAT", 3)
-    assert {each.part for each in tuner(tmp_path, updates=1).run()} == {"teacher", "solvers", "numbers"}
 
 
 def test_a_damaged_state_is_refused(tmp_path: Path) -> None:
@@ -300,15 +300,35 @@ def test_numbers_that_gain_nothing_on_other_seeds_are_not_written(
     assert plan(PROCESS, resolve(PROCESS, **fields)).rows.tolist() == plan(PROCESS, best).rows.tolist()
 
 
-def test_a_solver_that_clamps_is_chosen_where_it_comes_nearer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def nearer(predict: object, rows: FloatArray, *rest: object) -> float:
-        return 0.25 if np.isfinite(rows[:, C]).all() else 1.0
+def test_levels_come_from_what_the_teacher_saw_with_and_without_clamping(tmp_path: Path) -> None:
+    tuned, draw = tuner(tmp_path), np.random.default_rng(0)
+    grid = tuned.teacher.grid
+    vectors = draw.normal(size=(2, 2 * len(grid) + 1, 80))
+    tuned.teacher.grams = vectors @ vectors.transpose(0, 2, 1)
+    wanted = {tuple(best_levels(PROCESS, grid, gram, 3, 1.0)) for gram in tuned.teacher.grams}
 
-    monkeypatch.setattr(model.tune.tuner, "mean_square", nearer)
+    assert len(wanted) == 2
+    assert wanted <= {choice.timesteps for choice in tuned._choices()}
+
+
+def test_the_best_solver_at_usual_levels_is_told_whether_or_not_it_clamps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = [
+        plan(PROCESS, resolve(PROCESS, steps=3, spacing=each, **solver)).rows[:, K].tolist()
+        for each in SPACINGS
+        for solver in ({"sampler": "ddim"}, {"sampler": "unipc", "order": 2})
+    ]
+
+    def error(predict: object, rows: FloatArray, *rest: object) -> float:
+        return (0.25 if np.isfinite(rows[:, C]).all() else 1.0) * (1.0 if rows[:, K].tolist() in usual else 0.25)
+
+    monkeypatch.setattr(model.tune.tuner, "mean_square", error)
     monkeypatch.setattr(model.tune.tuner, "update", improving(9))
     tuned = tuner(tmp_path)
     list(tuned.run())
     made = tuned.document()
 
     assert (made["clip"], made["measured"]["by_hand"]["clip"]) == (True, True)
-    assert (made["measured"]["rms"], made["measured"]["rms_by_hand"]) == (0.5, 0.5)
+    assert made["measured"]["by_hand"]["spacing"] in SPACINGS
+    assert (made["measured"]["rms"], made["measured"]["rms_by_hand"]) == (0.25, 0.5)
