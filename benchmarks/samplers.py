@@ -69,6 +69,11 @@ class Made:
     each_s: float
 
 
+def digest_of(table: Plan) -> str:
+    """Of the rows of a plan."""
+    return hashlib.sha256(table.rows.astype(np.float32).tobytes()).hexdigest()[:16]
+
+
 @dataclass(frozen=True, slots=True)
 class Maker:
     """Makes the pictures of a plan, or takes them from where they were kept."""
@@ -81,9 +86,8 @@ class Maker:
 
     def key(self, table: Plan) -> Json:
         """All that decides the pictures of a plan, but for their number."""
-        rows = hashlib.sha256(table.rows.astype(np.float32).tobytes()).hexdigest()[:16]
         seeds = {"first": self.first} if self.first else {}
-        return {"model": self.model, "numerics": self.numerics, "rows": rows, **seeds}
+        return {"model": self.model, "numerics": self.numerics, "rows": digest_of(table), **seeds}
 
     def make(self, table: Plan, count: int) -> Made:
         """The pictures of `count` seeds."""

@@ -26,7 +26,8 @@ SERIES: dict[str, tuple[Json, str]] = {  # what is drawn: the fields of a choice
     "dpmpp 3": (TRAILING | {"sampler": "dpmpp", "order": 3}, "#1769aa"),
     "unipc 3": (TRAILING | {"sampler": "unipc", "order": 3}, "#00805f"),
     "deis 3": (TRAILING | {"sampler": "deis", "order": 3}, "#c2418f"),
-    "plans": ({"saved": True}, "#6a3fb5"),
+    "sde plans": ({"saved": True, "sampler": "dpmpp_sde"}, "#6a3fb5"),
+    "tuned plans": ({"saved": True, "sampler": "unipc"}, "#1f1f8f"),
     "ipndm 4": (TRAILING | {"sampler": "ipndm", "order": 4}, "#d1460f"),
 }
 

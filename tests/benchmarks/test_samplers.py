@@ -15,13 +15,16 @@ import torch
 from benchmarks import samplers
 from benchmarks.classifier import Classifier, Digits
 from benchmarks.distance import Gaussian, distance, frechet
+from benchmarks.measure import ROOT
 from benchmarks.quality import Batch, make
-from benchmarks.samplers import Maker, Real, Sweep, choices, rms
+from benchmarks.samplers import Maker, Real, Sweep, choices, digest_of, rms
 from benchmarks.samplers_report import apart, draw, points, read, table
+from model.checkpoint.card import read_card
 from model.checkpoint.load import Model
 from model.engine.engine import Engine
 from model.engine.runner import prepared
 from model.nets.unet import UNet
+from model.sampling.plan import plan, resolve
 from model.sampling.schedule import Process, linear
 from model.sampling.table import Plan
 from tests.model.tiny import ARCHITECTURE, FunctionNet, card
@@ -186,3 +189,12 @@ def test_the_plot_names_what_it_draws_where_its_line_begins() -> None:
 def test_labels_keep_their_distance_and_stay_near_what_they_name() -> None:
     assert apart([0.0, 100.0], 10) == [0, 100]
     assert apart([50.0, 50.0, 47.0, 200.0], 10) == [49, 59, 39, 200]
+
+
+def test_the_plans_that_ship_are_those_that_were_measured() -> None:
+    process = read_card(ROOT / "weights" / "digits").process
+    lines = [line for file in (ROOT / "benchmarks" / "results").glob("*-samplers.jsonl") for line in read(file)]
+    measured = {(line["choice"].get("plan"), line["key"].get("rows")) for line in lines}
+
+    assert process.plans
+    assert {(name, digest_of(plan(process, resolve(process, plan=name)))) for name in process.plans} <= measured
