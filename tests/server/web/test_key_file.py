@@ -120,7 +120,7 @@ def test_a_link_that_is_swapped_as_kubernetes_does_is_followed(tmp_path: Path) -
         (line("alice", "x") + "bob\n", "line 2 must be"),
         (line("alice", "x") + line("bob", "x"), "line 2 has the key of another owner"),
         ("", "holds no key"),
-        (None, "FileNotFoundError"),
+        (None, "No such file or directory"),
     ],
 )
 def test_a_file_with_a_mistake_changes_nothing_and_is_told_once(
