@@ -214,6 +214,7 @@ def main() -> None:
     except PlanError as error:
         raise SystemExit(f"{error.field}: {error}") from error
     torch.set_num_threads(cores())  # as the engine's net
+    here = machine()  # before the engine leaves torch one thread
     train, test = load_digits(args.digits)
     net = load_or_train(JUDGE, train)
     real = Real.of(net, train)
@@ -223,7 +224,7 @@ def main() -> None:
     if not args.out.is_file():  # its first lines are the machine and real pictures
         held_out = {"choice": {"sampler": HELD_OUT}, **quality(net, test.pictures.numpy(), real)}
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(f"{machine()}\n{json.dumps(held_out | {'key': {'pictures': len(test.labels)}})}\n")
+        args.out.write_text(f"{here}\n{json.dumps(held_out | {'key': {'pictures': len(test.labels)}})}\n")
     maker = Maker(engine, args.keep, model.digest, describe(engine.runner, model, 0.0, 0).numerics, args.first)
     sweep = Sweep(card.process, maker, net, real, file_digest(JUDGE), args.out)
     for line in sweep.lines(wanted, args.pictures):

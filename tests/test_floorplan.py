@@ -1,6 +1,7 @@
 """Folders are floors: imports go down only, in no circle, and every outside library has its rooms."""
 
 import ast
+import re
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -175,3 +176,26 @@ def test_who_reads_the_log_says_from_which_level_on() -> None:
 
     assert heard
     assert [(file, name) for file, name, levelled in heard if not levelled] == []
+
+
+TELL_CLASSES = {  # to logs and the engine's supervisor, or of errors that say nothing else
+    "model/errors.py",
+    "model/kernels/launch.py",
+    "model/nets/cpu.py",
+    "model/nets/exact.py",
+    "model/nets/layers.py",
+    "server/hub.py",
+    "server/worker/device.py",
+    "server/worker/main.py",
+}
+
+
+def test_people_are_told_reasons_and_not_the_names_of_pythons_classes() -> None:
+    naming = {
+        str(path.relative_to(ROOT))
+        for top in ("model", "server")
+        for path in (ROOT / top).rglob("*.py")
+        if re.search(r"type\(\w*(error|trouble|counts)\w*\)\.__name__", path.read_text())
+    }
+
+    assert naming == TELL_CLASSES

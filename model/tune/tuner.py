@@ -164,9 +164,10 @@ class Tuner:
         ranked = sorted(zip(errors, range(len(choices)), strict=True))
         for error, number in ranked:
             best.setdefault(levels(T, choices[number]).tobytes(), (choices[number], error))
-        self.fits = [Fit(self._rows(choice), error) for choice, error in [*best.values()][:STARTS]]
+        starts = [*best.values()][:STARTS]
+        self.fits = [Fit(self._rows(choice), error) for choice, error in starts]
         self.by_hand = next(choices[number] for _, number in ranked if choices[number].spacing is not None)
-        return [choice for choice, _ in best.values()]
+        return [choice for choice, _ in starts]
 
     def _next(self) -> Fit | None:
         """What to update: each fit a few times, then the one that has come nearest to the teacher."""

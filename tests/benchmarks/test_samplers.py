@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -198,3 +199,27 @@ def test_the_plans_that_ship_are_those_that_were_measured() -> None:
 
     assert process.plans
     assert {(name, digest_of(plan(process, resolve(process, plan=name)))) for name in process.plans} <= measured
+
+
+def test_the_table_in_the_documents_is_what_was_measured_of_a_thousand_pictures() -> None:
+    text = (ROOT / "docs" / "concepts.md").read_text()
+    lines = [line for file in (ROOT / "benchmarks" / "results").glob("*-samplers.jsonl") for line in read(file)]
+    head, _, *rows = text[text.index("| steps | 5 |") :].split("\n\n")[0].splitlines()
+    steps, told = [int(cell) for cell in head.split("|")[2:-1]], 0
+    for row in rows:
+        first, *cells = (cell.strip() for cell in row.split("|")[1:-1])
+        for count, cell in zip(steps, cells, strict=True):
+            if cell:
+                names, order = re.findall(r"`([\w-]+)`", first), re.search(r"order (\d)", first)
+                here = [line for line in lines if line["choice"].get("steps") == count and "first" not in line["key"]]
+                if len(names) > 1:
+                    found = [line for line in here if line["choice"].get("plan") in names]
+                else:
+                    wanted = {"sampler": names[0]} | ({"order": int(order[1])} if order else {})
+                    wanted |= {"spacing": "linspace" if names == ["ddpm"] else "trailing", "clip": True}
+                    found = [line for line in here if wanted.items() <= line["choice"].items()]
+                (line,) = (line for line in found if line["key"]["pictures"] == 1000 and line["key"].get("rows"))
+                assert cell == f"{100 * line['readable']:.0f} / {line['frechet']:.2f}", (first, count)
+                told += 1
+
+    assert told > 50
