@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import httpx
 import pytest
@@ -110,6 +110,16 @@ class Server:
             return self.client.get("/readyz").status_code == 200
         except httpx.TransportError:
             return False
+
+    def accepted(self, **job: Any) -> str:
+        """The path of a new job, asked for again, as clients do, while all engines are being replaced."""
+
+        def location() -> str | None:
+            answer = self.client.post("/generate", json=job, headers={"prefer": "respond-async"})
+            assert answer.status_code == 202 or answer.json()["code"] == "not-ready", answer.text
+            return answer.headers.get("location")
+
+        return until(location)
 
     @property
     def engine_pids(self) -> list[int]:

@@ -417,12 +417,8 @@ def restarts(server: Server) -> float:
 def test_a_job_that_kills_engines_fails_on_one_of_them_and_no_other_job_fails(two: Server) -> None:
     until_both_are_there(two)
     before = restarts(two)
-    later = {"prefer": "respond-async"}
-    poison = two.client.post("/generate", json={"seed": 1, "steps": 30, "n": 2}, headers=later).headers["location"]
-    others = [
-        two.client.post("/generate", json={"seed": 100 + i, "steps": 30}, headers=later).headers["location"]
-        for i in range(4)
-    ]
+    poison = two.accepted(seed=1, steps=30, n=2)
+    others = [two.accepted(seed=100 + i, steps=30) for i in range(4)]
 
     two.until(lambda: two.client.get(poison).json()["status"] == "failed", 120)
     two.until(lambda: all(two.client.get(job).json()["status"] == "succeeded" for job in others))

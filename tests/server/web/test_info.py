@@ -152,10 +152,7 @@ def test_two_models_take_turns_in_memory_for_one_and_a_deleted_one_fails_alone(
         shutil.copytree(folder / name, tmp_path / name)
     server = Server(tmp_path, DDPM_MODEL_MEMORY_BYTES=str(budget // 2), DDPM_DTYPE="float32").wait_until_ready()
     asked = [{"model": name, "seed": seed, "steps": 5, "n": 4} for seed in range(2) for name in "ba"]
-    jobs = [
-        server.client.post("/generate", json=job, headers={"prefer": "respond-async"}).headers["location"]
-        for job in asked
-    ]
+    jobs = [server.accepted(**job) for job in asked]
     server.until(lambda: all(server.client.get(job).json()["status"] == "succeeded" for job in jobs))
 
     [left] = {"a", "b"} - loaded(server)
