@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from model.checkpoint.load import Model
 from model.engine.runner import Runner, prepared
-from model.kernels import conv
+from model.kernels import conv, norm
 from model.kernels.conv import Tile
 from model.nets.blocks import Attention, Resnet
 from model.nets.config import architecture
@@ -23,7 +23,7 @@ from model.nets.convolution import Conv, Projection
 from model.nets.exact import Chosen
 from model.nets.layers import How, SelfAttention, upsample
 from model.nets.unet import UNet
-from tests.model.kernels.world import DEVICE, DTYPES, draw, error
+from tests.model.kernels.world import DEVICE, DTYPES, draw, error, remembered
 from tests.model.tiny import ARCHITECTURE, T, card
 from tests.model.worlds import small
 
@@ -299,6 +299,8 @@ class Library:
 @pytest.fixture
 def library(monkeypatch: pytest.MonkeyPatch, kernels_on: None) -> Library:
     """A library that gives the same bits in every batch, unless `differs` says otherwise."""
+    monkeypatch.setattr(conv, "convolve", remembered(conv.convolve))
+    monkeypatch.setattr(norm, "group_norm", remembered(norm.group_norm))
     return Library(monkeypatch)
 
 

@@ -3,7 +3,7 @@ interpreter. A plugin of pytest, so that what it sets up holds for all.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ import pytest
 import torch
 import triton.language as tl
 from torch import Tensor
+from torch.utils._pytree import tree_flatten
 from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, _LangPatchScope
@@ -58,6 +59,25 @@ def draw(*shape: int, dtype: torch.dtype = torch.float32, mean: float = 0.5) -> 
     """Random numbers with some mean, of which none is 0. A picture, if there are four dimensions, is channels-last."""
     x = (torch.randn(*shape) + mean).to(DEVICE, dtype)
     return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
+
+
+def remembered(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The function, which is called once for the same numbers: the interpreter takes long, and gives the same bits."""
+    known: dict[Any, Tensor] = {}
+
+    def call(*args: Any, **how: Any) -> Tensor:
+        leaves, form = tree_flatten((args, how))
+        key = (str(form), *(bits(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves))
+        if key not in known:
+            known[key] = function(*args, **how)
+        return known[key].clone()
+
+    return function if DEVICE.type != "cpu" else call
+
+
+def bits(x: Tensor) -> tuple[Any, ...]:
+    """All there is to a tensor."""
+    return x.shape, x.stride(), x.dtype, x.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
 def error(given: Tensor, expected: Tensor) -> float:

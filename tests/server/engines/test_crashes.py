@@ -19,10 +19,10 @@ from tests.server.jobs.test_durability import ended, pictures
 
 
 def test_thirty_kills_under_sixteen_clients_lose_double_and_change_nothing(weights: Path) -> None:
-    log, wrong = storm(weights, kills=30)
+    log, wrong = storm(weights, kills=30, jobs=200)
 
     assert wrong == []
-    assert log.kills == 30
+    assert log.kills >= 30
     assert len(log.accepted) >= 200
 
 
