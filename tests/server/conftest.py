@@ -117,7 +117,7 @@ class Server:
         def location() -> str | None:
             answer = self.client.post("/generate", json=job, headers={"prefer": "respond-async"})
             assert answer.status_code == 202 or answer.json()["code"] == "not-ready", answer.text
-            return answer.headers.get("location")
+            return str(answer.headers["location"]) if answer.status_code == 202 else None
 
         return until(location)
 

@@ -20,7 +20,7 @@ from model.engine.step import scales
 from model.nets.activations import alive
 from model.nets.build import build
 from model.nets.config import Architecture
-from model.nets.cpu import supports
+from model.nets.cpu import CpuNet, supports
 from model.nets.lucidrains_config import AnyArchitecture
 from model.sampling.schedule import Thresholding
 from tests.model.convert.directories import write_model
@@ -91,7 +91,9 @@ def test_a_loaded_model_takes_no_more_than_its_footprint(tmp_path: Path, dtype: 
     after = resident_bytes(model, prepared(model, 4).slots)
 
     assert before.parameters == model.parameters
-    assert after <= before.size_bytes <= 2 * after
+    assert after <= before.size_bytes
+    by_torch = isinstance(model.net, CpuNet) and model.net.note is not None  # where OpenVINO lacks this dtype
+    assert before.size_bytes <= 2 * after or by_torch  # which takes less: one copy of the weights, for any batch
 
 
 @pytest.mark.parametrize("ratio", [1e-6, 0.995])
