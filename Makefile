@@ -9,20 +9,22 @@ PIP    := $(BIN)/pip install --quiet --disable-pip-version-check --constraint co
 # where there is no NVIDIA driver, if CPU_WHEELS can be reached and pip was not told where else to look.
 CPU_WHEELS ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: serve test test-avx2 check format bench bench-compile chaos chaos-long flips fuzz soak image gpu gpu-wheels clean
+.PHONY: serve test test-long test-avx2 check format bench bench-compile chaos chaos-long flips fuzz soak image gpu gpu-wheels clean
 
 serve: .venv/serve.stamp
 	$(BIN)/ddpm serve --host $(HOST) --port $(PORT)
 
 # First in parallel, the slowest files at the start; then the tests that measure, alone, even if one of the first failed.
-test: .venv/test.stamp
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not alone"; first=$$?; \
-	$(BIN)/python -m pytest -m alone && exit $$first
+test: WHICH = not long
+test-long: WHICH = long
+test test-long: .venv/test.stamp
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not alone and $(WHICH)"; first=$$?; \
+	$(BIN)/python -m pytest -m "alone and $(WHICH)" && exit $$first
 
 # All tests as on an x86 processor without AVX-512: each variable limits the instructions of one library.
 test-avx2:
 	ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 OPENBLAS_CORETYPE=HASWELL \
-		NPY_DISABLE_CPU_FEATURES="X86_V4 AVX512_ICL AVX512_SPR" $(MAKE) test
+		NPY_DISABLE_CPU_FEATURES="X86_V4 AVX512_ICL AVX512_SPR" $(MAKE) --keep-going test test-long
 
 check: .venv/test.stamp
 	$(BIN)/ruff format --check .

@@ -70,7 +70,10 @@ def asked() -> dict[str, list[GenerateRequest]]:
     return {name: some for name, some in found.items() if some}
 
 
-@pytest.fixture(scope="module", params=["float32", "as served", "without OpenVINO"])
+@pytest.fixture(
+    scope="module",
+    params=["as served", *(pytest.param(name, marks=pytest.mark.long) for name in ("float32", "without OpenVINO"))],
+)
 def readable(request: pytest.FixtureRequest, asked: dict[str, list[GenerateRequest]]) -> Iterator[dict[Made, float]]:
     """How sure the judge is of each picture: in float32, in the numbers that are served here, and by torch alone."""
     dtype = choose_dtype("auto", torch.device("cpu")) if request.param == "as served" else torch.float32

@@ -31,6 +31,7 @@ def run(code: str, site: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=environ, capture_output=True, text=True)
 
 
+@pytest.mark.long
 def test_diffusers_runs_where_a_package_is_broken_that_it_imports_but_does_not_need(broken: Path) -> None:
     alone, ours = run(THEIRS, broken), run(f"import benchmarks; {THEIRS}", broken)
 

@@ -102,6 +102,7 @@ def dry(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return Run(out, done.returncode, done.stdout.splitlines(), facts)
 
 
+@pytest.mark.long
 def test_a_dry_run_ends_well_in_every_stage(dry: Run) -> None:
     outcomes = {stage: found["outcome"] for stage, found in dry.facts.items()}
 
@@ -154,11 +155,13 @@ EXPECTED = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_tells_what_it_is_there_for(dry: Run, stage: str) -> None:
     assert [name for name in EXPECTED[stage] if name not in dry.facts[stage]] == []
 
 
+@pytest.mark.long
 def test_what_can_be_right_or_wrong_is_right(dry: Run) -> None:
     assert dry.facts["facts"]["commit"] == "abc123"
     assert dry.facts["smoke"]["digits, float32, 2 steps: the most that a pixel differs from the CPU's"] == 0
@@ -166,6 +169,7 @@ def test_what_can_be_right_or_wrong_is_right(dry: Run) -> None:
     assert dry.facts["server"]["digits: pictures in company with the bytes they have alone, of 8"] == 8
 
 
+@pytest.mark.long
 def test_few_files_come_back_and_what_was_trained_can_be_served_and_trained_on(dry: Run, tmp_path: Path) -> None:
     weights, state = "tiny.safetensors", "tiny.training.safetensors"
     directory = random_model(tmp_path / "tiny", TINY)
@@ -182,6 +186,7 @@ def test_few_files_come_back_and_what_was_trained_can_be_served_and_trained_on(d
     assert seen_before(directory) == 96
 
 
+@pytest.mark.long
 def test_the_last_lines_printed_are_a_table_of_facts(dry: Run) -> None:
     assert "facts, of which these 40:" in dry.printed[-41]
     assert [line.split()[:2] for line in dry.printed[-40:][: len(STAGES)]] == [[stage, "outcome"] for stage in STAGES]

@@ -219,6 +219,7 @@ def mortal(long_weights: Path) -> Iterator[Server]:
         made.stop()
 
 
+@pytest.mark.long
 def test_killing_engine_and_server_changes_no_picture(mortal: Server) -> None:
     with Client(f"http://127.0.0.1:{mortal.port}") as client:
         expected = client.generate(seed=6, steps=1000, n=8)

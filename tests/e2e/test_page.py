@@ -183,6 +183,7 @@ def test_models_that_are_refused_are_shown_with_their_reasons_and_cannot_be_chos
     assert told[1].startswith("labels is refused: config.json: num_class_embeds must be null, got 10: ")
 
 
+@pytest.mark.long
 def test_an_engine_that_is_killed_is_told_of_and_the_picture_is_the_same(page: Page, site: Site) -> None:
     page.build(seed=10, steps=400, n=1)
     page.until_half_done()
@@ -275,7 +276,11 @@ def test_the_load_is_shown(page: Page) -> None:
 
 @pytest.mark.parametrize(
     ("name", "width", "height", "scheme"),
-    [("desktop", 1280, 800, "light"), ("phone", 390, 844, "light"), ("dark", 1280, 800, "dark")],
+    [
+        ("phone", 390, 844, "light"),
+        pytest.param("desktop", 1280, 800, "light", marks=pytest.mark.long),
+        pytest.param("dark", 1280, 800, "dark", marks=pytest.mark.long),
+    ],
 )
 def test_it_fits_every_screen(page: Page, driver: Chrome, name: str, width: int, height: int, scheme: str) -> None:
     metrics = {"width": width, "height": height, "deviceScaleFactor": 2, "mobile": name == "phone"}

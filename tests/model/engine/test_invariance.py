@@ -19,6 +19,7 @@ from model.engine.engine import Engine
 from model.engine.events import Event, Request
 from model.engine.runner import prepared
 from model.engine.slots import SavedState
+from model.nets.cpu import supports
 from model.sampling.table import Plan
 from tests.model.convert.directories import write_model
 from tests.model.tiny import PROCESS, a_plan, endings, pictures, run
@@ -120,7 +121,13 @@ def check_a_picture_is_the_same_in_any_batch(
 
 
 @pytest.mark.parametrize("threads", [1, pytest.param(2, marks=(MANY_THREADS, pytest.mark.alone))], indirect=True)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        pytest.param(torch.float32, id="float32"),
+        pytest.param(torch.bfloat16, id="bfloat16", marks=() if supports(torch.bfloat16) else pytest.mark.long),
+    ],
+)
 def test_a_picture_is_the_same_in_any_batch(
     dtype: torch.dtype, threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

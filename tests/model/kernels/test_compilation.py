@@ -40,7 +40,7 @@ def stack(cubin: bytes) -> int:
     return sum(int(size) for size in re.findall(r"(?:STACK|LOCAL):(\d+)", result.stdout))
 
 
-@pytest.fixture(params=[89, 90], ids=["ada", "hopper"])
+@pytest.fixture(params=[pytest.param(89, id="ada", marks=pytest.mark.long), pytest.param(90, id="hopper")])
 def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Counter[str]]:
     """What was compiled for a GPU of this kind, by name, in place of being launched."""
     import triton
@@ -159,23 +159,26 @@ CONVOLUTIONS: list[tuple[int, int, int, dict[str, Any]]] = [
     (40, 24, 1, {"size": 1}),
     (24, 24, 8, {"sources": (24, 12)}),  # and these fill no step
 ]
-BATCHES = (1, 8, 64)  # of tiles of other sizes
 
 
 @pytest.mark.parametrize(
-    ("dtype", "layers"),
-    [(torch.bfloat16, CONVOLUTIONS), (torch.float32, CONVOLUTIONS[5:7])],
-    ids=["bfloat16", "float32"],
+    ("dtype", "layers", "batches"),
+    [
+        (torch.bfloat16, CONVOLUTIONS, (8,)),
+        (torch.float32, CONVOLUTIONS[5:7], (8,)),
+        pytest.param(torch.bfloat16, CONVOLUTIONS, (1, 64), marks=pytest.mark.long),
+        pytest.param(torch.float32, CONVOLUTIONS[5:7], (1, 64), marks=pytest.mark.long),
+    ],
+    ids=["bfloat16", "float32", "bfloat16 in other batches", "float32 in other batches"],
 )
 def test_convolutions_of_real_nets_compile_without_spilling(
     compiled: Counter[str],
     dtype: torch.dtype,
     layers: list[tuple[int, int, int, dict[str, Any]]],
-    request: pytest.FixtureRequest,
+    batches: tuple[int, ...],
 ) -> None:
     from model.kernels import conv
 
-    batches = BATCHES if request.node.callspec.params["compiled"] == 90 else BATCHES[1:2]
     for (channels, outs, side, other), batch in product(layers, batches):
         shape: dict[str, Any] = {"size": 3, "stride": 1} | other
         size, sources = shape.pop("size"), shape.pop("sources", ())

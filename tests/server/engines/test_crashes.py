@@ -18,12 +18,13 @@ from tests.server.jobs.storm import storm
 from tests.server.jobs.test_durability import ended, pictures
 
 
-def test_thirty_kills_under_sixteen_clients_lose_double_and_change_nothing(weights: Path) -> None:
-    log, wrong = storm(weights, kills=30, jobs=200)
+@pytest.mark.parametrize(("kills", "jobs"), [(9, 60), pytest.param(30, 200, marks=pytest.mark.long)])
+def test_kills_under_sixteen_clients_lose_double_and_change_nothing(weights: Path, kills: int, jobs: int) -> None:
+    log, wrong = storm(weights, kills, jobs)
 
     assert wrong == []
-    assert log.kills >= 30
-    assert len(log.accepted) >= 200
+    assert log.kills >= kills
+    assert len(log.accepted) >= jobs
 
 
 @pytest.fixture

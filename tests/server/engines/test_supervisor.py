@@ -40,6 +40,7 @@ def patient(long_weights: Path) -> Iterator[Server]:
     assert code == 0
 
 
+@pytest.mark.long
 def test_a_killed_engine_is_replaced_and_its_pictures_come_out_the_same(patient: Server) -> None:
     request = {"seed": 5, "steps": 1000, "n": 8}
     expected = patient.client.post("/generate", json=request).content

@@ -28,6 +28,7 @@ def test_the_server_answers_as_its_openapi_document_says(server: Server) -> None
     assert cases > 50
 
 
+@pytest.mark.long
 def test_good_slow_killed_and_hostile_clients_together_leave_nothing_behind(weights: Path) -> None:
     running = Server(weights, DDPM_LOG_LEVEL="warning").wait_until_ready()
     try:
