@@ -55,6 +55,7 @@ def test_a_server_without_an_engine_is_named() -> None:
         engine_of(os.getppid())
 
 
+@pytest.mark.long
 def test_a_start_tells_when_it_was_ready_and_what_the_engine_held(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -94,6 +94,7 @@ def test_a_page_of_an_allowed_origin_generates_streams_and_shows_a_job(
     driver.switch_to.default_content()
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("package")
 def test_a_page_of_an_allowed_origin_does_so_with_a_key_and_under_a_path(
     driver: Chrome, locked: Site, elsewhere: Elsewhere

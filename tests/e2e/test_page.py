@@ -92,6 +92,7 @@ def test_a_reload_in_the_middle_of_a_job_goes_on_watching_it(page: Page, site: S
     assert page.pictures() == site.made(seed=5, steps=300)
 
 
+@pytest.mark.long
 def test_a_server_that_is_killed_and_started_again_ends_with_the_same_picture(page: Page, site: Site) -> None:
     page.build(seed=8, steps=400, n=1)
     page.until_half_done()

@@ -106,7 +106,11 @@ def cut(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.mark.usefixtures("cut", "kernels_on")
 @pytest.mark.parametrize(
     ("cut", "dtype"),
-    [("large tiles", torch.bfloat16), ("small tiles", torch.float32), ("split", torch.float16)],
+    [
+        ("small tiles", torch.float32),
+        ("split", torch.float16),
+        pytest.param("large tiles", torch.bfloat16, marks=pytest.mark.long),
+    ],
     indirect=["cut"],
 )
 @pytest.mark.parametrize("layer", LAYERS)
@@ -150,7 +154,7 @@ def test_a_convolution_depends_neither_on_other_pictures_nor_on_the_slot(layer: 
 
 
 @pytest.mark.usefixtures("kernels_on")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.long)])
 @pytest.mark.parametrize("layer", ["colours in, several tiles", "channels that fill no step", "1 x 1"])
 def test_a_tile_of_any_size_gives_the_same_bits(layer: str, dtype: torch.dtype) -> None:
     conv, x, results = LAYERS[layer].conv(dtype), LAYERS[layer].picture(3, dtype), []
@@ -369,6 +373,7 @@ def chosen_in(net: UNet) -> list[str]:
     return [name for name, layer in net.named_modules() if isinstance(layer, Conv) and layer.invariant]
 
 
+@pytest.mark.long
 def test_layers_are_tried_as_a_step_calls_them(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
     called: dict[str, set[tuple[object, ...]]] = {"trial": set(), "step": set()}
     now, usual = ["trial"], conv.convolve
@@ -398,6 +403,7 @@ def test_layers_are_tried_as_a_step_calls_them(library: Library, monkeypatch: py
     assert runner.chosen.triton == len(convolutions) - len(shortcuts)
 
 
+@pytest.mark.long
 def test_a_shortcut_is_tried_by_itself_where_it_joins_no_reduction(
     library: Library, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -460,7 +466,9 @@ def test_where_the_size_of_a_tile_costs_bits_all_batches_have_one(
     assert str(runner.chosen) == "convolutions 2 cudnn 1 triton (1 in tiles of one size), attention 1 free 0 fixed"
 
 
-@pytest.mark.parametrize("fault", ["wrong", "not invariant", "does not run"])
+@pytest.mark.parametrize(
+    "fault", ["not invariant", *(pytest.param(fault, marks=pytest.mark.long) for fault in ("wrong", "does not run"))]
+)
 def test_a_kernel_that_cannot_be_trusted_is_not_used_and_the_log_says_so(
     fault: str, library: Library, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -57,9 +57,12 @@ def run_cases(file: str, *options: str, **environment: str) -> None:
     assert result.returncode == 0, result.stdout[-10_000:] + result.stderr[-2000:]
 
 
-@pytest.mark.parametrize("file", CASES)
-def test_the_kernels_compute_the_same_as_torch(file: str) -> None:
-    run_cases(file, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+@pytest.mark.parametrize(
+    ("file", "which"),
+    [*((file, "not long") for file in CASES), pytest.param("conv_cases.py", "long", marks=pytest.mark.long)],
+)
+def test_the_kernels_compute_the_same_as_torch(file: str, which: str) -> None:
+    run_cases(file, "-m", which, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
 
 
 @pytest.mark.gpu

@@ -190,7 +190,9 @@ MORE: list[dict[str, Any]] = [  # options of both schedulers
 @pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")  # theirs, about numpy 2
 @pytest.mark.parametrize("spacing", THEIR_SPACINGS)
 @pytest.mark.parametrize("process", PROCESSES, ids=lambda options: options["prediction_type"])
-@pytest.mark.parametrize("more", MORE, ids=["free", "thresholded"])
+@pytest.mark.parametrize(
+    "more", [pytest.param(MORE[0], marks=pytest.mark.long, id="free"), pytest.param(MORE[1], id="thresholded")]
+)
 def test_the_pictures_of_solvers_are_those_of_diffusers(
     tmp_path: Path, more: dict[str, Any], process: dict[str, Any], spacing: Spacing
 ) -> None:

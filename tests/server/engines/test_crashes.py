@@ -18,7 +18,7 @@ from tests.server.jobs.storm import storm
 from tests.server.jobs.test_durability import ended, pictures
 
 
-@pytest.mark.parametrize(("kills", "jobs"), [(9, 60), pytest.param(30, 200, marks=pytest.mark.long)])
+@pytest.mark.parametrize(("kills", "jobs"), [(6, 40), pytest.param(30, 200, marks=pytest.mark.long)])
 def test_kills_under_sixteen_clients_lose_double_and_change_nothing(weights: Path, kills: int, jobs: int) -> None:
     log, wrong = storm(weights, kills, jobs)
 
@@ -71,10 +71,13 @@ def deaths(story: str, weights: Path, directory: Path, counting: Path) -> int:
     return int(ran.stdout)
 
 
-def test_a_death_at_any_write_or_sync_keeps_what_was_promised(weights: Path, tmp_path: Path, counting: Path) -> None:
+@pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.long)])
+def test_a_death_at_any_write_or_sync_keeps_what_was_promised(
+    every: int, weights: Path, tmp_path: Path, counting: Path
+) -> None:
     points_ = deaths("accepting", weights, tmp_path, counting)
 
-    for n in range(1, points_ + 2):
+    for n in range(1, points_ + 2, every):
         with points.start(weights, tmp_path / str(n)) as client:
             check(client, tmp_path / str(n))
     assert points_ >= 40

@@ -154,7 +154,8 @@ def test_a_picture_that_is_not_finite_fails_and_its_neighbours_keep_their_bytes(
     assert others == expected[:7] + expected[8:]
 
 
-@pytest.mark.parametrize("step", [pytest.param(0, marks=pytest.mark.long), 9])
+@pytest.mark.long
+@pytest.mark.parametrize("step", [0, 9])
 def test_of_twenty_jobs_beside_a_poison_job_none_fails(step: int, weights: Path, expected: list[bytes]) -> None:
     server = faulty_server(weights, {"do": "die", "seed": POISON, "step": step}, DDPM_ENGINE_RESTARTS="2")
     try:

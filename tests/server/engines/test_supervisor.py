@@ -87,6 +87,7 @@ def test_a_stopped_engine_never_stops_the_api(patient: Server) -> None:
     assert patient.client.post("/generate", json={"seed": 1, "steps": 2}).status_code == 200
 
 
+@pytest.mark.long
 def test_an_engine_that_hangs_is_killed_and_its_pictures_come_out_the_same(weights: Path) -> None:
     start = Start(
         models=(("tiny", weights / "tiny"),),

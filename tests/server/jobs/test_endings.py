@@ -26,6 +26,7 @@ def jobs(server: Server, count: int, n: int = 4, steps: int = 30) -> list[str]:
     return [server.client.post("/generate", json=body, headers=LATER).json()["id"] for _ in range(count)]
 
 
+@pytest.mark.long
 def test_what_does_not_fit_into_the_grace_is_done_by_the_next_server(long_weights: Path, tmp_path: Path) -> None:
     server = Server(long_weights, DDPM_DRAIN_S="0.1", DDPM_DATA_DIR=str(tmp_path)).wait_until_ready()
     asked = jobs(server, 15, steps=100)

@@ -295,6 +295,7 @@ def stall(server: Server, job: str) -> socket.socket:
     return connection
 
 
+@pytest.mark.long
 def test_subscribers_that_never_read_cost_little_and_are_let_go(tmp_path: Path) -> None:
     """The net is tiny, its pictures are not: they are what the server holds for a subscriber."""
     request = {"n": 64, "steps": 16, "frames": {"every": 1, "kind": "both"}}

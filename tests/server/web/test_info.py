@@ -145,6 +145,7 @@ def ask_the_deaf(server: Server, name: str) -> str:
         server.wait_until_ready()
 
 
+@pytest.mark.long
 def test_two_models_take_turns_in_memory_for_one_and_a_deleted_one_fails_alone(
     folder: Path, budget: int, tmp_path: Path
 ) -> None:

@@ -164,7 +164,9 @@ def test_a_model_that_the_memory_is_too_small_for_is_left_out_if_there_are_other
         start(tmp_path, default="good")
 
 
-@pytest.mark.parametrize("number", [errno.ENFILE, errno.ESTALE, errno.EIO])
+@pytest.mark.parametrize(
+    "number", [errno.ENFILE, *(pytest.param(each, marks=pytest.mark.long) for each in (errno.ESTALE, errno.EIO))]
+)
 def test_a_file_that_cannot_be_read_for_a_moment_refuses_no_model_and_ends_no_engine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, number: int
 ) -> None:
