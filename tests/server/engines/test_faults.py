@@ -93,7 +93,7 @@ def once(tmp_path: Path) -> Iterator[str]:
 @pytest.mark.parametrize(
     ("fault", "cause"),
     [
-        ({"do": "cuda", "seed": 107, "step": 5}, "cuda"),
+        pytest.param({"do": "cuda", "seed": 107, "step": 5}, "cuda", marks=pytest.mark.long),
         (signal.SIGKILL, "died"),
         pytest.param(signal.SIGSTOP, "hung", marks=pytest.mark.long),
     ],
