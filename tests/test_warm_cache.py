@@ -45,6 +45,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
         return Made(used, cache, compiled(90, used))
 
 
+@pytest.mark.long
 @needs_triton
 def test_a_kernel_has_the_key_that_a_launch_with_memory_asks_for(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     from benchmarks.kernels_used import compiled
@@ -59,6 +60,7 @@ def test_a_kernel_has_the_key_that_a_launch_with_memory_asks_for(made: Made, mon
     assert around | {"_norm_in_registers", "_add_bias", "_convolve"} <= set(on_meta.values())
 
 
+@pytest.mark.long
 @needs_triton
 def test_what_is_packed_is_all_that_is_needed_elsewhere(
     made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -303,6 +303,7 @@ def test_it_fits_every_screen(page: Page, driver: Chrome, name: str, width: int,
         driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
 
 
+@pytest.mark.long
 def test_a_server_that_needs_a_key_is_asked_with_it_once_it_was_given(driver: Chrome, locked: Site) -> None:
     """It is offered under a path, too."""
     locked.wait_until_ready()

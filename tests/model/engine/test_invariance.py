@@ -134,6 +134,7 @@ def test_a_picture_is_the_same_in_any_batch(
     check_a_picture_is_the_same_in_any_batch(tmp_path, torch.device("cpu"), dtype, monkeypatch)
 
 
+@pytest.mark.long
 def test_a_thresholded_picture_is_the_same_in_any_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check_a_picture_is_the_same_in_any_batch(tmp_path, torch.device("cpu"), torch.float32, monkeypatch, THRESHOLDING)
 

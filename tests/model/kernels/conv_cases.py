@@ -107,8 +107,8 @@ def cut(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.mark.parametrize(
     ("cut", "dtype"),
     [
-        ("small tiles", torch.float32),
         ("split", torch.float16),
+        pytest.param("small tiles", torch.float32, marks=pytest.mark.long),
         pytest.param("large tiles", torch.bfloat16, marks=pytest.mark.long),
     ],
     indirect=["cut"],
@@ -178,7 +178,9 @@ def projections(conv: Conv, sources: list[int], dtype: torch.dtype, x: Tensor) -
     [("large tiles", torch.bfloat16), ("small tiles", torch.float32), ("split", torch.bfloat16)],
     indirect=["cut"],
 )
-@pytest.mark.parametrize("sources", [[40], [64, 24], [19, 70]])
+@pytest.mark.parametrize(
+    "sources", [[64, 24], *(pytest.param(each, marks=pytest.mark.long) for each in ([40], [19, 70]))]
+)
 def test_a_projection_of_one_or_two_pictures_joins_the_reduction(sources: list[int], dtype: torch.dtype) -> None:
     layer = Layer(35, 70, 5, 6)
     conv, x = layer.conv(dtype), layer.picture(3, dtype)
@@ -340,6 +342,7 @@ def test_attention_whose_bits_differ_is_pinned_to_one_kernel(library: Library) -
     assert runner.exact_buckets == [1, 2, 3, 4]
 
 
+@pytest.mark.long
 def test_without_the_promise_all_layers_keep_the_librarys_kernels(library: Library) -> None:
     library.differs = {20: {1, 3}, "attention": {2}}
     net = Layers()
@@ -425,6 +428,7 @@ def test_a_shortcut_is_tried_by_itself_where_it_joins_no_reduction(
     assert runner.exact_buckets == [1, 2]
 
 
+@pytest.mark.long
 def test_where_a_step_by_our_kernels_fails_the_one_that_fails_is_found_out(
     library: Library, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -445,6 +449,7 @@ def test_where_a_step_by_our_kernels_fails_the_one_that_fails_is_found_out(
     assert net.invariant == ["two", "back"]
 
 
+@pytest.mark.long
 def test_where_the_size_of_a_tile_costs_bits_all_batches_have_one(
     library: Library, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -59,7 +59,12 @@ def run_cases(file: str, *options: str, **environment: str) -> None:
 
 @pytest.mark.parametrize(
     ("file", "which"),
-    [*((file, "not long") for file in CASES), pytest.param("conv_cases.py", "long", marks=pytest.mark.long)],
+    [
+        ("cases.py", "not long"),
+        ("slot_cases.py", "not long"),
+        ("conv_cases.py", "not long"),
+        pytest.param("conv_cases.py", "long", marks=pytest.mark.long),
+    ],
 )
 def test_the_kernels_compute_the_same_as_torch(file: str, which: str) -> None:
     run_cases(file, "-m", which, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")

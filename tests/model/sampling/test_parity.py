@@ -191,7 +191,11 @@ MORE: list[dict[str, Any]] = [  # options of both schedulers
 @pytest.mark.parametrize("spacing", THEIR_SPACINGS)
 @pytest.mark.parametrize("process", PROCESSES, ids=lambda options: options["prediction_type"])
 @pytest.mark.parametrize(
-    "more", [pytest.param(MORE[0], marks=pytest.mark.long, id="free"), pytest.param(MORE[1], id="thresholded")]
+    "more",
+    [
+        pytest.param(MORE[0], marks=pytest.mark.long, id="free"),
+        pytest.param(MORE[1], id="thresholded"),
+    ],
 )
 def test_the_pictures_of_solvers_are_those_of_diffusers(
     tmp_path: Path, more: dict[str, Any], process: dict[str, Any], spacing: Spacing

@@ -52,6 +52,7 @@ def test_an_engine_that_dies_of_an_illegal_instruction_is_replaced_by_one_of_tor
     assert (levels(log), code) == (["warning"], 0)
 
 
+@pytest.mark.long
 def test_a_server_starts_though_openvino_kills_each_process_that_imports_it(weights: Path, deadly: str) -> None:
     server = Server(weights, PYTHONPATH=deadly, DDPM_ENGINE_RESTARTS="2").wait_until_ready()
     try:

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import aclosing
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -175,13 +176,18 @@ def exit_of(**variables: str) -> tuple[int, str]:
     return ended.returncode, ended.stderr.strip().splitlines()[-1]
 
 
+def long(*values: Any) -> Any:
+    """Values of a test that CI does not run."""
+    return pytest.param(*values, marks=pytest.mark.long)
+
+
 @pytest.mark.parametrize(
     ("broken", "said"),
     [
         ("truncated", "truncated"),
-        ("pickle", "is a pickle, which is never read"),
-        ("shape", "must have shape"),
-        ("config", "block_out_channels"),
+        long("pickle", "is a pickle, which is never read"),
+        long("shape", "must have shape"),
+        long("config", "block_out_channels"),
         ("missing", "scheduler_config.json is missing"),
         ("nan", "not finite"),
     ],
@@ -217,8 +223,8 @@ def test_a_bad_model_directory_ends_the_start_with_one_line_and_code_3(tmp_path:
     ("variables", "code", "said"),
     [
         ({"DDPM_SLOT": "4"}, 2, "DDPM_SLOT is not a setting"),
-        ({"DDPM_SLOTS": "many"}, 2, "DDPM_SLOTS"),
-        ({"DDPM_PORT": "70000"}, 2, "DDPM_PORT"),
+        long({"DDPM_SLOTS": "many"}, 2, "DDPM_SLOTS"),
+        long({"DDPM_PORT": "70000"}, 2, "DDPM_PORT"),
         ({"DDPM_DEFAULT_MODEL": "other"}, 2, "DDPM_DEFAULT_MODEL must be one of tiny"),
         ({"DDPM_DEVICE": "cuda:31"}, 6, "cuda:31"),
         ({"DDPM_WEIGHTS": "nowhere"}, 3, "nowhere is not a directory"),

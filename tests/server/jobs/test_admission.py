@@ -143,6 +143,7 @@ async def make_beside(backend: EngineSupervisor, company: Sequence[Spec], spec: 
     return statistics.median(took)
 
 
+@pytest.mark.long
 def test_beside_five_thousand_pictures_of_another_owner_one_picture_hardly_waits(long_weights: Path) -> None:
     """Held against what it takes where each owner has half of the image-steps, in rounds, as the machine's speed varies
     from one second to the next."""

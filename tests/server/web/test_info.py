@@ -76,6 +76,7 @@ def loaded(server: Server) -> set[str]:
     return {model["name"] for model in models(server) if model["loaded"]}
 
 
+@pytest.mark.long
 def test_three_models_share_memory_for_two_and_no_request_fails(
     server: Server, budget: int, expected: list[bytes]
 ) -> None:

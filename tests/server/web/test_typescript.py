@@ -52,6 +52,7 @@ def tools() -> Path:
     return folder
 
 
+@pytest.mark.long
 def test_a_generated_client_compiles_strictly_runs_and_knows_every_answer(server: Server, tools: Path) -> None:
     for name in ("client.ts", "tsconfig.json"):
         shutil.copy(SOURCES / name, tools)
