@@ -172,6 +172,7 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Index]:
     made.close()
 
 
+@pytest.mark.long
 def test_pip_finds_the_build_and_takes_it_for_the_version_that_is_pinned(index: Index) -> None:
     ran = index.run(str(SCRIPT), "--index", index.url, "--build", "cpu")
     later = index.run("-m", "pip", "install", "--no-index", f"torch=={VERSION}")
@@ -181,6 +182,7 @@ def test_pip_finds_the_build_and_takes_it_for_the_version_that_is_pinned(index: 
     assert f"torch=={VERSION}" in (ROOT / "pyproject.toml").read_text()
 
 
+@pytest.mark.long
 def test_an_index_that_never_answers_costs_seconds(index: Index) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         place = f"http://127.0.0.1:{silent.getsockname()[1]}"

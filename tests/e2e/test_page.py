@@ -81,6 +81,7 @@ def test_history_survives_a_reload_and_shows_a_job_with_its_frames(page: Page) -
     assert page.open().history == []
 
 
+@pytest.mark.long
 def test_a_reload_in_the_middle_of_a_job_goes_on_watching_it(page: Page, site: Site) -> None:
     page.build(seed=5, steps=300, n=1)
     page.until_half_done()

@@ -143,6 +143,7 @@ print(held() - before, resident_bytes(model, runner.slots), bound)
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_process_grows_by_about_the_footprint_of_a_model(tmp_path: Path, dtype: torch.dtype) -> None:
     if not supports(dtype):

@@ -70,6 +70,7 @@ def test_connections_never_exceed_what_descriptors_allow(
     assert (limits.soft, limits.hard) == (raised_to, hard)
 
 
+@pytest.mark.long
 def test_a_server_with_too_few_descriptors_says_so_and_serves(weights: Path, tmp_path: Path) -> None:
     code = (
         "import resource as r; r.setrlimit(r.RLIMIT_NOFILE, (200, 300)); from server.cli.main import main; exit(main())"

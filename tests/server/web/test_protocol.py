@@ -254,6 +254,7 @@ def come_and_go(port: int, chance: random.Random) -> None:
             abort(connection)
 
 
+@pytest.mark.long
 def test_thousands_of_aborted_connections_leak_nothing(busy: Server) -> None:
     chance, pid = random.Random(1), busy.process.pid
     idle = open_files(pid)
