@@ -36,6 +36,13 @@ def named_in(path: Path) -> frozenset[str]:
 
 
 @cache
+def long_in(path: Path) -> frozenset[str]:
+    """The names of the tests in a file that CI does without, whatever their parameters."""
+    functions = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef))
+    return frozenset(f.name for f in functions if "pytest.mark.long" in map(ast.unparse, f.decorator_list))
+
+
+@cache
 def all_tests() -> frozenset[str]:
     """The names of all tests."""
     return frozenset[str]().union(*map(named_in, (ROOT / "tests").rglob("*.py")))
@@ -214,3 +221,11 @@ def test_the_estimate_of_memory_that_is_told_is_the_one_that_is_made() -> None:
 
     told = f"with 8 slots on a CPU the estimate is {float32:.0f} MB in float32, {bfloat16:.0f} MB in bfloat16"
     assert told in operations
+
+
+def test_each_claim_that_tests_show_has_one_that_ci_runs() -> None:
+    shown = [re.findall(r"(tests/[\w/]+\.py)::(\w+)", line) for line in CLAIMS.splitlines()]
+    unseen = [some for some in shown if some and all(name in long_in(ROOT / path) for path, name in some)]
+
+    assert unseen == []
+    assert long_in(ROOT / "tests/server/jobs/test_stream.py")

@@ -199,3 +199,16 @@ def test_people_are_told_reasons_and_not_the_names_of_pythons_classes() -> None:
     }
 
     assert naming == TELL_CLASSES
+
+
+def test_every_error_is_caught_in_three_places_and_kept_by_two() -> None:
+    """CONTRIBUTING.md names them. A handler that cleans up and raises is none."""
+    catching = {
+        str(path.relative_to(ROOT)): isinstance(node.body[-1], ast.Raise)
+        for top in ("model", "server")
+        for path in (ROOT / top).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ExceptHandler) and (node.type is None or ast.unparse(node.type) == "Exception")
+    }
+
+    assert catching == {"model/errors.py": False, "server/worker/main.py": False, "server/web/app.py": True}

@@ -29,7 +29,6 @@ def state_of(net: nn.Module) -> dict[str, torch.Tensor]:
     return dict(net.state_dict())
 
 
-@pytest.mark.long
 def test_a_model_of_every_format_is_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     formats = {

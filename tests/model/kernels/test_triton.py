@@ -44,6 +44,7 @@ pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is n
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
 CASES = ["cases.py", "conv_cases.py", "slot_cases.py"]
+LONG = "pytest.mark.long"
 
 
 def run_cases(file: str, *options: str, **environment: str) -> None:
@@ -60,10 +61,8 @@ def run_cases(file: str, *options: str, **environment: str) -> None:
 @pytest.mark.parametrize(
     ("file", "which"),
     [
-        ("cases.py", "not long"),
-        ("slot_cases.py", "not long"),
-        ("conv_cases.py", "not long"),
-        pytest.param("conv_cases.py", "long", marks=pytest.mark.long),
+        *((file, "not long") for file in CASES),
+        *(pytest.param(file, "long", marks=pytest.mark.long) for file in CASES if LONG in (HERE / file).read_text()),
     ],
 )
 def test_the_kernels_compute_the_same_as_torch(file: str, which: str) -> None:

@@ -71,7 +71,7 @@ def deaths(story: str, weights: Path, directory: Path, counting: Path) -> int:
     return int(ran.stdout)
 
 
-@pytest.mark.parametrize("every", [8, pytest.param(1, marks=pytest.mark.long)])
+@pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.long)])
 def test_a_death_at_any_write_or_sync_keeps_what_was_promised(
     every: int, weights: Path, tmp_path: Path, counting: Path
 ) -> None:
