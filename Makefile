@@ -9,7 +9,7 @@ PIP    := $(BIN)/pip install --quiet --disable-pip-version-check --constraint co
 # where there is no NVIDIA driver, if CPU_WHEELS can be reached and pip was not told where else to look.
 CPU_WHEELS ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: serve test test-long test-avx2 check format bench bench-compile chaos chaos-long flips fuzz soak image gpu gpu-wheels clean
+.PHONY: serve test test-long test-avx2 test-stalled check format bench bench-compile chaos chaos-long flips fuzz soak image gpu gpu-wheels clean
 
 serve: .venv/serve.stamp
 	$(BIN)/ddpm serve --host $(HOST) --port $(PORT)
@@ -25,6 +25,10 @@ test test-long: .venv/test.stamp
 test-avx2:
 	ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 OPENBLAS_CORETYPE=HASWELL \
 		NPY_DISABLE_CPU_FEATURES="X86_V4 AVX512_ICL AVX512_SPR" $(MAKE) --keep-going test test-long
+
+# All tests on a machine that is busy and stops now and then, as a shared one does: half an hour.
+test-stalled: .venv/test.stamp
+	$(BIN)/python -m tests.stalls --busy 2 $(MAKE) --keep-going test
 
 check: .venv/test.stamp
 	$(BIN)/ruff format --check .

@@ -74,6 +74,7 @@ async def run(server: Server, jobs: Sequence[dict[str, Any]], kill: int | None =
         outcome.answers = list(await asyncio.gather(*making))
         await viewing
         probing.cancel()
+        await asyncio.wait({probing})
         outcome.metrics = read((await client.get("/metrics")).text)
     return outcome
 

@@ -264,6 +264,7 @@ def test_eight_who_race_cancel_against_completion_see_each_job_end_once(server: 
             outcomes = await races()
             assert not scraping.done()  # it would have failed
             scraping.cancel()
+            await asyncio.wait({scraping})
             return outcomes
 
     before = read(server.client.get("/metrics").text)

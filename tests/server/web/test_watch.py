@@ -19,6 +19,7 @@ from server.errors import EngineFailed
 from server.jobs import repository
 from server.jobs.stream import Message, PictureMessage, Stream, Subscriber
 from server.web import watch as web_watch
+from tests import virtual_clock
 from tests.server.conftest import Server
 from tests.server.fakes import FakeBackend
 from tests.waiting import until
@@ -280,11 +281,11 @@ def test_a_page_of_jobs_continues_the_previous_page(client: TestClient) -> None:
         assert client.get(f"/jobs?{query}").status_code == 422
 
 
-def stream_of(frames: int) -> Stream:
+def stream_of(frames: int, small: bool = False) -> Stream:
     stream = Stream("j")
     stream.keep_text("started")
     for i in range(frames):
-        stream.keep_picture({"index": i}, True, lambda: b"png")
+        stream.keep_picture({"index": i}, True, lambda: b"png", small)
     return stream
 
 
@@ -350,25 +351,19 @@ class Slow:
     send_bytes = send_text
 
 
-def test_a_stalled_subscriber_is_disconnected_and_a_slow_one_misses_frames(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(web_watch, "STALLED_S", 0.2)
-    monkeypatch.setattr(web_watch, "SLOW_S", 0.01)
-
+def test_a_stalled_subscriber_is_disconnected_and_a_slow_one_misses_frames() -> None:
     async def send(seconds: float) -> list[str | bytes]:
-        stream, socket = stream_of(10), Slow(seconds)
-        ending = asyncio.get_running_loop().call_later(0.15, stream.end, "succeeded")
-        try:
-            await web_watch._send_all(socket, Subscriber(stream))  # type: ignore[arg-type]
-        finally:
-            ending.cancel()
+        stream, socket = stream_of(10, small=True), Slow(seconds)
+        asyncio.get_running_loop().call_later(8, stream.end, "succeeded")
+        await web_watch._send_all(socket, Subscriber(stream))  # type: ignore[arg-type]
         return socket.sent
 
     with pytest.raises(web_watch._Close) as closed:
-        asyncio.run(send(0.5))
+        virtual_clock.run(send(11))
     assert closed.value.code == 1013
-    slow = [json.loads(m) if isinstance(m, str) else unpack(m)[0] for m in asyncio.run(send(0.05))]
+    slow = [json.loads(m) if isinstance(m, str) else unpack(m)[0] for m in virtual_clock.run(send(6))]
     assert [m.get("type", m["seq"]) for m in slow] == ["started", "dropped", 11, "succeeded"]
-    assert len(asyncio.run(send(0.001))) == 12
+    assert len(virtual_clock.run(send(0.5))) == 12
 
 
 def test_a_subscriber_that_sends_too_much_is_disconnected(client: TestClient) -> None:
