@@ -45,7 +45,7 @@ def stall(pids: list[int], seconds: float) -> None:
             os.kill(pid, signal.SIGSTOP)
             stopped.append(pid)
     time.sleep(seconds)
-    for pid in stopped:
+    for pid in reversed(stopped):  # children first: nobody sees a child of his stopped
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGCONT)
 

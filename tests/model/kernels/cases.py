@@ -412,7 +412,7 @@ CHOICES: list[dict[str, Any]] = [
 
 
 @pytest.mark.usefixtures("kernels_on")
-@pytest.mark.parametrize("kind", ["default", "scale_shift", "learned"])
+@pytest.mark.parametrize("kind", [pytest.param("default", marks=pytest.mark.long), "scale_shift", "learned"])
 def test_steps_of_a_real_net_by_kernels_are_those_of_the_algebra(kind: str) -> None:
     """All samplers at once; with kernels, biases are where a GPU has them."""
     torch.manual_seed(0)

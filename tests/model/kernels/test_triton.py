@@ -44,29 +44,22 @@ pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is n
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
 CASES = ["cases.py", "conv_cases.py", "slot_cases.py"]
-LONG = "pytest.mark.long"
 
 
-def run_cases(file: str, *options: str, **environment: str) -> None:
-    """Runs the cases of this file in a process with this environment. If TOLD is set, its plugin reports each."""
+def run_cases(files: list[str], *options: str, **environment: str) -> None:
+    """Runs the cases of these files in a process with this environment. If TOLD is set, its plugin reports each."""
     plugins = ["-p", "no:cacheprovider", "-p", "tests.model.kernels.world"]
     plugins += ["-p", "benchmarks.gpu.told"] if "TOLD" in os.environ else []
-    command = [sys.executable, "-m", "pytest", *plugins, *options, str(HERE / file)]
+    command = [sys.executable, "-m", "pytest", *plugins, *options, *(str(HERE / file) for file in files)]
     ours = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     result = subprocess.run(command, cwd=ROOT, env=ours | environment, capture_output=True, text=True)
 
     assert result.returncode == 0, result.stdout[-10_000:] + result.stderr[-2000:]
 
 
-@pytest.mark.parametrize(
-    ("file", "which"),
-    [
-        *((file, "not long") for file in CASES),
-        *(pytest.param(file, "long", marks=pytest.mark.long) for file in CASES if LONG in (HERE / file).read_text()),
-    ],
-)
-def test_the_kernels_compute_the_same_as_torch(file: str, which: str) -> None:
-    run_cases(file, "-m", which, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+@pytest.mark.parametrize("which", ["not long", pytest.param("long", marks=pytest.mark.long)])
+def test_the_kernels_compute_the_same_as_torch(which: str) -> None:
+    run_cases(CASES, "-m", which, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
 
 
 @pytest.mark.gpu
@@ -74,7 +67,7 @@ def test_the_kernels_compute_the_same_as_torch(file: str, which: str) -> None:
 @pytest.mark.parametrize("file", CASES)
 def test_the_kernels_compute_it_on_a_gpu(file: str) -> None:
     side_by_side = ["-n", "4"] if find_spec("xdist") is not None else []  # most of the time goes into compiling
-    run_cases(file, "-W", "default", *side_by_side, TRITON_INTERPRET="0")  # what CUDA warns of fails nothing
+    run_cases([file], "-W", "default", *side_by_side, TRITON_INTERPRET="0")  # what CUDA warns of fails nothing
 
 
 # What is launched

@@ -28,6 +28,7 @@ from model.sampling.reference import sample_alone
 from model.sampling.samplers import Sampling
 from model.sampling.schedule import Prediction, Process, Spacing, linear
 from model.sampling.table import Plan
+from tests.grid import grid
 from tests.model.worlds import (
     PREDICTIONS,
     THEIR_SPACINGS,
@@ -55,8 +56,7 @@ def grey_levels_apart(ours: Finished, expected: NDArray[np.float32]) -> int:
     return int(np.abs(ours.picture.astype(np.int64) - (expected * 255).round().astype(np.int64)).max())
 
 
-@pytest.mark.parametrize("prediction", PREDICTIONS)
-@pytest.mark.parametrize("spacing", THEIR_SPACINGS)
+@pytest.mark.parametrize(("prediction", "spacing"), grid(PREDICTIONS, THEIR_SPACINGS, one_in=3))
 def test_our_pictures_are_those_of_diffusers_for_the_same_seed(
     tmp_path: Path, prediction: Prediction, spacing: Spacing
 ) -> None:
@@ -137,8 +137,7 @@ def solved_by(solver: Any, net: UNet2DModel, steps: int) -> NDArray[np.float32]:
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation")  # of torch, which diffusers gives to NumPy
-@pytest.mark.parametrize("spacing", THEIR_SPACINGS)
-@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize(("prediction", "spacing"), grid(PREDICTIONS, THEIR_SPACINGS, one_in=3))
 def test_the_pictures_that_are_said_to_be_those_of_diffusers_are_and_the_others_are_not(
     tmp_path: Path, prediction: Prediction, spacing: Spacing
 ) -> None:
@@ -188,8 +187,11 @@ MORE: list[dict[str, Any]] = [  # options of both schedulers
 
 
 @pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")  # theirs, about numpy 2
-@pytest.mark.parametrize("spacing", THEIR_SPACINGS)
-@pytest.mark.parametrize("process", PROCESSES, ids=lambda options: options["prediction_type"])
+@pytest.mark.parametrize(
+    ("process", "spacing"),
+    grid(PROCESSES, THEIR_SPACINGS, one_in=3),
+    ids=lambda value: str(value["prediction_type"] if isinstance(value, dict) else value),
+)
 @pytest.mark.parametrize(
     "more",
     [

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from model.sampling.schedule import FloatArray
 from model.sampling.table import A, D, E, G, H, M, N, P, Plan, Q
+from tests.grid import grid
 from tests.model.sampling.test_steps import Step, World, alphas_squared, far, half_log_snr, walk
 from tests.model.worlds import PREDICTIONS, THEIR_SPACINGS, planned
 
@@ -28,11 +29,13 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")  #
 WORLDS = [World("linear", prediction, "leading", clip=True) for prediction in PREDICTIONS]
 WORLDS += [World("linear", "epsilon", spacing, clip=False) for spacing in THEIR_SPACINGS]
 WORLDS += [World("squaredcos_cap_v2", prediction, "trailing", clip=False) for prediction in PREDICTIONS]
-every_world = pytest.mark.parametrize(
-    "world", WORLDS, ids=lambda w: f"{w.schedule}-{w.prediction}-{w.spacing}-{'clipped' if w.clip else 'free'}"
-)
 STEP_COUNTS = (1, 2, 3, 7, 17)  # in fewer than 15, DPM-Solver's and DEIS's last steps are of lower order
 AT, WEIGHT = np.polynomial.legendre.leggauss(40)
+
+
+def every_world(*orders: int) -> pytest.MarkDecorator:
+    """Worlds x orders."""
+    return pytest.mark.parametrize(("world", "order"), grid(WORLDS, orders, one_in=2), ids=str)
 
 
 class Past:
@@ -171,8 +174,7 @@ def options(world: World, order: int) -> dict[str, Any]:
     return world.options() | {"solver_order": order, "thresholding": world.clip, "sample_max_value": 1.0}
 
 
-@every_world
-@pytest.mark.parametrize("order", [1, 2, 3])
+@every_world(1, 2, 3)
 def test_a_step_of_dpm_solver_is_that_of_the_paper_and_of_diffusers(world: World, order: int) -> None:
     for steps in STEP_COUNTS:
         plan = planned(world.process(), "dpmpp", steps, order=order, clip=world.clip)
@@ -180,8 +182,7 @@ def test_a_step_of_dpm_solver_is_that_of_the_paper_and_of_diffusers(world: World
         check(plan, world, lambda walked: dpmpp_steps(world, walked, order, sde=False), theirs)
 
 
-@every_world
-@pytest.mark.parametrize("order", [1, 2, 3])
+@every_world(1, 2, 3)
 def test_a_step_of_the_sde_dpm_solver_is_that_of_its_authors_and_of_diffusers(world: World, order: int) -> None:
     """But for order 3, where diffusers subtracts the half that it should add."""
     for steps in STEP_COUNTS:
@@ -191,8 +192,7 @@ def test_a_step_of_the_sde_dpm_solver_is_that_of_its_authors_and_of_diffusers(wo
         check(plan, world, formula, theirs if order < 3 or steps < 4 else None)
 
 
-@every_world
-@pytest.mark.parametrize("order", [1, 2, 3])
+@every_world(1, 2, 3)
 def test_a_step_of_unipc_is_that_of_the_paper_and_of_diffusers(world: World, order: int) -> None:
     for steps in STEP_COUNTS:
         plan = planned(world.process(), "unipc", steps, order=order, clip=world.clip)
@@ -200,8 +200,7 @@ def test_a_step_of_unipc_is_that_of_the_paper_and_of_diffusers(world: World, ord
         check(plan, world, lambda walked: unipc_steps(world, walked, order), theirs)
 
 
-@every_world
-@pytest.mark.parametrize("order", [1, 2, 3])
+@every_world(1, 2, 3)
 def test_a_step_of_deis_is_that_of_the_paper_and_with_their_noise_that_of_diffusers(world: World, order: int) -> None:
     for steps in STEP_COUNTS:
         plan = planned(world.process(), "deis", steps, order=order, clip=world.clip)
@@ -211,8 +210,7 @@ def test_a_step_of_deis_is_that_of_the_paper_and_with_their_noise_that_of_diffus
         check(plan, world, lambda walked: deis_steps(world, walked, order, end=0), theirs)
 
 
-@every_world
-@pytest.mark.parametrize("order", [1, 2, 3, 4])
+@every_world(1, 2, 3, 4)
 def test_a_step_of_ipndm_is_that_of_the_paper(world: World, order: int) -> None:
     for steps in STEP_COUNTS:
         plan = planned(world.process(), "ipndm", steps, order=order, clip=world.clip)

@@ -34,7 +34,7 @@ def client(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
     for module in (blobs, writer, troubles):
         monkeypatch.setattr(module, "RETRY_S", 0.02)
     for each in (blobs, writer, service):
-        monkeypatch.setattr(each, "PATIENCE_S", 0.3)
+        monkeypatch.setattr(each, "PATIENCE_S", 1.0)
     settings = Settings(weights=weights, data_dir=tmp_path, result_cache=False)
     with TestClient(create_app(settings, FakeBackend()), raise_server_exceptions=False) as made:
         yield made
