@@ -18,7 +18,7 @@ serve: .venv/serve.stamp
 test: WHICH = not long
 test-long: WHICH = long
 test test-long: .venv/test.stamp
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not alone and $(WHICH)"; first=$$?; \
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m "not alone and $(WHICH)"; first=$$?; \
 	$(BIN)/python -m pytest -m "alone and $(WHICH)" && exit $$first
 
 # All tests as on an x86 processor without AVX-512: each variable limits the instructions of one library.

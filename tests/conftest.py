@@ -44,6 +44,12 @@ SLOWEST = (
 )
 
 
+@pytest.hookimpl(optionalhook=True)  # xdist is not everywhere
+def pytest_xdist_auto_num_workers() -> int:
+    """Two tests to a core, since many wait: for a server that starts, for a disk, for a clock."""
+    return min(2 * len(os.sched_getaffinity(0)), 16)
+
+
 def place(path: Path) -> int:
     """When a file's turn is: its place among the slowest, or after all of them."""
     name = path.relative_to(ROOT).as_posix()
