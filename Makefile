@@ -75,16 +75,19 @@ soak: .venv/test.stamp
 image:
 	$(PYTHON) -m tests.deploy.image --torch-index "$(CPU_WHEELS)"
 
-.venv/serve.stamp: pyproject.toml client/pyproject.toml constraints.txt
+.venv/torch.stamp: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed, as PYTHON=...")'
 	$(PYTHON) -m venv .venv
 	@$(BIN)/python deploy/torch_build.py --index $(CPU_WHEELS) $(if $(TORCH),--build $(TORCH))
+	touch $@
+
+.venv/serve.stamp: .venv/torch.stamp client/pyproject.toml constraints.txt
 	$(PIP) --editable client --editable .
 	touch $@
 
-.venv/test.stamp: .venv/serve.stamp
+.venv/test.stamp: .venv/torch.stamp client/pyproject.toml constraints.txt
 	$(PIP) --editable client --editable '.[test]'
-	touch $@
+	touch .venv/serve.stamp $@
 
 .venv/bench.stamp: .venv/test.stamp
 	$(PIP) --editable client --editable '.[bench]'

@@ -112,6 +112,7 @@ def test_a_checkpoint_in_the_format_of_2020_generates_the_pictures_that_diffuser
     assert abs(ours.picture.astype(int) - (theirs * 255).round().astype(int)).max() <= 1
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_of_a_training_file_the_average_is_taken_and_the_card_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -243,6 +244,7 @@ def old_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return named
 
 
+@pytest.mark.usefixtures("in_this_process")
 @pytest.mark.parametrize("folders", [False, True], ids=["flat", "folders"])
 def test_a_directory_of_2022_converts_to_the_same_configuration(tmp_path: Path, folders: bool) -> None:
     net = shaken(small(freq_shift=1, downsample_padding=0, flip_sin_to_cos=False, attention_head_dim=None))

@@ -19,6 +19,8 @@ from tests.model.convert.test_convert import apart, converted, noise, refused, w
 from tests.model.convert.test_layouts import output
 from tests.model.worlds import generator, pipeline, shaken, small
 
+pytestmark = pytest.mark.usefixtures("in_this_process")
+
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 

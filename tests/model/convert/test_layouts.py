@@ -29,6 +29,8 @@ from tests.model.convert.ports import PortedUNet
 from tests.model.convert.test_convert import apart, converted, noise, refused, shake, written
 from tests.model.worlds import pipeline, shaken, small
 
+pytestmark = pytest.mark.usefixtures("in_this_process")
+
 
 def output(directory: Path, x: Tensor, timesteps: Tensor) -> Tensor:
     """What the net in this model directory says."""

@@ -13,6 +13,8 @@ from model.convert.nets import OUTER, find, tables
 from tests.model.convert.directories import CONFIG, weights
 from tests.model.convert.test_convert import converted, refused, written
 
+pytestmark = pytest.mark.usefixtures("in_this_process")
+
 BETAS = torch.linspace(0.001, 0.2, 40)
 LEFT = (1 - BETAS).cumprod(0)
 TABLES = {"betas": BETAS, "alphas_cumprod": LEFT, "alpha_hat": LEFT.double(), "sqrt_alphas_cumprod": LEFT.sqrt()}

@@ -76,10 +76,11 @@ def test_an_unknown_model_is_not_found_and_the_answer_names_those_that_are(
 
 def test_openais_clients_know_the_error(client: TestClient) -> None:
     talk = OpenAI(base_url="http://localhost/v1", api_key="none", http_client=client, max_retries=0)
-    for ask in (
+    questions: list[Callable[[], object]] = [
         lambda: talk.images.generate(model="gpt-image-2", prompt=""),
         lambda: talk.models.retrieve("gpt-image-2"),
-    ):
+    ]
+    for ask in questions:
         with pytest.raises(openai.NotFoundError) as refusal:
             ask()
         assert (refusal.value.code, refusal.value.param) == ("model_not_found", "model")
