@@ -69,5 +69,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """All is imported."""
+    """All is imported, and stays: who collects garbage need not look at it again."""
+    gc.freeze()
     gc.enable()
+
+
+def pytest_sessionfinish() -> None:
+    """hypothesis, which may be imported only for the summary, asks who refers to the generators of others."""
+    gc.unfreeze()

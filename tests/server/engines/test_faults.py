@@ -124,6 +124,7 @@ def test_an_engine_that_dies_once_costs_no_job_a_picture(
     assert code == 0
 
 
+@pytest.mark.long
 def test_memory_that_runs_out_makes_the_batch_smaller_and_no_job_fails(weights: Path, expected: list[bytes]) -> None:
     server = faulty_server(weights, {"do": "memory", "bucket": 4})
     try:

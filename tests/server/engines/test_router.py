@@ -414,6 +414,7 @@ def restarts(server: Server) -> float:
     return sum(count for name, count in seen.items() if name.startswith("ddpm_engine_restarts"))
 
 
+@pytest.mark.long
 def test_a_job_that_kills_engines_fails_on_one_of_them_and_no_other_job_fails(two: Server) -> None:
     until_both_are_there(two)
     before = restarts(two)

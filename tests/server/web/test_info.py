@@ -171,6 +171,7 @@ def test_two_models_take_turns_in_memory_for_one_and_a_deleted_one_fails_alone(
     assert server.stop()[0] == 0
 
 
+@pytest.mark.long
 def test_a_model_that_breaks_before_an_engine_restart_fails_alone(tmp_path: Path) -> None:
     for name in "ab":
         write_model(tmp_path / name)
