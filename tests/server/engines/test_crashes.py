@@ -17,8 +17,10 @@ from tests.server.jobs.records import a_store
 from tests.server.jobs.storm import storm
 from tests.server.jobs.test_durability import ended, pictures
 
+MANY = [pytest.mark.long, pytest.mark.timeout(900)]  # each kill costs a start, and other tests start servers too
 
-@pytest.mark.parametrize(("kills", "jobs"), [(6, 40), pytest.param(30, 200, marks=pytest.mark.long)])
+
+@pytest.mark.parametrize(("kills", "jobs"), [(6, 40), pytest.param(30, 200, marks=MANY)])
 def test_kills_under_sixteen_clients_lose_double_and_change_nothing(weights: Path, kills: int, jobs: int) -> None:
     log, wrong = storm(weights, kills, jobs)
 
