@@ -9,6 +9,7 @@ PIP    := $(BIN)/pip install --quiet --disable-pip-version-check --constraint co
 # where there is no NVIDIA driver, if CPU_WHEELS can be reached and pip was not told where else to look.
 CPU_WHEELS ?= https://download.pytorch.org/whl/cpu
 
+.NOTPARALLEL: # all install into one .venv
 .PHONY: serve test test-long test-avx2 test-stalled check format bench bench-compile chaos chaos-long flips fuzz soak image gpu gpu-wheels clean
 
 serve: .venv/serve.stamp

@@ -120,9 +120,10 @@ def test_either_build_can_be_named(world: World) -> None:
     assert world.install("--build", "cpu", variables={"CONFIG": ":env:.find-links='/wheels'"})[0] == [CPU]
 
 
-def test_make_hands_on_which_build_is_named_before_all_else_is_installed(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("stamp", "installed"), [("serve", "--editable ."), ("test", "--editable '.[test]'")])
+def test_make_hands_on_which_build_is_named_before_all_else_is_installed(stamp: str, installed: str) -> None:
     def planned(*words: str) -> list[str]:
-        command = ["make", "--dry-run", "--always-make", "-C", str(ROOT), ".venv/serve.stamp", *words]
+        command = ["make", "--dry-run", "--always-make", "-C", str(ROOT), f".venv/{stamp}.stamp", *words]
         environ_of = {name: value for name, value in os.environ.items() if name not in ("TORCH", "CPU_WHEELS")}
         said = subprocess.run(command, env=environ_of, capture_output=True, text=True, check=True).stdout
         return [line.strip() for line in said.splitlines() if "torch_build" in line or "--editable" in line]
@@ -131,7 +132,7 @@ def test_make_hands_on_which_build_is_named_before_all_else_is_installed(tmp_pat
     assert planned()[0] == f"{script} https://download.pytorch.org/whl/cpu"
     assert planned("TORCH=cuda")[0] == f"{script} https://download.pytorch.org/whl/cpu --build cuda"
     assert planned("TORCH=cpu", f"CPU_WHEELS={INDEX}")[0] == f"{script} {INDEX} --build cpu"
-    assert planned()[1].endswith("--editable .") and len(planned()) == 2
+    assert planned()[1].endswith(installed) and len(planned()) == 2
 
 
 class Index:

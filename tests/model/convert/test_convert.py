@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from model.checkpoint.card import WEIGHTS, read_card
 from model.convert.__main__ import main
-from model.convert.pickles import SPARE_BYTES, choose, extract, parts
+from model.convert.pickles import SPARE_BYTES, choose, extract, parts, unpickle
 from model.errors import ModelRefused
 from model.sampling.schedule import cosine
 from tests.model.checkpoint.test_load import Bomb
@@ -319,6 +319,23 @@ def test_the_average_takes_precedence_over_the_net_and_the_given_part_over_both(
     assert choose({"": some, "net": some | {"b": torch.zeros(1)}}, None) == "net"
     with pytest.raises(ModelRefused, match="--part must be one of 'model', 'ema'"):
         choose({"model": some, "ema": some}, "optimizer")
+
+
+def test_a_process_of_its_own_takes_the_same_part_and_refuses_in_the_same_words(tmp_path: Path) -> None:
+    """So that the fixture `in_this_process` may stand for it."""
+    source = tmp_path / "last.ckpt"
+    states = {name: {"w": torch.full((2, 3), float(i))} for i, name in enumerate(("model", "ema", "other"))}
+    torch.save({**states, "loss": np.float64(0.5)}, source)
+    taken = [read(source, tmp_path / read.__name__, "other") for read in (extract, unpickle)]
+
+    assert taken == [("other", ["model", "ema", "other"])] * 2
+    assert (tmp_path / "extract").read_bytes() == (tmp_path / "unpickle").read_bytes()
+    refusals = []
+    for read in (extract, unpickle):
+        with pytest.raises(ModelRefused) as refusal:
+            read(source, tmp_path / "none", "teacher")
+        refusals.append(str(refusal.value))
+    assert refusals == ["--part must be one of 'model', 'ema', 'other'"] * 2
 
 
 # Hostile files

@@ -4,8 +4,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from tests.model.convert.directories import write_model
 
 STEPS = """
@@ -27,7 +25,6 @@ print(statistics.median(faults))
 """
 
 
-@pytest.mark.long
 def test_an_engine_on_a_cpu_keeps_its_memory_from_step_to_step() -> None:
     """glibc gives large blocks back to the system as soon as they are free: a net has to keep those it works in."""
     command = [sys.executable, "-c", STEPS, str(Path(__file__).parents[3] / "weights" / "digits")]
