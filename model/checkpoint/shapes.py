@@ -76,12 +76,21 @@ def _block(arch: Architecture, name: str, kind: str, inputs: list[int], out: int
     return made
 
 
+def _class_embedding(arch: Architecture) -> Shapes:
+    """Of an unconditional net, none."""
+    if arch.class_embed_type == "timestep":
+        made = _dense("class_embedding.linear_1", arch.sinusoid_dim or arch.block_out_channels[0], arch.embedding_dim)
+        return made | _dense("class_embedding.linear_2", arch.embedding_dim, arch.embedding_dim)
+    return {"class_embedding.weight": (arch.labels, arch.embedding_dim)} if arch.labels else {}
+
+
 def _unet(arch: Architecture) -> Shapes:
     widths, layers = arch.block_out_channels, arch.layers_per_block
     first, bottom, last = widths[0], widths[-1], len(widths) - 1
     made = _conv("conv_in", arch.in_channels, first, 3)
     made |= _dense("time_embedding.linear_1", arch.sinusoid_dim or first, arch.embedding_dim)
     made |= _dense("time_embedding.linear_2", arch.embedding_dim, arch.embedding_dim)
+    made |= _class_embedding(arch)
     for i, (out, kind) in enumerate(zip(widths, arch.down_block_types, strict=True)):
         inputs, sampler = [widths[max(i - 1, 0)], *[out] * (layers - 1)], "downsamplers" if i < last else ""
         made |= _block(arch, f"down_blocks.{i}", DOWN_BLOCKS[kind], inputs, out, sampler, arch.downsample_type)

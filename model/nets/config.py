@@ -11,6 +11,7 @@ from model.errors import ModelRefused
 from model.options import Json, Options, whole
 
 CHANNELS = (1, 3)  # of a picture: grey, or red, green and blue
+MAX_LABELS = 1 << 16  # that a net may know
 MAX_SIDE = 2048  # pixels
 MAX_PARAMETERS = 4_000_000_000
 PLAIN, ATTENTION, RESNET = "plain", "attention", "resnet"
@@ -46,6 +47,8 @@ class Architecture:
     flip_sin_to_cos: bool = True
     freq_shift: float = 0.0
     time_embedding_dim: int | None = None
+    class_embed_type: str | None = None
+    num_class_embeds: int | None = None  # labels, the null label among them; None: the net knows no labels
     attention_heads: int | None = None  # in every attention; attention_head_dim is ignored then
     sinusoid_dim: int | None = None  # None: the first level's channels
     timestep_scale: float = 1.0  # by which the timesteps of the training were multiplied
@@ -64,6 +67,11 @@ class Architecture:
     def shape(self) -> tuple[int, int, int]:
         """(C, H, W) of a picture."""
         return self.in_channels, self.height, self.width
+
+    @property
+    def labels(self) -> int:
+        """How many labels the net knows, the null label among them; 0 if it is unconditional."""
+        return self.num_class_embeds or 0
 
     @property
     def embedding_dim(self) -> int:
@@ -99,8 +107,7 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "center_input_sample": (False, None),
     "time_embedding_type": ("positional",),
     "act_fn": ("silu", "swish"),
-    "class_embed_type": (None,),
-    "num_class_embeds": (None,),
+    "class_embed_type": (None, "timestep", "identity"),
     "mid_block_type": ("UNetMidBlock2D", None),
     "downsample_type": ("conv", "resnet"),
     "upsample_type": ("conv", "resnet"),
@@ -196,6 +203,7 @@ def architecture(config: Json) -> Architecture:
         norm_eps=options.number("norm_eps", 1e-12, 1.0, 1e-5),
         freq_shift=options.number("freq_shift", -4.0, 4.0, 0.0),
         time_embedding_dim=options.optional("time_embedding_dim", 1, 32768),
+        num_class_embeds=options.optional("num_class_embeds", 1, MAX_LABELS),
         attention_heads=options.optional("attention_heads", 1, 8192),
         sinusoid_dim=options.optional("sinusoid_dim", 4, 8192),
         timestep_scale=options.number("timestep_scale", 1e-6, 1e6, 1.0),
@@ -222,6 +230,8 @@ def _check_consistency(options: Options, arch: Architecture) -> None:
     """Checks options that are each fine, but may not be so together."""
     if (least := arch.least_parameters) > MAX_PARAMETERS:
         raise ModelRefused(f"config.json: at most {MAX_PARAMETERS} parameters are allowed, it calls for over {least}")
+    if arch.class_embed_type is not None and arch.num_class_embeds is None:
+        raise options.refuse("num_class_embeds", f"the number of labels, with class_embed_type {arch.class_embed_type}")
     channels, groups = arch.block_out_channels, arch.norm_num_groups
     sinusoid = arch.sinusoid_dim or channels[0]
     if sinusoid < 4 or sinusoid // 2 <= arch.freq_shift:

@@ -3,6 +3,9 @@
 Everything that depends on the timestep alone (its sinusoid, the two dense layers, one projection per residual block) is
 computed for every timestep beforehand, by `UNet.embed`; the forward pass is given one row of that table per sample. It
 is therefore one straight line of convolutions, norms and additions, whatever timesteps share the batch.
+
+A conditional net adds the embedding of a label to that of the timestep before it projects them. Its tables end there:
+`embed` and `embed_labels` give the terms of the sum, and the projection is the first layer of the forward pass.
 """
 
 import math
@@ -47,24 +50,54 @@ class UNet(nn.Module):
         widths, levels = arch.block_out_channels, range(len(arch.block_out_channels))
         self.conv_in = Conv(arch.in_channels, widths[0], 3, padding=1)
         self.time_embedding = TimestepEmbedding(arch.sinusoid_dim or widths[0], arch.embedding_dim)
+        if arch.labels and arch.class_embed_type == "timestep":
+            self.class_embedding: nn.Module = TimestepEmbedding(arch.sinusoid_dim or widths[0], arch.embedding_dim)
+        elif arch.labels:
+            self.class_embedding = nn.Embedding(arch.labels, arch.embedding_dim)
         self.down_blocks = nn.ModuleList([DownBlock(arch, level) for level in levels])
         self.mid_block = MidBlock(arch) if arch.mid_block_type else None
         self.up_blocks = nn.ModuleList([UpBlock(arch, level) for level in levels])
         self.conv_norm_out = GroupNorm(arch.norm_num_groups, widths[0], arch.norm_eps)
         self.conv_out = Conv(widths[0], arch.out_channels, 3, padding=1)
         self.timed = [module for module in self.modules() if isinstance(module, Resnet)]
-        self.embedding_width = assign_columns(self.timed, [each.time_emb_proj.out_features for each in self.timed])  # P
+        self.labels = arch.labels
+        projected = assign_columns(self.timed, [each.time_emb_proj.out_features for each in self.timed])  # P
+        self.embedding_width = arch.embedding_dim if arch.labels else projected  # W
+        self.project: Conv | None = None  # all projections of a conditional net as one layer, after `fuse`
 
     def embed(self, timesteps: Tensor) -> Tensor:
-        """All that the net needs to know of a timestep. timesteps: [N], as in its training -> [N, P]"""
-        arch, dim = self.arch, self.time_embedding.linear_1.in_features
-        timesteps = timesteps.float() * arch.timestep_scale
-        embedding = sinusoid(timesteps, dim, arch.flip_sin_to_cos, arch.freq_shift)
-        embedding = F.silu(self.time_embedding(embedding.to(self.time_embedding.linear_1.weight.dtype)))
+        """All that the net needs to know of a timestep. timesteps: [N], as in its training -> [N, W]"""
+        embedding: Tensor = self.time_embedding(self._sinusoid(timesteps.float() * self.arch.timestep_scale))
+        return embedding if self.labels else self._project(embedding)
+
+    def embed_labels(self) -> Tensor:
+        """What is added to a row of `embed` for each label. -> [L, W]"""
+        if self.arch.class_embed_type == "timestep":
+            numbers = torch.arange(self.labels, device=self.conv_in.weight.device)
+            embedding: Tensor = self.class_embedding(self._sinusoid(numbers))
+            return embedding
+        weight = self.class_embedding.weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+    def _sinusoid(self, numbers: Tensor) -> Tensor:
+        """[N] -> [N, dim], in the dtype of the weights"""
+        arch, first = self.arch, self.time_embedding.linear_1
+        return sinusoid(numbers, first.in_features, arch.flip_sin_to_cos, arch.freq_shift).to(first.weight.dtype)
+
+    def _project(self, embedding: Tensor) -> Tensor:
+        """What each residual block adds or modulates by. [N, D] -> [N, P]"""
+        embedding = F.silu(embedding)
+        if self.project is not None:
+            out: Tensor = self.project(embedding[:, :, None, None])[:, :, 0, 0]
+            return out
         return torch.cat([resnet.time_emb_proj(embedding) for resnet in self.timed], dim=1)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """x: [B, C, H, W], or [B, reads, H, W], embedding: [B, P], rows of `embed` -> [B, out_channels, H, W]"""
+        """x: [B, C, H, W], or [B, reads, H, W], embedding: [B, W], rows of `embed`, of a conditional net each with a row
+        of `embed_labels` added -> [B, out_channels, H, W]"""
+        if self.labels:
+            embedding = self._project(embedding)
         x = self.conv_in(x)
         kept = [x]
         for block in self.down_blocks:
@@ -89,3 +122,7 @@ class UNet(nn.Module):
                 module.fuse()
         if not on_cpu:
             self.conv_in.widen(READ)
+        if self.labels:
+            layers = [resnet.time_emb_proj for resnet in self.timed]
+            weight = torch.cat([layer.weight for layer in layers])[:, :, None, None]  # [P, D, 1, 1]
+            self.project = Conv.of(weight, torch.cat([layer.bias for layer in layers]))

@@ -1,10 +1,11 @@
 """Samplers as tables. Everything in which two requests differ is in one row of numbers per step:
 
-    (k, p, q, c, m, h, n, e, s, w, u, g, d, a, b)
+    (k, p, q, c, m, h, n, e, s, w, u, g, d, a, b, r)
 
 and one denoising step, for every sampler, step count, prediction and clipping choice, is
 
     out, f = net(x, k)                                    f: the extra channels of a learned-variance net, else 0
+    out = out + r (out - out without the label)           of a conditional net: classifier-free guidance
     x0  = clamp(p x + q out, -c, c)
     x'  = m x0 + h y1 + g y2 + d y3 + n x + e out + s exp(w f) z + u given
     y1, y2, y3 = a x0 + b x, y1, y2
@@ -25,8 +26,8 @@ from model.sampling.schedule import FloatArray, IntArray
 Noise = Literal["philox", "torch"]
 NOISES: tuple[Noise, ...] = get_args(Noise)
 
-COLUMNS = "kpqcmhneswugdab"
-K, P, Q, C, M, H, N, E, S, W, U, G, D, A, B = range(15)
+COLUMNS = "kpqcmhneswugdabr"
+K, P, Q, C, M, H, N, E, S, W, U, G, D, A, B, R = range(16)
 HISTORY = 3  # pictures in the history of a sample: y1, y2, y3
 
 
@@ -34,12 +35,14 @@ HISTORY = 3  # pictures in the history of a sample: y1, y2, y3
 class Plan:
     """The table that a sample walks down, one row per step."""
 
-    rows: FloatArray  # [steps, 15]
+    rows: FloatArray  # [steps, 16]
     t: IntArray  # [steps + 1] the noise level before each step, and at the end
     noise: Noise = "philox"  # where x_T and the noise of the steps come from
     steps: int = field(init=False)
     draws: bool = field(init=False)  # whether any step adds noise that `model.sampling.noise.gaussian` draws
+    guided: bool = field(init=False)  # whether any step reads what the net says without the label
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "steps", len(self.rows))
         object.__setattr__(self, "draws", bool(self.rows[:, S].any()))
+        object.__setattr__(self, "guided", bool(self.rows[:, R].any()))

@@ -1,6 +1,24 @@
-"""`python -m model.train` trains a model directory."""
+"""`python -m model.train` trains a model directory. See `model.train.train`."""
 
-from model.train.train import main
+import argparse
+import sys
+from pathlib import Path
+
+from model.train import train
+from model.train.flags import add_arguments, run
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        "model.train", description=train.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source", type=Path, help="a folder of images, or an .npz with an array `images`")
+    parser.add_argument("directory", type=Path, help="a model directory: config.json and scheduler_config.json")
+    add_arguments(parser)
+    args = parser.parse_args()
+    number = run(args.source, args.directory, args)
+    return 128 + number if number else 0
+
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

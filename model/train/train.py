@@ -2,161 +2,171 @@
 
     python -m model.train PICTURES weights/digits --images 640000
 
-The directory holds the configurations; training adds the weights (their moving average, which is what one serves) and
-`training.jsonl`. If it was interrupted, the same command resumes at the last checkpoint, `training.safetensors`; with
-`--minutes` it stops by itself, at a checkpoint. If there is no checkpoint, `--start` names weights to begin with.
+The directory holds the configurations; training adds the weights (the moving average that does best on held-out
+pictures, which is what one serves), `training.jsonl`, and sheets of samples. If it was interrupted, the same command
+goes on at the last checkpoint, `training.safetensors`; with `--minutes` it stops by itself, at a checkpoint. If there
+is no checkpoint, `--start` names weights to begin with.
 Under `torchrun --nproc-per-node N -m model.train ...` the batch is shared by N processes, one per GPU or CPU core.
 """
 
-import argparse
 import json
-import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, distributed
+from numpy.typing import NDArray
+from torch import Tensor
 
 from model.checkpoint.card import WEIGHTS
 from model.checkpoint.scheduler import read_process
+from model.errors import ModelRefused
 from model.nets.config import Architecture, architecture
 from model.nets.lucidrains_config import LUCIDRAINS
 from model.options import Options, read_json
-from model.train.data import held_out, load_images
-from model.train.trainer import Recipe, Trainer, write_weights
+from model.sampling.schedule import Process
+from model.train.data import Dataset, held_out, load_dataset
+from model.train.recipe import Recipe
+from model.train.sheet import sheet, write_png
+from model.train.state import resume, save, start_from, write_weights
+from model.train.trainer import Losses, Trainer
 
 STATE = "training.safetensors"
+SHEET, SHEETS = "samples.png", "samples"  # the latest sheet, and a folder of those before
+CHECKPOINT_S = 60  # seconds between checkpoints
+WATCHED = 1 / 20  # share of the time that may go into held-out losses, and into sheets
+MORE = 1.1  # a sheet is kept when so many times as many pictures were seen as at the last
+PROBES = 256  # held-out pictures whose loss is taken
 
 
-def _trainable(directory: Path) -> Architecture:
-    """The net to train. Raises ModelRefused if it would be served otherwise than this loop trains it."""
+def trainable(directory: Path) -> tuple[Architecture, Process]:
+    """The net to train, and its process. Raises ModelRefused if it would be served otherwise than this loop trains it."""
     config = Options("config.json", read_json(directory / "config.json"))
     if config.values.get("_class_name") == LUCIDRAINS:
         raise config.refuse("_class_name", "UNet2DModel or OpenAIUNet to be trained")
     arch = architecture(config.values)
     if arch.learned_variance:
         raise config.refuse("out_channels", f"in_channels ({arch.in_channels}) to be trained: no variance is learned")
+    if arch.class_embed_type == "identity":
+        raise config.refuse("class_embed_type", "null or timestep to be trained")
     scheduler = Options("scheduler_config.json", read_json(directory / "scheduler_config.json"))
     scheduler.word("prediction_type", ("epsilon",), "epsilon")
-    return arch
+    return arch, read_process(scheduler.values, {}, arch.learned_variance)
+
+
+class Pictures:
+    """The pictures of a training, split into those it sees and those it never sees."""
+
+    def __init__(self, source: Path, arch: Architecture, balance: float) -> None:
+        dataset = load_dataset(source, arch.shape)
+        _require_labels(source.name, dataset, arch)
+        if len(dataset.images) < 2:
+            raise ValueError(f"{source.name} must hold at least two pictures: of each ten, one is held out")
+        self.images = torch.from_numpy(dataset.images)
+        self.labels = torch.from_numpy(dataset.labels) if dataset.labels is not None and arch.labels else None
+        self.seen, self.unseen = held_out(len(self.images))
+        self._weights: NDArray[np.float64] | None = None  # of the pictures that are seen; None: all alike
+        if self.labels is not None and balance:
+            counts = np.bincount(self.labels[self.seen])
+            weights = counts[self.labels[self.seen]] ** -float(balance)
+            self._weights = weights / weights.sum()
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def draw(self, step: int, batch: int) -> tuple[Tensor, Tensor | None]:
+        """The batch of an update, always the same. -> [B, C, H, W] in [-1, 1], and its labels"""
+        drawn = np.random.default_rng(step).choice(len(self.seen), batch, p=self._weights)
+        return self._take(self.seen[drawn])
+
+    def probes(self) -> tuple[Tensor, Tensor | None]:
+        """Some of those never seen."""
+        return self._take(self.unseen[:PROBES])
+
+    def _take(self, chosen: NDArray[np.int64]) -> tuple[Tensor, Tensor | None]:
+        pictures = self.images[chosen].float() / 127.5 - 1
+        return pictures, None if self.labels is None else self.labels[chosen]
+
+
+def _require_labels(name: str, dataset: Dataset, arch: Architecture) -> None:
+    """Raises ValueError unless the pictures have the labels that the net is to learn."""
+    if arch.labels and dataset.labels is None:
+        raise ValueError(f"{name} has no labels (sub-folders, or an array `labels`), which this net is to learn")
+    if arch.labels and len(dataset.names) + 1 != arch.labels:
+        raise ValueError(
+            f"{name} has {len(dataset.names)} labels: config.json must have num_class_embeds {len(dataset.names) + 1}"
+            f" (these and the null label), not {arch.labels}"
+        )
 
 
 @dataclass(slots=True)
-class _Progress:
-    """A training in progress: its trainer, and the log lines that no checkpoint has yet."""
+class Training:
+    """A training in progress: its trainer, and the files it writes."""
 
     trainer: Trainer
+    process: Process
     directory: Path
-    probe: Tensor  # [n, C, H, W] pictures that are never trained on
-    lines: list[str] = field(default_factory=list)
-    losses: list[float] = field(default_factory=list)  # since the last line
+    probes: tuple[Tensor, Tensor | None]  # pictures that are never trained on, and their labels
+    clock: Callable[[], float] = time.monotonic
+    best: float = field(init=False)  # the moving average to serve
+    losses: list[float] = field(default_factory=list)  # since the last line of the log
+    _kept: int = 0  # pictures seen at the last sheet that was kept
+    _free: dict[str, float] = field(default_factory=dict)  # when each kind of look may be taken again
 
-    def begin(self, start: Path | None) -> None:
-        """Resumes at the checkpoint, if there is one, or begins with the weights in `start`."""
+    def __post_init__(self) -> None:
+        self.best = self.trainer.recipe.emas[0]
+
+    def begin(self, start: Path | None) -> bool:
+        """Goes on at the checkpoint, if there is one, or begins with the weights in `start`. Returns whether it goes on."""
         resumes = (self.directory / STATE).is_file()
         if resumes:
-            self.trainer.resume(self.directory / STATE, self.directory / WEIGHTS)
+            resume(self.trainer, self.directory / STATE)
         elif start is not None:
-            self.trainer.start_from(start)
-        if (resumes or start is not None) and not self.trainer.rank:
-            self._log({"held_out": self.trainer.held_out_loss(self.probe)}, "to begin with")
+            start_from(self.trainer, start)
+        return resumes
 
-    def log(self, images_per_s: float) -> None:
-        """Logs the losses since the last line."""
-        trainer, loss = self.trainer, round(sum(self.losses) / len(self.losses), 5)
-        line = {"loss": loss, "held_out": trainer.held_out_loss(self.probe), "images_per_s": round(images_per_s, 1)}
-        self._log(line, f"{(trainer.recipe.images - trainer.seen) / images_per_s / 60:.0f} min left")
-        self.losses = []
+    def keep(self, images_per_s: float, last: bool = False) -> dict[str, Any]:
+        """Writes a checkpoint: the state, the weights to serve, a line of the log, a sheet. Returns the line.
 
-    def _log(self, line: dict[str, Any], words: str) -> None:
-        self.lines.append(json.dumps({"images": self.trainer.seen} | line))
-        print(self.lines[-1], words, flush=True)
-
-    def keep(self) -> None:
-        """Writes the checkpoint, the weights in it, and the lines of the log."""
-        self.trainer.save(self.directory / STATE)
-        write_weights(self.trainer.average, self.directory / WEIGHTS)
+        last: takes the held-out loss and a sheet even if they would take much of the time
+        """
+        line: dict[str, Any] = {"images": self.trainer.seen}
+        if self.losses:
+            line |= {"loss": round(sum(self.losses) / len(self.losses), 5), "images_per_s": round(images_per_s, 1)}
+        line |= self._now_and_then("held out", self._held_out, last) or {}
+        save(self.trainer, self.directory / STATE)
+        write_weights(self.trainer.averages[self.best], self.directory / WEIGHTS)
         with (self.directory / "training.jsonl").open("a") as file:
-            file.writelines(line + "\n" for line in self.lines)
-        self.lines = []
+            file.write(json.dumps(line) + "\n")
+        self._now_and_then("sheet", self._sheet, last)
+        self.losses = []
+        return line
 
+    def _now_and_then(self, kind: str, look: Callable[[], Any], last: bool) -> Any:
+        """Takes a look at the net, unless looks of this kind would take more than their share of the time."""
+        begun = self.clock()
+        if begun < self._free.get(kind, 0) and not last:
+            return None
+        seen = look()
+        self._free[kind] = begun + (self.clock() - begun) / WATCHED
+        return seen
 
-def train(source: Path, directory: Path, recipe: Recipe, device: str, start: Path | None = None) -> None:
-    """Trains the weights of `directory` on the pictures in `source`, or resumes; prints and logs its progress.
+    def _held_out(self) -> dict[str, Any]:
+        pictures, labels = (None if each is None else each.to(self.trainer.device) for each in self.probes)
+        assert pictures is not None
+        losses = self.trainer.held_out_losses(pictures, labels)
+        means = {ema: sum(each.values()) / len(each) for ema, each in losses.items()}
+        self.best = min(means, key=means.__getitem__)
+        found: Losses = losses[self.best]
+        return {"held_out": found, "ema": self.best, "emas": {ema: round(mean, 5) for ema, mean in means.items()}}
 
-    start: weights to begin with if there is no checkpoint, instead of random ones. Raises ModelRefused if the directory
-    cannot be trained, ValueError if the pictures do not fit.
-    """
-    arch = _trainable(directory)
-    schedule = read_process(read_json(directory / "scheduler_config.json"), {}, arch.learned_variance).schedule
-    pictures = torch.from_numpy(load_images(source, arch.shape))
-    if len(pictures) < 2:
-        raise ValueError(f"{source.name} must hold at least two pictures: of each ten, one is held out")
-    train_on, test_on = (torch.from_numpy(part) for part in held_out(len(pictures)))
-    trainer = Trainer(arch, schedule, recipe, device)
-    progress = _Progress(trainer, directory, pictures[test_on[:256]].to(device).float() / 127.5 - 1)
-    progress.begin(start)
-    started, first, ended = time.monotonic(), trainer.seen, trainer.seen >= recipe.images
-    while not ended:
-        torch.manual_seed(trainer.step + 1)  # a resumed run sees the same pictures and noise as an uninterrupted one
-        drawn = np.random.default_rng(trainer.step).integers(len(train_on), size=recipe.batch)
-        chosen = pictures[train_on[torch.from_numpy(drawn)]]
-        progress.losses.append(trainer.update(chosen.float() / 127.5 - 1))
-        ended = trainer.seen >= recipe.images or trainer.time_is_up(time.monotonic() - started)
-        if trainer.rank:
-            continue
-        if trainer.step % max(1, recipe.log_every // recipe.batch) == 0 or ended:
-            progress.log((trainer.seen - first) / (time.monotonic() - started))
-        if trainer.step % max(1, recipe.save_every // recipe.batch) == 0 or ended:
-            progress.keep()
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of a training."""
-    usual = Recipe()
-    parser.add_argument(
-        "--images", dest="pictures", type=int, default=usual.images, help="pictures to see (%(default)s)"
-    )
-    parser.add_argument("--batch", type=int, default=usual.batch, help="pictures per update (%(default)s)")
-    parser.add_argument("--rate", type=float, default=usual.rate, help="peak learning rate (%(default)s)")
-    parser.add_argument("--minutes", type=float, default=usual.minutes, help="stop after so many (default: never)")
-    parser.add_argument("--start", type=Path, metavar="WEIGHTS", help="weights to begin with, where no checkpoint is")
-    parser.add_argument("--float32", action="store_true", help="no bfloat16 autocast")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
-
-
-def has_device(name: str) -> bool:
-    """Whether tensors can be computed on a device of this name."""
-    try:
-        return torch.device(name).type in ("cpu", "cuda") and bool(torch.zeros(1, device=name).item() == 0)
-    except (RuntimeError, AssertionError):  # the latter: a PyTorch without CUDA
-        return False
-
-
-def run(source: Path, directory: Path, args: argparse.Namespace) -> None:
-    """Trains with these flags, alone or as one of the processes that torchrun has started."""
-    device = args.device
-    if "RANK" in os.environ:
-        distributed.init_process_group()
-        if device == "cuda":
-            device = f"cuda:{os.environ['LOCAL_RANK']}"
-    recipe = Recipe(
-        images=args.pictures, batch=args.batch, rate=args.rate, autocast=not args.float32, minutes=args.minutes
-    )
-    train(source, directory, recipe, device, args.start)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, help="a folder of images, or an .npz with an array `images`")
-    parser.add_argument("directory", type=Path, help="a model directory: config.json and scheduler_config.json")
-    add_arguments(parser)
-    args = parser.parse_args()
-    run(args.source, args.directory, args)
-
-
-if __name__ == "__main__":
-    main()
+    def _sheet(self) -> None:
+        made, folder = sheet(self.trainer, self.process, self.best), self.directory / SHEETS
+        write_png(made, self.directory / SHEET)
+        if self.trainer.seen >= MORE * self._kept:
+            folder.mkdir(exist_ok=True)
+            write_png(made, folder / f"{self.trainer.seen:09}.png")
+            self._kept = self.trainer.seen

@@ -1,0 +1,87 @@
+"""The files of a training: its whole state, from which it goes on to the same bits, and the weights to serve."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from model.checkpoint.header import read_header
+from model.checkpoint.load import read_tensors
+from model.errors import ModelRefused
+from model.train.trainer import Trainer
+
+AVERAGE = "average"  # of its tensors' names in a state: average.DECAY.NAME
+OPTIMISER = ("step", "exp_avg", "exp_avg_sq")  # AdamW's state of a parameter
+
+
+def save(trainer: Trainer, path: Path) -> None:
+    """Writes the whole state of a training to one safetensors file, which is replaced atomically. Raises OSError."""
+    tensors = {
+        f"{AVERAGE}.{ema}.{name}": each for ema, average in trainer.averages.items() for name, each in average.items()
+    }
+    for name, p in trainer.parameters():
+        tensors[f"net.{name}"] = p.detach()
+        for key, value in trainer.optimizer.state.get(p, {}).items():
+            tensors[f"{key}.{name}"] = value
+    write(tensors, path, {"seen": str(trainer.seen), "step": str(trainer.step)})
+
+
+def resume(trainer: Trainer, path: Path) -> None:
+    """Goes on from a state that `save` wrote. Raises ModelRefused if it is damaged, of another net, or has no moving
+    average of a length that the recipe asks for."""
+    try:
+        with torch.no_grad():
+            _resume(trainer, path)
+    except torch.OutOfMemoryError:
+        raise
+    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        words = "is damaged, of another net, or has other moving averages"
+        raise ModelRefused(f"{path.name} {words}; without it, training begins anew") from error
+
+
+def _resume(trainer: Trainer, path: Path) -> None:
+    with safe_open(path, "pt", device=trainer.device) as file:
+        metadata, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}
+    trainer.seen, trainer.step = int(metadata["seen"]), int(metadata["step"])
+    trainer.assign({name: tensors[f"net.{name}"] for name, _ in trainer.parameters()})
+    for name, p in trainer.parameters():
+        for ema, average in trainer.averages.items():
+            average[name].copy_(tensors[f"{AVERAGE}.{ema}.{name}"])
+        kept = {key: tensors[f"{key}.{name}"] for key in OPTIMISER}
+        trainer.optimizer.state[p] = {k: v if k == "step" else torch.empty_like(p).copy_(v) for k, v in kept.items()}
+
+
+@torch.no_grad()
+def start_from(trainer: Trainer, path: Path) -> None:
+    """Begins with these weights instead of random ones; those of an unconditional net begin a conditional one, all of
+    whose labels mean nothing yet. Raises ModelRefused if they are not this net's."""
+    shapes = {name: tuple(p.shape) for name, p in trainer.parameters()}
+    found = {name: shape for name, (_, shape) in read_header(path).items()}
+    added = {name: shape for name, shape in shapes.items() if name.startswith("class_embedding.")}
+    if found not in (shapes, {name: shape for name, shape in shapes.items() if name not in added}):
+        raise ModelRefused(f"{path.name} does not hold the weights of this net, by their names of today")
+    weights = {name: torch.zeros(shape) for name, shape in added.items()} | read_tensors(path, shapes)[0]
+    trainer.assign(weights)
+    for average in trainer.averages.values():
+        for name, tensor in average.items():
+            tensor.copy_(weights[name])
+
+
+def write(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Writes a safetensors file that all users may read. It is replaced atomically. Raises OSError."""
+    part = path.with_suffix(".part")
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part, metadata)
+    except SafetensorError as error:
+        part.unlink(missing_ok=True)
+        raise OSError(f"{path.name} could not be written: {error}") from None
+    part.chmod(0o644)  # the server may be run by another user
+    part.replace(path)
+
+
+def write_weights(average: Mapping[str, Tensor], path: Path) -> None:
+    """Writes a moving average as a model's weights."""
+    write(average, path, {"format": "pt"})
