@@ -17,6 +17,7 @@ from model.checkpoint.load import Model
 from model.engine.engine import Engine
 from model.engine.events import Request
 from model.engine.runner import prepared
+from model.engine.slots import Seating
 from model.nets.build import build
 from model.nets.config import architecture
 from model.nets.convolution import Conv
@@ -73,7 +74,7 @@ def run(use: Use, invariant: bool, device: torch.device) -> None:
             frames = frozenset({0, 1} if seed == 0 else ())
             engine.submit(Request(seed, seed, table, frames=frames, wants_floats=seed == 0))
         engine.step()
-        runner.slots.resume(0, 0, table, 1, runner.slots.save(0))
+        runner.slots.resume(Seating(0, 0, table), 1, runner.slots.save(0))
         engine.cancel(0)
         while engine.busy:
             engine.step()

@@ -29,7 +29,8 @@ class Picture:
     owner: str = ""
     rank: float = 0.0
     left: int = 0
-    slot: int | None = None
+    width: int = 1
+    slots: tuple[int, ...] = ()
     arrival: int = -1
     end_s: float = math.inf
 

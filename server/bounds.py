@@ -73,9 +73,9 @@ def says(field: FieldInfo, error: Mapping[str, Any], largest: int | None = None,
         return f"must be a string{length}{f', got {len(given)}' if isinstance(given, str) else got}"
     if get_origin(kind) is list:
         least, most = _bound(field, "min_length"), largest or _bound(field, "max_length")
-        return (
-            f"must be a list of {least} to {most} integers{f', got {len(given)}' if isinstance(given, list) else got}"
-        )
+        items = "integers" if int in get_args(get_args(kind)[0]) or get_args(kind)[0] is int else "labels"
+        length = f"{least}" if least == most else f"{least} to {most}"
+        return f"must be a list of {length} {items}{f', got {len(given)}' if isinstance(given, list) else got}"
     if isinstance(kind, type) and issubclass(kind, BaseModel):
         return f"must be an object of {', '.join(kind.model_fields)}{got}"
     return f"is ill-formed: {error['msg']}"

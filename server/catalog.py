@@ -13,7 +13,7 @@ from model.checkpoint.pipeline import INDEX
 from model.errors import ModelRefused, reason
 from model.sampling.plan import SAMPLERS, stands
 from model.sampling.samplers import Sampling
-from server.errors import ModelBroken, ModelChanged, ModelNotFound
+from server.errors import Invalid, ModelBroken, ModelChanged, ModelNotFound
 from server.troubles import shortage
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -49,6 +49,19 @@ class Catalog(Mapping[str, ModelCard]):
 def refused(cards: Mapping[str, ModelCard]) -> Mapping[str, str]:
     """The reasons of models that are not served though they were listed, by name."""
     return cards.refused if isinstance(cards, Catalog) else {}
+
+
+def default_model(cards: Mapping[str, ModelCard], named: str | None) -> str | None:
+    """The model of requests that name none; None if such requests are refused. named: by the settings"""
+    return named or (next(iter(cards)) if len(cards) == 1 and not refused(cards) else None)
+
+
+def model_of(wanted: str | None, cards: Mapping[str, ModelCard], named: str | None) -> ModelCard:
+    """The model of a request. Raises what `card_of` raises, or Invalid if it must be named and is not."""
+    name = wanted or default_model(cards, named)
+    if name is None:
+        raise Invalid(("model", f"name a model, {one_of(cards)}"))
+    return card_of(name, cards)
 
 
 def card_of(name: str, cards: Mapping[str, ModelCard]) -> ModelCard:

@@ -56,6 +56,9 @@ class RequestDocument(TypedDict):
     timesteps: Annotated[list[int] | None, Field(description="the levels, if they were given or a plan has them")]
     plan: str | None
     spacing: Annotated[Spacing | None, Field(description="null beside timesteps")]
+    labels: Annotated[list[int] | None, Field(description="of each picture; null: none was asked for")]
+    guidance: Annotated[float | None, Field(description="of pictures with a label; 1: none")]
+    guidance_interval: Annotated[list[int] | None, Field(description="the highest and the lowest level with guidance")]
     clip: bool
     noise: Noise
     variance: Variance | None

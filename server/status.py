@@ -8,6 +8,7 @@ from pydantic import Field
 from typing_extensions import TypedDict
 
 from model.checkpoint.card import ModelCard
+from model.sampling.labels import Labels
 from model.sampling.levels import SPACINGS
 from model.sampling.plan import SAMPLERS, resolve
 from model.sampling.schedule import SavedPlan, Spacing, Variance
@@ -69,6 +70,22 @@ class RefusedPlan(TypedDict):
     reason: str
 
 
+class LabelDocument(TypedDict):
+    """A label with a name."""
+
+    label: int
+    name: str
+
+
+class LabelsDocument(TypedDict):
+    """The labels that a conditional model knows."""
+
+    count: Annotated[int, Field(description="labels that may be asked for")]
+    names: Annotated[list[LabelDocument], Field(description="those that have names; others go by number")]
+    null: Annotated[int | None, Field(description="the label that stands for none; null: the model has none")]
+    guidance: Annotated[float, Field(description="of pictures with a label, unless a request says otherwise")]
+
+
 class Choices(TypedDict):
     """What requests for a model may choose."""
 
@@ -77,8 +94,19 @@ class Choices(TypedDict):
     presets: Presets
     variances: list[Variance]
     spacings: list[Spacing]
+    labels: Annotated[LabelsDocument | None, Field(description="null: the model knows no labels")]
     plans: list[PlanDocument]
     refused_plans: Annotated[list[RefusedPlan], Field(description="files in `plans` that cannot be used")]
+
+
+def _labels(labels: Labels) -> LabelsDocument:
+    named = [(label, labels.name(label)) for label in labels.choices[: len(labels.names) + 1]]
+    return {
+        "count": len(labels.choices),
+        "names": [{"label": label, "name": name} for label, name in named if name is not None],
+        "null": labels.null,
+        "guidance": labels.guidance,
+    }
 
 
 def choices_of(card: ModelCard) -> Choices:
@@ -92,6 +120,7 @@ def choices_of(card: ModelCard) -> Choices:
         "presets": cast(Presets, presets),
         "variances": ["small", "large", "learned"] if process.learned_variance else ["small", "large"],
         "spacings": list(SPACINGS),
+        "labels": _labels(card.labels) if card.labels is not None else None,
         "plans": [_shown(name, saved) for name, saved in process.plans.items()],
         "refused_plans": [{"name": name, "reason": reason} for name, reason in process.refused_plans.items()],
     }

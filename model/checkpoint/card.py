@@ -14,6 +14,7 @@ from pathlib import Path
 
 from model.checkpoint.foreign import found_instead, require_served_kind
 from model.checkpoint.header import entries_of, require_tensors
+from model.checkpoint.labels import read_labels
 from model.checkpoint.pipeline import is_part, read_index
 from model.checkpoint.plans import read_plans
 from model.checkpoint.presets import Fields, Preset, read_presets
@@ -26,6 +27,7 @@ from model.errors import ModelRefused
 from model.nets.config import MAX_PARAMETERS, architecture
 from model.nets.lucidrains_config import LUCIDRAINS, AnyArchitecture, lucidrains_architecture
 from model.options import MAX_CONFIG_BYTES, Json, lies_in, read_config, read_json, require_file
+from model.sampling.labels import Labels
 from model.sampling.schedule import Process, SavedPlan
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -53,6 +55,7 @@ class ModelCard:
     architecture: AnyArchitecture
     process: Process
     presets: Mapping[Preset, Fields]
+    labels: Labels | None = None  # of a conditional net
     configs: tuple[str, ...] = ()  # sha256 of the net's and the scheduler's configuration as they were read
     shards: tuple[Path, ...] = ()  # the files of an index, ordered by name
     left: tuple[str, ...] = ()  # the names of other weights in the directory that could have been taken
@@ -125,9 +128,11 @@ def read_card(directory: Path, name: str | None = None, plans: Mapping[str, Save
     scheduler, schedule_digest = read_config(schedule_file(directory))
     arch = lucidrains_architecture(config) if config.get("_class_name") == LUCIDRAINS else architecture(config)
     process, tensors = read_process(scheduler, index, arch.learned_variance), shapes(arch)
-    _require_bounds(tensors, process.schedule.T)
+    _require_bounds(tensors, process.schedule.T + arch.labels)
     plans, refused = read_plans(directory, process) if plans is None else (plans, {})
     process = replace(process, plans=plans, refused_plans=refused)
+    labels = read_labels(index, arch)
+    null = [] if labels is None or labels.null is None else [text_digest(f"null_label {labels.null}")]
     told = index.get("scheduler") if scheduler.get("_class_name") is None else None  # the scheduler's class
     require_file(weights, hint)
     card = ModelCard(
@@ -137,7 +142,8 @@ def read_card(directory: Path, name: str | None = None, plans: Mapping[str, Save
         architecture=arch,
         process=process,
         presets=read_presets(index, process),
-        configs=(digest, schedule_digest, *([text_digest(json.dumps(told))] if told is not None else [])),
+        labels=labels,
+        configs=(digest, schedule_digest, *([text_digest(json.dumps(told))] if told is not None else []), *null),
         shards=_shards(weights) if weights.suffix == ".json" else (),
         left=left,
     )
@@ -145,12 +151,12 @@ def read_card(directory: Path, name: str | None = None, plans: Mapping[str, Save
     return card
 
 
-def _require_bounds(tensors: Shapes, T: int) -> None:
-    """Raises ModelRefused if the net has more weights, or more timestep embeddings, than any net needs."""
+def _require_bounds(tensors: Shapes, rows: int) -> None:
+    """Raises ModelRefused if the net has more weights, or more embeddings, than any net needs. rows: embeddings"""
     if (parameters := count(tensors)) > MAX_PARAMETERS:
         raise ModelRefused(f"config.json: at most {MAX_PARAMETERS} parameters are allowed, it calls for {parameters}")
-    if (numbers := embedding_width(tensors) * T) > MAX_TABLE:
-        raise ModelRefused(f"config.json: at most {MAX_TABLE} timestep embeddings are allowed, it calls for {numbers}")
+    if (numbers := embedding_width(tensors) * rows) > MAX_TABLE:
+        raise ModelRefused(f"config.json: at most {MAX_TABLE} numbers may embed timesteps, it calls for {numbers}")
 
 
 def shard_names(index: Json, name: str, suffixes: tuple[str, ...] = (".safetensors",)) -> tuple[str, ...]:

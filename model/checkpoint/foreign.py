@@ -22,10 +22,9 @@ KINDS = {
     "NCSNpp": _SDE,
 }
 # Options with which a U-Net of diffusers is another kind, and what it is then.
-_LABELS = "it is a class-conditional net, and such nets are not served yet"
 _CONDITION = "it is a net that needs a text or another condition, and such nets are not served"
 WHY = {
-    **dict.fromkeys(("num_class_embeds", "class_embed_type", "class_embeddings_concat"), _LABELS),
+    "class_embeddings_concat": "the embedding of a label is added to that of the timestep in the nets that are served",
     **dict.fromkeys(("cross_attention_dim", "encoder_hid_dim", "encoder_hid_dim_type"), _CONDITION),
     **dict.fromkeys(("addition_embed_type", "addition_time_embed_dim", "only_cross_attention"), _CONDITION),
     "quantization_config": "its weights are quantized, and only floats are read",
@@ -60,14 +59,14 @@ def found_instead(folder: Path) -> str:
 
 
 def require_served_kind(config: Json) -> None:
-    """Raises ModelRefused, saying what it is, for any `config.json` but that of an unconditional U-Net of pictures."""
+    """Raises ModelRefused, saying what it is, for any `config.json` but that of a U-Net of pictures."""
     kind = config.get("_class_name")
     if kind is None and isinstance(config.get("model_type"), str):
         raise ModelRefused("config.json: it is a model of the transformers library; served are U-Nets of diffusers")
     if kind is not None and kind not in CLASSES:
         name = ascii(kind)[:60].strip("'")
         what = KINDS.get(name) or ("a transformer" if "Transformer" in name else "no U-Net that this server knows")
-        served = f"served are unconditional U-Nets of pictures ({DIFFUSERS[0]}, {OPENAI}, {LUCIDRAINS})"
+        served = f"served are U-Nets of pictures ({DIFFUSERS[0]}, {OPENAI}, {LUCIDRAINS})"
         raise ModelRefused(f"config.json: {name} is {what}; {served}")
     if kind in (None, *DIFFUSERS) and "ch_mult" not in config:
         _require_served_options(Options("config.json", with_todays_names(config)))

@@ -31,7 +31,9 @@ class Model:
 
     card: ModelCard
     net: Net | CpuNet
-    table: Tensor  # [T, P] row k is `net.embed` of the timestep that the net was trained with at t = k + 1
+    # [T + L, W] row k is `net.embed` of the timestep that the net was trained with at t = k + 1; behind these, of a
+    # conditional net, L rows of `net.embed_labels`.
+    table: Tensor
     parameters: int = 0  # the number of weights
     digest: str = ""  # of what was loaded, as `ModelCard.digest`
 
@@ -99,7 +101,9 @@ def _load(card: ModelCard, device: torch.device) -> tuple[Net, Tensor, int, str]
     net.load_state_dict(weights, assign=True)
     net = net.eval().requires_grad_(False).to(device)
     with torch.inference_mode():
-        table = net.embed(torch.arange(card.process.schedule.T, device=device))  # [T, P]
+        table = net.embed(torch.arange(card.process.schedule.T, device=device))  # [T, W]
+        if net.labels:
+            table = torch.cat([table, net.embed_labels()])  # [T + L, W]
         net.fuse()
         use_libraries(net)
     return net, table, count(expected), combined_digest([*digests, *card.configs])

@@ -12,7 +12,7 @@ import torch
 
 from model.engine.events import Cancelled, Event, Failed, Finished, Request, Stats
 from model.engine.lead import Lead, mark
-from model.engine.memory import within_memory
+from model.engine.memory import REASON, within_memory
 from model.engine.readout import Readout
 from model.engine.runner import Runner
 from model.engine.sample import Sample
@@ -56,7 +56,7 @@ class Engine:
     def stats(self) -> Stats:
         """Gauges, and counters since the start."""
         return Stats(
-            seated=len(self.scheduler.seated),
+            seated=len(self.scheduler.slots),
             waiting=self.scheduler.waiting,
             steps=self._steps,
             sample_steps=self._sample_steps,
@@ -70,11 +70,16 @@ class Engine:
         return [(sample.request.id, sample.step) for sample in self.scheduler.seated]
 
     def submit(self, request: Request) -> None:
-        """Adds a sample to the queue. Raises ValueError while another sample of this id has not ended."""
+        """Adds a sample to the queue. Raises ValueError while another sample of this id has not ended, and if it takes
+        more slots than there are."""
         if request.id in self.samples:
             raise ValueError(f"a sample {request.id!r} is on its way already")
+        if len(request.labels) > self.runner.slots.capacity:
+            raise ValueError("a guided picture takes two slots, and there is one")
         self.samples[request.id] = sample = Sample(request)
         self.scheduler.add(sample)
+        if sample.width > self.scheduler.capacity:  # since memory ran out
+            self.fail(sample, REASON)
 
     @torch.inference_mode()
     def cancel(self, id: Hashable) -> None:
@@ -124,26 +129,45 @@ class Engine:
             return
         slots, new = self.runner.slots, self.scheduler.admit()
         while (preemption := self.scheduler.preempt()) is not None:
-            preemption.preempted.saved = slots.save(preemption.slot)
+            for sample, slot in preemption.preempted:
+                sample.saved = slots.save(slot)
+            self._vacate(preemption.moves)
             new.append(preemption.seated)
-        slots.seat_all([self._seating(sample) for sample in new if sample.saved is None])
+        slots.seat_all([seating for sample in new if sample.saved is None for seating in self._seatings(sample)])
         for sample in new:
             if sample.saved is not None:
-                slots.resume(sample.seat, sample.request.seed, sample.request.plan, sample.step, sample.saved)
+                for seating in self._seatings(sample):
+                    slots.resume(seating, sample.step, sample.saved)
                 sample.saved = None
+            self._join(sample)
         self._readout.copy([sample for sample in new if sample.step == 0 and 0 in sample.request.frames], [])
 
-    def _seating(self, sample: Sample) -> Seating:
-        """A sample at step 0, with its x_T if that comes from outside."""
-        seed, plan = sample.request.seed, sample.request.plan
-        if plan.noise == "torch":
+    def _seatings(self, sample: Sample) -> list[Seating]:
+        """A sample in each of its slots, with its x_T if that comes from outside."""
+        seed, plan, x = sample.request.seed, sample.request.plan, None
+        if plan.noise == "torch" and sample.source is None:
             sample.source = TorchNoise(seed, self.runner.slots.shape)
-        return Seating(sample.seat, seed, plan, sample.source.draw() if sample.source else None)
+            x = sample.source.draw()
+        labels = sample.request.labels or (0,)
+        return [Seating(slot, seed, plan, x, label) for slot, label in zip(sample.slots, labels, strict=True)]
+
+    def _join(self, sample: Sample) -> None:
+        """Tells the two slots of a guided sample of each other."""
+        if sample.width > 1:
+            self.runner.slots.join(*sample.slots)
+
+    def _vacate(self, moves: list[tuple[int, int | None]]) -> None:
+        """Clears slots, into some of which others move."""
+        for hole, successor in moves:
+            self.runner.slots.vacate(hole, successor)
+        for hole, successor in moves:
+            if successor is not None and hole < len(self.scheduler.slots):
+                self._join(self.scheduler.slots[hole])
 
     def _run(self, seated: list[Sample]) -> None:
         """One step of the batch."""
         self._bring_noise(seated)
-        bucket = self.runner.bucket_for(len(seated))
+        bucket = self.runner.bucket_for(len(self.scheduler.slots))
         if self._lead is None:
             self.runner.step(bucket)
         else:
@@ -154,17 +178,20 @@ class Engine:
         slots = self.runner.slots
         for sample in seated:
             if sample.source is not None and sample.request.plan.rows[sample.step, U]:
-                upload(slots.given[sample.seat], sample.source.draw())
+                given = sample.source.draw()
+                for slot in sample.slots:
+                    upload(slots.given[slot], given)
         if (ahead := slots.ahead_steps) > 0:
-            for slot, sample in enumerate(seated):
+            for sample in seated:
                 if sample.step % ahead == 0 and sample.request.plan.draws:
-                    slots.draw_ahead(slot, sample.request.seed, sample.step)
+                    slots.draw_ahead(sample.slots, sample.request.seed, sample.step)
 
     def _count(self, seated: list[Sample]) -> None:
         """Counts the step that was done, here and in each sample."""
+        taken = len(self.scheduler.slots)
         self._steps += 1
-        self._sample_steps += len(seated)
-        self._padded += self.runner.bucket_for(len(seated)) - len(seated)
+        self._sample_steps += taken
+        self._padded += self.runner.bucket_for(taken) - taken
         self.scheduler.charge()
         for sample in seated:
             sample.step += 1
@@ -184,16 +211,15 @@ class Engine:
                 self.release(sample)
 
     def release(self, sample: Sample) -> None:
-        """Takes a seated sample out of its slot; the last one moves into the hole."""
-        hole, move = sample.seat, self.scheduler.release(sample)
-        self.runner.slots.vacate(hole, None if move is None else move[0])
+        """Takes a seated sample out of its slots; the last ones move into the holes."""
+        self._vacate(self.scheduler.release(sample))
 
     def fail(self, sample: Sample, reason: str) -> None:
         """Ends a sample, wherever it is, with this reason."""
         self._end(sample, Failed(sample.request.id, reason))
 
     def _end(self, sample: Sample, event: Cancelled | Failed) -> None:
-        if sample.slot is not None:
+        if sample.slots:
             self.release(sample)
         elif not sample.leaving:
             self.scheduler.withdraw(sample)

@@ -27,6 +27,7 @@ class Request:
     shows_x0: bool = False
     wants_floats: bool = False
     owner: str = ""  # owners have equal shares
+    labels: tuple[int, ...] = ()  # of a conditional net: the picture's label, and behind it the null label if guided
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,10 +72,10 @@ ENDS = (Finished, Cancelled, Failed)  # each sample ends in exactly one of these
 class Stats:
     """An engine's gauges (the first two) and its counters since the start."""
 
-    seated: int = 0
+    seated: int = 0  # slots with samples in them
     waiting: int = 0
     steps: int = 0  # steps of the batch
-    sample_steps: int = 0  # updates of samples: a step counts once for each sample in it
+    sample_steps: int = 0  # updates of samples: a step counts once for each slot with a sample in it
     padded: int = 0  # slots that were computed without a sample in them
     exhausted: int = 0  # how often memory ran out, after which the batch was smaller
 

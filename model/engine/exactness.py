@@ -31,14 +31,17 @@ def plan_bytes(process: Process) -> bytes:
 class _Trial:
     """Random samples, as many as there are slots, and one denoising step of any of them in slots 0, 1, ..."""
 
-    def __init__(self, slots: Slots, T: int, step: Callable[[int], None], generator: torch.Generator) -> None:
+    def __init__(
+        self, slots: Slots, T: int, labels: int, step: Callable[[int], None], generator: torch.Generator
+    ) -> None:
         seeds = torch.arange(slots.capacity)
         self.slots, self.step = slots, step
         self.x = torch.randn(slots.x.shape, generator=generator).to(slots.device)  # [B, C, H, W]
         self.history = torch.randn(slots.history.shape, generator=generator).to(slots.device)  # [B, 3, C, H, W]
-        self.row = torch.randn(slots.capacity, len(COLUMNS), generator=generator).to(slots.device)  # [B, 15]
+        self.row = torch.randn(slots.capacity, len(COLUMNS), generator=generator).to(slots.device)  # [B, 16]
         self.row[:, K] = torch.randint(T, (slots.capacity,), generator=generator).to(slots.device)
         self.row[:, C] = 1.0
+        self.label = torch.randint(max(1, labels), (slots.capacity,), generator=generator).to(slots.device)  # [B]
         self.ahead = gaussian(seeds, 0 * seeds, slots.shape) if slots.ahead_steps else None  # [B, C, H, W]
 
     def results(self, chosen: Tensor) -> Tensor:
@@ -48,6 +51,7 @@ class _Trial:
         slots.x0[:count] = slots.cursor[:count] = 0
         slots.history[:count] = self.history[chosen]
         slots.last[:count] = 1
+        slots.label[:count] = self.label[chosen]
         if self.ahead is not None:
             slots.ahead[:count] = self.ahead[chosen, None]
         self.step(count)
@@ -61,16 +65,16 @@ class _Trial:
 
 
 def find_exact(
-    slots: Slots, T: int, buckets: list[int], step: Callable[[int], None]
+    slots: Slots, T: int, buckets: list[int], step: Callable[[int], None], labels: int = 0
 ) -> Generator[None, None, tuple[list[int], str]]:
     """Tries every bucket with random samples, and yields after each step. All slots are free again at the end.
 
-    step: makes one denoising step of the first slots, given their number
+    step: makes one denoising step of the first slots, given their number; labels: how many the net knows
     -> the buckets in which each sample has the bits it has in the largest one, in any slot and beside any others; and
     the digest of those bits, which is the same at another start only if it computes alike
     """
     generator = torch.Generator().manual_seed(0)
-    trial, exact = _Trial(slots, T, step, generator), list[int]()
+    trial, exact = _Trial(slots, T, labels, step, generator), list[int]()
     expected = trial.results(torch.arange(slots.capacity))
     for bucket in buckets:
         agree = True

@@ -37,13 +37,14 @@ def footprint(card: ModelCard, slots: int, device: torch.device, dtype: torch.dt
     with torch.device("meta"):
         net = build(card.architecture)
     count, T = sum(p.numel() for p in net.parameters()), card.process.schedule.T
+    rows = T + net.labels
     batch = batch_bytes(Slots(1, card.shape, T, device))
     if device.type == "cpu":
-        table, float32 = 4 * net.embedding_width * T, torch.float32
+        table, float32 = 4 * net.embedding_width * rows, torch.float32
         checked = 4 * count + cpu_bytes(card.architecture, count, 1, float32)
         grown = cpu_bytes(card.architecture, count, slots, dtype)
         return Footprint(count, table + slots * batch + max(checked, grown))
-    weights = (count + net.embedding_width * T) * (4 + dtype.itemsize)
+    weights = (count + net.embedding_width * rows) * (4 + dtype.itemsize)
     sampler = SAMPLER + (SELECTION if card.process.thresholding else 0)
     return Footprint(count, weights + slots * (batch + picture_bytes(card.architecture, dtype, sampler)))
 

@@ -41,14 +41,18 @@ def within_memory(batch: Batch, work: Callable[[], None]) -> None:
     except torch.OutOfMemoryError:
         batch.exhausted += 1
     # Outside of the handler the exception is gone, and with its traceback all tensors of the step that failed.
-    seated = list(batch.scheduler.seated)
-    _shrink(batch, len(seated))
+    seated = batch.scheduler.seated
+    _shrink(batch, len(batch.scheduler.slots))
     if len(seated) == 1:
         batch.fail(seated[0], REASON)
     else:
         _restart(batch, seated)
-    for sample in batch.samples.values():
-        if sample.step and sample.slot is None and sample.saved is None and not sample.leaving:
+    for sample in list(batch.samples.values()):
+        if sample.slots or sample.leaving:
+            continue
+        if sample.width > batch.scheduler.capacity:
+            batch.fail(sample, REASON)
+        elif sample.step and sample.saved is None:
             sample.restart()  # memory ran out while its state was being saved, and was lost
     if batch.runner.device.type == "cuda":
         torch.cuda.empty_cache()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from model.engine.events import Event, Finished, Preview
 from model.engine.sample import Sample
-from model.engine.slots import Slots, send
+from model.engine.slots import Seating, Slots, send
 from model.sampling.table import COLUMNS, Plan
 
 
@@ -184,7 +184,7 @@ def warm_up(slots: Slots) -> Iterator[None]:
     plan = Plan(np.zeros((1, len(COLUMNS))), np.zeros(2, np.int64))
     slots.seat(0, 0, plan, torch.zeros(slots.shape))
     yield
-    slots.resume(0, 0, plan, 0, slots.save(0))
+    slots.resume(Seating(0, 0, plan), 0, slots.save(0))
     yield
     for floats in (False, True):
         pack(slots, [0], [], floats)

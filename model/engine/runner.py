@@ -104,7 +104,8 @@ class Runner:
             yield from self.capture()
         if self._promises:
             T = self.model.card.process.schedule.T
-            self.exact_buckets, self.bits = yield from find_exact(self.slots, T, self.buckets, self.step)
+            found = yield from find_exact(self.slots, T, self.buckets, self.step, net.labels)
+            self.exact_buckets, self.bits = found
 
     @property
     def next_bytes(self) -> int:

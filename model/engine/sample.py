@@ -16,7 +16,8 @@ class Sample:
     owner: str = field(init=False)
     stops: frozenset[int] = field(init=False)  # numbers of updates after which its state is copied out
     source: TorchNoise | None = field(init=False, default=None)  # of noise that comes from outside, once seated
-    slot: int | None = field(init=False, default=None)
+    width: int = field(init=False)  # how many slots it takes
+    slots: tuple[int, ...] = field(init=False, default=())  # where it is seated
     arrival: int = field(init=False, default=-1)  # the scheduler's
     step: int = field(init=False, default=0)  # updates done; the device's cursor equals it, and is never read
     saved: SavedState | None = field(init=False, default=None)  # its state, if it was preempted
@@ -24,6 +25,7 @@ class Sample:
 
     def __post_init__(self) -> None:
         self.rank, self.owner = self.request.rank, self.request.owner
+        self.width = max(1, len(self.request.labels))
         self.stops = self.request.frames | {self.request.plan.steps}
 
     @property
@@ -38,9 +40,8 @@ class Sample:
 
     @property
     def seat(self) -> int:
-        """The slot of a seated sample."""
-        assert self.slot is not None
-        return self.slot
+        """The slot of a seated sample from which its picture is read."""
+        return self.slots[0]
 
     def restart(self) -> None:
         """Forgets all progress: the sample begins with the noise of its seed again, and comes to the same bytes."""

@@ -1,12 +1,16 @@
 """Which samples are seated, and in which slots: numbers only, no torch. Seated samples fill slots 0, 1, 2, ...
 
-Owners have equal shares. Each holds as many seats as any other that could use them; the remainder (three owners, eight
-seats) is balanced over time, in image-steps. Among the samples of one owner the lowest `rank` is seated first: the
-minute of its arrival, less its priority. So priority counts, and a minute of waiting is worth one more. Ties are broken
-by the remaining steps, fewest first: the longest sample there is counts as if it had arrived a minute later.
+A sample takes one slot, or two if its picture is guided: both at once, and no sample behind it in the queue is seated
+in a slot that is free meanwhile.
 
-Where no slot is free, a waiting sample preempts the seated one of highest rank. A saved state costs memory, so at any
-time at most as many samples are preempted as there are slots, and one for each owner.
+Owners have equal shares. Each holds as many seats as any other that could use them; the remainder (three owners, eight
+seats) is balanced over time, in image-steps; a guided picture's seats and steps count twice. Among the samples of one
+owner the lowest `rank` is seated first: the minute of its arrival, less its priority. So priority counts, and a minute
+of waiting is worth one more. Ties are broken by the remaining steps, fewest first: the longest sample there is counts
+as if it had arrived a minute later.
+
+Where too few slots are free, a waiting sample preempts the seated ones of highest rank. A saved state costs memory, so
+at any time at most as many samples are preempted as there are slots, and one for each owner.
 """
 
 import heapq
@@ -23,7 +27,8 @@ class Schedulable(Protocol):
 
     rank: float  # the lowest is seated first
     owner: str  # whose share it uses
-    slot: int | None  # written by the scheduler
+    width: int  # how many slots it takes
+    slots: tuple[int, ...]  # where it is seated, written by the scheduler; () while it is not
     arrival: int  # the scheduler's own; negative before the sample is added
 
     @property
@@ -55,6 +60,11 @@ class _Share(Generic[S]):
             heapq.heappop(self.queue)  # withdrawn
         return self.queue[0]
 
+    @property
+    def first(self) -> S:
+        """The sample to seat next. There must be one."""
+        return self.waiting[self.next[1]]
+
     def push(self, sample: S, key: float) -> None:
         """Adds a sample to the queue."""
         self.waiting[sample.arrival] = sample
@@ -76,10 +86,10 @@ class _Share(Generic[S]):
 
 @dataclass(frozen=True, slots=True)
 class Preemption(Generic[S]):
-    """A slot whose sample was replaced by another."""
+    """Samples that were seated and wait again, and the one that was seated in their place."""
 
-    slot: int
-    preempted: S
+    preempted: list[tuple[S, int]]  # each with the first of the slots it had
+    moves: list[tuple[int, int | None]]  # as of `release`
     seated: S
 
 
@@ -89,12 +99,17 @@ class Scheduler(Generic[S]):
 
     capacity: int
     longest: int = 1000  # steps that a sample may have
-    seated: list[S] = field(init=False, default_factory=list)  # seated[i].slot == i, always
+    slots: list[S] = field(init=False, default_factory=list)  # i in slots[i].slots, always
     waiting: int = field(init=False, default=0)
     _shares: dict[str, _Share[S]] = field(init=False, default_factory=dict)  # by owner
     _preempted: set[int] = field(init=False, default_factory=set)  # arrivals of the waiting samples that are preempted
     _arrivals: int = field(init=False, default=0)
     _changed: bool = field(init=False, default=False)  # whether a sample was added since `preempt` returned None
+
+    @property
+    def seated(self) -> list[S]:
+        """The seated samples, by their first slots."""
+        return list(dict.fromkeys(self.slots))
 
     def add(self, sample: S) -> None:
         """Adds a sample to the queue, behind those of equal rank; one that returns keeps its former place."""
@@ -109,36 +124,59 @@ class Scheduler(Generic[S]):
         self._changed = True
 
     def admit(self) -> list[S]:
-        """Seats waiting samples in all free slots, and returns them."""
+        """Seats waiting samples in free slots until the next one does not fit, and returns them."""
         new = []
-        while self.waiting and len(self.seated) < self.capacity:
-            sample = self._take_next(min(self._backlogged(), key=lambda share: share.level))
-            sample.slot = len(self.seated)
-            self.seated.append(sample)
-            new.append(sample)
+        while self.waiting:
+            share = min(self._backlogged(), key=lambda share: share.level)
+            if self._missing(share.first) > 0:
+                break
+            new.append(self._seat_next(share))
         return new
 
+    def _seat_next(self, share: _Share[S]) -> S:
+        """Seats an owner's next sample, for which there is room."""
+        sample = share.pop()
+        sample.slots = tuple(range(len(self.slots), len(self.slots) + sample.width))
+        self.slots += [sample] * sample.width
+        share.seats += sample.width
+        self._preempted.discard(sample.arrival)
+        self.waiting -= 1
+        return sample
+
     def preempt(self) -> Preemption[S] | None:
-        """Replaces one seated sample, if one must give way. Call it after `admit`, until it returns None."""
-        if not self.waiting or len(self.seated) < self.capacity:
+        """Replaces seated samples by one other, if some must give way. Call it after `admit`, until it returns None."""
+        if not self.waiting:
             return None
         for poor, rich in self._rivals():
-            key, arrival = poor.next
-            last = max((s for s in self.seated if self._shares[s.owner] is rich), key=self._key)
-            if poor is rich and key >= self._key(last):
+            first, key = poor.first, poor.next[0]
+            if (missing := self._missing(first)) <= 0:
+                continue
+            of_rich = (s for s in self.seated if self._shares[s.owner] is rich)
+            last = sorted(of_rich, key=self._key, reverse=True)[:missing]  # each frees a slot at least
+            last = last[:1] if last and last[0].width >= missing else last
+            freed = sum(s.width for s in last)
+            apart = rich.level - poor.level > SEAT * max(first.width, freed) + HYSTERESIS
+            gives_way = all(key < self._key(s) for s in last) if poor is rich else apart
+            if freed < missing or not gives_way:
                 continue
             room = self.capacity + (0 if poor is rich else len(self._shares))
-            if arrival not in self._preempted and len(self._preempted) >= room:
+            if first.arrival not in self._preempted and len(self._preempted) + len(last) > room:
                 continue
-            first, slot = self._take_next(poor), last.slot
-            assert slot is not None
-            first.slot, last.slot, self.seated[slot] = slot, None, first
-            rich.seats -= 1
-            self.add(last)
-            self._preempted.add(last.arrival)
-            return Preemption(slot, last, first)
+            return self._replace(last, poor)
         self._changed = False
         return None
+
+    def _replace(self, last: list[S], poor: _Share[S]) -> Preemption[S]:
+        """Sends seated samples back to the queue, and seats this owner's next one."""
+        preempted, moves = [(sample, sample.slots[0]) for sample in last], list[tuple[int, int | None]]()
+        seated = poor.first
+        for sample in last:
+            moves += self.release(sample)
+        self._seat_next(poor)
+        for sample in last:
+            self.add(sample)
+            self._preempted.add(sample.arrival)
+        return Preemption(preempted, moves, seated)
 
     def charge(self) -> None:
         """Charges each owner for a step of its seated samples."""
@@ -156,17 +194,23 @@ class Scheduler(Generic[S]):
         self._preempted.discard(sample.arrival)
         self.waiting -= 1
 
-    def release(self, sample: S) -> tuple[int, int] | None:
-        """Frees a seated sample's slot; the last sample moves there. Returns that move, (from, to), if there is one."""
-        hole, last = sample.slot, self.seated.pop()
-        assert hole is not None
-        sample.slot = None
-        self._shares[sample.owner].seats -= 1
-        if last is sample:
-            return None
-        self.seated[hole] = last
-        last.slot = hole
-        return len(self.seated), hole
+    def release(self, sample: S) -> list[tuple[int, int | None]]:
+        """Frees a seated sample's slots. The last sample's slot moves into each hole: returns (hole, the slot that
+        moves there, or None), in the order in which they are to be done."""
+        moves: list[tuple[int, int | None]] = []
+        self._shares[sample.owner].seats -= sample.width
+        holes, sample.slots = sorted(sample.slots, reverse=True), ()
+        for hole in holes:
+            last, end = self.slots.pop(), len(self.slots)
+            moves.append((hole, end if end > hole else None))
+            if end > hole:
+                self.slots[hole] = last
+                last.slots = tuple(hole if slot == end else slot for slot in last.slots)
+        return moves
+
+    def _missing(self, sample: S) -> int:
+        """How many slots must become free before this sample can be seated."""
+        return sample.width - (self.capacity - len(self.slots))
 
     def _key(self, sample: S) -> float:
         """The rank, with the remaining steps as a fraction that breaks ties."""
@@ -175,18 +219,9 @@ class Scheduler(Generic[S]):
     def _backlogged(self) -> list[_Share[S]]:
         return [share for share in self._shares.values() if share.waiting]
 
-    def _take_next(self, share: _Share[S]) -> S:
-        """Takes this owner's next sample out of the queue, for a seat."""
-        sample = share.pop()
-        share.seats += 1
-        self._preempted.discard(sample.arrival)
-        self.waiting -= 1
-        return sample
-
     def _rivals(self) -> list[tuple[_Share[S], _Share[S]]]:
-        """Pairs of shares between which a seat may change hands: the lowest and the highest level, if they are far
-        apart; and, if a sample was added, each share and itself."""
+        """Pairs of shares between which a seat may change hands: the lowest and the highest level; and, if a sample was
+        added, each share and itself."""
         backlogged, seated = self._backlogged(), [share for share in self._shares.values() if share.seats]
         poor, rich = min(backlogged, key=lambda share: share.level), max(seated, key=lambda share: share.level)
-        apart = poor.level + SEAT + HYSTERESIS < rich.level
-        return ([(poor, rich)] if apart else []) + [(s, s) for s in backlogged if s.seats and self._changed]
+        return ([] if poor is rich else [(poor, rich)]) + [(s, s) for s in backlogged if s.seats and self._changed]

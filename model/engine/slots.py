@@ -6,7 +6,7 @@ written only on the stream of the steps, and the host never waits for it.
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,6 +29,7 @@ class Seating:
     seed: int
     plan: Plan
     x: Tensor | None = None  # [C, H, W] its x_T, on any device; None for the noise of its seed
+    label: int = 0  # of a conditional net
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,7 @@ class PlanCache:
     """The rows of recently seated plans, on the device: requests of one kind share their plan."""
 
     def __init__(self, size: int, device: torch.device) -> None:
-        self.rows = torch.empty(size, len(COLUMNS), device=device)  # [size, 15], filled from the top
+        self.rows = torch.empty(size, len(COLUMNS), device=device)  # [size, 16], filled from the top
         self._starts: dict[Plan, int] = {}  # each a plan's first row; together they are all that has been filled
         self._used = 0
 
@@ -86,10 +87,14 @@ class Slots:
         self.x0     = torch.zeros(capacity, *shape, device=device)                             # [B, C, H, W] predicted
         self.given  = torch.zeros(capacity, *shape, device=device)                             # [B, C, H, W] noise
         self.history = torch.zeros(capacity, HISTORY, *shape, device=device)                   # [B, 3, C, H, W]
-        self.rows   = torch.zeros(capacity, max_steps + 1, len(COLUMNS), device=device)        # [B, S + 1, 15] plans
+        self.rows   = torch.zeros(capacity, max_steps + 1, len(COLUMNS), device=device)        # [B, S + 1, 16] plans
         self.cursor = torch.zeros(capacity, dtype=torch.int64, device=device)                  # [B] the next row
         self.last   = torch.zeros(capacity, dtype=torch.int64, device=device)                  # [B] the row of zeros
         self.seed   = torch.zeros(capacity, dtype=torch.int64, device=device)                  # [B]
+        self.label  = torch.zeros(capacity, dtype=torch.int64, device=device)                  # [B]
+        # How many slots further the net's results with and without the label are found: 0 unless a picture is guided.
+        self.labelled   = torch.zeros(capacity, dtype=torch.int64, device=device)              # [B]
+        self.unlabelled = torch.zeros(capacity, dtype=torch.int64, device=device)              # [B]
         elements = shape[0] * shape[1] * shape[2]
         steps = max(1, min(32, AHEAD_ELEMENTS // elements)) if device.type == "cpu" else 0
         self.ahead  = torch.zeros(capacity, steps, *shape, device=device)                      # [B, A, C, H, W] noise
@@ -129,7 +134,7 @@ class Slots:
 
     @property
     def _columns(self) -> tuple[Tensor, ...]:
-        return self.cursor, self.last, self.seed
+        return self.cursor, self.last, self.seed, self.label, self.labelled, self.unlabelled
 
     def draw_initial(self, seeds: Sequence[int]) -> Tensor:
         """x_T of these seeds, drawn on the device. -> [n, C, H, W] float32"""
@@ -162,6 +167,8 @@ class Slots:
         self.cursor[slot] = 0
         self.last[slot] = steps
         self.seed[slot] = new.seed
+        self.label[slot] = new.label
+        self.labelled[slot] = self.unlabelled[slot] = 0
 
     def _on_device(self, pictures: list[Tensor]) -> Tensor:
         together = torch.stack(pictures)[:, None]  # [m, 1, C, H, W]
@@ -174,7 +181,7 @@ class Slots:
 
         starts, sources = self.plans.starts([new.plan for new in seatings]), itertools.count()
         orders = [
-            (new.slot, new.seed, new.plan.steps, start, step, -1 if new.x is None else next(sources))
+            (new.slot, new.seed, new.plan.steps, start, step, -1 if new.x is None else next(sources), new.label)
             for new, start in zip(seatings, starts, strict=True)
         ]
         kernels.seat(send(orders, self.device), pictures, self.plans.rows, self._state, self._columns)
@@ -184,17 +191,22 @@ class Slots:
         pictures = torch.stack([self.x[slot], self.x0[slot], self.given[slot], *self.history[slot]])
         return SavedState(pictures, self.ahead[slot].clone())
 
-    def resume(self, slot: int, seed: int, plan: Plan, step: int, saved: SavedState) -> None:
+    def resume(self, new: Seating, step: int, saved: SavedState) -> None:
         """Writes a preempted picture that has had `step` updates to any slot."""
-        seating = Seating(slot, seed, plan, saved.pictures[0])
         if self.by_kernels:
-            return self._seat_by_kernel([seating], step, saved.pictures[None])
-        self._seat(seating, saved.pictures[0])
+            return self._seat_by_kernel([replace(new, x=saved.pictures[0])], step, saved.pictures[None])
+        slot = new.slot
+        self._seat(new, saved.pictures[0])
         self.x0[slot].copy_(saved.pictures[1])
         self.given[slot].copy_(saved.pictures[2])
         self.history[slot].copy_(saved.pictures[3:])
         self.ahead[slot].copy_(saved.ahead)
         self.cursor[slot] = step
+
+    def join(self, labelled: int, unlabelled: int) -> None:
+        """Makes two slots with the same picture read both their results, of which the first is that with the label."""
+        apart = unlabelled - labelled
+        self.unlabelled[labelled], self.labelled[unlabelled] = apart, -apart
 
     def vacate(self, slot: int, successor: int | None) -> None:
         """Clears a slot; with a `successor`, that slot's picture moves here and its slot is cleared instead."""
@@ -212,6 +224,7 @@ class Slots:
         for tensor in (self.x, self.x0, self.given, self.history, self.ahead):
             tensor[slot].zero_()
         self.cursor[slot] = self.last[slot]
+        self.labelled[slot] = self.unlabelled[slot] = 0
 
     def move(self, source: int, target: int) -> None:
         """Copies the picture in `source`, its plan and its cursor to `target`."""
@@ -225,10 +238,13 @@ class Slots:
 
         kernels.vacate(self._state, self._columns, source, target, clears)
 
-    def draw_ahead(self, slot: int, seed: int, step: int) -> None:
-        """Draws the noise of this slot's next steps, from `step` on. The numbers do not depend on when it is called."""
+    def draw_ahead(self, slots: Sequence[int], seed: int, step: int) -> None:
+        """Draws the noise of a picture's next steps, from `step` on, for all its slots. The numbers do not depend on
+        when it is called."""
         count = self.ahead_steps
-        self.ahead[slot].copy_(gaussian(torch.full((count,), seed), torch.arange(step, step + count), self.shape))
+        drawn = gaussian(torch.full((count,), seed), torch.arange(step, step + count), self.shape)
+        for slot in slots:
+            self.ahead[slot].copy_(drawn)
 
     def noise(self, batch: int) -> Any:
         """The noise of the next step for the first `batch` slots. -> [b, C, H, W] float32, as an array"""

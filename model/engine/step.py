@@ -14,7 +14,7 @@ from model.nets.build import Net
 from model.nets.cpu import CpuNet
 from model.nets.layers import uses_triton
 from model.sampling.schedule import Thresholding
-from model.sampling.table import C, P
+from model.sampling.table import C, P, Q, R
 
 
 def denoise(
@@ -37,12 +37,19 @@ def denoise_by_kernels(
     from model.kernels import step as kernels
 
     x, cursor = slots.x[:batch], slots.cursor[:batch]  # [b, C, H, W], [b]
-    picture, embedding, now = kernels.enter(x, slots.rows, cursor, table, net.reads)
+    picture, embedding, now = kernels.enter(x, slots.rows, cursor, table, net.reads, slots.label, net.labels)
     out, scale = net(picture, embedding), None
     if thresholding is not None:
-        p, q, c = slots.rows[slots.order[:batch], now, P : C + 1].T[..., None, None, None]  # [b, 1, 1, 1] each
-        scale = scales(p * x + q * out[:, : x.shape[1]].float(), c, thresholding)
+        row = slots.rows[slots.order[:batch], now]  # [b, 16]
+        p, q, c, r = row[:, [P, Q, C, R]].T[..., None, None, None]  # [b, 1, 1, 1] each
+        eps = out[:, : x.shape[1]].float()
+        if net.labels:
+            eps, other = (eps[slots.order[:batch] + each[:batch]] for each in (slots.labelled, slots.unlabelled))
+            eps = eps + r * (eps - other)
+        scale = scales(p * x + q * eps, c, thresholding)
     state = {"rows": slots.rows, "cursor": cursor, "last": slots.last, "seed": slots.seed}
+    if net.labels:
+        state |= {"labelled": slots.labelled, "unlabelled": slots.unlabelled}
     kernels.update(out, x, slots.x0, slots.given, slots.history, scale, now=now, **state)
 
 
@@ -66,17 +73,24 @@ def algebra(
     """One denoising step: in numpy on a CPU, in torch elsewhere."""
     at, library = slots.arrays, slots.library
     x, history, cursor = at.x[:batch], at.history[:batch], at.cursor[:batch]  # [b, C, H, W], [b, 3, C, H, W], [b]
-    row = at.rows[at.order[:batch], cursor]  # [b, 15]
-    k, p, q, c, m, h, n, e, s, w, u, g, d, a, b = row.T[..., None, None, None]  # [b, 1, 1, 1] each
+    row = at.rows[at.order[:batch], cursor]  # [b, 16]
+    k, p, q, c, m, h, n, e, s, w, u, g, d, a, b, r = row.T[..., None, None, None]  # [b, 1, 1, 1] each
     y1, y2, y3 = history[:, 0], history[:, 1], history[:, 2]  # [b, C, H, W] each
     picture = slots.x[:batch]
     if not isinstance(net, CpuNet):
         picture = picture.to(table.dtype, memory_format=torch.channels_last)
-    out = slots.array(net(picture, table[slots.index(k)]).float())  # [b, C, H, W], or [b, 2C, H, W]
+    embedding = table[slots.index(k)]  # [b, W]
+    if net.labels:
+        embedding = embedding + table[slots.label[:batch] - net.labels]  # the last rows of the table are the labels'
+    out = slots.array(net(picture, embedding).float())  # [b, C, H, W], or [b, 2C, H, W]
+    if net.labels:
+        out, other = out[at.order[:batch] + at.labelled[:batch]], out[at.order[:batch] + at.unlabelled[:batch]]
     z = slots.noise(batch)
     if out.shape[1] > x.shape[1]:  # a learned variance
         out, f = out[:, : x.shape[1]], out[:, x.shape[1] :]
         z = library.exp(w * f) * z
+    if net.labels:
+        out = out + r * (out - other[:, : x.shape[1]])
     x0 = p * x + q * out
     if thresholding is not None:
         x0 = x0 / slots.array(scales(slots.tensor(x0), slots.tensor(c), thresholding))

@@ -15,12 +15,13 @@ from model.sampling.noise import INITIAL
 from model.sampling.table import COLUMNS, HISTORY
 
 BLOCK = 1024  # numbers in a program
-ORDER = 6  # slot, seed, steps, index of its first row in the tables, current step, index of its pictures or -1
+ORDER = 7  # slot, seed, steps, index of its first row in the tables, current step, index of its pictures or -1, label
 
 
 @triton.jit
 def _seat(
-    orders, pictures, tables, x, x0, given, history, rows, cursor, last, seed, numbers, elements,
+    orders, pictures, tables, x, x0, given, history, rows, cursor, last, seed, label, labelled, unlabelled, numbers,
+    elements,
     KEPT: tl.constexpr, HISTORY: tl.constexpr, DOMAIN: tl.constexpr, COLUMNS: tl.constexpr, ORDER: tl.constexpr,
     QUADS: tl.constexpr,
 ):  # fmt: skip
@@ -35,6 +36,9 @@ def _seat(
         tl.store(cursor + slot, tl.load(order + 4))
         tl.store(last + slot, steps)
         tl.store(seed + slot, key)
+        tl.store(label + slot, tl.load(order + 6))
+        tl.store(labelled + slot, 0)
+        tl.store(unlabelled + slot, 0)
     if block * (4 * QUADS) < elements:
         inside, there = at < elements, slot * elements + at  # in [C, H, W]
         nothing = tl.zeros((4 * QUADS,), tl.float32)
@@ -63,8 +67,8 @@ def seat(
 ) -> None:
     """Writes new or preempted pictures to cleared slots.
 
-    orders: [n, 6] int64, pictures: [m, 1 or 6, C, H, W], tables: [R, 15], state: x, x0, given [B, C, H, W],
-    history [B, 3, C, H, W] and rows [B, S + 1, 15], columns: cursor, last, seed [B]
+    orders: [n, 7] int64, pictures: [m, 1 or 6, C, H, W], tables: [R, 16], state: x, x0, given [B, C, H, W],
+    history [B, 3, C, H, W] and rows [B, S + 1, 16], columns: cursor, last, seed, label, labelled, unlabelled [B]
     """
     x, x0, given, history, rows = state
     elements, numbers = x[0].numel(), rows[0].numel()
@@ -87,7 +91,7 @@ def _carry(state, source, target, at, inside, MOVES: tl.constexpr, CLEARS: tl.co
 
 @triton.jit(do_not_specialize=["source", "target"])
 def _vacate(
-    x, x0, given, history, rows, cursor, last, seed, source, target, numbers, elements,
+    x, x0, given, history, rows, cursor, last, seed, label, labelled, unlabelled, source, target, numbers, elements,
     HISTORY: tl.constexpr, MOVES: tl.constexpr, CLEARS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0)
@@ -105,9 +109,14 @@ def _vacate(
             tl.store(cursor + target, tl.load(cursor + source))
             tl.store(last + target, tl.load(last + source))
             tl.store(seed + target, tl.load(seed + source))
+            tl.store(label + target, tl.load(label + source))
+            tl.store(labelled + target, tl.load(labelled + source))
+            tl.store(unlabelled + target, tl.load(unlabelled + source))
         if CLEARS:
             tl.debug_barrier()
             tl.store(cursor + source, tl.load(last + source))
+            tl.store(labelled + source, 0)
+            tl.store(unlabelled + source, 0)
 
 
 def vacate(
@@ -115,7 +124,8 @@ def vacate(
 ) -> None:
     """Copies the picture in `source` to `target`, if there is one, and then frees `source`, if it `clears`.
 
-    state: x, x0, given [B, C, H, W], history [B, 3, C, H, W] and rows [B, S + 1, 15], columns: cursor, last, seed [B]
+    state: x, x0, given [B, C, H, W], history [B, 3, C, H, W] and rows [B, S + 1, 16]
+    columns: cursor, last, seed, label, labelled, unlabelled [B]
     """
     elements, numbers, moves = state[0][0].numel(), state[4][0].numel(), target is not None
     _vacate[(triton.cdiv(max(elements, numbers if moves else 0), BLOCK),)](

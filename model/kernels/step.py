@@ -19,8 +19,8 @@ BLOCK = 1024  # numbers in a program
 
 @triton.jit
 def _enter(
-    x, rows, cursor, table, out, embedding, now, rows_stride, pixels, channels, width,
-    READ: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr,
+    x, rows, cursor, table, label, out, embedding, now, rows_stride, pixels, channels, width, timesteps,
+    LABELLED: tl.constexpr, READ: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     sample = tl.program_id(1).to(tl.int64)
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -34,44 +34,61 @@ def _enter(
         tl.store(now + sample, step)
     k = tl.load(rows + sample * rows_stride + step * COLUMNS).to(tl.int64)
     inside = at < width  # of a row of the table
-    tl.store(embedding + sample * width + at, tl.load(table + k * width + at, mask=inside), mask=inside)
+    row = tl.load(table + k * width + at, mask=inside)
+    if LABELLED:
+        named = tl.load(table + (timesteps + tl.load(label + sample)) * width + at, mask=inside)
+        row = (row.to(tl.float32) + named.to(tl.float32)).to(row.dtype)
+    tl.store(embedding + sample * width + at, row, mask=inside)
 
 
-def enter(x: Tensor, rows: Tensor, cursor: Tensor, table: Tensor, read: int) -> tuple[Tensor, Tensor, Tensor]:
+def enter(
+    x: Tensor, rows: Tensor, cursor: Tensor, table: Tensor, read: int, label: Tensor | None = None, labels: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
     """The net's arguments and the current step: the pictures in the net's dtype, channels-last, with zeros in the
-    channels that it reads beyond theirs; their rows of the table; and a copy of the cursor.
+    channels that it reads beyond theirs; their rows of the table, with that of its label added to each if the net knows
+    `labels`; and a copy of the cursor.
 
-    x: [b, C, H, W], rows: [B, S + 1, 15], cursor: [B], table: [T, P] -> [b, read, H, W], [b, P], [b]
+    x: [b, C, H, W], rows: [B, S + 1, 16], cursor, label: [B], table: [T + labels, W] -> [b, read, H, W], [b, W], [b]
     """
     (b, C, H, W), P = x.shape, table.shape[1]
     out = torch.empty((b, read, H, W), dtype=table.dtype, device=x.device, memory_format=torch.channels_last)
     embedding, now = torch.empty(b, P, dtype=table.dtype, device=x.device), torch.empty_like(cursor)
     grid = (triton.cdiv(max(read * H * W, P), BLOCK), b)
     _enter[grid](
-        x, rows, cursor, table, out, embedding, now, rows.stride(0), H * W, C, P,
-        READ=read, COLUMNS=len(COLUMNS), BLOCK=BLOCK, enable_fp_fusion=False, **dependent(x.device),
+        x, rows, cursor, table, cursor if label is None else label, out, embedding, now, rows.stride(0), H * W, C, P,
+        len(table) - labels, LABELLED=labels > 0, READ=read, COLUMNS=len(COLUMNS), BLOCK=BLOCK,
+        enable_fp_fusion=False, **dependent(x.device),
     )  # fmt: skip
     return out, embedding, now
 
 
 @triton.jit
 def _update(
-    net_out, x, x0, given, history, scale, rows, now, cursor, last, seed, rows_stride, elements, pixels, channels,
-    LEARNED: tl.constexpr, DOMAIN: tl.constexpr, COLUMNS: tl.constexpr, QUADS: tl.constexpr, DEPENDENT: tl.constexpr,
+    net_out, x, x0, given, history, scale, rows, now, cursor, last, seed, labelled, unlabelled, rows_stride, elements,
+    pixels, channels, LABELLED: tl.constexpr, LEARNED: tl.constexpr, DOMAIN: tl.constexpr, COLUMNS: tl.constexpr,
+    QUADS: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     sample = tl.program_id(1).to(tl.int64)
     ready(DEPENDENT)
     step = tl.load(now + sample)
-    row = rows + sample * rows_stride + step * COLUMNS  # k, p, q, c, m, h, n, e, s, w, u, g, d, a, b
+    row = rows + sample * rows_stride + step * COLUMNS  # k, p, q, c, m, h, n, e, s, w, u, g, d, a, b, r
     z = gaussian(tl.load(seed + sample), step, tl.program_id(0) * QUADS + tl.arange(0, QUADS), DOMAIN)
     at = tl.program_id(0) * (4 * QUADS) + tl.arange(0, 4 * QUADS)  # in [C, H, W]
     inside = at < elements
     outs: tl.constexpr = 2 if LEARNED else 1
-    net_out += sample * elements * outs + (at % pixels) * (channels * outs) + at // pixels  # of [H, W, C or 2 C]
-    out = tl.load(net_out, mask=inside).to(tl.float32)
+    places = (at % pixels) * (channels * outs) + at // pixels  # of [H, W, C or 2 C]
+    source = sample
+    if LABELLED:
+        source += tl.load(labelled + sample)
+    net_out_of = net_out + source * elements * outs + places
+    out = tl.load(net_out_of, mask=inside).to(tl.float32)
     if LEARNED:
-        f = tl.load(net_out + channels, mask=inside).to(tl.float32)
+        f = tl.load(net_out_of + channels, mask=inside).to(tl.float32)
         z *= tl.exp(tl.load(row + 9) * f)
+    if LABELLED:
+        source = sample + tl.load(unlabelled + sample)
+        other = tl.load(net_out + source * elements * outs + places, mask=inside).to(tl.float32)
+        out += tl.load(row + 15) * (out - other)
     at += sample * elements
     old = tl.load(x + at, mask=inside)
     y1 = history + 2 * sample * elements + at  # of [B, 3, C, H, W]
@@ -107,17 +124,21 @@ def update(
     cursor: Tensor,
     last: Tensor,
     seed: Tensor,
+    labelled: Tensor | None = None,
+    unlabelled: Tensor | None = None,
 ) -> None:
     """The sampler's step with its noise, written to x, x0 and history. Each cursor moves on by one row, or stays on the
     last. See `model.engine.step.algebra`.
 
     out: [b, C or 2C, H, W] the net's result, x, x0, given: [b, C, H, W], history: [B, 3, C, H, W],
-    scale: [b, 1, 1, 1] of dynamic thresholding, rows: [B, S + 1, 15], now: [b] from `enter`, cursor, last, seed: [B]
+    scale: [b, 1, 1, 1] of dynamic thresholding, rows: [B, S + 1, 16], now: [b] from `enter`, cursor, last, seed: [B]
+    labelled, unlabelled: [B], for a conditional net: see `model.engine.slots.Slots`
     """
     b, C, H, W = x.shape
     out = out.contiguous(memory_format=torch.channels_last)
     _update[(triton.cdiv(C * H * W, BLOCK), b)](
-        out, x, x0, given, history, scale, rows, now, cursor, last, seed, rows.stride(0), C * H * W, H * W, C,
-        LEARNED=out.shape[1] == 2 * C, DOMAIN=STEP, COLUMNS=len(COLUMNS), QUADS=BLOCK // 4, enable_fp_fusion=False,
-        **dependent(x.device),
+        out, x, x0, given, history, scale, rows, now, cursor, last, seed, cursor if labelled is None else labelled,
+        cursor if unlabelled is None else unlabelled, rows.stride(0), C * H * W, H * W, C,
+        LABELLED=labelled is not None, LEARNED=out.shape[1] == 2 * C, DOMAIN=STEP, COLUMNS=len(COLUMNS),
+        QUADS=BLOCK // 4, enable_fp_fusion=False, **dependent(x.device),
     )  # fmt: skip

@@ -62,15 +62,16 @@ def checked_shape(arch: AnyArchitecture) -> Shape:
 
 
 class CpuNet:
-    """A net for batches of any size. x: [B, C, H, W], embedding: [B, P], float32 -> [B, out, H, W] float32
+    """A net for batches of any size. x: [B, C, H, W], embedding: [B, W], float32 -> [B, out, H, W] float32
 
-    table: [T, P] float32, rows of embeddings; dtype: of the numbers inside the net; parameters: how many the net has
+    table: [T + L, W] float32, rows of embeddings, the last L those of labels; dtype: of the numbers inside the net
+    parameters: how many the net has
     unusable: the reason not to try OpenVINO, as a predicate; or nothing
     """
 
     def __init__(self, net: Net, table: Tensor, dtype: torch.dtype, parameters: int, unusable: str = "") -> None:
         self.arch, self.dtype, self.parameters, self.threads = net.arch, dtype, parameters, torch.get_num_threads()
-        self.embedding_width, self.reads = net.embedding_width, net.reads
+        self.embedding_width, self.reads, self.labels = net.embedding_width, net.reads, net.labels
         self.note: str | None = None  # a sentence, if OpenVINO does not run it
         self.runtime = f"torch {torch.__version__}"
         self._table, self._expected = table, list[Tensor]()  # the results of the two test pictures, each computed alone
@@ -149,10 +150,14 @@ class CpuNet:
         return True
 
     def _test_inputs(self, batch: int, shape: Shape) -> tuple[Tensor, Tensor]:
-        """Random pictures, and embeddings of random timesteps; the same ones at each call."""
+        """Random pictures, and embeddings of random timesteps and labels; the same ones at each call."""
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(batch, *shape, generator=generator)
-        return x, self._table[torch.randint(len(self._table), (batch,), generator=generator)]
+        timesteps = len(self._table) - self.labels
+        embedding = self._table[torch.randint(timesteps, (batch,), generator=generator)]
+        if self.labels:
+            embedding = embedding + self._table[timesteps:][torch.randint(self.labels, (batch,), generator=generator)]
+        return x, embedding
 
     def _begin(self, net: Net, compile_net: Compile) -> None:
         """Compiles the net for one picture. Raises Unusable if its result differs from torch's."""

@@ -158,7 +158,7 @@ class LucidrainsUNet(nn.Module):
 
     def __init__(self, arch: LucidrainsArchitecture) -> None:
         super().__init__()
-        self.arch = arch
+        self.arch, self.labels = arch, 0
         widths, embedding, levels = arch.widths, 4 * arch.dim, range(len(arch.dim_mults))
         self.init_conv = Conv(arch.in_channels, arch.init_dim, 7, padding=3)
         self.time_mlp = nn.Sequential(

@@ -36,6 +36,11 @@ class LucidrainsArchitecture:
         return self.out_channels == 2 * self.in_channels
 
     @property
+    def labels(self) -> int:
+        """How many labels the net knows."""
+        return 0
+
+    @property
     def levels(self) -> int:
         """The number of sizes at which the net works, each half of the one above."""
         return len(self.dim_mults)

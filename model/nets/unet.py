@@ -89,13 +89,13 @@ class UNet(nn.Module):
         """What each residual block adds or modulates by. [N, D] -> [N, P]"""
         embedding = F.silu(embedding)
         if self.project is not None:
-            out: Tensor = self.project(embedding[:, :, None, None])[:, :, 0, 0]
-            return out
+            projected: Tensor = self.project(embedding[:, :, None, None])  # [N, P, 1, 1]
+            return projected.reshape(projected.shape[0], projected.shape[1])
         return torch.cat([resnet.time_emb_proj(embedding) for resnet in self.timed], dim=1)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """x: [B, C, H, W], or [B, reads, H, W], embedding: [B, W], rows of `embed`, of a conditional net each with a row
-        of `embed_labels` added -> [B, out_channels, H, W]"""
+        """x: [B, C, H, W], or [B, reads, H, W], embedding: [B, W], rows of `embed`, to which those of a conditional net
+        have rows of `embed_labels` added -> [B, out_channels, H, W]"""
         if self.labels:
             embedding = self._project(embedding)
         x = self.conv_in(x)
@@ -123,6 +123,10 @@ class UNet(nn.Module):
         if not on_cpu:
             self.conv_in.widen(READ)
         if self.labels:
-            layers = [resnet.time_emb_proj for resnet in self.timed]
-            weight = torch.cat([layer.weight for layer in layers])[:, :, None, None]  # [P, D, 1, 1]
-            self.project = Conv.of(weight, torch.cat([layer.bias for layer in layers]))
+            self.fuse_labels()
+
+    def fuse_labels(self) -> None:
+        """Makes one layer of the projections of a conditional net."""
+        layers = [resnet.time_emb_proj for resnet in self.timed]
+        weight = torch.cat([layer.weight for layer in layers])[:, :, None, None]  # [P, D, 1, 1]
+        self.project = Conv.of(weight, torch.cat([layer.bias for layer in layers]))

@@ -12,7 +12,7 @@ from model.sampling.levels import SPACINGS, solver_timesteps, timesteps
 from model.sampling.multistep import deis, dpmpp, dpmpp_sde, ipndm, unipc
 from model.sampling.samplers import Sampling, Walk, ddim, ddpm, greedy
 from model.sampling.schedule import FloatArray, IntArray, Process, Spacing, Variance
-from model.sampling.table import COLUMNS, NOISES, C, K, Noise, P, Plan, Q, S, U
+from model.sampling.table import COLUMNS, NOISES, C, K, Noise, P, Plan, Q, R, S, U
 
 VARIANCES: tuple[Variance, ...] = get_args(Variance)
 
@@ -219,6 +219,9 @@ def plan(process: Process, choice: Sampling) -> Plan:
     SAMPLERS[choice.sampler].fill(walk, rows, choice)
     if choice.plan is not None and (saved := process.plans[choice.plan]).rows:
         rows[:, [COLUMNS.index(column) for column in saved.columns]] = saved.rows
+    if choice.guidance is not None and choice.guided:
+        high, low = choice.guidance_interval or (process.schedule.T, 1)
+        rows[:, R] = np.where((visited[:-1] <= high) & (visited[:-1] >= low), choice.guidance - 1, 0)
     if choice.noise == "torch":
         rows[:, U], rows[:, S] = rows[:, S].copy(), 0.0
     rows.flags.writeable = False

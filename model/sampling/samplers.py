@@ -26,6 +26,18 @@ class Sampling:
     timesteps: tuple[int, ...] | None = None  # the levels, descending, where they are given
     plan: str | None = None  # the name of a plan in the model directory, from which all but the noise comes
     plan_digest: str | None = None  # of its file
+    guidance: float | None = None  # of pictures with a label; 1 changes nothing
+    guidance_interval: tuple[int, int] | None = None  # the highest and the lowest level with guidance; None: all
+
+    @property
+    def guided(self) -> bool:
+        """Whether a picture takes two slots, and each of its steps counts twice."""
+        return self.guidance not in (None, 1)
+
+    @property
+    def image_steps(self) -> int:
+        """The work in a picture."""
+        return self.steps * (2 if self.guided else 1)
 
 
 class Walk:

@@ -40,9 +40,7 @@ class Plan:
     noise: Noise = "philox"  # where x_T and the noise of the steps come from
     steps: int = field(init=False)
     draws: bool = field(init=False)  # whether any step adds noise that `model.sampling.noise.gaussian` draws
-    guided: bool = field(init=False)  # whether any step reads what the net says without the label
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "steps", len(self.rows))
         object.__setattr__(self, "draws", bool(self.rows[:, S].any()))
-        object.__setattr__(self, "guided", bool(self.rows[:, R].any()))

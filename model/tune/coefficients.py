@@ -28,7 +28,7 @@ def free(count: int) -> list[tuple[int, int]]:
 class Fit:
     """Rows that are being fitted, and how well they do."""
 
-    rows: FloatArray  # [steps, 15]
+    rows: FloatArray  # [steps, 16]
     error: float  # mean square of the difference between the end pictures and the teacher's
     damping: float = 0.01
     updates: int = 0  # that were made

@@ -19,7 +19,7 @@ class Teacher:
     """What is known of the pictures so far; `teach` adds a batch."""
 
     grid: IntArray  # [G] the levels that it visits
-    rows: FloatArray  # [G, 15]
+    rows: FloatArray  # [G, 16]
     grams: FloatArray  # [2, 2G + 1, 2G + 1] products of x at each level and at 0, then x0 at each level, summed over
     # seeds: for solvers that take x0 as it is, and for those that clamp it
     ends: Tensor  # [n, C, H, W] the pictures of the first n seeds

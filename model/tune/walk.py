@@ -55,7 +55,7 @@ def begin(x: Tensor) -> Tensor:
 
 
 def steps(predict: Predict, rows: FloatArray, state: Tensor) -> Iterator[Step]:
-    """The steps of these rows from a state on. rows: [steps, 15], state: [4, B, C, H, W]"""
+    """The steps of these rows from a state on. rows: [steps, 16], state: [4, B, C, H, W]"""
     for row in rows:
         x = state[0]
         out = predict(x, int(row[K]))[:, : x.shape[1]]

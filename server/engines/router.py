@@ -167,7 +167,7 @@ class Router:
         sound = {engine: status for engine, status in able.items() if status.trouble is None}
         if not sound:
             raise ModelBroken(str(next(iter(able.values())).trouble))
-        offers, steps = offers_of(sound, run.spec, self._shards), run.spec.sampling.steps
+        offers, steps = offers_of(sound, run.spec, self._shards), run.spec.sampling.image_steps
         offers = [offer for offer in offers if offer.numerics == kind] or offers
         first = min(offers, key=lambda offer: offer.due_s(steps))
         if run.record.isolated:

@@ -26,10 +26,10 @@ class Shard:
     spec: Spec  # of these samples only
     news: News
     task: "asyncio.Task[None]" = field(init=False)
-    left: dict[int, int] = field(init=False)  # updates still to do, by index, of samples that have not ended
+    left: dict[int, int] = field(init=False)  # image-steps still to do, by index, of samples that have not ended
 
     def __post_init__(self) -> None:
-        self.left = dict.fromkeys(self.spec.indices, self.spec.sampling.steps)
+        self.left = dict.fromkeys(self.spec.indices, self.spec.sampling.image_steps)
         self.task = asyncio.create_task(self._run(), name="shard")
         self.task.add_done_callback(self._on_end)
 
@@ -46,9 +46,11 @@ class Shard:
         """Keeps count of what is left to do."""
         match event:
             case Progress(steps):
-                self.left |= {index: self.spec.sampling.steps - step for index, step in steps.items()}
+                sampling = self.spec.sampling
+                cost = sampling.image_steps // sampling.steps
+                self.left |= {index: cost * (sampling.steps - step) for index, step in steps.items()}
             case Restarting():
-                self.left = dict.fromkeys(self.left, self.spec.sampling.steps)
+                self.left = dict.fromkeys(self.left, self.spec.sampling.image_steps)
             case Finished(int(index)) | Cancelled(int(index)) | Failed(int(index)):
                 self.left.pop(index, None)
 

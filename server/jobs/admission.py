@@ -38,7 +38,7 @@ class Capacity:
         load_s: seconds until the model is loaded.
         """
         if steps > self.most_steps:
-            raise Invalid(("n", f"n x steps must be at most {self.most_steps}, got {steps}"))
+            raise Invalid(("n", f"n x steps, twice that with guidance, must be at most {self.most_steps}, got {steps}"))
         if size_bytes > self.most_bytes:
             most = f"pictures and frames may take {self.most_bytes} bytes of memory, these would take {size_bytes}"
             raise Invalid(("frames", most))
@@ -111,19 +111,19 @@ class Admission:
         times = self._backend.step_s(request.model, model.admitted)
         step_s, load_s = times[-1] / (len(times) - 1), self._backend.load_s(request.model)
         if quota is not None:
-            quota.require(request.image_steps)
-        self.capacity.take(request.image_steps, step_s, request.size_bytes, load_s)
+            quota.require(request.work)
+        self.capacity.take(request.work, step_s, request.size_bytes, load_s)
         if quota is not None:
-            quota.take(request.image_steps)
+            quota.take(request.work)
         id, arrived = secrets.token_hex(12), self._repository.clock.now()
         job = Job(id=id, request=request, model=model, counts=self._repository.counts, arrived=arrived)
-        self._count_steps(job, job.image_steps)
+        self._count_steps(job, request.work)
         return job
 
     def resume(self, job: Job) -> None:
         """Counts a job that an earlier server accepted."""
-        self.capacity.add(job.image_steps, job.request.size_bytes)
-        self._count_steps(job, job.image_steps)
+        self.capacity.add(job.request.work, job.request.size_bytes)
+        self._count_steps(job, job.request.work)
 
     def usages(self, job: Job) -> list[Usage]:
         """Where a job counts."""
@@ -137,19 +137,21 @@ class Admission:
     def advance(self, job: Job, index: int, step: int) -> None:
         """Notes how many updates a picture has had, and that so much less is left to do; nothing if more is known."""
         more = max(0, step - job.steps[index])
-        self.capacity.steps -= more
-        self._count_steps(job, -more, more)
+        work = job.work_of(more)
+        self.capacity.steps -= work
+        self._count_steps(job, -work, work)
         job.steps[index] += more
 
     def restart(self, job: Job, index: int) -> None:
         """Notes that a picture begins again."""
-        self.capacity.steps += job.steps[index]
-        self._count_steps(job, job.steps[index])
+        work = job.work_of(job.steps[index])
+        self.capacity.steps += work
+        self._count_steps(job, work)
         job.steps[index] = 0
 
     def release(self, job: Job) -> None:
         """A job has ended: what is left of its work will not be done, and its memory is free."""
-        left = job.image_steps - sum(job.steps)
+        left = job.request.work - job.work_of(sum(job.steps))
         self.capacity.steps -= left
         self._count_steps(job, -left)
         self.capacity.jobs -= 1
@@ -159,4 +161,4 @@ class Admission:
         """A job that was admitted makes no work after all."""
         self.release(job)
         if quota is not None:
-            quota.give_back(job.image_steps)
+            quota.give_back(job.request.work)

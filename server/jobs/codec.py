@@ -11,8 +11,8 @@ from model.sampling.samplers import Sampling
 from server.documents import ProblemDocument
 from server.errors import Problem, Recalled
 from server.jobs.job import Image, Job, State
-from server.jobs.request import FramePoints, ResolvedRequest, fingerprint
-from server.jobs.schemas import Frames
+from server.jobs.request import FramePoints, ResolvedRequest
+from server.jobs.schemas import Frames, fingerprint
 from server.jobs.stream import StreamCounts
 from server.store.records import ImageRow, Record
 from server.worker.messages import ModelStatus
@@ -35,8 +35,9 @@ def _request(text: str, owner: str | None) -> ResolvedRequest:
     fields = json.loads(text)
     sampling = _sampling({name: fields.pop(name) for name in Sampling.__slots__ if name in fields}, fields["T"])
     frames, shape = fields.pop("frames"), tuple(fields.pop("shape"))
+    labels = tuple(fields.pop("labels", None) or ()) or None
     points = FramePoints.of(Frames(**frames), sampling.steps, sampling.steps) if frames is not None else None
-    return ResolvedRequest(**fields, shape=shape, sampling=sampling, frames=points, owner=owner)
+    return ResolvedRequest(**fields, shape=shape, sampling=sampling, labels=labels, frames=points, owner=owner)
 
 
 def _sampling(chosen: dict[str, Any], T: int) -> Sampling:
@@ -47,6 +48,8 @@ def _sampling(chosen: dict[str, Any], T: int) -> Sampling:
         chosen |= {"order": 2, "timesteps": visited, "spacing": None}
     if (levels := chosen.get("timesteps")) is not None:
         chosen["timesteps"] = tuple(levels)
+    if (interval := chosen.get("guidance_interval")) is not None:
+        chosen["guidance_interval"] = tuple(interval)
     return Sampling(**chosen)
 
 

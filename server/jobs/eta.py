@@ -60,6 +60,8 @@ class Work:
         steps = job.request.sampling.steps
         begun = [steps - done for i, done in enumerate(job.steps) if done and i not in job.images]
         waiting = job.request.n - len(job.images) - len(begun)
+        if job.request.sampling.guided:  # as much work as two others
+            begun, waiting = 2 * begun, 2 * waiting
         rank = job.rank + steps / (job.request.T + 1)  # as the scheduler has it: of equals, the shortest first
         return cls(rank=rank, owner=job.request.owner or "", begun=begun, waiting=waiting, steps=steps)
 

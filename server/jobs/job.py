@@ -146,6 +146,10 @@ class Job:
         """The noise level of a picture after each number of updates."""
         return _levels(self.request.T, self.request.sampling)
 
+    def work_of(self, steps: int) -> int:
+        """The work in so many updates of pictures, in image-steps."""
+        return 2 * steps if self.request.sampling.guided else steps
+
     def move(self, to: State) -> None:
         """Changes its state. Only the runner does."""
         assert to in MOVES.get(self.state, ()), f"a job that is {self.state} cannot become {to}"
@@ -171,6 +175,8 @@ class Job:
     def texts(self, seed: int) -> dict[str, str]:
         """All that decides a picture, as text chunks of its PNG."""
         decides = {"model": self.request.model, "digest": self.model.digest, "seed": seed}
+        if self.request.labels is not None:
+            decides["label"] = self.request.labels[seed - self.request.seed]
         decides |= asdict(self.request.sampling) | {"numerics": self.model.numerics}
         known = {key: value for key, value in decides.items() if value is not None}
         return {key: value if isinstance(value, str) else json.dumps(value) for key, value in known.items()}

@@ -1,24 +1,31 @@
 """From the body of a request to a resolved request: every choice made, every bound checked, nothing promised yet."""
 
-import json
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from hashlib import sha256
 from typing import cast
 
 from model.checkpoint.card import ModelCard
 from model.checkpoint.presets import Fields
+from model.sampling.labels import resolve_labels
 from model.sampling.plan import SAMPLERS, resolve
 from model.sampling.samplers import Sampling
-from server.catalog import card_of, one_of, refused
+from server.catalog import default_model, model_of
 from server.documents import FramesDocument, RequestDocument
 from server.errors import Invalid
-from server.jobs.schemas import MAX_SEED, Frames, GenerateRequest, parse_json, parse_object, validate
+from server.jobs.schemas import (
+    MAX_SEED,
+    Frames,
+    GenerateRequest,
+    fingerprint,
+    parse_json,
+    parse_object,
+    validate,
+)
 from server.jobs.tenants import Tenant
 from server.settings import Settings
-from server.webhooks.target import parse_url
+from server.webhooks.target import accepted
 
 DEFAULT_FRAMES, FEWEST_FRAMES = 30, 2  # of each picture
 CHOICES = {"sampler", "steps", "order", "timesteps", "plan", "spacing", "eta", "variance", "clip"}
@@ -76,6 +83,7 @@ class ResolvedRequest:
     seed: int
     n: int
     sampling: Sampling
+    labels: tuple[int, ...] | None = None  # of each picture; None: the net is told none
     frames: FramePoints | None = None
     priority: int = 0
     deadline_s: float | None = None
@@ -85,8 +93,13 @@ class ResolvedRequest:
 
     @cached_property
     def image_steps(self) -> int:
-        """The work in it: updates of all pictures."""
+        """Updates of all pictures."""
         return self.n * self.sampling.steps
+
+    @cached_property
+    def work(self) -> int:
+        """The work in it, in image-steps: each of a guided picture counts twice."""
+        return self.n * self.sampling.image_steps
 
     @cached_property
     def frame_count(self) -> int:
@@ -116,6 +129,9 @@ class ResolvedRequest:
             "timesteps": list(sampling.timesteps) if sampling.timesteps is not None else None,
             "plan": sampling.plan,
             "spacing": sampling.spacing,
+            "labels": list(self.labels) if self.labels is not None else None,
+            "guidance": sampling.guidance,
+            "guidance_interval": list(sampling.guidance_interval) if sampling.guidance_interval is not None else None,
             "clip": sampling.clip,
             "noise": sampling.noise,
             "variance": sampling.variance,
@@ -125,11 +141,6 @@ class ResolvedRequest:
             "deadline_s": self.deadline_s,
             "webhook": self.webhook,
         }
-
-
-def fingerprint(value: object) -> str:
-    """A hash of a value that JSON can hold, however its members are ordered."""
-    return sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def fingerprints(body: bytes, context: RequestContext) -> list[str]:
@@ -148,18 +159,31 @@ def resolve_request(
     """A request with every choice made. Raises BadInput or PlanError, naming the field that is out of bounds."""
     value = parse_object(body)
     request = validate(value, GenerateRequest, _largest(value, cards, settings))
-    card = _model(request.model, cards, settings)
+    card = model_of(request.model, cards, settings.default_model)
     sampling = resolve(card.process, noise=request.noise, **chosen_fields(request, card))
+    seed = secrets.randbelow(MAX_SEED - request.n) if request.seed is None else request.seed
+    conditions = resolve_labels(
+        card.labels,
+        card.process.schedule.T,
+        range(seed, seed + request.n),
+        label=request.label,
+        each=request.labels,
+        guidance=request.guidance,
+        interval=request.guidance_interval,
+    )
+    if conditions is not None:
+        sampling = replace(sampling, guidance=conditions.guidance, guidance_interval=conditions.interval)
     resolved = ResolvedRequest(
         model=card.name,
         T=card.process.schedule.T,
         shape=card.shape,
-        seed=secrets.randbelow(MAX_SEED - request.n) if request.seed is None else request.seed,
+        seed=seed,
         n=request.n,
         sampling=sampling,
+        labels=conditions.labels if conditions is not None else None,
         priority=request.priority,
         deadline_s=request.deadline_s,
-        webhook=_webhook(request.webhook, settings),
+        webhook=accepted(request.webhook, settings),
         floats=context.floats,
         owner=context.owner,
     )
@@ -183,11 +207,12 @@ def chosen_fields(request: GenerateRequest, card: ModelCard) -> Fields:
 
 def _largest(value: Mapping[str, object], cards: Mapping[str, ModelCard], settings: Settings) -> dict[str, int]:
     """The largest number that each field may be, as far as the fields beside it tell."""
-    n, model = value.get("n"), value.get("model") or default_model(cards, settings)
+    n, model = value.get("n"), value.get("model") or default_model(cards, settings.default_model)
     pictures = n if type(n) is int and 1 <= n <= settings.max_n else 1
     largest = {"n": settings.max_n, "seed": MAX_SEED - pictures}
     if isinstance(model, str) and model in cards:
         largest["steps"] = largest["timesteps"] = cards[model].process.schedule.T
+    largest["labels"] = settings.max_n
     sampler = value.get("sampler")
     if isinstance(sampler, str) and sampler in SAMPLERS and len(orders := SAMPLERS[sampler].orders) > 1:
         largest["order"] = orders[-1]
@@ -218,26 +243,3 @@ def _default_frames(request: ResolvedRequest, settings: Settings, context: Reque
         limits = f"{settings.max_frames} frames and {settings.max_live_bytes} bytes"
         raise Invalid(("n", f"n: an animation of so many pictures exceeds {limits}, got {request.n}"))
     return None
-
-
-def _webhook(url: str | None, settings: Settings) -> str | None:
-    """The URL, if it is accepted. Raises Invalid."""
-    if url is None:
-        return None
-    if not settings.webhook_secret.get_secret_value():
-        raise Invalid(("webhook", "webhook must be left out: this server sends none, DDPM_WEBHOOK_SECRET is not set"))
-    parse_url(url, settings.webhook_hosts)
-    return url
-
-
-def default_model(cards: Mapping[str, ModelCard], settings: Settings) -> str | None:
-    """The model of requests that name none; None if such requests are refused."""
-    return settings.default_model or (next(iter(cards)) if len(cards) == 1 and not refused(cards) else None)
-
-
-def _model(wanted: str | None, cards: Mapping[str, ModelCard], settings: Settings) -> ModelCard:
-    """The model of a request. Raises what `card_of` raises, or Invalid if it must be named and is not."""
-    name = wanted or default_model(cards, settings)
-    if name is None:
-        raise Invalid(("model", f"name a model, {one_of(cards)}"))
-    return card_of(name, cards)

@@ -237,6 +237,7 @@ def _spec(job: Job) -> Spec:
         shows_x0=request.frames is not None and request.frames.frames.kind != "x_t",
         wants_floats=request.floats,
         owner=request.owner or "",
+        labels=dict(zip(range(request.seed, request.seed + request.n), request.labels or (), strict=False)),
         job=job.id,
         alone=job.deaths >= DEATHS,
     )

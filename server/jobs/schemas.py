@@ -2,15 +2,19 @@
 
 import json
 from collections.abc import Mapping
+from hashlib import sha256
 from itertools import chain
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema, model_validator
 from pydantic.fields import FieldInfo
 
+from model.checkpoint.labels import MAX_NAME
 from model.checkpoint.presets import Preset
 from model.checkpoint.scheduler import MAX_T
+from model.nets.config import MAX_LABELS
 from model.options import unique_keys
+from model.sampling.labels import MOST_GUIDANCE
 from model.sampling.schedule import Spacing, Variance
 from model.sampling.table import HISTORY, Noise
 from server.bounds import kind_of, says, unknown
@@ -39,6 +43,26 @@ Index = Annotated[
 ]
 
 Timestep = Annotated[int, Field(ge=1, lt=MAX_SEED)]
+
+
+def _label(value: object) -> object:
+    if (type(value) is int and 0 <= value < MAX_LABELS) or (isinstance(value, str) and 1 <= len(value) <= MAX_NAME):
+        return value
+    raise ValueError(f"must be an integer in 0..{MAX_LABELS - 1}, or a name of 1 to {MAX_NAME} characters")
+
+
+Label = Annotated[
+    Any,
+    BeforeValidator(_label),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "integer", "minimum": 0, "maximum": MAX_LABELS - 1},
+                {"type": "string", "minLength": 1, "maxLength": MAX_NAME},
+            ]
+        }
+    ),
+]
 
 
 class _Fields(BaseModel):
@@ -91,6 +115,21 @@ class GenerateRequest(_Fields):
         None, min_length=1, max_length=MAX_T, fail_fast=True, description="the levels visited, descending, T .. 1"
     )
     plan: str | None = Field(None, min_length=1, max_length=64, description="name of a plan of the model")
+    label: Label | None = Field(
+        None, description="of a conditional model: a number, a name, or `random`: drawn from each picture's seed"
+    )
+    labels: list[Label] | None = Field(
+        None, min_length=1, max_length=MAX_SEED, description="a label for each picture, instead of one for all"
+    )
+    guidance: float | None = Field(
+        None,
+        ge=0,
+        le=MOST_GUIDANCE,
+        description="of pictures with a label: 1 adds nothing, more obeys more; costs double",
+    )
+    guidance_interval: list[Timestep] | None = Field(
+        None, min_length=2, max_length=2, description="the highest and the lowest noise level with guidance"
+    )
     clip: bool | None = Field(None, description="whether x0 is clamped to [-1, 1] in every step")
     noise: Noise = Field(
         "philox", description="torch: the draws that diffusers makes; which pictures are then its own: docs/numerics.md"
@@ -144,6 +183,11 @@ def parse_object(body: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise Invalid(("", "the body must be a JSON object"))
     return value
+
+
+def fingerprint(value: object) -> str:
+    """A hash of a value that JSON can hold, however its members are ordered."""
+    return sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def validate(value: dict[str, Any], form: type[Form], largest: Mapping[str, int] | None = None) -> Form:

@@ -15,9 +15,8 @@ from typing_extensions import TypedDict
 
 from model.checkpoint.card import ModelCard, Source
 from model.sampling.schedule import Prediction, Spacing, Thresholding
-from server.catalog import card_of
+from server.catalog import card_of, default_model
 from server.engines.backend import Backend
-from server.jobs.request import default_model
 from server.jobs.service import JobService
 from server.metrics import MEDIA
 from server.settings import Settings
@@ -136,7 +135,7 @@ async def list_models(request: Request) -> JSONResponse:
     jobs: JobService = request.app.state.jobs
     settings: Settings = request.app.state.settings
     documents = [_document(card, jobs.backend) for card in jobs.cards.values()]
-    default = default_model(jobs.cards, settings)
+    default = default_model(jobs.cards, settings.default_model)
     refused = [{"name": name, "reason": reason} for name, reason in jobs.refused.items()]
     return DocumentResponse({"models": documents, "refused": refused, "default": default, "max_n": settings.max_n})
 

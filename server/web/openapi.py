@@ -13,6 +13,7 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import TypeAdapter
 
 from model.sampling.plan import SAMPLERS
+from server.catalog import default_model
 from server.documents import (
     ClientMessage,
     JobWithPngs,
@@ -23,7 +24,6 @@ from server.documents import (
     TextDocument,
 )
 from server.errors import ANSWERS, UNFORESEEN
-from server.jobs.request import default_model
 from server.jobs.schemas import GenerateRequest
 from server.jobs.service import JobService
 from server.settings import Settings
@@ -211,7 +211,7 @@ def _document(app: FastAPI, jobs: JobService, settings: Settings) -> Json:
         del schemas[name]
     for name in ("ModelStatus", "Source"):  # dataclasses, of which every field is sent
         schemas[name]["required"] = list(schemas[name]["properties"])
-    name = default_model(jobs.cards, settings) or next(iter(jobs.cards))
+    name = default_model(jobs.cards, settings.default_model) or next(iter(jobs.cards))
     examples = _examples(name, jobs.cards[name].process.schedule.T)
     problems: Json = {}
     for path, operations in document["paths"].items():

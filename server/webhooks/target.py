@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from server.errors import Invalid
+from server.settings import Settings
 
 MAX_CHARACTERS = 2048
 LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
@@ -107,3 +108,13 @@ def parse_url(url: str, hosts: str) -> Target:
         raise Invalid(("webhook", NOT_PUBLIC))
     path = match[4] or "/"
     return Target(scheme, host, int(match[3] or PORTS[scheme]), path if path[0] == "/" else f"/{path}", trusted)
+
+
+def accepted(url: str | None, settings: Settings) -> str | None:
+    """The URL of a request's webhook, if it is accepted. Raises Invalid."""
+    if url is None:
+        return None
+    if not settings.webhook_secret.get_secret_value():
+        raise Invalid(("webhook", "webhook must be left out: this server sends none, DDPM_WEBHOOK_SECRET is not set"))
+    parse_url(url, settings.webhook_hosts)
+    return url

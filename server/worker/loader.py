@@ -62,11 +62,17 @@ class Loader:
         card = read_card(directory, name, self._start.plans.get(name))
         if self._start.configs.get(name, card.configs) != card.configs:
             raise ModelRefused(CHANGED)
-        size = footprint(card, self._slots, self.device, self._dtype)
+        slots = self._slots_of(card)
+        size = footprint(card, slots, self.device, self._dtype)
         try:
-            return card, device.announce(card, self.device, self._dtype, self._slots, size)
+            return card, device.announce(card, self.device, self._dtype, slots, size)
         except OSError as error:
             raise ModelRefused(f"{card.weights.name} could not be read: {reason(error)}") from error
+
+    def _slots_of(self, card: ModelCard) -> int:
+        """The slots of a model: two at least where pictures may be guided."""
+        guides = card.labels is not None and card.labels.null is not None
+        return max(2, self._slots) if guides else self._slots
 
     def announced(self, name: str, directory: Path) -> Generator[float, None, tuple[ModelCard, ModelStatus]]:
         """What `announce` returns, as soon as there is enough for it."""
@@ -93,7 +99,7 @@ class Loader:
             while not reading.done():
                 yield POLL_S
             model = reading.result()
-            runner = Runner(model, self._slots, self._start.exact)
+            runner = Runner(model, self._slots_of(card), self._start.exact)
             for _ in runner.prepare():
                 yield 0.0
             steps = list[Step]()

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from model.engine.events import Event, Stats
+from model.sampling.labels import Labels
 from model.sampling.samplers import Sampling
 from model.sampling.schedule import SavedPlan
 
@@ -24,9 +25,18 @@ class Spec:
     shows_x0: bool = False
     wants_floats: bool = False
     owner: str = ""  # owners have equal shares
+    labels: Mapping[int, int] = field(default_factory=dict)  # by seed, of pictures with a label
     indices: tuple[int, ...] = ()  # of the seeds in their job, by which events name them; empty: 0, 1, ...
     job: str = ""  # the id by which quarantine knows it; without one it is known for this run only
     alone: bool = False  # it has an engine to itself, once others are done, and each of its steps is reported
+
+    def told(self, seed: int, known: Labels | None) -> tuple[int, ...]:
+        """What the net is told in each slot that a picture takes. known: the labels of the model"""
+        if known is None:
+            return ()
+        null = () if known.null is None else (known.null,)
+        label = self.labels.get(seed)
+        return null if label is None else (label, *(null if self.sampling.guided else ()))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -152,9 +152,10 @@ class Models:
             return  # its sender hears of that, if it has not yet
         self.watched.update(message.ids if spec.alone else ())
         table = _plan(self._cards[spec.model].process, spec.sampling)
+        known = self._cards[spec.model].labels
         same = {name: getattr(spec, name) for name in SAME}
         for id, seed in zip(message.ids, spec.seeds, strict=True):
-            self._held[spec.model][id] = request = Request(id, seed, table, **same)
+            self._held[spec.model][id] = request = Request(id, seed, table, labels=spec.told(seed, known), **same)
             self._requests[id] = spec.model, request
         if self._eviction.budget_bytes:  # without a budget all were loaded at the start
             self._eviction.ask(spec.model, time.monotonic())

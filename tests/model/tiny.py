@@ -1,6 +1,7 @@
 """The smallest worlds the engine runs in: a net of a few thousand weights, or of one multiplication; requests."""
 
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -73,9 +74,12 @@ def tiny_model(dtype: torch.dtype = torch.float32, device: torch.device = CPU) -
 class FunctionNet(nn.Module):
     """A function of (x, k) that passes for a net: row k of its embedding table is k itself."""
 
-    def __init__(self, function: Callable[[Tensor, Tensor], Tensor], architecture: Architecture) -> None:
+    def __init__(
+        self, function: Callable[[Tensor, Tensor], Tensor], architecture: Architecture, labels: int = 0
+    ) -> None:
         super().__init__()
         self.function, self.arch, self.reads = function, architecture, architecture.in_channels
+        self.labels = labels
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         return self.function(x, embedding[:, 0])
@@ -86,20 +90,28 @@ def halve(x: Tensor, k: Tensor) -> Tensor:
     return x * (0.5 + 0.01 * k[:, None, None, None])
 
 
-def function_model(function: Callable[[Tensor, Tensor], Tensor] = halve) -> Model:
-    """A model whose net is this function of (x [b, C, H, W], k [b]); steps take microseconds."""
-    table = torch.arange(T, dtype=torch.float32)[:, None]
-    return Model(card(), cast(UNet, FunctionNet(function, ARCHITECTURE)), table)
+def function_model(function: Callable[[Tensor, Tensor], Tensor] = halve, labels: int = 0) -> Model:
+    """A model whose net is this function of (x [b, C, H, W], k [b]); steps take microseconds. Label l, of so many,
+    adds l to k."""
+    table = torch.cat([torch.arange(T, dtype=torch.float32), torch.arange(labels, dtype=torch.float32)])[:, None]
+    return Model(card(), cast(UNet, FunctionNet(function, ARCHITECTURE, labels)), table)
 
 
-def quick_engine(slots: int = 3, function: Callable[[Tensor, Tensor], Tensor] = halve) -> Engine:
+def quick_engine(slots: int = 3, function: Callable[[Tensor, Tensor], Tensor] = halve, labels: int = 0) -> Engine:
     """An engine of so many slots around a function of (x, k)."""
-    return Engine(prepared(function_model(function), slots))
+    return Engine(prepared(function_model(function, labels), slots))
 
 
-def a_plan(steps: int = 4, sampler: str = "ddpm", **choices: Any) -> Plan:
+def a_plan(
+    steps: int = 4,
+    sampler: str = "ddpm",
+    guidance: float | None = None,
+    guidance_interval: tuple[int, int] | None = None,
+    **choices: Any,
+) -> Plan:
     """A plan for the tiny process."""
-    return plan(PROCESS, resolve(PROCESS, sampler, steps, **choices))
+    choice = resolve(PROCESS, sampler, steps, **choices)
+    return plan(PROCESS, replace(choice, guidance=guidance, guidance_interval=guidance_interval))
 
 
 def a_request(id: Hashable, steps: int = 4, *, seed: int = 0, **options: Any) -> Request:

@@ -55,9 +55,13 @@ def _drawn() -> dict[str, Tensor]:
         return {name: tensor.detach() for name, tensor in UNet(ARCHITECTURE).state_dict().items()}
 
 
-def weights() -> dict[str, Tensor]:
-    """The tiny net's weights, the same ones every time. They may be written to."""
-    return {name: tensor.clone() for name, tensor in _drawn().items()}
+def weights(labels: int = 0) -> dict[str, Tensor]:
+    """The tiny net's weights, the same ones every time, perhaps for so many labels. They may be written to."""
+    drawn = {name: tensor.clone() for name, tensor in _drawn().items()}
+    if labels:
+        generator = torch.Generator().manual_seed(1)
+        drawn["class_embedding.weight"] = torch.randn(labels, ARCHITECTURE.embedding_dim, generator=generator)
+    return drawn
 
 
 def write_model(
@@ -66,14 +70,23 @@ def write_model(
     scheduler: dict[str, Any] | None = None,
     tensors: dict[str, Tensor] | None = None,
     folders: bool = False,
+    labels: int = 0,
+    index: dict[str, Any] | None = None,
 ) -> Path:
-    """A model directory, flat or in folders; `config` and `scheduler` hold what differs from the sound one."""
+    """A model directory, flat or in folders; `config` and `scheduler` hold what differs from the sound one.
+
+    labels: how many the net knows; index: the model_index.json, if there is one
+    """
     net, schedule = (directory / "unet", directory / "scheduler") if folders else (directory, directory)
     net.mkdir(parents=True, exist_ok=True)
     schedule.mkdir(parents=True, exist_ok=True)
-    (net / "config.json").write_text(json.dumps(CONFIG | (config or {})))
+    (net / "config.json").write_text(
+        json.dumps(CONFIG | ({"num_class_embeds": labels} if labels else {}) | (config or {}))
+    )
     (schedule / "scheduler_config.json").write_text(json.dumps(SCHEDULER | (scheduler or {})))
-    save_file(weights() if tensors is None else tensors, net / WEIGHTS)
+    if index is not None:
+        (directory / "model_index.json").write_text(json.dumps(index))
+    save_file(weights(labels) if tensors is None else tensors, net / WEIGHTS)
     return directory
 
 

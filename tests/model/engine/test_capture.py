@@ -123,7 +123,7 @@ def test_noise_inside_the_step_is_the_noise_drawn_ahead() -> None:
     inside.ahead = torch.zeros(2, 0, *ARCHITECTURE.shape)
     for slot, (seed, steps) in enumerate([(3, 5), (4, 2)]):
         ahead.seat(slot, seed, a_plan(steps), ahead.draw_initial([seed])[0])
-        ahead.draw_ahead(slot, seed, 0)
+        ahead.draw_ahead([slot], seed, 0)
         inside.seat(slot, seed, a_plan(steps), inside.draw_initial([seed])[0])
     with torch.inference_mode():
         for _ in range(5):

@@ -18,11 +18,10 @@ from model.checkpoint.load import load_model
 from model.engine.engine import Engine
 from model.engine.events import Event, Request
 from model.engine.runner import prepared
-from model.engine.slots import SavedState
+from model.engine.slots import SavedState, Seating
 from model.nets.cpu import supports
-from model.sampling.table import Plan
 from tests.model.convert.directories import write_model
-from tests.model.tiny import PROCESS, a_plan, endings, pictures, run
+from tests.model.tiny import CPU, PROCESS, a_plan, endings, pictures, run
 
 SLOTS, SAMPLES = 6, 200
 CHOICES: list[dict[str, Any]] = [
@@ -57,15 +56,22 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(before)
 
 
-def crowd(random: Random) -> list[Request]:
-    """Requests of every kind, 2 to 30 steps long, mostly short."""
+def crowd(random: Random, labels: int = 0) -> list[Request]:
+    """Requests of every kind, 2 to 30 steps long, mostly short; of so many labels the last stands for none."""
     requests = []
     for number in range(SAMPLES + 40):
         steps = 2 + int(29 * random.random() ** 3)
-        plan = a_plan(steps, **random.choice(CHOICES))
+        told: tuple[int, ...] = random.choice([(), (labels - 1,), (random.randrange(labels - 1),)]) if labels else ()
+        guided: dict[str, Any] = {}
+        if labels and random.random() < 0.5:
+            told = (random.randrange(labels - 1), labels - 1)
+            guided = {"guidance": random.choice([0.0, 1.5, 3.0]), "guidance_interval": random.choice([None, (20, 5)])}
+        plan = a_plan(steps, **random.choice(CHOICES), **guided)
         frames = frozenset(random.sample(range(steps + 1), random.choice([0, 0, 2])))
         rank, owner = random.choice([0.0, 1.0, 2.0]), random.choice(["", "", "another"])
-        requests.append(Request(number, random.randrange(2**63), plan, rank=rank, frames=frames, owner=owner))
+        requests.append(
+            Request(number, random.randrange(2**63), plan, rank=rank, frames=frames, owner=owner, labels=told)
+        )
     return requests
 
 
@@ -90,23 +96,24 @@ def check_a_picture_is_the_same_in_any_batch(
     dtype: torch.dtype,
     monkeypatch: pytest.MonkeyPatch,
     scheduler: dict[str, Any] | None = None,
+    labels: int = 0,
 ) -> None:
     """Runs the crowd together, then each survivor alone, on a runner of its own."""
-    write_model(directory, scheduler=scheduler)
+    write_model(directory, scheduler=scheduler, labels=labels)
     model = load_model(read_card(directory), device, dtype)
     assert model.card.process.schedule.T == PROCESS.schedule.T
     together, alone, resumed = prepared(model, SLOTS), prepared(model, SLOTS), list[int]()
     usual = together.slots.resume
 
-    def count(slot: int, seed: int, plan: Plan, step: int, saved: SavedState) -> None:
+    def count(seating: Seating, step: int, saved: SavedState) -> None:
         resumed.append(step)
-        usual(slot, seed, plan, step, saved)
+        usual(seating, step, saved)
 
     monkeypatch.setattr(together.slots, "resume", count)
     assert together.exact and together.exact_buckets == alone.exact_buckets
 
     random = Random(20)
-    requests = crowd(random)
+    requests = crowd(random, labels)
     engine = Engine(together)
     events = bustle(engine, requests, random)
     made = pictures(events)
@@ -134,6 +141,12 @@ def test_a_picture_is_the_same_in_any_batch(
     check_a_picture_is_the_same_in_any_batch(tmp_path, torch.device("cpu"), dtype, monkeypatch)
 
 
+def test_a_picture_of_a_conditional_net_is_the_same_in_any_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_a_picture_is_the_same_in_any_batch(tmp_path, CPU, torch.float32, monkeypatch, labels=4)
+
+
 @pytest.mark.long
 def test_a_thresholded_picture_is_the_same_in_any_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check_a_picture_is_the_same_in_any_batch(tmp_path, torch.device("cpu"), torch.float32, monkeypatch, THRESHOLDING)
@@ -143,7 +156,9 @@ def test_a_thresholded_picture_is_the_same_in_any_batch(tmp_path: Path, monkeypa
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU on this machine")
 @pytest.mark.parametrize("scheduler", [{}, THRESHOLDING], ids=["clamped", "thresholded"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("labels", [0, 4], ids=["unconditional", "conditional"])
 def test_a_picture_is_the_same_in_any_batch_on_a_gpu(
-    dtype: torch.dtype, scheduler: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    labels: int, dtype: torch.dtype, scheduler: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    check_a_picture_is_the_same_in_any_batch(tmp_path, torch.device("cuda"), dtype, monkeypatch, scheduler)
+    device = torch.device("cuda")
+    check_a_picture_is_the_same_in_any_batch(tmp_path, device, dtype, monkeypatch, scheduler, labels)

@@ -18,7 +18,8 @@ class Picture:
     rank: float = 0.0
     owner: str = ""
     left: int = 1
-    slot: int | None = None
+    width: int = 1
+    slots: tuple[int, ...] = ()
     arrival: int = -1
 
     def __repr__(self) -> str:
@@ -39,7 +40,7 @@ def test_the_first_to_arrive_are_seated_and_the_rest_wait() -> None:
     scheduler, (a, b, c) = seated(2, "abc")
 
     assert scheduler.seated == [a, b]
-    assert (a.slot, b.slot, c.slot) == (0, 1, None)
+    assert (a.slots, b.slots, c.slots) == ((0,), (1,), ())
     assert scheduler.waiting == 1
 
 
@@ -79,15 +80,15 @@ def test_admit_preempts_nothing_for_a_lower_rank() -> None:
 def test_the_last_picture_moves_into_the_hole() -> None:
     scheduler, (a, b, c) = seated(3, "abc")
 
-    assert scheduler.release(a) == (2, 0)
+    assert scheduler.release(a) == [(0, 2)]
     assert scheduler.seated == [c, b]
-    assert (a.slot, b.slot, c.slot) == (None, 1, 0)
+    assert (a.slots, b.slots, c.slots) == ((), (1,), (0,))
 
 
 def test_no_picture_moves_when_the_last_one_leaves() -> None:
     scheduler, (a, b) = seated(2, "ab")
 
-    assert scheduler.release(b) is None
+    assert scheduler.release(b) == [(1, None)]
     assert scheduler.seated == [a]
 
 
@@ -97,7 +98,7 @@ def test_a_freed_slot_goes_to_the_picture_that_waits_longest() -> None:
 
     assert scheduler.admit() == [c]
     assert scheduler.seated == [b, c]
-    assert d.slot is None
+    assert d.slots == ()
 
 
 def test_withdrawing_a_waiting_picture_leaves_the_others_in_turn() -> None:
@@ -136,7 +137,7 @@ def test_whatever_happens_slots_stay_dense_and_no_picture_is_lost(capacity: int,
         elif move == "withdraw" and waiting:
             scheduler.withdraw(waiting.pop(choice % len(waiting)))
 
-        assert [picture.slot for picture in scheduler.seated] == list(range(len(seated)))
+        assert [picture.slots for picture in scheduler.seated] == [(i,) for i in range(len(seated))]
         assert set(scheduler.seated) == seated
         assert scheduler.waiting == len(waiting)
 
@@ -185,9 +186,9 @@ def test_a_shorter_picture_preempts_the_longest() -> None:
     scheduler = settled(2, long, longer)
     scheduler.add(short)
 
-    assert scheduler.preempt() == Preemption(1, longer, short)
+    assert scheduler.preempt() == Preemption([(longer, 1)], [(1, None)], short)
     assert scheduler.preempt() is None
-    assert (scheduler.seated, longer.slot, scheduler.waiting) == ([long, short], None, 1)
+    assert (scheduler.seated, longer.slots, scheduler.waiting) == ([long, short], (), 1)
 
 
 def test_a_preempted_picture_goes_on_before_those_that_arrived_after_it() -> None:

@@ -97,7 +97,7 @@ def test_a_move_carries_everything() -> None:
     slots = Slots(3, SHAPE, T, CPU)
     slots.seat(0, 1, a_plan(9), slots.draw_initial([1])[0])
     slots.seat(2, 2, a_plan(4), slots.draw_initial([2])[0])
-    slots.draw_ahead(2, 2, 0)
+    slots.draw_ahead([2], 2, 0)
     slots.given[2], slots.x0[2], slots.cursor[2] = 0.5, 0.25, 3
     slots.history[2] = torch.randn(slots.history[2].shape)
     before = state(slots, 2)
@@ -138,12 +138,12 @@ def test_a_vacated_slot_gets_its_successor_whose_own_slot_keeps_nothing() -> Non
 def test_a_preempted_picture_is_resumed_at_its_step() -> None:
     slots = Slots(2, SHAPE, T, CPU)
     slots.seat(0, 3, a_plan(9), x_T(3))
-    slots.draw_ahead(0, 3, 0)
+    slots.draw_ahead([0], 3, 0)
     slots.x0[0], slots.given[0], slots.cursor[0] = 0.25, 0.5, 4
     slots.history[0] = torch.randn(slots.history[0].shape)
     before, saved = state(slots, 0), slots.save(0)
     slots.clear(0)
-    slots.resume(1, 3, a_plan(9), 4, saved)
+    slots.resume(Seating(1, 3, a_plan(9)), 4, saved)
 
     assert all(torch.equal(a, b) for a, b in zip(before, state(slots, 1), strict=True))
 
@@ -168,8 +168,8 @@ def test_noise_drawn_ahead_is_the_noise_drawn_step_by_step() -> None:
     slots.seat(1, 6, a_plan(T), slots.draw_initial([6])[0])
     for step in range(T):
         if step % slots.ahead_steps == 0:
-            slots.draw_ahead(0, 2**63 - 1, step)
-            slots.draw_ahead(1, 6, step)
+            slots.draw_ahead([0], 2**63 - 1, step)
+            slots.draw_ahead([1], 6, step)
         slots.cursor[:] = step
         assert torch.equal(torch.as_tensor(slots.noise(2)), gaussian(slots.seed, slots.cursor, SHAPE))
 

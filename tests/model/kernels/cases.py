@@ -25,7 +25,7 @@ from model.nets.lucidrains_config import LucidrainsArchitecture
 from model.nets.unet import UNet
 from model.sampling.noise import STEP, gaussian, philox
 from model.sampling.schedule import Thresholding
-from model.sampling.table import C, K, S, W
+from model.sampling.table import C, K, R, S, W
 from tests.model.kernels.world import DEVICE, DTYPES, draw, error
 from tests.model.sampling.test_noise import KNOWN_ANSWERS
 from tests.model.tiny import ARCHITECTURE, FunctionNet, T, a_plan
@@ -252,10 +252,15 @@ def test_the_words_are_those_of_our_noise(seed: int) -> None:
 
 
 def a_world(
-    shape: tuple[int, int, int], learned: bool = False, slots: int = 5, dtype: torch.dtype = torch.float32
+    shape: tuple[int, int, int],
+    learned: bool = False,
+    slots: int = 5,
+    dtype: torch.dtype = torch.float32,
+    labels: int = 0,
 ) -> tuple[UNet, Tensor, Slots]:
-    """Slots full of random numbers and rows, and a net of one multiplication that takes its pictures as they come."""
-    table = torch.arange(T, device=DEVICE, dtype=dtype)[:, None] / 10
+    """Slots full of random numbers and rows, and a net of one multiplication that takes its pictures as they come. With
+    labels, the first two slots hold a guided picture."""
+    table = torch.cat([torch.arange(T), 3 * torch.arange(labels)])[:, None].to(DEVICE, dtype) / 10
     world = Slots(slots, shape, T, DEVICE)
     world.ahead = torch.zeros(slots, 0, *shape, device=DEVICE)  # so that the algebra, too, draws inside the step
     for tensor in (world.x, world.x0, world.given, world.history):
@@ -267,6 +272,9 @@ def a_world(
     world.cursor.copy_(torch.randint(T, (slots,)))
     world.last[:] = T
     world.seed.copy_(torch.randint(2**62, (slots,)))
+    world.label.copy_(torch.randint(max(1, labels), (slots,)))
+    if labels and slots > 1:
+        world.join(1, 0)
 
     def function(x: Tensor, k: Tensor) -> Tensor:
         assert x.is_contiguous(memory_format=torch.channels_last) and x.dtype == dtype
@@ -274,23 +282,29 @@ def a_world(
         return torch.cat([out, out.flip(2)], dim=1) if learned else out
 
     architecture = replace(ARCHITECTURE, in_channels=shape[0], out_channels=shape[0] * (1 + learned))
-    return cast(UNet, FunctionNet(function, architecture)), table, world
+    return cast(UNet, FunctionNet(function, architecture, labels)), table, world
+
+
+STATE = ("x", "x0", "given", "history", "rows")
+COLUMNS_OF_SLOTS = ("cursor", "last", "seed", "label", "labelled", "unlabelled")
 
 
 def twin(slots: Slots) -> Slots:
     """The same numbers in other memory."""
     copy = Slots(slots.capacity, slots.shape, T, DEVICE)
     copy.ahead = slots.ahead
-    for name in ("x", "x0", "given", "history", "rows", "cursor", "last", "seed"):
+    for name in (*STATE, *COLUMNS_OF_SLOTS):
         getattr(copy, name).copy_(getattr(slots, name))
     return copy
 
 
 @pytest.mark.parametrize("batch", [1, 4])
 @pytest.mark.parametrize(("learned", "dtype"), [(False, torch.float32), (True, torch.float32), (True, torch.bfloat16)])
-@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 5, 7), (3, 29, 31)])
-def test_the_sampler_is_the_algebra(shape: tuple[int, int, int], learned: bool, dtype: torch.dtype, batch: int) -> None:
-    net, table, slots = a_world(shape, learned, dtype=dtype)
+@pytest.mark.parametrize(("shape", "labels"), [((1, 8, 8), 0), ((3, 5, 7), 0), ((3, 29, 31), 0), ((3, 5, 7), 4)])
+def test_the_sampler_is_the_algebra(
+    shape: tuple[int, int, int], labels: int, learned: bool, dtype: torch.dtype, batch: int
+) -> None:
+    net, table, slots = a_world(shape, learned, dtype=dtype, labels=labels if batch > 1 else 0)
     expected, before = twin(slots), twin(slots)
     algebra(net, table, expected, batch)
     denoise_by_kernels(net, table, slots, batch)
@@ -332,7 +346,7 @@ def test_a_thresholded_step_depends_neither_on_other_pictures_nor_on_the_slot() 
     net, table, slots = a_world((3, 5, 7), dtype=torch.bfloat16)
     slots.rows[1::2, :, C] = 1
     reversed_, alone = twin(slots), [twin(slots) for _ in range(5)]
-    for name in ("x", "x0", "given", "history", "rows", "cursor", "last", "seed"):
+    for name in (*STATE, *COLUMNS_OF_SLOTS):
         getattr(reversed_, name).copy_(getattr(slots, name).flip(0))
         for i, one in enumerate(alone):
             getattr(one, name)[0].copy_(getattr(slots, name)[i])
@@ -371,7 +385,7 @@ def test_a_step_depends_neither_on_other_pictures_nor_on_the_slot() -> None:
     before, elsewhere = twin(slots), Slots(5, (3, 5, 7), T, DEVICE)
     denoise_by_kernels(net, table, slots, 5)
     for i in range(5):
-        for name in ("x", "x0", "given", "history", "rows", "cursor", "last", "seed"):
+        for name in (*STATE, *COLUMNS_OF_SLOTS):
             getattr(elsewhere, name)[4 - i].copy_(getattr(before, name)[i])
             getattr(elsewhere, name)[(7 - i) % 5].copy_(getattr(before, name)[i])
         elsewhere.x[(6 - i) % 5] = torch.nan
@@ -412,23 +426,33 @@ CHOICES: list[dict[str, Any]] = [
 
 
 @pytest.mark.usefixtures("kernels_on")
-@pytest.mark.parametrize("kind", [pytest.param("default", marks=pytest.mark.long), "scale_shift", "learned"])
+@pytest.mark.parametrize(
+    "kind", [pytest.param("default", marks=pytest.mark.long), "scale_shift", "learned", "conditional"]
+)
 def test_steps_of_a_real_net_by_kernels_are_those_of_the_algebra(kind: str) -> None:
     """All samplers at once; with kernels, biases are where a GPU has them."""
     torch.manual_seed(0)
     learned = kind == "learned"
     shift = "scale_shift" if kind == "scale_shift" else "default"
+    labels = 4 if kind == "conditional" else None
     with torch.inference_mode(False):
-        net: Any = UNet(replace(ARCHITECTURE, out_channels=1 + learned, resnet_time_scale_shift=shift))
+        net: Any = UNet(
+            replace(ARCHITECTURE, out_channels=1 + learned, resnet_time_scale_shift=shift, num_class_embeds=labels)
+        )
         for parameter in net.parameters():
             parameter.requires_grad_(False).add_(0.1 * torch.randn_like(parameter))
         net = net.eval().to(DEVICE, memory_format=torch.channels_last)
     table = net.embed(torch.arange(T, device=DEVICE))
+    table = torch.cat([table, net.embed_labels()]) if labels else table
     slots = Slots(5, ARCHITECTURE.shape, T, DEVICE)
     slots.ahead = torch.zeros(5, 0, *ARCHITECTURE.shape, device=DEVICE)
     for slot, choice in enumerate(CHOICES):
         slots.seat(slot, 2**60 + slot, a_plan(5, **choice), slots.draw_initial([slot])[0])
         slots.rows[slot, :5, W] = 0.3 * learned
+        slots.label[slot] = slot % 4
+    if labels:
+        slots.rows[:, :5, R] = 0.5
+        slots.join(0, 3)
     slots.given.copy_(torch.randn(slots.given.shape))
     expected = twin(slots)
     for _ in range(2):
@@ -436,6 +460,8 @@ def test_steps_of_a_real_net_by_kernels_are_those_of_the_algebra(kind: str) -> N
     for module in list(net.modules()):
         if isinstance(module, Resnet | Attention):
             module.fuse()
+    if labels:
+        net.fuse_labels()
     use_libraries(net)
     for _ in range(2):
         denoise(net, table, slots, 5)

@@ -269,7 +269,7 @@ class Layers(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.arch, self.reads = ARCHITECTURE, 1
+        self.arch, self.reads, self.labels = ARCHITECTURE, 1, 0
         self.one, self.two = Layer(1, 20, 8, 8).conv(torch.float32), Layer(20, 12, 8, 8, size=1).conv(torch.float32)
         self.attend, self.back = SelfAttention(2), Layer(4, 1, 8, 8).conv(torch.float32)
 

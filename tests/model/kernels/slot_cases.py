@@ -27,7 +27,8 @@ SHAPES: dict[str, Shape] = {
     "no whole block": (3, 29, 31),
     "one number": (1, 1, 1),
 }
-STATE = ("x", "x0", "given", "history", "rows", "cursor", "last", "seed")
+COLUMNS_OF_SLOTS = ("cursor", "last", "seed", "label", "labelled", "unlabelled")
+STATE = ("x", "x0", "given", "history", "rows", *COLUMNS_OF_SLOTS)
 SEEDS = [0, 1, 16, 2**31, 2**32 - 1, 2**32, 2**32 + 16, 0x1234567890ABCDEF, 2**63 - 1]
 
 
@@ -51,7 +52,8 @@ def ruin(capacity: int, shape: Shape) -> Slots:
     slots.ahead = torch.zeros(capacity, 0, *shape, device=DEVICE)  # as on a GPU
     for tensor in (slots.x, slots.x0, slots.given, slots.history, slots.rows):
         tensor.fill_(torch.nan)
-    for number, column in enumerate((slots.cursor, slots.last, slots.seed)):
+    for number, name in enumerate(COLUMNS_OF_SLOTS):
+        column = getattr(slots, name)
         column.copy_(torch.arange(capacity) + 100 * number + 7)
     return slots
 
@@ -78,7 +80,7 @@ def test_seated_pictures_are_where_torch_would_put_them_and_nothing_else_changes
     ours, theirs = ruin(6, shape), ruin(6, shape)
     outside = a_plan(7, noise="torch")
     seatings = [
-        Seating(4, 2**63 - 1, a_plan(T)),
+        Seating(4, 2**63 - 1, a_plan(T), label=9),
         Seating(0, 5, outside, TorchNoise(5, shape).draw()),
         Seating(5, 2**32, a_plan(1, "ddim")),
         Seating(2, 6, outside, TorchNoise(6, shape).draw()),
@@ -173,9 +175,9 @@ def test_the_plan_cache_never_grows() -> None:
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 def test_a_preempted_picture_is_resumed_unchanged(shape: Shape) -> None:
     ours, theirs, plan = lively(4, shape), lively(4, shape), a_plan(9)
-    ours.resume(3, 2**62 + 1, plan, 5, ours.save(1))
+    ours.resume(Seating(3, 2**62 + 1, plan), 5, ours.save(1))
     with plain_torch():
-        theirs.resume(3, 2**62 + 1, plan, 5, theirs.save(1))
+        theirs.resume(Seating(3, 2**62 + 1, plan), 5, theirs.save(1))
 
     assert bits(ours) == bits(theirs)
     assert torch.equal(ours.x[3], ours.x[1]) and ours.cursor[3] == 5

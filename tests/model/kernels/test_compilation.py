@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from model.sampling.table import COLUMNS
 from tests.model.engine.test_capture import META
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
@@ -105,7 +106,11 @@ def test_every_kernel_compiles_and_has_no_atomics(compiled: Counter[str]) -> Non
         last = terms.transpose(-1, -2).transpose(-1, -3).contiguous().movedim(-1, -3)
         norm.group_norm(last, 32, wide, wide, 1e-6, beside=None, before=None, time=None, silu=True)
     norm.add_bias(x, channels, x)
-    state, rows, table = torch.zeros(2, 3, 8, 8), torch.zeros(2, 5, 15), torch.zeros(9, 40, dtype=torch.bfloat16)
+    state, rows, table = (
+        torch.zeros(2, 3, 8, 8),
+        torch.zeros(2, 5, len(COLUMNS)),
+        torch.zeros(9, 40, dtype=torch.bfloat16),
+    )
     step.enter(state, rows, cursor, table, 16)
     at: dict[str, Any] = {"rows": rows, "now": cursor, "cursor": cursor, "last": cursor, "seed": cursor}
     for out, scale in ((3, None), (6, None), (3, torch.ones(2, 1, 1, 1))):
@@ -127,9 +132,9 @@ def test_kernels_between_two_steps_compile_without_spilling(compiled: Counter[st
     for shape, rows in (((3, 256, 256), 1001), ((3, 28, 28), 1001), ((1, 1, 1), 31)):
         pictures = [torch.empty(4, *shape, device=META) for _ in range(3)]
         history = torch.empty(4, 3, *shape, device=META)
-        state = (*pictures, history, torch.empty(4, rows, 15, device=META))
+        state = (*pictures, history, torch.empty(4, rows, len(COLUMNS), device=META))
         numbers = torch.empty(4, dtype=torch.int64, device=META)
-        columns, orders = (numbers, numbers, numbers), torch.empty(2, 6, dtype=torch.int64, device=META)
+        columns, orders = (numbers,) * 6, torch.empty(2, slots.ORDER, dtype=torch.int64, device=META)
         for brought in (None, pictures[0][:2, None], torch.empty(1, 6, *shape, device=META)):
             slots.seat(orders, brought, state[4][0], state, columns)
         slots.vacate(state, columns, 3, 1, clears=True)

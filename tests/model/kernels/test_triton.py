@@ -213,7 +213,7 @@ BETWEEN_STEPS: dict[str, tuple[Callable[[Slots], object], dict[str, int]]] = {
     "a slot that is cleared": (lambda slots: slots.clear(1), {"_vacate": 1}),
     "vacating a slot to which another moves": (lambda slots: slots.vacate(1, 63), {"_vacate": 1}),
     "preempting": (lambda slots: slots.save(1), {"stack": 1}),
-    "resuming": (lambda slots: slots.resume(1, 7, PLAN, 3, SAVED), {"_seat": 1}),
+    "resuming": (lambda slots: slots.resume(Seating(1, 7, PLAN), 3, SAVED), {"_seat": 1}),
     "frames, floats, and whether all are finite": (lambda slots: pack(slots, [7, 1], [2, 3], True), {"_show": 1}),
 }
 

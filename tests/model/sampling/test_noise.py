@@ -65,7 +65,7 @@ def test_an_element_does_not_know_how_large_its_picture_is() -> None:
 
 def test_noise_drawn_ahead_is_the_noise_of_its_steps() -> None:
     slots = Slots(2, (3, 8, 8), 100, torch.device("cpu"))
-    slots.draw_ahead(1, seed=5, step=32)
+    slots.draw_ahead([1], seed=5, step=32)
     expected = torch.stack([one(5, 32 + i, (3, 8, 8)) for i in range(slots.ahead_steps)])
     assert torch.equal(slots.ahead[1], expected)
 

@@ -325,7 +325,7 @@ def test_a_learned_variance_lies_between_the_small_and_the_large() -> None:
 
 def test_a_plan_cannot_be_written_to_and_has_a_row_a_step() -> None:
     table = planned(Process(linear()), "ddim", 4, spacing="trailing")
-    assert table.rows.shape == (table.steps, len(COLUMNS)) == (4, 15)
+    assert table.rows.shape == (table.steps, len(COLUMNS)) == (4, 16)
     assert table.t.tolist() == [1000, 750, 500, 250, 0]
     with pytest.raises(ValueError, match="read-only"):
         table.rows[0, 0] = 1

@@ -20,7 +20,8 @@ class Picture:
     left: int
     rank: float = 0.0
     owner: str = ""
-    slot: int | None = None
+    width: int = 1
+    slots: tuple[int, ...] = ()
     arrival: int = -1
 
 
@@ -37,7 +38,7 @@ class Arrival:
 def work_left(arrival: Arrival, pictures: Sequence[Picture]) -> Work:
     """What is left of a job."""
     left = [picture for picture in pictures if picture.left]
-    begun = [picture.left for picture in left if picture.slot is not None or picture.left < arrival.steps]
+    begun = [picture.left for picture in left if picture.slots or picture.left < arrival.steps]
     waiting, rank = len(left) - len(begun), arrival.seconds / 60 + arrival.steps / 1001
     return Work(rank=rank, owner=arrival.owner, begun=begun, waiting=waiting, steps=arrival.steps)
 

@@ -1,0 +1,155 @@
+"""Guided pictures: two slots, one picture, by the formula of classifier-free guidance."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.engine.engine import Engine
+from model.engine.events import Failed, Finished, Request
+from model.engine.memory import REASON
+from model.sampling.reference import sample_alone
+from tests.model.tiny import ARCHITECTURE, T, a_plan, a_request, endings, pictures, quick_engine, run
+
+LABELS, NULL = 5, 4
+
+
+def reads_label(x: Tensor, k: Tensor) -> Tensor:
+    """A net to which the label, added to k, says which part of the picture is noise."""
+    return x * (0.3 + 0.02 * torch.sin(3.0 * k))[:, None, None, None]
+
+
+def alone(request: Request) -> Tensor:
+    """The picture of a request by the reference sampler, unrounded. -> [C, H, W]"""
+
+    def net(label: int) -> Any:
+        return lambda x, k: reads_label(x, k + label)
+
+    label = request.labels[0] if request.labels else 0
+    *_, (x, _) = sample_alone(net(label), request.plan, request.seed, ARCHITECTURE.shape, unlabelled=net(NULL))
+    return x[0].clamp(-1, 1)
+
+
+def guided(id: str, label: int, steps: int = 6, seed: int = 1, **choices: Any) -> Request:
+    """A request for a guided picture of a label."""
+    return a_request(id, seed=seed, plan=a_plan(steps, **choices), labels=(label, NULL), wants_floats=True)
+
+
+GUIDED = [
+    guided("twice", 1, guidance=2.0),
+    guided("against it", 2, guidance=0.0),
+    guided("between two levels", 3, T, guidance=3.0, guidance_interval=(20, 10)),
+    guided("solver", 0, sampler="dpmpp", order=3, guidance=1.5),
+    guided("from torch", 3, noise="torch", guidance=1.5),
+]
+PLAIN = [
+    a_request("told a label", 5, seed=3, labels=(2,), wants_floats=True),
+    a_request("told none", 4, seed=4, labels=(NULL,), wants_floats=True),
+]
+
+
+def test_a_guided_picture_is_that_of_the_formula_beside_any_others() -> None:
+    events = run(quick_engine(6, reads_label, LABELS), *GUIDED, *PLAIN)
+
+    made = {event.id: event.floats for event in events if isinstance(event, Finished)}
+    for request in (*GUIDED, *PLAIN):
+        torch.testing.assert_close(torch.from_numpy(made[request.id]), alone(request), atol=1e-5, rtol=0)
+
+
+def test_a_guided_picture_takes_two_slots_and_is_shown_once() -> None:
+    engine = quick_engine(3, reads_label, LABELS)
+    engine.submit(guided("a", 1, 4, guidance=2.0, seed=7))
+    engine.submit(guided("b", 1, 4, guidance=2.0, seed=8))
+    engine.step()
+
+    assert (engine.stats.seated, engine.stats.waiting, engine.stats.sample_steps) == (2, 1, 2)
+    assert engine.progress == [("a", 1)]
+
+
+def test_both_slots_go_with_a_cancelled_picture_and_those_that_move_into_them_are_joined_again() -> None:
+    engine, others = (
+        quick_engine(6, reads_label, LABELS),
+        [guided("b", 2, 9, guidance=2.0), guided("c", 3, 9, guidance=3.0)],
+    )
+    for request in (guided("a", 1, 9, guidance=2.0), *others):
+        engine.submit(request)
+    engine.step()
+    engine.cancel("a")
+    events = run(engine)
+
+    assert engine.scheduler.slots == []
+    made = {event.id: event.floats for event in events if isinstance(event, Finished)}
+    assert set(made) == {"b", "c"}
+    for request in others:
+        torch.testing.assert_close(torch.from_numpy(made[request.id]), alone(request), atol=1e-5, rtol=0)
+
+
+def test_a_preempted_guided_picture_comes_to_the_same_bytes() -> None:
+    long, urgent = guided("long", 1, T, guidance=2.0), a_request("urgent", 5, labels=(0,), rank=-5.0)
+    undisturbed = pictures(run(quick_engine(2, reads_label, LABELS), long))
+    engine = quick_engine(2, reads_label, LABELS)
+    engine.submit(long)
+    for _ in range(4):
+        engine.step()
+    engine.submit(urgent)
+    engine.step()
+
+    assert [id for id, _ in engine.progress] == ["urgent"]
+    assert pictures(run(engine))["long"] == undisturbed["long"]
+
+
+def test_two_plain_pictures_give_way_to_a_guided_one_of_lower_rank() -> None:
+    engine = quick_engine(2, reads_label, LABELS)
+    for seed in (1, 2):
+        engine.submit(a_request(seed, 20, seed=seed, labels=(0,)))
+    engine.step()
+    engine.submit(a_request("urgent", plan=a_plan(3, guidance=2.0), labels=(1, NULL), rank=-5.0))
+    events = run(engine)
+
+    assert endings(events)[0] == ("Finished", "urgent") and len(endings(events)) == 3
+
+
+def test_a_guided_picture_that_is_not_finite_fails_once() -> None:
+    engine = quick_engine(4, lambda x, k: torch.where(k[:, None, None, None] > 100, torch.nan, x), 200)
+    events = run(
+        engine, a_request("sick", plan=a_plan(3, guidance=2.0), labels=(150, 0)), a_request("well", labels=(1,))
+    )
+
+    assert sorted(endings(events)) == [("Failed", "sick"), ("Finished", "well")]
+
+
+def test_a_guided_picture_needs_two_slots() -> None:
+    with pytest.raises(ValueError, match="takes two slots, and there is one"):
+        quick_engine(1, reads_label, LABELS).submit(GUIDED[0])
+
+
+def test_when_memory_has_left_one_slot_guided_pictures_fail_and_others_are_made() -> None:
+    engine: Engine = quick_engine(2, reads_label, LABELS)
+    usual, asked = engine.runner.step, list[int]()
+
+    def step(bucket: int) -> None:
+        asked.append(bucket)
+        if bucket == 2:
+            raise torch.OutOfMemoryError("two are too many")
+        usual(bucket)
+
+    engine.runner.step = step  # type: ignore[method-assign]
+    events = run(engine, GUIDED[0], a_request("late", labels=(NULL,)))
+    events += run(engine, GUIDED[1])
+
+    assert [event for event in events if isinstance(event, Failed)] == [
+        Failed("twice", REASON),
+        Failed("against it", REASON),
+    ]
+    assert ("Finished", "late") in endings(events)
+
+
+def test_the_other_slot_of_a_guided_picture_holds_the_same_bits() -> None:
+    engine = quick_engine(2, reads_label, LABELS)
+    engine.submit(guided("a", 1, 9, guidance=2.5, sampler="dpmpp_sde"))
+    for _ in range(5):
+        engine.step()
+        slots = engine.runner.slots
+        for tensor in (slots.x, slots.x0, slots.history):
+            assert torch.equal(tensor[0], tensor[1])
