@@ -11,6 +11,8 @@ from model.errors import ModelRefused, reason
 
 Json: TypeAlias = Mapping[str, Any]
 MAX_CONFIG_BYTES = 1 << 20
+CHANNELS = (1, 3)  # of a picture: grey, or red, green and blue
+MAX_SIDE = 2048  # pixels
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -125,3 +127,25 @@ class Options:
         if not isinstance(value, list | tuple) or not 1 <= len(value) <= most:
             raise self.refuse(option, f"a list of 1..{most} items")
         return list(value)
+
+
+def image_size(options: Options, levels: int) -> tuple[int, int]:
+    """(height, width) of a picture, which can be halved between so many levels. Raises ModelRefused."""
+    size = options.values.get("sample_size")
+    given = size if isinstance(size, list | tuple) else [size, size]
+    step = 2 ** (levels - 1)
+    sides = [s for s in map(whole, given[:3]) if s is not None and step <= s <= MAX_SIDE and s % step == 0]
+    if not len(given) == len(sides) == 2:
+        raise options.refuse("sample_size", f"a multiple of {step} in {step}..{MAX_SIDE}, or [height, width] of such")
+    return sides[0], sides[1]
+
+
+def picture_channels(options: Options, out: int | None = None) -> tuple[int, int]:
+    """(channels of a picture, channels of the net's output), by default as many or `out`. Raises ModelRefused."""
+    channels = options.integer("in_channels", min(CHANNELS), max(CHANNELS), 3)
+    if channels not in CHANNELS:
+        raise options.refuse("in_channels", " or ".join(map(str, CHANNELS)))
+    out = options.integer("out_channels", 1, 2 * max(CHANNELS), channels if out is None else out)
+    if out not in (channels, 2 * channels):
+        raise options.refuse("out_channels", f"in_channels or twice that ({channels})")
+    return channels, out

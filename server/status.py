@@ -100,10 +100,9 @@ class Choices(TypedDict):
 
 
 def _labels(labels: Labels) -> LabelsDocument:
-    named = [(label, labels.name(label)) for label in labels.choices[: len(labels.names) + 1]]
     return {
         "count": len(labels.choices),
-        "names": [{"label": label, "name": name} for label, name in named if name is not None],
+        "names": [{"label": label, "name": name} for label, name in labels.names.items() if label != labels.null],
         "null": labels.null,
         "guidance": labels.guidance,
     }

@@ -28,7 +28,6 @@ class Frames(TypedDict, total=False):
 
 class Request(TypedDict, total=False):
     """The fields of `POST /generate`. The server chooses what is left out."""
-
     model: str
     seed: int
     steps: int
@@ -41,6 +40,10 @@ class Request(TypedDict, total=False):
     spacing: str
     timesteps: Sequence[int]
     plan: str
+    label: int | str
+    labels: Sequence[int | str]
+    guidance: float
+    guidance_interval: Sequence[int]
     clip: bool
     noise: str
     frames: Frames | None

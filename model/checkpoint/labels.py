@@ -1,8 +1,8 @@
 """What the `model_index.json` of a conditional net says of its labels.
 
-"labels": ["airplane", "car"],  names of the labels 0, 1, ..., if they have names
-"null_label": 2,                the label that stands for none, if the net was trained with one
-"guidance": 2.0                 classifier-free guidance of pictures with a label, unless a request says otherwise
+"id2label": {"0": "cat", "1": "dog"}   names of labels, as diffusers' DiTPipeline has them
+"null_label": 2                        the label that stands for none, if the net was trained with one
+"guidance": 2.0                        classifier-free guidance of pictures with a label, unless a request says more
 """
 
 from model.checkpoint.pipeline import INDEX
@@ -10,7 +10,7 @@ from model.nets.lucidrains_config import AnyArchitecture
 from model.options import Json, Options
 from model.sampling.labels import MOST_GUIDANCE, RANDOM, Labels
 
-OPTIONS = ("labels", "null_label", "guidance")
+OPTIONS = ("id2label", "null_label", "guidance")
 MAX_NAME = 100  # characters
 
 
@@ -28,16 +28,18 @@ def read_labels(index: Json, arch: AnyArchitecture) -> Labels | None:
     guidance = options.number("guidance", 0.0, MOST_GUIDANCE, 1.0)
     if guidance != 1 and null is None:
         raise options.refuse("guidance", "1 or absent, for there is no null_label")
-    return Labels(count=arch.labels, null=null, names=_names(options, arch.labels, null), guidance=guidance)
+    return Labels(count=arch.labels, null=null, names=_names(options, arch.labels), guidance=guidance)
 
 
-def _names(options: Options, count: int, null: int | None) -> tuple[str, ...]:
-    if options.values.get("labels") is None:
-        return ()
-    names = options.items("labels", None, count)
-    sound = all(isinstance(name, str) and 1 <= len(name) <= MAX_NAME and name.isprintable() for name in names)
-    if not sound or len({*names}) < len(names) or RANDOM in names:
-        raise options.refuse("labels", f"different texts of 1..{MAX_NAME} printable characters, none of them {RANDOM}")
-    if len(names) < count - (null == count - 1):
-        raise options.refuse("labels", f"a name for each of {count - (null == count - 1)} labels")
-    return tuple(names)
+def _names(options: Options, count: int) -> dict[int, str]:
+    """Names by label."""
+    given = options.values.get("id2label")
+    if given is None:
+        return {}
+    if not isinstance(given, dict) or not {*given} <= {*map(str, range(count))}:
+        raise options.refuse("id2label", f"an object of names by label, from 0 to {count - 1}")
+    sound = all(isinstance(name, str) and 1 <= len(name) <= MAX_NAME and name.isprintable() for name in given.values())
+    if not sound or len({*given.values()}) < len(given) or RANDOM in given.values():
+        words = f"of different names, each of 1..{MAX_NAME} printable characters, none of them {RANDOM}"
+        raise options.refuse("id2label", words)
+    return {int(label): name for label, name in given.items()}

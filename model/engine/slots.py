@@ -92,9 +92,8 @@ class Slots:
         self.last   = torch.zeros(capacity, dtype=torch.int64, device=device)                  # [B] the row of zeros
         self.seed   = torch.zeros(capacity, dtype=torch.int64, device=device)                  # [B]
         self.label  = torch.zeros(capacity, dtype=torch.int64, device=device)                  # [B]
-        # How many slots further the net's results with and without the label are found: 0 unless a picture is guided.
-        self.labelled   = torch.zeros(capacity, dtype=torch.int64, device=device)              # [B]
-        self.unlabelled = torch.zeros(capacity, dtype=torch.int64, device=device)              # [B]
+        # How many slots further the net's results with and without the label are: 0 unless the picture is guided.
+        self.labelled, self.unlabelled = torch.zeros(2, capacity, dtype=torch.int64, device=device)  # [B] each
         elements = shape[0] * shape[1] * shape[2]
         steps = max(1, min(32, AHEAD_ELEMENTS // elements)) if device.type == "cpu" else 0
         self.ahead  = torch.zeros(capacity, steps, *shape, device=device)                      # [B, A, C, H, W] noise
@@ -155,7 +154,7 @@ class Slots:
         """Writes a new picture to a slot. x: [C, H, W], its x_T, on any device"""
         self.seat_all([Seating(slot, seed, plan, x)])
 
-    def _seat(self, new: Seating, x: Tensor) -> None:
+    def _seat(self, new: Seating, x: Tensor) -> int:
         slot, steps = new.slot, new.plan.steps
         upload(self.x[slot], x)
         self.x0[slot].zero_()
@@ -169,6 +168,7 @@ class Slots:
         self.seed[slot] = new.seed
         self.label[slot] = new.label
         self.labelled[slot] = self.unlabelled[slot] = 0
+        return slot
 
     def _on_device(self, pictures: list[Tensor]) -> Tensor:
         together = torch.stack(pictures)[:, None]  # [m, 1, C, H, W]
@@ -195,8 +195,7 @@ class Slots:
         """Writes a preempted picture that has had `step` updates to any slot."""
         if self.by_kernels:
             return self._seat_by_kernel([replace(new, x=saved.pictures[0])], step, saved.pictures[None])
-        slot = new.slot
-        self._seat(new, saved.pictures[0])
+        slot = self._seat(new, saved.pictures[0])
         self.x0[slot].copy_(saved.pictures[1])
         self.given[slot].copy_(saved.pictures[2])
         self.history[slot].copy_(saved.pictures[3:])
@@ -221,10 +220,9 @@ class Slots:
         """Frees a slot: its cursor stands on the row of zeros, and nothing of its picture is left."""
         if self.by_kernels:
             return self._vacate_by_kernel(slot, None, clears=True)
-        for tensor in (self.x, self.x0, self.given, self.history, self.ahead):
+        for tensor in (self.x, self.x0, self.given, self.history, self.ahead, self.labelled, self.unlabelled):
             tensor[slot].zero_()
         self.cursor[slot] = self.last[slot]
-        self.labelled[slot] = self.unlabelled[slot] = 0
 
     def move(self, source: int, target: int) -> None:
         """Copies the picture in `source`, its plan and its cursor to `target`."""
@@ -239,8 +237,7 @@ class Slots:
         kernels.vacate(self._state, self._columns, source, target, clears)
 
     def draw_ahead(self, slots: Sequence[int], seed: int, step: int) -> None:
-        """Draws the noise of a picture's next steps, from `step` on, for all its slots. The numbers do not depend on
-        when it is called."""
+        """Draws the noise of a picture's next steps, from `step` on: the same numbers whenever it is called."""
         count = self.ahead_steps
         drawn = gaussian(torch.full((count,), seed), torch.arange(step, step + count), self.shape)
         for slot in slots:

@@ -8,11 +8,9 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from model.errors import ModelRefused
-from model.options import Json, Options, whole
+from model.options import Json, Options, image_size, picture_channels, whole
 
-CHANNELS = (1, 3)  # of a picture: grey, or red, green and blue
 MAX_LABELS = 1 << 16  # that a net may know
-MAX_SIDE = 2048  # pixels
 MAX_PARAMETERS = 4_000_000_000
 PLAIN, ATTENTION, RESNET = "plain", "attention", "resnet"
 DIFFUSERS = ("UNet2DModel", "UNetUnconditionalModel", "UNetModel")  # of today and of 2022
@@ -139,28 +137,6 @@ def _block_types(options: Options, option: str, known: Json, default: tuple[str,
     if not all(isinstance(block_type, str) and block_type in known for block_type in types):
         raise options.refuse(option, "a list of " + ", ".join(known))
     return tuple(types)
-
-
-def image_size(options: Options, levels: int) -> tuple[int, int]:
-    """(height, width) of a picture, which can be halved between so many levels. Raises ModelRefused."""
-    size = options.values.get("sample_size")
-    given = size if isinstance(size, list | tuple) else [size, size]
-    step = 2 ** (levels - 1)
-    sides = [s for s in map(whole, given[:3]) if s is not None and step <= s <= MAX_SIDE and s % step == 0]
-    if not len(given) == len(sides) == 2:
-        raise options.refuse("sample_size", f"a multiple of {step} in {step}..{MAX_SIDE}, or [height, width] of such")
-    return sides[0], sides[1]
-
-
-def picture_channels(options: Options, out: int | None = None) -> tuple[int, int]:
-    """(channels of a picture, channels of the net's output), by default as many or `out`. Raises ModelRefused."""
-    channels = options.integer("in_channels", min(CHANNELS), max(CHANNELS), 3)
-    if channels not in CHANNELS:
-        raise options.refuse("in_channels", " or ".join(map(str, CHANNELS)))
-    out = options.integer("out_channels", 1, 2 * max(CHANNELS), channels if out is None else out)
-    if out not in (channels, 2 * channels):
-        raise options.refuse("out_channels", f"in_channels or twice that ({channels})")
-    return channels, out
 
 
 def _levels(options: Options, default: Architecture) -> tuple[tuple[int, ...], tuple[str, ...], tuple[str, ...]]:

@@ -64,8 +64,7 @@ def checked_shape(arch: AnyArchitecture) -> Shape:
 class CpuNet:
     """A net for batches of any size. x: [B, C, H, W], embedding: [B, W], float32 -> [B, out, H, W] float32
 
-    table: [T + L, W] float32, rows of embeddings, the last L those of labels; dtype: of the numbers inside the net
-    parameters: how many the net has
+    table: [T + L, W] float32, embeddings of timesteps and labels; dtype: in the net, which has so many parameters
     unusable: the reason not to try OpenVINO, as a predicate; or nothing
     """
 
@@ -74,7 +73,7 @@ class CpuNet:
         self.embedding_width, self.reads, self.labels = net.embedding_width, net.reads, net.labels
         self.note: str | None = None  # a sentence, if OpenVINO does not run it
         self.runtime = f"torch {torch.__version__}"
-        self._table, self._expected = table, list[Tensor]()  # the results of the two test pictures, each computed alone
+        self._table, self._expected = table, list[Tensor]()  # the results of the two test pictures, each alone
         self._last_tried = 1  # batch size
         self._compile: Compile | None = None  # None when no more sizes are to be compiled
         self._runs: dict[int, Run] = {}
@@ -152,11 +151,10 @@ class CpuNet:
     def _test_inputs(self, batch: int, shape: Shape) -> tuple[Tensor, Tensor]:
         """Random pictures, and embeddings of random timesteps and labels; the same ones at each call."""
         generator = torch.Generator().manual_seed(0)
-        x = torch.randn(batch, *shape, generator=generator)
-        timesteps = len(self._table) - self.labels
-        embedding = self._table[torch.randint(timesteps, (batch,), generator=generator)]
+        x, T = torch.randn(batch, *shape, generator=generator), len(self._table) - self.labels
+        embedding = self._table[torch.randint(T, (batch,), generator=generator)]
         if self.labels:
-            embedding = embedding + self._table[timesteps:][torch.randint(self.labels, (batch,), generator=generator)]
+            embedding = embedding + self._table[T:][torch.randint(self.labels, (batch,), generator=generator)]
         return x, embedding
 
     def _begin(self, net: Net, compile_net: Compile) -> None:

@@ -7,8 +7,8 @@ constructor, and all of them must be known here. See docs/models.md.
 from dataclasses import dataclass, fields
 from typing import TypeAlias
 
-from model.nets.config import Architecture, image_size, picture_channels
-from model.options import Json, Options, whole
+from model.nets.config import Architecture
+from model.options import Json, Options, image_size, picture_channels, whole
 
 LUCIDRAINS = "LucidUNet"  # the class in `config.json`: directories with this name exist
 

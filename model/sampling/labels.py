@@ -22,21 +22,18 @@ class Labels:
 
     count: int  # labels 0 .. count - 1, the null label among them
     null: int | None = None  # stands for no label
-    names: tuple[str, ...] = ()  # of labels 0, 1, ...
+    names: Mapping[int, str] = field(default_factory=dict)  # by label, of those that have one
     guidance: float = 1.0  # unless a request says otherwise
     _numbers: Mapping[str, int] = field(init=False, repr=False, compare=False)  # by name
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_numbers", {name: i for i, name in enumerate(self.names) if i != self.null})
+        numbers = {name: label for label, name in self.names.items() if label != self.null}
+        object.__setattr__(self, "_numbers", numbers)
 
     @property
     def choices(self) -> tuple[int, ...]:
         """The labels that may be asked for."""
         return tuple(label for label in range(self.count) if label != self.null)
-
-    def name(self, label: int) -> str | None:
-        """The name of a label, if it has one."""
-        return self.names[label] if label < len(self.names) and label != self.null else None
 
     def number(self, label: Label, where: str) -> int:
         """A label by its number or its name. Raises PlanError naming the field."""
@@ -52,11 +49,19 @@ class Labels:
         last = self.count - 1 - (self.null == self.count - 1)
         beside = f" but {self.null}, which stands for none" if self.null is not None and self.null <= last else ""
         numbers = f"0..{last}{beside}"
-        if not self.names:
+        if not self._numbers:
             return f"{RANDOM} or a label {numbers}"
         known = list(self._numbers)
         shown = ", ".join(known[:12]) + (", ..." if len(known) > 12 else "")
         return f"{RANDOM}, a label {numbers}, or one of its names: {shown}"
+
+    def meant(self, text: str) -> int | None:
+        """The label of which a text is the name, in any case, or the number; None if it is neither."""
+        named = {name.casefold(): label for name, label in self._numbers.items()}
+        if (label := named.get(text.casefold())) is not None:
+            return label
+        number = int(text) if text.isdecimal() and len(text) <= 6 else -1
+        return number if 0 <= number < self.count and number != self.null else None
 
     def drawn(self, seed: int) -> int:
         """The label that belongs to a seed: any of those that may be asked for, each as likely."""
@@ -108,7 +113,7 @@ def resolve_labels(
     wanted = each if each is not None else [RANDOM if label is None else label] * len(seeds)
     field_name = "label" if each is None else "labels"
     found = tuple(
-        labels.drawn(seed) if one == RANDOM and RANDOM not in labels.names else labels.number(one, field_name)
+        labels.drawn(seed) if one == RANDOM else labels.number(one, field_name)
         for seed, one in zip(seeds, wanted, strict=True)
     )
     strength = _guidance(labels, guidance, interval)

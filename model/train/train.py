@@ -23,13 +23,11 @@ from torch import Tensor
 
 from model.checkpoint.card import WEIGHTS
 from model.checkpoint.scheduler import read_process
-from model.errors import ModelRefused
 from model.nets.config import Architecture, architecture
 from model.nets.lucidrains_config import LUCIDRAINS
 from model.options import Options, read_json
 from model.sampling.schedule import Process
 from model.train.data import Dataset, held_out, load_dataset
-from model.train.recipe import Recipe
 from model.train.sheet import sheet, write_png
 from model.train.state import resume, save, start_from, write_weights
 from model.train.trainer import Losses, Trainer

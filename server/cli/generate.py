@@ -27,8 +27,26 @@ def numbers(text: str) -> list[int]:
         raise ArgumentTypeError("must be integers with commas, such as 900,500,100") from None
 
 
-METAVARS: dict[Callable[[str], Any], str] = {int: "N", float: "X", str: "WORD", numbers: "N,N,..."}
-READERS: dict[Any, Callable[[str], Any]] = {int: int, float: float, str: str, Sequence[int]: numbers}
+def label(text: str) -> int | str:
+    """A label by its number, or by its name."""
+    return int(text) if text.isdecimal() else text
+
+
+def labels(text: str) -> list[int | str]:
+    """The labels of a list, with brackets or without."""
+    return [label(each.strip()) for each in text.strip("[]").split(",")]
+
+
+METAVARS: dict[Callable[[str], Any], str] = {
+    int: "N",
+    float: "X",
+    str: "WORD",
+    numbers: "N,N,...",
+    label: "LABEL",
+    labels: "LABEL,...",
+}
+READERS: dict[Any, Callable[[str], Any]] = {int: int, float: float, str: str, int | str: label}
+READERS |= {Sequence[int]: numbers, Sequence[int | str]: labels}
 # How each field is read, from a flag and from a PNG
 FIELDS = {name: READERS[kind] for name, kind in get_type_hints(Request).items() if kind in READERS}
 ANIMATIONS: dict[str, Animation] = {".gif": "gif", ".apng": "apng", ".png": "apng", ".webp": "webp"}
@@ -154,6 +172,8 @@ def _repeated(before: Mapping[str, str], told: Mapping[str, Any]) -> dict[str, A
         gone |= {"timesteps"}
     elif "timesteps" in {**request, **told}:
         gone |= {"steps", "spacing"}
+    if told.keys() & {"label", "labels"}:
+        gone |= {"label", "labels"}
     return {name: value for name, value in request.items() if name not in gone}
 
 

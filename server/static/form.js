@@ -1,5 +1,7 @@
 // The form: what each model allows, the request it stands for, and refusals told at the field they are about.
 
+import { labelFields, offerLabels, showLabels } from "./labels.js";
+
 const form = document.getElementById("form");
 let models = [];
 
@@ -28,6 +30,7 @@ function modelChosen(anew) {
   const { presets } = model, preset = form.preset.value;
   fill(form.preset, [...Object.keys(presets), "custom"], preset);
   form.steps.max = model.T;
+  offerLabels(model.labels);
   fill(form.sampler, model.samplers, form.sampler.value);
   fill(form.variance, ["", ...model.variances], form.variance.value, "as trained");
   fill(form.spacing, model.spacings, form.spacing.value);
@@ -62,7 +65,7 @@ function settle() {
 
 export function request() {
   const { model, seed, n, preset } = form;
-  const body = { model: model.value, seed: +seed.value, n: +n.value };
+  const body = { model: model.value, seed: +seed.value, n: +n.value, ...labelFields() };
   if (preset.value !== "custom") return { ...body, preset: preset.value };
   for (const field of form.querySelectorAll("[data-custom] :is(input, select):enabled")) {
     const isNumber = field.type === "number" || field.name === "order";
@@ -78,6 +81,7 @@ export function show(asked) {
   for (const name of ["seed", "n"]) form[name].value = asked[name];
   const stands = (preset) => Object.entries(preset).every(([name, value]) => (asked[name] ?? null) === value);
   const presets = Object.entries(chosenModel()?.presets ?? {});
+  showLabels(asked);
   form.preset.value = presets.find(([, preset]) => stands(preset))?.[0] ?? "custom";
   spread(asked);
 }
@@ -102,7 +106,7 @@ export function refuse(errors) {
     if (!field || field.disabled) { rest.push(message); continue; }
     const wrong = document.createElement("small");
     Object.assign(wrong, { className: "wrong", id: `wrong-${field.name}`, textContent: message });
-    field.closest("label").append(wrong);
+    (field.closest("label") ?? field.closest("fieldset")).append(wrong);
     field.ariaInvalid = "true";
     field.setAttribute("aria-describedby", wrong.id);
   }

@@ -13,7 +13,8 @@ from ddpm_client.wire import unpack
 from fastapi import APIRouter, Request, Response
 from starlette.responses import JSONResponse
 
-from server.catalog import card_of
+from model.sampling.labels import Labels
+from server.catalog import card_of, default_model
 from server.errors import Invalid, problem
 from server.jobs import encode
 from server.jobs.job import Image, Job
@@ -68,12 +69,13 @@ EVENT_TYPES = {
 )
 async def openai_generate(request: Request) -> Response:
     """Makes the pictures of `POST /generate` for clients of OpenAI's images API. The body may have the fields of both.
-    The prompt has no effect. With `stream`, partial images are predictions of x0."""
+    The prompt may be a label of a conditional model, and has no other effect. With `stream`, partial images are
+    predictions of x0."""
     jobs: JobService = request.app.state.jobs
     settings = request.app.state.settings
     with jobs.admission.counting_refusals(tenant_of(request)):
         asked = parse_images(await read_json_body(request, settings.max_body_bytes) or b"{}")
-        body = asked.generate()
+        body = asked.generate(_labels(asked, jobs, settings.default_model))
         context = RequestContext(attached=not asked.stream, **from_headers(request))
         try:
             _, height, width = resolve_request(body, jobs.cards, settings, context).shape
@@ -91,6 +93,12 @@ async def openai_generate(request: Request) -> Response:
     if asked.response_format == "url":
         urls = [urljoin(str(request.base_url), f"{job.path}/images/{i}") for i in range(job.request.n)]
     return await jobs.in_thread(lambda: JSONResponse(_answer(asked, job, urls), headers=headers))
+
+
+def _labels(asked: ImagesRequest, jobs: JobService, named: str | None) -> Labels | None:
+    """The labels of the model that is asked for; None if there is no such model, which is refused later."""
+    model = (asked.model_extra or {}).get("model") or default_model(jobs.cards, named)
+    return jobs.cards[model].labels if isinstance(model, str) and model in jobs.cards else None
 
 
 def _file(asked: ImagesRequest, png: bytes) -> str:

@@ -4,11 +4,13 @@ The body may also have the fields of `POST /generate`, which are checked as thos
 """
 
 import json
+import re
 from typing import Annotated, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field
 from typing_extensions import TypedDict
 
+from model.sampling.labels import Labels
 from server.bounds import unknown
 from server.documents import ProblemDocument
 from server.errors import Invalid, Problem
@@ -16,6 +18,7 @@ from server.jobs.schemas import Frames, GenerateRequest, parse_object, validate
 
 PREFIX = "/v1/"  # of paths whose errors have OpenAI's form, too
 MAX_PARTIAL = 3
+PROMPT = re.compile(r"^\s*label\s*:", re.IGNORECASE)  # what a prompt that is a label may begin with
 CODES = {"model-not-found": "model_not_found"}  # ours, and those that OpenAI's clients know
 ErrorKind: TypeAlias = Literal["invalid_request_error", "rate_limit_error", "server_error"]
 ImageFormat: TypeAlias = Literal["png", "webp", "jpeg"]
@@ -26,7 +29,11 @@ class ImagesRequest(BaseModel):
 
     model_config = ConfigDict(extra="allow", strict=True)
 
-    prompt: str | None = Field(None, max_length=32_000, description="No effect: these models take no text.")
+    prompt: str | None = Field(
+        None,
+        max_length=32_000,
+        description="Of a conditional model: a label, as `7` or `label: 7`. No other text has an effect.",
+    )
     size: str | None = Field(
         None, max_length=16, description="`auto` or the size of the model's pictures, such as `32x32`."
     )
@@ -50,9 +57,12 @@ class ImagesRequest(BaseModel):
         """The image format."""
         return self.output_format or "png"
 
-    def generate(self) -> bytes:
-        """The same as a body of `POST /generate`."""
+    def generate(self, labels: Labels | None) -> bytes:
+        """The same as a body of `POST /generate`. labels: of the model that is asked for"""
         fields = dict(self.model_extra or {})
+        if labels is not None and not fields.keys() & {"label", "labels"}:
+            label = labels.meant(PROMPT.sub("", self.prompt or "").strip())
+            fields |= {} if label is None else {"label": label}
         if self.partial_images:  # evenly spaced between noise and picture
             frames = Frames(count=self.partial_images + 2, kind="x0")
             fields["frames"] = frames.model_dump(exclude_none=True)

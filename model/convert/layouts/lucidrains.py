@@ -16,8 +16,8 @@ from model.checkpoint.weighing import averaged
 from model.convert.nets import Net
 from model.convert.protocol import OF_THE_SCHEDULER, Converted, Options, required, scheduler_config, with_scaled_betas
 from model.errors import ModelRefused
-from model.nets.config import CHANNELS
 from model.nets.lucidrains_config import LUCIDRAINS
+from model.options import CHANNELS
 from model.sampling.schedule import Prediction
 
 READS = OF_THE_SCHEDULER - {"scheduler"} | {"image_size"}

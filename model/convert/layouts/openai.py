@@ -15,7 +15,8 @@ from model.convert.layouts.openai_skeleton import ENDS, Skeleton, attended, plac
 from model.convert.nets import Net
 from model.convert.protocol import Converted, Options, required, scheduler_config, with_scaled_betas
 from model.errors import ModelRefused
-from model.nets.config import CHANNELS, OPENAI
+from model.nets.config import OPENAI
+from model.options import CHANNELS
 
 READS = frozenset(field.name for field in fields(Options)) - {"config", "scheduler"}
 NAMES = frozenset({"time_embed.0.weight", "input_blocks.0.0.weight", "middle_block.0.in_layers.0.weight"})

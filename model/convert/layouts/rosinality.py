@@ -14,7 +14,7 @@ from model.convert.layouts import flat_ports
 from model.convert.nets import Net
 from model.convert.protocol import OF_THE_SCHEDULER, Converted, Options, required, scheduler_config
 from model.errors import ModelRefused
-from model.nets.config import CHANNELS
+from model.options import CHANNELS
 
 READS = OF_THE_SCHEDULER | {"image_size", "heads"}
 NAMES = frozenset({"time.1.weight", "down.0.weight", "down.1.resblocks.conv1.weight", "mid.0.attention.qkv.weight"})
