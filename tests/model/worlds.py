@@ -1,6 +1,7 @@
 """Small worlds for the tests of `model/`: nets of a few thousand weights, beside the same ones in diffusers."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -92,9 +93,17 @@ def saved(directory: Path, net: UNet2DModel, **scheduler: Any) -> Model:
     return opened(directory)
 
 
-def planned(process: Process, sampler: str = "ddpm", steps: int | None = None, **choices: Any) -> Plan:
+def planned(
+    process: Process,
+    sampler: str = "ddpm",
+    steps: int | None = None,
+    guidance: float | None = None,
+    guidance_interval: tuple[int, int] | None = None,
+    **choices: Any,
+) -> Plan:
     """The plan for these choices."""
-    return plan(process, resolve(process, sampler, steps, **choices))
+    choice = resolve(process, sampler, steps, **choices)
+    return plan(process, replace(choice, guidance=guidance, guidance_interval=guidance_interval))
 
 
 def engine(model: Model, slots: int = 3) -> Engine:
