@@ -317,3 +317,94 @@ def test_a_step_changes_few_seats_however_long_owners_compete() -> None:
         scheduler.charge()
 
     assert preemptions <= 1000 / HYSTERESIS
+
+
+# Pictures that take two slots
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    capacity=st.integers(2, 6),
+    moves=st.lists(
+        st.tuples(st.sampled_from(["add", "settle", "settle", "release", "withdraw", "step"]), st.integers(0, 99)),
+        max_size=60,
+    ),
+)
+def test_whatever_happens_both_slots_of_a_guided_picture_go_together(
+    capacity: int, moves: list[tuple[str, int]]
+) -> None:
+    scheduler: Scheduler[Picture] = Scheduler(capacity)
+    there: list[Picture] = []
+    for number, (move, choice) in enumerate(moves):
+        seated = scheduler.seated
+        waiting = [picture for picture in there if picture not in seated]
+        if move == "add":
+            rank, owner, width = float(choice % 3), "ab"[choice % 2], 1 + choice // 3 % 2
+            there.append(Picture(str(number), rank, owner, left=1 + choice, width=width))
+            scheduler.add(there[-1])
+        elif move == "settle":
+            new = scheduler.admit()
+            while (preemption := scheduler.preempt()) is not None:
+                assert not {picture for picture, _ in preemption.preempted} & {*new}  # they were not written yet
+                new.append(preemption.seated)
+        elif move == "release" and seated:
+            scheduler.release(seated[choice % len(seated)])
+            there.remove(seated[choice % len(seated)])
+        elif move == "withdraw" and waiting:
+            scheduler.withdraw(waiting[choice % len(waiting)])
+            there.remove(waiting[choice % len(waiting)])
+        elif move == "step":
+            scheduler.charge()
+
+        places = {picture: tuple(i for i, one in enumerate(scheduler.slots) if one is picture) for picture in there}
+        assert {picture: tuple(sorted(picture.slots)) for picture in there} == places
+        assert all(len(picture.slots) in (0, picture.width) for picture in there)
+        assert len(scheduler.slots) == sum(len(picture.slots) for picture in there) <= capacity
+        assert scheduler.waiting == sum(not picture.slots for picture in there)
+
+
+def test_a_guided_picture_waits_for_two_slots_and_nobody_behind_it_takes_the_free_one() -> None:
+    plain, guided, late = Picture("plain", left=9), Picture("guided", width=2, left=9), Picture("late", 1.0, left=1)
+    scheduler = settled(2, plain, guided, late)
+
+    assert scheduler.seated == [plain]
+    scheduler.release(plain)
+    assert settle(scheduler) == [guided]
+
+
+def test_the_moves_of_a_released_guided_picture_can_be_done_one_after_the_other() -> None:
+    a, b, c = Picture("a", width=2), Picture("b"), Picture("c", width=2)
+    scheduler = settled(5, a, b, c)
+
+    assert scheduler.release(a) == [(1, 4), (0, 3)]
+    assert (b.slots, c.slots) == ((2,), (0, 1))
+
+
+@pytest.mark.parametrize("capacity", [2, 3, 8])
+def test_an_owner_of_guided_pictures_has_no_more_than_its_share(capacity: int) -> None:
+    guided = [Picture("", owner="guided", left=50, width=2) for _ in range(200 * capacity)]
+    plain = [Picture("", owner="plain", left=50) for _ in range(200 * capacity)]
+    scheduler, used = settled(capacity, *guided, *plain), Counter[str]()
+    for _ in range(2000):
+        for picture in settle(scheduler):
+            used[picture.owner] += picture.width
+            picture.left -= 1
+        scheduler.charge()
+        for picture in [picture for picture in scheduler.seated if picture.left == 0]:
+            scheduler.release(picture)
+
+    assert abs(used["guided"] - used["plain"]) <= 5 * SEAT
+    assert used.total() >= 2000 * (capacity - 1)
+
+
+def test_guided_and_plain_pictures_of_two_owners_change_few_seats() -> None:
+    pictures = [
+        Picture("", owner=owner, left=10**6, width=width) for owner, width in (("a", 2), ("b", 1)) for _ in "1" * 20
+    ]
+    scheduler, preemptions = settled(8, *pictures), 0
+    for _ in range(1000):
+        while scheduler.preempt():
+            preemptions += 1
+        scheduler.charge()
+
+    assert preemptions <= 1000 / HYSTERESIS
