@@ -1,7 +1,8 @@
 """Labels and guidance over HTTP: what may be asked, what it costs, and that company changes no picture."""
 
 import base64
-import json
+import os
+import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
+from server.cli import main
 from server.settings import Settings
 from server.web.app import create_app
 from tests.model.convert.directories import write_model
@@ -126,8 +128,30 @@ def test_a_label_field_comes_before_the_prompt(client: TestClient) -> None:
     assert read_texts(base64.b64decode(answer.json()["data"][0]["b64_json"]))["label"] == "2"
 
 
-def test_pictures_alone_and_in_company_are_the_same_bytes_also_after_a_restart(tmp_path: Path) -> None:
-    write_model(tmp_path / "weights" / "tiny", labels=4, index=INDEX)
+# A real engine
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server of a conditional model, with one slot as far as settings go: there are two, for guidance."""
+    weights = tmp_path_factory.mktemp("weights")
+    write_model(weights / "tiny", labels=4, index=INDEX)
+    running = Server(weights, DDPM_SLOTS="1")
+    try:
+        yield running.wait_until_ready()
+    finally:
+        running.stop()
+
+
+def made(server: Server, body: dict[str, Any]) -> bytes:
+    """The pictures of a request, made anew."""
+    asking = {"accept": "application/zip", "cache-control": "no-cache"}
+    answer = server.client.post("/generate", json=body, headers=asking)
+    assert answer.status_code == 200, answer.text
+    return answer.content
+
+
+def test_pictures_alone_and_in_company_are_the_same_bytes(server: Server) -> None:
     wanted: list[dict[str, Any]] = [
         {"seed": 1, "label": "dog", "steps": 9},
         {"seed": 1, "label": "cat", "steps": 9, "guidance": 1},
@@ -135,21 +159,28 @@ def test_pictures_alone_and_in_company_are_the_same_bytes_also_after_a_restart(t
         {"seed": 1, "labels": [2, 0, 1], "n": 3, "guidance": 4.5, "guidance_interval": [20, 3], "sampler": "unipc"},
         {"seed": 9, "label": "random", "n": 2, "sampler": "dpmpp_sde", "steps": 7, "noise": "torch"},
     ]
-    asking = {"accept": "application/zip", "cache-control": "no-cache"}
-    with_one_slot = Server(tmp_path / "weights", DDPM_SLOTS="1")  # there are two, for guidance
-
-    def made(server: Server, body: dict[str, Any]) -> bytes:
-        answer = server.client.post("/generate", json=body, headers=asking)
-        assert answer.status_code == 200, answer.text
-        return answer.content
-
-    try:
-        with_one_slot.wait_until_ready()
-        alone = [made(with_one_slot, body) for body in wanted]
-        with ThreadPoolExecutor(len(wanted)) as threads:
-            together = list(threads.map(lambda body: made(with_one_slot, body), wanted))
-    finally:
-        with_one_slot.stop()
+    alone = [made(server, body) for body in wanted]
+    with ThreadPoolExecutor(len(wanted)) as threads:
+        together = list(threads.map(lambda body: made(server, body), wanted))
 
     assert alone == together
-    assert len({*map(json.dumps, wanted)}) == len({*alone})
+    assert len({*alone}) == len(alone)
+
+
+@pytest.mark.parametrize("asked", ["--label dog", "--label 2 --guidance 1", "--label cat --guidance-interval 20,3"])
+def test_the_command_asks_for_a_label_and_repeats_its_picture(server: Server, tmp_path: Path, asked: str) -> None:
+    first, second, url = tmp_path / "first.png", tmp_path / "second.png", f"http://127.0.0.1:{server.port}"
+    assert main.main(["generate", "--seed", "3", *asked.split(), "-o", str(first), "--url", url]) == 0
+    assert main.main(["generate", "--like", str(first), "-o", str(second), "--url", url]) == 0
+
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_a_guided_picture_survives_its_engine(server: Server) -> None:
+    body = {"seed": 5, "label": "dog", "n": 8, "steps": 30}
+    undisturbed = made(server, body)
+    with ThreadPoolExecutor(1) as threads:
+        disturbed = threads.submit(made, server, body)
+        server.until(lambda: server.client.get("/status").json()["slots_used"] == 2)
+        os.kill(server.engine_pid, signal.SIGKILL)
+        assert disturbed.result() == undisturbed
