@@ -31,7 +31,7 @@ from model.errors import PlanError
 from model.sampling.plan import SAMPLERS, plan, resolve
 from model.sampling.samplers import Sampling
 from model.sampling.schedule import FloatArray, Process
-from model.sampling.table import Plan
+from model.sampling.table import Plan, R
 from model.train.data import Uint8Array
 from server.worker.cpus import cores
 from server.worker.device import DTYPES, choose_dtype, describe
@@ -71,7 +71,8 @@ class Made:
 
 def digest_of(table: Plan) -> str:
     """Of the rows of a plan."""
-    return hashlib.sha256(table.rows.astype(np.float32).tobytes()).hexdigest()[:16]
+    rows = table.rows if table.rows[:, R].any() else table.rows[:, :R]  # runs of before know no guidance
+    return hashlib.sha256(rows.astype(np.float32).tobytes()).hexdigest()[:16]
 
 
 @dataclass(frozen=True, slots=True)

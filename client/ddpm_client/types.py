@@ -28,6 +28,7 @@ class Frames(TypedDict, total=False):
 
 class Request(TypedDict, total=False):
     """The fields of `POST /generate`. The server chooses what is left out."""
+
     model: str
     seed: int
     steps: int
@@ -159,8 +160,8 @@ class Ended(_Message):
 Event: TypeAlias = Queued | Started | Progress | Frame | Picture | Dropped | Restarting | Resync | Ended
 OnEvent: TypeAlias = Callable[[Event], object]
 NUMBERED = (Started, Frame, Picture, Ended)  # each has a number of its own; the others repeat the last one
-NAMED: tuple[type[Event], ...] = (Queued, Started, Progress, Dropped, Restarting, Resync)
-KINDS = {kind.__name__.lower(): kind for kind in NAMED} | dict.fromkeys(ENDS, Ended)
+NAMED = (Queued, Started, Progress, Dropped, Restarting, Resync)
+KINDS: dict[str, type[Event]] = {kind.__name__.lower(): kind for kind in NAMED} | dict.fromkeys(ENDS, Ended)
 
 
 def event(message: str | bytes) -> Event | None:
@@ -220,10 +221,8 @@ class Pictures(Sequence[Picture]):
 
 def raise_for(document: Document) -> None:
     """Raises Failed or Cancelled if the job has ended so."""
-    if document["status"] == "failed":
-        raise Failed(document["error"] or {})
-    if document["status"] == "cancelled":
-        raise Cancelled("the job was cancelled")
+    if (status := document["status"]) in ("failed", "cancelled"):
+        raise Failed(document["error"] or {}) if status == "failed" else Cancelled("the job was cancelled")
 
 
 def png_texts(png: bytes) -> dict[str, str]:

@@ -26,5 +26,4 @@ def unpack(message: bytes) -> tuple[dict[str, Any], bytes]:
     if kind != PICTURE or length > len(message) - _PREFIX.size:
         raise ValueError(f"not a picture: type {kind}, header of {length} bytes in {len(message)}")
     start = _PREFIX.size + length
-    header: dict[str, Any] = json.loads(message[_PREFIX.size : start])
-    return header, message[start:]
+    return json.loads(message[_PREFIX.size : start]), message[start:]

@@ -67,6 +67,11 @@ class ModelCard:
         return self.architecture.shape
 
     @property
+    def unlabelled(self) -> int:
+        """What a conditional net is told of a picture without a label: the null label, if it knows one."""
+        return 0 if self.labels is None or self.labels.null is None else self.labels.null
+
+    @property
     def taken(self) -> str:
         """The name of the weights, relative to the directory, to be shown."""
         name = self.weights.relative_to(self.directory).as_posix()

@@ -148,7 +148,7 @@ class Engine:
         if plan.noise == "torch" and sample.source is None:
             sample.source = TorchNoise(seed, self.runner.slots.shape)
             x = sample.source.draw()
-        labels = sample.request.labels or (0,)
+        labels = sample.request.labels or (self.runner.model.card.unlabelled,)
         return [Seating(slot, seed, plan, x, label) for slot, label in zip(sample.slots, labels, strict=True)]
 
     def _join(self, sample: Sample) -> None:

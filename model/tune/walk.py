@@ -19,12 +19,13 @@ NAMES = "mhgdn"
 
 
 def predictor(model: Model) -> Predict:
-    """The net as a function of pictures and a row of its table, in float32 outside."""
+    """The net as a function of pictures and a row of its table, in float32 outside. It is told no label."""
     net, table = model.net, model.table
+    told = table[model.card.unlabelled - net.labels] if net.labels else 0.0  # the last rows are those of labels
 
     def predict(x: Tensor, k: int) -> Tensor:
         picture = x if isinstance(net, CpuNet) else x.to(table.dtype, memory_format=torch.channels_last)
-        return net(picture, table[k].expand(len(x), -1).contiguous()).float()
+        return net(picture, (table[k] + told).expand(len(x), -1).contiguous()).float()
 
     return predict
 

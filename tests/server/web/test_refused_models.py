@@ -21,9 +21,9 @@ from tests.server.jobs.test_metrics import read
 REASONS = {
     "header": f"{WEIGHTS} is not a safetensors file: "
     "it is a web page, such as a login or an error in place of the file",
-    "labels": "config.json: num_class_embeds must be null, got 10: "
-    "it is a class-conditional net, and such nets are not served yet",
     "nan": f"{WEIGHTS}: conv_in.bias holds numbers that are not finite",
+    "text": "config.json: cross_attention_dim must be null, got 10: "
+    "it is a net that needs a text or another condition, and such nets are not served",
 }
 
 
@@ -33,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("weights")
     write_model(made / "good")
     (write_model(made / "header") / WEIGHTS).write_bytes(b"<html>not found</html>")
-    write_model(made / "labels", {"num_class_embeds": 10})
+    write_model(made / "text", {"cross_attention_dim": 10})
     write_model(made / "nan", tensors=weights() | {"conv_in.bias": weights()["conv_in.bias"].log()})
     return made
 
@@ -82,7 +82,7 @@ def test_requests_for_a_refused_model_are_answered_with_its_reason(server: Serve
     assert (answer["status"], answer["code"], answer["detail"]) == (503, "model-broken", REASONS[name])
 
 
-@pytest.mark.parametrize("name", ["header", "labels"])
+@pytest.mark.parametrize("name", ["header", "text"])
 def test_the_document_of_a_model_without_a_card_is_its_reason(server: Server, name: str) -> None:
     answer = server.client.get(f"/models/{name}")
 
@@ -112,9 +112,9 @@ def test_weights_that_are_overwritten_or_cut_while_they_are_served_change_no_pic
 
 
 def test_a_default_model_that_is_refused_ends_the_start(folder: Path) -> None:
-    code, line = exit_of(DDPM_WEIGHTS=str(folder), DDPM_DEFAULT_MODEL="labels")
+    code, line = exit_of(DDPM_WEIGHTS=str(folder), DDPM_DEFAULT_MODEL="text")
 
-    assert (code, line) == (3, f"ddpm: labels: {REASONS['labels']}")
+    assert (code, line) == (3, f"ddpm: text: {REASONS['text']}")
 
 
 def test_a_job_of_a_model_that_is_refused_now_fails_with_that_reason(tmp_path: Path) -> None:
