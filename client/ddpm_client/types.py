@@ -160,8 +160,8 @@ class Ended(_Message):
 Event: TypeAlias = Queued | Started | Progress | Frame | Picture | Dropped | Restarting | Resync | Ended
 OnEvent: TypeAlias = Callable[[Event], object]
 NUMBERED = (Started, Frame, Picture, Ended)  # each has a number of its own; the others repeat the last one
-NAMED = (Queued, Started, Progress, Dropped, Restarting, Resync)
-KINDS: dict[str, type[Event]] = {kind.__name__.lower(): kind for kind in NAMED} | dict.fromkeys(ENDS, Ended)
+NAMED: tuple[type[Event], ...] = (Queued, Started, Progress, Dropped, Restarting, Resync)
+KINDS = {kind.__name__.lower(): kind for kind in NAMED} | dict.fromkeys(ENDS, Ended)
 
 
 def event(message: str | bytes) -> Event | None:
@@ -171,9 +171,8 @@ def event(message: str | bytes) -> Event | None:
         said, png = unpack(message)
         kind, said["png"] = Picture if said["kind"] == "image" else Frame, png
     else:
-        said = json.loads(message)
+        kind = KINDS.get((said := json.loads(message))["type"])
         said |= {"status": said["type"], "first": said.get("from"), "last": said.get("to")}
-        kind = KINDS.get(said["type"])
     return None if kind is None else kind(**{each.name: said[each.name] for each in fields(kind)})
 
 

@@ -21,9 +21,9 @@ from tests.server.jobs.test_metrics import read
 REASONS = {
     "header": f"{WEIGHTS} is not a safetensors file: "
     "it is a web page, such as a login or an error in place of the file",
-    "nan": f"{WEIGHTS}: conv_in.bias holds numbers that are not finite",
     "text": "config.json: cross_attention_dim must be null, got 10: "
     "it is a net that needs a text or another condition, and such nets are not served",
+    "nan": f"{WEIGHTS}: conv_in.bias holds numbers that are not finite",
 }
 
 
