@@ -36,7 +36,7 @@ def test_models_that_would_be_refused_are_named_beside_the_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = write_model(tmp_path / "weights" / "good").parent
-    write_model(folder / "labels", {"num_class_embeds": 10})
+    write_model(folder / "labels", {"num_class_embeds": 0})
     write_plan(folder / "good", b"[]")
     monkeypatch.setenv("DDPM_WEIGHTS", str(folder))
     app = create_app(Settings(weights=str(folder), data_dir=tmp_path / "data"), FakeBackend())
@@ -48,7 +48,7 @@ def test_models_that_would_be_refused_are_named_beside_the_table(
             assert [line.split()[0] for line in said.out.splitlines()] == ["name", "good"]
             plan, model = said.err.splitlines()
             assert plan == "good: plan fast is refused: fast.json must be a JSON object"
-            assert model.startswith("labels is refused: config.json: num_class_embeds must be null, got 10: ")
+            assert model == "labels is refused: config.json: num_class_embeds must be an integer in 1..65536, got 0"
 
 
 def test_the_weights_that_were_taken_are_named_where_there_are_others(

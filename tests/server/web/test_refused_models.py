@@ -21,8 +21,7 @@ from tests.server.jobs.test_metrics import read
 REASONS = {
     "header": f"{WEIGHTS} is not a safetensors file: "
     "it is a web page, such as a login or an error in place of the file",
-    "labels": "config.json: num_class_embeds must be null, got 10: "
-    "it is a class-conditional net, and such nets are not served yet",
+    "labels": "config.json: num_class_embeds must be an integer in 1..65536, got 0",
     "nan": f"{WEIGHTS}: conv_in.bias holds numbers that are not finite",
 }
 
@@ -33,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("weights")
     write_model(made / "good")
     (write_model(made / "header") / WEIGHTS).write_bytes(b"<html>not found</html>")
-    write_model(made / "labels", {"num_class_embeds": 10})
+    write_model(made / "labels", {"num_class_embeds": 0})
     write_model(made / "nan", tensors=weights() | {"conv_in.bias": weights()["conv_in.bias"].log()})
     return made
 
