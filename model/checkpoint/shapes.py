@@ -23,7 +23,9 @@ def count(tensors: Shapes) -> int:
 
 
 def embedding_width(tensors: Shapes) -> int:
-    """The numbers that the net needs to know of a timestep."""
+    """The numbers that the net needs to know of a timestep, and of a label: a row of `embed` and of `embed_labels`."""
+    if any(name.startswith("class_embedding.") for name in tensors):  # whose forward pass projects the sum of both
+        return tensors["time_embedding.linear_2.bias"][0]
     return sum(shape[0] for name, shape in tensors.items() if name.endswith(TIMED))
 
 
@@ -122,16 +124,19 @@ def _lucid_attention(arch: LucidrainsArchitecture, name: str, channels: int, lev
     heads, size, memories = arch.attn_heads[level], arch.attn_dim_head[level], arch.num_mem_kv
     made: Shapes = {f"{name}.norm.g": (1, channels, 1, 1), f"{name}.to_qkv.weight": (3 * heads * size, channels, 1, 1)}
     if full:
-        made[f"{name}.attend.memory"] = (2, heads, memories, size)
+        made |= {f"{name}.attend.memory": (2, heads, memories, size)} if memories else {}
         return made | _conv(f"{name}.to_out", heads * size, channels, 1)
-    made |= {f"{name}.mem_kv": (2, heads, size, memories), f"{name}.to_out.1.g": (1, channels, 1, 1)}
-    return made | _conv(f"{name}.to_out.0", heads * size, channels, 1)
+    made |= {f"{name}.mem_kv": (2, heads, size, memories)} if memories else {}
+    return made | _conv(f"{name}.to_out.0", heads * size, channels, 1) | {f"{name}.to_out.1.g": (1, channels, 1, 1)}
 
 
 def _lucidrains(arch: LucidrainsArchitecture) -> Shapes:
-    widths, embedding, last = arch.widths, 4 * arch.dim, len(arch.dim_mults) - 1
+    widths, embedding, last = arch.widths, arch.embedding_dim, len(arch.dim_mults) - 1
     made = _conv("init_conv", arch.in_channels, arch.init_dim, 7)
-    made |= _dense("time_mlp.1", arch.dim, embedding) | _dense("time_mlp.3", embedding, embedding)
+    made |= _dense("time_mlp.1", arch.dim, 4 * arch.dim) | _dense("time_mlp.3", 4 * arch.dim, 4 * arch.dim)
+    if arch.num_classes is not None:
+        made |= {"classes_emb.weight": (arch.num_classes, arch.dim), "null_classes_emb": (arch.dim,)}
+        made |= _dense("classes_mlp.0", arch.dim, 4 * arch.dim) | _dense("classes_mlp.2", 4 * arch.dim, 4 * arch.dim)
     for level in range(last + 1):
         above, below = widths[level], widths[level + 1]
         down, up = f"downs.{level}", f"ups.{last - level}"
@@ -139,7 +144,9 @@ def _lucidrains(arch: LucidrainsArchitecture) -> Shapes:
             made |= _lucid_resnet(f"{name}.0", channels, out, embedding)
             made |= _lucid_resnet(f"{name}.1", channels, out, embedding)
             made |= _lucid_attention(arch, f"{name}.2", out, level, arch.full_attn[level])
-        made |= _conv(f"{down}.3", above, below, 3 if level == last else 2) | _conv(f"{up}.3", below, above, 3)
+        made |= _conv(f"{down}.3", above, below, 3 if level == last else arch.downsample_kernel) | _conv(
+            f"{up}.3", below, above, 3
+        )
     for name in ("mid_block1", "mid_block2"):
         made |= _lucid_resnet(name, widths[-1], widths[-1], embedding)
     made |= _lucid_attention(arch, "mid_attn", widths[-1], last, full=True)

@@ -68,13 +68,7 @@ def write(converted: Converted, target: Path, readme: str, source: Path | None =
     with tempfile.TemporaryDirectory(prefix=".convert-", dir=target.parent) as scratch:
         directory = Path(scratch) / "model"
         directory.mkdir()
-        index: dict[str, Any] = {
-            "_class_name": "DDPMPipeline",
-            "scheduler": ["diffusers", converted.scheduler.get("_class_name", "DDPMScheduler")],
-            "unet": ["diffusers", converted.config.get("_class_name", "UNet2DModel")],
-        }
-        if converted.default_steps is not None:
-            index["default_steps"] = converted.default_steps
+        index = _index(converted)
         written = {
             "config.json": converted.config,
             "scheduler_config.json": converted.scheduler,
@@ -95,6 +89,17 @@ def write(converted: Converted, target: Path, readme: str, source: Path | None =
                 (directory / INDEX).write_text(json.dumps(index | {"presets": presets}, indent=2) + "\n")
         directory.rename(target)
     return left
+
+
+def _index(converted: Converted) -> dict[str, Any]:
+    """model_index.json, without presets."""
+    index = {
+        "_class_name": "DDPMPipeline",
+        "scheduler": ["diffusers", converted.scheduler.get("_class_name", "DDPMScheduler")],
+        "unet": ["diffusers", converted.config.get("_class_name", "UNet2DModel")],
+    }
+    steps = {} if converted.default_steps is None else {"default_steps": converted.default_steps}
+    return index | steps | dict(converted.of_labels)
 
 
 def _take_plans(source: Path, directory: Path, process: Process) -> tuple[dict[str, SavedPlan], list[str]]:

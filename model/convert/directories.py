@@ -6,6 +6,7 @@ from pathlib import Path
 from torch import Tensor
 
 from model.checkpoint.card import shard_names
+from model.checkpoint.labels import OPTIONS as OF_LABELS
 from model.checkpoint.pipeline import read_index
 from model.checkpoint.weighing import INDEX, SHADOW, SUFFIXES, Candidate, told
 from model.convert import choice, formats
@@ -17,7 +18,7 @@ from model.options import read_json, whole
 READS = OF_THE_SCHEDULER | {"image_size", "config"}
 # The words of tensors' names in the order in which diffusers registers them; numbers come in their own.
 ORDER = (
-    *("conv_in", "time_embedding", "linear_1", "linear_2", "down_blocks", "up_blocks", "mid_block"),
+    *("conv_in", "time_embedding", "class_embedding", "linear_1", "linear_2", "down_blocks", "up_blocks", "mid_block"),
     *("conv_norm_out", "conv_out", "attentions", "resnets", "downsamplers", "upsamplers"),
     *("norm1", "conv1", "time_emb_proj", "norm2", "conv2", "conv_shortcut", "conv"),
     *("group_norm", "to_q", "to_k", "to_v", "to_out", "weight", "bias"),
@@ -44,8 +45,9 @@ def convert(directory: Path, options: Options, part: str | None = None) -> tuple
     steps, presets = index.get("default_steps"), index.get("presets")
     presets = presets if isinstance(presets, dict) else {}
     notes = (told(taken.name, [each.name for each in found if each is not taken]), *made.notes)
-    made = replace(made, origin="Saved by diffusers", notes=notes, default_steps=steps, presets=presets)
-    return made, files
+    of_labels = {name: index[name] for name in OF_LABELS if index.get(name) is not None}
+    made = replace(made, default_steps=steps, presets=presets, of_labels=of_labels)
+    return replace(made, origin="Saved by diffusers", notes=notes), files
 
 
 def _read(taken: Candidate, found: list[Candidate]) -> tuple[dict[str, Tensor], list[Path]] | None:

@@ -14,6 +14,7 @@ LAYOUTS = {
     "flat-ports": "flat_ports",
     "openai": "openai",
     "lucidrains": "lucidrains",
+    "lucidrains-cfg": "lucidrains_cfg",
     "tqch": "tqch",
     "rosinality": "rosinality",
     "diffusers": "diffusers",

@@ -12,9 +12,11 @@ FOREIGN = {
     r"\.fn\.fn\.to_qkv\.weight": "the U-Net of The Annotated Diffusion Model, or of version 1 of "
     "denoising_diffusion_pytorch: group norms and linear attention, which none of our nets has together",
     r"image_proj\.weight": "labml.ai's DDPM U-Net, which enlarges by transposed convolutions and attends without norm",
-    r"class_emb\.weight": "a net that is told a class, such as the ClassConditionedUnet of the Hugging Face course",
+    r"class_emb\.weight": "a net that reads the embedding of a label as channels beside the picture's, such as the "
+    "ClassConditionedUnet of the Hugging Face course",
     r"sa1\.mha\.": "dome272's U-Net, with double convolutions, layer norms and max pooling",
-    r"(contextembed1|timeembed1)\.model\.0\.weight": "the U-Net of Conditional_Diffusion_MNIST, which is told a class",
+    r"(contextembed1|timeembed1)\.model\.0\.weight": "the U-Net of Conditional_Diffusion_MNIST, which multiplies "
+    "pictures by the embedding of a label",
     r"resnet_conv_first\.\d": "the U-Net of explainingai's DDPM-Pytorch, which enlarges by transposed convolutions",
     r"\.transformer_blocks\.": "a net that attends to a text, such as Stable Diffusion's",
     r"all_modules\.\d+\.(Conv|NIN|GroupNorm)_\d": "a net of score_sde_pytorch, whose modules are numbered",

@@ -47,6 +47,7 @@ class Converted:
     notes: tuple[str, ...] = ()  # one line each: what was taken and what was left, and where the schedule comes from
     default_steps: int | None = None  # of model_index.json
     presets: Mapping[str, Any] = field(default_factory=dict)  # the same, unchecked
+    of_labels: Mapping[str, Any] = field(default_factory=dict)  # what model_index.json says of labels, unchecked
 
 
 OF_BETAS = ("schedule", "timesteps", "beta_start", "beta_end", "scheduler")

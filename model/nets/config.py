@@ -207,7 +207,8 @@ def _check_consistency(options: Options, arch: Architecture) -> None:
     if (least := arch.least_parameters) > MAX_PARAMETERS:
         raise ModelRefused(f"config.json: at most {MAX_PARAMETERS} parameters are allowed, it calls for over {least}")
     if arch.class_embed_type is not None and arch.num_class_embeds is None:
-        raise options.refuse("num_class_embeds", f"the number of labels, with class_embed_type {arch.class_embed_type}")
+        why = f"class_embed_type {arch.class_embed_type} does not tell how many labels the net knows"
+        raise options.refuse("num_class_embeds", f"an integer in 1..{MAX_LABELS}", why)
     channels, groups = arch.block_out_channels, arch.norm_num_groups
     sinusoid = arch.sinusoid_dim or channels[0]
     if sinusoid < 4 or sinusoid // 2 <= arch.freq_shift:

@@ -3,6 +3,9 @@
 It computes the same as the original, under the original's names, from one row of the timestep table per sample as in
 `model.nets.unet`. Two layers are written as equivalents: four pixels stacked before a convolution of one pixel are a
 convolution of 2 x 2 with stride 2, and a convolution behind an upsampling reads each pixel several times.
+
+The original's net for classifier-free guidance concatenates the embedding of a label to that of the timestep before
+each block projects them. The projection of the two is the sum of their projections, so both tables have whole rows.
 """
 
 import math
@@ -69,6 +72,14 @@ class ResnetBlock(nn.Module):
         self.res_conv = Conv(channels, out, 1) if channels != out else None
         self.share = slice(0)  # this block's columns of the embedding table
 
+    def project(self, embedding: Tensor, start: int = 0) -> Tensor:
+        """Its columns for an embedding that `mlp` reads from column `start` on; the first has the bias.
+        [N, D] -> [N, 2 out]"""
+        dense = self.mlp[1]
+        assert isinstance(dense, nn.Linear)
+        weight = dense.weight[:, start : start + embedding.shape[1]]
+        return F.linear(F.silu(embedding), weight, None if start else dense.bias)
+
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         h: Tensor = self.block2(self.block1(x, embedding[:, self.share]))
         out: Tensor = h + x if self.res_conv is None else self.res_conv(x, add=h)
@@ -82,7 +93,7 @@ class Attention(nn.Module):
         super().__init__()
         self.norm = RMSNorm(channels)
         self.to_qkv = Conv(channels, 3 * heads * head_dim, 1, bias=False)
-        self.attend = SelfAttention(heads, torch.zeros(2, heads, memories, head_dim))
+        self.attend = SelfAttention(heads, torch.zeros(2, heads, memories, head_dim) if memories else None)
         self.to_out = Conv(heads * head_dim, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -113,7 +124,7 @@ class LinearAttention(nn.Module):
     def __init__(self, channels: int, heads: int, head_dim: int, memories: int) -> None:
         super().__init__()
         self.heads, self.norm, self.invariant = heads, RMSNorm(channels), False
-        self.mem_kv = nn.Parameter(torch.zeros(2, heads, head_dim, memories))
+        self.mem_kv = nn.Parameter(torch.zeros(2, heads, head_dim, memories)) if memories else None
         self.to_qkv = Conv(channels, 3 * heads * head_dim, 1, bias=False)
         self.to_out = nn.Sequential(Conv(heads * head_dim, channels, 1), RMSNorm(channels))
         self._multiply: Callable[[Tensor, Tensor, Tensor], Tensor] = products
@@ -128,8 +139,9 @@ class LinearAttention(nn.Module):
         qkv: Tensor = self.to_qkv(self.norm(x))  # [B, 3 heads d, H, W]
         d = qkv.shape[1] // (3 * self.heads)
         q, k, v = qkv.permute(0, 2, 3, 1).reshape(B, H * W, 3, self.heads, d).permute(2, 0, 3, 1, 4)
-        memory_k, memory_v = self.mem_kv.transpose(-1, -2)[:, None].expand(2, B, -1, -1, -1)  # [B, heads, M, d] each
-        k, v = torch.cat([memory_k, k], dim=2), torch.cat([memory_v, v], dim=2)  # [B, heads, M + H W, d]
+        if self.mem_kv is not None:
+            before = self.mem_kv.transpose(-1, -2)[:, None].expand(2, B, -1, -1, -1)  # [2, B, heads, M, d]
+            k, v = (torch.cat(pair, dim=2) for pair in zip(before, (k, v), strict=True))  # [B, heads, M + H W, d]
         h = self._multiply(q.softmax(dim=3) * d**-0.5, k.softmax(dim=2), v)  # [B, heads, H W, d]
         h = h.transpose(1, 2).reshape(B, H, W, self.heads * d).permute(0, 3, 1, 2)
         out: Tensor = self.to_out(h) + x
@@ -143,8 +155,13 @@ def _attention(arch: LucidrainsArchitecture, channels: int, level: int, full: bo
 
 def _level(arch: LucidrainsArchitecture, channels: int, joined: int, level: int, resize: Conv) -> nn.ModuleList:
     """Two residual blocks, attention, and the convolution that leads to the next level. joined: channels beside x"""
-    blocks = [ResnetBlock(channels + joined, channels, 4 * arch.dim) for _ in range(2)]
+    blocks = [ResnetBlock(channels + joined, channels, arch.embedding_dim) for _ in range(2)]
     return nn.ModuleList([*blocks, _attention(arch, channels, level, arch.full_attn[level]), resize])
+
+
+def _dense(dim: int) -> tuple[nn.Module, ...]:
+    """The two dense layers that make an embedding. [N, dim] -> [N, 4 dim]"""
+    return nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, 4 * dim)
 
 
 def _layers(level: nn.Module) -> list[nn.Module]:
@@ -158,17 +175,19 @@ class LucidrainsUNet(nn.Module):
 
     def __init__(self, arch: LucidrainsArchitecture) -> None:
         super().__init__()
-        self.arch, self.labels = arch, 0
-        widths, embedding, levels = arch.widths, 4 * arch.dim, range(len(arch.dim_mults))
+        self.arch, self.labels = arch, arch.labels
+        widths, embedding, levels = arch.widths, arch.embedding_dim, range(len(arch.dim_mults))
         self.init_conv = Conv(arch.in_channels, arch.init_dim, 7, padding=3)
-        self.time_mlp = nn.Sequential(
-            nn.Identity(), nn.Linear(arch.dim, embedding), nn.GELU(), nn.Linear(embedding, embedding)
-        )
-        self.downs, self.ups = nn.ModuleList(), nn.ModuleList()
+        self.time_mlp = nn.Sequential(nn.Identity(), *_dense(arch.dim))
+        if arch.num_classes is not None:
+            self.classes_emb = nn.Embedding(arch.num_classes, arch.dim)
+            self.null_classes_emb = nn.Parameter(torch.zeros(arch.dim))
+            self.classes_mlp = nn.Sequential(*_dense(arch.dim))
+        self.downs, self.ups, side = nn.ModuleList(), nn.ModuleList(), arch.downsample_kernel
         for level in levels:
             above, below = widths[level], widths[level + 1]
             last = level == levels[-1]
-            down = Conv(above, below, 3, padding=1) if last else Conv(above, below, 2, stride=2)
+            down = Conv(above, below, 3, padding=1) if last else Conv(above, below, side, 2, padding=side // 2 - 1)
             self.downs.append(_level(arch, above, 0, level, down))
         bottom = widths[-1]
         self.mid_block1, self.mid_block2 = (ResnetBlock(bottom, bottom, embedding) for _ in range(2))
@@ -188,10 +207,16 @@ class LucidrainsUNet(nn.Module):
         """All that the net needs to know of a timestep. timesteps: [N], as in its training -> [N, P]"""
         embedding = sinusoid(timesteps, self.arch.dim, self.arch.sinusoidal_pos_emb_theta)
         embedding = self.time_mlp(embedding.to(self.init_conv.weight.dtype))
-        return torch.cat([block.mlp(embedding) for block in self.timed], dim=1)
+        return torch.cat([block.project(embedding) for block in self.timed], dim=1)
+
+    def embed_labels(self) -> Tensor:
+        """What is added to a row of `embed` for each label, the null label last. -> [L, P]"""
+        embedding = self.classes_mlp(torch.cat([self.classes_emb.weight, self.null_classes_emb[None]]))
+        return torch.cat([block.project(embedding, start=4 * self.arch.dim) for block in self.timed], dim=1)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """x: [B, C, H, W], embedding: [B, P], rows of `embed` -> [B, out_channels, H, W]"""
+        """x: [B, C, H, W], embedding: [B, P], rows of `embed`, of a conditional net each with a row of `embed_labels`
+        added -> [B, out_channels, H, W]"""
         first = x = self.init_conv(x)
         kept = []
         for level in self.downs:

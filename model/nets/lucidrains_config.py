@@ -1,13 +1,14 @@
 """The shape of lucidrains' U-Net (`denoising_diffusion_pytorch` 2), for which diffusers has no class.
 
 The `config.json` of its model directories names the class `LucidUNet`. The options are those of the original's
-constructor, and all of them must be known here. See docs/models.md.
+constructors, of the unconditional net and of that for classifier-free guidance, and `downsample_kernel`, in which the
+two differ. All of them must be known here. See docs/models.md.
 """
 
 from dataclasses import dataclass, fields
 from typing import TypeAlias
 
-from model.nets.config import Architecture
+from model.nets.config import MAX_LABELS, Architecture
 from model.options import Json, Options, image_size, picture_channels, whole
 
 LUCIDRAINS = "LucidUNet"  # the class in `config.json`: directories with this name exist
@@ -29,6 +30,8 @@ class LucidrainsArchitecture:
     attn_dim_head: tuple[int, ...]
     num_mem_kv: int = 4  # keys and values that every attention has besides those of the picture
     sinusoidal_pos_emb_theta: float = 10_000.0
+    downsample_kernel: int = 2  # side of the convolutions that halve the picture
+    num_classes: int | None = None  # labels besides the null label; None: the net knows no labels
 
     @property
     def learned_variance(self) -> bool:
@@ -37,8 +40,13 @@ class LucidrainsArchitecture:
 
     @property
     def labels(self) -> int:
-        """How many labels the net knows."""
-        return 0
+        """How many labels the net knows, the last of which is the null label; 0 if it is unconditional."""
+        return 0 if self.num_classes is None else self.num_classes + 1
+
+    @property
+    def embedding_dim(self) -> int:
+        """Width of what each block projects: the timestep's embedding, and perhaps that of a label behind it."""
+        return 4 * self.dim * (1 if self.num_classes is None else 2)
 
     @property
     def levels(self) -> int:
@@ -95,6 +103,8 @@ def lucidrains_architecture(config: Json) -> LucidrainsArchitecture:
         full_attn=tuple(full),
         attn_heads=heads,
         attn_dim_head=head_dims,
-        num_mem_kv=options.integer("num_mem_kv", 1, 1024, 4),
+        num_mem_kv=options.integer("num_mem_kv", 0, 1024, 4),
         sinusoidal_pos_emb_theta=options.number("sinusoidal_pos_emb_theta", 1.0, 1e9, 10_000.0),
+        downsample_kernel=options.word("downsample_kernel", (2, 4), 2),
+        num_classes=options.optional("num_classes", 1, MAX_LABELS - 1),
     )

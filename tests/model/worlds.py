@@ -10,7 +10,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from torch import Tensor
 
 from model.checkpoint.card import read_card
-from model.checkpoint.load import Model, load_model
+from model.checkpoint.load import Model, load_layers, load_model
 from model.engine.engine import Engine
 from model.engine.events import Finished, Request
 from model.engine.runner import prepared
@@ -85,6 +85,14 @@ def pipeline(net: UNet2DModel, scheduler: Any = None) -> Any:
 def opened(directory: Path) -> Model:
     """The model in this directory, on the CPU, in float32."""
     return load_model(read_card(directory), torch.device("cpu"), torch.float32)
+
+
+def labelled(directory: Path, x: Tensor, k: Tensor, labels: Tensor) -> Tensor:
+    """What the conditional net in this directory says of pictures at timesteps k + 1 with these labels."""
+    model = load_layers(read_card(directory), torch.device("cpu"), torch.float32)
+    T = model.card.process.schedule.T
+    out: Tensor = model.net(x, model.table[k] + model.table[T + labels])
+    return out
 
 
 def saved(directory: Path, net: UNet2DModel, **scheduler: Any) -> Model:

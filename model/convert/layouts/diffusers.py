@@ -49,4 +49,10 @@ def convert(net: Net, options: Options, tables: Mapping[str, Tensor]) -> Convert
     require_served_kind(config)
     config = _config(config, options)
     tensors = _tensors(net.tensors)
+    if config.get("class_embed_type") == "identity" and "class_embedding.weight" not in tensors:
+        raise ModelRefused(
+            "a net with class_embed_type identity is given the embeddings of labels, and the file does not hold them: "
+            "add them as class_embedding.weight, a row for each label, and their number to config.json as "
+            "num_class_embeds"
+        )
     return Converted(config, scheduler_config(options, "fixed_small"), tensors, "A net of diffusers")

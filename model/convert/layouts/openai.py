@@ -1,8 +1,8 @@
 """The U-Nets of OpenAI's improved-diffusion (Nichol & Dhariwal 2021) and guided-diffusion (Dhariwal & Nichol 2021).
 
-A checkpoint is the state dict of their `UNetModel`. Its levels can be read from it; the picture's size, the heads of
-attention, the order of their weights, T and the schedule cannot. If diffusers' `UNet2DModel` can describe the net, it
-becomes one, otherwise an `OpenAIUNet` (`model.nets.config`).
+A checkpoint is the state dict of their `UNetModel`. Its levels and the number of its labels can be read from it; the
+picture's size, the heads of attention, the order of their weights, T and the schedule cannot. If diffusers'
+`UNet2DModel` can describe the net, it becomes one, otherwise an `OpenAIUNet` (`model.nets.config`).
 """
 
 from collections.abc import Mapping
@@ -118,15 +118,13 @@ def _config(state: Mapping[str, Tensor], skeleton: Skeleton, options: Options, s
         "flip_sin_to_cos": True,
         "freq_shift": 0,
     }
+    if "label_emb.weight" in state:
+        config["num_class_embeds"] = state["label_emb.weight"].shape[0]
     return config | extensions
 
 
-def _refuse_conditional(state: Mapping[str, Tensor]) -> None:
-    """Refuses nets with more inputs than x_t and t, and nets that predict something else. Raises ModelRefused."""
-    if "label_emb.weight" in state:
-        raise ModelRefused(
-            "a class-conditional net (label_emb) cannot be converted: only unconditional ones are served"
-        )
+def _refuse_other_kinds(state: Mapping[str, Tensor]) -> None:
+    """Refuses nets that read more than x_t, t and a label, and nets that predict something else. Raises ModelRefused"""
     if "output_blocks.0.0.in_layers.2.weight" not in state or "out.2.weight" not in state:
         raise ModelRefused("a net without output_blocks is a classifier, not a U-Net")
     channels = state["input_blocks.0.0.weight"].shape[1]
@@ -137,7 +135,7 @@ def _refuse_conditional(state: Mapping[str, Tensor]) -> None:
 def convert(net: Net, options: Options, tables: Mapping[str, Tensor]) -> Converted:
     """The same net as a `UNet2DModel` or an `OpenAIUNet`. The defaults are those of OpenAI's scripts."""
     state = net.tensors
-    _refuse_conditional(state)
+    _refuse_other_kinds(state)
     skeleton = read_skeleton(state)
     T, scale = options.timesteps or 1000, 1.0
     if T != 1000:
@@ -147,7 +145,9 @@ def convert(net: Net, options: Options, tables: Mapping[str, Tensor]) -> Convert
     tensors = _tensors(state, skeleton, options)
     learned = config["out_channels"] == 2 * config["in_channels"]
     scheduler = scheduler_config(with_scaled_betas(options, T), "learned_range" if learned else "fixed_large")
+    labels = (f"{config['num_class_embeds']} labels",) if "num_class_embeds" in config else ()
     assumptions = (
+        *labels,
         f"{'new' if options.new_attention_order else 'legacy'} attention order",
         f"heads of {options.head_channels} channels" if options.head_channels else f"{options.heads} heads",
         scheduler["prediction_type"],

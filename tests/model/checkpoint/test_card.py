@@ -280,7 +280,10 @@ CONFIG_ABSURDITIES: list[tuple[str, object]] = [
     ("time_embedding_type", "fourier"),
     ("time_embedding_type", "learned"),
     ("class_embed_type", "timestep"),
-    ("num_class_embeds", 10),
+    ("class_embed_type", "projection"),
+    ("num_class_embeds", 0),
+    ("num_class_embeds", 65_537),
+    ("num_class_embeds", True),
     ("resnet_time_scale_shift", "ada_group"),
     ("downsample_type", "avg"),
     ("upsample_type", {}),
@@ -293,6 +296,7 @@ CONFIG_ABSURDITIES: list[tuple[str, object]] = [
 def named(option: str, message: str) -> bool:
     """Whether the message is about this option of this file. Some options are only wrong beside another."""
     beside = {"up_block_types": "down_block_types", "freq_shift": "block_out_channels"}
+    beside |= {"class_embed_type": "num_class_embeds"}
     return any(f": {name} must be " in message for name in (option, beside.get(option, option)))
 
 

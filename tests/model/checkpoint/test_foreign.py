@@ -134,7 +134,7 @@ def with_folder(name: str) -> Callable[[Path], object]:
 
 def crowded(directory: Path) -> None:
     """Folders whose configurations take a second each to read, and a net that is served by none of them."""
-    config(num_class_embeds=10)(directory)
+    config(use_magic=True)(directory)
     for i in range(20):
         (directory / f"run-{i}").mkdir()
         (directory / f"run-{i}" / "config.json").write_text(f'{{"a": [{"[], " * 250_000}0]}}')
@@ -165,9 +165,16 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "score SDE": (pipeline(_class_name="ScoreSdeVePipeline"), "a variance-exploding SDE"),
     "consistency": (pipeline(_class_name="ConsistencyModelPipeline"), "its net is a consistency model"),
     # nets
-    "class-conditional": (config(num_class_embeds=10), "got 10: it is a class-conditional net, and such"),
-    "no classes": (config(num_class_embeds=0), "num_class_embeds must be null, got 0: it is a class-conditional net"),
-    "class by timestep": (config(class_embed_type="timestep"), "it is a class-conditional net, and such"),
+    "labels without embeddings": (config(num_class_embeds=10), f"{WEIGHTS} lacks class_embedding.weight"),
+    "no labels": (config(num_class_embeds=0), "num_class_embeds must be an integer in 1..65536, got 0"),
+    "labels without end": (
+        config(class_embed_type="timestep"),
+        "got null: class_embed_type timestep does not tell how many labels the net knows",
+    ),
+    "labels beside the timestep": (
+        config(class_embeddings_concat=True),
+        "got true: the embedding of a label is added to that of the timestep in the nets that are served",
+    ),
     "text-conditional": (config(_class_name="UNet2DConditionModel"), "UNet2DConditionModel is a net that needs a text"),
     "cross attention": (config(**CROSS), "it is a net that needs a text"),
     "added embeddings": (config(addition_embed_type="text_time"), "it is a net that needs a text"),
@@ -231,7 +238,7 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "only TensorFlow": (instead("model.ckpt.index", config=False), "('model.ckpt.index' is a file of TensorFlow"),
     "only LoRA": (instead("lora.safetensors"), "('lora.safetensors' is not looked for under this name)"),
     # what is no file, or many
-    "a crowd": (crowded, "num_class_embeds must be null, got 10"),
+    "a crowd": (crowded, "use_magic must be absent, got true"),
     "folder": (changed(Path.mkdir), f"{WEIGHTS} is not a regular file"),
     "pipe": (changed(os.mkfifo), f"{WEIGHTS} is not a regular file"),
     "pipe as config": (changed(os.mkfifo, "config.json"), "config.json is not a regular file"),

@@ -34,7 +34,10 @@ def some_unet(chance: random.Random) -> AnyArchitecture:
         "add_attention": chance.choice([True, False]),
         "time_embedding_dim": chance.choice([None, 20]),
         "sinusoid_dim": chance.choice([None, 12]),
+        "num_class_embeds": chance.choice([None, 7]),
     }
+    if config["num_class_embeds"]:
+        config["class_embed_type"] = chance.choice([None, "timestep", "identity"])
     config["out_channels"] = config["in_channels"] * chance.choice([1, 2])
     return architecture(config)
 
@@ -54,7 +57,9 @@ def some_lucidrains(chance: random.Random) -> AnyArchitecture:
         full_attn=numbers(True, False),
         attn_heads=numbers(1, 4),
         attn_dim_head=numbers(8, 16),
-        num_mem_kv=chance.choice([1, 4]),
+        num_mem_kv=chance.choice([0, 1, 4]),
+        downsample_kernel=chance.choice([2, 4]),
+        num_classes=chance.choice([None, 7]),
     )
     return arch
 
@@ -71,3 +76,5 @@ def test_the_tensors_of_any_net_are_those_that_torch_builds(some: Any) -> None:
         assert shapes(arch) == expected
         assert count(shapes(arch)) == sum(p.numel() for p in net.parameters())
         assert embedding_width(shapes(arch)) == net.embedding_width
+        with torch.device("meta"):
+            assert not net.labels or net.embed_labels().shape == (arch.labels, net.embedding_width)

@@ -28,6 +28,7 @@ class Kind:
     heads: int = 4
     head_channels: int = -1
     new_order: bool = False
+    classes: int | None = None
 
 
 def embedded(timesteps: Tensor, dim: int) -> Tensor:
@@ -123,6 +124,8 @@ class UNetModel(nn.Module):
         super().__init__()
         self.kind, wide = kind, 4 * kind.channels
         self.time_embed = nn.Sequential(nn.Linear(kind.channels, wide), nn.SiLU(), nn.Linear(wide, wide))
+        if kind.classes is not None:
+            self.label_emb = nn.Embedding(kind.classes, wide)
         now, size = kind.multipliers[0] * kind.channels, 1
         self.input_blocks = nn.ModuleList([nn.ModuleList([nn.Conv2d(3, now, 3, padding=1)])])
         kept, last = [now], len(kind.multipliers) - 1
@@ -155,8 +158,9 @@ class UNetModel(nn.Module):
         attention = [AttentionBlock(self.kind, out)] if size in self.kind.attended else []
         return nn.ModuleList([ResBlock(self.kind, channels, out), *attention])
 
-    def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
+    def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
         emb = self.time_embed(embedded(timesteps, self.kind.channels))
+        emb = emb if y is None else emb + self.label_emb(y)
         (first,), *others = map(layers, self.input_blocks)
         kept = [h := first(x)]
         for block in others:

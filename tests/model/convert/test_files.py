@@ -141,10 +141,10 @@ EARLY: dict[str, tuple[list[str], Callable[[Path], object], str]] = {
         "--part must be one of 'a.bin', 'b.bin'",
     ),
     "a format of a directory": (["unet", "--format", "openai"], only("unet/a.bin"), "--format and --part must not be"),
-    "a net that is told a class": (
+    "a net that reads labels otherwise": (
         ["a.bin", "--config", "config.json"],
-        lambda directory: [only(config={"num_class_embeds": 10})(directory), torch_file(directory / "a.bin")],
-        "it is a class-conditional net",
+        lambda directory: [only(config={"class_embeddings_concat": True})(directory), torch_file(directory / "a.bin")],
+        "class_embeddings_concat must be null, got true",
     ),
     "a configuration that is none": (
         ["a.bin", "--config", "config.json"],

@@ -173,7 +173,7 @@ def test_a_net_beside_other_weights_is_refused_unless_it_is_named(
     ("stranger", "words"),
     [
         ("first_stage_model.encoder.conv_in.weight", "a latent diffusion model: what its net makes, an autoencoder"),
-        ("class_emb.weight", "a net that is told a class, such as the ClassConditionedUnet of the Hugging Face course"),
+        ("class_emb.weight", "a net that reads the embedding of a label as channels beside the picture's, such as the"),
     ],
 )
 def test_a_net_whose_wrapper_says_what_it_is_for_is_refused_with_that(
@@ -260,7 +260,7 @@ def test_a_net_of_latents_is_refused_wherever_its_files_are_named(
     ("changes", "words"),
     [
         ({"_class_name": "UNet2DConditionModel"}, "UNet2DConditionModel is a net that needs a text"),
-        ({"num_class_embeds": 10}, "it is a class-conditional net"),
+        ({"class_embeddings_concat": True}, "class_embeddings_concat must be null, got true"),
     ],
 )
 def test_a_configuration_of_another_net_is_refused_as_it_is_when_it_is_served(
@@ -318,7 +318,7 @@ FOREIGN = {
     "downs.0.0.ds_conv.weight": "The Annotated Diffusion Model's U-Net with ConvNeXt blocks",
     "downs.0.2.fn.fn.to_qkv.weight": "the U-Net of The Annotated Diffusion Model, or of version 1 of",
     "image_proj.weight": "labml.ai's DDPM U-Net",
-    "model.class_emb.weight": "a net that is told a class",
+    "model.class_emb.weight": "a net that reads the embedding of a label as channels",
     "sa1.mha.in_proj_weight": "dome272's U-Net",
     "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.weight": "a net that attends to a text",
     "all_modules.2.Conv_0.weight": "a net of score_sde_pytorch",

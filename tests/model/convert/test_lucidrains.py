@@ -255,7 +255,7 @@ BAD: list[tuple[str, object, str]] = [
     ("full_attn", [0, 1], "a list of true and false"),
     ("attn_heads", [2], "as long as dim_mults (2)"),
     ("attn_dim_head", "8", "a list of 1..8 items"),
-    ("num_mem_kv", 0, "an integer in 1..1024"),
+    ("num_mem_kv", 1025, "an integer in 0..1024"),
     ("self_condition", True, "absent: LucidUNet has no such option"),
 ]
 

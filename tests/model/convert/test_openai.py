@@ -21,7 +21,7 @@ from model.sampling.levels import timesteps
 from model.sampling.noise import INITIAL, gaussian
 from tests.model.convert.openai_nets import Kind, UNetModel, shaken
 from tests.model.convert.refusals import refusal
-from tests.model.worlds import opened, pictures, planned, relative_error
+from tests.model.worlds import generator, labelled, opened, pictures, planned, relative_error
 
 SIZE = 16
 HEADS = Options(image_size=SIZE, heads=4)
@@ -86,6 +86,38 @@ def test_a_converted_net_computes_the_same_as_the_original(
     if in_diffusers:
         again = UNet2DModel.from_pretrained(directory, low_cpu_mem_usage=False).requires_grad_(False)
         assert relative_error(again(x, k).sample, expected) < 1e-5
+
+
+CONDITIONAL: dict[str, tuple[Kind, Options, bool]] = {
+    "improved, a learned variance": (Kind(classes=10, learn_sigma=True), HEADS, True),
+    "guided": (
+        Kind(**THREE, classes=5, by_resnets=True, head_channels=16),
+        Options(image_size=SIZE, head_channels=16),
+        True,
+    ),
+    "heads of two widths": (Kind(multipliers=(2, 2), classes=5, scale_shift=False), HEADS, False),
+}
+
+
+@pytest.mark.parametrize(("kind", "options", "in_diffusers"), CONDITIONAL.values(), ids=CONDITIONAL.keys())
+@torch.inference_mode()
+def test_a_class_conditional_net_computes_the_same_as_the_original_for_each_label(
+    tmp_path: Path, kind: Kind, options: Options, in_diffusers: bool
+) -> None:
+    theirs, directory = shaken(kind), written(tmp_path / "model", shaken(kind), options)
+    x, k, y = torch.randn(3, 3, SIZE, SIZE, generator=generator(1)), torch.tensor([0, 17, 999]), torch.tensor([4, 0, 1])
+    expected = theirs(x, k, y)
+
+    assert float((labelled(directory, x, k, y) - expected).abs().max()) < 2e-5
+    config = json.loads((directory / "config.json").read_text())
+    assert (config["_class_name"], config["num_class_embeds"]) == (
+        "UNet2DModel" if in_diffusers else OPENAI,
+        kind.classes,
+    )
+    assert float((theirs(x, k, y.flip(0)) - expected).abs().max()) > 1e-3
+    if in_diffusers:
+        again = UNet2DModel.from_pretrained(directory, low_cpu_mem_usage=False)
+        assert relative_error(again(x, k, class_labels=y).sample, expected) < 2e-5
 
 
 def test_the_wrong_number_of_heads_is_another_net(tmp_path: Path) -> None:
@@ -169,7 +201,7 @@ def test_a_learned_variance_is_sampled_by_their_formula(tmp_path: Path, steps: i
 
 
 REFUSED: dict[str, tuple[dict[str, Any], Options, str]] = {
-    "a class-conditional net": ({"label_emb.weight": torch.zeros(10, 128)}, HEADS, "class-conditional net (label_emb)"),
+    "labels by a dense layer": ({"label_emb.0.weight": torch.zeros(10, 128)}, HEADS, "'label_emb.0.weight' is not"),
     "an upsampler": ({"input_blocks.0.0.weight": torch.zeros(32, 6, 3, 3)}, HEADS, "reads 6 channels"),
     "a stranger's layer": ({"input_blocks.1.2.weight": torch.zeros(1)}, HEADS, "'input_blocks.1.2.weight' is not"),
     "a classifier": ({"output_blocks.0.0.in_layers.2.weight": None}, HEADS, "is a classifier"),

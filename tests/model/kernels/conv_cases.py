@@ -43,7 +43,7 @@ class Layer:
 
     def conv(self, dtype: torch.dtype) -> Conv:
         """The layer with random weights."""
-        padding = 0 if self.below else self.size // 2
+        padding = 0 if self.below else (self.size - 1) // 2
         conv: Any = Conv(self.channels, self.outs, self.size, stride=self.stride, padding=padding).to(DEVICE)
         conv = conv.requires_grad_(False).to(dtype).to(memory_format=torch.channels_last)
         conv.below, conv.doubled = self.below, self.doubled
@@ -63,6 +63,7 @@ LAYERS = {
     "1 x 1": Layer(100, 130, 5, 3, size=1),
     "stride 2": Layer(16, 20, 7, 8, stride=2),
     "stride 2, padded below": Layer(16, 20, 9, 6, stride=2, below=True),
+    "4 x 4, stride 2": Layer(16, 20, 6, 8, size=4, stride=2),
     "doubled": Layer(17, 24, 5, 3, doubled=True),
 }
 

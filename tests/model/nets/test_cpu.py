@@ -53,6 +53,10 @@ KINDS: dict[str, AnyArchitecture] = {
     ),
     "pooled and repeated": replace(ARCHITECTURE, downsample_type="pool", upsample_type="repeat"),
     "not square": architecture(small(sample_size=[12, 20])),
+    "conditional": replace(ARCHITECTURE, num_class_embeds=5),
+    "lucidrains, conditional": replace(
+        LUCIDRAINS, num_classes=4, num_mem_kv=0, downsample_kernel=4, dim_mults=(1, 2, 2), full_attn=(False,) * 3
+    ),
 }
 
 

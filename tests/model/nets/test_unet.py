@@ -68,6 +68,14 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "a wide picture": small(sample_size=[8, 16]),
     "a tall picture with Ho's padding": small(sample_size=[12, 6], downsample_padding=0),
 }
+CONDITIONAL: dict[str, dict[str, Any]] = {
+    "an embedding for each label": small(num_class_embeds=10),
+    "scale and shift, an embedding of another width": small(
+        num_class_embeds=10, resnet_time_scale_shift="scale_shift", time_embedding_dim=20
+    ),
+    "labels as if they were timesteps": small(num_class_embeds=10, class_embed_type="timestep", freq_shift=1),
+    "embeddings from elsewhere": small(num_class_embeds=10, class_embed_type="identity"),
+}
 
 
 def difference(config: dict[str, Any]) -> float:
@@ -82,6 +90,30 @@ def difference(config: dict[str, Any]) -> float:
 @pytest.mark.parametrize("config", CONFIGURATIONS.values(), ids=CONFIGURATIONS.keys())
 def test_a_small_net_computes_the_same_as_in_diffusers(config: dict[str, Any]) -> None:
     assert difference(config) < 2e-5
+
+
+@pytest.mark.parametrize("config", CONDITIONAL.values(), ids=CONDITIONAL.keys())
+@pytest.mark.parametrize("fused", [False, True], ids=["as trained", "as served"])
+@torch.inference_mode()
+def test_a_conditional_net_computes_the_same_as_in_diffusers_for_each_label(
+    config: dict[str, Any], fused: bool
+) -> None:
+    theirs, labels = shaken(config), torch.tensor([9, 0, 4])
+    weights, told = dict(theirs.state_dict()), labels
+    if config.get("class_embed_type") == "identity":
+        weights["class_embedding.weight"] = torch.randn(10, 32)
+        told = weights["class_embedding.weight"][labels]
+    ours: Any = UNet(architecture(dict(theirs.config))).eval()
+    ours.load_state_dict(weights, strict=True)
+    table, rows = ours.embed(torch.arange(1000)), ours.embed_labels()
+    if fused:
+        ours.fuse()
+    x, k = torch.randn(3, *ours.arch.shape), torch.tensor([0, 17, 999])
+    made = ours(x, table[k] + rows[labels])
+
+    assert (table.shape[1], rows.shape) == (ours.embedding_width, (10, ours.embedding_width))
+    assert relative_error(made, theirs(x, k, class_labels=told).sample) < 2e-5
+    assert relative_error(ours(x, table[k] + rows[labels.flip(0)]), made) > 1e-2
 
 
 def test_the_cifar10_net_computes_the_same_as_in_diffusers() -> None:
