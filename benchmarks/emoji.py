@@ -144,7 +144,8 @@ def balanced(features: FloatArray, labels: NDArray[np.int64]) -> FloatArray:
     """As many features of each group as of any other, drawn with repetition, in a random order."""
     draw, groups = np.random.default_rng(0), range(int(labels.max()) + 1)
     chosen = np.concatenate([draw.choice(np.flatnonzero(labels == group), 300) for group in groups])
-    return features[draw.permutation(chosen)]
+    drawn: FloatArray = features[draw.permutation(chosen)]
+    return drawn
 
 
 def main() -> None:
