@@ -79,7 +79,18 @@ class Page:
         """A field of the form."""
         return self.driver.find_element(By.NAME, name)
 
-    def build(self, **fields: int) -> None:
+    def choose_label(self, word: str) -> None:
+        """Presses the button of a label."""
+        labels = self.find("few").find_elements(By.TAG_NAME, "label")
+        next(each for each in labels if each.text == word).click()
+
+    @property
+    def chosen_label(self) -> str:
+        """The label whose button is pressed."""
+        chosen = self.find("few").find_elements(By.CSS_SELECTOR, "label:has(:checked)")
+        return chosen[0].text if chosen else ""
+
+    def build(self, **fields: int | str) -> None:
         """Fills the form and presses Build; comes back once the job is on the stage, or was refused."""
         before = self.job
         if "steps" in fields:

@@ -240,6 +240,50 @@ def test_fields_beside_the_preset_are_for_custom_requests(page: Page, site: Site
     assert page.field("preset").get_attribute("value") == "fast"
 
 
+def test_few_labels_have_buttons_and_many_a_field(driver: Chrome, tmp_path: Path) -> None:
+    names = {str(label): name for label, name in enumerate(["cat", "dog", "hare"])}
+    write_model(tmp_path / "weights" / "few", labels=4, index={"id2label": names, "null_label": 3, "guidance": 2.5})
+    write_model(tmp_path / "weights" / "many", labels=50)
+    write_model(tmp_path / "weights" / "plain")
+    backend = FakeBackend()
+    backend.models = dict.fromkeys(("few", "many", "plain"), backend.models["tiny"])
+    app = create_app(Settings(weights=str(tmp_path / "weights"), data_dir=tmp_path / "data"), backend)
+
+    def asked() -> tuple[tuple[int, ...], float | None]:
+        """What the last job was asked for."""
+        page.until_words("Built in")
+        spec = backend.specs[-1]
+        return tuple(spec.labels.values()), spec.sampling.guidance
+
+    with threaded(app) as made:
+        page = Page(driver, f"{made.url}/").open_anew()
+        words = [each.text for each in page.find("few").find_elements(By.TAG_NAME, "label")]
+        assert (words, page.find("many").is_displayed()) == (["random", "none", "cat", "dog", "hare"], False)
+        assert page.find("guidance").get_attribute("value") == "2.5"
+        driver.save_screenshot(str(SCREENSHOTS / "labels.png"))
+
+        page.choose_label("dog")
+        page.build(seed=3, n=2)
+        assert asked() == ((1, 1), 2.5)
+        page.choose_label("none")
+        assert not page.find("guidance").is_displayed()
+        page.build(seed=4, n=1)
+        assert asked() == ((), None)
+        page.recall(1)  # the dogs
+        page.until(lambda: page.chosen_label == "dog")
+
+        Select(page.field("model")).select_by_value("many")
+        assert (page.find("few").is_displayed(), page.find("many").is_displayed()) == (False, True)
+        page.build(seed=5, n=1, label="49")
+        assert asked() == ((49,), 1.0)
+        page.build(seed=6, n=1, label="50")
+        assert page.find("wrong-label").text == "label must be random or a label 0..49, got 50"
+        Select(page.field("model")).select_by_value("plain")
+        assert not page.find("labels").is_displayed()
+        page.build(seed=7, n=1)
+        assert asked() == ((), None)
+
+
 def test_clamping_follows_the_sampler_until_it_is_chosen(page: Page) -> None:
     Select(page.field("preset")).select_by_value("full")
     Select(page.field("preset")).select_by_value("custom")
