@@ -14,7 +14,7 @@ from benchmarks.measure import Measure, report
 from benchmarks.models import LARGEST
 from server.worker.cpus import cores
 
-DIGITS = Path(__file__).parent.parent / "weights" / "digits"
+DIGITS = Path(__file__).parent / "digits"
 NETS = {"digits": "digits", "cifar10": "CIFAR-10 configuration", "large": LARGEST}
 SERVER = {
     "busy": busy,

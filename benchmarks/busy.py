@@ -19,7 +19,7 @@ from benchmarks.measure import Measure, interleaved, median_ratio, report
 from benchmarks.remote import Remote
 from server.worker.cpus import cores
 
-DIGITS = Path(__file__).parent.parent / "weights" / "digits"
+DIGITS = Path(__file__).parent / "digits"
 NAMES = ("ours", "diffusers")
 BUSY = "print('busy', flush=True)\nwhile True: pass"
 QUIET, BESIDE = "quiet", "busy"

@@ -57,7 +57,7 @@ def measures(digits: Path, engines: int, slots: int) -> Iterator[Measure]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--weights", type=Path, default=Path(__file__).parent.parent / "weights" / "digits")
+    parser.add_argument("--weights", type=Path, default=Path(__file__).parent / "digits")
     parser.add_argument("--engines", type=int, default=cores())
     parser.add_argument("--slots", type=int, default=32)
     arguments = parser.parse_args()

@@ -26,7 +26,7 @@ from benchmarks.measure import Measure, report
 Mixture = dict[int, float]  # share of requests by steps
 MIXTURE: Mixture = {50: 0.4, 100: 0.3, 250: 0.2, 500: 0.1}
 OUTSTANDING, WARM_S, SATURATED_S, LOAD_S, PATIENCE_S = 32, 10.0, 30.0, 75.0, 60.0
-DIGITS = Path(__file__).parent.parent / "weights" / "digits"
+DIGITS = Path(__file__).parent / "digits"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,7 +23,7 @@ from model.nets.config import architecture
 from model.nets.convolution import Conv
 from model.sampling.plan import plan, resolve
 
-DIGITS = Path(__file__).parent.parent / "weights" / "digits"
+DIGITS = Path(__file__).parent / "digits"
 META = torch.device("meta")
 STEPS = 3  # of each picture
 

@@ -21,7 +21,7 @@ from benchmarks.measure import Measure, report
 from benchmarks.models import model_directory
 from server.worker.cpus import cores
 
-DIGITS = Path(__file__).parent.parent / "weights" / "digits"
+DIGITS = Path(__file__).parent / "digits"
 BATCH = 8
 Pictures = NDArray[np.float32]  # [N, H, W, C] in [0, 1]
 

@@ -95,6 +95,6 @@ def measures(device: torch.device, digits: Path) -> Iterator[Measure]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--weights", type=Path, default=Path(__file__).parent.parent / "weights" / "digits")
+    parser.add_argument("--weights", type=Path, default=Path(__file__).parent / "digits")
     for measure in measures(torch.device("cpu"), parser.parse_args().weights):
         print(f"{measure.name:50} {measure.value:8.3f} {measure.unit} {measure.spread}", flush=True)

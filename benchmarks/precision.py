@@ -28,7 +28,7 @@ from model.sampling.noise import INITIAL, gaussian
 from model.sampling.plan import plan, resolve
 from server.worker.cpus import cores
 
-DIGITS = Path(__file__).parent.parent / "weights" / "digits"
+DIGITS = Path(__file__).parent / "digits"
 BATCH = 16
 Pictures = NDArray[np.float32]  # [N, C, H, W] in [-1, 1]
 

@@ -23,7 +23,7 @@ from benchmarks.measure import Measure, report
 from benchmarks.models import LARGEST, MODELS, model_directory
 from server.worker.device import usual_slots
 
-DIGITS = Path(__file__).parent.parent / "weights" / "digits"
+DIGITS = Path(__file__).parent / "digits"
 READY_S, REST_S = 900.0, 300.0  # the longest that is waited
 ASKED_EVERY_S, LOOKED_EVERY_S = 0.02, 0.5
 QUIET_S = 5.0  # an engine rests if for so long it has computed next to nothing and its memory has stayed as it is

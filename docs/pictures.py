@@ -27,7 +27,7 @@ from matplotlib import pyplot
 
 Picture: TypeAlias = NDArray[np.uint8]  # [H, W]
 Choices: TypeAlias = dict[str, Any]
-CARD = read_card(Path(__file__).parent.parent / "weights" / "digits")
+CARD = read_card(Path(__file__).parent.parent / "benchmarks" / "digits")
 SEEDS = (199, 202, 207)
 BUILT = 42  # the seed that is built up in all steps
 INCH = 0.62  # the side of a picture on a sheet

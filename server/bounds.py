@@ -72,7 +72,8 @@ def says(field: FieldInfo, error: Mapping[str, Any], largest: int | None = None,
         length = f" of {_bound(field, 'min_length') or 0} to {most} characters" if most is not None else ""
         return f"must be a string{length}{f', got {len(given)}' if isinstance(given, str) else got}"
     if get_origin(kind) is list:
-        least, most = _bound(field, "min_length"), largest or _bound(field, "max_length")
+        least, most = _bound(field, "min_length"), _bound(field, "max_length")
+        most = most if largest is None else min(most, largest)
         items = "integers" if int in get_args(get_args(kind)[0]) or get_args(kind)[0] is int else "labels"
         length = f"{least}" if least == most else f"{least} to {most}"
         return f"must be a list of {length} {items}{f', got {len(given)}' if isinstance(given, list) else got}"

@@ -72,8 +72,8 @@ class RequestDocument(TypedDict):
 class ProgressDocument(TypedDict):
     """How far a job is."""
 
-    step: Annotated[int, Field(description="image-steps done")]
-    steps: Annotated[int, Field(description="image-steps in all: n × steps")]
+    step: Annotated[int, Field(description="updates of pictures done")]
+    steps: Annotated[int, Field(description="updates in all: n × steps")]
     position: Annotated[int, Field(description="jobs that will start earlier")]
     eta_s: EtaS
 
@@ -158,11 +158,11 @@ class StartedMessage(_Message):
     """The job has started. Numbered."""
 
     type: Literal["started"]
-    steps: Annotated[int, Field(description="image-steps in all")]
+    steps: Annotated[int, Field(description="updates of pictures in all")]
 
 
 class ProgressMessage(_Message):
-    """How far the job is, in image-steps."""
+    """How far the job is, in updates of its pictures."""
 
     type: Literal["progress"]
     step: int

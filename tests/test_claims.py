@@ -185,7 +185,7 @@ def test_it_is_said_how_much_is_downloaded_and_how_large_the_model_is() -> None:
     sizes = [
         next(v[0] for name, v in values.items() if f"serve, {build} CUDA" in name) for build in ("without", "with")
     ]
-    card = read_card(ROOT / "weights" / "digits")
+    card = read_card(ROOT / "benchmarks" / "digits")
     parameters = count(shapes(card.architecture))
 
     assert "downloads {:.1f} GB, with an NVIDIA driver {:.1f} GB".format(*sizes) in text
@@ -215,7 +215,7 @@ def test_other_pages_say_what_was_measured() -> None:
 
 
 def test_the_estimate_of_memory_that_is_told_is_the_one_that_is_made() -> None:
-    card, device = read_card(ROOT / "weights" / "digits"), torch.device("cpu")
+    card, device = read_card(ROOT / "benchmarks" / "digits"), torch.device("cpu")
     float32, bfloat16 = (footprint(card, 8, device, t).size_bytes / 1e6 for t in (torch.float32, torch.bfloat16))
     operations = " ".join((ROOT / "docs" / "operations.md").read_text().split())
 

@@ -10,7 +10,7 @@ from benchmarks.gpu.run import ROOT
 from benchmarks.measure import Measure
 from benchmarks.models import CIFAR10, LARGE, TINY, random_model
 
-DIGITS = ROOT / "weights" / "digits"
+DIGITS = ROOT / "benchmarks" / "digits"
 
 
 def device_of(setting: Setting) -> torch.device:

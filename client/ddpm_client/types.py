@@ -114,14 +114,14 @@ class Queued(_Message):
 
 @dataclass(frozen=True, slots=True)
 class Started(_Message):
-    """The job has started. steps: the number of its image-steps"""
+    """The job has started. steps: updates of its pictures"""
 
     steps: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress(_Message):
-    """`step` of `steps` image-steps are done. t: noise level of the picture with the most steps left"""
+    """`step` of `steps` updates of its pictures are done. t: noise level of the picture with the most steps left"""
 
     step: int
     steps: int

@@ -22,7 +22,7 @@ def read_labels(index: Json, arch: AnyArchitecture) -> Labels | None:
             if index.get(option) is not None:
                 raise options.refuse(option, "absent: the net knows no labels")
         return None
-    null = options.optional("null_label", 0, arch.labels - 1)
+    null = options.optional("null_label", 0, arch.labels - 1, arch.null_label)
     if null is not None and arch.labels == 1:
         raise options.refuse("null_label", "absent: it is the only label")
     guidance = options.number("guidance", 0.0, MOST_GUIDANCE, 1.0)

@@ -12,7 +12,7 @@ import torch
 
 from model.engine.events import Cancelled, Event, Failed, Finished, Request, Stats
 from model.engine.lead import Lead, mark
-from model.engine.memory import REASON, within_memory
+from model.engine.memory import NARROW, within_memory
 from model.engine.readout import Readout
 from model.engine.runner import Runner
 from model.engine.sample import Sample
@@ -79,7 +79,7 @@ class Engine:
         self.samples[request.id] = sample = Sample(request)
         self.scheduler.add(sample)
         if sample.width > self.scheduler.capacity:  # since memory ran out
-            self.fail(sample, REASON)
+            self.fail(sample, NARROW)
 
     @torch.inference_mode()
     def cancel(self, id: Hashable) -> None:
@@ -130,9 +130,12 @@ class Engine:
         slots, new = self.runner.slots, self.scheduler.admit()
         while (preemption := self.scheduler.preempt()) is not None:
             for sample, slot in preemption.preempted:
-                sample.saved = slots.save(slot)
+                if sample in new:  # it was seated just now, and is not in its slot yet
+                    new.remove(sample)
+                else:
+                    sample.saved = slots.save(slot)
             self._vacate(preemption.moves)
-            new.append(preemption.seated)
+            new += [preemption.seated, *self.scheduler.admit()]
         slots.seat_all([seating for sample in new if sample.saved is None for seating in self._seatings(sample)])
         for sample in new:
             if sample.saved is not None:

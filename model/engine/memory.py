@@ -14,6 +14,7 @@ from model.engine.sample import Sample
 from model.engine.scheduler import Scheduler
 
 REASON = "memory ran out with this picture alone"
+NARROW = "memory is left for one slot, and a guided picture takes two"
 
 
 class Batch(Protocol):
@@ -42,7 +43,7 @@ def within_memory(batch: Batch, work: Callable[[], None]) -> None:
         batch.exhausted += 1
     # Outside of the handler the exception is gone, and with its traceback all tensors of the step that failed.
     seated = batch.scheduler.seated
-    _shrink(batch, len(batch.scheduler.slots))
+    _shrink(batch, seated)
     if len(seated) == 1:
         batch.fail(seated[0], REASON)
     else:
@@ -51,22 +52,23 @@ def within_memory(batch: Batch, work: Callable[[], None]) -> None:
         if sample.slots or sample.leaving:
             continue
         if sample.width > batch.scheduler.capacity:
-            batch.fail(sample, REASON)
+            batch.fail(sample, NARROW)
         elif sample.step and sample.saved is None:
             sample.restart()  # memory ran out while its state was being saved, and was lost
     if batch.runner.device.type == "cuda":
         torch.cuda.empty_cache()
 
 
-def _shrink(batch: Batch, seated: int) -> None:
+def _shrink(batch: Batch, seated: list[Sample]) -> None:
     """Limits the batch to the next smaller admitted size, or to one sample."""
-    smaller = [size for size in batch.runner.admitted if size < batch.runner.bucket_for(seated)]
-    batch.scheduler.capacity = smaller[-1] if smaller else 1
+    taken, widest = sum(sample.width for sample in seated), max((sample.width for sample in seated), default=1)
+    smaller = [size for size in batch.runner.admitted if size < batch.runner.bucket_for(taken)]
+    batch.scheduler.capacity = max(smaller[-1] if smaller else 1, widest)
 
 
 def _restart(batch: Batch, seated: list[Sample]) -> None:
     """Sends seated samples back to the queue, at step 0."""
-    for sample in reversed(seated):  # from the last slot down, so that none has to move
+    for sample in reversed(seated):  # from the last slot down, so that few have to move
         batch.release(sample)
         sample.restart()
         batch.scheduler.add(sample)

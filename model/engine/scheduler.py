@@ -14,6 +14,7 @@ at any time at most as many samples are preempted as there are slots, and one fo
 """
 
 import heapq
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
@@ -39,7 +40,7 @@ class Schedulable(Protocol):
 S = TypeVar("S", bound=Schedulable)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Share(Generic[S]):
     """One owner's seats, queue and past use."""
 
@@ -114,8 +115,7 @@ class Scheduler(Generic[S]):
     def add(self, sample: S) -> None:
         """Adds a sample to the queue, behind those of equal rank; one that returns keeps its former place."""
         if sample.arrival < 0:
-            sample.arrival = self._arrivals
-            self._arrivals += 1
+            sample.arrival, self._arrivals = self._arrivals, self._arrivals + 1
         if sample.owner not in self._shares:
             most = max((share.used for share in self._shares.values()), default=0)
             self._shares[sample.owner] = _Share(max(0, most - ARREARS))
@@ -144,27 +144,57 @@ class Scheduler(Generic[S]):
         return sample
 
     def preempt(self) -> Preemption[S] | None:
-        """Replaces seated samples by one other, if some must give way. Call it after `admit`, until it returns None."""
+        """Replaces seated samples by one other, if some must. Call it after `admit` until it returns None, with `admit`
+        after each: it may leave a slot."""
         if not self.waiting:
             return None
-        for poor, rich in self._rivals():
-            first, key = poor.first, poor.next[0]
-            if (missing := self._missing(first)) <= 0:
-                continue
-            of_rich = (s for s in self.seated if self._shares[s.owner] is rich)
-            last = sorted(of_rich, key=self._key, reverse=True)[:missing]  # each frees a slot at least
-            last = last[:1] if last and last[0].width >= missing else last
-            freed = sum(s.width for s in last)
-            apart = rich.level - poor.level > SEAT * max(first.width, freed) + HYSTERESIS
-            gives_way = all(key < self._key(s) for s in last) if poor is rich else apart
-            if freed < missing or not gives_way:
-                continue
-            room = self.capacity + (0 if poor is rich else len(self._shares))
-            if first.arrival not in self._preempted and len(self._preempted) + len(last) > room:
-                continue
-            return self._replace(last, poor)
+        head = min(backlogged := self._backlogged(), key=lambda share: share.level)
+        if last := self._chosen(head, self._of_others(head)):
+            return self._replace(last, head)
+        for share in backlogged if self._changed else ():
+            if last := self._chosen(share, self._of_own(share), spare=share is head):
+                return self._replace(last, share)
         self._changed = False
         return None
+
+    def _of_others(self, poor: _Share[S]) -> Iterator[S]:
+        """Seated samples of the owners of the highest levels, as long as these are far above that of `poor`."""
+        levels = {share: float(share.level) for share in self._shares.values() if share.seats and share is not poor}
+        seated = dict[_Share[S], list[S]]()  # that are left of the richest
+        while levels:
+            rich = max(levels, key=levels.__getitem__)
+            apart = (levels[rich] - poor.level - HYSTERESIS) / SEAT
+            if apart <= poor.first.width:
+                return
+            last, *seated[rich] = seated.get(rich) or self._last_first(rich)
+            if apart <= last.width:
+                return
+            yield last
+            levels[rich] = levels[rich] - SEAT * last.width if seated[rich] else float("-inf")
+
+    def _of_own(self, share: _Share[S]) -> Iterator[S]:
+        """Seated samples of an owner that are behind its next one."""
+        return (sample for sample in self._last_first(share) if self._key(sample) > share.next[0])
+
+    def _last_first(self, share: _Share[S]) -> list[S]:
+        return sorted((s for s in self.seated if self._shares[s.owner] is share), key=self._key, reverse=True)
+
+    def _chosen(self, share: _Share[S], candidates: Iterator[S], spare: bool = True) -> list[S]:
+        """As many of them as must give way to the next sample of this owner; none if they are too few, or too many are
+        preempted already. spare: whether free slots may be taken"""
+        first, last = share.first, list[S]()
+        missing = self._missing(first) if spare else first.width
+        while missing > 0 and (sample := next(candidates, None)) is not None:
+            last.append(sample)
+            missing -= sample.width
+        for sample in list(last):
+            if missing + sample.width <= 0:  # without it enough give way
+                last.remove(sample)
+                missing += sample.width
+        own = bool(last) and self._shares[last[0].owner] is share
+        before, room = len(self._preempted), self.capacity + (0 if own else len(self._shares))
+        after = before - (first.arrival in self._preempted) + len(last)
+        return last if missing <= 0 and not before < after > room else []
 
     def _replace(self, last: list[S], poor: _Share[S]) -> Preemption[S]:
         """Sends seated samples back to the queue, and seats this owner's next one."""
@@ -218,10 +248,3 @@ class Scheduler(Generic[S]):
 
     def _backlogged(self) -> list[_Share[S]]:
         return [share for share in self._shares.values() if share.waiting]
-
-    def _rivals(self) -> list[tuple[_Share[S], _Share[S]]]:
-        """Pairs of shares between which a seat may change hands: the lowest and the highest level; and, if a sample was
-        added, each share and itself."""
-        backlogged, seated = self._backlogged(), [share for share in self._shares.values() if share.seats]
-        poor, rich = min(backlogged, key=lambda share: share.level), max(seated, key=lambda share: share.level)
-        return ([] if poor is rich else [(poor, rich)]) + [(s, s) for s in backlogged if s.seats and self._changed]

@@ -72,6 +72,11 @@ class Architecture:
         return self.num_class_embeds or 0
 
     @property
+    def null_label(self) -> int | None:
+        """The label that stands for none, if the net itself tells."""
+        return None
+
+    @property
     def embedding_dim(self) -> int:
         """Width of the timestep's embedding."""
         return self.time_embedding_dim or 4 * self.block_out_channels[0]

@@ -44,6 +44,11 @@ class LucidrainsArchitecture:
         return 0 if self.num_classes is None else self.num_classes + 1
 
     @property
+    def null_label(self) -> int | None:
+        """The label that stands for none."""
+        return self.num_classes
+
+    @property
     def embedding_dim(self) -> int:
         """Width of what each block projects: the timestep's embedding, and perhaps that of a label behind it."""
         return 4 * self.dim * (1 if self.num_classes is None else 2)

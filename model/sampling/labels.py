@@ -46,9 +46,9 @@ class Labels:
         raise PlanError(where, f"{where} must be {self._allowed()}, got {label}")
 
     def _allowed(self) -> str:
-        last = self.count - 1 - (self.null == self.count - 1)
-        beside = f" but {self.null}, which stands for none" if self.null is not None and self.null <= last else ""
-        numbers = f"0..{last}{beside}"
+        first, last = int(self.null == 0), self.count - 1 - (self.null == self.count - 1)
+        beside = f" but {self.null}, which stands for none" if self.null is not None and first < self.null < last else ""
+        numbers = f"{first}..{last}{beside}" if first < last else str(first)
         if not self._numbers:
             return f"{RANDOM} or a label {numbers}"
         known = list(self._numbers)
@@ -65,8 +65,11 @@ class Labels:
 
     def drawn(self, seed: int) -> int:
         """The label that belongs to a seed: any of those that may be asked for, each as likely."""
-        choices = self.choices
-        return choices[int.from_bytes(sha256(f"label {seed}".encode()).digest()[:8], "big") % len(choices)]
+        number = int.from_bytes(sha256(f"label {seed}".encode()).digest()[:8], "big")
+        if self.null is None:
+            return number % self.count
+        label = number % (self.count - 1)
+        return label + (label >= self.null)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -174,6 +174,8 @@ def _repeated(before: Mapping[str, str], told: Mapping[str, Any]) -> dict[str, A
         gone |= {"steps", "spacing"}
     if told.keys() & {"label", "labels"}:
         gone |= {"label", "labels"}
+    if told.get("guidance") == 1:
+        gone |= {"guidance_interval"}
     return {name: value for name, value in request.items() if name not in gone}
 
 

@@ -62,6 +62,8 @@ def _tune(given: Namespace, name: str) -> int:
     from server.worker.device import choose_device, choose_dtype
 
     card = read_card(given.model)
+    if card.labels is not None and card.labels.null is None:
+        raise SettingsError(f"{card.name} cannot be tuned: plans are tuned without labels, and it has no null_label")
     most = min(LEVELS, card.process.schedule.T)  # that the teacher has
     if not 1 <= given.steps <= most:
         raise SettingsError(f"--steps must lie in 1..{most} for {card.name}, got {given.steps}")

@@ -126,7 +126,7 @@ def _restore_result(job: Job, record: Record, read: Read) -> None:
         job.error = error = json.loads(record.error)
         job.failure = Recalled(Problem(error["status"], error["code"], error["detail"], error.get("errors", [])))
     if job.started_at is not None:
-        job.stream.keep_text("started", steps=job.image_steps)
+        job.stream.keep_text("started", steps=job.updates)
     for kept in sorted(record.images, key=lambda kept: kept.message):
         job.stream.skip_to(kept.message)
         job.finish(stored(job, kept, read))

@@ -134,7 +134,7 @@ class Job:
 
     def __post_init__(self) -> None:
         self.steps, self.stream = [0] * self.request.n, Stream(self.id, self.counts)
-        self.image_steps = self.request.image_steps
+        self.updates = self.request.updates
         if self.request.webhook is not None:
             self.delivery = Delivery.to(self.request.webhook)
         self.rank = self.arrived / 60 - self.request.priority  # smaller is seated first
@@ -225,7 +225,7 @@ class Job:
             "created_at": self.created_at,
             "started_at": self.started_at,
             "finished_at": self.finished_at,
-            "progress": {"step": done, "steps": self.image_steps, "position": eta.position, "eta_s": eta.eta_s},
+            "progress": {"step": done, "steps": self.updates, "position": eta.position, "eta_s": eta.eta_s},
             "images": images,
             "error": self.error,
             "webhook": self.delivery.document if self.delivery is not None else None,

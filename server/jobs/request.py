@@ -92,7 +92,7 @@ class ResolvedRequest:
     owner: str | None = None  # the tenant by whose key it came, who alone may see it
 
     @cached_property
-    def image_steps(self) -> int:
+    def updates(self) -> int:
         """Updates of all pictures."""
         return self.n * self.sampling.steps
 
@@ -212,6 +212,7 @@ def _largest(value: Mapping[str, object], cards: Mapping[str, ModelCard], settin
     largest = {"n": settings.max_n, "seed": MAX_SEED - pictures}
     if isinstance(model, str) and model in cards:
         largest["steps"] = largest["timesteps"] = cards[model].process.schedule.T
+        largest["guidance_interval"] = largest["steps"]
     largest["labels"] = settings.max_n
     sampler = value.get("sampler")
     if isinstance(sampler, str) and sampler in SAMPLERS and len(orders := SAMPLERS[sampler].orders) > 1:

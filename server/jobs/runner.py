@@ -60,7 +60,7 @@ class JobRunner:
 
     def start(self, job: Job) -> None:
         """Runs an accepted job."""
-        extra = {"job": job.id, "model": job.request.model, "image_steps": job.image_steps}
+        extra = {"job": job.id, "model": job.request.model, "image_steps": job.request.work}
         logger.info("job accepted", extra=extra)
         job.task = asyncio.create_task(self._run(job), name=f"job {job.id}")
         job.task.add_done_callback(report)
@@ -166,7 +166,7 @@ class JobRunner:
         self.metrics.observe_wait(job.request.model, self.repository.clock.now() - job.arrived)
         if not job.deaths:
             self.repository.store.mark_running(job.id)
-        job.stream.keep_text("started", steps=job.image_steps)
+        job.stream.keep_text("started", steps=job.updates)
 
     def tell_progress(self, job: Job) -> None:
         """Tells subscribers how far a job is, or how long it has to wait."""
@@ -175,7 +175,7 @@ class JobRunner:
             job.stream.send_transient("queued", position=eta.position, eta_s=eta.eta_s)
         else:
             level = job.levels[min(job.steps)]  # of the picture furthest behind
-            job.stream.send_transient("progress", step=sum(job.steps), steps=job.image_steps, t=level, eta_s=eta.eta_s)
+            job.stream.send_transient("progress", step=sum(job.steps), steps=job.updates, t=level, eta_s=eta.eta_s)
 
     def _note_model(self, job: Job, model: ModelStatus) -> None:
         """Notes what makes the pictures. Raises ModelChanged."""

@@ -14,7 +14,7 @@ from model.checkpoint.presets import Preset
 from model.checkpoint.scheduler import MAX_T
 from model.nets.config import MAX_LABELS
 from model.options import unique_keys
-from model.sampling.labels import MOST_GUIDANCE
+from model.sampling.labels import MOST_GUIDANCE, RANDOM
 from model.sampling.schedule import Spacing, Variance
 from model.sampling.table import HISTORY, Noise
 from server.bounds import kind_of, says, unknown
@@ -48,7 +48,8 @@ Timestep = Annotated[int, Field(ge=1, lt=MAX_SEED)]
 def _label(value: object) -> object:
     if (type(value) is int and 0 <= value < MAX_LABELS) or (isinstance(value, str) and 1 <= len(value) <= MAX_NAME):
         return value
-    raise ValueError(f"must be an integer in 0..{MAX_LABELS - 1}, or a name of 1 to {MAX_NAME} characters")
+    names = f"{RANDOM} or a name of 1 to {MAX_NAME} characters"
+    raise ValueError(f"must be a label's number in 0..{MAX_LABELS - 1}, {names}")
 
 
 Label = Annotated[

@@ -2,15 +2,17 @@
 
 const $ = (id) => document.getElementById(id);
 const FEW = 16; // labels that have a button each
-const RANDOM = "random", NONE = "none";
+const RANDOM = "random", NONE = "no label";
+const field = document.querySelector("#many input");
 let known = null;
+let mixed = null; // the labels of a job that is shown, if they differ
 
 const named = (label) => known.names.find((each) => each.label === label)?.name ?? String(label);
 
 function choices() {
-  const own = known.names.length ? known.names.map(({ name }) => name)
-    : Array.from({ length: known.count + 1 }, (_, label) => label).filter((label) => label !== known.null).slice(0, known.count);
-  return [RANDOM, ...(known.null === null ? [] : [NONE]), ...own.map(String)];
+  const numbers = Array.from({ length: known.count + (known.null === null ? 0 : 1) }, (_, label) => label);
+  const own = known.count > FEW ? known.names.map(({ name }) => name) : numbers.filter((label) => label !== known.null).map(named);
+  return [RANDOM, ...(known.null === null ? [] : [NONE]), ...own];
 }
 
 /** What `GET /models` tells of a model's labels; null if it knows none. */
@@ -24,7 +26,7 @@ export function offerLabels(labels) {
   $("many").hidden = few;
   $("names").replaceChildren(...(few ? [] : words.map((word) => new Option(word))));
   $("few").replaceChildren(...(few ? words.map(button) : []));
-  $("guidance").value = labels.guidance;
+  strengthen(labels.guidance);
   choose(RANDOM);
 }
 
@@ -37,38 +39,43 @@ function button(word) {
 }
 
 function choose(word) {
-  const field = document.querySelector("#many input");
+  mixed = null;
   field.value = word;
   for (const input of $("few").querySelectorAll("input")) input.checked = input.value === word;
   settle();
 }
 
+function strengthen(guidance) {
+  $("guidance").max = Math.max(8, guidance);
+  $("guidance").value = guidance;
+}
+
 /** Guidance is for pictures with a label, of a model that knows what it is to have none. */
 function settle() {
-  const applies = known?.null !== null && word() !== NONE;
+  const applies = known?.null !== null && field.value.trim() !== NONE;
   $("strength").hidden = $("guidance").disabled = !applies;
   const strength = +$("guidance").value;
   $("guidance-says").textContent = strength === 1 ? "1, which is none" : `${strength}, at twice the work`;
 }
 
-const word = () => document.querySelector("#many input").value.trim();
-
-/** The fields of a request. */
-export function labelFields() {
-  if (known === null || word() === NONE || word() === "") return {};
-  const own = known.names.find(({ name }) => name === word())?.label;
-  const label = own ?? (/^[0-9]{1,6}$/.test(word()) ? +word() : word());
-  return { label, ...($("guidance").disabled ? {} : { guidance: +$("guidance").value }) };
+/** The fields of a request for so many pictures. */
+export function labelFields(n) {
+  const word = field.value.trim();
+  if (known === null || word === NONE || word === "") return {};
+  const own = known.names.find(({ name }) => name === word)?.label;
+  const label = own ?? (/^[0-9]{1,6}$/.test(word) ? +word : word);
+  const asked = mixed?.length === n ? { labels: mixed } : { label };
+  return $("guidance").disabled ? asked : { ...asked, guidance: +$("guidance").value };
 }
 
 /** Shows what a job was asked for. */
 export function showLabels({ labels, guidance }) {
   if (known === null) return;
-  if (guidance !== null && guidance !== undefined) $("guidance").value = guidance;
-  const first = labels?.[0];
-  const alike = labels?.every((label) => label === first);
+  if (guidance) strengthen(guidance);
+  const first = labels?.[0], alike = labels?.every((label) => label === first);
   choose(labels ? (alike ? named(first) : RANDOM) : NONE);
+  if (labels && !alike) mixed = labels;
 }
 
 $("guidance").addEventListener("input", settle);
-document.querySelector("#many input").addEventListener("input", settle);
+field.addEventListener("input", () => choose(field.value));

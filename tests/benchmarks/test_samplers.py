@@ -193,7 +193,7 @@ def test_labels_keep_their_distance_and_stay_near_what_they_name() -> None:
 
 
 def test_the_plans_that_ship_are_those_that_were_measured() -> None:
-    process = read_card(ROOT / "weights" / "digits").process
+    process = read_card(ROOT / "benchmarks" / "digits").process
     lines = [line for file in (ROOT / "benchmarks" / "results").glob("*-samplers.jsonl") for line in read(file)]
     measured = {(line["choice"].get("plan"), line["key"].get("rows")) for line in lines}
 

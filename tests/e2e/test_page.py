@@ -258,14 +258,14 @@ def test_few_labels_have_buttons_and_many_a_field(driver: Chrome, tmp_path: Path
     with threaded(app) as made:
         page = Page(driver, f"{made.url}/").open_anew()
         words = [each.text for each in page.find("few").find_elements(By.TAG_NAME, "label")]
-        assert (words, page.find("many").is_displayed()) == (["random", "none", "cat", "dog", "hare"], False)
+        assert (words, page.find("many").is_displayed()) == (["random", "no label", "cat", "dog", "hare"], False)
         assert page.find("guidance").get_attribute("value") == "2.5"
         driver.save_screenshot(str(SCREENSHOTS / "labels.png"))
 
         page.choose_label("dog")
         page.build(seed=3, n=2)
         assert asked() == ((1, 1), 2.5)
-        page.choose_label("none")
+        page.choose_label("no label")
         assert not page.find("guidance").is_displayed()
         page.build(seed=4, n=1)
         assert asked() == ((), None)

@@ -15,7 +15,7 @@ from model.nets.cpu import CpuNet, grow_up
 from model.sampling.plan import plan, resolve
 from model.tune.walk import begin, end, noise, predictor
 
-DIGITS = Path(__file__).parents[3] / "weights" / "digits"
+DIGITS = Path(__file__).parents[3] / "benchmarks" / "digits"
 SAMPLERS = ("ddpm", "ddim", "greedy", "dpmpp_2m")
 
 

@@ -343,6 +343,6 @@ def test_a_table_is_never_made_of_another_file_than_was_chosen(tmp_path: Path) -
 def test_the_example_of_the_documentation_is_a_plan_for_the_digits(tmp_path: Path) -> None:
     (example,) = re.findall("```json\n(.*?)```", (ROOT / "docs" / "models.md").read_text(), re.DOTALL)
     write_plan(tmp_path, example.encode())
-    plans, refused = read_plans(tmp_path, read_card(ROOT / "weights" / "digits").process)
+    plans, refused = read_plans(tmp_path, read_card(ROOT / "benchmarks" / "digits").process)
 
     assert ([*plans], refused) == (["fast"], {})

@@ -109,7 +109,7 @@ def test_what_a_step_holds_for_thresholding_is_in_the_footprint(ratio: float) ->
     assert 0 < counting.most < sizes[1] - sizes[0] < 40 * x0.nbytes
 
 
-DIGITS = Path(__file__).parents[3] / "weights" / "digits"
+DIGITS = Path(__file__).parents[3] / "benchmarks" / "digits"
 TAKEN = """
 import ctypes, gc, sys, torch
 from pathlib import Path

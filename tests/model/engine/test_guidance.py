@@ -1,5 +1,7 @@
 """Guided pictures: two slots, one picture, by the formula of classifier-free guidance."""
 
+from dataclasses import replace
+from random import Random
 from typing import Any
 
 import pytest
@@ -8,7 +10,7 @@ from torch import Tensor
 
 from model.engine.engine import Engine
 from model.engine.events import Failed, Finished, Request
-from model.engine.memory import REASON
+from model.engine.memory import NARROW, REASON
 from model.sampling.reference import sample_alone
 from tests.model.tiny import ARCHITECTURE, T, a_plan, a_request, endings, pictures, quick_engine, run
 
@@ -126,23 +128,20 @@ def test_a_guided_picture_needs_two_slots() -> None:
 
 def test_when_memory_has_left_one_slot_guided_pictures_fail_and_others_are_made() -> None:
     engine: Engine = quick_engine(2, reads_label, LABELS)
-    usual, asked = engine.runner.step, list[int]()
+    usual = engine.runner.step
 
     def step(bucket: int) -> None:
-        asked.append(bucket)
         if bucket == 2:
             raise torch.OutOfMemoryError("two are too many")
         usual(bucket)
 
     engine.runner.step = step  # type: ignore[method-assign]
-    events = run(engine, GUIDED[0], a_request("late", labels=(NULL,)))
-    events += run(engine, GUIDED[1])
+    alone = run(engine, GUIDED[0], a_request("late", labels=(NULL,)))
+    run(engine, *(a_request(id, labels=(NULL,)) for id in "ab"))
+    later = run(engine, GUIDED[1], a_request("last", labels=(NULL,)))
 
-    assert [event for event in events if isinstance(event, Failed)] == [
-        Failed("twice", REASON),
-        Failed("against it", REASON),
-    ]
-    assert ("Finished", "late") in endings(events)
+    assert alone[-1] == Failed("twice", REASON) and endings(alone)[:-1] == [("Finished", "late")]
+    assert later[0] == Failed("against it", NARROW) and endings(later)[1:] == [("Finished", "last")]
 
 
 def test_the_other_slot_of_a_guided_picture_holds_the_same_bits() -> None:
@@ -153,3 +152,45 @@ def test_the_other_slot_of_a_guided_picture_holds_the_same_bits() -> None:
         slots = engine.runner.slots
         for tensor in (slots.x, slots.x0, slots.history):
             assert torch.equal(tensor[0], tensor[1])
+
+
+def test_a_picture_that_is_preempted_in_the_round_that_seats_it_comes_to_its_bytes() -> None:
+    random = Random(3)
+    requests = [
+        guided(str(i), i % 4, random.randint(2, 12), i, guidance=1.5)
+        if random.random() < 0.5
+        else a_request(str(i), random.randint(2, 12), seed=i, labels=(i % 4,))
+        for i in range(120)
+    ]
+    requests = [replace(each, owner=random.choice("abcd"), rank=random.choice([0.0, 1.0, 2.0])) for each in requests]
+    alone, together, events, waiting = (
+        quick_engine(2, reads_label, LABELS),
+        quick_engine(3, reads_label, LABELS),
+        [],
+        [*requests],
+    )
+    while waiting or together.busy:
+        for _ in range(random.choice([0, 0, 1, 4])):
+            if waiting:
+                together.submit(waiting.pop())
+        events += together.step()
+
+    made = pictures(events)
+    assert len(made) == len(requests)
+    assert [each.id for each in requests if pictures(run(alone, each))[each.id] != made[each.id]] == []
+
+
+def test_one_shortage_of_memory_leaves_room_for_a_guided_picture() -> None:
+    engine, failures = quick_engine(4, reads_label, LABELS), iter([True])
+    engine.runner.admitted = [4]
+    usual = engine.runner.step
+
+    def step(bucket: int) -> None:
+        if next(failures, False):
+            raise torch.OutOfMemoryError("once")
+        usual(bucket)
+
+    engine.runner.step = step  # type: ignore[method-assign]
+    events = run(engine, GUIDED[0], GUIDED[1])
+
+    assert [type(event) for event in events] == [Finished, Finished]

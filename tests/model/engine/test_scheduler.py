@@ -149,7 +149,7 @@ def settle(scheduler: Scheduler[Picture]) -> list[Picture]:
     """Seats every picture that should be, and returns those seated."""
     scheduler.admit()
     while scheduler.preempt():
-        pass
+        scheduler.admit()
     return scheduler.seated
 
 
@@ -343,10 +343,7 @@ def test_whatever_happens_both_slots_of_a_guided_picture_go_together(
             there.append(Picture(str(number), rank, owner, left=1 + choice, width=width))
             scheduler.add(there[-1])
         elif move == "settle":
-            new = scheduler.admit()
-            while (preemption := scheduler.preempt()) is not None:
-                assert not {picture for picture, _ in preemption.preempted} & {*new}  # they were not written yet
-                new.append(preemption.seated)
+            settle(scheduler)
         elif move == "release" and seated:
             scheduler.release(seated[choice % len(seated)])
             there.remove(seated[choice % len(seated)])
@@ -408,3 +405,31 @@ def test_guided_and_plain_pictures_of_two_owners_change_few_seats() -> None:
         scheduler.charge()
 
     assert preemptions <= 1000 / HYSTERESIS
+
+
+def test_an_owner_whose_pictures_are_swapped_takes_no_slot_that_another_waits_for() -> None:
+    running, head = Picture("running", owner="b", left=100), Picture("head", owner="a", width=2, left=100)
+    scheduler = settled(2, running, head)
+    scheduler.add(Picture("urgent", -5.0, owner="b", width=2, left=100))
+
+    assert settle(scheduler) == [running]
+
+
+def test_a_slot_that_a_swap_has_left_over_is_taken_at_once() -> None:
+    last, guided = Picture("last", 10.0, width=2, left=300), Picture("guided", 9.0, width=2, left=300)
+    scheduler = settled(4, last, guided)
+    plain = [Picture(f"plain {i}", left=300) for i in range(4)]
+    for picture in plain:
+        scheduler.add(picture)
+
+    assert set(settle(scheduler)) == {*plain}
+
+
+def test_a_guided_picture_takes_a_seat_each_from_two_owners() -> None:
+    scheduler = settled(4, *(Picture("", owner=owner, left=10**6) for owner in "abcd" for _ in range(3)))
+    run(scheduler, 100)
+    guided = Picture("guided", owner="e", width=2, left=10)
+    scheduler.add(guided)
+    run(scheduler, 3 * SEAT)
+
+    assert guided.left == 0

@@ -42,7 +42,7 @@ from tests.model.worlds import (
     small,
 )
 
-DIGITS = Path(__file__).parents[3] / "weights" / "digits"
+DIGITS = Path(__file__).parents[3] / "benchmarks" / "digits"
 
 
 def theirs(pipe: Any, seed: int, steps: int) -> NDArray[np.float32]:
@@ -309,7 +309,8 @@ def test_a_ddim_scheduler_beside_a_ddpm_pipeline_makes_the_pictures_of_its_numbe
 
 
 @pytest.mark.skipif(
-    not (DIGITS / "diffusion_pytorch_model.safetensors").is_file(), reason="the weights of weights/digits are not there"
+    not (DIGITS / "diffusion_pytorch_model.safetensors").is_file(),
+    reason="the weights of benchmarks/digits are not there",
 )
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
 def test_the_digits_are_those_diffusers_makes_of_the_same_directory(sampler: str) -> None:
@@ -323,7 +324,8 @@ def test_the_digits_are_those_diffusers_makes_of_the_same_directory(sampler: str
 
 
 @pytest.mark.skipif(
-    not (DIGITS / "diffusion_pytorch_model.safetensors").is_file(), reason="the weights of weights/digits are not there"
+    not (DIGITS / "diffusion_pytorch_model.safetensors").is_file(),
+    reason="the weights of benchmarks/digits are not there",
 )
 @pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")  # theirs, about numpy 2
 def test_the_digits_of_solvers_are_those_diffusers_makes_with_the_scheduler_of_that_name() -> None:
