@@ -15,13 +15,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from benchmarks.curves import draw
 from benchmarks.measure import Measure, machine
 from model.nets.config import Architecture
-from model.sampling.schedule import su_2022
+from model.sampling.schedule import FloatArray, NoiseSchedule, su_2022
 from model.train.data import Pictures
 from model.train.recipe import Recipe
 from model.train.source import find
@@ -66,6 +67,13 @@ def after(eps: Tensor, omega: Tensor, out: Tensor, ratio: Tensor) -> Tensor:
     return _mean(eps - out)
 
 
+def ratios(schedule: NoiseSchedule) -> FloatArray:
+    """beta_t / beta_bar_t, which is 1 at t = 1; there is none at 0. [T + 1]"""
+    alpha = schedule.alpha_bar[1:] / schedule.alpha_bar[:-1]
+    found: FloatArray = np.concatenate([[1.0], np.sqrt(1 - alpha**2) / schedule.beta_bar[1:]])
+    return found
+
+
 LOSSES: dict[str, Loss] = {"before": before, "between": between, "after": after}
 NAMES = {"before": "before: eq. 11", "between": "averaged: eq. 14", "after": "after: eq. 15"}
 
@@ -77,10 +85,7 @@ class Lesson:
         recipe = Recipe(images=images, batch=BATCH, warm_up=max(1, images // 20), emas=(AVERAGE,), max_norm=math.inf)
         self.pictures, self.loss = pictures, loss
         self.trainer = Trainer(NET, SCHEDULE, recipe, "cpu")
-        beta = torch.ones(SCHEDULE.T + 1)
-        beta[1:] = (1 - (self.trainer.alpha_bar[1:] / self.trainer.alpha_bar[:-1]).square()).sqrt()
-        self.ratio = beta / self.trainer.beta_bar.clamp(min=1e-12)  # [T + 1] beta_t / beta_bar_t, 1 at t = 1
-        self.ratio.clamp_(max=1.0)
+        self.ratio = torch.tensor(ratios(SCHEDULE), dtype=torch.float32)  # [T + 1]
 
     def losses(self, step: int, loss: Loss) -> Tensor:
         """The loss of each picture of an update's batch, always of the same pictures, levels and noise. -> [B]"""

@@ -28,7 +28,12 @@ class Dataset:
     names: tuple[str, ...] = ()
 
 
-def load_dataset(source: Source, shape: tuple[int, int, int], told: Told | None = None) -> Dataset:
+def load_dataset(path: Path, shape: tuple[int, int, int]) -> Dataset:
+    """All pictures of a folder or of an .npz in one size, and their labels. Raises ValueError as `find` and `read`."""
+    return read(find(path), shape)
+
+
+def read(source: Source, shape: tuple[int, int, int], told: Told | None = None) -> Dataset:
     """All pictures in one size, and their labels. shape: (C, H, W)
 
     The files of a folder are cropped to their centre and resized. Of an .npz the array `images` is read, [N, H, W],
@@ -51,16 +56,16 @@ def load_dataset(source: Source, shape: tuple[int, int, int], told: Told | None 
 
 def load_images(path: Path, shape: tuple[int, int, int]) -> Uint8Array:
     """The pictures of `load_dataset` alone. -> [N, C, H, W]"""
-    return load_dataset(find(path), shape).images
+    return load_dataset(path, shape).images
 
 
 def _from_npz(path: Path) -> Uint8Array:
-    def read() -> Uint8Array:
+    def images() -> Uint8Array:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            images: Uint8Array = arrays["images"]
-            return images
+            found: Uint8Array = arrays["images"]
+            return found
 
-    return sound(path, read)
+    return sound(path, images)
 
 
 def _from_files(files: tuple[Path, ...], shape: tuple[int, int, int], told: Told | None) -> Uint8Array:
@@ -113,7 +118,7 @@ class Pictures:
 
     def __init__(self, source: Source, arch: Architecture, balance: float = 0.0, told: Told | None = None) -> None:
         require_fit(source, arch)
-        dataset = load_dataset(source, arch.shape, told)
+        dataset = read(source, arch.shape, told)
         self.images = torch.from_numpy(dataset.images)  # [N, C, H, W] uint8
         self.labels = torch.from_numpy(dataset.labels) if dataset.labels is not None and arch.labels else None
         self.seen, self.unseen = held_out(len(self.images))

@@ -18,9 +18,14 @@ STEPS = 12  # of each picture
 SHOWN = 64  # pixels that a picture has at least in the file, whatever its own size
 
 
-def forwards() -> int:
+def rows_in(forwards: float) -> int:
+    """The rows of a sheet for which the net reads so many pictures; at least one, at most four."""
+    return max(1, min(ROWS, int(forwards / forwards_of(1))))
+
+
+def forwards_of(rows: int) -> int:
     """How many pictures the net reads for a sheet."""
-    return ROWS * COLUMNS * STEPS
+    return rows * COLUMNS * STEPS
 
 
 def plan_of(process: Process) -> Plan:
@@ -36,17 +41,17 @@ def label_of(seed: int, labels: int) -> int:
 
 
 @torch.no_grad()
-def sheet(trainer: Trainer, process: Process, ema: float) -> NDArray[np.uint8]:
-    """Pictures of the seeds 0 to 31 by a moving average, a label for each column. -> [4 H, 8 W, C]"""
-    seeds, made = range(ROWS * COLUMNS), list[Tensor]()
+def sheet(trainer: Trainer, process: Process, ema: float, rows: int = ROWS) -> NDArray[np.uint8]:
+    """Pictures of the seeds 0 to 8 rows - 1 by a moving average, a label for each column. -> [rows H, 8 W, C]"""
+    seeds, made = range(rows * COLUMNS), list[Tensor]()
     with trainer.averaged(ema):
         for first in range(0, len(seeds), trainer.recipe.batch):
             made.append(_pictures(trainer, process, seeds[first : first + trainer.recipe.batch]))
-    x = torch.cat(made)  # [32, C, H, W]
+    x = torch.cat(made)  # [8 rows, C, H, W]
     bytes_ = ((x / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).numpy()
     C, H, W = trainer.arch.shape
-    rows = bytes_.reshape(ROWS, COLUMNS, C, H, W).transpose(0, 3, 1, 4, 2)
-    whole: NDArray[np.uint8] = rows.reshape(ROWS * H, COLUMNS * W, C)
+    placed = bytes_.reshape(rows, COLUMNS, C, H, W).transpose(0, 3, 1, 4, 2)
+    whole: NDArray[np.uint8] = placed.reshape(rows * H, COLUMNS * W, C)
     return whole
 
 
@@ -63,10 +68,10 @@ def _pictures(trainer: Trainer, process: Process, seeds: range) -> Tensor:
 
 
 def write_png(picture: NDArray[np.uint8], path: Path) -> None:
-    """Writes a picture [4 H, 8 W, C], enlarged if its pictures are small. Raises OSError."""
+    """Writes a sheet [rows H, 8 W, C], enlarged if its pictures are small. Raises OSError."""
     from PIL import Image
 
-    times = -(-SHOWN * ROWS // len(picture))
+    times = -(-SHOWN * COLUMNS // picture.shape[1])
     large = picture.repeat(times, 0).repeat(times, 1)
     part = path.with_suffix(".part")
     Image.fromarray(large[..., 0] if large.shape[2] == 1 else large).save(part, "PNG")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from model.sampling.reference import sample_alone
 from model.train.recipe import Recipe
-from model.train.sheet import COLUMNS, ROWS, label_of, plan_of, sheet, write_png
+from model.train.sheet import COLUMNS, ROWS, label_of, plan_of, rows_in, sheet, write_png
 from model.train.trainer import Trainer
 from tests.model.tiny import ARCHITECTURE, PROCESS
 
@@ -68,3 +68,9 @@ def test_small_pictures_are_enlarged_in_the_file(tmp_path: Path, channels: int, 
     with Image.open(tmp_path / "samples.png") as opened:
         assert (opened.size, opened.mode) == ((COLUMNS * 72, ROWS * 72), mode)
         assert np.array_equal(np.asarray(opened).reshape(ROWS * 72, COLUMNS * 72, channels)[1::3, 1::3], drawn)
+
+
+@pytest.mark.parametrize(("forwards", "rows"), [(0, 1), (200, 2), (10**6, 4)])
+def test_a_slow_net_makes_fewer_rows(forwards: int, rows: int) -> None:
+    assert rows_in(forwards) == rows
+    assert sheet(taught(None), PROCESS, 0.9, rows).shape == (rows * 8, COLUMNS * 8, 1)

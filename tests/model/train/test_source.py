@@ -1,6 +1,7 @@
 """Where pictures lie: their labels by sub-folders or beside them, and what their headers say of a net for them."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -60,9 +61,7 @@ def test_a_folder_without_pictures_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("named", "names"), [({}, ("0", "1", "2")), ({"names": np.array(["a", "b", "c", "d"])}, ("a", "b", "c", "d"))]
 )
-def test_an_npz_may_have_labels_and_their_names(
-    tmp_path: Path, named: dict[str, np.ndarray], names: tuple[str, ...]
-) -> None:
+def test_an_npz_may_have_labels_and_their_names(tmp_path: Path, named: dict[str, Any], names: tuple[str, ...]) -> None:
     np.savez(tmp_path / "pictures.npz", images=random(3, 8, 8), labels=np.array([2, 0, 1], np.uint8), **named)
     found = find(tmp_path / "pictures.npz")
 
@@ -80,9 +79,7 @@ def test_an_npz_may_have_labels_and_their_names(
         ({"labels": np.arange(3), "names": np.array(["a", "b", "a"])}, "names must be one for each of the 3 labels"),
     ],
 )
-def test_labels_that_do_not_fit_the_pictures_are_refused(
-    tmp_path: Path, arrays: dict[str, np.ndarray], refusal: str
-) -> None:
+def test_labels_that_do_not_fit_the_pictures_are_refused(tmp_path: Path, arrays: dict[str, Any], refusal: str) -> None:
     np.savez(tmp_path / "pictures.npz", images=random(3, 8, 8), **arrays)
     with pytest.raises(ValueError, match=f"pictures.npz: {refusal}"):
         find(tmp_path / "pictures.npz")

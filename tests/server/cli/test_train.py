@@ -5,6 +5,7 @@ import json
 import os
 import signal
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -121,7 +122,8 @@ def test_an_error_in_training_is_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     source, out = tmp_path / "pictures.npz", str(tmp_path / "new")
-    np.savez(source, **{name: np.zeros(shape, np.uint8) for name, shape in arrays.items()})
+    made: dict[str, Any] = {name: np.zeros(shape, np.uint8) for name, shape in arrays.items()}
+    np.savez(source, **made)
     words = ["train", str(source), "--out", out, *(["--config", str(weights / "tiny")] if configured else [])]
     if configured and flags[:1] in (["--size"], ["--width"]):
         named = f"{flags[0]} {flags[1]}: {out}/config.json has 8, and a net keeps its shape"
@@ -172,6 +174,23 @@ def test_pictures_that_are_not_there_are_named(tmp_path: Path, capsys: pytest.Ca
     assert main.main(["train", str(tmp_path / "none"), "--out", str(tmp_path / "new")]) == 2
     assert capsys.readouterr().err == f"ddpm: {tmp_path}/none is not there\n"
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("labelled", [False, True])
+def test_a_picture_can_be_made_from_the_first_checkpoint_on(
+    labelled: bool, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = folder if labelled else folder / "cats"
+    assert main.main(["train", str(source), "--out", str(tmp_path / "models" / "mine"), *QUICK]) == 0
+    monkeypatch.setenv("DDPM_WEIGHTS", str(tmp_path / "models"))
+    monkeypatch.setenv("DDPM_DEVICE", "cpu")
+    asked = ["--label", "dogs"] if labelled else []
+    assert main.main(["generate", "--seed", "1", "-o", str(tmp_path / "out.png"), *asked]) == 0
+
+    with Image.open(tmp_path / "out.png") as made:
+        assert (made.size, made.mode) == ((8, 8), "RGB")
+        assert made.info.get("label") == ("1" if labelled else None)
 
 
 class Terminal(io.StringIO):
