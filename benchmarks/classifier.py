@@ -67,7 +67,7 @@ class Classifier(nn.Module):
 
 
 def load_digits(source: Path) -> tuple[Digits, Digits]:
-    """The labelled .npz of `model.train.data`, split as for training the model: (trained on, held out)."""
+    """The labelled .npz of `model.train.packages`, split as for training the model: (trained on, held out)."""
     pictures = torch.from_numpy(load_images(source, SHAPE))
     with np.load(source, allow_pickle=False) as arrays:
         labels = torch.from_numpy(arrays["labels"].astype(np.int64))

@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.classifier import SHAPE, FloatArray, judge, load_digits, load_or_train
+from benchmarks.curves import draw
 from benchmarks.measure import Measure, machine
 from benchmarks.models import grow_up
 from model.checkpoint.card import ModelCard, read_card
@@ -34,7 +35,6 @@ from server.worker.cpus import cores
 from server.worker.device import DTYPES, choose_dtype
 
 CONFIDENT = 0.9  # a picture is readable if the judge is so sure of one digit
-COLOURS = ("#440154", "#3b528b", "#21918c", "#4daf4a", "#d98c00")  # one per level of noise, dark to light
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,41 +105,17 @@ def sheet(pictures: Uint8Array, across: int = 8, scale: int = 2) -> Image.Image:
 
 def curve(log: list[dict[str, Any]]) -> str:
     """The held-out loss against pictures seen, a line per level of noise, as SVG. log: lines of training.jsonl"""
-    left, top, wide, high = 70, 40, 520, 330
-    levels = list(log[0]["held_out"])
-    losses = np.array([[line["held_out"][level] for level in levels] for line in log])  # [lines, levels]
-    seen = np.array([line["images"] for line in log])  # [lines]
-    low, up = np.floor(np.log10(losses.min())), np.ceil(np.log10(losses.max()))
-    xs = left + wide * seen / seen.max()
-    ys = top + high * (up - np.log10(losses)) / (up - low)
-    parts = [
-        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 430">',
-        '<rect width="720" height="430" fill="#fff"/><g font-family="sans-serif" font-size="13" fill="#333">',
-        f'<text x="{left}" y="24" font-size="15">Held-out loss of the moving average while training</text>',
-        f'<text x="{left + wide / 2}" y="420" text-anchor="middle">training pictures seen</text>',
-        f'<text transform="translate(18 {top + high / 2}) rotate(-90)" text-anchor="middle">mean squared error</text>',
-        f'<text x="{left + wide + 18}" y="{top + 5}">t / T</text>',
-    ]
-    for exponent in range(int(low), int(up) + 1):
-        y = top + high * (up - exponent) / (up - low)
-        parts.append(f'<path d="M{left} {y:.1f}h{wide}" stroke="#ddd"/>')
-        parts.append(f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{10.0**exponent:g}</text>')
-    for quarter in range(5):
-        x, tick = left + wide * quarter / 4, f"{seen.max() * quarter / 4:,.0f}"
-        parts.append(f'<path d="M{x:.1f} {top + high}v5" stroke="#888"/>')
-        parts.append(f'<text x="{x:.1f}" y="{top + high + 20}" text-anchor="middle">{tick}</text>')
-    for column, (level, colour) in enumerate(zip(levels, COLOURS, strict=True)):
-        points = " ".join(f"{x:.1f},{y:.1f}" for x, y in zip(xs, ys[:, column], strict=True))
-        y = top + 26 + 20 * column
-        parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        parts.append(f'<path d="M{left + wide + 18} {y - 4}h22" stroke="{colour}" stroke-width="3"/>')
-        parts.append(f'<text x="{left + wide + 48}" y="{y}">{int(level) / 1000:g}</text>')
-    return "\n".join([*parts, "</g></svg>"]) + "\n"
+    log = [line for line in log if "held_out" in line]
+    seen = [line["images"] for line in log]
+    lines = {f"{int(level) / 1000:g}": [line["held_out"][level] for line in log] for level in log[0]["held_out"]}
+    return draw("Held-out loss of the moving average while training", "t / T", seen, lines)
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("digits", type=Path, help="the labelled .npz that `python -m model.train.data` makes")
+    parser.add_argument(
+        "digits", type=Path, help="the labelled .npz that `python -m model.train.packages digits` makes"
+    )
     parser.add_argument("directory", type=Path, help="the model directory to measure")
     parser.add_argument("--pictures", type=int, default=1000, help="how many to make (%(default)s)")
     parser.add_argument("--steps", type=int, default=100, help="steps for each (%(default)s)")

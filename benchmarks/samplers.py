@@ -188,7 +188,9 @@ class Sweep:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("digits", type=Path, help="the labelled .npz that `python -m model.train.data` makes")
+    parser.add_argument(
+        "digits", type=Path, help="the labelled .npz that `python -m model.train.packages digits` makes"
+    )
     parser.add_argument("directory", type=Path, help="the model directory to measure")
     parser.add_argument("--samplers", nargs="+", default=ALL, help="NAME, NAME:ORDER or plan:NAME (all samplers)")
     parser.add_argument("--steps", nargs="+", type=int, default=STEPS, help="(%(default)s)")

@@ -33,7 +33,14 @@ ROOMS = {
     "openvino": ("model.nets.openvino_graph", "model.nets.openvino_symbols"),
     "safetensors": ("model.train", "model.convert"),
     "numpy": ("model", "server"),
-    "PIL": ("server.jobs.encode", "model.train.data", "ddpm_client"),
+    "PIL": (
+        "server.jobs.encode",
+        "model.train.data",
+        "model.train.packages",
+        "model.train.sheet",
+        "model.train.source",
+        "ddpm_client",
+    ),
     "fastapi": ("server.web",),
     "starlette": ("server.web",),
     "pydantic": (

@@ -1,7 +1,8 @@
 """Stage training: models that ship are trained on for the minutes that are left, and come back as safetensors.
 
-Each is trained on in a copy. `NAME.safetensors` are its weights, `NAME.training.safetensors` is what else is needed to
-go on: as `training.safetensors` beside those weights it is where the next run begins, else a directory's weights are.
+Each is trained on in a copy. `NAME.safetensors` are its weights, with which a training can begin (`--start`);
+`NAME.training.safetensors` is the whole state, from which it goes on: as `training.safetensors` in a model directory it
+is where the next run begins, else the directory's weights are.
 """
 
 import json
@@ -20,14 +21,20 @@ from benchmarks.gpu.facts import Fact, Setting
 from benchmarks.gpu.stage import Part
 from benchmarks.gpu.worlds import device_of, tiny
 from model.checkpoint.card import WEIGHTS
-from model.train.train import STATE, train
-from model.train.trainer import Recipe, split
+from model.train.checkpoints import LOG, Checkpoints
+from model.train.data import Pictures
+from model.train.flags import uses_bfloat16
+from model.train.recipe import Recipe
+from model.train.source import find
+from model.train.stop import Stop
+from model.train.train import STATE, train, trainable
+from model.train.trainer import Trainer
 
 KEPT_S = 15.0  # of a model's time, for loading, held-out losses and checkpoints
 SHARE = 0.9  # of the pictures that time would allow: the rate must come down to nothing before time is up
 WARMING, TRIED = 8, 150  # updates until their pace is that of all, and updates from which it is taken
-RECIPE = Recipe(batch=256, rate=5e-4, log_every=25_600, save_every=102_400)
-DRY_RECIPE = Recipe(batch=8, rate=1e-3, warm_up=16, log_every=32, save_every=32)
+RECIPE = Recipe(batch=256, rate=5e-4, warm_up=20_000, emas=(0.9995,))
+DRY_RECIPE = Recipe(batch=8, rate=1e-3, warm_up=16, emas=(0.999,))
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,14 +72,14 @@ def trained_on(setting: Setting, pupil: Pupil, sharers: int) -> Iterator[Fact]:
     until_s = time.monotonic() + setting.left_s / sharers - KEPT_S
     copy = Path(setting.scratch) / "training" / pupil.name
     try:
-        recipe, device = DRY_RECIPE if setting.dry else RECIPE, device_of(setting).type
-        tried = log_of_a_try(pupil, copied(pupil, copy.with_name(f"{pupil.name}-tried")), recipe, device)
-        yield from held_out(pupil.name, "before", tried[0])
-        pace = float(tried[-1]["images_per_s"])
+        device = device_of(setting).type
+        recipe = replace(DRY_RECIPE if setting.dry else RECIPE, autocast=uses_bfloat16("auto", device))
+        yield from held_out(pupil.name, "before", line_before(pupil, recipe, device))
+        pace = pace_of_a_try(pupil, copied(pupil, copy.with_name(f"{pupil.name}-tried")), recipe, device)
         copied(pupil, copy)
         left_s = max(1.0, until_s - time.monotonic())
         images = seen_before(copy) + (64 if setting.dry else round(SHARE * pace * left_s))
-        recipe = replace(recipe, images=images, minutes=left_s / 60)
+        recipe = replace(recipe, images=images, minutes=(seconds_before(copy) + left_s) / 60)
         train(pupil.pictures, copy, recipe, device, pupil.start)
         log = log_in(copy)
         yield from held_out(pupil.name, "after", log[-1])
@@ -82,7 +89,8 @@ def trained_on(setting: Setting, pupil: Pupil, sharers: int) -> Iterator[Fact]:
     finally:
         if seen_before(copy) > seen_before(pupil.directory):  # else there is none but that which it began with
             out = Path(setting.out)
-            split(copy / STATE, out / f"{pupil.name}.safetensors", out / f"{pupil.name}.training.safetensors")
+            shutil.copyfile(copy / WEIGHTS, out / f"{pupil.name}.safetensors")
+            shutil.copyfile(copy / STATE, out / f"{pupil.name}.training.safetensors")
 
 
 def copied(pupil: Pupil, target: Path) -> Path:
@@ -96,26 +104,44 @@ def copied(pupil: Pupil, target: Path) -> Path:
 
 def seen_before(directory: Path) -> int:
     """Pictures that its checkpoint has seen, if there is one."""
+    return int(_metadata(directory).get("seen", 0))
+
+
+def seconds_before(directory: Path) -> float:
+    """Seconds that its checkpoint was trained for, if there is one."""
+    return float(_metadata(directory).get("seconds", 0))
+
+
+def _metadata(directory: Path) -> dict[str, str]:
     if not (directory / STATE).exists():
-        return 0
+        return {}
     with safe_open(directory / STATE, "pt") as state:
-        return int(state.metadata()["seen"])
+        return dict(state.metadata())
 
 
 def log_in(directory: Path) -> list[dict[str, Any]]:
-    """What training has told of itself there; if it did not begin with random weights, of those it began with first."""
-    return [json.loads(line) for line in (directory / "training.jsonl").read_text().splitlines()]
+    """What training has told of itself there."""
+    return [json.loads(line) for line in (directory / LOG).read_text().splitlines()]
 
 
-def log_of_a_try(pupil: Pupil, directory: Path, recipe: Recipe, device: str) -> list[dict[str, Any]]:
-    """The log of a few updates of a copy that nobody needs, which is gone then."""
+def line_before(pupil: Pupil, recipe: Recipe, device: str) -> dict[str, Any]:
+    """What the log would tell of a model's held-out losses before it is trained on."""
+    arch, process = trainable(pupil.directory)
+    trainer, probes = Trainer(arch, process.schedule, recipe, device), Pictures(find(pupil.pictures), arch).probes()
+    checkpoints = Checkpoints(trainer, process, pupil.directory, probes, Stop())
+    checkpoints.begin(pupil.start)
+    return checkpoints.held_out()
+
+
+def pace_of_a_try(pupil: Pupil, directory: Path, recipe: Recipe, device: str) -> float:
+    """Pictures per second in a few updates of a copy that nobody needs, which is gone then."""
     seen = seen_before(directory)
-    for updates in (2, 4) if recipe is DRY_RECIPE else (WARMING, WARMING + TRIED):  # the second goes on from the first
-        few = replace(recipe, images=seen + updates * recipe.batch, log_every=10**9, save_every=10**9)
-        train(pupil.pictures, directory, few, device, pupil.start)
-    log = log_in(directory)
+    for updates in (2, 4) if recipe.batch == DRY_RECIPE.batch else (WARMING, WARMING + TRIED):
+        # The second goes on from the first.
+        train(pupil.pictures, directory, replace(recipe, images=seen + updates * recipe.batch), device, pupil.start)
+    pace = float(log_in(directory)[-1]["images_per_s"])
     shutil.rmtree(directory)
-    return log
+    return pace
 
 
 def held_out(name: str, when: str, line: dict[str, Any]) -> Iterator[Fact]:

@@ -1,17 +1,14 @@
 """`python -m model.train` trains a model directory. See `model.train.train`."""
 
-import argparse
 import sys
 from pathlib import Path
 
-from model.train import train
 from model.train.flags import add_arguments, run
+from model.usage import Parser
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        "model.train", description=train.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("model.train", description="Trains a model directory, also as a process of torchrun.")
     parser.add_argument("source", type=Path, help="a folder of images, or an .npz with an array `images`")
     parser.add_argument("directory", type=Path, help="a model directory: config.json and scheduler_config.json")
     add_arguments(parser)

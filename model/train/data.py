@@ -1,19 +1,22 @@
-"""Training pictures and their labels: a folder of images, perhaps in a sub-folder for each label, or an .npz."""
+"""Training pictures as numbers, and which of them a training sees."""
 
-import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
-from zipfile import BadZipFile
+from typing import TypeAlias
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from model.errors import reason
-from model.nets.config import MAX_LABELS
+from model.nets.config import Architecture
+from model.train.source import IntArray, Source, find, sound
 
 Uint8Array: TypeAlias = NDArray[np.uint8]
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+Told: TypeAlias = Callable[[int, int], None]  # how many pictures have been read, of how many
+PROBES = 256  # held-out pictures whose loss is taken
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,20 +24,23 @@ class Dataset:
     """Pictures of one size; where they have labels, the label of each picture, and the names of labels."""
 
     images: Uint8Array  # [N, C, H, W]
-    labels: NDArray[np.int64] | None = None  # [N]
+    labels: IntArray | None = None  # [N]
     names: tuple[str, ...] = ()
 
 
-def load_dataset(source: Path, shape: tuple[int, int, int]) -> Dataset:
-    """All pictures of `source` in one size, and their labels. shape: (C, H, W)
+def load_dataset(path: Path, shape: tuple[int, int, int]) -> Dataset:
+    """All pictures of a folder or of an .npz in one size, and their labels. Raises ValueError as `find` and `read`."""
+    return read(find(path), shape)
 
-    A folder is read recursively; each picture is cropped to its centre and resized. If every picture lies in one of
-    several sub-folders, these are the labels. Of an .npz the array `images` is read, [N, H, W], [N, H, W, C] or
-    [N, C, H, W] uint8, and padded with zeros if it is smaller than (H, W); and if they are there `labels`, [N] whole
-    numbers from 0, and `names`, one for each label. Raises ValueError if there are no pictures, one is broken or not of
-    8 bits, the sizes do not fit, or the labels do not.
+
+def read(source: Source, shape: tuple[int, int, int], told: Told | None = None) -> Dataset:
+    """All pictures in one size, and their labels. shape: (C, H, W)
+
+    The files of a folder are cropped to their centre and resized. Of an .npz the array `images` is read, [N, H, W],
+    [N, H, W, C] or [N, C, H, W] uint8, and padded with zeros if it is smaller than (H, W). Raises ValueError if a
+    picture is broken or not of 8 bits, or the sizes do not fit.
     """
-    images, labels, names = _from_folder(source, shape) if source.is_dir() else _from_npz(source)
+    images = _from_files(source.files, shape, told) if source.files else _from_npz(source.path)
     given, size = images, images.shape
     if images.ndim == 3:
         images = images[:, None]
@@ -42,58 +48,35 @@ def load_dataset(source: Path, shape: tuple[int, int, int]) -> Dataset:
         images = images.transpose(0, 3, 1, 2)
     missing = [want - have for want, have in zip(shape, images.shape[1:], strict=False)]
     if images.dtype != np.uint8 or images.ndim != 4 or len(images) == 0 or missing[0] or min(missing) < 0:
-        raise ValueError(f"{source.name} holds {given.dtype}{list(size)}, which does not fit into {shape}")
+        raise ValueError(f"{source.path.name} holds {given.dtype}{list(size)}, which does not fit into {shape}")
     above, left = missing[1] // 2, missing[2] // 2
     images = np.pad(images, ((0, 0), (0, 0), (above, missing[1] - above), (left, missing[2] - left)))
-    return Dataset(images, *_checked(source, len(images), labels, names))
+    return Dataset(images, source.labels, source.names)
 
 
-def load_images(source: Path, shape: tuple[int, int, int]) -> Uint8Array:
+def load_images(path: Path, shape: tuple[int, int, int]) -> Uint8Array:
     """The pictures of `load_dataset` alone. -> [N, C, H, W]"""
-    return load_dataset(source, shape).images
+    return load_dataset(path, shape).images
 
 
-def _checked(
-    source: Path, count: int, labels: NDArray[Any] | None, names: tuple[str, ...]
-) -> tuple[NDArray[np.int64] | None, tuple[str, ...]]:
-    """Labels and their names, if they fit the pictures. Raises ValueError."""
-    if labels is None:
-        return None, ()
-    if labels.shape != (count,) or labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= MAX_LABELS:
-        raise ValueError(f"{source.name}: labels must be {count} whole numbers in 0..{MAX_LABELS - 1}, one a picture")
-    names = names or tuple(map(str, range(int(labels.max()) + 1)))
-    if labels.max() >= len(names) or len({*names}) < len(names):
-        raise ValueError(
-            f"{source.name}: names must be one for each of the {int(labels.max()) + 1} labels, all different"
-        )
-    return labels.astype(np.int64), names
+def _from_npz(path: Path) -> Uint8Array:
+    def images() -> Uint8Array:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            found: Uint8Array = arrays["images"]
+            return found
+
+    return sound(path, images)
 
 
-Read: TypeAlias = tuple[Uint8Array, NDArray[Any] | None, tuple[str, ...]]  # pictures, labels, names
-
-
-def _from_npz(source: Path) -> Read:
-    try:
-        with source.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            images: Uint8Array = arrays["images"]
-            labels = arrays["labels"] if "labels" in arrays else None
-            names = tuple(map(str, arrays["names"])) if "names" in arrays else ()
-    except (BadZipFile, EOFError, KeyError, OSError, TypeError, ValueError, zlib.error) as error:
-        raise ValueError(f"{source.name} must be a sound .npz with an array `images`") from error
-    return images, labels, names
-
-
-def _from_folder(source: Path, shape: tuple[int, int, int]) -> Read:
-    files = sorted(p for p in source.rglob("*") if p.suffix.lower() in SUFFIXES)
-    if not files:
-        raise ValueError(f"{source.name} holds no {', '.join(sorted(SUFFIXES))}")
-    pictures = [_picture(file, {1: "L", 3: "RGB"}[shape[0]], (shape[2], shape[1])) for file in files]
-    images = np.stack(pictures).reshape(len(files), *shape[1:], shape[0])
-    folders = [file.relative_to(source).parts[0] for file in files]
-    names = tuple(sorted({*folders}))
-    if any(file.parent == source for file in files) or len(names) < 2:
-        return images, None, ()
-    return images, np.array([names.index(folder) for folder in folders]), names
+def _from_files(files: tuple[Path, ...], shape: tuple[int, int, int], told: Told | None) -> Uint8Array:
+    channels, height, width = shape
+    images = np.empty((len(files), height, width, channels), np.uint8)
+    for number, file in enumerate(files):
+        picture = _picture(file, {1: "L", 3: "RGB"}[channels], (width, height))
+        images[number] = picture.reshape(height, width, channels)
+        if told is not None:
+            told(number + 1, len(files))
+    return images.transpose(0, 3, 1, 2)
 
 
 def _picture(file: Path, mode: str, size: tuple[int, int]) -> Uint8Array:
@@ -102,6 +85,7 @@ def _picture(file: Path, mode: str, size: tuple[int, int]) -> Uint8Array:
 
     try:
         with Image.open(file) as opened:
+            opened.draft(mode, (4 * max(size),) * 2)  # a JPEG of many megapixels is decoded at a part of its size
             upright = ImageOps.exif_transpose(opened)
     except (Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"{file.name} is not a sound picture: {reason(error)}") from error
@@ -110,8 +94,49 @@ def _picture(file: Path, mode: str, size: tuple[int, int]) -> Uint8Array:
     return np.asarray(ImageOps.fit(upright.convert(mode), size))
 
 
-def held_out(count: int, share: float = 0.1) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def held_out(count: int, share: float = 0.1) -> tuple[IntArray, IntArray]:
     """A fixed split of `count` pictures: (indices to train on, indices never trained on)."""
     order = np.random.default_rng(0).permutation(count)
     kept_back = max(1, round(count * share))
     return order[kept_back:], order[:kept_back]
+
+
+def require_fit(source: Source, arch: Architecture) -> None:
+    """Raises ValueError unless there are pictures to learn from, with the labels that the net is to learn."""
+    name, labels = source.path.name, len(source.names)
+    if source.count < 2:
+        raise ValueError(f"{name} must hold at least two pictures: of each ten, one is held out")
+    if arch.labels and source.labels is None:
+        raise ValueError(f"{name} has no labels (sub-folders, or an array `labels`), which this net is to learn")
+    if arch.labels and labels + 1 != arch.labels:
+        wanted = f"num_class_embeds {labels + 1} (these and the null label), not {arch.labels}"
+        raise ValueError(f"{name} has {labels} labels: config.json must have {wanted}")
+
+
+class Pictures:
+    """The pictures of a training, split into those it sees and those it never sees."""
+
+    def __init__(self, source: Source, arch: Architecture, balance: float = 0.0, told: Told | None = None) -> None:
+        require_fit(source, arch)
+        dataset = read(source, arch.shape, told)
+        self.images = torch.from_numpy(dataset.images)  # [N, C, H, W] uint8
+        self.labels = torch.from_numpy(dataset.labels) if dataset.labels is not None and arch.labels else None
+        self.seen, self.unseen = held_out(len(self.images))
+        self._weights: NDArray[np.float64] | None = None  # of the pictures that are seen; None: all alike
+        if self.labels is not None and balance:
+            own = self.labels[self.seen].numpy()
+            weights = np.bincount(own)[own] ** -float(balance)
+            self._weights = weights / weights.sum()
+
+    def draw(self, step: int, batch: int) -> tuple[Tensor, Tensor | None]:
+        """The batch of an update, always the same. -> [B, C, H, W] in [-1, 1], and its labels"""
+        drawn = np.random.default_rng(step).choice(len(self.seen), batch, p=self._weights)
+        return self._take(self.seen[drawn])
+
+    def probes(self) -> tuple[Tensor, Tensor | None]:
+        """Some of those never seen."""
+        return self._take(self.unseen[:PROBES])
+
+    def _take(self, chosen: IntArray) -> tuple[Tensor, Tensor | None]:
+        pictures = self.images[chosen].float() / 127.5 - 1
+        return pictures, None if self.labels is None else self.labels[chosen]

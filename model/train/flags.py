@@ -1,58 +1,56 @@
-"""The flags of a training, and what they make of it."""
+"""The flags of a training, and what they make of it. torch is imported only to train, so that refusals come at once."""
 
 import argparse
 import math
 import os
 from pathlib import Path
 
-import torch
-from torch import distributed
+from model.train.recipe import IMAGES, Recipe
+from model.train.report import Report
 
-from model.nets.cpu import supports
-from model.train.loop import Report, train
-from model.train.recipe import Recipe
+AUTO = "auto"
+CPU_BATCH = 16
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of a training."""
-    usual = Recipe()
-    parser.add_argument(
-        "--images", dest="pictures", type=int, default=usual.images, help="pictures to see (%(default)s)"
+    usual, add = Recipe(), parser.add_argument
+    told = f"pictures to see ({IMAGES}; with --minutes no limit)"
+    add("--images", dest="pictures", type=int, metavar="N", help=told)
+    add(
+        "--minutes", type=float, default=math.inf, metavar="M", help="minutes to train, in all runs together (no limit)"
     )
-    parser.add_argument("--batch", type=int, default=usual.batch, help="pictures per update (%(default)s)")
-    parser.add_argument("--rate", type=float, default=usual.rate, help="peak learning rate (%(default)s)")
-    parser.add_argument(
-        "--minutes", type=float, default=math.inf, help="stop after so many, at a checkpoint (default: never)"
-    )
-    emas = " ".join(map(str, usual.emas))
-    parser.add_argument(
-        "--ema", type=float, nargs="+", default=usual.emas, help=f"decays of the moving averages ({emas})"
-    )
-    parser.add_argument(
-        "--label-dropout", type=float, default=usual.label_dropout, help="share of pictures without label (%(default)s)"
-    )
-    parser.add_argument(
-        "--balance",
-        type=float,
-        default=0.0,
-        help="0: every picture as often as any other; 1: every label (%(default)s)",
-    )
-    parser.add_argument("--flips", action="store_true", help="mirror half of the pictures")
-    parser.add_argument(
-        "--crops", type=int, default=0, metavar="PIXELS", help="move each picture by up to so many (%(default)s)"
-    )
-    parser.add_argument("--start", type=Path, metavar="WEIGHTS", help="weights to begin with, where no checkpoint is")
-    parser.add_argument(
-        "--dtype",
-        choices=("auto", "float32", "bfloat16"),
-        default="auto",
-        help="numbers in the net; auto: bfloat16 where the device computes in it",
-    )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
+    told = f"pictures per update ({usual.batch}; on a CPU {CPU_BATCH}, for updates come slowly there)"
+    add("--batch", type=int, metavar="N", help=told)
+    add("--rate", type=float, default=usual.rate, metavar="X", help="peak learning rate (%(default)s)")
+    told = "pictures for which the rate rises (those of 50 updates, but at most a thirtieth of the training)"
+    add("--warm-up", type=int, metavar="N", help=told)
+    told = f"decays of moving averages, of which the best is served ({' '.join(map(str, usual.emas))})"
+    add("--ema", type=float, nargs="+", default=usual.emas, metavar="X", help=told)
+    told = "share of pictures shown without their label, for guidance (%(default)s)"
+    add("--label-dropout", type=float, default=usual.label_dropout, metavar="X", help=told)
+    told = "0: every picture as often as any other; 1: every label as often as any other (%(default)s)"
+    add("--balance", type=float, default=usual.balance, metavar="X", help=told)
+    add("--flips", action="store_true", help="mirror half of the pictures, left to right")
+    told = "move each picture by up to so many pixels, anew each time (%(default)s)"
+    add("--crops", type=int, default=usual.crops, metavar="N", help=told)
+    add("--start", type=Path, metavar="FILE", help="weights to begin with, where there is no checkpoint (random ones)")
+    told = "numbers in the net; auto: bfloat16 where the processor computes in it, as when serving (%(default)s)"
+    add("--dtype", choices=(AUTO, "float32", "bfloat16"), default=AUTO, help=told)
+    add("--device", default=AUTO, help="cpu, cuda or cuda:N; auto: cuda where there is one (%(default)s)")
+
+
+def device_of(wanted: str) -> str:
+    """The device by its name in the flags."""
+    import torch
+
+    return ("cuda" if torch.cuda.is_available() else "cpu") if wanted == AUTO else wanted
 
 
 def has_device(name: str) -> bool:
     """Whether tensors can be computed on a device of this name."""
+    import torch
+
     try:
         return torch.device(name).type in ("cpu", "cuda") and bool(torch.zeros(1, device=name).item() == 0)
     except (RuntimeError, AssertionError):  # the latter: a PyTorch without CUDA
@@ -60,32 +58,49 @@ def has_device(name: str) -> bool:
 
 
 def uses_bfloat16(wanted: str, device: str) -> bool:
-    """Whether the net computes in bfloat16: as asked, or where the device has instructions for it, as when it is served."""
-    if wanted != "auto":
+    """Whether the net computes in bfloat16: as asked, else where the device has instructions for it, as when served."""
+    import torch
+
+    from model.nets.cpu import supports
+
+    if wanted != AUTO:
         return wanted == "bfloat16"
     if torch.device(device).type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return supports(torch.bfloat16)
 
 
-def run(source: Path, directory: Path, args: argparse.Namespace, report: Report | None = None) -> int:
-    """Trains with these flags, alone or as one of the processes that torchrun has started. Returns the signal that ended
-    it, or 0."""
-    device = args.device
-    if "RANK" in os.environ:
-        distributed.init_process_group()
-        if device == "cuda":
-            device = f"cuda:{os.environ['LOCAL_RANK']}"
-    recipe = Recipe(
-        images=args.pictures,
-        batch=args.batch,
+def recipe_of(args: argparse.Namespace, device: str = "cpu", autocast: bool = False) -> Recipe:
+    """The recipe that the flags make. Raises ValueError."""
+    timed = args.pictures is None and args.minutes < math.inf
+    usual = CPU_BATCH if device == "cpu" else Recipe().batch
+    return Recipe(
+        images=None if timed else IMAGES if args.pictures is None else args.pictures,
+        batch=usual if args.batch is None else args.batch,
         rate=args.rate,
+        warm_up=args.warm_up,
         emas=tuple(args.ema),
-        autocast=uses_bfloat16(args.dtype, device),
+        autocast=autocast,
         label_dropout=args.label_dropout,
         balance=args.balance,
         flips=args.flips,
         crops=args.crops,
         minutes=args.minutes,
     )
-    return train(source, directory, recipe, device, args.start, report)
+
+
+def run(path: Path, directory: Path, args: argparse.Namespace, report: Report | None = None) -> int:
+    """Trains with these flags, alone or as one of the processes that torchrun has started. Returns the signal that
+    ended it, or 0. Raises as `model.train.train.train` does."""
+    recipe_of(args)  # raises ValueError before anything is loaded
+    from torch import distributed
+
+    from model.train.train import train
+
+    device = device_of(args.device)
+    if "RANK" in os.environ:
+        distributed.init_process_group()
+        if device == "cuda":
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
+    recipe = recipe_of(args, device, autocast=uses_bfloat16(args.dtype, device))
+    return train(path, directory, recipe, device, args.start, report)

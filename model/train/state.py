@@ -17,8 +17,11 @@ AVERAGE = "average"  # of its tensors' names in a state: average.DECAY.NAME
 OPTIMISER = ("step", "exp_avg", "exp_avg_sq")  # AdamW's state of a parameter
 
 
-def save(trainer: Trainer, path: Path) -> None:
-    """Writes the whole state of a training to one safetensors file, which is replaced atomically. Raises OSError."""
+def save(trainer: Trainer, path: Path, best: float) -> None:
+    """Writes the whole state of a training to one safetensors file, which is replaced atomically. Raises OSError.
+
+    best: the moving average that is served
+    """
     tensors = {
         f"{AVERAGE}.{ema}.{name}": each for ema, average in trainer.averages.items() for name, each in average.items()
     }
@@ -26,15 +29,18 @@ def save(trainer: Trainer, path: Path) -> None:
         tensors[f"net.{name}"] = p.detach()
         for key, value in trainer.optimizer.state.get(p, {}).items():
             tensors[f"{key}.{name}"] = value
-    write(tensors, path, {"seen": str(trainer.seen), "step": str(trainer.step)})
+    numbers = {"seen": trainer.seen, "step": trainer.step, "seconds": round(trainer.seconds, 1), "ema": best}
+    write(tensors, path, {key: str(number) for key, number in numbers.items()})
 
 
-def resume(trainer: Trainer, path: Path) -> None:
-    """Goes on from a state that `save` wrote. Raises ModelRefused if it is damaged, of another net, or has no moving
-    average of a length that the recipe asks for."""
+def resume(trainer: Trainer, path: Path) -> float | None:
+    """Goes on from a state that `save` wrote. Returns the moving average that was served, if the recipe has it.
+
+    Raises ModelRefused if the state is damaged, of another net, or has no moving average that the recipe asks for.
+    """
     try:
         with torch.no_grad():
-            _resume(trainer, path)
+            return _resume(trainer, path)
     except torch.OutOfMemoryError:
         raise
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -42,16 +48,19 @@ def resume(trainer: Trainer, path: Path) -> None:
         raise ModelRefused(f"{path.name} {words}; without it, training begins anew") from error
 
 
-def _resume(trainer: Trainer, path: Path) -> None:
+def _resume(trainer: Trainer, path: Path) -> float | None:
     with safe_open(path, "pt", device=trainer.device) as file:
         metadata, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}
     trainer.seen, trainer.step = int(metadata["seen"]), int(metadata["step"])
+    trainer.seconds = float(metadata.get("seconds", 0))  # which states of earlier versions lack
     trainer.assign({name: tensors[f"net.{name}"] for name, _ in trainer.parameters()})
     for name, p in trainer.parameters():
         for ema, average in trainer.averages.items():
             average[name].copy_(tensors[f"{AVERAGE}.{ema}.{name}"])
         kept = {key: tensors[f"{key}.{name}"] for key in OPTIMISER}
         trainer.optimizer.state[p] = {k: v if k == "step" else torch.empty_like(p).copy_(v) for k, v in kept.items()}
+    best = float(metadata.get("ema", "nan"))
+    return best if best in trainer.averages else None
 
 
 @torch.no_grad()

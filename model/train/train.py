@@ -1,47 +1,44 @@
 """Trains a model directory by the seed's loop: noise a picture to a random t in closed form, learn to name the noise.
 
-    python -m model.train PICTURES weights/digits --images 640000
-
-The directory holds the configurations; training adds the weights (the moving average that does best on held-out
-pictures, which is what one serves), `training.jsonl`, and sheets of samples. If it was interrupted, the same command
-goes on at the last checkpoint, `training.safetensors`; with `--minutes` it stops by itself, at a checkpoint. If there
-is no checkpoint, `--start` names weights to begin with.
-Under `torchrun --nproc-per-node N -m model.train ...` the batch is shared by N processes, one per GPU or CPU core.
+The directory's `config.json` and `scheduler_config.json` say what net is trained on which process; so it can be served
+as soon as there are weights. Its pictures are a folder of images, with a sub-folder for each label if the net is
+conditional, or an .npz with an array `images`, and perhaps `labels`. Every minute, at first sooner, it gets a
+checkpoint: the weights (the moving average that is best on held-out pictures), `training.safetensors`, from which the
+same command goes on, a line of `training.jsonl`, and `samples.png`, pictures of always the same seeds; earlier ones are
+in `samples/`. SIGINT and SIGTERM end it at a checkpoint. Under `torchrun --nproc-per-node N -m model.train ...` the
+batch is shared by N processes, one per GPU or CPU core.
 """
 
-import json
 import time
-from collections.abc import Callable
+from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
-from model.checkpoint.card import WEIGHTS
 from model.checkpoint.scheduler import read_process
+from model.checkpoint.shapes import count, shapes
 from model.nets.config import Architecture, architecture
 from model.nets.lucidrains_config import LUCIDRAINS
 from model.options import Options, read_json
 from model.sampling.schedule import Process
-from model.train.data import Dataset, held_out, load_dataset
-from model.train.sheet import sheet, write_png
-from model.train.state import resume, save, start_from, write_weights
-from model.train.trainer import Losses, Trainer
+from model.train.checkpoints import SHEET, STATE, Checkpoints
+from model.train.data import Pictures, require_fit
+from model.train.recipe import Recipe
+from model.train.report import Lines, Report, Standing, duration
+from model.train.source import Source, find
+from model.train.stop import Stop
+from model.train.trainer import Trainer, place
 
-STATE = "training.safetensors"
-SHEET, SHEETS = "samples.png", "samples"  # the latest sheet, and a folder of those before
-CHECKPOINT_S = 60  # seconds between checkpoints
-WATCHED = 1 / 20  # share of the time that may go into held-out losses, and into sheets
-MORE = 1.1  # a sheet is kept when so many times as many pictures were seen as at the last
-PROBES = 256  # held-out pictures whose loss is taken
+__all__ = ["STATE", "train", "trainable"]
+EARLY_S, EVERY_S = (10, 30), 60  # after how long the first checkpoints are written, and all others
+MEASURED = 10  # updates after which the speed is told
+RECENT = 50  # updates whose mean loss is told
 
 
 def trainable(directory: Path) -> tuple[Architecture, Process]:
-    """The net to train, and its process. Raises ModelRefused if it would be served otherwise than this loop trains it."""
+    """The net to train, and its process. Raises ModelRefused if it would be served otherwise than trained."""
     config = Options("config.json", read_json(directory / "config.json"))
     if config.values.get("_class_name") == LUCIDRAINS:
         raise config.refuse("_class_name", "UNet2DModel or OpenAIUNet to be trained")
@@ -55,116 +52,141 @@ def trainable(directory: Path) -> tuple[Architecture, Process]:
     return arch, read_process(scheduler.values, {}, arch.learned_variance)
 
 
-class Pictures:
-    """The pictures of a training, split into those it sees and those it never sees."""
+def train(
+    path: Path, directory: Path, recipe: Recipe, device: str, start: Path | None = None, report: Report | None = None
+) -> int:
+    """Trains the weights of `directory` on the pictures in `path`, or goes on. Returns the signal that ended it, or 0.
 
-    def __init__(self, source: Path, arch: Architecture, balance: float) -> None:
-        dataset = load_dataset(source, arch.shape)
-        _require_labels(source.name, dataset, arch)
-        if len(dataset.images) < 2:
-            raise ValueError(f"{source.name} must hold at least two pictures: of each ten, one is held out")
-        self.images = torch.from_numpy(dataset.images)
-        self.labels = torch.from_numpy(dataset.labels) if dataset.labels is not None and arch.labels else None
-        self.seen, self.unseen = held_out(len(self.images))
-        self._weights: NDArray[np.float64] | None = None  # of the pictures that are seen; None: all alike
-        if self.labels is not None and balance:
-            counts = np.bincount(self.labels[self.seen])
-            weights = counts[self.labels[self.seen]] ** -float(balance)
-            self._weights = weights / weights.sum()
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def draw(self, step: int, batch: int) -> tuple[Tensor, Tensor | None]:
-        """The batch of an update, always the same. -> [B, C, H, W] in [-1, 1], and its labels"""
-        drawn = np.random.default_rng(step).choice(len(self.seen), batch, p=self._weights)
-        return self._take(self.seen[drawn])
-
-    def probes(self) -> tuple[Tensor, Tensor | None]:
-        """Some of those never seen."""
-        return self._take(self.unseen[:PROBES])
-
-    def _take(self, chosen: NDArray[np.int64]) -> tuple[Tensor, Tensor | None]:
-        pictures = self.images[chosen].float() / 127.5 - 1
-        return pictures, None if self.labels is None else self.labels[chosen]
+    start: weights to begin with if there is no checkpoint, instead of random ones. Raises ModelRefused if the directory
+    cannot be trained, ValueError if the pictures do not fit, OSError.
+    """
+    arch, process = trainable(directory)
+    source, report, stop, (rank, _) = find(path), report or Lines(), Stop(), place()
+    require_fit(source, arch)
+    if not rank:
+        report.say(_opening(directory, source, arch, recipe, device))
+    pictures = Pictures(source, arch, recipe.balance, None if rank else report.reading)
+    trainer = Trainer(arch, process.schedule, recipe, device)
+    checkpoints = Checkpoints(trainer, process, directory, pictures.probes(), stop)
+    if checkpoints.begin(start) and not rank:
+        report.say(f"goes on after {trainer.seen:,} pictures")
+    with stop.listening():
+        Training(trainer, pictures, checkpoints, stop, report).run()
+    return stop.signal
 
 
-def _require_labels(name: str, dataset: Dataset, arch: Architecture) -> None:
-    """Raises ValueError unless the pictures have the labels that the net is to learn."""
-    if arch.labels and dataset.labels is None:
-        raise ValueError(f"{name} has no labels (sub-folders, or an array `labels`), which this net is to learn")
-    if arch.labels and len(dataset.names) + 1 != arch.labels:
-        raise ValueError(
-            f"{name} has {len(dataset.names)} labels: config.json must have num_class_embeds {len(dataset.names) + 1}"
-            f" (these and the null label), not {arch.labels}"
-        )
+def _opening(directory: Path, source: Source, arch: Architecture, recipe: Recipe, device: str) -> str:
+    """What is about to be done, in a line."""
+    (channels, height, width), numbers = arch.shape, "bfloat16" if recipe.autocast else "float32"
+    shape = f"{height} x {width} in {'grey' if channels == 1 else 'colour'}"
+    pictures = f"{source.count:,} pictures{_labels(source) if arch.labels else ''}, {shape}"
+    return (
+        f"training {directory.name}: {pictures}; {count(shapes(arch)):,} parameters, on {_place(device)} in {numbers}"
+    )
+
+
+def _labels(source: Source) -> str:
+    names = ", ".join(source.names[:3]) + (", …" if len(source.names) > 3 else "")
+    return f" with {len(source.names)} labels ({names})"
+
+
+def _place(device: str) -> str:
+    _, processes = place()
+    shared = f"{processes} processes of " if processes > 1 else ""
+    return f"{device} ({shared}{torch.get_num_threads()} threads)" if device == "cpu" else device
 
 
 @dataclass(slots=True)
 class Training:
-    """A training in progress: its trainer, and the files it writes."""
+    """A training in progress."""
 
     trainer: Trainer
-    process: Process
-    directory: Path
-    probes: tuple[Tensor, Tensor | None]  # pictures that are never trained on, and their labels
-    clock: Callable[[], float] = time.monotonic
-    best: float = field(init=False)  # the moving average to serve
-    losses: list[float] = field(default_factory=list)  # since the last line of the log
-    _kept: int = 0  # pictures seen at the last sheet that was kept
-    _free: dict[str, float] = field(default_factory=dict)  # when each kind of look may be taken again
+    pictures: Pictures
+    checkpoints: Checkpoints
+    stop: Stop
+    report: Report
+    _begun: float = field(init=False)
+    _before: tuple[int, float] = field(init=False)  # pictures seen, and seconds, in earlier runs
+    _updating_s: float = 0.0  # seconds of this run without those of checkpoints
+    _updates: int = 0
+    _recent: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))
 
     def __post_init__(self) -> None:
-        self.best = self.trainer.recipe.emas[0]
+        self._begun, self._before = time.monotonic(), (self.trainer.seen, self.trainer.seconds)
 
-    def begin(self, start: Path | None) -> bool:
-        """Goes on at the checkpoint, if there is one, or begins with the weights in `start`. Returns whether it goes on."""
-        resumes = (self.directory / STATE).is_file()
-        if resumes:
-            resume(self.trainer, self.directory / STATE)
-        elif start is not None:
-            start_from(self.trainer, start)
-        return resumes
+    def run(self) -> None:
+        """Updates until all is done or a signal comes; then writes a checkpoint."""
+        trainer, next_s = self.trainer, self._next_checkpoint()
+        ended = self._done()
+        while not ended:
+            self._update()
+            ended = self.stop.agree(trainer) or self._done()
+            if trainer.rank:
+                continue
+            standing = self._standing()
+            if self._updates == MEASURED:
+                self.report.say(self._measured(standing))
+            self.report.update(standing)
+            if ended or self._seconds() >= next_s:
+                line = self.checkpoints.keep(standing.images_per_s, last=ended)
+                next_s = self._next_checkpoint()
+                if "held_out" in line:
+                    self.report.say(_told(line))
+        if not trainer.rank:
+            self.report.say(self._ending())
 
-    def keep(self, images_per_s: float, last: bool = False) -> dict[str, Any]:
-        """Writes a checkpoint: the state, the weights to serve, a line of the log, a sheet. Returns the line.
+    def _update(self) -> None:
+        trainer, begun = self.trainer, time.monotonic()
+        torch.manual_seed(trainer.step + 1)  # a resumed run sees the same pictures and noise as an uninterrupted one
+        loss = trainer.update(*self.pictures.draw(trainer.step, trainer.recipe.batch))
+        self.checkpoints.losses.append(loss)
+        self._recent.append(loss)
+        self._updating_s += time.monotonic() - begun
+        self._updates += 1
+        trainer.seconds = self._before[1] + self._seconds()
 
-        last: takes the held-out loss and a sheet even if they would take much of the time
-        """
-        line: dict[str, Any] = {"images": self.trainer.seen}
-        if self.losses:
-            line |= {"loss": round(sum(self.losses) / len(self.losses), 5), "images_per_s": round(images_per_s, 1)}
-        line |= self._now_and_then("held out", self._held_out, last) or {}
-        save(self.trainer, self.directory / STATE)
-        write_weights(self.trainer.averages[self.best], self.directory / WEIGHTS)
-        with (self.directory / "training.jsonl").open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        self._now_and_then("sheet", self._sheet, last)
-        self.losses = []
-        return line
+    def _seconds(self) -> float:
+        """Of this run."""
+        return time.monotonic() - self._begun
 
-    def _now_and_then(self, kind: str, look: Callable[[], Any], last: bool) -> Any:
-        """Takes a look at the net, unless looks of this kind would take more than their share of the time."""
-        begun = self.clock()
-        if begun < self._free.get(kind, 0) and not last:
-            return None
-        seen = look()
-        self._free[kind] = begun + (self.clock() - begun) / WATCHED
-        return seen
+    def _next_checkpoint(self) -> float:
+        """When the next one is due, in seconds of this run."""
+        now = self._seconds()
+        return next((each for each in EARLY_S if each > now), now + EVERY_S)
 
-    def _held_out(self) -> dict[str, Any]:
-        pictures, labels = (None if each is None else each.to(self.trainer.device) for each in self.probes)
-        assert pictures is not None
-        losses = self.trainer.held_out_losses(pictures, labels)
-        means = {ema: sum(each.values()) / len(each) for ema, each in losses.items()}
-        self.best = min(means, key=means.__getitem__)
-        found: Losses = losses[self.best]
-        return {"held_out": found, "ema": self.best, "emas": {ema: round(mean, 5) for ema, mean in means.items()}}
+    def _done(self) -> bool:
+        return self.trainer.recipe.done(self.trainer.seen, self.trainer.seconds) >= 1
 
-    def _sheet(self) -> None:
-        made, folder = sheet(self.trainer, self.process, self.best), self.directory / SHEETS
-        write_png(made, self.directory / SHEET)
-        if self.trainer.seen >= MORE * self._kept:
-            folder.mkdir(exist_ok=True)
-            write_png(made, folder / f"{self.trainer.seen:09}.png")
-            self._kept = self.trainer.seen
+    def _standing(self) -> Standing:
+        trainer, recipe = self.trainer, self.trainer.recipe
+        seen = trainer.seen - self._before[0]  # in this run
+        left_s = 60 * recipe.minutes - trainer.seconds
+        if recipe.images is not None:
+            left_s = min(left_s, (recipe.images - trainer.seen) / seen * self._seconds())
+        return Standing(
+            seen=trainer.seen,
+            images=recipe.images,
+            loss=sum(self._recent) / len(self._recent),
+            images_per_s=seen / max(self._updating_s, 1e-9),
+            left_s=max(0.0, left_s),
+            done=recipe.done(trainer.seen, trainer.seconds),
+        )
+
+    def _measured(self, standing: Standing) -> str:
+        images = "" if standing.images is None else f" of {standing.images:,} pictures"
+        sheet = f"{self.checkpoints.directory.name}/{SHEET}"
+        return (
+            f"{standing.images_per_s:.1f} pictures per second: {duration(standing.left_s)} left{images}; what it makes"
+            f" is in {sheet} after {EARLY_S[0]} and {EARLY_S[1]} s, then every minute"
+        )
+
+    def _ending(self) -> str:
+        seen = f"{self.trainer.seen:,} pictures"
+        if self._done():
+            return f"done after {seen}"
+        return f"stopped after {seen}, at a checkpoint: the same command goes on from there"
+
+
+def _told(line: dict[str, Any]) -> str:
+    losses = ", ".join(f"{loss:.4f} at t = {level / 1000:g} T" for level, loss in line["held_out"].items())
+    return f"checkpoint after {line['images']:,} pictures; held-out loss {losses} (average {line['ema']})"

@@ -1,4 +1,4 @@
-"""A net in training: its moving averages, its optimiser, one update after another. `model.train.train` drives it."""
+"""A net in training: its moving averages, its optimiser, one update after another. `model.train.train` calls it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +16,11 @@ PROBE_T = (10, 100, 300, 600, 900)  # the held-out loss is taken at these levels
 Losses = dict[int, float]  # by level of noise
 
 
+def place() -> tuple[int, int]:
+    """(rank of this process, number of processes) among those that share the batch."""
+    return (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
+
+
 class Trainer:
     """A net, its moving averages and its optimiser, as they stand after `seen` pictures."""
 
@@ -23,10 +28,8 @@ class Trainer:
         self.arch, self.recipe, self.device = arch, recipe, device
         self.alpha_bar = torch.tensor(schedule.alpha_bar, dtype=torch.float32, device=device)  # [T + 1]
         self.beta_bar = torch.tensor(schedule.beta_bar, dtype=torch.float32, device=device)  # [T + 1]
-        self.T, self.seen, self.step = schedule.T, 0, 0
-        self.rank, self.world = (
-            (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
-        )
+        self.T, self.seen, self.step, self.seconds = schedule.T, 0, 0, 0.0  # seconds: of training, over all runs
+        self.rank, self.world = place()
         torch.manual_seed(0)
         self.net = UNet(arch).to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         for layer in self._starting_at_zero():
@@ -60,6 +63,10 @@ class Trainer:
     def update(self, x0: Tensor, labels: Tensor | None = None) -> float:
         """One update with a batch of clean pictures in [-1, 1], and their labels if the net is conditional. Returns the
         mean loss of this process's share of it."""
+        return self.descend(self.loss(*self.prepared(x0, labels)).mean(), len(x0))
+
+    def prepared(self, x0: Tensor, labels: Tensor | None = None) -> list[Tensor]:
+        """What `loss` takes for this process's share of a batch: pictures, levels, noise and perhaps labels."""
         batch, share = len(x0), slice(self.rank, None, self.world)
         # One t from each of `batch` equal ranges: uniform, with less variance (Kingma et al. 2021, appendix I.1).
         t = ((torch.arange(batch) + torch.rand(1)) / batch % 1 * self.T).long()[torch.randperm(batch)] + 1
@@ -68,13 +75,16 @@ class Trainer:
         if self.arch.labels:  # the last label is the null label (Ho & Salimans 2022)
             assert labels is not None
             parts.append(torch.where(torch.rand(batch) < self.recipe.label_dropout, self.arch.labels - 1, labels))
-        loss = self.loss(*(part[share].to(self.device) for part in parts)).mean()
+        return [part[share].to(self.device) for part in parts]
+
+    def descend(self, loss: Tensor, batch: int) -> float:
+        """The update by a loss of a batch of so many pictures. Returns the loss."""
         self.optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         self._share_gradients()
         torch.nn.utils.clip_grad_norm_(self.net.parameters(), self.recipe.max_norm)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.recipe.rate_at(self.seen)
+            group["lr"] = self.recipe.rate_at(self.seen, self.seconds)
         self.optimizer.step()
         with torch.no_grad():
             for ema, average in self.averages.items():

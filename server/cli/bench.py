@@ -7,6 +7,7 @@ from ddpm_client import Client
 
 from model.usage import Parser
 from server.cli import connect
+from server.cli.progress import progress_bar
 from server.errors import SettingsError
 
 
@@ -20,7 +21,7 @@ def main(arguments: Sequence[str]) -> int:
     given = parser.parse_args(arguments)
     if given.times < 1:
         raise SettingsError("--times must be 1 or more")
-    with connect.progress_bar() as bar, connect.server(given, bar) as client:
+    with progress_bar() as bar, connect.server(given, bar) as client:
         model = client.model(given.model) if given.model is not None else client.models()[0]
         runs, rows = model["runs"] or {}, []
         for size in (size for size in (1, 2, 4, 8, 16, 32, 64) if size <= runs.get("slots", 1)):

@@ -5,7 +5,6 @@ accepts one key that only this command has, and stores its data in a temporary f
 """
 
 import os
-import sys
 import tempfile
 import threading
 import time
@@ -39,11 +38,6 @@ def _seconds(text: str) -> float:
         if 0 < (seconds := float(text)) <= MOST_S:
             return seconds
     raise ArgumentTypeError(f"must be a positive number of seconds, at most {MOST_S:g}")
-
-
-def progress_bar() -> "tqdm[None]":
-    """A line on standard error, if that is a terminal, for a description. It disappears when it is closed."""
-    return tqdm(file=sys.stderr, bar_format="{desc}", disable=None, leave=False)
 
 
 def _read_key(path: Path) -> str:

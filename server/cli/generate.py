@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from model.usage import Parser
 from server.cli import connect
+from server.cli.progress import COUNTED, progress_bar
 from server.errors import SettingsError
 from server.jobs.request import CHOICES
 from server.jobs.schemas import GenerateRequest
@@ -54,7 +55,6 @@ OTHER_FORMATS = (".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".np
 PRESET = "fast"
 MOST_BYTES = 1 << 26  # of a picture that is repeated
 STDOUT = Path("-")
-BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}"
 
 
 def _parser() -> Parser:
@@ -101,7 +101,7 @@ def main(arguments: Sequence[str]) -> int:
     _check_files(given)
     if given.out == STDOUT and request.get("n", 1) > 1:
         raise SettingsError("-o - takes one picture: with -o FILE each goes to a file of its own")
-    with connect.progress_bar() as bar, connect.server(given, bar) as client:
+    with progress_bar() as bar, connect.server(given, bar) as client:
         made = client.stream(**request).pictures(partial(_show, bar))
         bar.close()
         for warning in _differences(before, made[0].texts):
@@ -200,7 +200,7 @@ def _show(bar: "tqdm[None]", event: Event) -> None:
         case Queued(position=position):
             bar.set_description_str(f"waiting, {position} before")
         case Progress(step=step, steps=steps, eta_s=eta_s):
-            bar.bar_format, bar.total, bar.n = BAR, steps, step
+            bar.bar_format, bar.total, bar.n = COUNTED, steps, step
             bar.set_postfix_str(f"about {eta_s:.0f} s")
 
 

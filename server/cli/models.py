@@ -8,6 +8,7 @@ from ddpm_client import Document
 
 from model.usage import Parser
 from server.cli import connect
+from server.cli.progress import progress_bar
 
 COLUMNS = ("name", "shape", "T", "steps", "prediction", "device", "dtype", "exact", "digest")
 DIGEST = len("sha256:") + 12  # characters of a digest that are printed
@@ -21,7 +22,7 @@ def main(arguments: Sequence[str]) -> int:
     if given.url is None:
         rows, refused = _local()
     else:
-        with connect.progress_bar() as bar, connect.server(given, bar) as client:
+        with progress_bar() as bar, connect.server(given, bar) as client:
             models = client.models()
             rows = [_row(model) for model in models]
             for model in models:

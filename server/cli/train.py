@@ -1,57 +1,138 @@
-"""Trains a model directory on pictures: a folder of images, or an .npz with an array `images`. After an interruption
-the same command resumes from the last checkpoint."""
+"""Trains a net on pictures, into a model directory that can be served from its first checkpoint on. Sub-folders are
+labels. Ctrl-C stops at a checkpoint, and the same command goes on from there."""
 
+import json
 import shutil
-from collections.abc import Sequence
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from tqdm import tqdm
 
 from model.errors import NoSuchDevice, reason
+from model.options import read_json
+from model.train import flags, fresh
+from model.train.report import Lines, Standing
+from model.train.source import Source, find, outline
 from model.usage import Parser
+from server.cli.progress import COUNTED, SHARE, progress_bar
 from server.errors import SettingsError, StorageFull
 
-CONFIGURATIONS = ("config.json", "scheduler_config.json")
+CONFIG, SCHEDULER, INDEX = "config.json", "scheduler_config.json", "model_index.json"
+CONFIGURATIONS = (CONFIG, SCHEDULER)
+DRAWN_S = 0.1  # seconds from one bar to the next
+SIGNALLED = 128  # and the number of the signal: a shell's exit code for a process that it ended
+
+
+class Bar:
+    """A report on a terminal: a progress bar, and lines above it."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._bar, self._clock, self._next = progress_bar(), clock, clock()
+
+    def __enter__(self) -> "Bar":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._bar.close()
+
+    def say(self, line: str) -> None:
+        """See `Report`."""
+        tqdm.write(line, file=sys.stdout)
+        sys.stdout.flush()
+
+    def reading(self, done: int, count: int) -> None:
+        """See `Report`."""
+        self._show(COUNTED, done, count, "pictures read")
+
+    def update(self, standing: Standing) -> None:
+        """See `Report`."""
+        self._show(SHARE, standing.done, 1.0, str(standing))
+
+    def _show(self, bar_format: str, done: float, total: float, told: str) -> None:
+        if self._clock() >= self._next:
+            self._next = self._clock() + DRAWN_S
+            self._bar.bar_format, self._bar.total, self._bar.n = bar_format, total, done
+            self._bar.set_postfix_str(told)
+
+
+def _parser() -> Parser:
+    parser = Parser("ddpm train", description=__doc__)
+    told = "a folder of pictures, with a sub-folder for each label or without; or an .npz with an array `images`"
+    parser.add_argument("images", type=Path, metavar="IMAGES", help=told)
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="model directory to write")
+    new = parser.add_argument_group("a new directory", "By default its configurations are made to fit the pictures.")
+    new.add_argument(
+        "--size", type=int, metavar="N", help="side of a picture (32, or their own if all are of one size)"
+    )
+    new.add_argument("--width", type=int, metavar="N", help="channels of the first level (32; above 64 pixels, 64)")
+    told = f"model directory to copy {' and '.join(CONFIGURATIONS)} from instead"
+    new.add_argument("--config", type=Path, metavar="DIR", help=told)
+    flags.add_arguments(parser)
+    return parser
 
 
 def main(arguments: Sequence[str]) -> int:
     """Trains. Returns the exit code."""
-    from model.train import train
-
-    parser = Parser("ddpm train", description=__doc__)
-    parser.add_argument("images", type=Path, metavar="IMAGES", help="the pictures")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the model directory to write")
-    parser.add_argument(
-        "--config",
-        type=Path,
-        metavar="DIR",
-        help=f"model directory to copy {' and '.join(CONFIGURATIONS)} from if --out lacks them (default: it has them)",
-    )
-    train.add_arguments(parser)
-    given = parser.parse_args(arguments)
-    if given.config is not None:
-        _configure(given.out, given.config)
-    if not all((given.out / name).is_file() for name in CONFIGURATIONS):
-        raise SettingsError(f"--out must be a folder with {' and '.join(CONFIGURATIONS)}, or --config must name one")
+    given = _parser().parse_args(arguments)
     if not given.images.exists():
         raise SettingsError(f"{given.images} is not there")
-    if not train.has_device(given.device):
-        raise NoSuchDevice(f"--device must be cpu, or a GPU that PyTorch finds here, got {given.device!r:.40}")
     try:
-        train.run(given.images, given.out, given)
+        flags.recipe_of(given)
+        _configure(given, find(given.images))
+        device = flags.device_of(given.device)
+        if not flags.has_device(device):
+            raise NoSuchDevice(f"--device must be cpu, or a GPU that PyTorch finds here, got {device!r:.40}")
+        number = _run(given)
     except ValueError as error:
         raise SettingsError(str(error)) from None
     except OSError as error:
         raise StorageFull(f"--out {given.out} cannot be written: {error.strerror or error}") from None
-    return 0
+    return SIGNALLED + number if number else 0
 
 
-def _configure(directory: Path, source: Path) -> None:
-    """Copies the configurations that the directory lacks."""
-    if not all((source / name).is_file() for name in CONFIGURATIONS):
+def _run(given: Namespace) -> int:
+    if not sys.stderr.isatty():
+        return flags.run(given.images, given.out, given, Lines())
+    with Bar() as bar:
+        return flags.run(given.images, given.out, given, bar)
+
+
+def _configure(given: Namespace, source: Source) -> None:
+    """Writes the configurations that the directory lacks. Raises SettingsError, ModelRefused, ValueError."""
+    directory, there = given.out, [(given.out / name).is_file() for name in CONFIGURATIONS]
+    if given.config is not None and not all((given.config / name).is_file() for name in CONFIGURATIONS):
         raise SettingsError(f"--config must be a folder with {' and '.join(CONFIGURATIONS)}")
+    made: dict[str, dict[str, Any]] = {}
+    if given.config is None and not all(there):
+        pictures = outline(source)
+        sides = fresh.sides_for(pictures, given.size)
+        made[CONFIG] = fresh.net_config(pictures.channels, sides, given.width, len(source.names))
+        made |= {SCHEDULER: fresh.scheduler_config(), INDEX: fresh.index(source.names)}
     try:
         directory.mkdir(parents=True, exist_ok=True)
         for name in CONFIGURATIONS:
+            if given.config is not None and not (directory / name).exists():
+                shutil.copy(given.config / name, directory / name)
+        config = read_json(directory / CONFIG) if (directory / CONFIG).is_file() else made[CONFIG]
+        if INDEX not in made and config.get("num_class_embeds"):
+            made[INDEX] = fresh.labels_index(source.names)
+        for name, values in made.items():
             if not (directory / name).exists():
-                shutil.copy(source / name, directory / name)
+                (directory / name).write_text(json.dumps(values, indent=2) + "\n")
     except OSError as error:
         raise SettingsError(f"--out {directory} cannot be written: {reason(error)}") from None
+    _require_same(given, config)
+
+
+def _require_same(given: Namespace, config: dict[str, Any]) -> None:
+    """Raises SettingsError if the flags ask for another net than the directory has."""
+    widths, size = config.get("block_out_channels"), config.get("sample_size")
+    width = widths[0] if isinstance(widths, list) and widths else None
+    for flag, wanted, there in (("--size", given.size, size), ("--width", given.width, width)):
+        if wanted is not None and wanted != there:
+            raise SettingsError(f"{flag} {wanted}: {given.out}/{CONFIG} has {there}, and a net keeps its shape")

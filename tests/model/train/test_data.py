@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from model.train.data import Uint8Array, load_images
-
-
-def random(*shape: int) -> Uint8Array:
-    return np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+from model.nets.config import Architecture
+from model.train.data import Pictures, Uint8Array, held_out, load_images
+from model.train.source import Source, find
+from tests.model.tiny import ARCHITECTURE
+from tests.model.train.worlds import random
 
 
 def from_npz(directory: Path, images: object, shape: tuple[int, int, int]) -> Uint8Array:
@@ -73,8 +73,54 @@ def test_a_broken_picture_is_named(tmp_path: Path, kept: int) -> None:
         load_images(tmp_path, (1, 8, 8))
 
 
-@pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04 and no more"])
-def test_a_file_that_is_no_npz_is_named(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "pictures.npz").write_bytes(content)
-    with pytest.raises(ValueError, match="pictures.npz must be a sound .npz with an array `images`"):
-        load_images(tmp_path / "pictures.npz", (1, 8, 8))
+def labelled(directory: Path, counts: tuple[int, ...]) -> Source:
+    """Pictures of several labels, so many of each; all pixels of a picture are its label."""
+    labels = np.repeat(np.arange(len(counts)), counts)
+    images = labels.astype(np.uint8)[:, None, None].repeat(8, 1).repeat(8, 2)
+    np.savez(directory / "pictures.npz", images=images, labels=labels)
+    return find(directory / "pictures.npz")
+
+
+def conditional(labels: int) -> Architecture:
+    """The tiny net with so many labels, the null label among them."""
+    return Architecture(height=8, width=8, in_channels=1, out_channels=1, num_class_embeds=labels)
+
+
+def test_a_picture_is_drawn_with_its_own_label(tmp_path: Path) -> None:
+    pictures, labels = Pictures(labelled(tmp_path, (20, 20, 20)), conditional(4)).draw(step=0, batch=64)
+
+    assert labels is not None and {*labels.tolist()} == {0, 1, 2}
+    assert ((pictures[:, 0, 0, 0] + 1) * 127.5).round().long().tolist() == labels.tolist()
+
+
+def test_an_update_always_draws_the_same_pictures_and_never_those_that_are_held_out(tmp_path: Path) -> None:
+    np.savez(tmp_path / "pictures.npz", images=np.arange(40, dtype=np.uint8)[:, None, None].repeat(8, 1).repeat(8, 2))
+    made = Pictures(find(tmp_path / "pictures.npz"), ARCHITECTURE)
+    first, again = (made.draw(step=3, batch=16)[0] for _ in range(2))
+    drawn = {round((float(p[0, 0, 0]) + 1) * 127.5) for step in range(40) for p in made.draw(step, 16)[0]}
+
+    assert first.equal(again)
+    assert drawn == {*range(40)} - {*held_out(40)[1].tolist()}
+
+
+@pytest.mark.parametrize(("balance", "share"), [(0.0, 0.1), (1.0, 0.5)])
+def test_with_balance_a_rare_label_is_drawn_as_often_as_any_other(tmp_path: Path, balance: float, share: float) -> None:
+    made = Pictures(labelled(tmp_path, (360, 40)), conditional(3), balance)
+    labels = made.draw(step=0, batch=4000)[1]
+
+    assert labels is not None
+    assert float(labels.float().mean()) == pytest.approx(share, abs=0.03)
+
+
+def test_labels_must_be_those_that_the_net_is_to_learn(tmp_path: Path) -> None:
+    source = labelled(tmp_path, (20, 20))
+    with pytest.raises(ValueError, match=r"has 2 labels: config.json must have num_class_embeds 3 \(.*\), not 11"):
+        Pictures(source, conditional(11))
+
+    np.savez(tmp_path / "pictures.npz", images=random(40, 8, 8))
+    with pytest.raises(ValueError, match="pictures.npz has no labels"):
+        Pictures(find(tmp_path / "pictures.npz"), conditional(3))
+
+
+def test_a_net_without_labels_learns_from_labelled_pictures_as_from_any(tmp_path: Path) -> None:
+    assert Pictures(labelled(tmp_path, (20, 20)), ARCHITECTURE).draw(step=0, batch=8)[1] is None

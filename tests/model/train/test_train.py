@@ -1,38 +1,43 @@
-"""Training: it teaches what the directory will be asked for, or refuses to begin."""
+"""Training: it teaches what the directory will be asked for, or refuses to begin; and it can be stopped at any time."""
 
 import json
-import shutil
+import os
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from model.checkpoint.card import WEIGHTS
+from model.checkpoint.card import WEIGHTS, read_card
 from model.errors import ModelRefused
-from model.nets.config import OPENAI, architecture
+from model.nets.config import OPENAI
 from model.nets.lucidrains_config import LUCIDRAINS
-from model.train.train import STATE, train
-from model.train.trainer import Recipe, Trainer, split, write_weights
-from tests.model.convert.directories import write_model
-from tests.model.tiny import ARCHITECTURE, PROCESS, T
+from model.train.checkpoints import SHEET, SHEETS, STATE
+from model.train.recipe import Recipe
+from model.train.report import Standing
+from model.train.state import resume
+from model.train.train import train
+from model.train.trainer import Trainer
+from tests.model.train.worlds import RECIPE, Told, log_of, metadata_of, trainer, untrained
+from tests.test_docs import ROOT
 
-DIGITS = Path(__file__).parents[3] / "weights" / "digits"
-RECIPE = Recipe(images=96, batch=8, warm_up=16, log_every=32, save_every=32, autocast=False)
+
+@pytest.fixture(autouse=True)
+def small_sheets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("model.train.sheet.ROWS", 1)
+    monkeypatch.setattr("model.train.sheet.STEPS", 1)
 
 
-def untrained(directory: Path, config: dict[str, Any] | None = None, scheduler: dict[str, Any] | None = None) -> Path:
-    """A directory with configurations and no weights, and pictures to fit it in `pictures.npz`."""
-    (write_model(directory, config, scheduler) / WEIGHTS).unlink()
-    pictures = np.random.default_rng(0).integers(0, 256, (40, 8, 8), np.uint8)
-    np.savez(directory / "pictures.npz", images=pictures)
-    return directory
+def trained(directory: Path, recipe: Recipe = RECIPE, start: Path | None = None, told: Told | None = None) -> int:
+    return train(directory / "pictures.npz", directory, recipe, "cpu", start, told or Told())
 
 
 @pytest.mark.parametrize(
@@ -50,158 +55,248 @@ def test_a_net_that_would_be_served_otherwise_than_trained_is_refused(
 ) -> None:
     directory = untrained(tmp_path, config, scheduler)
     with pytest.raises(ModelRefused) as refused:
-        train(directory / "pictures.npz", directory, RECIPE, "cpu")
+        trained(directory)
 
     assert refusal in str(refused.value)
     assert not (directory / WEIGHTS).exists()
 
 
-def trainer(**recipe: Any) -> Trainer:
-    return Trainer(ARCHITECTURE, PROCESS.schedule, Recipe(autocast=False, **recipe), "cpu")
+def same_bits(first: Path, second: Path) -> bool:
+    """Whether two trainings have left the same tensors."""
+    for name in (STATE, WEIGHTS):
+        one, other = load_file(first / name), load_file(second / name)
+        if one.keys() != other.keys() or not all(torch.equal(one[key], other[key]) for key in one):
+            return False
+    return True
 
 
-def noise(count: int, seed: int = 0) -> Tensor:
-    return torch.randn(count, *ARCHITECTURE.shape, generator=torch.Generator().manual_seed(seed))
+class Signals(Told):
+    """A report that sends this process a signal after so many pictures, and lets it finish the next update."""
 
-
-class Oracle(nn.Module):
-    """A net that knows the pictures, and names their noise but for a half."""
-
-    def __init__(self, pictures: Tensor) -> None:
+    def __init__(self, number: int, seen: int) -> None:
         super().__init__()
-        self.pictures, self.most = pictures, 0  # the largest batch that it saw
+        self.number, self.seen = number, seen
 
-    def embed(self, k: Tensor) -> Tensor:
-        return k
-
-    def forward(self, x: Tensor, k: Tensor) -> Tensor:
-        self.most = max(self.most, len(x))
-        a, b = (
-            torch.tensor(bar[k + 1])[:, None, None, None]
-            for bar in (PROCESS.schedule.alpha_bar, PROCESS.schedule.beta_bar)
-        )
-        return ((x - a * self.pictures[: len(x)]) / b + 0.5).float()
+    def update(self, standing: Standing) -> None:
+        super().update(standing)
+        if standing.seen == self.seen:
+            os.kill(os.getpid(), self.number)
 
 
-def with_oracle(made: Trainer, pictures: Tensor) -> Oracle:
-    """Puts an oracle in the place of the net."""
-    made.net = oracle = Oracle(pictures)
-    return oracle
-
-
-def test_the_loss_is_how_far_the_noise_was_missed_at_both_ends() -> None:
-    pictures, made = noise(2, seed=1), trainer()
-    with_oracle(made, pictures)
-    missed = made.loss(pictures, torch.tensor([1, T]), noise(2))
-
-    torch.testing.assert_close(missed, torch.full((2,), 0.25), rtol=0, atol=1e-4)
-
-
-def test_the_held_out_loss_is_taken_in_batches_of_the_usual_size() -> None:
-    pictures = noise(1).expand(20, -1, -1, -1)
-    oracle = with_oracle(made := trainer(batch=8), pictures)
-    made.average = {}
-
-    assert set(made.held_out_loss(pictures).values()) == {0.25}
-    assert oracle.most == 8
-
-
-def test_the_average_follows_the_net_at_the_pace_of_its_step() -> None:
-    made = trainer(batch=8, warm_up=1)
-    made.seen, made.step = 80, 10
-    before = {name: tensor.clone() for name, tensor in made.average.items()}
-    made.update(noise(8))
-
-    decay = 1 - 11**-0.75
-    for name, tensor in made.net.named_parameters():
-        expected = decay * before[name] + (1 - decay) * tensor.detach()
-        torch.testing.assert_close(made.average[name], expected, rtol=1e-5, atol=1e-7)
-    assert any(not torch.equal(made.average[name], before[name]) for name in before)
-
-
-def moved(directory: Path, target: Path) -> Path:
-    """A directory elsewhere that holds what came back of a training in this one, in two files."""
-    split(directory / STATE, untrained(target) / WEIGHTS, target / STATE)
-    shutil.rmtree(directory)
-    return target
-
-
-@pytest.mark.parametrize("elsewhere", [False, True], ids=["where it was", "elsewhere, from two files"])
-def test_an_interrupted_training_resumes_and_ends_in_the_same_bits(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, elsewhere: bool
+@pytest.mark.parametrize(("number", "labels"), [(signal.SIGINT, 3), (signal.SIGTERM, None)])
+def test_a_signal_ends_a_training_at_a_checkpoint_and_it_goes_on_to_the_same_bits(
+    tmp_path: Path, number: int, labels: int | None
 ) -> None:
-    whole, stopped = (untrained(tmp_path / name) for name in ("whole", "stopped"))
-    train(whole / "pictures.npz", whole, RECIPE, "cpu")
-    update, began, stop_at = Trainer.update, list[int](), 48
+    whole, stopped = (untrained(tmp_path / name, {"num_class_embeds": labels}) for name in ("whole", "stopped"))
+    told, again = Signals(number, 8), Told()
 
-    def watched(self: Trainer, x0: Tensor) -> float:
-        began.append(self.seen)
-        if self.seen == stop_at:
-            raise KeyboardInterrupt
-        return update(self, x0)
+    assert trained(whole) == 0
+    assert trained(stopped, told=told) == number
+    assert told.lines[-1] == "stopped after 16 pictures, at a checkpoint: the same command goes on from there"
+    assert metadata_of(stopped)["seen"] == "16"
+    assert trained(stopped, told=again) == 0
+    assert [standing.seen for standing in again.standings] == [24, 32]
+    assert (again.lines[1], again.lines[-1]) == ("goes on after 16 pictures", "done after 32 pictures")
+    assert same_bits(whole, stopped)
 
-    monkeypatch.setattr(Trainer, "update", watched)
+
+def test_a_training_that_is_killed_between_checkpoints_goes_on_at_the_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, killed = (untrained(tmp_path / name) for name in ("whole", "killed"))
+    trained(whole)
+    trained(killed, told=Signals(signal.SIGINT, 8))
+    update = Trainer.update
+
+    def killing(self: Trainer, x0: Tensor, labels: Tensor | None = None) -> float:
+        if self.seen == 24:
+            raise MemoryError
+        return update(self, x0, labels)
+
+    with monkeypatch.context() as patched, pytest.raises(MemoryError):
+        patched.setattr(Trainer, "update", killing)
+        trained(killed)
+
+    assert metadata_of(killed)["seen"] == "16"
+    trained(killed)
+    assert same_bits(whole, killed)
+
+
+def test_the_same_signal_twice_ends_a_training_without_a_checkpoint(tmp_path: Path) -> None:
+    class Twice(Signals):
+        def update(self, standing: Standing) -> None:
+            super().update(standing)
+            super().update(standing)
+
+    directory = untrained(tmp_path)
     with pytest.raises(KeyboardInterrupt):
-        train(stopped / "pictures.npz", stopped, RECIPE, "cpu")
-    began.clear()
-    stop_at = -1
-    if elsewhere:
-        stopped = moved(stopped, tmp_path / "elsewhere")
-    train(stopped / "pictures.npz", stopped, RECIPE, "cpu")
+        trained(directory, told=Twice(signal.SIGINT, 8))
 
-    assert began == list(range(32, 96, 8))
-    for name in ("training.safetensors", WEIGHTS):
-        first, second = load_file(whole / name), load_file(stopped / name)
-        assert first.keys() == second.keys()
-        assert [key for key in first if not torch.equal(first[key], second[key])] == []
+    assert not (directory / STATE).exists()
 
 
-@pytest.mark.parametrize("beside", ["nothing", "others"])
-def test_a_state_without_its_average_resumes_only_beside_its_own_weights(tmp_path: Path, beside: str) -> None:
-    directory, longer = untrained(tmp_path / "trained"), replace(RECIPE, images=128)
-    train(directory / "pictures.npz", directory, RECIPE, "cpu")
-    directory = moved(directory, tmp_path / "moved")
-    (directory / WEIGHTS).unlink()
-    if beside == "others":
-        write_weights(trainer().average, directory / WEIGHTS)
+def test_a_signal_ends_a_look_at_once_and_the_checkpoint_has_all_but_the_look(tmp_path: Path) -> None:
+    directory = untrained(tmp_path)
 
-    with pytest.raises(ModelRefused, match=f"training.safetensors needs the {WEIGHTS} that it came with beside it"):
-        train(directory / "pictures.npz", directory, longer, "cpu")
+    def looking(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        pytest.fail("a signal does not end it")
 
+    with mock.patch("model.train.checkpoints.sheet", looking):
+        assert trained(directory) == signal.SIGTERM
 
-def test_either_file_of_the_digits_state_is_small_enough_to_come_back(tmp_path: Path) -> None:
-    config = json.loads((DIGITS / "config.json").read_text())
-    made = Trainer(architecture(config), PROCESS.schedule, Recipe(batch=1), "cpu")
-    made.update(torch.zeros(1, *made.arch.shape))
-    made.save(tmp_path / STATE)
-    split(tmp_path / STATE, tmp_path / "digits.safetensors", tmp_path / "digits.training.safetensors")
-
-    sizes = {path.name: path.stat().st_size / 2**20 for path in tmp_path.glob("digits.*")}  # MiB
-    assert sizes.keys() == {"digits.safetensors", "digits.training.safetensors"}
-    assert max(sizes.values()) < 16, sizes
+    assert (directory / WEIGHTS).exists() and (directory / STATE).exists()
+    assert not (directory / SHEET).exists()
+    assert "held_out" in log_of(directory)[-1]
 
 
-def held_out_losses(directory: Path) -> list[tuple[int, dict[str, float]]]:
-    """(pictures seen, held-out loss by level), as the log has them."""
-    lines = [json.loads(line) for line in (directory / "training.jsonl").read_text().splitlines()]
-    return [(line["images"], line["held_out"]) for line in lines]
+@pytest.mark.long
+def test_sigterm_ends_a_process_at_a_checkpoint_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    directory = untrained(tmp_path)
+    flags = ["--batch", "8", "--images", "100000", "--device", "cpu"]
+    command = [sys.executable, "-u", "-m", "model.train", str(directory / "pictures.npz"), str(directory), *flags]
+    ends = list[tuple[int, str]]()
+    for _ in range(2):
+        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            begun = [next(process.stdout) for _ in range(2 + len(ends))]
+            process.send_signal(signal.SIGTERM)
+            *_, last = process.stdout.read().splitlines()
+        ends.append((process.returncode, last))
+
+    seen = int(metadata_of(directory)["seen"])
+    assert begun[1].startswith("goes on after")
+    assert [code for code, _ in ends] == [128 + signal.SIGTERM] * 2
+    assert f"stopped after {seen:,} pictures, at a checkpoint" in ends[1][1]
+    assert seen > 160  # the speed was told after ten updates of each run
+
+
+@pytest.mark.long
+def test_two_processes_that_share_the_batch_teach_the_same_as_one(tmp_path: Path) -> None:
+    alone, shared = (untrained(tmp_path / name, {"num_class_embeds": 3}) for name in ("alone", "shared"))
+    flags = ["--images", "64", "--batch", "8", "--warm-up", "8", "--ema", "0.9", "--device", "cpu"]
+    for directory, launch in ((alone, []), (shared, ["torch.distributed.run", "--nproc-per-node", "2", "-m"])):
+        words = ["-m", *launch, "model.train", str(directory / "pictures.npz"), str(directory), *flags]
+        subprocess.run([sys.executable, *words], cwd=ROOT, check=True, capture_output=True)
+
+    one, other = (load_file(directory / STATE) for directory in (alone, shared))
+    assert one.keys() == other.keys()
+    for name in one:
+        torch.testing.assert_close(other[name], one[name], rtol=1e-3, atol=1e-4)
+    assert [line["images"] for line in log_of(shared)] == [64]
+
+
+def clockwork(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    """Makes every update take so long."""
+    now, update = 0.0, Trainer.update
+
+    def updating(self: Trainer, x0: Tensor, labels: Tensor | None = None) -> float:
+        nonlocal now
+        now += seconds
+        return update(self, x0, labels)
+
+    monkeypatch.setattr(Trainer, "update", updating)
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+
+
+def test_checkpoints_come_early_at_first_and_then_every_minute_each_with_samples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = untrained(tmp_path)
+    clockwork(monkeypatch, 10.0)
+    trained(directory, replace(RECIPE, images=8 * 20))  # 200 seconds
+
+    assert [line["seconds"] for line in log_of(directory)] == [10, 30, 90, 150, 200]
+    assert sorted(int(path.stem) / 8 * 10 for path in (directory / SHEETS).iterdir()) == [10, 30, 90, 150, 200]
+    assert (directory / SHEET).read_bytes() == (directory / SHEETS / "000000160.png").read_bytes()
+
+
+def test_minutes_end_a_training_and_count_in_all_runs_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory, recipe = untrained(tmp_path), replace(RECIPE, images=None, minutes=1.0)
+    clockwork(monkeypatch, 10.0)
+    told = Signals(signal.SIGINT, 24)
+
+    assert trained(directory, recipe, told=told) == signal.SIGINT
+    assert told.standings[-1].left_s == 20.0
+    assert trained(directory, recipe) == 0
+    assert (metadata_of(directory)["seen"], metadata_of(directory)["seconds"]) == ("48", "60.0")
+    assert trained(directory, recipe, told=told) == 0  # all is done
+    assert told.lines[-1] == "done after 48 pictures"
+
+
+def test_it_says_first_what_it_will_do_and_after_ten_updates_how_long_that_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory, told = untrained(tmp_path / "mine", {"num_class_embeds": 3}), Told()
+    clockwork(monkeypatch, 0.5)
+    trained(directory, replace(RECIPE, images=88), told=told)
+    parameters = sum(tensor.numel() for tensor in load_file(directory / WEIGHTS).values())
+
+    assert told.lines[0] == (
+        f"training mine: 40 pictures with 2 labels (0, 1), 8 x 8 in grey; {parameters:,} parameters, on cpu"
+        f" ({torch.get_num_threads()} threads) in float32"
+    )
+    assert told.lines[1].startswith("16.0 pictures per second: 0 s left of 88 pictures; what it makes is in mine/")
+
+
+def test_the_average_that_is_best_on_held_out_pictures_is_served(tmp_path: Path) -> None:
+    directory, emas = untrained(tmp_path), (0.9999, 0.5)
+    with mock.patch.object(Trainer, "held_out_losses", lambda *_: {0.9999: {10: 0.2}, 0.5: {10: 0.1}}):
+        trained(directory, replace(RECIPE, emas=emas))
+    state, weights = load_file(directory / STATE), load_file(directory / WEIGHTS)
+
+    assert {name for name in weights if torch.equal(weights[name], state[f"average.0.5.{name}"])} == weights.keys()
+    assert metadata_of(directory)["ema"] == "0.5"
+    assert log_of(directory)[-1]["emas"] == {"0.9999": 0.2, "0.5": 0.1}
+
+    trained(directory, replace(RECIPE, emas=emas, images=64), told=Signals(signal.SIGINT, 40))  # without a look
+    assert metadata_of(directory)["ema"] == "0.5"
+
+
+def test_weights_that_were_only_begun_to_be_written_are_never_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = untrained(tmp_path)
+    trained(directory)
+    digest = read_card(directory).digest
+
+    def dying(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+        path.write_bytes(b"half of the")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("model.train.state.save_file", dying)
+    with pytest.raises(KeyboardInterrupt):
+        trained(directory, replace(RECIPE, images=40))
+
+    assert read_card(directory).digest == digest
+    assert metadata_of(directory)["seen"] == "32"
 
 
 def test_training_that_starts_from_weights_begins_as_good_as_they_are(tmp_path: Path) -> None:
     taught, goes_on = (untrained(tmp_path / name) for name in ("taught", "goes-on"))
-    train(taught / "pictures.npz", taught, RECIPE, "cpu")
-    train(goes_on / "pictures.npz", goes_on, RECIPE, "cpu", taught / WEIGHTS)
+    trained(taught)
+    trained(goes_on, replace(RECIPE, images=8), start=taught / WEIGHTS)  # one update, at a rate of 0
+    (before,), (after,) = log_of(taught), log_of(goes_on)
 
-    assert held_out_losses(goes_on)[0] == (0, held_out_losses(taught)[-1][1])
-    assert [seen for seen, _ in held_out_losses(goes_on)] == [0, 32, 64, 96]
+    assert after["held_out"] == pytest.approx(before["held_out"], abs=2e-5)
+
+
+def test_a_net_of_labels_may_start_from_one_that_knows_none(tmp_path: Path) -> None:
+    taught, labelled = untrained(tmp_path / "taught"), untrained(tmp_path / "labelled", {"num_class_embeds": 3})
+    trained(taught)
+    trained(labelled, replace(RECIPE, images=8), start=taught / WEIGHTS)
+    weights = load_file(labelled / WEIGHTS)
+
+    assert weights["conv_in.weight"].allclose(load_file(taught / WEIGHTS)["conv_in.weight"], atol=1e-4)
+    assert weights["class_embedding.weight"].shape[0] == 3
 
 
 def test_a_checkpoint_takes_precedence_over_weights_to_start_from(tmp_path: Path) -> None:
     directory = untrained(tmp_path)
-    train(directory / "pictures.npz", directory, RECIPE, "cpu")
-    train(directory / "pictures.npz", directory, replace(RECIPE, images=128), "cpu", directory / "not-there")
+    trained(directory)
+    trained(directory, replace(RECIPE, images=40), start=directory / "not-there")
 
-    assert [seen for seen, _ in held_out_losses(directory)] == [32, 64, 96, 96, 128]
+    assert [line["images"] for line in log_of(directory)] == [32, 40]
 
 
 def test_weights_of_another_net_are_refused_as_a_start(tmp_path: Path) -> None:
@@ -209,31 +304,44 @@ def test_weights_of_another_net_are_refused_as_a_start(tmp_path: Path) -> None:
     save_file({"conv_in.weight": torch.zeros(1)}, tmp_path / "other.safetensors")
 
     with pytest.raises(ModelRefused, match="other.safetensors does not hold the weights of this net"):
-        train(directory / "pictures.npz", directory, RECIPE, "cpu", tmp_path / "other.safetensors")
+        trained(directory, start=tmp_path / "other.safetensors")
 
 
-def test_when_its_minutes_are_over_training_stops_at_a_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    directory, clock = untrained(tmp_path), iter(range(0, 10**6, 10))
-    monkeypatch.setattr("model.train.train.time.monotonic", lambda: float(next(clock)))  # ten seconds between two looks
-    train(directory / "pictures.npz", directory, replace(RECIPE, images=10**6, log_every=10**6, minutes=1.0), "cpu")
+@pytest.mark.parametrize("damage", ["cut", "other averages", "another net"])
+def test_a_state_from_which_nothing_can_go_on_is_refused(tmp_path: Path, damage: str) -> None:
+    directory, recipe = untrained(tmp_path), RECIPE
+    trained(directory)
+    if damage == "cut":
+        (directory / STATE).write_bytes((directory / STATE).read_bytes()[:-1000])
+    elif damage == "other averages":
+        recipe = replace(RECIPE, emas=(0.7,))
+    else:
+        config = json.loads((directory / "config.json").read_text()) | {"block_out_channels": [8, 8]}
+        (directory / "config.json").write_text(json.dumps(config))
 
-    with safe_open(directory / "training.safetensors", "pt") as state:
-        seen = int(state.metadata()["seen"])
-    assert seen == 56  # at 60 seconds it is not over yet, at 70 it is
-    assert [seen for seen, _ in held_out_losses(directory)] == [56]
-    assert (directory / WEIGHTS).exists()
+    with pytest.raises(ModelRefused, match="training.safetensors is damaged, of another net, or has other"):
+        trained(directory, recipe)
 
 
-@pytest.mark.parametrize("minutes", [0.0, -1.0, float("nan")])
-def test_minutes_that_are_not_positive_are_refused(minutes: float) -> None:
-    with pytest.raises(ValueError, match="minutes must be a positive number"):
-        Recipe(minutes=minutes)
+def test_a_state_of_an_earlier_version_goes_on(tmp_path: Path) -> None:
+    directory = untrained(tmp_path)
+    trained(directory)
+    save_file(load_file(directory / STATE), directory / STATE, {"seen": "32", "step": "4"})
+    trained(directory, replace(RECIPE, images=40))
+
+    assert metadata_of(directory)["seen"] == "40"
 
 
 def test_a_device_without_room_for_a_state_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("model.train.trainer.safe_open", mock.Mock(side_effect=torch.OutOfMemoryError))
+    monkeypatch.setattr("model.train.state.safe_open", mock.Mock(side_effect=torch.OutOfMemoryError))
 
     with pytest.raises(torch.OutOfMemoryError):
-        trainer().resume(tmp_path / STATE, tmp_path / WEIGHTS)
+        resume(trainer(), tmp_path / STATE)
+
+
+def test_beside_a_training_nothing_else_is_taken_for_weights(tmp_path: Path) -> None:
+    directory = untrained(tmp_path)
+    trained(directory)
+
+    assert {path.name for path in directory.iterdir()} >= {STATE, SHEET, SHEETS, "training.jsonl"}
+    assert (read_card(directory).taken, read_card(directory).left) == (WEIGHTS, ())

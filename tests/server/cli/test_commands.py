@@ -1,16 +1,12 @@
-"""The other commands that ask a server, train or tune: models, bench, train, tune."""
+"""The other commands that ask a server, or tune: models, bench, tune."""
 
 import json
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
-from safetensors import SafetensorError
 
 from model.checkpoint.card import read_card
 from model.sampling.plan import resolve
-from model.train import trainer
 from server.cli import main
 from server.settings import Settings
 from server.web.app import create_app
@@ -70,87 +66,6 @@ def test_a_benchmark_goes_up_to_all_slots(url: str, capsys: pytest.CaptureFixtur
     rows = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
     assert [row[0] for row in rows] == ["1", "2", "4"]
     assert all(float(rate) > 0 for _, _, rate in rows)
-
-
-def test_a_model_is_trained_into_a_directory_that_can_be_served(
-    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    np.savez(tmp_path / "pictures.npz", images=np.random.default_rng(0).integers(0, 256, (40, 8, 8), np.uint8))
-    source, config = str(tmp_path / "pictures.npz"), str(weights / "tiny")
-    knobs = ["--images", "16", "--batch", "8", "--device", "cpu", "--float32"]
-    monkeypatch.setenv("DDPM_WEIGHTS", str(tmp_path / "new"))
-
-    assert main.main(["train", source, "--out", str(tmp_path / "new"), "--config", config, *knobs]) == 0
-    assert json.JSONDecoder().raw_decode(capsys.readouterr().out.splitlines()[-1])[0]["images"] == 16
-    assert main.main(["models"]) == 0
-    assert capsys.readouterr().out.splitlines()[1].startswith("new ")
-    assert main.main(["train", source, "--out", str(tmp_path / "newer"), *knobs]) == 2
-    assert "--config must name one" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("arrays", "flags", "named"),
-    [
-        ({"x": (40, 8, 8)}, [], "pictures.npz"),
-        ({"images": (40,)}, [], "pictures.npz"),
-        ({"images": (1, 8, 8)}, [], "pictures.npz"),
-        ({"images": (40, 8, 8)}, ["--batch", "0"], "batch"),
-        ({"images": (40, 8, 8)}, ["--images", "0"], "images"),
-        ({"images": (40, 8, 8)}, ["--rate", "nan"], "rate"),
-    ],
-)
-def test_an_error_in_training_is_one_line(
-    arrays: dict[str, tuple[int, ...]],
-    flags: list[str],
-    named: str,
-    weights: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    source, out = tmp_path / "pictures.npz", str(tmp_path / "new")
-    made: dict[str, Any] = {name: np.zeros(shape, np.uint8) for name, shape in arrays.items()}
-    np.savez(source, **made)
-    words = ["train", str(source), "--out", out, "--config", str(weights / "tiny"), "--device", "cpu", *flags]
-
-    assert main.main(words) == 2
-    line = capsys.readouterr().err
-    assert line.startswith(f"ddpm: {named} ") and line.count("\n") == 1
-
-
-@pytest.mark.parametrize(
-    ("flags", "code", "said"),
-    [
-        (["--device", "abacus"], 6, "--device must be cpu, or a GPU that PyTorch finds here, got 'abacus'"),
-        (["--device", "meta"], 6, "--device must be cpu"),
-        (["--out", "FILE"], 2, "cannot be written: File exists"),
-        (["--out", "DAMAGED"], 3, "training.safetensors is damaged, or of another net"),
-        (["--out", "FULL"], 7, "cannot be written: training.safetensors could not be written"),
-    ],
-)
-def test_a_training_that_cannot_begin_or_be_kept_says_so_in_one_line(
-    flags: list[str],
-    code: int,
-    said: str,
-    weights: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def save_file(*given: object) -> None:
-        raise SafetensorError("I/O error: No space left on device (os error 28)")
-
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "FILE").touch()
-    (tmp_path / "DAMAGED").mkdir()
-    (tmp_path / "DAMAGED" / "training.safetensors").write_bytes(b"not quite")
-    if "FULL" in flags:
-        monkeypatch.setattr(trainer, "save_file", save_file)
-    np.savez("pictures.npz", images=np.zeros((40, 8, 8), np.uint8))
-    words = ["train", "pictures.npz", "--out", "new", "--config", str(weights / "tiny"), "--device", "cpu"]
-
-    assert main.main([*words, "--images", "8", "--batch", "8", *flags]) == code
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("ddpm: ") and said in line
 
 
 @pytest.mark.parametrize("seconds", ["nan", "0", "-1", "inf", "1e300", "soon"])
