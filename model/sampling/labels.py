@@ -47,7 +47,9 @@ class Labels:
 
     def _allowed(self) -> str:
         first, last = int(self.null == 0), self.count - 1 - (self.null == self.count - 1)
-        beside = f" but {self.null}, which stands for none" if self.null is not None and first < self.null < last else ""
+        beside = (
+            f" but {self.null}, which stands for none" if self.null is not None and first < self.null < last else ""
+        )
         numbers = f"{first}..{last}{beside}" if first < last else str(first)
         if not self._numbers:
             return f"{RANDOM} or a label {numbers}"

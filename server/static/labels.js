@@ -5,7 +5,7 @@ const FEW = 16; // labels that have a button each
 const RANDOM = "random", NONE = "no label";
 const field = document.querySelector("#many input");
 let known = null;
-let mixed = null; // the labels of a job that is shown, if they differ
+let mixed = null; // the labels and the seed of a job that is shown, if the labels differ
 
 const named = (label) => known.names.find((each) => each.label === label)?.name ?? String(label);
 
@@ -58,23 +58,24 @@ function settle() {
   $("guidance-says").textContent = strength === 1 ? "1, which is none" : `${strength}, at twice the work`;
 }
 
-/** The fields of a request for so many pictures. */
-export function labelFields(n) {
+/** The fields of a request for so many pictures from this seed on. */
+export function labelFields(n, seed) {
   const word = field.value.trim();
   if (known === null || word === NONE || word === "") return {};
   const own = known.names.find(({ name }) => name === word)?.label;
   const label = own ?? (/^[0-9]{1,6}$/.test(word) ? +word : word);
-  const asked = mixed?.length === n ? { labels: mixed } : { label };
+  const again = mixed?.seed === seed && mixed.labels.length === n;
+  const asked = again ? { labels: mixed.labels } : { label };
   return $("guidance").disabled ? asked : { ...asked, guidance: +$("guidance").value };
 }
 
 /** Shows what a job was asked for. */
-export function showLabels({ labels, guidance }) {
+export function showLabels({ labels, guidance, seed }) {
   if (known === null) return;
   if (guidance) strengthen(guidance);
   const first = labels?.[0], alike = labels?.every((label) => label === first);
   choose(labels ? (alike ? named(first) : RANDOM) : NONE);
-  if (labels && !alike) mixed = labels;
+  if (labels && !alike) mixed = { labels, seed };
 }
 
 $("guidance").addEventListener("input", settle);

@@ -22,10 +22,10 @@ INDEX = {"id2label": {"0": "cat", "1": "dog"}, "null_label": 3, "guidance": 2.0}
 ALLOWED = "random, a label 0..2, or one of its names: cat, dog"
 INVALID: list[tuple[dict[str, Any], str, str]] = [
     ({"label": 3}, "/label", f"label must be {ALLOWED}, got 3"),
-    ({"label": -1}, "/label", "label must be a label's number in 0..65535, random or a name of 1 to 100 characters"),
-    ({"label": True}, "/label", "label must be a label's number in 0..65535, random or a name of 1 to 100 characters"),
-    ({"label": 1.0}, "/label", "label must be a label's number in 0..65535, random or a name of 1 to 100 characters"),
-    ({"label": ""}, "/label", "label must be a label's number in 0..65535, random or a name of 1 to 100 characters"),
+    ({"label": -1}, "/label", "must be a label's number in 0..65535, random or a name of 1 to 100 characters"),
+    ({"label": True}, "/label", "must be a label's number in 0..65535, random or a name of 1 to 100 characters"),
+    ({"label": 1.0}, "/label", "must be a label's number in 0..65535, random or a name of 1 to 100 characters"),
+    ({"label": ""}, "/label", "must be a label's number in 0..65535, random or a name of 1 to 100 characters"),
     ({"label": "bird"}, "/label", f"label must be {ALLOWED}"),
     ({"labels": [1, 2]}, "/labels", "labels must be as many as pictures, 1, got 2"),
     ({"labels": []}, "/labels", "labels must be a list of 1 to 8 labels, got 0"),
@@ -42,7 +42,11 @@ INVALID: list[tuple[dict[str, Any], str, str]] = [
         "must be a list of 2 integers, got 1",
     ),
     ({"label": 0, "guidance_interval": [1, 30]}, "/guidance_interval", "[high, low] with 30 >= high >= low >= 1, got"),
-    ({"label": 0, "guidance_interval": [30, 0]}, "/guidance_interval/1", "guidance_interval.1 must lie in 1..30, got 0"),
+    (
+        {"label": 0, "guidance_interval": [30, 0]},
+        "/guidance_interval/1",
+        "guidance_interval.1 must lie in 1..30, got 0",
+    ),
 ]
 
 
