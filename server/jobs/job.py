@@ -181,6 +181,15 @@ class Job:
         known = {key: value for key, value in decides.items() if value is not None}
         return {key: value if isinstance(value, str) else json.dumps(value) for key, value in known.items()}
 
+    @property
+    def sheet_texts(self) -> dict[str, str]:
+        """The same of all its pictures, for a sheet of them."""
+        texts, labels = self.texts(self.request.seed) | {"n": str(self.request.n)}, self.request.labels
+        if labels is not None and len({*labels}) > 1:
+            del texts["label"]  # which is that of the first picture
+            texts["labels"] = json.dumps(labels)
+        return texts
+
     def show_frame(self, index: int, step: int, kind: Kind, picture: Picture | None) -> None:
         """Sends a frame to subscribers, once: a sample that is run again shows nothing twice."""
         if picture is None or (index, step, kind) in self.frames:

@@ -31,12 +31,8 @@ class Quota:
         """Raises Invalid if a job of so many image-steps can never be within this quota, QuotaExceeded if it is not
         now. Takes nothing yet: it may be refused for other reasons."""
         if steps > self.capacity:
-            raise Invalid(
-                (
-                    "n",
-                    f"n x steps, twice that with guidance, must be at most {self.capacity}, the quota of this key, got {steps}",
-                )
-            )
+            most = f"at most {self.capacity}, the quota of this key, got {steps}"
+            raise Invalid(("n", f"n x steps, twice that with guidance, must be {most}"))
         left = self.left
         if steps > left:
             shown = max(0, math.floor(left))

@@ -44,11 +44,7 @@ def picture(job: Job) -> bytes:
     if job.request.n == 1:
         return job.images[0].png
     sheet = encode.contact_sheet([job.images[i].picture for i in range(job.request.n)])
-    texts, labels = job.texts(job.request.seed) | {"n": str(job.request.n)}, job.request.labels
-    if labels is not None and len({*labels}) > 1:  # the one of the first picture is not that of all
-        texts |= {"labels": json.dumps(labels)}
-        del texts["label"]
-    return encode.png(sheet, texts)
+    return encode.png(sheet, job.sheet_texts)
 
 
 def archive(job: Job) -> bytes:

@@ -104,6 +104,14 @@ def test_each_picture_says_its_label(client: TestClient) -> None:
     assert "label" not in read_texts(client.post("/generate", json={"steps": 4}).content)
 
 
+def test_a_sheet_says_the_labels_of_all_its_pictures(client: TestClient) -> None:
+    different = read_texts(client.post("/generate", json={"labels": [0, 2, 0], "n": 3, "steps": 4}).content)
+    alike = read_texts(client.post("/generate", json={"label": 2, "n": 3, "steps": 4}).content)
+
+    assert (different.get("label"), different["labels"]) == (None, "[0, 2, 0]")
+    assert (alike["label"], alike.get("labels")) == ("2", None)
+
+
 def test_a_guided_picture_costs_two(client: TestClient) -> None:
     assert client.post("/generate", json={"steps": 30, "n": 3}).status_code == 200
     answer = client.post("/generate", json={"label": 0, "steps": 30, "n": 2})
