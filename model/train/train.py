@@ -173,11 +173,12 @@ class Training:
         )
 
     def _measured(self, standing: Standing) -> str:
-        images = "" if standing.images is None else f" of {standing.images:,} pictures"
+        left = duration(standing.left_s)
+        left = f"{left} left" if standing.images is None else f"{standing.images:,} pictures in {left}"
         sheet = f"{self.checkpoints.directory.name}/{SHEET}"
         return (
-            f"{standing.images_per_s:.1f} pictures per second: {duration(standing.left_s)} left{images}; what it makes"
-            f" is in {sheet} after {EARLY_S[0]} and {EARLY_S[1]} s, then every minute"
+            f"{standing.images_per_s:.1f} pictures per second: {left}; what it makes is in {sheet}"
+            f" after {EARLY_S[0]} and {EARLY_S[1]} s, then every minute"
         )
 
     def _ending(self) -> str:

@@ -5,7 +5,7 @@ import sys
 from tqdm import tqdm
 
 COUNTED = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}"
-SHARE = "{percentage:3.0f}%|{bar}| {postfix}"
+DESCRIBED = "{percentage:3.0f}%|{bar}| {desc}"
 
 
 def progress_bar() -> "tqdm[None]":

@@ -19,7 +19,7 @@ from model.train import flags, fresh
 from model.train.report import Lines, Standing
 from model.train.source import Source, find, outline
 from model.usage import Parser
-from server.cli.progress import COUNTED, SHARE, progress_bar
+from server.cli.progress import DESCRIBED, progress_bar
 from server.errors import SettingsError, StorageFull
 
 CONFIG, SCHEDULER, INDEX = "config.json", "scheduler_config.json", "model_index.json"
@@ -47,17 +47,17 @@ class Bar:
 
     def reading(self, done: int, count: int) -> None:
         """See `Report`."""
-        self._show(COUNTED, done, count, "pictures read")
+        self._show(done / count, f"{done:,} of {count:,} pictures read")
 
     def update(self, standing: Standing) -> None:
         """See `Report`."""
-        self._show(SHARE, standing.done, 1.0, str(standing))
+        self._show(standing.done, str(standing))
 
-    def _show(self, bar_format: str, done: float, total: float, told: str) -> None:
+    def _show(self, done: float, told: str) -> None:
         if self._clock() >= self._next:
             self._next = self._clock() + DRAWN_S
-            self._bar.bar_format, self._bar.total, self._bar.n = bar_format, total, done
-            self._bar.set_postfix_str(told)
+            self._bar.bar_format, self._bar.total, self._bar.n = DESCRIBED, 1.0, done
+            self._bar.set_description_str(told)
 
 
 def _parser() -> Parser:
