@@ -3,14 +3,16 @@
     python -m benchmarks.quality digits.npz weights/digits --sheet samples.png --curve curve.svg
 
 The pictures are those of seeds 0, 1, 2, ...; the judge (`benchmarks.classifier`) is first shown the held-out real
-digits, so that what it says of the made ones can be read against what it says of real ones.
+digits, so that what it says of the made ones can be read against what it says of real ones. Of a conditional model the
+digits 0, 1, ..., 9, 0, ... are asked for, in turns.
 """
 
 import argparse
 import json
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +27,12 @@ from benchmarks.measure import Measure, machine
 from benchmarks.models import grow_up
 from model.checkpoint.card import ModelCard, read_card
 from model.checkpoint.load import load_model
+from model.checkpoint.presets import PRESETS
 from model.engine.engine import Engine
 from model.engine.events import Finished, Request
 from model.engine.runner import prepared
 from model.sampling.plan import plan, resolve
+from model.sampling.samplers import Sampling
 from model.sampling.table import Plan
 from model.train.data import Uint8Array
 from server.worker.cpus import cores
@@ -53,11 +57,11 @@ def engine_of(card: ModelCard, dtype: torch.dtype, slots: int) -> Engine:
     return Engine(prepared(model, slots))
 
 
-def make(engine: Engine, table: Plan, seeds: range) -> Batch:
-    """The pictures of these seeds. Tells its progress on stderr."""
+def make(engine: Engine, table: Plan, seeds: range, labels: Sequence[tuple[int, ...]] = ()) -> Batch:
+    """The pictures of these seeds. Tells its progress on stderr. labels: what the net is told of each, in turns"""
     pictures = dict[int, Uint8Array]()
     for seed in seeds:
-        engine.submit(Request(seed, seed, table))
+        engine.submit(Request(seed, seed, table, labels=labels[seed % len(labels)] if labels else ()))
     started = told = time.monotonic()
     while engine.busy:
         for event in engine.step():
@@ -94,6 +98,13 @@ def of_made(probabilities: FloatArray, what: str) -> list[Measure]:
     ]
 
 
+def of_asked(probabilities: FloatArray, what: str) -> Measure:
+    """How many of the readable pictures are the digit asked for: 0, 1, ..., 9 in turns. probabilities: [N, 10]"""
+    readable = probabilities.max(1) >= CONFIDENT
+    right = probabilities.argmax(1) == np.arange(len(probabilities)) % 10
+    return Measure(f"{what}: of the readable ones, the digit asked for", float(right[readable].mean()), "share")
+
+
 def sheet(pictures: Uint8Array, across: int = 8, scale: int = 2) -> Image.Image:
     """The first across² pictures, row by row, each pixel `scale` wide. pictures: [N, H, W, 1]"""
     count, height, width, _ = pictures.shape
@@ -111,6 +122,15 @@ def curve(log: list[dict[str, Any]]) -> str:
     return draw("Held-out loss of the moving average while training", "t / T", seen, lines)
 
 
+def told(card: ModelCard, choice: Sampling, guidance: float | None) -> tuple[Sampling, list[tuple[int, ...]]]:
+    """The choice with its guidance, and what a conditional net is told of each picture; nothing for another net."""
+    if card.labels is None:
+        return choice, []
+    choice = replace(choice, guidance=card.labels.guidance if guidance is None else guidance)
+    null = () if card.labels.null is None or not choice.guided else (card.labels.null,)
+    return choice, [(label, *null) for label in card.labels.choices]
+
+
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -120,6 +140,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--pictures", type=int, default=1000, help="how many to make (%(default)s)")
     parser.add_argument("--steps", type=int, default=100, help="steps for each (%(default)s)")
     parser.add_argument("--sampler", default="ddim", help="(%(default)s)")
+    parser.add_argument("--preset", choices=PRESETS, help="one of the model's presets, in place of sampler and steps")
+    parser.add_argument("--guidance", type=float, help="of a conditional model (default: its own)")
     parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="as in the server (%(default)s)")
     parser.add_argument("--slots", type=int, default=8, help="pictures denoised at once (%(default)s)")
     parser.add_argument("--classifier", type=Path, help="keep the judge in this file, and take it from there")
@@ -135,7 +157,8 @@ def main() -> None:
         raise SystemExit(f"the judge reads {list(SHAPE)}, but {card.name} makes {list(card.shape)}")
     if args.pictures < 1 or args.slots < 1:
         raise SystemExit("--pictures and --slots must be at least 1")
-    choice = resolve(card.process, args.sampler, args.steps)
+    chosen = card.presets[args.preset] if args.preset else {"sampler": args.sampler, "steps": args.steps}
+    choice, labels = told(card, resolve(card.process, **chosen), args.guidance)
     if args.curve:
         log = (args.directory / "training.jsonl").read_text().splitlines()
         args.curve.write_text(curve([json.loads(line) for line in log]))
@@ -148,11 +171,13 @@ def main() -> None:
         print(measure.line(), flush=True)
 
     dtype = choose_dtype(args.dtype, torch.device("cpu"))
-    made = make(engine_of(card, dtype, args.slots), plan(card.process, choice), range(args.pictures))
+    made = make(engine_of(card, dtype, args.slots), plan(card.process, choice), range(args.pictures), labels)
     if args.sheet:
         sheet(made.pictures).save(args.sheet, optimize=True)
     what = f"{card.name}, {args.pictures} pictures of {choice.steps} steps of {choice.sampler}"
-    for measure in of_made(judge(net, made.pictures.transpose(0, 3, 1, 2)), what):
+    what += f", guidance {choice.guidance:g}" if choice.guidance is not None else ""
+    probabilities = judge(net, made.pictures.transpose(0, 3, 1, 2))
+    for measure in [*of_made(probabilities, what), *([of_asked(probabilities, what)] if labels else [])]:
         print(measure.line())
     how = f"{str(dtype).removeprefix('torch.')}, {args.slots} at once"
     print(Measure(f"{what}: wall time, {how}", made.wall_s, "s").line())

@@ -11,7 +11,7 @@ from model.engine.slots import Slots
 from model.sampling.noise import gaussian
 from model.sampling.plan import SAMPLERS, plan, resolve
 from model.sampling.schedule import Process
-from model.sampling.table import COLUMNS, C, K
+from model.sampling.table import COLUMNS, C, K, R
 
 DRAWS = 3  # batches of each size that are compared
 
@@ -38,7 +38,8 @@ class _Trial:
         self.slots, self.step = slots, step
         self.x = torch.randn(slots.x.shape, generator=generator).to(slots.device)  # [B, C, H, W]
         self.history = torch.randn(slots.history.shape, generator=generator).to(slots.device)  # [B, 3, C, H, W]
-        self.row = torch.randn(slots.capacity, len(COLUMNS), generator=generator).to(slots.device)  # [B, 16]
+        self.row = torch.zeros(slots.capacity, len(COLUMNS), device=slots.device)  # [B, 16]
+        self.row[:, :R] = torch.randn(slots.capacity, R, generator=generator)  # R is 0: each slot by itself
         self.row[:, K] = torch.randint(T, (slots.capacity,), generator=generator).to(slots.device)
         self.row[:, C] = 1.0
         self.label = torch.randint(max(1, labels), (slots.capacity,), generator=generator).to(slots.device)  # [B]

@@ -14,6 +14,7 @@ from model.errors import ModelRefused
 from model.train.trainer import Trainer
 
 AVERAGE = "average"  # of its tensors' names in a state: average.DECAY.NAME
+LABELS = 0.5  # standard deviation of the embeddings of added labels; that of timesteps' is about as large
 OPTIMISER = ("step", "exp_avg", "exp_avg_sq")  # AdamW's state of a parameter
 
 
@@ -65,14 +66,14 @@ def _resume(trainer: Trainer, path: Path) -> float | None:
 
 @torch.no_grad()
 def start_from(trainer: Trainer, path: Path) -> None:
-    """Begins with these weights instead of random ones; those of an unconditional net begin a conditional one, all of
-    whose labels mean nothing yet. Raises ModelRefused if they are not this net's."""
+    """Begins with these weights instead of random ones; those of an unconditional net begin a conditional one, whose
+    labels are random then: from zeros they are hardly learned. Raises ModelRefused if they are not this net's."""
     shapes = {name: tuple(p.shape) for name, p in trainer.parameters()}
     found = {name: shape for name, (_, shape) in read_header(path).items()}
     added = {name: shape for name, shape in shapes.items() if name.startswith("class_embedding.")}
     if found not in (shapes, {name: shape for name, shape in shapes.items() if name not in added}):
         raise ModelRefused(f"{path.name} does not hold the weights of this net, by their names of today")
-    weights = {name: torch.zeros(shape) for name, shape in added.items()} | read_tensors(path, shapes)[0]
+    weights = {name: LABELS * torch.randn(shape) for name, shape in added.items()} | read_tensors(path, shapes)[0]
     trainer.assign(weights)
     for average in trainer.averages.values():
         for name, tensor in average.items():

@@ -40,12 +40,6 @@ def test_on_average_the_loss_before_is_the_one_after_weighted_and_a_constant() -
         torch.testing.assert_close(averaged, weighted + 1 - ratio.square(), rtol=5e-3, atol=1e-12)
 
 
-def test_the_picture_that_ships_has_a_curve_for_each_loss() -> None:
-    drawn = (ROOT / "docs" / "pictures" / "losses.svg").read_text()
-
-    assert drawn.count("<polyline") == len(LOSSES)
-
-
 def test_the_curves_of_a_model_are_those_of_its_log() -> None:
     digits = ROOT / "weights" / "digits"
     log = [json.loads(line) for line in (digits / "training.jsonl").read_text().splitlines()]
