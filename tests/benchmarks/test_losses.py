@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from benchmarks.curves import draw
-from benchmarks.losses import LOSSES, SCHEDULE, after, before, between, ratios
+from benchmarks.losses import SCHEDULE, after, before, between, ratios
 from benchmarks.quality import curve
 from tests.test_docs import ROOT
 
