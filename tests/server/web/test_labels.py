@@ -189,7 +189,7 @@ def test_the_command_asks_for_a_label_and_repeats_its_picture(server: Server, tm
 
 
 def test_a_guided_picture_survives_its_engine(server: Server) -> None:
-    body = {"seed": 5, "label": "dog", "n": 8, "steps": 30}
+    body = {"seed": 5, "label": "dog", "n": 64, "steps": 30}
     undisturbed = made(server, body)
     with ThreadPoolExecutor(1) as threads:
         disturbed = threads.submit(made, server, body)
