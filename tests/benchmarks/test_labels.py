@@ -42,7 +42,7 @@ def test_labels_are_asked_for_in_turns_with_the_models_guidance(tmp_path: Path) 
 
 
 def test_a_picture_that_is_readable_and_another_digit_counts_against() -> None:
-    seen = np.eye(10)[[0, 1, 3, 3]]
+    seen = np.eye(10, dtype=np.float32)[[0, 1, 3, 3]]
     seen[1] = 0.1  # not readable
 
     assert of_asked(seen, "").value == 2 / 3
