@@ -76,8 +76,10 @@ class OpenVino:
     def __init__(self, directory: Path, precision: str, threads: int) -> None:
         import openvino
 
+        from model.nets.openvino_graph import CORE  # more than one in a process ends it at a signal
+
         net = Unet(directory)
-        self.shape, self.core = net.shape, openvino.Core()
+        self.shape, self.core = net.shape, CORE
         self.hints = {
             "INFERENCE_PRECISION_HINT": precision,
             "INFERENCE_NUM_THREADS": threads,

@@ -18,6 +18,10 @@ from model.nets.openvino_symbols import Symbol, attend, op
 # isort: split
 import openvino as ov  # behind the symbols, whose module keeps its telemetry from being loaded
 
+# One for the process, which is never freed. Each gives the thread that begins to use it a stack for signals, and takes
+# back the one before when it is freed: of two that go in the order they came in, the first takes back what the second
+# has, and the next signal ends the process (SIGSEGV).
+CORE = ov.Core()
 VERSION = ov.get_version().partition("-")[0]
 PRECISIONS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 CAPABILITIES = {torch.float32: "FP32", torch.bfloat16: "BF16", torch.float16: "FP16"}
@@ -28,13 +32,12 @@ Run: TypeAlias = Callable[[Tensor, Tensor], Tensor]  # (x, embedding) -> out
 @cache
 def computes_in(dtype: torch.dtype) -> bool:
     """Whether the processor has native instructions for `dtype`."""
-    core = ov.Core()
-    if CAPABILITIES[dtype] not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+    if CAPABILITIES[dtype] not in CORE.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         return False
     x = Symbol(op.parameter([1, 16, 4, 4], np.float32))  # a listed capability may have been switched off
     out = attend(*(x.reshape(1, 1, 16, 16),) * 3)
     try:
-        core.compile_model(ov.Model([op.result(out.node)], [x.node.get_node()], "trial"), "CPU", _hints(dtype, 1))
+        CORE.compile_model(ov.Model([op.result(out.node)], [x.node.get_node()], "trial"), "CPU", _hints(dtype, 1))
     except RuntimeError:
         return False
     return True
@@ -60,9 +63,8 @@ def compile_net(net: Net, shape: Sequence[int], batch: int, dtype: torch.dtype, 
     embedding = op.parameter([batch, net.embedding_width], np.float32)
     with torch.inference_mode():
         out: Any = net(cast(Tensor, Symbol(x)), cast(Tensor, Symbol(embedding)))
-    compiled = ov.Core().compile_model(
-        ov.Model([op.result(out.node)], [x, embedding], "net"), "CPU", _hints(dtype, threads)
-    )
+    whole = ov.Model([op.result(out.node)], [x, embedding], "net")
+    compiled = CORE.compile_model(whole, "CPU", _hints(dtype, threads))
     return lambda: _run(compiled.create_infer_request())
 
 

@@ -3,6 +3,7 @@
 import builtins
 import gc
 import os
+import subprocess
 import sys
 import weakref
 from collections.abc import Callable, Sequence
@@ -162,6 +163,29 @@ def test_pictures_in_a_batch_of_any_size_equal_those_alone_before_and_after_the_
     for count, batch in enumerate(before, 1):
         assert torch.equal(batch, alone[:count])
         assert torch.equal(net(x[:count], embedding[:count]), alone[:count])
+
+
+SIGNALLED = """
+import gc, os, signal
+from tests.model.nets.test_cpu import cpu_net, grow_up
+
+nets = [cpu_net(), cpu_net()]
+for net in nets:
+    grow_up(net, 2)
+del net
+while nets:
+    del nets[0]  # in the order they came in
+    gc.collect()
+signal.signal(signal.SIGTERM, lambda *_: print("told"))
+os.kill(os.getpid(), signal.SIGTERM)
+print("alive")
+"""
+
+
+def test_a_signal_is_handled_after_nets_were_dropped() -> None:
+    ran = subprocess.run([sys.executable, "-c", SIGNALLED], cwd=Path(__file__).parents[3], capture_output=True, text=True, timeout=120)
+
+    assert (ran.returncode, ran.stdout) == (0, "told\nalive\n"), ran.stderr
 
 
 def test_a_net_made_in_inference_mode_may_be_used_outside_of_it() -> None:
