@@ -27,7 +27,7 @@ from model.sampling.plan import plan, resolve
 from server.worker.cpus import cores
 from server.worker.device import choose_dtype
 
-DIGITS = Path(__file__).parent / "labelled"
+DIGITS = Path(__file__).parent.parent / "weights" / "digits"
 SLOTS = 8
 
 

@@ -42,7 +42,8 @@ NET = Architecture(
 )
 BATCH, POINTS, PROBES = 32, 12, 64  # pictures of an update, points of a curve, and held-out pictures
 AVERAGE = 0.999  # the moving average that is compared
-GRADIENTS = 48  # of which a variance is taken
+GRADIENTS = 32  # of which a variance is taken
+LEVELS = (None, 10, 100, 500)  # t for which it is taken; None: all
 
 Loss: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # (eps, omega, F, beta_t / beta_bar_t) -> [B]
 
@@ -75,7 +76,7 @@ def ratios(schedule: NoiseSchedule) -> FloatArray:
 
 
 LOSSES: dict[str, Loss] = {"before": before, "between": between, "after": after}
-NAMES = {"before": "before: eq. 11", "between": "averaged: eq. 14", "after": "after: eq. 15"}
+NAMES = {"before": "eq. 11", "between": "eq. 14", "after": "eq. 15"}
 
 
 class Lesson:
@@ -87,10 +88,14 @@ class Lesson:
         self.trainer = Trainer(NET, SCHEDULE, recipe, "cpu")
         self.ratio = torch.tensor(ratios(SCHEDULE), dtype=torch.float32)  # [T + 1]
 
-    def losses(self, step: int, loss: Loss) -> Tensor:
-        """The loss of each picture of an update's batch, always of the same pictures, levels and noise. -> [B]"""
+    def losses(self, step: int, loss: Loss, level: int | None = None) -> Tensor:
+        """The loss of each picture of an update's batch, always of the same pictures, levels and noise. -> [B]
+
+        level: t of all, instead of levels from 1 to T
+        """
         torch.manual_seed(step + 1)
         x0, t, eps = self.trainer.prepared(self.pictures.draw(step, BATCH)[0])
+        t = t if level is None else torch.full_like(t, level)
         omega = torch.randn(eps.shape)
         x = self.trainer.alpha_bar[t].view(-1, 1, 1, 1) * x0 + self.trainer.beta_bar[t].view(-1, 1, 1, 1) * eps
         return loss(eps, omega, self.trainer.predict(x, t, None), self.ratio[t].view(-1, 1, 1, 1))
@@ -111,13 +116,13 @@ class Lesson:
             if self.trainer.step % every == 0:
                 yield self.trainer.seen, self.held_out()
 
-    def variance(self, loss: Loss) -> tuple[float, float]:
+    def variance(self, loss: Loss, level: int | None) -> tuple[float, float]:
         """The variance of a picture's loss, and of the gradient of a batch's, summed over the parameters; for this net
-        as it is."""
+        as it is, at one t or at all."""
         total = squares = torch.zeros(())
         losses = list[Tensor]()
         for step in range(GRADIENTS):
-            each = self.losses(step, loss)
+            each = self.losses(step, loss, level)
             parts = torch.autograd.grad(each.mean(), list(self.trainer.net.parameters()))
             gradient = torch.cat([part.flatten() for part in parts]).double()
             total, squares = total + gradient, squares + gradient.square()
@@ -136,11 +141,12 @@ def measures(pictures: Pictures, images: int, curve: Path | None) -> Iterator[Me
         yield Measure(f"{name}: held-out loss after {seen[-1]} pictures", points[-1][1], "")
     if curve is not None:
         curve.write_text(draw("Held-out loss by the loss that is minimised", "loss", seen, curves))
-    (loss_before, gradient_before), (loss_between, gradient_between) = map(lesson.variance, (before, between))
-    yield Measure("variance of a picture's loss, before against averaged", loss_before / loss_between, "times")
-    yield Measure(
-        "variance of a batch's gradient, before against averaged", gradient_before / gradient_between, "times"
-    )
+    for level in LEVELS:
+        found = zip(lesson.variance(before, level), lesson.variance(between, level), strict=True)
+        of_loss, of_gradient = (first / second for first, second in found)
+        where = "" if level is None else f", t = {level}"
+        yield Measure(f"variance of a picture's loss, before against averaged{where}", of_loss, "times")
+        yield Measure(f"variance of a batch's gradient, before against averaged{where}", of_gradient, "times")
 
 
 def main() -> None:

@@ -142,6 +142,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--sampler", default="ddim", help="(%(default)s)")
     parser.add_argument("--preset", choices=PRESETS, help="one of the model's presets, in place of sampler and steps")
     parser.add_argument("--guidance", type=float, help="of a conditional model (default: its own)")
+    parser.add_argument("--unlabelled", action="store_true", help="ask a conditional model for no digit")
     parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="as in the server (%(default)s)")
     parser.add_argument("--slots", type=int, default=8, help="pictures denoised at once (%(default)s)")
     parser.add_argument("--classifier", type=Path, help="keep the judge in this file, and take it from there")
@@ -158,7 +159,9 @@ def main() -> None:
     if args.pictures < 1 or args.slots < 1:
         raise SystemExit("--pictures and --slots must be at least 1")
     chosen = card.presets[args.preset] if args.preset else {"sampler": args.sampler, "steps": args.steps}
-    choice, labels = told(card, resolve(card.process, **chosen), args.guidance)
+    choice, labels = told(card, resolve(card.process, **chosen), 1 if args.unlabelled else args.guidance)
+    if args.unlabelled and card.labels is not None and card.labels.null is not None:
+        labels = [(card.labels.null,)]
     if args.curve:
         log = (args.directory / "training.jsonl").read_text().splitlines()
         args.curve.write_text(curve([json.loads(line) for line in log]))
@@ -175,9 +178,9 @@ def main() -> None:
     if args.sheet:
         sheet(made.pictures).save(args.sheet, optimize=True)
     what = f"{card.name}, {args.pictures} pictures of {choice.steps} steps of {choice.sampler}"
-    what += f", guidance {choice.guidance:g}" if choice.guidance is not None else ""
+    what += ", unlabelled" if args.unlabelled else f", guidance {choice.guidance:g}" if labels else ""
     probabilities = judge(net, made.pictures.transpose(0, 3, 1, 2))
-    for measure in [*of_made(probabilities, what), *([of_asked(probabilities, what)] if labels else [])]:
+    for measure in [*of_made(probabilities, what), *([of_asked(probabilities, what)] if len(labels) > 1 else [])]:
         print(measure.line())
     how = f"{str(dtype).removeprefix('torch.')}, {args.slots} at once"
     print(Measure(f"{what}: wall time, {how}", made.wall_s, "s").line())

@@ -1,4 +1,4 @@
-"""Draws the pictures of docs/concepts.md from weights/digits with the engine alone, in minutes. Needs extra `bench`.
+"""Draws the pictures of docs/concepts.md from benchmarks/digits with the engine alone, in minutes. Needs extra `bench`.
 
 python docs/pictures.py docs/pictures
 """

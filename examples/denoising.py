@@ -1,4 +1,4 @@
-"""Draws the picture in the README, the denoising of six digits, with the engine alone and no server.
+"""Draws the denoising of six digits, from noise (left) to picture, with the engine alone and no server.
 
 python examples/denoising.py denoising.png [STEPS]
 """

@@ -9,7 +9,7 @@ import sys
 from ddpm_client import Client, Frame
 
 client = Client((sys.argv[1:] or ["http://127.0.0.1:8000"])[0])
-job = client.submit(seed=207, steps=30, n=4)
+job = client.submit(label="random", seed=207, steps=30, n=4)
 job  # noqa: B018
 
 # %% Watch the noisy picture, step by step

@@ -19,6 +19,7 @@ from server.troubles import shortage
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([A-Za-z0-9][\w./-]*))?", re.ASCII)
 MOST_NAMES = 20  # in a message
+SHIPPED = "digits"  # the model of this repository that requests are for which name none
 LOST_AND_FOUND = "lost+found"  # a folder at the root of every ext4 volume
 
 
@@ -53,7 +54,9 @@ def refused(cards: Mapping[str, ModelCard]) -> Mapping[str, str]:
 
 def default_model(cards: Mapping[str, ModelCard], named: str | None) -> str | None:
     """The model of requests that name none; None if such requests are refused. named: by the settings"""
-    return named or (next(iter(cards)) if len(cards) == 1 and not refused(cards) else None)
+    if named or SHIPPED in cards:
+        return named or SHIPPED
+    return next(iter(cards)) if len(cards) == 1 and not refused(cards) else None
 
 
 def model_of(wanted: str | None, cards: Mapping[str, ModelCard], named: str | None) -> ModelCard:

@@ -49,7 +49,7 @@ class Settings(BaseModel):
         "weights",
         description="comma-separated model directories, folders of model directories, and hub ids (org/name@revision)",
     )
-    default_model: str = Field("", description="model of requests that name none; empty: the only one, if there is one")
+    default_model: str = Field("", description="model of requests that name none; empty: digits, or the only one")
     device: str = Field(
         "auto",
         pattern=r"^(auto|cpu|cuda(:\d{1,3}(,\d{1,3})*)?)$",

@@ -24,7 +24,7 @@ CALL = re.compile(r"\.(?:generate|stream|submit)(\((?:[^()]|\([^()]*\))*\))")
 COMMAND = re.compile(r"(?:ddpm generate|--like \S+)((?: [^\s`#]+)+)")
 EXAMPLE = re.compile(r"examples/(\w+\.py) (\d+)")
 PRESET = re.compile(r'<select name="preset"><option>(\w+)')
-FIELD = re.compile(r'<input name="(seed|steps|n)"[^>]*? value="(\d+)"')
+FIELD = re.compile(r'<input name="(seed|steps|n|label)"[^>]*? value="(\w+)"')
 SEED = re.compile(r'\bseed(?:"?: ?|=|-)(\d+)|--seed (\d+)|name="seed"[^>]*? value="(\d+)"')
 
 
@@ -68,7 +68,8 @@ def _by_form(text: str) -> Iterator[GenerateRequest]:
     """What the page asks for if Build is pressed and nothing else."""
     preset = PRESET.search(text)
     yield _request(
-        ({"preset": preset[1]} if preset else {}) | {name: int(value) for name, value in FIELD.findall(text)}
+        ({"preset": preset[1]} if preset else {})
+        | {name: int(value) if value.isdigit() else value for name, value in FIELD.findall(text)}
     )
 
 

@@ -185,12 +185,13 @@ def test_it_is_said_how_much_is_downloaded_and_how_large_the_model_is() -> None:
     sizes = [
         next(v[0] for name, v in values.items() if f"serve, {build} CUDA" in name) for build in ("without", "with")
     ]
-    card = read_card(ROOT / "benchmarks" / "digits")
-    parameters = count(shapes(card.architecture))
+    cards = [read_card(ROOT / "weights" / name) for name in ("digits", "emoji")]
+    digits, emoji = (f"{count(shapes(card.architecture)) / 1e6:.1f} million parameters" for card in cards)
 
     assert "downloads {:.1f} GB, with an NVIDIA driver {:.1f} GB".format(*sizes) in text
     assert [f"{size:.1f}" for size in sizes] == re.findall(r"^\|.* ([\d.]+) GB \|$", START, re.MULTILINE)
-    assert f"{parameters / 1e6:.1f} million parameters" in text
+    assert f"[`digits`](weights/digits/README.md), {digits}" in text
+    assert f"[`emoji`](weights/emoji/README.md), {emoji}" in text
 
 
 def test_other_pages_say_what_was_measured() -> None:
@@ -202,7 +203,7 @@ def test_other_pages_say_what_was_measured() -> None:
     seconds = [start[name][0] for name in ("digits: /readyz, the first time", f"{large}: /readyz, the first time")]
     rests = start[f"{large}: the engine rests, the first time"][0]
 
-    told = "takes {:.1f} s with `weights/digits`, {:.1f} s with a net of 256 x 256 pixels, whose engine "
+    told = "takes {:.1f} s with `benchmarks/digits`, {:.1f} s with a net of 256 x 256 pixels, whose engine "
     told += "has all its sizes after"
     assert told.format(*seconds) + f" {rests:.0f} s and takes {resident * 2**20 / 1e9:.1f} GB" in " ".join(
         operations.split()

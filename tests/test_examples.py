@@ -19,8 +19,9 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server of a tiny model."""
-    running = Server(write_model(tmp_path_factory.mktemp("weights") / "tiny"))
+    """A server of a tiny model that knows the labels 0 to 9."""
+    folder = tmp_path_factory.mktemp("weights")
+    running = Server(write_model(folder / "tiny", labels=11, index={"null_label": 10, "guidance": 2.0}))
     try:
         yield running.wait_until_ready()
     finally:
@@ -92,7 +93,7 @@ def test_curl_gets_a_contact_sheet_and_a_document(
 
     assert said.startswith('{"id":')
     with Image.open(tmp_path / "sheet.png") as sheet:
-        assert sheet.size == (32, 32)
+        assert sheet.size == (32, 24)
 
 
 def test_the_engine_alone_draws_the_picture_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,5 +109,5 @@ def test_openais_package_saves_three_partial_images_and_the_picture(server: Serv
     said = run("openai_client.py", "7", tmp_path, url)
 
     assert said.split() == ["partial-0", "partial-1", "partial-2", "picture"]
-    made = server.client.post("/generate", json={"seed": 7, "sampler": "ddim"})
+    made = server.client.post("/generate", json={"label": 7, "seed": 7, "sampler": "ddim"})
     assert (tmp_path / "picture.png").read_bytes() == made.content

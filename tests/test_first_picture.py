@@ -1,7 +1,8 @@
-"""Whoever copies an example gets a digit that can be read: the judge of real digits looks at all that is asked for."""
+"""Whoever copies an example gets the digit that it asks for: the judge of real digits looks at all pictures."""
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from model.engine.events import Finished, Picture, Request
 from model.engine.runner import prepared
 from model.errors import PlanError
 from model.nets.cpu import CpuNet
+from model.sampling.labels import resolve_labels
 from model.sampling.plan import plan, resolve
 from model.sampling.samplers import Sampling
 from server.errors import Invalid
@@ -28,10 +30,12 @@ from tests.asked import PLACES, name_of, requests, seeds_told
 from tests.test_docs import ROOT
 
 DIGITS = read_card(ROOT / "weights" / "digits")
+assert DIGITS.labels is not None and DIGITS.labels.null is not None
+NULL = DIGITS.labels.null
 JUDGE = ROOT / "benchmarks" / "judge.safetensors"
 SURE = 0.99  # that a picture is one digit and no other
 FEW = 6  # pictures: of a request for more, which is a sheet, three in four must be readable
-SMUDGE = GenerateRequest(seed=42, steps=100)  # what the documents asked for until somebody looked at it
+SMUDGE = GenerateRequest(seed=37, steps=100)  # without a label, not every picture is a digit
 ASKING = {
     "README.md",
     "client/README.md",
@@ -43,24 +47,28 @@ ASKING = {
     "examples/notebook.py",
     "server/static/index.html",
     "weights/digits/README.md",
+    "weights/emoji/README.md",
 }
 
-Made = tuple[int, Sampling]  # a seed, and all else that decides a picture
-
-
-def sampling(request: GenerateRequest) -> Sampling | None:
-    """What a request asks of the digits; None if it is for another model, or there is no such picture."""
-    try:
-        chosen = resolve(DIGITS.process, noise=request.noise, **chosen_fields(request, DIGITS))
-    except (PlanError, Invalid):
-        return None
-    return chosen if request.model in (None, DIGITS.name) else None
+Made = tuple[int, tuple[int, ...], Sampling]  # a seed, what the net is told, and all else that decides a picture
 
 
 def pictures_of(request: GenerateRequest) -> list[Made]:
-    """The pictures that a request stands for."""
-    chosen = sampling(request)
-    return [(request.seed + i, chosen) for i in range(request.n)] if chosen and request.seed is not None else []
+    """The pictures that a request stands for; none if it is for another model, or there are no such pictures."""
+    if request.seed is None or request.model not in (None, DIGITS.name):
+        return []
+    seeds = range(request.seed, request.seed + request.n)
+    said = {"label": request.label, "each": request.labels, "guidance": request.guidance}
+    try:
+        chosen = resolve(DIGITS.process, noise=request.noise, **chosen_fields(request, DIGITS))
+        told = resolve_labels(DIGITS.labels, DIGITS.process.schedule.T, seeds, **said)  # type: ignore[arg-type]
+    except (PlanError, Invalid):
+        return []
+    if told is None:
+        return [(seed, (), chosen) for seed in seeds]
+    chosen = replace(chosen, guidance=told.guidance)
+    null = (NULL,) if chosen.guided else ()
+    return [(seed, (label, *null), chosen) for seed, label in zip(seeds, told.labels, strict=True)]
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +83,8 @@ def asked() -> dict[str, list[GenerateRequest]]:
     params=["as served", *(pytest.param(name, marks=pytest.mark.long) for name in ("float32", "without OpenVINO"))],
 )
 def readable(request: pytest.FixtureRequest, asked: dict[str, list[GenerateRequest]]) -> Iterator[dict[Made, float]]:
-    """How sure the judge is of each picture: in float32, in the numbers that are served here, and by torch alone."""
+    """How sure the judge is of each picture, that it is the digit asked for, or any if none was: in float32, in the
+    numbers that are served here, and by torch alone."""
     dtype = choose_dtype("auto", torch.device("cpu")) if request.param == "as served" else torch.float32
     wanted = frozenset(made for some in [*asked.values(), [SMUDGE]] for one in some for made in pictures_of(one))
     with pytest.MonkeyPatch.context() as patch:
@@ -86,7 +95,10 @@ def readable(request: pytest.FixtureRequest, asked: dict[str, list[GenerateReque
     assert JUDGE.is_file()
     shown = np.stack([pictures[made] for made in wanted]).transpose(0, 3, 1, 2)
     probabilities = judge(load_or_train(JUDGE, load_digits(ROOT / "benchmarks" / "digits.npz")[0]), shown)
-    yield dict(zip(wanted, probabilities.max(1).tolist(), strict=True))
+    yield {
+        made: float(each[made[1][0]] if made[1] else each.max())
+        for made, each in zip(wanted, probabilities, strict=True)
+    }
 
 
 @cache  # where float32 is what is served, two of the three are one
@@ -96,7 +108,8 @@ def make(wanted: frozenset[Made], dtype: torch.dtype, by_openvino: bool) -> dict
     assert isinstance(loaded.net, CpuNet) and loaded.net.runtime.startswith("openvino") == by_openvino
     engine = Engine(prepared(loaded, slots=8, exact=False))
     for made in wanted:
-        engine.submit(Request(made, made[0], plan(DIGITS.process, made[1])))
+        seed, labels, chosen = made
+        engine.submit(Request(made, seed, plan(DIGITS.process, chosen), labels=labels))
     pictures: dict[Made, Picture] = {}
     while engine.busy:
         for event in engine.step():
@@ -109,9 +122,9 @@ def test_every_picture_that_is_asked_for_is_a_digit(
     asked: dict[str, list[GenerateRequest]], readable: dict[Made, float]
 ) -> None:
     requests = [(name, one) for name, some in asked.items() for one in some if one.n <= FEW]
-    unclear = [(name, seed, readable[seed, chosen]) for name, one in requests for seed, chosen in pictures_of(one)]
+    found = [(name, made[0], made[1], readable[made]) for name, one in requests for made in pictures_of(one)]
 
-    assert [picture for picture in unclear if picture[2] < SURE] == []
+    assert [picture for picture in found if picture[-1] < SURE] == []
 
 
 def test_of_a_sheet_three_in_four_are_digits(
@@ -135,13 +148,18 @@ def test_the_judge_that_is_kept_tells_real_digits() -> None:
     assert 0.92 <= (probabilities.max(1) >= 0.9).mean() <= 0.97  # a judge that is sure of everything says little
 
 
-def test_the_picture_in_the_readme_ends_on_digits() -> None:
-    with Image.open(ROOT / "docs" / "denoising.png") as strip:
-        pixels = np.asarray(strip)[::3, ::3]  # as the engine made them, before they were enlarged
-    ends = pixels.reshape(6, 1, 32, -1)[..., -32:]  # [6, 1, 32, 32] the last of each row
-    probabilities = judge(load_or_train(JUDGE, load_digits(ROOT / "benchmarks" / "digits.npz")[0]), ends.copy())
+def test_the_animation_in_the_readme_is_small_and_ends_on_the_ten_digits() -> None:
+    file = ROOT / "docs" / "building.webp"
+    with Image.open(file) as film:
+        film.seek(film.n_frames - 1)  # type: ignore[attr-defined]
+        pixels = np.asarray(film.convert("L").reduce(2))  # about as the server made them, before they were enlarged
+    digits = pixels.reshape(4, 32, 10, 32).swapaxes(1, 2)  # rows of digits, of digits, of emoji, of emoji
+    for half in (digits[:2, :5], digits[:2, 5:]):  # x_t, and x̂_0
+        shown = np.ascontiguousarray(half.reshape(10, 1, 32, 32))
+        probabilities = judge(load_or_train(JUDGE, load_digits(ROOT / "benchmarks" / "digits.npz")[0]), shown)
 
-    assert probabilities.max(1).min() >= SURE
+        assert probabilities[np.arange(10), np.arange(10)].min() >= SURE
+    assert file.stat().st_size <= 400_000
 
 
 def test_these_files_ask_for_pictures(asked: dict[str, list[GenerateRequest]]) -> None:

@@ -2,7 +2,7 @@
 
     from ddpm_client import Client
 
-    made = Client("http://127.0.0.1:8000").generate(seed=586, preset="fast")
+    made = Client("http://127.0.0.1:8000").generate(label=7, seed=42, preset="fast")
     made.image.show()
 
 A call retries until the server has been silent for `timeout_s`. Each job carries an idempotency key, so a retry starts

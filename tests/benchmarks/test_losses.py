@@ -1,13 +1,13 @@
 """The losses of the article: what the benchmark compares is what it writes, and curves are those of their runs."""
 
 import json
-from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from benchmarks.curves import draw
-from benchmarks.losses import SCHEDULE, after, before, between, ratios
+from benchmarks.losses import LOSSES, SCHEDULE, after, before, between, ratios
 from benchmarks.quality import curve
 from tests.test_docs import ROOT
 
@@ -40,11 +40,18 @@ def test_on_average_the_loss_before_is_the_one_after_weighted_and_a_constant() -
         torch.testing.assert_close(averaged, weighted + 1 - ratio.square(), rtol=5e-3, atol=1e-12)
 
 
-def test_the_curves_of_a_model_are_those_of_its_log() -> None:
-    digits = ROOT / "weights" / "digits"
-    log = [json.loads(line) for line in (digits / "training.jsonl").read_text().splitlines()]
+def test_the_picture_that_ships_has_a_curve_for_each_loss() -> None:
+    drawn = (ROOT / "docs" / "pictures" / "losses.svg").read_text()
 
-    assert curve(log) == Path(digits / "curve.svg").read_text()
+    assert drawn.count("<polyline") == len(LOSSES)
+
+
+@pytest.mark.parametrize("name", ["digits", "emoji"])
+def test_the_curves_of_a_model_are_those_of_its_log(name: str) -> None:
+    model = ROOT / "weights" / name
+    log = [json.loads(line) for line in (model / "training.jsonl").read_text().splitlines()]
+
+    assert curve(log) == (model / "curve.svg").read_text()
 
 
 def test_losses_that_are_close_have_an_axis_of_their_own() -> None:

@@ -43,7 +43,7 @@ def test_a_picture_denoises_before_your_eyes_and_can_be_scrubbed_and_saved(page:
     assert len({tuple(drawn) for drawn in (finished, middle, noise)}) == 3
     assert page.point.startswith("after 0 of 100 steps")
     assert page.scrub(page.last_place) == finished
-    assert page.pictures() == site.made(seed=7, steps=100, n=2)
+    assert page.pictures() == site.made(label="random", seed=7, steps=100, n=2)
     assert page.errors() == []
 
 
@@ -90,7 +90,7 @@ def test_a_reload_in_the_middle_of_a_job_goes_on_watching_it(page: Page, site: S
 
     page.until_words("Built in")
     assert page.job == job
-    assert page.pictures() == site.made(seed=5, steps=300)
+    assert page.pictures() == site.made(label="random", seed=5, steps=300)
 
 
 @pytest.mark.long
@@ -106,7 +106,7 @@ def test_a_server_that_is_killed_and_started_again_ends_with_the_same_picture(pa
 
     assert page.until_words("Built in").endswith("although the server was restarted on the way")
     assert page.job == job
-    assert page.pictures() == site.made(seed=8, steps=400)
+    assert page.pictures() == site.made(label="random", seed=8, steps=400)
     assert page.history == ["8"]
 
 
@@ -119,7 +119,7 @@ def test_history_that_the_server_has_lost_is_made_again(page: Page, site: Site) 
 
     page.recall(0)
     page.until_words("Built in")
-    assert page.pictures() == before == site.made(seed=9, steps=20)
+    assert page.pictures() == before == site.made(label="random", seed=9, steps=20)
 
 
 @pytest.mark.parametrize("method", ["DELETE", "POST"])
@@ -193,7 +193,7 @@ def test_an_engine_that_is_killed_is_told_of_and_the_picture_is_the_same(page: P
     page.until_words("The engine failed and is being replaced")
 
     assert page.until_words("Built in").endswith("although the engine was replaced on the way")
-    assert page.pictures() == site.made(seed=10, steps=400)
+    assert page.pictures() == site.made(label="random", seed=10, steps=400)
 
 
 def test_everything_can_be_done_with_keys_alone(page: Page) -> None:
@@ -229,7 +229,7 @@ def test_fields_beside_the_preset_are_for_custom_requests(page: Page, site: Site
     assert [name for name in fields if page.field(name).is_displayed()] == []
     page.build(seed=207, n=1)
     page.until_words("Built in")
-    assert page.pictures() == site.made(seed=207, preset="fast")
+    assert page.pictures() == site.made(label="random", seed=207, preset="fast")
 
     preset.select_by_value("full")
     preset.select_by_value("custom")
@@ -313,9 +313,9 @@ def test_a_refusal_is_told_in_words_at_its_field(page: Page) -> None:
 
 
 def test_the_load_is_shown(page: Page) -> None:
-    page.until(lambda: page.find("slots").text == "0 of 4")
-    page.build(steps=300, n=2)
-    page.until(lambda: page.find("slots").text == "2 of 4" and page.find("step").text.endswith("ms"))
+    page.until(lambda: page.find("slots").text == "0 of 8")  # of two models
+    page.build(steps=300, n=2)  # guided: two slots each
+    page.until(lambda: page.find("slots").text == "4 of 8" and page.find("step").text.endswith("ms"))
     page.find("cancel").click()
     page.until_words("Cancelled")
 

@@ -290,7 +290,14 @@ def test_unsupported_media_types_and_sizes_are_refused(
 
 
 @pytest.mark.parametrize(
-    ("names", "chosen", "usual"), [(["a"], "", "a"), (["a", "b"], "", None), (["a", "b"], "b", "b")]
+    ("names", "chosen", "usual"),
+    [
+        (["a"], "", "a"),
+        (["a", "b"], "", None),
+        (["a", "b"], "b", "b"),
+        (["a", "digits"], "", "digits"),
+        (["a", "digits"], "a", "a"),
+    ],
 )
 def test_models_are_listed_with_the_default_model(
     tmp_path: Path, names: list[str], chosen: str, usual: str | None
