@@ -3,7 +3,7 @@
 It learns from the pictures that the model under test was trained on too, and is itself measured on those that neither
 has seen. A fixed seed makes it; kept in a file, the same judge is asked again. `judge.safetensors` is kept here: the
 tests ask it whether the documents' own examples give readable pictures. One thread (OMP_NUM_THREADS=1) trained it, as
-`python -m benchmarks.quality digits.npz weights/digits --classifier FILE` trains one where there is no FILE.
+`python -m benchmarks.quality benchmarks/digits.npz weights/digits --classifier FILE` trains one where there is no FILE.
 """
 
 import math

@@ -1,6 +1,6 @@
 """How good are the pictures? A judge of real digits looks at a thousand made ones; one JSON line per measure.
 
-    python -m benchmarks.quality digits.npz weights/digits --sheet samples.png --curve curve.svg
+    python -m benchmarks.quality benchmarks/digits.npz weights/digits --sheet samples.png --curve curve.svg
 
 The pictures are those of seeds 0, 1, 2, ...; the judge (`benchmarks.classifier`) is first shown the held-out real
 digits, so that what it says of the made ones can be read against what it says of real ones. Of a conditional model the
@@ -21,8 +21,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from benchmarks.classifier import SHAPE, FloatArray, judge, load_digits, load_or_train
+from benchmarks.classifier import SHAPE, FloatArray, features, judge, load_digits, load_or_train
 from benchmarks.curves import draw
+from benchmarks.distance import Gaussian, distance
 from benchmarks.measure import Measure, machine
 from benchmarks.models import grow_up
 from model.checkpoint.card import ModelCard, read_card
@@ -140,7 +141,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--pictures", type=int, default=1000, help="how many to make (%(default)s)")
     parser.add_argument("--steps", type=int, default=100, help="steps for each (%(default)s)")
     parser.add_argument("--sampler", default="ddim", help="(%(default)s)")
-    parser.add_argument("--preset", choices=PRESETS, help="one of the model's presets, in place of sampler and steps")
+    named = parser.add_mutually_exclusive_group()
+    named.add_argument("--preset", choices=PRESETS, help="one of the model's presets, in place of sampler and steps")
+    named.add_argument("--plan", help="one of the model's plans, in place of sampler and steps")
     parser.add_argument("--guidance", type=float, help="of a conditional model (default: its own)")
     parser.add_argument("--unlabelled", action="store_true", help="ask a conditional model for no digit")
     parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="as in the server (%(default)s)")
@@ -159,8 +162,11 @@ def main() -> None:
     if args.pictures < 1 or args.slots < 1:
         raise SystemExit("--pictures and --slots must be at least 1")
     chosen = card.presets[args.preset] if args.preset else {"sampler": args.sampler, "steps": args.steps}
+    chosen = {"plan": args.plan} if args.plan else chosen
     choice, labels = told(card, resolve(card.process, **chosen), 1 if args.unlabelled else args.guidance)
-    if args.unlabelled and card.labels is not None and card.labels.null is not None:
+    if args.unlabelled:
+        if card.labels is None or card.labels.null is None:
+            raise SystemExit("--unlabelled needs a model with a null label")
         labels = [(card.labels.null,)]
     if args.curve:
         log = (args.directory / "training.jsonl").read_text().splitlines()
@@ -177,9 +183,14 @@ def main() -> None:
     made = make(engine_of(card, dtype, args.slots), plan(card.process, choice), range(args.pictures), labels)
     if args.sheet:
         sheet(made.pictures).save(args.sheet, optimize=True)
-    what = f"{card.name}, {args.pictures} pictures of {choice.steps} steps of {choice.sampler}"
+    how = f"plan {choice.plan}" if choice.plan else f"{choice.steps} steps of {choice.sampler}"
+    what = f"{card.name}, {args.pictures} pictures of {how}"
     what += ", unlabelled" if args.unlabelled else f", guidance {choice.guidance:g}" if labels else ""
-    probabilities = judge(net, made.pictures.transpose(0, 3, 1, 2))
+    pictures = made.pictures.transpose(0, 3, 1, 2)
+    probabilities = judge(net, pictures)
+    order = np.random.default_rng(0).permutation(len(pictures))  # labels come in turns
+    far = distance(features(net, pictures)[order], Gaussian.of(features(net, train.pictures)))
+    print(Measure(f"{what}: Fréchet distance to those trained on", far.corrected, f"± {far.error:.4f}").line())
     for measure in [*of_made(probabilities, what), *([of_asked(probabilities, what)] if len(labels) > 1 else [])]:
         print(measure.line())
     how = f"{str(dtype).removeprefix('torch.')}, {args.slots} at once"

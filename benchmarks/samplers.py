@@ -1,6 +1,6 @@
 """How good are a model's pictures, by sampler and number of steps? A JSON line for each pair, in the order asked for.
 
-    python -m benchmarks.samplers benchmarks/digits.npz benchmarks/digits --steps 5 10 --samplers ddim dpmpp:3 plan:fast
+    python -m benchmarks.samplers benchmarks/digits.npz benchmarks/digits --steps 5 10 --samplers ddim plan:sde-10
     python -m benchmarks.samplers_report build/samplers.jsonl docs/pictures/samplers.svg     the table and a plot
 
 The pictures are those of seeds 0, 1, 2, ... (or of `--first` and on), made by the engine as a server makes them. They

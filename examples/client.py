@@ -11,7 +11,7 @@ from ddpm_client import Client
 seed, folder, url = int(sys.argv[1]), Path(sys.argv[2]), (sys.argv[3:] or ["http://127.0.0.1:8000"])[0]
 folder.mkdir(exist_ok=True)
 with Client(url) as client:
-    made = client.generate(seed=seed, steps=20, frames={"every": 5})
+    made = client.generate(label=3, seed=seed, steps=20, frames={"every": 5})
 for frame in made.frames:
     frame.save(folder / f"{frame.step:04d}.png")
 made[0].save(folder / "picture.png")

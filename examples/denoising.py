@@ -21,7 +21,7 @@ machine = engine.Engine(runner.prepared(load.load_model(digits, torch.device("cp
 table = plan.plan(digits.process, plan.resolve(digits.process, "ddpm", STEPS))
 shown = range(0, STEPS + 1, STEPS // 10)
 for seed in SEEDS:
-    machine.submit(events.Request(seed, seed, table, frames=frozenset(shown)))
+    machine.submit(events.Request(seed, seed, table, frames=frozenset(shown), labels=(seed % 10,)))
 told = [event for _ in iter(lambda: machine.busy, False) for event in machine.step()]
 frames = {(event.id, event.step): event.x for event in told if isinstance(event, events.Preview)}
 strip = Image.fromarray(np.block([[frames[seed, step][:, :, 0] for step in shown] for seed in SEEDS]))

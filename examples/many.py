@@ -13,7 +13,7 @@ from ddpm_client import AsyncClient
 async def main(count: int, folder: Path, url: str) -> None:
     folder.mkdir(exist_ok=True)
     async with AsyncClient(url) as client:
-        for done in asyncio.as_completed([client.generate(seed=seed, steps=20) for seed in range(count)]):
+        for done in asyncio.as_completed([client.generate(label=3, seed=seed, steps=20) for seed in range(count)]):
             made = await done
             made[0].save(folder / f"{made.seed}.png")
             print("seed", made.seed)

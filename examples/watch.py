@@ -13,7 +13,7 @@ from websockets.sync.client import connect
 seed, folder, url = int(sys.argv[1]), Path(sys.argv[2]), (sys.argv[3:] or ["ws://127.0.0.1:8000"])[0]
 folder.mkdir(exist_ok=True)
 with connect(f"{url}/generate/stream") as stream:
-    stream.send(json.dumps({"seed": seed, "frames": {"count": 10, "kind": "both"}}))
+    stream.send(json.dumps({"label": 3, "seed": seed, "frames": {"count": 10, "kind": "both"}}))
     for message in stream:
         if isinstance(message, str):
             said = json.loads(message)

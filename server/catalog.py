@@ -19,7 +19,7 @@ from server.troubles import shortage
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([A-Za-z0-9][\w./-]*))?", re.ASCII)
 MOST_NAMES = 20  # in a message
-SHIPPED = "digits"  # the model of this repository that requests are for which name none
+SHIPPED = "digits"  # of this repository: the default of several models
 LOST_AND_FOUND = "lost+found"  # a folder at the root of every ext4 volume
 
 

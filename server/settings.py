@@ -49,7 +49,9 @@ class Settings(BaseModel):
         "weights",
         description="comma-separated model directories, folders of model directories, and hub ids (org/name@revision)",
     )
-    default_model: str = Field("", description="model of requests that name none; empty: digits, or the only one")
+    default_model: str = Field(
+        "", description="model of requests that name none; empty: `digits` if there is one, else the only one"
+    )
     device: str = Field(
         "auto",
         pattern=r"^(auto|cpu|cuda(:\d{1,3}(,\d{1,3})*)?)$",

@@ -216,11 +216,14 @@ def test_no_number_is_left_to_be_filled_in(document: Path) -> None:
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[Server]:
-    """A server of a tiny model that knows the labels 0 to 9, and can take as many steps as a real one, but takes few
-    unless it is told to."""
+    """A server of two tiny models with the names and the labels of the included ones, which can take as many steps, but
+    take few unless they are told to."""
     schedule = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02}
-    index = {"default_steps": 20, "null_label": 10, "guidance": 2.0}
-    running = Server(write_model(tmp_path / "weights" / "tiny", scheduler=schedule, labels=11, index=index))
+    usual = {"default_steps": 20, "guidance": 2.0}
+    write_model(tmp_path / "weights" / "digits", scheduler=schedule, labels=11, index=usual | {"null_label": 10})
+    groups = {"id2label": {"0": "Smileys & Emotion"}, "null_label": 9}
+    write_model(tmp_path / "weights" / "emoji", scheduler=schedule, labels=10, index=usual | groups)
+    running = Server(tmp_path / "weights")
     try:
         yield running.wait_until_ready()
     finally:
@@ -240,7 +243,7 @@ def test_the_quick_start_works_line_by_line(server: Server, tmp_path: Path) -> N
     watch = [sys.executable, str(ROOT / "examples" / "watch.py"), "207", "frames", f"ws://127.0.0.1:{server.port}"]
     subprocess.run(watch, cwd=tmp_path, capture_output=True, check=True, timeout=60)
 
-    assert statuses == [200, 200, 200, 202, 200, 422]
+    assert statuses == [200, 200, 200, 202, 200, 200, 422]
     with (
         Image.open(tmp_path / "out.png") as picture,
         Image.open(tmp_path / "sheet.png") as sheet,

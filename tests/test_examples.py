@@ -96,7 +96,7 @@ def test_curl_gets_a_contact_sheet_and_a_document(
         assert sheet.size == (32, 24)
 
 
-def test_the_engine_alone_draws_the_picture_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_engine_alone_draws_six_digits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["denoising.py", str(tmp_path / "denoising.png"), "10"])
     runpy.run_path(str(EXAMPLES / "denoising.py"))
 
