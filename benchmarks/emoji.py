@@ -1,6 +1,6 @@
 """How good are the emoji? A small judge of groups, distances to the nearest pictures of the training, and a sheet.
 
-    python -m benchmarks.emoji [MODEL] [--before WEIGHTS_DIR] [--sheet samples.png]
+    python -m benchmarks.emoji [MODEL] [--sheet samples.png]
 
 The judge learns from the pictures that the model was trained on, and is itself measured on those that neither has seen.
 Of each made picture the nearest training picture is looked for, as of each held-out one: a model that only copies has

@@ -65,7 +65,9 @@ def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Elsewhere]:
 @pytest.fixture(scope="package")
 def site(elsewhere: Elsewhere) -> Iterator[Site]:
     """One server for all tests, which starts while the browser does; it may have been restarted since the last one."""
-    running = Site(ROOT / "weights", DDPM_ALLOWED_ORIGINS=elsewhere.allowed, DDPM_FRAME_ANCESTORS=elsewhere.allowed)
+    running = Site(
+        ROOT / "weights" / "digits", DDPM_ALLOWED_ORIGINS=elsewhere.allowed, DDPM_FRAME_ANCESTORS=elsewhere.allowed
+    )
     try:
         yield running
     finally:
@@ -79,7 +81,7 @@ def locked(elsewhere: Elsewhere, tmp_path_factory: pytest.TempPathFactory) -> It
     keys.write_text(f"alice:{hashlib.sha256(KEY.encode()).hexdigest()}\n")
     ours = {"DDPM_API_KEYS": str(keys), "DDPM_PATH_PREFIX": PREFIX}
     theirs = dict.fromkeys(("DDPM_ALLOWED_ORIGINS", "DDPM_FRAME_ANCESTORS"), elsewhere.allowed)
-    running = Site(ROOT / "weights", **ours, **theirs)
+    running = Site(ROOT / "weights" / "digits", **ours, **theirs)
     try:
         yield running
     finally:

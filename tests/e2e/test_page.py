@@ -313,9 +313,9 @@ def test_a_refusal_is_told_in_words_at_its_field(page: Page) -> None:
 
 
 def test_the_load_is_shown(page: Page) -> None:
-    page.until(lambda: page.find("slots").text == "0 of 8")  # of two models
+    page.until(lambda: page.find("slots").text == "0 of 4")
     page.build(steps=300, n=2)  # guided: two slots each
-    page.until(lambda: page.find("slots").text == "4 of 8" and page.find("step").text.endswith("ms"))
+    page.until(lambda: page.find("slots").text == "4 of 4" and page.find("step").text.endswith("ms"))
     page.find("cancel").click()
     page.until_words("Cancelled")
 
