@@ -3,6 +3,7 @@
 import re
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import get_args
 
@@ -17,6 +18,7 @@ from server.errors import ANSWERS, UNFORESEEN
 from server.jobs.schemas import STATUSES, GenerateRequest
 from server.web import watch
 from server.web.generate import ANSWERS as MEDIA
+from tests.model.convert.directories import write_model
 from tests.server.conftest import Server
 
 PAGE = Path(__file__).parents[3] / "docs" / "api.md"
@@ -51,6 +53,17 @@ def test_every_field_status_code_and_kind_of_answer_is_there(client: TestClient)
     assert [row for row in codes if row not in TEXT] == []
     assert [word for word in words if not re.search(rf"[`\"]{re.escape(word)}[`\"]", TEXT)] == []
     assert [code for code in closing if code != str(watch.ABNORMAL_CLOSURE) and code not in TEXT] == []
+
+
+@pytest.fixture
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server of a tiny model that knows the labels of the digits."""
+    index = {"null_label": 10, "guidance": 2.0}
+    running = Server(write_model(tmp_path_factory.mktemp("weights") / "tiny", labels=11, index=index))
+    try:
+        yield running.wait_until_ready()
+    finally:
+        running.stop()
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")

@@ -56,9 +56,6 @@ class Core:
     def __init__(self, said: Sequence[str], compiles: Sequence[str]) -> None:
         self.said, self.compiles, self.tried = said, compiles, list[str]()
 
-    def __call__(self) -> "Core":
-        return self
-
     def get_property(self, device: str, name: str) -> list[str]:
         """What the processor says of itself."""
         assert (device, name) == ("CPU", "OPTIMIZATION_CAPABILITIES")
@@ -92,7 +89,7 @@ def test_a_net_is_run_in_bfloat16_where_the_processor_says_it_can_and_openvino_c
     said: list[str], compiles: list[str], chosen: torch.dtype, tried: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     core = Core(said, compiles)
-    monkeypatch.setattr("model.nets.openvino_graph.ov.Core", core)
+    monkeypatch.setattr(openvino_graph, "CORE", core)
 
     assert device.choose_dtype("auto", CPU) == chosen
     assert core.tried == tried
@@ -111,7 +108,7 @@ def test_without_openvino_torch_is_asked(has: bool, monkeypatch: pytest.MonkeyPa
 
 def test_an_openvino_that_has_ended_an_engine_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     core = Core(["FP32", "BF16"], ["f32", "bf16"])
-    monkeypatch.setattr("model.nets.openvino_graph.ov.Core", core)
+    monkeypatch.setattr(openvino_graph, "CORE", core)
 
     assert device.choose_dtype("auto", CPU, "ended an engine") == torch.float32
     assert core.tried == []
@@ -122,7 +119,7 @@ def test_numbers_that_the_settings_name_are_taken_whatever_the_processor_can_do(
     wanted: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     core = Core([], [])
-    monkeypatch.setattr("model.nets.openvino_graph.ov.Core", core)
+    monkeypatch.setattr(openvino_graph, "CORE", core)
 
     assert device.choose_dtype(wanted, CPU) == dtype
 
