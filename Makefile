@@ -15,11 +15,12 @@ CPU_WHEELS ?= https://download.pytorch.org/whl/cpu
 serve: .venv/serve.stamp
 	$(BIN)/ddpm serve --host $(HOST) --port $(PORT)
 
-# First in parallel, the slowest files at the start; then the tests that measure, alone, even if one of the first failed.
+# First in parallel, the slowest files at the start; then the tests that measure, alone, even if one of the first failed. A
+# process of tests that dies ends the run, which names its test: pytest-xdist may wait for ever for the work of a new one.
 test: WHICH = not long
 test-long: WHICH = long
 test test-long: .venv/test.stamp
-	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m "not alone and $(WHICH)"; first=$$?; \
+	$(BIN)/python -m pytest -n auto --max-worker-restart 0 --dist loadfile --no-loadscope-reorder -m "not alone and $(WHICH)"; first=$$?; \
 	$(BIN)/python -m pytest -m "alone and $(WHICH)" && exit $$first
 
 # All tests as on an x86 processor without AVX-512: each variable limits the instructions of one library.

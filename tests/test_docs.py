@@ -230,6 +230,15 @@ def server(tmp_path: Path) -> Iterator[Server]:
         running.stop()
 
 
+def test_the_animation_of_the_readme_is_made_by_the_example(server: Server, tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "examples" / "building.py"), "film.webp", f"http://127.0.0.1:{server.port}"]
+    environ_of = {"PYTHONPATH": f"{ROOT}:{ROOT / 'client'}", "PATH": "/usr/bin:/bin"}
+    subprocess.run(command, env=environ_of, cwd=tmp_path, check=True, timeout=120)
+
+    with Image.open(tmp_path / "film.webp") as made, Image.open(ROOT / "docs" / "building.webp") as shipped:
+        assert (made.size, made.n_frames) == (shipped.size, shipped.n_frames) == ((640, 256), 10)  # type: ignore[attr-defined]
+
+
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 def test_the_quick_start_works_line_by_line(server: Server, tmp_path: Path) -> None:
     asked = [words for words in commands(QUICK_START) if words[0] == "curl"]

@@ -3,6 +3,7 @@
 import builtins
 import gc
 import os
+import re
 import subprocess
 import sys
 import weakref
@@ -187,6 +188,13 @@ def test_a_signal_is_handled_after_nets_were_dropped() -> None:
     ran = subprocess.run([sys.executable, "-c", SIGNALLED], cwd=root, capture_output=True, text=True)
 
     assert (ran.returncode, ran.stdout) == (0, "told\nalive\n"), ran.stderr
+
+
+def test_all_nets_share_one_core_of_openvino() -> None:
+    root = Path(__file__).parents[3]
+    files = [file for folder in ("model", "server", "benchmarks") for file in (root / folder).rglob("*.py")]
+
+    assert [file.name for file in files if re.search(r"\bCore\(\)", file.read_text())] == ["openvino_graph.py"]
 
 
 def test_a_net_made_in_inference_mode_may_be_used_outside_of_it() -> None:

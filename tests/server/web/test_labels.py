@@ -188,7 +188,6 @@ def test_the_command_asks_for_a_label_and_repeats_its_picture(server: Server, tm
     assert first.read_bytes() == second.read_bytes()
 
 
-@pytest.mark.long
 def test_a_guided_picture_survives_its_engine(server: Server) -> None:
     body = {"seed": 5, "label": "dog", "n": 64, "steps": 30}
     undisturbed = made(server, body)
