@@ -22,7 +22,7 @@ from torch import Tensor
 from benchmarks.curves import draw
 from benchmarks.measure import Measure, machine
 from model.nets.config import Architecture
-from model.sampling.schedule import FloatArray, NoiseSchedule, su_2022
+from model.sampling.schedule import FloatArray, NoiseSchedule, Process, su_2022
 from model.train.data import Pictures
 from model.train.recipe import Recipe
 from model.train.source import find
@@ -85,7 +85,7 @@ class Lesson:
     def __init__(self, pictures: Pictures, loss: Loss, images: int) -> None:
         recipe = Recipe(images=images, batch=BATCH, warm_up=max(1, images // 20), emas=(AVERAGE,), max_norm=math.inf)
         self.pictures, self.loss = pictures, loss
-        self.trainer = Trainer(NET, SCHEDULE, recipe, "cpu")
+        self.trainer = Trainer(NET, Process(SCHEDULE), recipe, "cpu")
         self.ratio = torch.tensor(ratios(SCHEDULE), dtype=torch.float32)  # [T + 1]
 
     def losses(self, step: int, loss: Loss, level: int | None = None) -> Tensor:
@@ -97,8 +97,8 @@ class Lesson:
         x0, t, eps = self.trainer.prepared(self.pictures.draw(step, BATCH)[0])
         t = t if level is None else torch.full_like(t, level)
         omega = torch.randn(eps.shape)
-        x = self.trainer.alpha_bar[t].view(-1, 1, 1, 1) * x0 + self.trainer.beta_bar[t].view(-1, 1, 1, 1) * eps
-        return loss(eps, omega, self.trainer.predict(x, t, None), self.ratio[t].view(-1, 1, 1, 1))
+        out = self.trainer.predict(self.trainer.noised(x0, t, eps), t, None)
+        return loss(eps, omega, out, self.ratio[t].view(-1, 1, 1, 1))
 
     def held_out(self) -> float:
         """|| eps - F ||² of the moving average, over all levels."""

@@ -5,8 +5,8 @@ as soon as there are weights. Its pictures are a folder of images, with a sub-fo
 conditional, or an .npz with an array `images`, and perhaps `labels`. Every minute, at first sooner, it gets a
 checkpoint: the weights (the moving average that is best on held-out pictures), `training.safetensors`, from which the
 same command goes on, a line of `training.jsonl`, and `samples.png`, pictures of always the same seeds; earlier ones are
-in `samples/`. SIGINT and SIGTERM end it at a checkpoint. Under `torchrun --nproc-per-node N -m model.train ...` the
-batch is shared by N processes, one per GPU or CPU core.
+in `samples/`. SIGINT and SIGTERM end it at a checkpoint. Under `torchrun --nproc-per-node N -m -- model.train ...`
+the batch is shared by N processes, one per GPU or CPU core.
 """
 
 import time
@@ -48,7 +48,6 @@ def trainable(directory: Path) -> tuple[Architecture, Process]:
     if arch.class_embed_type == "identity":
         raise config.refuse("class_embed_type", "null or timestep to be trained")
     scheduler = Options("scheduler_config.json", read_json(directory / "scheduler_config.json"))
-    scheduler.word("prediction_type", ("epsilon",), "epsilon")
     return arch, read_process(scheduler.values, {}, arch.learned_variance)
 
 
@@ -66,7 +65,7 @@ def train(
     if not rank:
         report.say(_opening(directory, source, arch, recipe, device))
     pictures = Pictures(source, arch, recipe.balance, None if rank else report.reading)
-    trainer = Trainer(arch, process.schedule, recipe, device)
+    trainer = Trainer(arch, process, recipe, device)
     checkpoints = Checkpoints(trainer, process, directory, pictures.probes(), stop)
     if checkpoints.begin(start) and not rank:
         report.say(f"goes on after {trainer.seen:,} pictures")

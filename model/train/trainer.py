@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from model.nets.config import Architecture
 from model.nets.unet import UNet
-from model.sampling.schedule import NoiseSchedule
+from model.sampling.schedule import Process
 from model.train.recipe import Recipe, ema_at
 
 PROBE_T = (10, 100, 300, 600, 900)  # the held-out loss is taken at these levels of noise (thousandths of T)
@@ -21,14 +21,27 @@ def place() -> tuple[int, int]:
     return (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
 
 
+def _mixed(weights: tuple[Tensor, Tensor], x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+    """Pictures and noise with their weights [T + 1] at t. -> [B, C, H, W]"""
+    of_x0, of_eps = (each[t].view(-1, 1, 1, 1) for each in weights)
+    return of_x0 * x0 + of_eps * eps
+
+
 class Trainer:
     """A net, its moving averages and its optimiser, as they stand after `seen` pictures."""
 
-    def __init__(self, arch: Architecture, schedule: NoiseSchedule, recipe: Recipe, device: str) -> None:
+    def __init__(self, arch: Architecture, process: Process, recipe: Recipe, device: str) -> None:
         self.arch, self.recipe, self.device = arch, recipe, device
-        self.alpha_bar = torch.tensor(schedule.alpha_bar, dtype=torch.float32, device=device)  # [T + 1]
-        self.beta_bar = torch.tensor(schedule.beta_bar, dtype=torch.float32, device=device)  # [T + 1]
-        self.T, self.seen, self.step, self.seconds = schedule.T, 0, 0, 0.0  # seconds: of training, over all runs
+        alpha_bar = torch.tensor(process.schedule.alpha_bar, dtype=torch.float32, device=device)  # [T + 1]
+        beta_bar = torch.tensor(process.schedule.beta_bar, dtype=torch.float32, device=device)  # [T + 1]
+        one, zero = torch.ones_like(alpha_bar), torch.zeros_like(alpha_bar)
+        self.noising = (alpha_bar, beta_bar)  # of x_0 and eps in x_t
+        self.target = {  # of x_0 and eps in what the net is to predict
+            "epsilon": (zero, one),
+            "v_prediction": (-beta_bar, alpha_bar),  # Salimans & Ho (2022), section 4
+            "sample": (one, zero),
+        }[process.prediction]
+        self.T, self.seen, self.step, self.seconds = process.schedule.T, 0, 0, 0.0  # seconds: over all runs
         self.rank, self.world = place()
         torch.manual_seed(0)
         self.net = UNet(arch).to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -47,7 +60,7 @@ class Trainer:
         return [p for name, p in self.parameters() if name.endswith(ends)]
 
     def predict(self, x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
-        """The noise that the net sees in x. x: [B, C, H, W], t, labels: [B] -> [B, C, H, W] float32"""
+        """What the net predicts of x: the noise, v or x_0. x: [B, C, H, W], t, labels: [B] -> [B, C, H, W] float32"""
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.recipe.autocast):
             embedding = self.net.embed(t - 1)
             if labels is not None:
@@ -56,9 +69,14 @@ class Trainer:
         return out.float()
 
     def loss(self, x0: Tensor, t: Tensor, eps: Tensor, labels: Tensor | None = None) -> Tensor:
-        """|| eps - eps_theta(alpha_bar_t x_0 + beta_bar_t eps, t) ||², per picture. x0, eps: [B, C, H, W] -> [B]"""
-        x = self.alpha_bar[t].view(-1, 1, 1, 1) * x0 + self.beta_bar[t].view(-1, 1, 1, 1) * eps
-        return (eps - self.predict(x, t, labels)).square().mean(dim=(1, 2, 3))
+        """|| f - f_theta(x_t, t) ||², per picture, where f is what the net predicts: eps, v or x_0, by the process.
+        x0, eps: [B, C, H, W] -> [B]"""
+        out = self.predict(self.noised(x0, t, eps), t, labels)
+        return (_mixed(self.target, x0, t, eps) - out).square().mean(dim=(1, 2, 3))
+
+    def noised(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """alpha_bar_t x_0 + beta_bar_t eps. x0, eps: [B, C, H, W], t: [B] -> [B, C, H, W]"""
+        return _mixed(self.noising, x0, t, eps)
 
     def update(self, x0: Tensor, labels: Tensor | None = None) -> float:
         """One update with a batch of clean pictures in [-1, 1], and their labels if the net is conditional. Returns the

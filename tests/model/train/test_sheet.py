@@ -19,7 +19,7 @@ from tests.model.tiny import ARCHITECTURE, PROCESS
 def taught(labels: int | None) -> Trainer:
     """A trainer whose moving average is another net than its own."""
     arch = replace(ARCHITECTURE, num_class_embeds=labels)
-    made = Trainer(arch, PROCESS.schedule, Recipe(batch=24, emas=(0.9, 0.99)), "cpu")
+    made = Trainer(arch, PROCESS, Recipe(batch=24, emas=(0.9, 0.99)), "cpu")
     generator = torch.Generator().manual_seed(0)
     for tensor in made.averages[0.99].values():
         tensor.add_(0.1 * torch.randn(tensor.shape, generator=generator))

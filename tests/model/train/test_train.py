@@ -1,5 +1,6 @@
 """Training: it teaches what the directory will be asked for, or refuses to begin; and it can be stopped at any time."""
 
+import argparse
 import json
 import os
 import signal
@@ -22,6 +23,7 @@ from model.errors import ModelRefused
 from model.nets.config import OPENAI
 from model.nets.lucidrains_config import LUCIDRAINS
 from model.train.checkpoints import SHEET, SHEETS, STATE
+from model.train.flags import add_arguments
 from model.train.recipe import Recipe
 from model.train.report import Standing
 from model.train.state import resume
@@ -44,8 +46,6 @@ def trained(directory: Path, recipe: Recipe = RECIPE, start: Path | None = None,
 @pytest.mark.parametrize(
     ("config", "scheduler", "refusal"),
     [
-        ({}, {"prediction_type": "v_prediction"}, 'prediction_type must be one of "epsilon", got "v_prediction"'),
-        ({}, {"prediction_type": "sample"}, 'prediction_type must be one of "epsilon"'),
         ({"out_channels": 2}, {"variance_type": "learned_range"}, "out_channels must be in_channels (1) to be trained"),
         ({}, {"variance_type": "learned_range"}, "variance_type must be learned_range if and only if"),
         ({"_class_name": LUCIDRAINS}, {}, f"_class_name must be UNet2DModel or {OPENAI} to be trained"),
@@ -176,7 +176,7 @@ def test_sigterm_ends_a_process_at_a_checkpoint_and_the_same_command_goes_on(tmp
 def test_two_processes_that_share_the_batch_teach_the_same_as_one(tmp_path: Path) -> None:
     alone, shared = (untrained(tmp_path / name, {"num_class_embeds": 3}) for name in ("alone", "shared"))
     flags = ["--images", "64", "--batch", "8", "--warm-up", "8", "--ema", "0.9", "--device", "cpu"]
-    for directory, launch in ((alone, []), (shared, ["torch.distributed.run", "--nproc-per-node", "2", "-m"])):
+    for directory, launch in ((alone, []), (shared, ["torch.distributed.run", "--nproc-per-node", "2", "-m", "--"])):
         words = ["-m", *launch, "model.train", str(directory / "pictures.npz"), str(directory), *flags]
         subprocess.run([sys.executable, *words], cwd=ROOT, check=True, capture_output=True)
 
@@ -185,6 +185,18 @@ def test_two_processes_that_share_the_batch_teach_the_same_as_one(tmp_path: Path
     for name in one:
         torch.testing.assert_close(other[name], one[name], rtol=1e-3, atol=1e-4)
     assert [line["images"] for line in log_of(shared)] == [64]
+
+
+def test_torchrun_passes_every_flag_of_a_training_on() -> None:
+    from torch.distributed.run import get_args_parser
+
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    own = ["IMAGES", "DIR", *(flag for action in parser._actions for flag in action.option_strings)]
+    launched = get_args_parser().parse_args(["--nproc-per-node", "2", "-m", "--", "model.train", *own])
+
+    assert "--start" in own
+    assert (launched.training_script, launched.training_script_args) == ("model.train", own)
 
 
 def clockwork(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from model.sampling.schedule import NoiseSchedule, Prediction, Process
 from model.train.recipe import Recipe, ema_at
 from model.train.trainer import Trainer
 from tests.model.tiny import ARCHITECTURE, PROCESS, T
@@ -52,6 +53,19 @@ def test_the_loss_is_how_far_the_noise_was_missed_at_both_ends() -> None:
     torch.testing.assert_close(missed, torch.full((2,), 0.25), rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("prediction", "of_x0", "of_eps"), [("epsilon", 0, 1), ("v_prediction", -0.6, 0.8), ("sample", 1, 0)]
+)
+def test_the_loss_is_of_what_the_process_says_that_the_net_predicts(
+    prediction: Prediction, of_x0: float, of_eps: float
+) -> None:
+    process = Process(NoiseSchedule.of([0.36]), prediction)  # alpha_bar_1 = 0.8, beta_bar_1 = 0.6
+    made, pictures, eps, t = Trainer(ARCHITECTURE, process, Recipe(), "cpu"), noise(2), noise(2, seed=1), torch.ones(2)
+    missed = made.loss(pictures, t.long(), eps)  # by a net that predicts 0, as a new one does
+
+    torch.testing.assert_close(missed, (of_x0 * pictures + of_eps * eps).square().mean((1, 2, 3)))
+
+
 def test_the_held_out_loss_is_taken_in_batches_of_the_usual_size() -> None:
     pictures = noise(1).expand(20, -1, -1, -1)
     oracle = with_oracle(made := trainer(batch=8, emas=(0.5, 0.9)), pictures)
@@ -88,7 +102,7 @@ def test_an_average_is_in_the_net_only_for_as_long_as_it_is_looked_at() -> None:
 
 def conditional(**recipe: Any) -> Trainer:
     """A trainer of the tiny net with three labels and the null label."""
-    return Trainer(replace(ARCHITECTURE, num_class_embeds=4), PROCESS.schedule, Recipe(**recipe), "cpu")
+    return Trainer(replace(ARCHITECTURE, num_class_embeds=4), PROCESS, Recipe(**recipe), "cpu")
 
 
 @pytest.mark.parametrize(("dropout", "shares"), [(0.0, [0, 0, 1, 0]), (1.0, [0, 0, 0, 1]), (0.25, [0, 0, 0.75, 0.25])])

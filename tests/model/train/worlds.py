@@ -32,7 +32,7 @@ def untrained(directory: Path, config: dict[str, Any] | None = None, scheduler: 
 
 def trainer(**recipe: Any) -> Trainer:
     """A trainer of the tiny net."""
-    return Trainer(ARCHITECTURE, PROCESS.schedule, Recipe(**recipe), "cpu")
+    return Trainer(ARCHITECTURE, PROCESS, Recipe(**recipe), "cpu")
 
 
 def log_of(directory: Path) -> list[dict[str, Any]]:
