@@ -61,7 +61,7 @@ def test_the_index_names_the_labels_and_is_that_of_a_served_pipeline() -> None:
     assert read_labels(made, architecture(net_config(3, (32, 32), None, 2))) == Labels(
         count=3, null=2, names={0: "cats", 1: "dogs"}, guidance=2.0
     )
-    assert (process.default_steps, process.schedule.T) == (50, 1000)
+    assert (process.default_steps, process.schedule.T, process.prediction) == (50, 1000, "v_prediction")
     assert read_presets(made, process)["fast"]["steps"] == 10
     assert index(()).keys() == made.keys() - {"id2label", "null_label", "guidance"}
 
