@@ -7,6 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from model.nets.unet import UNet
 from model.sampling.plan import plan, resolve
 from model.sampling.reference import sample_together
 from model.sampling.schedule import Process
@@ -43,10 +44,9 @@ def label_of(seed: int, labels: int) -> int:
 @torch.no_grad()
 def sheet(trainer: Trainer, process: Process, ema: float, rows: int = ROWS) -> NDArray[np.uint8]:
     """Pictures of the seeds 0 to 8 rows - 1 by a moving average, a label for each column. -> [rows H, 8 W, C]"""
-    seeds, made = range(rows * COLUMNS), list[Tensor]()
-    with trainer.averaged(ema):
-        for first in range(0, len(seeds), trainer.recipe.batch):
-            made.append(_pictures(trainer, process, seeds[first : first + trainer.recipe.batch]))
+    seeds, made, net = range(rows * COLUMNS), list[Tensor](), trainer.averaged(ema)
+    for first in range(0, len(seeds), trainer.recipe.batch):
+        made.append(_pictures(trainer, net, process, seeds[first : first + trainer.recipe.batch]))
     x = torch.cat(made)  # [8 rows, C, H, W]
     bytes_ = ((x / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).numpy()
     C, H, W = trainer.arch.shape
@@ -55,13 +55,13 @@ def sheet(trainer: Trainer, process: Process, ema: float, rows: int = ROWS) -> N
     return whole
 
 
-def _pictures(trainer: Trainer, process: Process, seeds: range) -> Tensor:
+def _pictures(trainer: Trainer, shown: UNet, process: Process, seeds: range) -> Tensor:
     """[n, C, H, W]"""
     arch, device = trainer.arch, trainer.device
     labels = torch.tensor([label_of(seed, arch.labels) for seed in seeds], device=device) if arch.labels else None
 
     def net(x: Tensor, k: Tensor) -> Tensor:
-        return trainer.predict(x.to(device), k.to(device) + 1, labels).cpu()
+        return trainer.predict(x.to(device), k.to(device) + 1, labels, by=shown).cpu()
 
     *_, (x, _) = sample_together(net, plan_of(process), list(seeds), arch.shape)
     return x

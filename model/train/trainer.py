@@ -1,7 +1,6 @@
 """A net in training: its moving averages, its optimiser, one update after another. `model.train.train` calls it."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import copy
 
 import torch
 from torch import Tensor, distributed
@@ -48,6 +47,7 @@ class Trainer:
         for layer in self._starting_at_zero():
             torch.nn.init.zeros_(layer)
         self.averages = {ema: {name: p.detach().clone() for name, p in self.parameters()} for ema in recipe.emas}
+        self.shown = copy.deepcopy(self.net)  # looks are taken at it, by weights that `averaged` gives it
         self.optimizer = torch.optim.AdamW(self.net.parameters(), recipe.rate, fused=True)
 
     def parameters(self) -> list[tuple[str, Tensor]]:
@@ -59,19 +59,20 @@ class Trainer:
         ends = ("conv2.weight", "conv2.bias", "to_out.0.weight", "to_out.0.bias", "conv_out.weight", "conv_out.bias")
         return [p for name, p in self.parameters() if name.endswith(ends)]
 
-    def predict(self, x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
-        """What the net predicts of x: the noise, v or x_0. x: [B, C, H, W], t, labels: [B] -> [B, C, H, W] float32"""
+    def predict(self, x: Tensor, t: Tensor, labels: Tensor | None, by: UNet | None = None) -> Tensor:
+        """What the net in training, or another, predicts of x: the noise, v or x_0. x: [B, C, H, W], t, labels: [B] -> [B, C, H, W] float32"""
+        net = self.net if by is None else by
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.recipe.autocast):
-            embedding = self.net.embed(t - 1)
+            embedding = net.embed(t - 1)
             if labels is not None:
-                embedding = embedding + self.net.embed_labels()[labels]
-            out: Tensor = self.net(x.contiguous(memory_format=torch.channels_last), embedding)
+                embedding = embedding + net.embed_labels()[labels]
+            out: Tensor = net(x.contiguous(memory_format=torch.channels_last), embedding)
         return out.float()
 
-    def loss(self, x0: Tensor, t: Tensor, eps: Tensor, labels: Tensor | None = None) -> Tensor:
+    def loss(self, x0: Tensor, t: Tensor, eps: Tensor, labels: Tensor | None = None, by: UNet | None = None) -> Tensor:
         """|| f - f_theta(x_t, t) ||², per picture, where f is what the net predicts: eps, v or x_0, by the process.
         x0, eps: [B, C, H, W] -> [B]"""
-        out = self.predict(self.noised(x0, t, eps), t, labels)
+        out = self.predict(self.noised(x0, t, eps), t, labels, by)
         return (_mixed(self.target, x0, t, eps) - out).square().mean(dim=(1, 2, 3))
 
     def noised(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
@@ -140,28 +141,27 @@ class Trainer:
         return {ema: self._held_out_loss(ema, pictures, labels) for ema in self.averages}
 
     def _held_out_loss(self, ema: float, pictures: Tensor, labels: Tensor | None) -> Losses:
-        generator, losses = torch.Generator().manual_seed(1), Losses()
-        with self.averaged(ema):
-            for level in PROBE_T:
-                eps = torch.randn(pictures.shape, generator=generator).to(self.device)
-                t = torch.full((len(pictures),), max(1, level * self.T // 1000), device=self.device)
-                parts = [pictures, t, eps, *([] if labels is None else [labels])]
-                shares = zip(*(part.split(self.recipe.batch) for part in parts), strict=True)
-                losses[level] = round(torch.cat([self.loss(*share) for share in shares]).mean().item(), 5)
+        generator, losses, net = torch.Generator().manual_seed(1), Losses(), self.averaged(ema)
+        for level in PROBE_T:
+            eps = torch.randn(pictures.shape, generator=generator).to(self.device)
+            t = torch.full((len(pictures),), max(1, level * self.T // 1000), device=self.device)
+            parts = [pictures, t, eps, *([] if labels is None else [labels])]
+            shares = zip(*(part.split(self.recipe.batch) for part in parts), strict=True)
+            losses[level] = round(torch.cat([self.loss(*share, by=net) for share in shares]).mean().item(), 5)
         return losses
 
-    @contextmanager
-    def averaged(self, ema: float) -> Iterator[None]:
-        """Within it the net has the weights of a moving average."""
-        kept = {name: p.detach().clone() for name, p in self.parameters()}
-        self.assign(self.averages[ema])
-        try:
-            yield
-        finally:
-            self.assign(kept)
+    def averaged(self, ema: float) -> UNet:
+        """A net with the weights of a moving average, until it is asked for another. A look at it may end anywhere, for
+        the net in training is not touched."""
+        _assign(self.shown, self.averages[ema])
+        return self.shown
 
-    @torch.no_grad()
     def assign(self, values: dict[str, Tensor]) -> None:
-        """Gives the net these weights."""
-        for name, p in self.parameters():
-            p.copy_(values[name])  # in place: the layout must stay the parameter's
+        """Gives the net in training these weights."""
+        _assign(self.net, values)
+
+
+@torch.no_grad()
+def _assign(net: UNet, values: dict[str, Tensor]) -> None:
+    for name, p in net.named_parameters():
+        p.copy_(values[name])  # in place: the layout must stay the parameter's

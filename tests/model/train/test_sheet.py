@@ -32,12 +32,11 @@ def test_each_picture_is_the_one_that_its_seed_and_label_make_alone(labels: int 
     whole = sheet(made, PROCESS, 0.99)
     label = None if labels is None else torch.tensor([label_of(seed, labels)])
 
-    with torch.no_grad(), made.averaged(0.99):
+    @torch.no_grad()
+    def net(x: Tensor, k: Tensor) -> Tensor:
+        return made.predict(x, k + 1, label, by=made.averaged(0.99))
 
-        def net(x: Tensor, k: Tensor) -> Tensor:
-            return made.predict(x, k + 1, label)
-
-        *_, (alone, _) = sample_alone(net, plan_of(PROCESS), seed, ARCHITECTURE.shape)
+    *_, (alone, _) = sample_alone(net, plan_of(PROCESS), seed, ARCHITECTURE.shape)
     row, column = divmod(seed, COLUMNS)
     found = whole[row * 8 : row * 8 + 8, column * 8 : column * 8 + 8, 0].astype(int)
 
