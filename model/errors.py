@@ -43,7 +43,12 @@ def reason(error: Exception) -> str:
     if isinstance(error, KeyError):  # which says only the key
         said = ""
     line = next(iter(said.splitlines()), "").partition("; use sys.")[0]  # which is for programmers
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)[:200] or type(error).__name__
+    return printable(line)[:200] or type(error).__name__
+
+
+def printable(text: str) -> str:
+    """A text for a terminal or a log: names of files may hold anything."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def attempt(call: Callable[[], R]) -> R | Exception:

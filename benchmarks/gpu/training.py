@@ -24,10 +24,10 @@ from model.checkpoint.card import WEIGHTS
 from model.train.checkpoints import LOG, Checkpoints
 from model.train.data import Pictures
 from model.train.flags import uses_bfloat16
-from model.train.recipe import Recipe
+from model.train.recipe import STATE, Recipe
 from model.train.source import find
 from model.train.stop import Stop
-from model.train.train import STATE, train, trainable
+from model.train.train import train, trainable
 from model.train.trainer import Trainer
 
 KEPT_S = 15.0  # of a model's time, for loading, held-out losses and checkpoints

@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+from model.errors import ModelError
 from model.train.flags import add_arguments, run
 from model.usage import Parser
 
@@ -13,7 +14,10 @@ def main() -> int:
     parser.add_argument("directory", type=Path, help="a model directory: config.json and scheduler_config.json")
     add_arguments(parser)
     args = parser.parse_args()
-    number = run(args.source, args.directory, args)
+    try:
+        number = run(args.source, args.directory, args)
+    except (ModelError, OSError, ValueError) as error:
+        parser.error(str(error))
     return 128 + number if number else 0
 
 

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from model.checkpoint.card import WEIGHTS
 from model.sampling.schedule import Process
+from model.train.recipe import STATE
 from model.train.sheet import forwards_of, rows_in, sheet, write_png
 from model.train.state import resume, save, start_from, write_weights
 from model.train.stop import Stop
 from model.train.trainer import PROBE_T, Losses, Trainer
 
-STATE, LOG = "training.safetensors", "training.jsonl"
+LOG = "training.jsonl"
 SHEET, SHEETS = "samples.png", "samples"  # the latest sheet, and a folder of those before
 MORE = 1.1  # a sheet is kept there when so many times as many pictures were seen as at the last
 FREE_S = 15  # seconds that looks of a kind may take beside their share of the time
@@ -54,6 +55,7 @@ class Checkpoints:
     directory: Path
     probes: tuple[Tensor, Tensor | None]  # pictures that are never trained on, and their labels
     stop: Stop
+    names: tuple[str, ...] = ()  # of the labels that the net learns
     clock: Callable[[], float] = time.monotonic
     best: float = field(init=False)  # the moving average to serve
     losses: list[float] = field(default_factory=list)  # since the last line of the log
@@ -69,7 +71,7 @@ class Checkpoints:
     def begin(self, start: Path | None) -> bool:
         """Goes on at the checkpoint, if there is one, else begins with the weights in `start`. Returns whether."""
         if (self.directory / STATE).is_file():
-            self.best = resume(self.trainer, self.directory / STATE) or self.best
+            self.best = resume(self.trainer, self.directory / STATE, self.names) or self.best
             self._kept = self.trainer.seen
             return True
         if start is not None:
@@ -85,19 +87,24 @@ class Checkpoints:
         line: dict[str, Any] = {"images": trainer.seen, "seconds": round(trainer.seconds, 1)}
         if self.losses:
             line |= {"loss": round(sum(self.losses) / len(self.losses), 5), "images_per_s": round(images_per_s, 1)}
+        if first := not (self.directory / SHEET).exists():
+            self._make_sheet(speed, always=True)
         cost = len(self.probes[0]) * len(PROBE_T) * len(trainer.averages) / speed
         line |= self._look(self._for_losses, cost, last, self.held_out) or {}
-        save(trainer, self.directory / STATE, self.best)
+        save(trainer, self.directory / STATE, self.best, self.names)
         write_weights(trainer.averages[self.best], self.directory / WEIGHTS)
         with (self.directory / LOG).open("a") as file:
             file.write(json.dumps(line) + "\n")
         self.losses = []
-        first = not (self.directory / SHEET).exists()
+        if not first:
+            self._make_sheet(speed, always=last)
+        return line
+
+    def _make_sheet(self, speed: float, always: bool) -> None:
         self._rows = self._rows or rows_in(SHEET_S * speed)
-        made = self._look(self._for_sheets, forwards_of(self._rows) / speed, last or first, self._sheet)
+        made = self._look(self._for_sheets, forwards_of(self._rows) / speed, always, self._sheet)
         if made is not None:
             self._write_sheet(made)
-        return line
 
     def _look(self, budget: Budget, expected_s: float, always: bool, look: Callable[[], T]) -> T | None:
         """What a look at the net shows; nothing if there is no time for it."""

@@ -10,9 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from model.errors import reason
 from model.nets.config import Architecture
-from model.train.source import IntArray, Source, find, sound
+from model.train.source import IntArray, Source, WrongPicture, find, named, sound
 
 Uint8Array: TypeAlias = NDArray[np.uint8]
 Told: TypeAlias = Callable[[int, int], None]  # how many pictures have been read, of how many
@@ -36,11 +35,11 @@ def load_dataset(path: Path, shape: tuple[int, int, int]) -> Dataset:
 def read(source: Source, shape: tuple[int, int, int], told: Told | None = None) -> Dataset:
     """All pictures in one size, and their labels. shape: (C, H, W)
 
-    The files of a folder are cropped to their centre and resized. Of an .npz the array `images` is read, [N, H, W],
-    [N, H, W, C] or [N, C, H, W] uint8, and padded with zeros if it is smaller than (H, W). Raises ValueError if a
-    picture is broken or not of 8 bits, or the sizes do not fit.
+    The files of a folder are laid on white where they are transparent, cropped to their centre and resized. Of an .npz
+    the array `images` is read, [N, H, W], [N, H, W, C] or [N, C, H, W] uint8, and padded with zeros if it is smaller
+    than (H, W). Raises ValueError if a picture is broken or not of 8 bits, or the sizes do not fit.
     """
-    images = _from_files(source.files, shape, told) if source.files else _from_npz(source.path)
+    images = _from_files(source, shape, told) if source.files else _from_npz(source.path)
     given, size = images, images.shape
     if images.ndim == 3:
         images = images[:, None]
@@ -68,29 +67,31 @@ def _from_npz(path: Path) -> Uint8Array:
     return sound(path, images)
 
 
-def _from_files(files: tuple[Path, ...], shape: tuple[int, int, int], told: Told | None) -> Uint8Array:
+def _from_files(source: Source, shape: tuple[int, int, int], told: Told | None) -> Uint8Array:
     channels, height, width = shape
-    images = np.empty((len(files), height, width, channels), np.uint8)
-    for number, file in enumerate(files):
-        picture = _picture(file, {1: "L", 3: "RGB"}[channels], (width, height))
+    images = np.empty((source.count, height, width, channels), np.uint8)
+    for number, file in enumerate(source.files):
+        with named(source, file):
+            picture = _picture(file, {1: "L", 3: "RGB"}[channels], (width, height))
         images[number] = picture.reshape(height, width, channels)
         if told is not None:
-            told(number + 1, len(files))
+            told(number + 1, source.count)
     return images.transpose(0, 3, 1, 2)
 
 
 def _picture(file: Path, mode: str, size: tuple[int, int]) -> Uint8Array:
-    """A picture of 8 bits a channel, turned the way up that its camera noted. Raises ValueError."""
+    """A picture of 8 bits a channel, turned the way up that its camera noted, on white. Raises as Pillow does, and
+    WrongPicture."""
     from PIL import Image, ImageOps
 
-    try:
-        with Image.open(file) as opened:
-            opened.draft(mode, (4 * max(size),) * 2)  # a JPEG of many megapixels is decoded at a part of its size
-            upright = ImageOps.exif_transpose(opened)
-    except (Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"{file.name} is not a sound picture: {reason(error)}") from error
+    with Image.open(file) as opened:
+        opened.draft(mode, (4 * max(size),) * 2)  # a JPEG of many megapixels is decoded at a part of its size
+        upright = ImageOps.exif_transpose(opened)
     if upright.mode.startswith(("I", "F")):  # Pillow would cut larger numbers off at 255
-        raise ValueError(f"{file.name} must have 8 bits a channel, not be of Pillow's mode {upright.mode}")
+        raise WrongPicture(f"must have 8 bits a channel, not be of Pillow's mode {upright.mode}")
+    if upright.has_transparency_data:  # what lies under it is anything
+        white = Image.new("RGBA", upright.size, "white")
+        upright = Image.alpha_composite(white, upright.convert("RGBA"))
     return np.asarray(ImageOps.fit(upright.convert(mode), size))
 
 

@@ -93,6 +93,7 @@ def run(path: Path, directory: Path, args: argparse.Namespace, report: Report | 
     """Trains with these flags, alone or as one of the processes that torchrun has started. Returns the signal that
     ended it, or 0. Raises as `model.train.train.train` does."""
     recipe_of(args)  # raises ValueError before anything is loaded
+    import torch
     from torch import distributed
 
     from model.train.train import train
@@ -103,4 +104,9 @@ def run(path: Path, directory: Path, args: argparse.Namespace, report: Report | 
         if device == "cuda":
             device = f"cuda:{os.environ['LOCAL_RANK']}"
     recipe = recipe_of(args, device, autocast=uses_bfloat16(args.dtype, device))
-    return train(path, directory, recipe, device, args.start, report)
+    try:
+        return train(path, directory, recipe, device, args.start, report)
+    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is one; on a CPU torch raises none
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        raise ValueError(f"memory ran out: give a --batch of fewer than {recipe.batch} pictures") from error

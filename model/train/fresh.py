@@ -103,19 +103,22 @@ def _is_sayable(name: str) -> bool:
     return 1 <= len(name) <= MAX_NAME and name.isprintable() and name != RANDOM
 
 
-def labels_index(names: Sequence[str]) -> dict[str, Any]:
-    """What a `model_index.json` says of labels: their names, the null label, and guidance; nothing without labels."""
+def labels_index(names: Sequence[str], guided: bool = True) -> dict[str, Any]:
+    """What a `model_index.json` says of labels: their names, the null label, and guidance; nothing without labels.
+
+    guided: whether the null label is learned, which guidance needs"""
     sayable = {str(label): name for label, name in enumerate(names) if _is_sayable(name)}
-    return {"id2label": sayable, "null_label": len(names), "guidance": GUIDANCE} if names else {}
+    said = {"id2label": sayable, "null_label": len(names)} | ({"guidance": GUIDANCE} if guided else {})
+    return said if names else {}
 
 
-def index(names: Sequence[str]) -> dict[str, Any]:
+def index(names: Sequence[str], guided: bool = True) -> dict[str, Any]:
     """The `model_index.json` of a new net, which knows these labels."""
     return {
         "_class_name": "DDPMPipeline",
         "_diffusers_version": MADE_FOR,
         "default_steps": DEFAULT_STEPS,
-        **labels_index(names),
+        **labels_index(names, guided),
         "scheduler": ["diffusers", "DDPMScheduler"],
         "unet": ["diffusers", "UNet2DModel"],
     }

@@ -3,7 +3,9 @@
 import math
 from dataclasses import dataclass
 
+STATE = "training.safetensors"  # in a model directory: all that a training needs to go on
 IMAGES = 640_000  # pictures to see, where neither they nor minutes are given
+MOST_BATCH, MOST_CROPS = 1 << 16, 1 << 10
 WARM_UP, WARM_UP_SHARE = 50, 1 / 30  # updates, and share of the training: the rate rises for the shorter
 
 
@@ -39,8 +41,10 @@ class Recipe:
                 raise ValueError(f"{name} must lie in 0..1, got {getattr(self, name)}")
         if not self.emas or not all(0 <= decay < 1 for decay in self.emas) or len({*self.emas}) < len(self.emas):
             raise ValueError(f"emas must be different numbers in 0..1, each below 1, got {self.emas}")
-        if self.crops < 0:
-            raise ValueError(f"crops must be at least 0, got {self.crops}")
+        if self.batch > MOST_BATCH:
+            raise ValueError(f"batch must be at most {MOST_BATCH}, got {self.batch}")
+        if not 0 <= self.crops <= MOST_CROPS:
+            raise ValueError(f"crops must lie in 0..{MOST_CROPS}, got {self.crops}")
 
     def done(self, seen: int, seconds: float) -> float:
         """The part of the training that is done after so many pictures and seconds, from 0 to 1."""

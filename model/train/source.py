@@ -4,7 +4,8 @@ Nothing is decoded here. Of a folder's pictures the names are read and, for a ne
 """
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
@@ -18,9 +19,18 @@ from model.errors import reason
 from model.nets.config import MAX_LABELS
 
 IntArray: TypeAlias = NDArray[np.int64]
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+SUFFIXES = {
+    ".png",
+    ".jpg",
+    ".jpeg",
+    ".webp",
+    ".bmp",
+    ".gif",
+    ".tif",
+    ".tiff",
+}  # of an animation the first frame is read
 CHANNELS = (1, 3)  # of a picture: grey, or red, green and blue
-GREY_MODES = {"1", "L", "LA", "La"}  # of Pillow
+GREY_MODES = {"1", "L", "LA", "La", "I;16"}  # of Pillow
 BROKEN = (BadZipFile, EOFError, KeyError, OSError, TypeError, ValueError, zlib.error)  # what reading an .npz raises
 T = TypeVar("T")
 
@@ -34,6 +44,7 @@ class Source:
     labels: IntArray | None = None  # [count]
     names: tuple[str, ...] = ()
     files: tuple[Path, ...] = ()  # of a folder, one for each picture
+    stray: Path | None = None  # a picture beside sub-folders, which therefore are no labels
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +70,12 @@ def _in_folder(path: Path) -> Source:
     files = sorted(file for file in inside if not _is_hidden(file.relative_to(path)))
     if not files:
         raise ValueError(f"{path.name} holds no {', '.join(sorted(SUFFIXES))}")
-    folders = [file.relative_to(path).parts[0] for file in files]
+    folders = [file.relative_to(path).parts[0] for file in files if file.parent != path]
     numbered = all(folder.isdecimal() for folder in folders)
     names = tuple(sorted({*folders}, key=(lambda name: (int(name), name)) if numbered else None))
-    if len(names) < 2 or any(file.parent == path for file in files):
-        return Source(path, len(files), files=tuple(files))
+    if len(names) < 2 or len(folders) < len(files):
+        stray = next((file for file in files if file.parent == path), None) if len(names) > 1 else None
+        return Source(path, len(files), files=tuple(files), stray=stray)
     number = {name: label for label, name in enumerate(names)}
     return Source(path, len(files), np.array([number[folder] for folder in folders]), names, tuple(files))
 
@@ -77,7 +89,9 @@ def _in_npz(path: Path) -> Source:
     def read() -> tuple[int, NDArray[Any] | None, tuple[str, ...]]:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             labels = arrays["labels"] if "labels" in arrays else None
-            return (*header(path)[0], 0)[0], labels, tuple(map(str, arrays["names"])) if "names" in arrays else ()
+            names = tuple(map(str, arrays["names"])) if "names" in arrays else ()
+            shape, _ = header(path)
+            return shape[0] if shape else 0, labels, names
 
     count, labels, names = sound(path, read)
     if labels is None:
@@ -97,7 +111,7 @@ def sound(path: Path, read: Callable[[], T]) -> T:
     try:
         return read()
     except BROKEN as error:
-        raise ValueError(f"{path.name} must be a sound .npz with an array `images`") from error
+        raise ValueError(f"{path.name} must be a folder of pictures, or a sound .npz with an array `images`") from error
 
 
 def header(path: Path) -> tuple[tuple[int, ...], str]:
@@ -110,7 +124,7 @@ def header(path: Path) -> tuple[tuple[int, ...], str]:
 
 def outline(source: Source) -> Outline:
     """What the headers of the pictures say. Raises ValueError if one is broken."""
-    return _outline_of_files(source.files) if source.files else _outline_of_npz(source.path)
+    return _outline_of_files(source) if source.files else _outline_of_npz(source.path)
 
 
 def _outline_of_npz(path: Path) -> Outline:
@@ -123,17 +137,38 @@ def _outline_of_npz(path: Path) -> Outline:
     raise ValueError(f"{path.name} holds {dtype}{list(shape)}, which are no pictures of 1 or 3 channels")
 
 
-def _outline_of_files(files: tuple[Path, ...]) -> Outline:
+def _outline_of_files(source: Source) -> Outline:
     from PIL import Image
 
     sizes, grey = set[tuple[int, int]](), True
-    for file in files:
-        try:
-            with Image.open(file) as opened:
-                exif = opened.getexif() if "exif" in opened.info else {}  # else a PNG would be decoded for it
-                turned = exif.get(0x0112, 1) >= 5  # by the way a camera was held
-                sizes.add(opened.size if turned else opened.size[::-1])
-                grey = grey and opened.mode in GREY_MODES
-        except (Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
-            raise ValueError(f"{file.name} is not a sound picture: {reason(error)}") from error
+    for file in source.files:
+        with named(source, file), Image.open(file) as opened:
+            exif = opened.getexif() if "exif" in opened.info else {}  # else a PNG would be decoded for it
+            turned = exif.get(0x0112, 1) >= 5  # by the way a camera was held
+            sizes.add(opened.size if turned else opened.size[::-1])
+            grey = grey and opened.mode in GREY_MODES
     return Outline(1 if grey else 3, sizes.pop() if len(sizes) == 1 else None)
+
+
+class WrongPicture(ValueError):
+    """A sound picture, but none to train on. The message says what it must be."""
+
+
+@contextmanager
+def named(source: Source, file: Path) -> Iterator[None]:
+    """Within it a picture of a folder is read. Raises ValueError, naming it, if it is broken or a `WrongPicture`."""
+    from PIL import Image
+
+    name = file.relative_to(source.path)
+    try:
+        yield
+    except WrongPicture as error:
+        raise ValueError(f"{name} {error}") from error
+    except (Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"{name} is not a sound picture: {reason(error)}") from error
+
+
+def require_outside(directory: Path, source: Path) -> None:
+    """Raises ValueError if a training in this directory would see its own samples."""
+    if source.is_dir() and directory.resolve().is_relative_to(source.resolve()):
+        raise ValueError(f"{directory} lies in {source}: the next run would be trained on its samples")

@@ -1,6 +1,7 @@
 """The files of a training: its whole state, from which it goes on to the same bits, and the weights to serve."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from model.checkpoint.header import read_header
 from model.checkpoint.load import read_tensors
-from model.errors import ModelRefused
+from model.errors import ModelRefused, printable
 from model.train.trainer import Trainer
 
 AVERAGE = "average"  # of its tensors' names in a state: average.DECAY.NAME
@@ -18,10 +19,10 @@ LABELS = 0.5  # standard deviation of the embeddings of added labels; that of ti
 OPTIMISER = ("step", "exp_avg", "exp_avg_sq")  # AdamW's state of a parameter
 
 
-def save(trainer: Trainer, path: Path, best: float) -> None:
+def save(trainer: Trainer, path: Path, best: float, labels: Sequence[str] = ()) -> None:
     """Writes the whole state of a training to one safetensors file, which is replaced atomically. Raises OSError.
 
-    best: the moving average that is served
+    best: the moving average that is served; labels: their names, if the net learns some
     """
     tensors = {
         f"{AVERAGE}.{ema}.{name}": each for ema, average in trainer.averages.items() for name, each in average.items()
@@ -31,17 +32,19 @@ def save(trainer: Trainer, path: Path, best: float) -> None:
         for key, value in trainer.optimizer.state.get(p, {}).items():
             tensors[f"{key}.{name}"] = value
     numbers = {"seen": trainer.seen, "step": trainer.step, "seconds": round(trainer.seconds, 1), "ema": best}
-    write(tensors, path, {key: str(number) for key, number in numbers.items()})
+    metadata = {key: str(number) for key, number in numbers.items()}
+    write(tensors, path, metadata | ({"labels": json.dumps(labels)} if labels else {}))
 
 
-def resume(trainer: Trainer, path: Path) -> float | None:
+def resume(trainer: Trainer, path: Path, labels: Sequence[str] = ()) -> float | None:
     """Goes on from a state that `save` wrote. Returns the moving average that was served, if the recipe has it.
 
-    Raises ModelRefused if the state is damaged, of another net, or has no moving average that the recipe asks for.
+    Raises ModelRefused if the state is damaged, of another net, has no moving average that the recipe asks for, or has
+    learned other labels.
     """
     try:
         with torch.no_grad():
-            return _resume(trainer, path)
+            return _resume(trainer, path, labels)
     except torch.OutOfMemoryError:
         raise
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -49,9 +52,12 @@ def resume(trainer: Trainer, path: Path) -> float | None:
         raise ModelRefused(f"{path.name} {words}; without it, training begins anew") from error
 
 
-def _resume(trainer: Trainer, path: Path) -> float | None:
+def _resume(trainer: Trainer, path: Path, labels: Sequence[str]) -> float | None:
     with safe_open(path, "pt", device=trainer.device) as file:
         metadata, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}
+    learned = json.loads(metadata.get("labels", "null"))  # which states of earlier versions lack
+    if learned not in (None, [*labels]):
+        raise ModelRefused(printable(f"{path.name} has learned the labels {_some(learned)}, not {_some(labels)}"))
     trainer.seen, trainer.step = int(metadata["seen"]), int(metadata["step"])
     trainer.seconds = float(metadata.get("seconds", 0))  # which states of earlier versions lack
     trainer.assign({name: tensors[f"net.{name}"] for name, _ in trainer.parameters()})
@@ -62,6 +68,10 @@ def _resume(trainer: Trainer, path: Path) -> float | None:
         trainer.optimizer.state[p] = {k: v if k == "step" else torch.empty_like(p).copy_(v) for k, v in kept.items()}
     best = float(metadata.get("ema", "nan"))
     return best if best in trainer.averages else None
+
+
+def _some(labels: Sequence[str]) -> str:
+    return ", ".join(labels[:8]) + (f" and {len(labels) - 8} more" if len(labels) > 8 else "")
 
 
 @torch.no_grad()

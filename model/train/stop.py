@@ -56,10 +56,10 @@ class Stop:
             self._at_once = False
 
     def agree(self, trainer: Trainer) -> bool:
-        """Whether a signal came to any of the processes that share the batch; their clocks become the same."""
-        if trainer.world == 1:
-            return bool(self.signal)
-        told = torch.tensor([float(bool(self.signal)), trainer.seconds], device=trainer.device)
-        distributed.all_reduce(told, distributed.ReduceOp.MAX)
-        trainer.seconds = float(told[1])
-        return bool(told[0])
+        """Whether a signal came to any of the processes that share the batch. All note it, and their clocks become
+        the same."""
+        if trainer.world > 1:
+            told = torch.tensor([float(self.signal), trainer.seconds], device=trainer.device)
+            distributed.all_reduce(told, distributed.ReduceOp.MAX)
+            self.signal, trainer.seconds = int(told[0]), float(told[1])
+        return bool(self.signal)

@@ -1,4 +1,4 @@
-"""Trains a model directory by the seed's loop: noise a picture to a random t in closed form, learn to name the noise.
+"""Trains a model directory by the seed's loop: noise a picture to a random t in closed form, and learn to undo it.
 
 The directory's `config.json` and `scheduler_config.json` say what net is trained on which process; so it can be served
 as soon as there are weights. Its pictures are a folder of images, with a sub-folder for each label if the net is
@@ -19,19 +19,20 @@ import torch
 
 from model.checkpoint.scheduler import read_process
 from model.checkpoint.shapes import count, shapes
+from model.errors import printable
 from model.nets.config import Architecture, architecture
 from model.nets.lucidrains_config import LUCIDRAINS
 from model.options import Options, read_json
 from model.sampling.schedule import Process
-from model.train.checkpoints import SHEET, STATE, Checkpoints
+from model.train.checkpoints import SHEET, Checkpoints
 from model.train.data import Pictures, require_fit
 from model.train.recipe import Recipe
 from model.train.report import Lines, Report, Standing, duration
-from model.train.source import Source, find
+from model.train.source import Source, find, require_outside
 from model.train.stop import Stop
 from model.train.trainer import Trainer, place
 
-__all__ = ["STATE", "train", "trainable"]
+__all__ = ["train", "trainable"]
 EARLY_S, EVERY_S = (10, 30), 60  # after how long the first checkpoints are written, and all others
 MEASURED = 10  # updates after which the speed is told
 RECENT = 50  # updates whose mean loss is told
@@ -60,13 +61,14 @@ def train(
     cannot be trained, ValueError if the pictures do not fit, OSError.
     """
     arch, process = trainable(directory)
+    require_outside(directory, path)
     source, report, stop, (rank, _) = find(path), report or Lines(), Stop(), place()
     require_fit(source, arch)
     if not rank:
         report.say(_opening(directory, source, arch, recipe, device))
     pictures = Pictures(source, arch, recipe.balance, None if rank else report.reading)
     trainer = Trainer(arch, process, recipe, device)
-    checkpoints = Checkpoints(trainer, process, directory, pictures.probes(), stop)
+    checkpoints = Checkpoints(trainer, process, directory, pictures.probes(), stop, source.names if arch.labels else ())
     if checkpoints.begin(start) and not rank:
         report.say(f"goes on after {trainer.seen:,} pictures")
     with stop.listening():
@@ -78,21 +80,27 @@ def _opening(directory: Path, source: Source, arch: Architecture, recipe: Recipe
     """What is about to be done, in a line."""
     (channels, height, width), numbers = arch.shape, "bfloat16" if recipe.autocast else "float32"
     shape = f"{height} x {width} in {'grey' if channels == 1 else 'colour'}"
-    pictures = f"{source.count:,} pictures{_labels(source) if arch.labels else ''}, {shape}"
-    return (
-        f"training {directory.name}: {pictures}; {count(shapes(arch)):,} parameters, on {_place(device)} in {numbers}"
-    )
+    pictures = f"{source.count:,} pictures{_labels(source, arch)}, {shape}"
+    net = f"{count(shapes(arch)):,} parameters, on {_place(device)} in {numbers}"
+    return printable(f"training {directory.name}: {pictures}; {net}")
 
 
-def _labels(source: Source) -> str:
+def _labels(source: Source, arch: Architecture) -> str:
+    """Which labels the net learns of those that the pictures have, or why it learns none."""
+    if source.stray is not None:
+        return f" without labels ({source.stray.name} lies in no sub-folder)"
+    if not source.names:
+        return ""
     names = ", ".join(source.names[:3]) + (", …" if len(source.names) > 3 else "")
-    return f" with {len(source.names)} labels ({names})"
+    unused = "" if arch.labels else ", which config.json has no num_class_embeds for"
+    return f" with {len(source.names)} labels ({names}){unused}"
 
 
 def _place(device: str) -> str:
     _, processes = place()
     shared = f"{processes} processes of " if processes > 1 else ""
-    return f"{device} ({shared}{torch.get_num_threads()} threads)" if device == "cpu" else device
+    threads = torch.get_num_threads()
+    return f"{device} ({shared}{threads} thread{'s' * (threads > 1)})" if device == "cpu" else device
 
 
 @dataclass(slots=True)
@@ -138,7 +146,8 @@ class Training:
         trainer, begun = self.trainer, time.monotonic()
         torch.manual_seed(trainer.step + 1)  # a resumed run sees the same pictures and noise as an uninterrupted one
         loss = trainer.update(*self.pictures.draw(trainer.step, trainer.recipe.batch))
-        self.checkpoints.losses.append(loss)
+        if not trainer.rank:
+            self.checkpoints.losses.append(loss)
         self._recent.append(loss)
         self._updating_s += time.monotonic() - begun
         self._updates += 1

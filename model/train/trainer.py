@@ -47,7 +47,7 @@ class Trainer:
         for layer in self._starting_at_zero():
             torch.nn.init.zeros_(layer)
         self.averages = {ema: {name: p.detach().clone() for name, p in self.parameters()} for ema in recipe.emas}
-        self.shown = copy.deepcopy(self.net)  # looks are taken at it, by weights that `averaged` gives it
+        self.shown: UNet = copy.deepcopy(self.net)  # looks are taken at it, by weights that `averaged` gives it
         self.optimizer = torch.optim.AdamW(self.net.parameters(), recipe.rate, fused=True)
 
     def parameters(self) -> list[tuple[str, Tensor]]:
@@ -60,7 +60,8 @@ class Trainer:
         return [p for name, p in self.parameters() if name.endswith(ends)]
 
     def predict(self, x: Tensor, t: Tensor, labels: Tensor | None, by: UNet | None = None) -> Tensor:
-        """What the net in training, or another, predicts of x: the noise, v or x_0. x: [B, C, H, W], t, labels: [B] -> [B, C, H, W] float32"""
+        """What the net in training, or another, predicts of x: the noise, v or x_0.
+        x: [B, C, H, W], t, labels: [B] -> [B, C, H, W] float32"""
         net = self.net if by is None else by
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.recipe.autocast):
             embedding = net.embed(t - 1)
@@ -69,7 +70,9 @@ class Trainer:
             out: Tensor = net(x.contiguous(memory_format=torch.channels_last), embedding)
         return out.float()
 
-    def loss(self, x0: Tensor, t: Tensor, eps: Tensor, labels: Tensor | None = None, by: UNet | None = None) -> Tensor:
+    def loss(
+        self, x0: Tensor, t: Tensor, eps: Tensor, labels: Tensor | None = None, *, by: UNet | None = None
+    ) -> Tensor:
         """|| f - f_theta(x_t, t) ||², per picture, where f is what the net predicts: eps, v or x_0, by the process.
         x0, eps: [B, C, H, W] -> [B]"""
         out = self.predict(self.noised(x0, t, eps), t, labels, by)

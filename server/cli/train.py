@@ -6,18 +6,20 @@ import shutil
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from tqdm import tqdm
 
-from model.errors import NoSuchDevice, reason
+from model.errors import ModelError, NoSuchDevice, reason
 from model.options import read_json
 from model.train import flags, fresh
+from model.train.recipe import STATE
 from model.train.report import Lines, Standing
-from model.train.source import Source, find, outline
+from model.train.source import Source, find, outline, require_outside
 from model.usage import Parser
 from server.cli.progress import DESCRIBED, progress_bar
 from server.errors import SettingsError, StorageFull
@@ -83,16 +85,33 @@ def main(arguments: Sequence[str]) -> int:
         raise SettingsError(f"{given.images} is not there")
     try:
         flags.recipe_of(given)
-        _configure(given, find(given.images))
-        device = flags.device_of(given.device)
-        if not flags.has_device(device):
-            raise NoSuchDevice(f"--device must be cpu, or a GPU that PyTorch finds here, got {device!r:.40}")
-        number = _run(given)
+        require_outside(given.out, given.images)
+        with _undone_if_refused(given.out):
+            _configure(given, find(given.images))
+            device = flags.device_of(given.device)
+            if not flags.has_device(device):
+                raise NoSuchDevice(f"--device must be cpu, or a GPU that PyTorch finds here, got {device!r:.40}")
+            number = _run(given)
     except ValueError as error:
         raise SettingsError(str(error)) from None
     except OSError as error:
         raise StorageFull(f"--out {given.out} cannot be written: {error.strerror or error}") from None
     return SIGNALLED + number if number else 0
+
+
+@contextmanager
+def _undone_if_refused(directory: Path) -> Iterator[None]:
+    """If an error comes before there is a checkpoint, the configurations written meanwhile are removed: pictures that
+    are mended may need others."""
+    new = [directory / name for name in (*CONFIGURATIONS, INDEX) if not (directory / name).exists()]
+    try:
+        yield
+    except (ModelError, SettingsError, OSError, ValueError):
+        if not (directory / STATE).exists():
+            with suppress(OSError):
+                for path in new:
+                    path.unlink(missing_ok=True)
+        raise
 
 
 def _run(given: Namespace) -> int:
@@ -107,12 +126,12 @@ def _configure(given: Namespace, source: Source) -> None:
     directory, there = given.out, [(given.out / name).is_file() for name in CONFIGURATIONS]
     if given.config is not None and not all((given.config / name).is_file() for name in CONFIGURATIONS):
         raise SettingsError(f"--config must be a folder with {' and '.join(CONFIGURATIONS)}")
-    made: dict[str, dict[str, Any]] = {}
+    made, guided = dict[str, dict[str, Any]](), given.label_dropout > 0
     if given.config is None and not all(there):
         pictures = outline(source)
         sides = fresh.sides_for(pictures, given.size)
         made[CONFIG] = fresh.net_config(pictures.channels, sides, given.width, len(source.names))
-        made |= {SCHEDULER: fresh.scheduler_config(), INDEX: fresh.index(source.names)}
+        made |= {SCHEDULER: fresh.scheduler_config(), INDEX: fresh.index(source.names, guided)}
     try:
         directory.mkdir(parents=True, exist_ok=True)
         for name in CONFIGURATIONS:
@@ -120,7 +139,7 @@ def _configure(given: Namespace, source: Source) -> None:
                 shutil.copy(given.config / name, directory / name)
         config = read_json(directory / CONFIG) if (directory / CONFIG).is_file() else made[CONFIG]
         if INDEX not in made and config.get("num_class_embeds"):
-            made[INDEX] = fresh.labels_index(source.names)
+            made[INDEX] = fresh.labels_index(source.names, guided)
         for name, values in made.items():
             if not (directory / name).exists():
                 (directory / name).write_text(json.dumps(values, indent=2) + "\n")

@@ -18,7 +18,8 @@ from benchmarks.gpu.training import DRY_RECIPE, seen_before
 from benchmarks.models import TINY, random_model
 from model.checkpoint.card import WEIGHTS, read_card
 from model.checkpoint.load import load_model
-from model.train.train import STATE, train
+from model.train.recipe import STATE
+from model.train.train import train
 
 STAGES = ["facts", "smoke", "correctness", "speed", "server", "compiled", "tiles", "training"]
 

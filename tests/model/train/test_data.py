@@ -65,6 +65,29 @@ def test_a_picture_of_more_than_bytes_is_refused_and_not_cut_off(tmp_path: Path)
         load_images(tmp_path, (1, 8, 8))
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB"])
+def test_what_is_transparent_is_white(tmp_path: Path, mode: str) -> None:
+    opaque = Image.fromarray(random(8, 8, 3)).convert("P", palette=Image.Palette.ADAPTIVE, colors=8)
+    hidden = np.zeros((8, 8), bool)
+    hidden[:4] = True
+    if mode == "P":
+        pixels = np.where(hidden, 3, np.asarray(opaque) % 3).astype(np.uint8)
+        made = Image.frombytes("P", (8, 8), pixels.tobytes())
+        made.putpalette(opaque.getpalette() or [])
+        made.save(tmp_path / "a.png", transparency=3)
+    elif mode == "RGB":  # one colour stands for transparent
+        made = Image.fromarray(np.where(hidden[..., None], [1, 2, 3], [200, 100, 50]).astype(np.uint8))
+        made.save(tmp_path / "a.png", transparency=(1, 2, 3))
+    else:
+        made = opaque.convert(mode)
+        made.putalpha(Image.fromarray(np.where(hidden, 0, 255).astype(np.uint8)))
+        made.save(tmp_path / "a.png")
+    found = load_images(tmp_path, (3, 8, 8))
+
+    assert (found[0, :, :4] == 255).all()
+    assert not (found[0, :, 4:] == 255).all()
+
+
 @pytest.mark.parametrize("kept", [4, 100])
 def test_a_broken_picture_is_named(tmp_path: Path, kept: int) -> None:
     Image.fromarray(random(64, 64)).save(tmp_path / "broken.png")

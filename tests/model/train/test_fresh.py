@@ -63,6 +63,7 @@ def test_the_index_names_the_labels_and_is_that_of_a_served_pipeline() -> None:
     )
     assert (process.default_steps, process.schedule.T, process.prediction) == (50, 1000, "v_prediction")
     assert read_presets(made, process)["fast"]["steps"] == 10
+    assert index(("cats", "dogs"), guided=False) == {key: said for key, said in made.items() if key != "guidance"}
     assert index(()).keys() == made.keys() - {"id2label", "null_label", "guidance"}
 
 

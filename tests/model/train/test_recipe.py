@@ -25,7 +25,9 @@ from model.train.recipe import Recipe, ema_at
         ({"emas": ()}, "emas must be different numbers"),
         ({"emas": (1.0,)}, "emas must be different numbers"),
         ({"emas": (0.9, 0.9)}, "emas must be different numbers"),
-        ({"crops": -1}, "crops must be at least 0"),
+        ({"batch": 10**8}, "batch must be at most 65536"),
+        ({"crops": -1}, r"crops must lie in 0\.\.1024"),
+        ({"crops": 10**8}, r"crops must lie in 0\.\.1024"),
     ],
 )
 def test_numbers_out_of_bounds_are_refused(numbers: dict[str, Any], refusal: str) -> None:

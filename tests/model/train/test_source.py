@@ -40,7 +40,9 @@ def test_pictures_beside_folders_or_in_one_alone_have_no_labels(tmp_path: Path, 
     for name in names:
         picture(tmp_path / name, 8, 8)
 
-    assert (find(tmp_path).count, find(tmp_path).labels) == (len(names), None)
+    found = find(tmp_path)
+    assert (found.count, found.labels) == (len(names), None)
+    assert found.stray == (tmp_path / "a.png" if len(names) == 3 else None)
 
 
 def test_what_a_system_keeps_beside_pictures_is_none_of_them(tmp_path: Path) -> None:
@@ -54,7 +56,7 @@ def test_what_a_system_keeps_beside_pictures_is_none_of_them(tmp_path: Path) -> 
 
 def test_a_folder_without_pictures_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").touch()
-    with pytest.raises(ValueError, match="holds no .bmp, .jpeg, .jpg, .png, .webp"):
+    with pytest.raises(ValueError, match="holds no .bmp, .gif, .jpeg, .jpg, .png, .tif, .tiff, .webp"):
         find(tmp_path)
 
 
@@ -88,7 +90,9 @@ def test_labels_that_do_not_fit_the_pictures_are_refused(tmp_path: Path, arrays:
 @pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04 and no more"])
 def test_a_file_that_is_no_npz_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "pictures.npz").write_bytes(content)
-    with pytest.raises(ValueError, match="pictures.npz must be a sound .npz with an array `images`"):
+    with pytest.raises(
+        ValueError, match="pictures.npz must be a folder of pictures, or a sound .npz with an array `images`"
+    ):
         find(tmp_path / "pictures.npz")
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -22,9 +23,10 @@ from model.checkpoint.card import WEIGHTS, read_card
 from model.errors import ModelRefused
 from model.nets.config import OPENAI
 from model.nets.lucidrains_config import LUCIDRAINS
-from model.train.checkpoints import SHEET, SHEETS, STATE
+from model.train.__main__ import main as command
+from model.train.checkpoints import SHEET, SHEETS
 from model.train.flags import add_arguments
-from model.train.recipe import Recipe
+from model.train.recipe import STATE, Recipe
 from model.train.report import Standing
 from model.train.state import resume
 from model.train.train import train
@@ -148,7 +150,7 @@ def test_a_signal_ends_a_look_at_once_and_the_checkpoint_has_all_but_the_look(tm
 
     assert (directory / WEIGHTS).exists() and (directory / STATE).exists()
     assert not (directory / SHEET).exists()
-    assert "held_out" in log_of(directory)[-1]
+    assert "held_out" not in log_of(directory)[-1]
 
 
 @pytest.mark.long
@@ -244,12 +246,53 @@ def test_it_says_first_what_it_will_do_and_after_ten_updates_how_long_that_takes
     clockwork(monkeypatch, 0.5)
     trained(directory, replace(RECIPE, images=88), told=told)
     parameters = sum(tensor.numel() for tensor in load_file(directory / WEIGHTS).values())
+    threads = torch.get_num_threads()
 
     assert told.lines[0] == (
         f"training mine: 40 pictures with 2 labels (0, 1), 8 x 8 in grey; {parameters:,} parameters, on cpu"
-        f" ({torch.get_num_threads()} threads) in float32"
+        f" ({threads} thread{'s' if threads > 1 else ''}) in float32"
     )
     assert told.lines[1].startswith("16.0 pictures per second: 88 pictures in 0 s; what it makes is in mine/")
+
+
+def test_it_says_that_labels_are_not_learned(tmp_path: Path) -> None:
+    trained(untrained(tmp_path), told=(told := Told()))
+
+    assert "40 pictures with 2 labels (0, 1), which config.json has no num_class_embeds for, 8 x 8" in told.lines[0]
+
+
+def test_it_does_not_go_on_with_other_labels(tmp_path: Path) -> None:
+    directory = untrained(tmp_path, {"num_class_embeds": 3})
+    trained(directory)
+    arrays = dict(np.load(directory / "pictures.npz"))
+    np.savez(directory / "pictures.npz", **arrays, names=np.array(["ants", "zebras"]))
+
+    with pytest.raises(ModelRefused, match="training.safetensors has learned the labels 0, 1, not ants, zebras"):
+        trained(directory)
+
+
+def test_a_training_among_its_own_pictures_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"mine lies in .*: the next run would be trained on its samples"):
+        train(tmp_path, untrained(tmp_path / "mine"), RECIPE, "cpu", report=Told())
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), torch.OutOfMemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_a_batch_for_which_there_is_no_memory_is_an_error_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], error: Exception
+) -> None:
+    words = ["model.train", str(tmp_path / "pictures.npz"), str(untrained(tmp_path)), "--batch", "4096"]
+    with (
+        mock.patch.object(sys, "argv", words),
+        mock.patch("model.train.train.Training.run", side_effect=error),
+        pytest.raises(SystemExit) as ended,
+    ):
+        command()
+
+    assert ended.value.code == 2
+    said = "model.train: memory ran out: give a --batch of fewer than 4096 pictures"
+    assert capsys.readouterr().err == f"{said} (usage: model.train --help)\n"
 
 
 def test_the_average_that_is_best_on_held_out_pictures_is_served(tmp_path: Path) -> None:

@@ -40,7 +40,8 @@ class Oracle(nn.Module):
 
 def with_oracle(made: Trainer, pictures: Tensor) -> Oracle:
     """Puts an oracle in the place of the net."""
-    made.net = made.shown = oracle = Oracle(pictures)
+    oracle = Oracle(pictures)
+    made.net = made.shown = oracle  # type: ignore[assignment]
     made.averages = dict.fromkeys(made.averages, {})
     return oracle
 

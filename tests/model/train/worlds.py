@@ -8,9 +8,9 @@ import numpy as np
 from safetensors import safe_open
 
 from model.checkpoint.card import WEIGHTS
-from model.train.checkpoints import LOG, STATE
+from model.train.checkpoints import LOG
 from model.train.data import Uint8Array
-from model.train.recipe import Recipe
+from model.train.recipe import STATE, Recipe
 from model.train.report import Standing
 from model.train.trainer import Trainer
 from tests.model.convert.directories import write_model

@@ -78,6 +78,43 @@ def test_the_same_command_goes_on_and_leaves_the_configurations_as_they_are(
     assert json.loads((out / "model_index.json").read_text()) == {"default_steps": 7}
 
 
+def test_a_directory_that_was_refused_is_made_anew_for_pictures_that_are_mended(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, out = tmp_path / "pictures", tmp_path / "mine"
+    for number in range(10):
+        (folder / "deep").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((8, 8), number, np.uint8)).save(folder / f"{number}.png")
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
+    Image.fromarray(pixels).save(folder / "deep" / "colour.png")
+    (folder / "deep" / "colour.png").write_bytes((folder / "deep" / "colour.png").read_bytes()[:100])
+    command = ["train", str(folder), "--out", str(out), *QUICK]
+    assert main.main(command) == 2
+    assert "deep/colour.png is not a sound picture" in capsys.readouterr().err
+    assert [*out.iterdir()] == []
+
+    (folder / "deep" / "colour.png").unlink()
+    assert main.main(command) == 0
+    assert read_card(out).shape[0] == 1
+
+
+def test_a_picture_beside_sub_folders_is_why_there_are_no_labels(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(folder / "stray.png")
+    assert main.main(["train", str(folder), "--out", str(tmp_path / "mine"), *QUICK]) == 0
+
+    assert "41 pictures without labels (stray.png lies in no sub-folder), 8 x 8" in capsys.readouterr().out
+
+
+def test_a_directory_among_the_pictures_is_refused_before_it_is_made(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main.main(["train", str(folder), "--out", str(folder / "mine"), *QUICK]) == 2
+    assert "would be trained on its samples" in capsys.readouterr().err
+    assert not (folder / "mine").exists()
+
+
 def test_configurations_may_be_those_of_another_model(weights: Path, tmp_path: Path) -> None:
     np.savez(tmp_path / "pictures.npz", images=np.zeros((40, 8, 8), np.uint8))
     source, out = str(tmp_path / "pictures.npz"), tmp_path / "new"
