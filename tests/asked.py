@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from server.cli.generate import FIELDS
+from server.cli.fields import FIELDS
 from server.cli.generate import PRESET as COMMAND_PRESET
 from server.errors import Invalid, Malformed
 from server.jobs.request import CHOICES

@@ -58,7 +58,7 @@ def _parse(url: str) -> httpx.URL:
 
 
 def request_options(effect: Send) -> dict[str, Any]:
-    """The arguments for httpx's `request`."""
+    """The arguments for httpx's `request`. Raises ValueError for NaN and infinity, which JSON lacks."""
     timeout = httpx.Timeout(effect.timeout_s, connect=min(effect.timeout_s, CONNECT_S))
     return dict(method=effect.method, url=effect.path, json=effect.json, headers=effect.headers, timeout=timeout)
 

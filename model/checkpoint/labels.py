@@ -1,6 +1,6 @@
 """What the `model_index.json` of a conditional net says of its labels.
 
-"id2label": {"0": "cat", "1": "dog"}   names of labels, as diffusers' DiTPipeline has them
+"id2label": {"0": "cat", "1": "dog"}   names of labels, or several between commas, as diffusers' DiTPipeline has them
 "null_label": 2                        the label that stands for none, if the net was trained with one
 "guidance": 2.0                        classifier-free guidance of pictures with a label, unless a request says more
 """
@@ -39,7 +39,7 @@ def _names(options: Options, count: int) -> dict[int, str]:
     if not isinstance(given, dict) or not {*given} <= {*map(str, range(count))}:
         raise options.refuse("id2label", f"an object of names by label, from 0 to {count - 1}")
     sound = all(isinstance(name, str) and 1 <= len(name) <= MAX_NAME and name.isprintable() for name in given.values())
-    if not sound or len({*given.values()}) < len(given) or RANDOM in given.values():
-        words = f"of different names, each of 1..{MAX_NAME} printable characters, none of them {RANDOM}"
+    if not sound or RANDOM in given.values():
+        words = f"of names, each of 1..{MAX_NAME} printable characters, none of them {RANDOM}"
         raise options.refuse("id2label", words)
     return {int(label): name for label, name in given.items()}

@@ -24,26 +24,39 @@ class Labels:
     null: int | None = None  # stands for no label
     names: Mapping[int, str] = field(default_factory=dict)  # by label, of those that have one
     guidance: float = 1.0  # unless a request says otherwise
-    _numbers: Mapping[str, int] = field(init=False, repr=False, compare=False)  # by name
+    _meanings: Mapping[str, list[int]] = field(init=False, repr=False, compare=False)  # labels by what they are called
 
     def __post_init__(self) -> None:
-        numbers = {name: label for label, name in self.names.items() if label != self.null}
-        object.__setattr__(self, "_numbers", numbers)
+        """A label is called by its name, by the parts between its commas ("tench, Tinca tinca"), or by its number: the
+        first of these that any label is called by."""
+        named = [(label, name) for label, name in self.names.items() if label != self.null]
+        parts = [(label, part.strip()) for label, name in named for part in name.split(",")]
+        numbers = [(label, str(label)) for label in self.choices]
+        meanings: dict[str, list[int]] = {}
+        for words in (named, parts, numbers):
+            known = {*meanings}
+            for label, word in words:
+                if word and word not in known and label not in meanings.setdefault(word, []):
+                    meanings[word].append(label)
+        object.__setattr__(self, "_meanings", meanings)
 
     @property
     def choices(self) -> tuple[int, ...]:
         """The labels that may be asked for."""
         return tuple(label for label in range(self.count) if label != self.null)
 
-    def number(self, label: Label, where: str) -> int:
-        """A label by its number or its name. Raises PlanError naming the field."""
-        if isinstance(label, str):
-            if label in self._numbers:
-                return self._numbers[label]
-            raise PlanError(where, f"{where} must be {self._allowed()}")
-        if 0 <= label < self.count and label != self.null:
-            return label
-        raise PlanError(where, f"{where} must be {self._allowed()}, got {label}")
+    def of(self, label: Label, seed: int, where: str) -> int:
+        """The label of a seed's picture, by its number, its name or `RANDOM`. Raises PlanError naming the field."""
+        if label == RANDOM:
+            return self.drawn(seed)
+        told = where.replace("/", ".")
+        if isinstance(label, str) and len(meant := self._meanings.get(label, [])) > 1:
+            numbers = " and ".join(map(str, meant[:8]))
+            raise PlanError(where, f"{told} must be a number: {label} is the name of the labels {numbers}")
+        found = (meant or [-1])[0] if isinstance(label, str) else label
+        if 0 <= found < self.count and found != self.null:
+            return found
+        raise PlanError(where, f"{told} must be {self._allowed()}, got {ascii(label)}")
 
     def _allowed(self) -> str:
         first, last = int(self.null == 0), self.count - 1 - (self.null == self.count - 1)
@@ -51,19 +64,20 @@ class Labels:
             f" but {self.null}, which stands for none" if self.null is not None and first < self.null < last else ""
         )
         numbers = f"{first}..{last}{beside}" if first < last else str(first)
-        if not self._numbers:
+        known = list(dict.fromkeys(name for label, name in self.names.items() if label != self.null))
+        if not known:
             return f"{RANDOM} or a label {numbers}"
-        known = list(self._numbers)
         shown = ", ".join(known[:12]) + (", ..." if len(known) > 12 else "")
         return f"{RANDOM}, a label {numbers}, or one of its names: {shown}"
 
     def meant(self, text: str) -> int | None:
-        """The label of which a text is the name, in any case, or the number; None if it is neither."""
-        named = {name.casefold(): label for name, label in self._numbers.items()}
-        if (label := named.get(text.casefold())) is not None:
-            return label
-        number = int(text) if text.isdecimal() and len(text) <= 6 else -1
-        return number if 0 <= number < self.count and number != self.null else None
+        """The one label that is called so, in any case; None if there is none, or several."""
+        if len(label := self._meanings.get(text, [])) == 1:
+            return label[0]
+        called = {
+            label for word, labels in self._meanings.items() if word.casefold() == text.casefold() for label in labels
+        }
+        return called.pop() if len(called) == 1 else None
 
     def drawn(self, seed: int) -> int:
         """The label that belongs to a seed: any of those that may be asked for, each as likely."""
@@ -116,13 +130,13 @@ def resolve_labels(
                 raise PlanError(name, f"{name} applies to pictures with a label only")
         return None
     wanted = each if each is not None else [RANDOM if label is None else label] * len(seeds)
-    field_name = "label" if each is None else "labels"
-    found = tuple(
-        labels.drawn(seed) if one == RANDOM else labels.number(one, field_name)
-        for seed, one in zip(seeds, wanted, strict=True)
-    )
+    fields = [f"labels/{i}" if each is not None else "label" for i in range(len(seeds))]
+    found = tuple(map(labels.of, wanted, seeds, fields))
     strength = _guidance(labels, guidance, interval)
-    return Conditions(labels=found, guidance=strength, interval=_interval(T, interval, strength))
+    if interval is not None and strength == 1:
+        why = "changes nothing" if guidance is not None else "is this model's own"
+        raise PlanError("guidance_interval", f"guidance_interval must be left out with guidance 1, which {why}")
+    return Conditions(labels=found, guidance=strength, interval=_interval(T, interval))
 
 
 def _guidance(labels: Labels, guidance: float | None, interval: Sequence[int] | None) -> float:
@@ -138,14 +152,10 @@ def _guidance(labels: Labels, guidance: float | None, interval: Sequence[int] | 
     return strength
 
 
-def _interval(T: int, given: Sequence[int] | None, guidance: float) -> tuple[int, int] | None:
+def _interval(T: int, given: Sequence[int] | None) -> tuple[int, int] | None:
     """The given interval. Raises PlanError unless it is two levels in T..1, the higher first."""
     if given is None:
         return None
-    if guidance == 1:
-        raise PlanError(
-            "guidance_interval", "guidance_interval must be left out with guidance 1, which changes nothing"
-        )
     if len(given) != 2 or not T >= given[0] >= given[1] >= 1:
         shown = f", got {list(given)}" if len(given) == 2 else ""
         raise PlanError(

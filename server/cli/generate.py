@@ -2,10 +2,10 @@
 
 import sys
 from argparse import ArgumentTypeError, BooleanOptionalAction, Namespace
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, cast, get_type_hints
+from typing import Any, cast
 
 from ddpm_client import Event, Frames, Picture, Pictures, Progress, Queued, Request
 from ddpm_client.protocol import Animation
@@ -14,42 +14,12 @@ from tqdm import tqdm
 
 from model.usage import Parser
 from server.cli import connect
+from server.cli.fields import FIELDS, METAVARS, WRITTEN
 from server.cli.progress import COUNTED, progress_bar
 from server.errors import SettingsError
 from server.jobs.request import CHOICES
 from server.jobs.schemas import GenerateRequest
 
-
-def numbers(text: str) -> list[int]:
-    """The integers of a list, with brackets or without. Raises ArgumentTypeError."""
-    try:
-        return [int(number) for number in text.strip("[]").split(",")]
-    except ValueError:
-        raise ArgumentTypeError("must be integers with commas, such as 900,500,100") from None
-
-
-def label(text: str) -> int | str:
-    """A label by its number, or by its name."""
-    return int(text) if text.isdecimal() else text
-
-
-def labels(text: str) -> list[int | str]:
-    """The labels of a list, with brackets or without."""
-    return [label(each.strip()) for each in text.strip("[]").split(",")]
-
-
-METAVARS: dict[Callable[[str], Any], str] = {
-    int: "N",
-    float: "X",
-    str: "WORD",
-    numbers: "N,N,...",
-    label: "LABEL",
-    labels: "LABEL,...",
-}
-READERS: dict[Any, Callable[[str], Any]] = {int: int, float: float, str: str, int | str: label}
-READERS |= {Sequence[int]: numbers, Sequence[int | str]: labels}
-# How each field is read, from a flag and from a PNG
-FIELDS = {name: READERS[kind] for name, kind in get_type_hints(Request).items() if kind in READERS}
 ANIMATIONS: dict[str, Animation] = {".gif": "gif", ".apng": "apng", ".png": "apng", ".webp": "webp"}
 OTHER_FORMATS = (".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".npy", ".zip")  # none is written by -o
 PRESET = "fast"
@@ -157,7 +127,7 @@ def _request(given: Namespace, before: Mapping[str, str]) -> Request:
 def _repeated(before: Mapping[str, str], told: Mapping[str, Any]) -> dict[str, Any]:
     """The request that made the picture before, without what the flags replace. Raises SettingsError."""
     try:
-        request: dict[str, Any] = {name: read(before[name]) for name, read in FIELDS.items() if name in before}
+        request: dict[str, Any] = {name: read(before[name]) for name, read in WRITTEN.items() if name in before}
     except (ValueError, ArgumentTypeError):
         raise SettingsError("--like: the picture does not say in numbers what made it") from None
     if "clip" in before:
@@ -174,6 +144,8 @@ def _repeated(before: Mapping[str, str], told: Mapping[str, Any]) -> dict[str, A
         gone |= {"steps", "spacing"}
     if told.keys() & {"label", "labels"}:
         gone |= {"label", "labels"}
+    elif "n" in told and "labels" in request:
+        request["labels"] = request["labels"][: told["n"]]
     if told.get("guidance") == 1:
         gone |= {"guidance_interval"}
     return {name: value for name, value in request.items() if name not in gone}

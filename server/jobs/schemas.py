@@ -46,10 +46,9 @@ Timestep = Annotated[int, Field(ge=1, lt=MAX_SEED)]
 
 
 def _label(value: object) -> object:
-    if (type(value) is int and 0 <= value < MAX_LABELS) or (isinstance(value, str) and 1 <= len(value) <= MAX_NAME):
-        return value
-    names = f"{RANDOM} or a name of 1 to {MAX_NAME} characters"
-    raise ValueError(f"must be a label's number in 0..{MAX_LABELS - 1}, {names}")
+    if (type(value) is int and abs(value) < MAX_SEED) or (isinstance(value, str) and 1 <= len(value) <= MAX_NAME):
+        return value  # the model knows which there are
+    raise ValueError(f"must be a label's number, {RANDOM} or a name of 1 to {MAX_NAME} characters")
 
 
 Label = Annotated[

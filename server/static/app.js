@@ -58,7 +58,7 @@ function show(job) {
     progress({ step, steps, eta_s }) {
       $("progress").value = step / steps;
       const left = eta_s > 0 ? `, about ${Math.ceil(eta_s)} s left` : "";
-      $("where").textContent = `${step} of ${steps} image-steps${left}`;
+      $("where").textContent = `${step} of ${steps} steps${left}`;
     },
     picture: (header, bytes) => shown.add(header, bytes),
     replaced(made) {

@@ -65,7 +65,7 @@ function settle() {
 
 export function request() {
   const { model, seed, n, preset } = form;
-  const body = { model: model.value, seed: +seed.value, n: +n.value, ...labelFields(+n.value, +seed.value) };
+  const body = { model: model.value, seed: +seed.value, n: +n.value, ...labelFields(+n.value) };
   if (preset.value !== "custom") return { ...body, preset: preset.value };
   for (const field of form.querySelectorAll("[data-custom] :is(input, select):enabled")) {
     const isNumber = field.type === "number" || field.name === "order";

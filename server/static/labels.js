@@ -5,13 +5,19 @@ const FEW = 16; // labels that have a button each
 const RANDOM = "random", NONE = "no label";
 const field = document.querySelector("#many input");
 let known = null;
-let mixed = null; // the labels and the seed of a job that is shown, if the labels differ
+let mixed = null; // the labels of a job that is shown, if they differ, until another is chosen
+let strength = 1; // of guidance: the slider has coarser steps
+let interval = null; // of guidance, of a job that is shown, until something else is chosen
 
-const named = (label) => known.names.find((each) => each.label === label)?.name ?? String(label);
+function named(label) {
+  const name = known.names.find((each) => each.label === label)?.name;
+  const one = known.names.filter((each) => each.name === name).length === 1;
+  return one ? name : String(label); // two labels may have one name
+}
 
 function choices() {
   const numbers = Array.from({ length: known.count + (known.null === null ? 0 : 1) }, (_, label) => label);
-  const own = known.count > FEW ? known.names.map(({ name }) => name) : numbers.filter((label) => label !== known.null).map(named);
+  const own = known.count > FEW ? known.names.map(({ label }) => named(label)) : numbers.filter((label) => label !== known.null).map(named);
   return [RANDOM, ...(known.null === null ? [] : [NONE]), ...own];
 }
 
@@ -39,13 +45,14 @@ function button(word) {
 }
 
 function choose(word) {
-  mixed = null;
+  mixed = interval = null;
   field.value = word;
   for (const input of $("few").querySelectorAll("input")) input.checked = input.value === word;
   settle();
 }
 
 function strengthen(guidance) {
+  strength = guidance;
   $("guidance").max = Math.max(8, guidance);
   $("guidance").value = guidance;
 }
@@ -54,29 +61,31 @@ function strengthen(guidance) {
 function settle() {
   const applies = known?.null !== null && field.value.trim() !== NONE;
   $("strength").hidden = $("guidance").disabled = !applies;
-  const strength = +$("guidance").value;
   $("guidance-says").textContent = strength === 1 ? "1, which is none" : `${strength}, at twice the work`;
 }
 
-/** The fields of a request for so many pictures from this seed on. */
-export function labelFields(n, seed) {
+/** The fields of a request for so many pictures. */
+export function labelFields(n) {
   const word = field.value.trim();
-  if (known === null || word === NONE || word === "") return {};
-  const own = known.names.find(({ name }) => name === word)?.label;
-  const label = own ?? (/^[0-9]{1,6}$/.test(word) ? +word : word);
-  const again = mixed?.seed === seed && mixed.labels.length === n;
-  const asked = again ? { labels: mixed.labels } : { label };
-  return $("guidance").disabled ? asked : { ...asked, guidance: +$("guidance").value };
+  if (known === null || word === NONE || (word === "" && mixed === null)) return {};
+  const asked = mixed ? { labels: Array.from({ length: n }, (_, i) => mixed[i % mixed.length]) } : { label: word };
+  if ($("guidance").disabled) return asked;
+  return { ...asked, guidance: strength, ...(interval && strength !== 1 ? { guidance_interval: interval } : {}) };
 }
 
 /** Shows what a job was asked for. */
-export function showLabels({ labels, guidance, seed }) {
+export function showLabels({ labels, guidance, guidance_interval }) {
   if (known === null) return;
-  if (guidance) strengthen(guidance);
+  if (typeof guidance === "number") strengthen(guidance);
   const first = labels?.[0], alike = labels?.every((label) => label === first);
-  choose(labels ? (alike ? named(first) : RANDOM) : NONE);
-  if (labels && !alike) mixed = { labels, seed };
+  choose(labels ? (alike ? named(first) : "") : NONE);
+  if (labels && !alike) mixed = labels;
+  interval = guidance_interval ?? null;
 }
 
-$("guidance").addEventListener("input", settle);
+$("guidance").addEventListener("input", () => {
+  strength = +$("guidance").value;
+  interval = null;
+  settle();
+});
 field.addEventListener("input", () => choose(field.value));

@@ -242,7 +242,7 @@ def test_fields_beside_the_preset_are_for_custom_requests(page: Page, site: Site
 
 def test_few_labels_have_buttons_and_many_a_field(driver: Chrome, tmp_path: Path) -> None:
     names = {str(label): name for label, name in enumerate(["cat", "dog", "hare"])}
-    write_model(tmp_path / "weights" / "few", labels=4, index={"id2label": names, "null_label": 3, "guidance": 2.5})
+    write_model(tmp_path / "weights" / "few", labels=4, index={"id2label": names, "null_label": 3, "guidance": 2.25})
     write_model(tmp_path / "weights" / "many", labels=50)
     write_model(tmp_path / "weights" / "plain")
     backend = FakeBackend()
@@ -259,17 +259,25 @@ def test_few_labels_have_buttons_and_many_a_field(driver: Chrome, tmp_path: Path
         page = Page(driver, f"{made.url}/").open_anew()
         words = [each.text for each in page.find("few").find_elements(By.TAG_NAME, "label")]
         assert (words, page.find("many").is_displayed()) == (["random", "no label", "cat", "dog", "hare"], False)
-        assert page.find("guidance").get_attribute("value") == "2.5"
+        assert page.find("guidance-says").text == "2.25, at twice the work"
         driver.save_screenshot(str(SCREENSHOTS / "labels.png"))
 
         page.choose_label("dog")
         page.build(seed=3, n=2)
-        assert asked() == ((1, 1), 2.5)
+        assert asked() == ((1, 1), 2.25)
+        page.choose_label("random")
+        page.build(seed=8, n=4)
+        several, _ = asked()
+        assert len({*several}) > 1
+        page.recall(0)
+        page.until(lambda: page.chosen_label == "")
+        page.build(seed=9)
+        assert asked() == (several, 2.25)
         page.choose_label("no label")
         assert not page.find("guidance").is_displayed()
         page.build(seed=4, n=1)
         assert asked() == ((), None)
-        page.recall(1)  # the dogs
+        page.recall(3)  # the dogs
         page.until(lambda: page.chosen_label == "dog")
 
         Select(page.field("model")).select_by_value("many")
@@ -277,7 +285,7 @@ def test_few_labels_have_buttons_and_many_a_field(driver: Chrome, tmp_path: Path
         page.build(seed=5, n=1, label="49")
         assert asked() == ((49,), 1.0)
         page.build(seed=6, n=1, label="50")
-        assert page.find("wrong-label").text == "label must be random or a label 0..49, got 50"
+        assert page.find("wrong-label").text == "label must be random or a label 0..49, got '50'"
         Select(page.field("model")).select_by_value("plain")
         assert not page.find("labels").is_displayed()
         page.build(seed=7, n=1)

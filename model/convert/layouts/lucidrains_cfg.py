@@ -62,6 +62,12 @@ def convert(net: Net, options: Options, tables: Mapping[str, Tensor]) -> Convert
     scheduler = lucidrains.process(tables, options, config["out_channels"] == 2 * config["in_channels"], USUAL)
     tensors = {_renamed(key): tensor for key, tensor in net.tensors.items()}
     labels, size, T = config["num_classes"], config["sample_size"], scheduler["num_train_timesteps"]
-    facts = "averaged" if averaged(net.prefix) else "not averaged", f"{labels} labels", scheduler["prediction_type"]
+    heads = f"{HEADS} heads of {HEAD_DIM} channels assumed"
+    facts = (
+        "averaged" if averaged(net.prefix) else "not averaged",
+        f"{labels} labels",
+        heads,
+        scheduler["prediction_type"],
+    )
     origin = f"lucidrains' U-Net for classifier-free guidance ({', '.join(facts)}), {size} x {size}, T = {T}"
     return Converted(config, scheduler, tensors, origin, of_labels={"null_label": labels})

@@ -2,17 +2,35 @@
 
 from dataclasses import replace
 from random import Random
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor
 
+from model.checkpoint.load import Model
 from model.engine.engine import Engine
 from model.engine.events import Failed, Finished, Request
 from model.engine.memory import NARROW, REASON
+from model.engine.runner import prepared
+from model.nets.unet import UNet
+from model.sampling.plan import plan, resolve
 from model.sampling.reference import sample_alone
-from tests.model.tiny import ARCHITECTURE, T, a_plan, a_request, endings, pictures, quick_engine, run
+from model.sampling.schedule import Thresholding, Variance
+from tests.model.tiny import (
+    ARCHITECTURE,
+    PROCESS,
+    FunctionNet,
+    T,
+    a_plan,
+    a_request,
+    card,
+    endings,
+    function_model,
+    pictures,
+    quick_engine,
+    run,
+)
 
 LABELS, NULL = 5, 4
 
@@ -57,6 +75,28 @@ def test_a_guided_picture_is_that_of_the_formula_beside_any_others() -> None:
     made = {event.id: event.floats for event in events if isinstance(event, Finished)}
     for request in (*GUIDED, *PLAIN):
         torch.testing.assert_close(torch.from_numpy(made[request.id]), alone(request), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("learned", [False, True], ids=["thresholded", "learned variance"])
+def test_guidance_comes_before_thresholding_and_leaves_a_learned_variance_as_it_is(learned: bool) -> None:
+    thresholding = None if learned else Thresholding(0.8, 3.0)
+    variance: Variance = "learned" if learned else "small"
+    process = replace(PROCESS, learned_variance=learned, variance=variance, thresholding=thresholding)
+    arch = replace(ARCHITECTURE, out_channels=2 if learned else 1)
+
+    def net(x: Tensor, k: Tensor) -> Tensor:
+        out = reads_label(x, k)
+        return torch.cat([out, torch.cos(7.0 * out)], 1) if learned else out
+
+    model = Model(card(arch, process), cast(UNet, FunctionNet(net, arch, LABELS)), function_model(net, LABELS).table)
+    table = plan(process, replace(resolve(process, "ddpm", 9), guidance=3.0))
+    asked = a_request("guided", seed=5, plan=table, labels=(1, NULL), wants_floats=True)
+    (made,) = [event for event in run(Engine(prepared(model, 4)), asked, *PLAIN) if event.id == "guided"]
+    told = [lambda x, k, label=label: net(x, k + label) for label in (1, NULL)]
+    *_, (x, _) = sample_alone(told[0], table, 5, ARCHITECTURE.shape, thresholding, unlabelled=told[1])
+
+    assert isinstance(made, Finished) and made.floats is not None
+    torch.testing.assert_close(torch.from_numpy(made.floats), x[0].clamp(-1, 1), atol=1e-5, rtol=0)
 
 
 def test_a_guided_picture_takes_two_slots_and_is_shown_once() -> None:

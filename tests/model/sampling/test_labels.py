@@ -14,7 +14,7 @@ from torch import Tensor
 from model.checkpoint.card import read_card
 from model.engine.events import Finished, Request
 from model.errors import PlanError
-from model.sampling.labels import Conditions, Labels, resolve_labels
+from model.sampling.labels import Conditions, Label, Labels, resolve_labels
 from model.sampling.table import R
 from tests.model.convert.directories import write_model
 from tests.model.tiny import T, a_plan
@@ -57,9 +57,9 @@ REFUSED: list[tuple[Labels | None, dict[str, Any], str, str]] = [
     (None, {"guidance": 2.0}, "guidance", "guidance must be left out: this model knows no labels"),
     (PETS, {"label": 3}, "label", f"label must be {ALLOWED}, got 3"),
     (PETS, {"label": 4}, "label", f"label must be {ALLOWED}, got 4"),
-    (PETS, {"label": "bird"}, "label", f"label must be {ALLOWED}"),
+    (PETS, {"label": "bird"}, "label", f"label must be {ALLOWED}, got 'bird'"),
     (PETS, {"each": [0, 1]}, "labels", "labels must be as many as pictures, 1, got 2"),
-    (PETS, {"each": [9]}, "labels", f"labels must be {ALLOWED}, got 9"),
+    (PETS, {"each": [9]}, "labels/0", f"labels.0 must be {ALLOWED}, got 9"),
     (PETS, {"each": [0], "label": 0}, "labels", "labels must be left out beside label, which is one for all pictures"),
     (PETS, {"guidance": 2.0}, "guidance", "guidance applies to pictures with a label only"),
     (PETS, {"label": 0, "guidance": 20.5}, "guidance", "guidance must lie in 0..20, got 20.5"),
@@ -76,6 +76,12 @@ REFUSED: list[tuple[Labels | None, dict[str, Any], str, str]] = [
         "guidance_interval",
         "guidance_interval must be left out with guidance 1, which changes nothing",
     ),
+    (
+        Labels(count=4, null=3),
+        {"label": 0, "interval": [900, 1]},
+        "guidance_interval",
+        "guidance_interval must be left out with guidance 1, which is this model's own",
+    ),
     (NO_NULL, {"label": 3}, "label", "label must be random or a label 0..2, got 3"),
     (NO_NULL, {"label": 0, "guidance": 2.0}, "guidance", "guidance must be left out: this model has no null label"),
 ]
@@ -88,6 +94,41 @@ def test_what_does_not_apply_is_refused_with_what_does(
     with pytest.raises(PlanError) as refusal:
         resolved(labels, **asked)
     assert (refusal.value.field, str(refusal.value)) == (field, message)
+
+
+# The list of ImageNet has "crane" twice.
+IMAGENET = Labels(count=5, names={0: "tench, Tinca tinca", 1: "crane", 2: "crane", 3: "3", 4: "0"})
+
+
+@pytest.mark.parametrize(
+    ("called", "label"),
+    [("tench, Tinca tinca", 0), ("tench", 0), ("Tinca tinca", 0), ("3", 3), ("0", 4), (0, 0), ("1", 1), ("2", 2)],
+)
+def test_a_label_is_called_by_its_name_by_a_part_of_it_or_by_its_number(called: Label, label: int) -> None:
+    found = resolved(IMAGENET, label=called)
+    assert found is not None and found.labels == (label,)
+
+
+@pytest.mark.parametrize(
+    ("called", "message"),
+    [
+        ("crane", "label must be a number: crane is the name of the labels 1 and 2"),
+        (
+            "Tinca",
+            "label must be random, a label 0..4, or one of its names: tench, Tinca tinca, crane, 3, 0, got 'Tinca'",
+        ),
+    ],
+)
+def test_a_name_of_two_labels_or_of_none_is_refused(called: str, message: str) -> None:
+    with pytest.raises(PlanError) as refusal:
+        resolved(IMAGENET, label=called)
+    assert str(refusal.value) == message
+
+
+def test_of_several_labels_the_one_that_is_wrong_is_named() -> None:
+    with pytest.raises(PlanError) as refusal:
+        resolve_labels(PETS, T, range(2), each=["cat", 99])
+    assert refusal.value.field == "labels/1" and str(refusal.value).startswith("labels.1 must be random, a label 0..2")
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,9 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from server.cli import main
-from server.cli.generate import FIELDS
+from server.cli.fields import FIELDS
 from server.jobs.schemas import GenerateRequest
+from tests.model.convert.directories import write_model
 from tests.server.cli.conftest import ddpm
 from tests.server.conftest import Server
 from tests.server.fakes import read_texts
@@ -264,6 +265,33 @@ def test_progress_is_not_drawn_elsewhere(url: str, tmp_path: Path, capsys: pytes
 
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"{tmp_path / 'out.png'}: tiny, seed ")
+
+
+def test_a_folder_that_is_called_a_number_is_asked_for_by_its_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = {"0": "1", "1": "2", "2": "salt, sea"}
+    write_model(tmp_path / "weights" / "tiny", labels=4, index={"id2label": names, "null_label": 3})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DDPM_WEIGHTS", str(tmp_path / "weights"))
+        sheet = tmp_path / "a.png"
+        asked = ["--labels", '["1", "sea", "2"]', "--n", "3", "--seed", "5", "--steps", "2", "-o", str(sheet)]
+        assert main.main(["generate", *asked]) == 0
+        assert [read_texts((tmp_path / f"a-{seed}.png").read_bytes())["label"] for seed in (5, 6, 7)] == ["0", "2", "1"]
+        again = ["--like", str(tmp_path / "a-5.png"), "-o", str(tmp_path / "again.png")]
+        assert main.main(["generate", *again]) == 0
+
+    assert (tmp_path / "again.png").read_bytes() == (tmp_path / "a-5.png").read_bytes()
+    assert "warning" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("said", ["nan", "inf", "much"])
+def test_a_number_that_json_lacks_is_a_usage_error(capsys: pytest.CaptureFixture[str], said: str) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main.main(["generate", "--label", "7", "--guidance", said])
+
+    assert ended.value.code == 2
+    assert f"--guidance: must be a number, got {said}" in capsys.readouterr().err
 
 
 def test_levels_are_integers_with_commas(capsys: pytest.CaptureFixture[str]) -> None:
