@@ -17,9 +17,9 @@ class Gaussian:
     covariance: FloatArray
 
     @classmethod
-    def of(cls, features: FloatArray) -> "Gaussian":
-        """features: [N, D], N > 1"""
-        return cls(features.mean(0), np.cov(features, rowvar=False))
+    def of(cls, features: FloatArray, weights: FloatArray | None = None) -> "Gaussian":
+        """features: [N, D], N > 1; weights: [N] how much each counts, or all alike"""
+        return cls(np.average(features, 0, weights), np.cov(features, rowvar=False, aweights=weights))
 
 
 def root(covariance: FloatArray) -> FloatArray:
@@ -45,11 +45,12 @@ class Distance:
     error: float  # standard error of `corrected`
 
 
-def distance(made: FloatArray, real: Gaussian) -> Distance:
-    """How far these features are from the real ones. made: [N, D], in a random order"""
-    plain = frechet(Gaussian.of(made), real)
-    tenth = np.arange(len(made)) % GROUPS
-    without = np.array([frechet(Gaussian.of(made[tenth != group]), real) for group in range(GROUPS)])
+def distance(made: FloatArray, real: Gaussian, weights: FloatArray | None = None) -> Distance:
+    """How far these features are from the real ones. made: [N, D], in a random order; weights: [N], as in `Gaussian`"""
+    weights = np.ones(len(made)) if weights is None else weights
+    plain = frechet(Gaussian.of(made, weights), real)
+    rest = [np.arange(len(made)) % GROUPS != tenth for tenth in range(GROUPS)]
+    without = np.array([frechet(Gaussian.of(made[chosen], weights[chosen]), real) for chosen in rest])
     corrected = GROUPS * plain - (GROUPS - 1) * without.mean()
     error = np.sqrt((GROUPS - 1) * without.var())
     return Distance(plain, float(corrected), float(error))

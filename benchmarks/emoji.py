@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -26,7 +25,7 @@ from benchmarks.quality import engine_of
 from model.checkpoint.card import ModelCard, read_card
 from model.engine.events import Finished, Request
 from model.sampling.plan import plan, resolve
-from model.sampling.schedule import FloatArray
+from model.sampling.schedule import FloatArray, IntArray
 from model.train.data import Uint8Array, held_out, load_dataset
 from server.worker.device import choose_dtype
 
@@ -75,7 +74,7 @@ def train(pictures: Tensor, labels: Tensor) -> Judge:
 class Seen:
     """What a judge sees in pictures."""
 
-    named: NDArray[np.int64]  # [N] the likeliest group
+    named: IntArray  # [N] the likeliest group
     features: FloatArray  # [N, 64] float64
 
 
@@ -119,33 +118,34 @@ def sheet(pictures: Uint8Array, groups: int, scale: int = 2) -> Image.Image:
     return Image.fromarray(whole.repeat(scale, 0).repeat(scale, 1))
 
 
-def measures(card: ModelCard, made: Uint8Array, wanted: NDArray[np.int64], data: Path) -> Iterator[Measure]:
-    """What the judge sees in the made pictures beside held-out ones, and how near both are to what was trained on."""
+def measures(card: ModelCard, made: Uint8Array, wanted: IntArray, data: Path) -> Iterator[Measure]:
+    """What the judge sees in the made pictures beside held-out ones, and how near both are to what was trained on. Each
+    group counts alike, among real pictures too, more than half of which are people."""
     dataset = load_dataset(data, card.shape)
     assert dataset.labels is not None
-    images, labels = torch.from_numpy(dataset.images), torch.from_numpy(dataset.labels)
+    images, labels = torch.from_numpy(dataset.images), dataset.labels
     known, unknown = held_out(len(images))
-    net, pictures = train(images[known], labels[known]), torch.from_numpy(made)
-    real, seen, learned = look(net, images[unknown]), look(net, pictures), look(net, images[known])
-    yield Measure("held-out emoji: group named rightly", float((real.named == labels[unknown].numpy()).mean()), "share")
-    yield Measure("made emoji: the group that was asked for", float((seen.named == wanted).mean()), "share")
-    target = Gaussian.of(balanced(learned.features, labels[known].numpy()))
-    for name, features in (("held-out", balanced(real.features, labels[unknown].numpy())), ("made", seen.features)):
-        found = distance(features, target)
-        yield Measure(f"{name} emoji: Fréchet distance to those trained on", found.corrected, f"± {found.error:.3f}")
-    for name, some in (("held-out", images[unknown]), ("made", pictures)):
+    net, pictures = train(images[known], torch.from_numpy(labels[known])), torch.from_numpy(made)
+    target = Gaussian.of(look(net, images[known]).features, alike(labels[known]))
+    for name, some, groups in (("held-out", images[unknown], labels[unknown]), ("made", pictures, wanted)):
+        seen, weights = look(net, some), alike(groups)
+        right = seen.named == groups
+        yield Measure(f"{name} emoji: the group they are of", float(np.average(right, weights=weights)), "share")
+        for group, title in enumerate(dataset.names):
+            yield Measure(f"{name} emoji: {title}", float(right[groups == group].mean()), "share")
+        order = np.random.default_rng(0).permutation(len(groups))
+        far = distance(seen.features[order], target, weights[order])
+        yield Measure(f"{name} emoji: Fréchet distance to those trained on", far.corrected, f"± {far.error:.3f}")
         apart = nearest(some, images[known])
-        spread = tuple(float(np.quantile(apart, share)) for share in (0.1, 0.9))
-        name = f"{name} emoji: distance to the nearest that was trained on, median and 10 to 90 %"
-        yield Measure(name, float(np.median(apart)), "rms of [0, 1]", (spread[0], spread[1]))
+        low, median, high = np.quantile(apart, (0.1, 0.5, 0.9), weights=weights, method="inverted_cdf")
+        title = f"{name} emoji: distance to the nearest that was trained on, median and 10 to 90 %"
+        yield Measure(title, float(median), "rms of [0, 1]", (float(low), float(high)))
 
 
-def balanced(features: FloatArray, labels: NDArray[np.int64]) -> FloatArray:
-    """As many features of each group as of any other, drawn with repetition, in a random order."""
-    draw, groups = np.random.default_rng(0), range(int(labels.max()) + 1)
-    chosen = np.concatenate([draw.choice(np.flatnonzero(labels == group), 300) for group in groups])
-    drawn: FloatArray = features[draw.permutation(chosen)]
-    return drawn
+def alike(groups: IntArray) -> FloatArray:
+    """The weight of each picture that lets every group weigh the same. groups: [N] -> [N]"""
+    weights: FloatArray = 1.0 / np.bincount(groups)[groups]
+    return weights
 
 
 def main() -> None:

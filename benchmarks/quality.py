@@ -99,10 +99,12 @@ def of_made(probabilities: FloatArray, what: str) -> list[Measure]:
     ]
 
 
-def of_asked(probabilities: FloatArray, what: str) -> Measure:
-    """How many of the readable pictures are the digit asked for: 0, 1, ..., 9 in turns. probabilities: [N, 10]"""
+def of_asked(probabilities: FloatArray, labels: list[tuple[int, ...]], what: str) -> Measure:
+    """How many of the readable pictures are the digit asked for: the first of the labels, in turns. probabilities:
+    [N, 10]"""
     readable = probabilities.max(1) >= CONFIDENT
-    right = probabilities.argmax(1) == np.arange(len(probabilities)) % 10
+    asked = np.resize([label for label, *_ in labels], len(probabilities))
+    right = probabilities.argmax(1) == asked
     return Measure(f"{what}: of the readable ones, the digit asked for", float(right[readable].mean()), "share")
 
 
@@ -144,8 +146,9 @@ def arguments() -> argparse.Namespace:
     named = parser.add_mutually_exclusive_group()
     named.add_argument("--preset", choices=PRESETS, help="one of the model's presets, in place of sampler and steps")
     named.add_argument("--plan", help="one of the model's plans, in place of sampler and steps")
-    parser.add_argument("--guidance", type=float, help="of a conditional model (default: its own)")
-    parser.add_argument("--unlabelled", action="store_true", help="ask a conditional model for no digit")
+    asked = parser.add_mutually_exclusive_group()
+    asked.add_argument("--guidance", type=float, help="of a conditional model (default: its own)")
+    asked.add_argument("--unlabelled", action="store_true", help="ask a conditional model for no digit")
     parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="as in the server (%(default)s)")
     parser.add_argument("--slots", type=int, default=8, help="pictures denoised at once (%(default)s)")
     parser.add_argument("--classifier", type=Path, help="keep the judge in this file, and take it from there")
@@ -191,7 +194,10 @@ def main() -> None:
     order = np.random.default_rng(0).permutation(len(pictures))  # labels come in turns
     far = distance(features(net, pictures)[order], Gaussian.of(features(net, train.pictures)))
     print(Measure(f"{what}: Fréchet distance to those trained on", far.corrected, f"± {far.error:.4f}").line())
-    for measure in [*of_made(probabilities, what), *([of_asked(probabilities, what)] if len(labels) > 1 else [])]:
+    for measure in [
+        *of_made(probabilities, what),
+        *([of_asked(probabilities, labels, what)] if len(labels) > 1 else []),
+    ]:
         print(measure.line())
     how = f"{str(dtype).removeprefix('torch.')}, {args.slots} at once"
     print(Measure(f"{what}: wall time, {how}", made.wall_s, "s").line())

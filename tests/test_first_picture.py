@@ -34,8 +34,8 @@ assert DIGITS.labels is not None and DIGITS.labels.null is not None
 NULL = DIGITS.labels.null
 JUDGE = ROOT / "benchmarks" / "judge.safetensors"
 SURE = 0.99  # that a picture is one digit and no other
-FEW = 6  # pictures: of a request for more, which is a sheet, three in four must be readable
 SMUDGE = GenerateRequest(seed=37, steps=100)  # without a label, not every picture is a digit
+REFUSALS = {"steps must lie in 1..1000, got 5000"}  # that documents show
 ASKING = {
     "README.md",
     "client/README.md",
@@ -54,19 +54,22 @@ Made = tuple[int, tuple[int, ...], Sampling]  # a seed, what the net is told, an
 
 
 def pictures_of(request: GenerateRequest) -> list[Made]:
-    """The pictures that a request stands for; none if it is for another model, or there are no such pictures."""
+    """The pictures that a request stands for; none if it is for another model, or written to be refused."""
     if request.seed is None or request.model not in (None, DIGITS.name):
         return []
     seeds = range(request.seed, request.seed + request.n)
     said = {"label": request.label, "each": request.labels, "guidance": request.guidance}
+    said |= {"interval": request.guidance_interval}
     try:
         chosen = resolve(DIGITS.process, noise=request.noise, **chosen_fields(request, DIGITS))
         told = resolve_labels(DIGITS.labels, DIGITS.process.schedule.T, seeds, **said)  # type: ignore[arg-type]
-    except (PlanError, Invalid):
-        return []
+    except (PlanError, Invalid) as refusal:
+        if str(refusal) in REFUSALS:
+            return []
+        raise
     if told is None:
         return [(seed, (), chosen) for seed in seeds]
-    chosen = replace(chosen, guidance=told.guidance)
+    chosen = replace(chosen, guidance=told.guidance, guidance_interval=told.interval)
     null = (NULL,) if chosen.guided else ()
     return [(seed, (label, *null), chosen) for seed, label in zip(seeds, told.labels, strict=True)]
 
@@ -121,19 +124,10 @@ def make(wanted: frozenset[Made], dtype: torch.dtype, by_openvino: bool) -> dict
 def test_every_picture_that_is_asked_for_is_a_digit(
     asked: dict[str, list[GenerateRequest]], readable: dict[Made, float]
 ) -> None:
-    requests = [(name, one) for name, some in asked.items() for one in some if one.n <= FEW]
+    requests = [(name, one) for name, some in asked.items() for one in some]
     found = [(name, made[0], made[1], readable[made]) for name, one in requests for made in pictures_of(one)]
 
     assert [picture for picture in found if picture[-1] < SURE] == []
-
-
-def test_of_a_sheet_three_in_four_are_digits(
-    asked: dict[str, list[GenerateRequest]], readable: dict[Made, float]
-) -> None:
-    sheets = [pictures_of(one) for some in asked.values() for one in some if one.n > FEW]
-    shares = [np.mean([readable[made] >= SURE for made in sheet]) for sheet in sheets]
-
-    assert shares and min(shares) >= 0.75
 
 
 def test_the_judge_does_not_take_a_smudge_for_a_digit(readable: dict[Made, float]) -> None:

@@ -54,6 +54,18 @@ def test_a_set_is_at_no_distance_from_itself() -> None:
     assert distance(features, Gaussian.of(features)).plain == pytest.approx(0, abs=1e-3)
 
 
+def test_weights_make_up_for_groups_of_other_sizes() -> None:
+    draw = np.random.default_rng(0)
+    groups = np.array([0] * 900 + [1] * 100)
+    features = draw.normal(size=(1000, 4)) + 3.0 * groups[:, None]
+    even = Gaussian.of(draw.normal(size=(20_000, 4)) + 3.0 * (np.arange(20_000) % 2)[:, None])
+    order = draw.permutation(1000)
+    weighted = distance(features[order], even, (1.0 / np.bincount(groups)[groups])[order])
+
+    assert abs(weighted.corrected) < 4 * weighted.error < 0.5
+    assert distance(features[order], even).corrected > 3
+
+
 def test_the_jackknife_takes_away_what_few_pictures_add_and_tells_the_error() -> None:
     draw, real = np.random.default_rng(0), a_gaussian(mean=[0.0] * 16, covariance=np.eye(16).tolist())
     found = [distance(draw.normal(size=(400, 16)), real) for _ in range(20)]
