@@ -61,7 +61,12 @@ class Settings(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="number format of the net; auto: bfloat16 if the device computes in it, else float32"
     )
-    slots: int = Field(0, ge=0, le=1024, description="pictures in one batch, per model; 0: 64 on a GPU, 8 on a CPU")
+    slots: int = Field(
+        0,
+        ge=0,
+        le=1024,
+        description="pictures in one batch, per model, of which a guided one counts as two; 0: 64 on a GPU, 8 on a CPU",
+    )
     model_memory_bytes: int = Field(
         0,
         ge=0,

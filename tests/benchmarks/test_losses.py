@@ -1,6 +1,8 @@
 """The losses of the article: what the benchmark compares is what it writes, and curves are those of their runs."""
 
 import json
+import math
+import re
 
 import numpy as np
 import pytest
@@ -40,10 +42,17 @@ def test_on_average_the_loss_before_is_the_one_after_weighted_and_a_constant() -
         torch.testing.assert_close(averaged, weighted + 1 - ratio.square(), rtol=5e-3, atol=1e-12)
 
 
-def test_the_picture_that_ships_has_a_curve_for_each_loss() -> None:
+def test_the_picture_that_ships_ends_where_its_run_ended() -> None:
     drawn = (ROOT / "docs" / "pictures" / "losses.svg").read_text()
+    heights = [float(y) for y in re.findall(r'<polyline[^>]*points="[^"]*,([\d.]+)"', drawn)]
+    lines = (ROOT / "benchmarks" / "results" / "2026-11-29-cpu-losses.jsonl").read_text().splitlines()
+    found = {line["name"].partition(":")[0]: line["value"] for line in map(json.loads, lines[1:])}
+    ends = [math.log(found[name]) for name in LOSSES]  # the axis is logarithmic
 
-    assert drawn.count("<polyline") == len(LOSSES)
+    assert len(heights) == len(ends) == 3
+    assert (heights[1] - heights[0]) / (heights[2] - heights[0]) == pytest.approx(
+        (ends[1] - ends[0]) / (ends[2] - ends[0]), abs=0.01
+    )
 
 
 @pytest.mark.parametrize("name", ["digits", "emoji"])
