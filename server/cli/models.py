@@ -10,7 +10,7 @@ from model.usage import Parser
 from server.cli import connect
 from server.cli.progress import progress_bar
 
-COLUMNS = ("name", "shape", "T", "steps", "prediction", "device", "dtype", "exact", "digest")
+COLUMNS = ("name", "shape", "labels", "T", "steps", "prediction", "device", "dtype", "exact", "digest")
 DIGEST = len("sha256:") + 12  # characters of a digest that are printed
 
 
@@ -45,7 +45,9 @@ def _tell_refused(model: str, plans: Mapping[str, str]) -> None:
 def _row(model: Document) -> tuple[str, ...]:
     shape, runs = model["shape"], model["runs"] or {}
     size = f"{shape['channels']}x{shape['height']}x{shape['width']}"
-    known = (str(model["T"]), str(model["default_steps"]), model["prediction"])
+    labels = model.get("labels")
+    count = labels["count"] if labels else "-"
+    known = (str(count), str(model["T"]), str(model["default_steps"]), model["prediction"])
     exact = ("yes" if runs["exact"] else "no") if runs else "-"
     loaded = (runs.get("device", "-"), runs.get("dtype", "-"), exact)
     return (model["name"], size, *known, *loaded, (model["digest"] or "-")[:DIGEST])
@@ -65,6 +67,7 @@ def _local() -> tuple[list[tuple[str, ...]], Mapping[str, str]]:
             print(f"{card.name}: {told(card.taken, card.left)}", file=sys.stderr)
         channels, height, width = card.shape
         process = card.process
-        known = (str(process.schedule.T), str(process.default_steps), process.prediction)
+        labels = str(len(card.labels.choices)) if card.labels is not None else "-"
+        known = (labels, str(process.schedule.T), str(process.default_steps), process.prediction)
         rows.append((card.name, f"{channels}x{height}x{width}", *known, "-", "-", "-", card.digest[:DIGEST]))
     return rows, found.refused

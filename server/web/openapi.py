@@ -12,6 +12,7 @@ from fastapi import FastAPI, Response
 from fastapi.openapi.utils import get_openapi
 from pydantic import TypeAdapter
 
+from model.checkpoint.card import ModelCard
 from model.sampling.plan import SAMPLERS
 from server.catalog import default_model
 from server.documents import (
@@ -123,7 +124,8 @@ def _requests(jobs: JobService, settings: Settings) -> Json:
     fields["n"] |= {"maximum": settings.max_n}
     fields["sampler"] |= {"enum": list(SAMPLERS)}
     fields["timesteps"]["anyOf"][0]["items"] |= {"maximum": longest}
-    bounds = {"steps": {"maximum": longest}, "timesteps": {"maxItems": longest}, "model": {"enum": list(jobs.cards)}}
+    bounds = {"steps": {"maximum": longest}, "timesteps": {"maxItems": longest}, "labels": {"maxItems": settings.max_n}}
+    fields["model"]["anyOf"][0] |= {"enum": list(jobs.cards)}
     for field, bound in bounds.items():
         fields[field]["anyOf"][0] |= bound
     for properties in (fields, schemas["Frames"]["properties"], images["properties"]):
@@ -182,9 +184,10 @@ def _complete(path: str, method: str, operation: Json, settings: Settings) -> Js
     return {name: _problem(status, openai) for status, name in problems.items()}
 
 
-def _examples(name: str, steps: int) -> Json:
+def _examples(card: ModelCard) -> Json:
     """Bodies that this server accepts."""
-    few, body = min(steps, 10), {"model": name, "seed": 42, "steps": min(steps, 100)}
+    steps, label = card.process.schedule.T, {"label": card.labels.choices[-1]} if card.labels is not None else {}
+    few, body = min(steps, 10), {"model": card.name, "seed": 42, "steps": min(steps, 100)} | label
     picture = {"summary": "a picture", "value": body}
     return {
         "GenerateRequest": {
@@ -212,7 +215,7 @@ def _document(app: FastAPI, jobs: JobService, settings: Settings) -> Json:
     for name in ("ModelStatus", "Source"):  # dataclasses, of which every field is sent
         schemas[name]["required"] = list(schemas[name]["properties"])
     name = default_model(jobs.cards, settings.default_model) or next(iter(jobs.cards))
-    examples = _examples(name, jobs.cards[name].process.schedule.T)
+    examples = _examples(jobs.cards[name])
     problems: Json = {}
     for path, operations in document["paths"].items():
         for method, operation in operations.items():

@@ -23,9 +23,9 @@ def test_models_are_listed_with_and_without_a_server(
     assert main.main(["models"]) == main.main(["models", "--url", url]) == 0
 
     _, here, _, there = (line.split() for line in capsys.readouterr().out.splitlines())
-    assert here[:5] == there[:5] == ["tiny", "1x8x8", "30", "30", "epsilon"]
-    assert here[5:] == ["-", "-", "-", there[-1]]
-    assert (there[5], there[-2]) == ("cpu", "yes")
+    assert here[:6] == there[:6] == ["tiny", "1x8x8", "-", "30", "30", "epsilon"]
+    assert here[6:] == ["-", "-", "-", there[-1]]
+    assert (there[6], there[-2]) == ("cpu", "yes")
 
 
 def test_models_that_would_be_refused_are_named_beside_the_table(
