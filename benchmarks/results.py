@@ -56,6 +56,9 @@ def section(file: Path) -> str:
     first, *lines = [json.loads(line) for line in file.read_text().splitlines()]
     machine = ", ".join(f"{key} {value}" for key, value in first["machine"].items() if value)
     rows = [f"## {file.stem}", "", machine, ""]
+    models = {f"{each['name']}: {each['digest']}" for line in lines if (each := line.get("model"))}
+    rows += [text for model in sorted(models) for text in (f"`{model}`", "")]
+    lines = [line for line in lines if "name" in line or "choice" in line]
     if "choice" in lines[0]:
         return "\n".join([*rows, table(read(file))])
     if found := curves(lines):
@@ -63,8 +66,8 @@ def section(file: Path) -> str:
         rows += [f"![image-steps per second by batch](results/{file.stem}.svg)", ""]
     rows += ["| measure | median | |", "|---|---|---|"]
     for line in lines:
-        low, high = line.get("spread", (line["value"], line["value"]))
-        rows.append(f"| {line['name']} | {line['value']:.3f} {line['unit']} | ({low:.3f} … {high:.3f}) |")
+        spread = " … ".join(f"{end:.3f}" for end in line.get("spread", ()))
+        rows.append(f"| {line['name']} | {line['value']:.3f} {line['unit']} | {spread and f'({spread})'} |")
     return "\n".join(rows) + "\n"
 
 
