@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
-from model.sampling.schedule import FloatArray
+from model.sampling.schedule import FloatArray, IntArray
 
 GROUPS = 10  # of the jackknife
 
@@ -45,12 +46,23 @@ class Distance:
     error: float  # standard error of `corrected`
 
 
-def distance(made: FloatArray, real: Gaussian, weights: FloatArray | None = None) -> Distance:
-    """How far these features are from the real ones. made: [N, D], in a random order; weights: [N], as in `Gaussian`"""
-    weights = np.ones(len(made)) if weights is None else weights
-    plain = frechet(Gaussian.of(made, weights), real)
-    rest = [np.arange(len(made)) % GROUPS != tenth for tenth in range(GROUPS)]
-    without = np.array([frechet(Gaussian.of(made[chosen], weights[chosen]), real) for chosen in rest])
+def alike(groups: IntArray) -> FloatArray:
+    """The weight of each picture that lets every group weigh the same. groups: [N] -> [N]"""
+    weights: FloatArray = 1.0 / np.bincount(groups)[groups]
+    return weights
+
+
+def distance(made: FloatArray, real: Gaussian, groups: IntArray | None = None) -> Distance:
+    """How far these features are from the real ones. made: [N, D], in a random order; groups: [N] of which each is one
+    and all weigh the same, or none"""
+    groups = np.zeros(len(made), int) if groups is None else groups
+    tenth = np.empty(len(made), int)
+    tenth[np.argsort(groups, kind="stable")] = np.arange(len(made)) % GROUPS  # about a tenth of each group
+
+    def of(chosen: NDArray[np.bool_]) -> float:
+        return frechet(Gaussian.of(made[chosen], alike(groups[chosen])), real)
+
+    plain, without = of(tenth >= 0), np.array([of(tenth != each) for each in range(GROUPS)])
     corrected = GROUPS * plain - (GROUPS - 1) * without.mean()
     error = np.sqrt((GROUPS - 1) * without.var())
     return Distance(plain, float(corrected), float(error))

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.distance import Gaussian, distance
+from benchmarks.distance import Gaussian, alike, distance
 from benchmarks.measure import Measure, machine
 from benchmarks.quality import engine_of
 from model.checkpoint.card import ModelCard, read_card
@@ -134,18 +134,12 @@ def measures(card: ModelCard, made: Uint8Array, wanted: IntArray, data: Path) ->
         for group, title in enumerate(dataset.names):
             yield Measure(f"{name} emoji: {title}", float(right[groups == group].mean()), "share")
         order = np.random.default_rng(0).permutation(len(groups))
-        far = distance(seen.features[order], target, weights[order])
+        far = distance(seen.features[order], target, groups[order])
         yield Measure(f"{name} emoji: Fréchet distance to those trained on", far.corrected, f"± {far.error:.3f}")
         apart = nearest(some, images[known])
         low, median, high = np.quantile(apart, (0.1, 0.5, 0.9), weights=weights, method="inverted_cdf")
         title = f"{name} emoji: distance to the nearest that was trained on, median and 10 to 90 %"
         yield Measure(title, float(median), "rms of [0, 1]", (float(low), float(high)))
-
-
-def alike(groups: IntArray) -> FloatArray:
-    """The weight of each picture that lets every group weigh the same. groups: [N] -> [N]"""
-    weights: FloatArray = 1.0 / np.bincount(groups)[groups]
-    return weights
 
 
 def main() -> None:
@@ -163,6 +157,8 @@ def main() -> None:
     card = read_card(args.model)
     assert card.labels is not None
     guidance, groups = card.labels.guidance if args.guidance is None else args.guidance, len(card.labels.choices)
+    if args.pictures < groups:
+        raise SystemExit(f"--pictures must be at least one of each group, {groups}, got {args.pictures}")
     print(machine())
     print(json.dumps({"model": {"name": card.name, "digest": card.digest, "guidance": guidance, "steps": args.steps}}))
     wanted = np.arange(args.pictures) % groups

@@ -191,8 +191,8 @@ def main() -> None:
     what += ", unlabelled" if args.unlabelled else f", guidance {choice.guidance:g}" if labels else ""
     pictures = made.pictures.transpose(0, 3, 1, 2)
     probabilities = judge(net, pictures)
-    order = np.random.default_rng(0).permutation(len(pictures))  # labels come in turns
-    far = distance(features(net, pictures)[order], Gaussian.of(features(net, train.pictures)))
+    asked = np.resize([label for label, *_ in labels or [(0,)]], len(pictures))
+    far = distance(features(net, pictures), Gaussian.of(features(net, train.pictures)), asked)
     print(Measure(f"{what}: Fréchet distance to those trained on", far.corrected, f"± {far.error:.4f}").line())
     for measure in [
         *of_made(probabilities, what),

@@ -18,7 +18,8 @@ HERE = Path(__file__).parent
 HEAD = """# Results
 
 Made from the JSON lines in `results/` by `python -m benchmarks.results`; `make bench` measures a machine of yours.
-Contenders take turns within one run, so ratios hold where single times drift. In brackets: least and greatest round.
+Contenders take turns within one run, so ratios hold where single times drift. In brackets: least and greatest
+round, or 10 and 90 % of distances.
 """
 STEP = re.compile(r"(?P<model>.+), batch (?P<batch>\d+): (?P<contender>.+)")
 Curves = dict[str, dict[str, list[tuple[int, float]]]]  # by model and contender: (batch, image-steps per second)

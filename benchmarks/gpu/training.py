@@ -129,8 +129,9 @@ def log_in(directory: Path) -> list[dict[str, Any]]:
 def line_before(pupil: Pupil, recipe: Recipe, device: str) -> dict[str, Any]:
     """What the log would tell of a model's held-out losses before it is trained on."""
     arch, process = trainable(pupil.directory)
-    trainer, probes = Trainer(arch, process, recipe, device), Pictures(find(pupil.pictures), arch).probes()
-    checkpoints = Checkpoints(trainer, process, pupil.directory, probes, Stop())
+    source, trainer = find(pupil.pictures), Trainer(arch, process, recipe, device)
+    probes, names = Pictures(source, arch).probes(), source.names if arch.labels else ()
+    checkpoints = Checkpoints(trainer, process, pupil.directory, probes, Stop(), names)
     checkpoints.begin(pupil.start)
     return checkpoints.held_out()
 

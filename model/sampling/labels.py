@@ -51,12 +51,12 @@ class Labels:
             return self.drawn(seed)
         told = where.replace("/", ".")
         if isinstance(label, str) and len(meant := self._meanings.get(label, [])) > 1:
-            numbers = " and ".join(map(str, meant[:8]))
-            raise PlanError(where, f"{told} must be a number: {label} is the name of the labels {numbers}")
+            numbers = ", ".join(map(str, meant[:8])) + (", ..." if len(meant) > 8 else "")
+            raise PlanError(where, f"{told} must be a number: several labels are called {label}: {numbers}")
         found = (meant or [-1])[0] if isinstance(label, str) else label
         if 0 <= found < self.count and found != self.null:
             return found
-        raise PlanError(where, f"{told} must be {self._allowed()}, got {ascii(label)}")
+        raise PlanError(where, f"{told} must be {self._allowed()}, got {label!r}")
 
     def _allowed(self) -> str:
         first, last = int(self.null == 0), self.count - 1 - (self.null == self.count - 1)

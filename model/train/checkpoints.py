@@ -13,14 +13,14 @@ from torch import Tensor
 
 from model.checkpoint.card import WEIGHTS
 from model.sampling.schedule import Process
-from model.train.recipe import STATE
+from model.train.recipe import SHEETS, STATE
 from model.train.sheet import forwards_of, rows_in, sheet, write_png
 from model.train.state import resume, save, start_from, write_weights
 from model.train.stop import Stop
 from model.train.trainer import PROBE_T, Losses, Trainer
 
 LOG = "training.jsonl"
-SHEET, SHEETS = "samples.png", "samples"  # the latest sheet, and a folder of those before
+SHEET = "samples.png"  # the latest; those before are in SHEETS
 MORE = 1.1  # a sheet is kept there when so many times as many pictures were seen as at the last
 FREE_S = 15  # seconds that looks of a kind may take beside their share of the time
 SHEET_S = 5  # that a sheet takes at most; if the net is slow, it has fewer rows
@@ -87,18 +87,22 @@ class Checkpoints:
         line: dict[str, Any] = {"images": trainer.seen, "seconds": round(trainer.seconds, 1)}
         if self.losses:
             line |= {"loss": round(sum(self.losses) / len(self.losses), 5), "images_per_s": round(images_per_s, 1)}
-        if first := not (self.directory / SHEET).exists():
+        if early := not last and not (self.directory / SHEET).exists():  # whoever has just begun wants to see something
+            self._save()
             self._make_sheet(speed, always=True)
         cost = len(self.probes[0]) * len(PROBE_T) * len(trainer.averages) / speed
         line |= self._look(self._for_losses, cost, last, self.held_out) or {}
-        save(trainer, self.directory / STATE, self.best, self.names)
-        write_weights(trainer.averages[self.best], self.directory / WEIGHTS)
+        self._save()
         with (self.directory / LOG).open("a") as file:
             file.write(json.dumps(line) + "\n")
         self.losses = []
-        if not first:
+        if not early:
             self._make_sheet(speed, always=last)
         return line
+
+    def _save(self) -> None:
+        save(self.trainer, self.directory / STATE, self.best, self.names)
+        write_weights(self.trainer.averages[self.best], self.directory / WEIGHTS)
 
     def _make_sheet(self, speed: float, always: bool) -> None:
         self._rows = self._rows or rows_in(SHEET_S * speed)

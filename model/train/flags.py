@@ -109,4 +109,4 @@ def run(path: Path, directory: Path, args: argparse.Namespace, report: Report | 
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is one; on a CPU torch raises none
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
-        raise ValueError(f"memory ran out: give a --batch of fewer than {recipe.batch} pictures") from error
+        raise ValueError(f"memory ran out, with {recipe.batch} pictures per update (--batch)") from error

@@ -83,8 +83,8 @@ def net_config(channels: int, sides: tuple[int, int], width: int | None, labels:
 def scheduler_config() -> dict[str, Any]:
     """The `scheduler_config.json`: the cosine schedule of Nichol & Dhariwal (2021), which suits small pictures.
 
-    The net predicts v (Salimans & Ho 2022), so that colours come out right from the first minutes on: x_0 by way of eps
-    is divided by alpha_bar_t, which is next to nothing at the first steps.
+    The net predicts v (Salimans & Ho 2022), so that colours come out right from the first minutes on: to get x_0 from
+    eps one divides by alpha_bar_t, which is next to nothing at the first steps.
     """
     return {
         "_class_name": "DDPMScheduler",

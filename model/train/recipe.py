@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 STATE = "training.safetensors"  # in a model directory: all that a training needs to go on
+SHEETS = "samples"  # in it too: a folder of pictures that the net has made
 IMAGES = 640_000  # pictures to see, where neither they nor minutes are given
 MOST_BATCH, MOST_CROPS = 1 << 16, 1 << 10
 WARM_UP, WARM_UP_SHARE = 50, 1 / 30  # updates, and share of the training: the rate rises for the shorter

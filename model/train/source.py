@@ -15,8 +15,9 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from model.errors import reason
+from model.errors import printable, reason
 from model.nets.config import MAX_LABELS
+from model.train.recipe import SHEETS
 
 IntArray: TypeAlias = NDArray[np.int64]
 SUFFIXES = {
@@ -159,7 +160,7 @@ def named(source: Source, file: Path) -> Iterator[None]:
     """Within it a picture of a folder is read. Raises ValueError, naming it, if it is broken or a `WrongPicture`."""
     from PIL import Image
 
-    name = file.relative_to(source.path)
+    name = printable(str(file.relative_to(source.path)))
     try:
         yield
     except WrongPicture as error:
@@ -170,5 +171,9 @@ def named(source: Source, file: Path) -> Iterator[None]:
 
 def require_outside(directory: Path, source: Path) -> None:
     """Raises ValueError if a training in this directory would see its own samples."""
-    if source.is_dir() and directory.resolve().is_relative_to(source.resolve()):
-        raise ValueError(f"{directory} lies in {source}: the next run would be trained on its samples")
+    out, pictures = directory.resolve(), source.resolve()
+    within = pictures.is_relative_to(out / SHEETS)
+    if out.is_relative_to(pictures):
+        within = not _is_hidden(out.relative_to(pictures))
+    if source.is_dir() and within:
+        raise ValueError(f"{directory} must lie outside {source}, or the next run would be trained on its samples")

@@ -57,7 +57,7 @@ def _resume(trainer: Trainer, path: Path, labels: Sequence[str]) -> float | None
         metadata, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}
     learned = json.loads(metadata.get("labels", "null"))  # which states of earlier versions lack
     if learned not in (None, [*labels]):
-        raise ModelRefused(printable(f"{path.name} has learned the labels {_some(learned)}, not {_some(labels)}"))
+        raise ModelRefused(printable(f"{path.name} {_unlike(learned, labels)}; without it, training begins anew"))
     trainer.seen, trainer.step = int(metadata["seen"]), int(metadata["step"])
     trainer.seconds = float(metadata.get("seconds", 0))  # which states of earlier versions lack
     trainer.assign({name: tensors[f"net.{name}"] for name, _ in trainer.parameters()})
@@ -70,8 +70,11 @@ def _resume(trainer: Trainer, path: Path, labels: Sequence[str]) -> float | None
     return best if best in trainer.averages else None
 
 
-def _some(labels: Sequence[str]) -> str:
-    return ", ".join(labels[:8]) + (f" and {len(labels) - 8} more" if len(labels) > 8 else "")
+def _unlike(learned: Sequence[str], labels: Sequence[str]) -> str:
+    """How the labels that were learned are others than these."""
+    told = f"has learned {len(learned)} labels, {learned[0]} to {learned[-1]}, not {len(labels)}"
+    other = next((label for label in labels if label not in learned), None)
+    return told if other is None else f"{told}, of which the first other one is {other}"
 
 
 @torch.no_grad()

@@ -22,16 +22,17 @@ class Stop:
     """Notes the first of the two signals. The same one again raises KeyboardInterrupt (torchrun sends one of each)."""
 
     def __init__(self) -> None:
-        self.signal = 0
-        self._at_once = False
+        self.signal = 0  # of this process, or of one that shares the batch
+        self._received, self._at_once = 0, False
 
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Within it the signals are noted."""
 
         def note(number: int, _: FrameType | None) -> None:
-            if number == self.signal:
+            if number == self._received:
                 raise KeyboardInterrupt
+            self._received = self._received or number
             self.signal = self.signal or number
             if self._at_once:
                 raise Interrupted

@@ -3,6 +3,7 @@
 import json
 from argparse import ArgumentTypeError
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from math import isfinite
 from typing import Any, get_type_hints
 
@@ -33,13 +34,12 @@ def label(text: str) -> str:
 
 
 def labels(text: str) -> list[int | str]:
-    """The labels of a list: of JSON, or of words with commas. Raises ArgumentTypeError."""
-    try:
-        found: list[int | str] = (
-            json.loads(text) if text.startswith("[") else [word.strip() for word in text.split(",")]
-        )
-    except ValueError:
-        raise ArgumentTypeError('must be labels with commas, or a JSON list such as ["salt, sea", "3"]') from None
+    """The labels of a list: words with commas, in brackets or without, or a list of JSON. Raises ArgumentTypeError."""
+    found: list[Any] = [word.strip() for word in text.strip("[]").split(",")]
+    with suppress(ValueError):
+        found = json.loads(text) if text.startswith("[") else found
+    if not found or not all(type(each) is int or (isinstance(each, str) and each) for each in found):
+        raise ArgumentTypeError('must be labels with commas, or a JSON list such as ["salt, sea", "3"]')
     return found
 
 

@@ -104,6 +104,7 @@ def _undone_if_refused(directory: Path) -> Iterator[None]:
     """If an error comes before there is a checkpoint, the configurations written meanwhile are removed: pictures that
     are mended may need others."""
     new = [directory / name for name in (*CONFIGURATIONS, INDEX) if not (directory / name).exists()]
+    was_there = directory.exists()
     try:
         yield
     except (ModelError, SettingsError, OSError, ValueError):
@@ -111,6 +112,8 @@ def _undone_if_refused(directory: Path) -> Iterator[None]:
             with suppress(OSError):
                 for path in new:
                     path.unlink(missing_ok=True)
+                if not was_there:
+                    directory.rmdir()
         raise
 
 

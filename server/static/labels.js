@@ -5,19 +5,25 @@ const FEW = 16; // labels that have a button each
 const RANDOM = "random", NONE = "no label";
 const field = document.querySelector("#many input");
 let known = null;
+let words = new Map(); // what each label is called here
 let mixed = null; // the labels of a job that is shown, if they differ, until another is chosen
 let strength = 1; // of guidance: the slider has coarser steps
 let interval = null; // of guidance, of a job that is shown, until something else is chosen
 
-function named(label) {
-  const name = known.names.find((each) => each.label === label)?.name;
-  const one = known.names.filter((each) => each.name === name).length === 1;
-  return one ? name : String(label); // two labels may have one name
+/** Two labels may have one name, and a label's number may be another's name. */
+function call({ names, count, null: none }) {
+  const of = new Map(names.map(({ label, name }) => [label, name])), often = new Map();
+  for (const { name } of names) often.set(name, (often.get(name) ?? 0) + 1);
+  words = new Map();
+  for (let label = 0; label < count + (none === null ? 0 : 1); label++) {
+    if (label === none) continue;
+    const name = of.get(label), number = often.has(String(label)) ? `label ${label}` : String(label);
+    words.set(label, often.get(name) === 1 ? name : number);
+  }
 }
 
 function choices() {
-  const numbers = Array.from({ length: known.count + (known.null === null ? 0 : 1) }, (_, label) => label);
-  const own = known.count > FEW ? known.names.map(({ label }) => named(label)) : numbers.filter((label) => label !== known.null).map(named);
+  const own = known.count > FEW ? known.names.map(({ label }) => words.get(label)) : words.values();
   return [RANDOM, ...(known.null === null ? [] : [NONE]), ...own];
 }
 
@@ -27,11 +33,12 @@ export function offerLabels(labels) {
   known = labels;
   $("labels").hidden = $("labels").disabled = labels === null;
   if (labels === null || JSON.stringify(before) === JSON.stringify(labels)) return;
-  const few = labels.count <= FEW, words = choices();
+  call(labels);
+  const few = labels.count <= FEW, offered = choices();
   $("few").hidden = !few;
   $("many").hidden = few;
-  $("names").replaceChildren(...(few ? [] : words.map((word) => new Option(word))));
-  $("few").replaceChildren(...(few ? words.map(button) : []));
+  $("names").replaceChildren(...(few ? [] : offered.map((word) => new Option(word))));
+  $("few").replaceChildren(...(few ? offered.map(button) : []));
   strengthen(labels.guidance);
   choose(RANDOM);
 }
@@ -60,6 +67,7 @@ function strengthen(guidance) {
 /** Guidance is for pictures with a label, of a model that knows what it is to have none. */
 function settle() {
   const applies = known?.null !== null && field.value.trim() !== NONE;
+  $("mixed").hidden = mixed === null;
   $("strength").hidden = $("guidance").disabled = !applies;
   $("guidance-says").textContent = strength === 1 ? "1, which is none" : `${strength}, at twice the work`;
 }
@@ -68,7 +76,8 @@ function settle() {
 export function labelFields(n) {
   const word = field.value.trim();
   if (known === null || word === NONE || (word === "" && mixed === null)) return {};
-  const asked = mixed ? { labels: Array.from({ length: n }, (_, i) => mixed[i % mixed.length]) } : { label: word };
+  const label = [...words].find(([, each]) => each === word)?.[0] ?? word;
+  const asked = mixed ? { labels: Array.from({ length: n }, (_, i) => mixed[i % mixed.length]) } : { label };
   if ($("guidance").disabled) return asked;
   return { ...asked, guidance: strength, ...(interval && strength !== 1 ? { guidance_interval: interval } : {}) };
 }
@@ -78,9 +87,10 @@ export function showLabels({ labels, guidance, guidance_interval }) {
   if (known === null) return;
   if (typeof guidance === "number") strengthen(guidance);
   const first = labels?.[0], alike = labels?.every((label) => label === first);
-  choose(labels ? (alike ? named(first) : "") : NONE);
+  choose(labels ? (alike ? words.get(first) : "") : NONE);
   if (labels && !alike) mixed = labels;
   interval = guidance_interval ?? null;
+  settle();
 }
 
 $("guidance").addEventListener("input", () => {

@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.emoji import alike, nearest, sheet
+from benchmarks.distance import alike
+from benchmarks.emoji import nearest, sheet
 from benchmarks.guidance import measures, without_labels
 from benchmarks.quality import of_asked, told
 from model.checkpoint.card import read_card

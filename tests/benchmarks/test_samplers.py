@@ -54,16 +54,16 @@ def test_a_set_is_at_no_distance_from_itself() -> None:
     assert distance(features, Gaussian.of(features)).plain == pytest.approx(0, abs=1e-3)
 
 
-def test_weights_make_up_for_groups_of_other_sizes() -> None:
-    draw = np.random.default_rng(0)
-    groups = np.array([0] * 900 + [1] * 100)
-    features = draw.normal(size=(1000, 4)) + 3.0 * groups[:, None]
-    even = Gaussian.of(draw.normal(size=(20_000, 4)) + 3.0 * (np.arange(20_000) % 2)[:, None])
-    order = draw.permutation(1000)
-    weighted = distance(features[order], even, (1.0 / np.bincount(groups)[groups])[order])
+def test_groups_of_other_sizes_weigh_the_same_and_are_no_bias() -> None:
+    draw, apart = np.random.default_rng(0), 6.0 * np.eye(8)
+    target = Gaussian(apart.mean(0), np.eye(8) + np.cov(apart, rowvar=False, bias=True))  # of eight groups alike
+    groups = np.repeat(np.arange(8), [300, 40, 40, 40, 40, 40, 40, 60])
+    found = [distance(draw.normal(size=(600, 8)) + apart[groups], target, groups) for _ in range(12)]
+    corrected = np.array([each.corrected for each in found])
 
-    assert abs(weighted.corrected) < 4 * weighted.error < 0.5
-    assert distance(features[order], even).corrected > 3
+    assert min(each.plain for each in found) > 0.05
+    assert abs(corrected.mean()) < 0.03
+    assert distance(draw.normal(size=(600, 8)) + apart[groups], target).corrected > 1
 
 
 def test_the_jackknife_takes_away_what_few_pictures_add_and_tells_the_error() -> None:

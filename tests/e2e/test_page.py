@@ -270,7 +270,7 @@ def test_few_labels_have_buttons_and_many_a_field(driver: Chrome, tmp_path: Path
         several, _ = asked()
         assert len({*several}) > 1
         page.recall(0)
-        page.until(lambda: page.chosen_label == "")
+        page.until(lambda: page.chosen_label == "" and page.find("mixed").is_displayed())
         page.build(seed=9)
         assert asked() == (several, 2.25)
         page.choose_label("no label")

@@ -97,12 +97,13 @@ def test_what_does_not_apply_is_refused_with_what_does(
 
 
 # The list of ImageNet has "crane" twice.
-IMAGENET = Labels(count=5, names={0: "tench, Tinca tinca", 1: "crane", 2: "crane", 3: "3", 4: "0"})
+NAMES = {0: "tench, Tinca tinca", 1: "crane", 2: "crane", 3: "4", 4: "0", 5: "hen, bird", 6: "cock, bird", 7: "hen"}
+IMAGENET = Labels(count=8, names=NAMES)
 
 
 @pytest.mark.parametrize(
     ("called", "label"),
-    [("tench, Tinca tinca", 0), ("tench", 0), ("Tinca tinca", 0), ("3", 3), ("0", 4), (0, 0), ("1", 1), ("2", 2)],
+    [("tench, Tinca tinca", 0), ("tench", 0), ("Tinca tinca", 0), ("4", 3), ("0", 4), (0, 0), ("1", 1), ("hen", 7)],
 )
 def test_a_label_is_called_by_its_name_by_a_part_of_it_or_by_its_number(called: Label, label: int) -> None:
     found = resolved(IMAGENET, label=called)
@@ -112,10 +113,12 @@ def test_a_label_is_called_by_its_name_by_a_part_of_it_or_by_its_number(called: 
 @pytest.mark.parametrize(
     ("called", "message"),
     [
-        ("crane", "label must be a number: crane is the name of the labels 1 and 2"),
+        ("crane", "label must be a number: several labels are called crane: 1, 2"),
+        ("bird", "label must be a number: several labels are called bird: 5, 6"),
         (
             "Tinca",
-            "label must be random, a label 0..4, or one of its names: tench, Tinca tinca, crane, 3, 0, got 'Tinca'",
+            "label must be random, a label 0..7, or one of its names: tench, Tinca tinca, crane, 4, 0, hen, bird,"
+            " cock, bird, hen, got 'Tinca'",
         ),
     ],
 )

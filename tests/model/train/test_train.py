@@ -24,10 +24,11 @@ from model.errors import ModelRefused
 from model.nets.config import OPENAI
 from model.nets.lucidrains_config import LUCIDRAINS
 from model.train.__main__ import main as command
-from model.train.checkpoints import SHEET, SHEETS
+from model.train.checkpoints import SHEET
 from model.train.flags import add_arguments
-from model.train.recipe import STATE, Recipe
+from model.train.recipe import SHEETS, STATE, Recipe
 from model.train.report import Standing
+from model.train.source import require_outside
 from model.train.state import resume
 from model.train.train import train
 from model.train.trainer import Trainer
@@ -150,7 +151,7 @@ def test_a_signal_ends_a_look_at_once_and_the_checkpoint_has_all_but_the_look(tm
 
     assert (directory / WEIGHTS).exists() and (directory / STATE).exists()
     assert not (directory / SHEET).exists()
-    assert "held_out" not in log_of(directory)[-1]
+    assert "held_out" in log_of(directory)[-1]
 
 
 @pytest.mark.long
@@ -267,13 +268,17 @@ def test_it_does_not_go_on_with_other_labels(tmp_path: Path) -> None:
     arrays = dict(np.load(directory / "pictures.npz"))
     np.savez(directory / "pictures.npz", **arrays, names=np.array(["ants", "zebras"]))
 
-    with pytest.raises(ModelRefused, match="training.safetensors has learned the labels 0, 1, not ants, zebras"):
+    with pytest.raises(ModelRefused, match="has learned 2 labels, 0 to 1, not 2, of which the first other one is ants"):
         trained(directory)
 
 
 def test_a_training_among_its_own_pictures_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"mine lies in .*: the next run would be trained on its samples"):
-        train(tmp_path, untrained(tmp_path / "mine"), RECIPE, "cpu", report=Told())
+    directory = untrained(tmp_path / "mine")
+    (directory / SHEETS).mkdir()
+    for source in (tmp_path, directory, directory / SHEETS):
+        with pytest.raises(ValueError, match=r"mine must lie outside .*, or the next run would be trained on its samp"):
+            train(source, directory, RECIPE, "cpu", report=Told())
+    require_outside(tmp_path / ".models" / "mine", tmp_path)  # no picture is looked for there
 
 
 @pytest.mark.parametrize(
@@ -291,7 +296,7 @@ def test_a_batch_for_which_there_is_no_memory_is_an_error_in_one_line(
         command()
 
     assert ended.value.code == 2
-    said = "model.train: memory ran out: give a --batch of fewer than 4096 pictures"
+    said = "model.train: memory ran out, with 4096 pictures per update (--batch)"
     assert capsys.readouterr().err == f"{said} (usage: model.train --help)\n"
 
 

@@ -147,11 +147,27 @@ def test_a_label_field_comes_before_the_prompt(client: TestClient) -> None:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server of a conditional model, with one slot as far as settings go: there are two, for guidance."""
+def pets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a conditional model."""
     weights = tmp_path_factory.mktemp("weights")
     write_model(weights / "tiny", labels=4, index=INDEX)
-    running = Server(weights, DDPM_SLOTS="6")
+    return weights
+
+
+@pytest.fixture(scope="module")
+def server(pets: Path) -> Iterator[Server]:
+    """Its server, with one slot as far as settings go: there are two, for guidance."""
+    running = Server(pets, DDPM_SLOTS="1")
+    try:
+        yield running.wait_until_ready()
+    finally:
+        running.stop()
+
+
+@pytest.fixture(scope="module")
+def roomy(pets: Path) -> Iterator[Server]:
+    """Another, with room for guided pictures beside others."""
+    running = Server(pets, DDPM_SLOTS="6")
     try:
         yield running.wait_until_ready()
     finally:
@@ -166,7 +182,7 @@ def made(server: Server, body: dict[str, Any]) -> bytes:
     return answer.content
 
 
-def test_pictures_alone_and_in_company_are_the_same_bytes(server: Server) -> None:
+def test_pictures_alone_and_in_company_are_the_same_bytes(roomy: Server) -> None:
     wanted: list[dict[str, Any]] = [
         {"seed": 1, "label": "dog", "steps": 9},
         {"seed": 1, "label": "cat", "steps": 9, "guidance": 1},
@@ -174,9 +190,9 @@ def test_pictures_alone_and_in_company_are_the_same_bytes(server: Server) -> Non
         {"seed": 1, "labels": [2, 0, 1], "n": 3, "guidance": 4.5, "guidance_interval": [20, 3], "sampler": "unipc"},
         {"seed": 9, "label": "random", "n": 2, "sampler": "dpmpp_sde", "steps": 7, "noise": "torch"},
     ]
-    alone = [made(server, body) for body in wanted]
+    alone = [made(roomy, body) for body in wanted]
     with ThreadPoolExecutor(len(wanted)) as threads:
-        together = list(threads.map(lambda body: made(server, body), wanted))
+        together = list(threads.map(lambda body: made(roomy, body), wanted))
 
     assert alone == together
     assert len({*alone}) == len(alone)
