@@ -7,11 +7,14 @@ import torch
 
 from benchmarks.distance import alike
 from benchmarks.emoji import nearest, sheet
+from benchmarks.gpu.training import Pupil, line_before
 from benchmarks.guidance import measures, without_labels
 from benchmarks.quality import of_asked, told
 from model.checkpoint.card import read_card
 from model.sampling.plan import resolve
+from model.train.train import train
 from tests.model.convert.directories import write_model
+from tests.model.train.worlds import RECIPE, Told, log_of, untrained
 
 INDEX = {"null_label": 3, "guidance": 2.0}
 
@@ -57,3 +60,11 @@ def test_a_copy_is_at_no_distance_and_groups_count_alike() -> None:
     assert apart[:3].max() < 1e-5 < apart[3:].min()
     assert alike(np.array([0] * 4 + [1])).tolist() == [0.25] * 4 + [1.0]
     assert sheet(np.zeros((18, 3, 32, 32), np.uint8), groups=9).size == (2 * 2 * 32, 2 * 9 * 32)
+
+
+def test_a_training_on_a_gpu_goes_on_with_the_labels_it_learned(tmp_path: Path) -> None:
+    directory = untrained(tmp_path, {"num_class_embeds": 3})
+    train(directory / "pictures.npz", directory, RECIPE, "cpu", report=Told())
+    before = line_before(Pupil("mine", directory, directory / "pictures.npz"), RECIPE, "cpu")
+
+    assert {str(level): loss for level, loss in before["held_out"].items()} == log_of(directory)[-1]["held_out"]
