@@ -9,8 +9,8 @@ from ddpm_client import Client
 from PIL import Image
 
 file, url = sys.argv[1], (sys.argv[2:] or ["http://127.0.0.1:8000"])[0]
-LABELS = {"digits": [0, 1, 2, 3, 4, 5, 6, 7, 8, 9], "emoji": [0, 1, 8, 0, 1, 1, 0, 8, 1, 0]}  # smileys, people, flags
-SEEDS = {"digits": 0, "emoji": 10}
+LABELS = {"digits": [0, 1, 2, 3, 4, 5, 6, 7, 8, 9], "emoji": [0, 1, 2, 3, 4, 5, 6, 7, 8, 0]}
+SEEDS = {"digits": 0, "emoji": 60}
 film = {step: Image.new("RGB", (10 * 32, 4 * 32)) for step in range(10, 101, 10)}
 with Client(url) as client:
     for top, (model, labels) in enumerate(LABELS.items()):
