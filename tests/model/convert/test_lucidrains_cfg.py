@@ -90,7 +90,7 @@ def test_a_net_without_its_tables_has_the_defaults_of_its_process_or_the_options
         np.testing.assert_allclose(noise_schedule(scheduler).alpha_bar[1:] ** 2, expected, rtol=1e-6)
         assert (scheduler["prediction_type"], scheduler["timestep_spacing"]) == (prediction, "trailing")
     size = f"{SIZE} x {SIZE}"
-    facts = "not averaged, 5 labels, epsilon"
+    facts = "not averaged, 5 labels, 4 heads of 32 channels assumed, epsilon"
     assert made.origin == f"lucidrains' U-Net for classifier-free guidance ({facts}), {size}, T = 1000"
 
 
