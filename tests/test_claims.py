@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.gpu.training import OWN
 from model.checkpoint.card import read_card
 from model.checkpoint.shapes import count, shapes
 from model.engine.footprint import footprint
@@ -192,6 +193,22 @@ def test_it_is_said_how_much_is_downloaded_and_how_large_the_model_is() -> None:
     assert [f"{size:.1f}" for size in sizes] == re.findall(r"^\|.* ([\d.]+) GB \|$", START, re.MULTILINE)
     assert f"[`digits`](weights/digits/README.md), {digits}" in text
     assert f"[`emoji`](weights/emoji/README.md), {emoji}" in text
+
+
+@pytest.mark.parametrize("directory", ["weights/digits", "weights/emoji", "benchmarks/digits"])
+def test_a_card_is_that_of_the_weights_beside_it(directory: str) -> None:
+    card, text = read_card(ROOT / directory), (ROOT / directory / "README.md").read_text()
+
+    assert {*re.findall(r"sha256:[0-9a-f]{64}", text)} == {card.digest}
+    assert f"{count(shapes(card.architecture)):,} parameters" in text
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_gpu_trains_by_the_recipe_of_the_card(name: str) -> None:
+    text = (ROOT / "weights" / name / "README.md").read_text()
+
+    assert OWN[name]
+    assert [flag for flag, value in OWN[name].items() if f"--{flag.replace('_', '-')} {value}" not in text] == []
 
 
 def test_other_pages_say_what_was_measured() -> None:

@@ -223,11 +223,8 @@ def server(tmp_path: Path) -> Iterator[Server]:
     write_model(tmp_path / "weights" / "digits", scheduler=schedule, labels=11, index=usual | {"null_label": 10})
     groups = {"id2label": {"0": "Smileys & Emotion"}, "null_label": 9}
     write_model(tmp_path / "weights" / "emoji", scheduler=schedule, labels=10, index=usual | groups)
-    running = Server(tmp_path / "weights")
-    try:
-        yield running.wait_until_ready()
-    finally:
-        running.stop()
+    with Server(tmp_path / "weights") as running:
+        yield running
 
 
 def test_the_animation_of_the_readme_is_made_by_the_example(server: Server, tmp_path: Path) -> None:

@@ -21,11 +21,8 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server of a tiny model that knows the labels 0 to 9."""
     folder = tmp_path_factory.mktemp("weights")
-    running = Server(write_model(folder / "tiny", labels=11, index={"null_label": 10, "guidance": 2.0}))
-    try:
-        yield running.wait_until_ready()
-    finally:
-        running.stop()
+    with Server(write_model(folder / "tiny", labels=11, index={"null_label": 10, "guidance": 2.0})) as running:
+        yield running
 
 
 def run(example: str, *words: str | Path) -> str:

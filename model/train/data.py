@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from model.errors import printable
 from model.nets.config import Architecture
 from model.train.source import IntArray, Source, WrongPicture, find, named, sound
 
@@ -108,7 +109,7 @@ def require_fit(source: Source, arch: Architecture) -> None:
     if source.count < 2:
         raise ValueError(f"{name} must hold at least two pictures: of each ten, one is held out")
     if arch.labels and source.labels is None:
-        stray = f": {source.stray.name} lies in no sub-folder" if source.stray is not None else ""
+        stray = f": {printable(source.stray.name)} lies in no sub-folder" if source.stray is not None else ""
         raise ValueError(f"{name} has no labels (sub-folders, or an array `labels`), which this net is to learn{stray}")
     if arch.labels and labels + 1 != arch.labels:
         wanted = f"num_class_embeds {labels + 1} (these and the null label), not {arch.labels}"

@@ -1,4 +1,4 @@
-"""How to train: the numbers of a run, without a net or data."""
+"""How to train: the numbers of a run, and the names of what it leaves, without a net or data."""
 
 import math
 from dataclasses import dataclass

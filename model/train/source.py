@@ -20,16 +20,7 @@ from model.nets.config import MAX_LABELS
 from model.train.recipe import SHEETS
 
 IntArray: TypeAlias = NDArray[np.int64]
-SUFFIXES = {
-    ".png",
-    ".jpg",
-    ".jpeg",
-    ".webp",
-    ".bmp",
-    ".gif",
-    ".tif",
-    ".tiff",
-}  # of an animation the first frame is read
+SUFFIXES = {*".png .jpg .jpeg .webp .bmp .gif .tif .tiff".split()}  # of an animation the first frame is read
 CHANNELS = (1, 3)  # of a picture: grey, or red, green and blue
 GREY_MODES = {"1", "L", "LA", "La", "I;16"}  # of Pillow
 BROKEN = (BadZipFile, EOFError, KeyError, OSError, TypeError, ValueError, zlib.error)  # what reading an .npz raises

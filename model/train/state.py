@@ -73,6 +73,8 @@ def _resume(trainer: Trainer, path: Path, labels: Sequence[str]) -> float | None
 def _unlike(learned: Sequence[str], labels: Sequence[str]) -> str:
     """How the labels that were learned are others than these."""
     told = f"has learned {len(learned)} labels, {learned[0]} to {learned[-1]}, not {len(labels)}"
+    if {*learned} == {*labels}:
+        return f"has learned the same labels in another order, from {learned[0]} to {learned[-1]}"
     other = next((label for label in labels if label not in learned), None)
     return told if other is None else f"{told}, of which the first other one is {other}"
 

@@ -76,11 +76,15 @@ class Trainer:
         """|| f - f_theta(x_t, t) ||², per picture, where f is what the net predicts: eps, v or x_0, by the process.
         x0, eps: [B, C, H, W] -> [B]"""
         out = self.predict(self.noised(x0, t, eps), t, labels, by)
-        return (_mixed(self.target, x0, t, eps) - out).square().mean(dim=(1, 2, 3))
+        return (self.taught(x0, t, eps) - out).square().mean(dim=(1, 2, 3))
 
     def noised(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """alpha_bar_t x_0 + beta_bar_t eps. x0, eps: [B, C, H, W], t: [B] -> [B, C, H, W]"""
         return _mixed(self.noising, x0, t, eps)
+
+    def taught(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """What the net is to predict of that: eps, v or x_0. x0, eps: [B, C, H, W], t: [B] -> [B, C, H, W]"""
+        return _mixed(self.target, x0, t, eps)
 
     def update(self, x0: Tensor, labels: Tensor | None = None) -> float:
         """One update with a batch of clean pictures in [-1, 1], and their labels if the net is conditional. Returns the

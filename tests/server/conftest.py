@@ -59,7 +59,7 @@ def client(weights: Path, tmp_path: Path) -> Iterator[TestClient]:
 
 
 class Server:
-    """A server process over a folder of models."""
+    """A server process over a folder of models. With `with` it is ready, and stopped at the end."""
 
     running: ClassVar[set["Server"]] = set()
 
@@ -86,6 +86,12 @@ class Server:
         command = [sys.executable, "-m", "server", "serve", "--port", str(self.port)]
         self.process = subprocess.Popen(command, env=self._environ, stderr=self._log)
         self.running.add(self)
+
+    def __enter__(self) -> "Server":
+        return self.wait_until_ready()
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
 
     def kill(self) -> None:
         """SIGKILL to the server. Its engine ends by itself."""
@@ -168,8 +174,5 @@ def no_server_is_left() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def server(weights: Path) -> Iterator[Server]:
     """One server for all tests that only ask it for pictures."""
-    running = Server(weights)
-    try:
-        yield running.wait_until_ready()
-    finally:
-        running.stop()
+    with Server(weights) as running:
+        yield running

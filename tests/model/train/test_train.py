@@ -266,10 +266,13 @@ def test_it_does_not_go_on_with_other_labels(tmp_path: Path) -> None:
     directory = untrained(tmp_path, {"num_class_embeds": 3})
     trained(directory)
     arrays = dict(np.load(directory / "pictures.npz"))
-    np.savez(directory / "pictures.npz", **arrays, names=np.array(["ants", "zebras"]))
-
-    with pytest.raises(ModelRefused, match="has learned 2 labels, 0 to 1, not 2, of which the first other one is ants"):
-        trained(directory)
+    for names, said in (
+        (["ants", "zebras"], "2 labels, 0 to 1, not 2, of which the first other one is ants"),
+        (["1", "0"], "the same labels in another order, from 0 to 1"),
+    ):
+        np.savez(directory / "pictures.npz", **arrays, names=np.array(names))
+        with pytest.raises(ModelRefused, match=f"training.safetensors has learned {said}; without it, training begins"):
+            trained(directory)
 
 
 def test_a_training_among_its_own_pictures_is_refused(tmp_path: Path) -> None:

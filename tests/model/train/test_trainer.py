@@ -4,11 +4,13 @@ from dataclasses import replace
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from model.sampling.schedule import NoiseSchedule, Prediction, Process
+from model.sampling.samplers import Walk
+from model.sampling.schedule import FloatArray, NoiseSchedule, Prediction, Process
 from model.train.recipe import Recipe, ema_at
 from model.train.trainer import Trainer
 from tests.model.tiny import ARCHITECTURE, PROCESS, T
@@ -65,6 +67,21 @@ def test_the_loss_is_of_what_the_process_says_that_the_net_predicts(
     missed = made.loss(pictures, t.long(), eps)  # by a net that predicts 0, as a new one does
 
     torch.testing.assert_close(missed, (of_x0 * pictures + of_eps * eps).square().mean((1, 2, 3)))
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+def test_from_what_is_taught_the_samplers_read_the_picture_and_its_noise(prediction: Prediction) -> None:
+    process = replace(PROCESS, prediction=prediction)
+    made, x0, eps = Trainer(ARCHITECTURE, process, Recipe(), "cpu"), noise(T), noise(T, seed=1)
+    walk, t = Walk(process, np.arange(T, -1, -1)), torch.arange(T, 0, -1)
+    x, taught = made.noised(x0, t, eps), made.taught(x0, t, eps)
+
+    def read(of_x: FloatArray, of_out: FloatArray) -> Tensor:
+        a, b = (torch.from_numpy(each).view(-1, 1, 1, 1) for each in (of_x, of_out))
+        return (a * x + b * taught).float()
+
+    torch.testing.assert_close(read(walk.p, walk.q), x0, rtol=0, atol=1e-3)
+    torch.testing.assert_close(read(walk.eps_x, walk.eps_out), eps, rtol=0, atol=1e-3)
 
 
 def test_the_held_out_loss_is_taken_in_batches_of_the_usual_size() -> None:

@@ -32,11 +32,8 @@ MIB = 1 << 20
 @pytest.fixture(scope="module")
 def long(long_weights: Path) -> Iterator[Server]:
     """A server of a tiny model with a thousand steps."""
-    running = Server(long_weights)
-    try:
-        yield running.wait_until_ready()
-    finally:
-        running.stop()
+    with Server(long_weights) as running:
+        yield running
 
 
 @asynccontextmanager

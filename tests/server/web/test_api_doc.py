@@ -59,11 +59,8 @@ def test_every_field_status_code_and_kind_of_answer_is_there(client: TestClient)
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server of a tiny model that knows the labels of the digits."""
     index = {"null_label": 10, "guidance": 2.0}
-    running = Server(write_model(tmp_path_factory.mktemp("weights") / "tiny", labels=11, index=index))
-    try:
-        yield running.wait_until_ready()
-    finally:
-        running.stop()
+    with Server(write_model(tmp_path_factory.mktemp("weights") / "tiny", labels=11, index=index)) as running:
+        yield running
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")

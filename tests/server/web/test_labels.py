@@ -157,21 +157,15 @@ def pets(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def server(pets: Path) -> Iterator[Server]:
     """Its server, with one slot as far as settings go: there are two, for guidance."""
-    running = Server(pets, DDPM_SLOTS="1")
-    try:
-        yield running.wait_until_ready()
-    finally:
-        running.stop()
+    with Server(pets, DDPM_SLOTS="1") as running:
+        yield running
 
 
 @pytest.fixture(scope="module")
 def roomy(pets: Path) -> Iterator[Server]:
     """Another, with room for guided pictures beside others."""
-    running = Server(pets, DDPM_SLOTS="6")
-    try:
-        yield running.wait_until_ready()
-    finally:
-        running.stop()
+    with Server(pets, DDPM_SLOTS="6") as running:
+        yield running
 
 
 def made(server: Server, body: dict[str, Any]) -> bytes:

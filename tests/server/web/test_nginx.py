@@ -70,11 +70,8 @@ def before(upstream: int, folder: Path, **others: str) -> Iterator[int]:
 @pytest.fixture(scope="module")
 def hasty(long_weights: Path) -> Iterator[Server]:
     """A server that gives a request's body a second and a half to arrive."""
-    running = Server(long_weights, DDPM_REQUEST_S="1.5")
-    try:
-        yield running.wait_until_ready()
-    finally:
-        running.stop()
+    with Server(long_weights, DDPM_REQUEST_S="1.5") as running:
+        yield running
 
 
 @pytest.fixture(scope="module")

@@ -42,11 +42,8 @@ MIB = 1 << 20
 def narrow(weights: Path) -> Iterator[Server]:
     """A server of few connections and little patience."""
     knobs = {"DDPM_MAX_CONNECTIONS": MOST, "DDPM_MAX_WEBSOCKETS": SOCKETS, "DDPM_REQUEST_S": REQUEST_S}
-    running = Server(weights, **{name: str(value) for name, value in knobs.items()})
-    try:
-        yield running.wait_until_ready()
-    finally:
-        running.stop()
+    with Server(weights, **{name: str(value) for name, value in knobs.items()}) as running:
+        yield running
 
 
 def eventually(condition: Callable[[], bool], patience_s: float = 20.0) -> bool:
@@ -232,11 +229,8 @@ def test_data_after_a_close_is_not_read(server: Server) -> None:
 @pytest.fixture(scope="module")
 def busy(weights: Path) -> Iterator[Server]:
     """A server for crowds."""
-    running = Server(weights, DDPM_LOG_LEVEL="error")
-    try:
-        yield running.wait_until_ready()
-    finally:
-        running.stop()
+    with Server(weights, DDPM_LOG_LEVEL="error") as running:
+        yield running
 
 
 def come_and_go(port: int, chance: random.Random) -> None:
